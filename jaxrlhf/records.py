@@ -4,7 +4,8 @@ B rows, P prompt tokens (left-padded), R response tokens, S = P + R, L tokens of
 Response position t holds token P + t; logprobs, values and rewards at t belong to that token.
 """
 
-from typing import Annotated, Any, get_args, get_origin
+import typing
+from typing import Any
 
 import jax
 from flax import struct
@@ -13,8 +14,8 @@ from pydantic import BaseModel
 from jaxrlhf.config import OptimizerConfig, PPOConfig, Sampling
 
 Adapter = dict[str, dict[str, jax.Array]]
-"""Module path -> leaf name -> array. LoRA: `a` [in, rank], `b` [rank, out], `scale` []. Others replace the
-module's own leaves; `score` adds the scalar head."""
+"""Module path -> leaf name -> array. LoRA: `lora_a` [in, rank], `lora_b` [rank, out] and the constant
+`lora_scale` []. Other leaves replace the module's own; the path `score` adds the scalar head."""
 
 
 @struct.dataclass
@@ -105,10 +106,10 @@ class PPOState:
 
 def _is_number(annotation: Any) -> bool:
     """Whether a settings field is a float, perhaps optional, or a nested section."""
-    if get_origin(annotation) is Annotated:
-        return _is_number(get_args(annotation)[0])
-    if get_args(annotation):
-        return any(_is_number(a) for a in get_args(annotation))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _is_number(typing.get_args(annotation)[0])
+    if typing.get_args(annotation):
+        return any(_is_number(a) for a in typing.get_args(annotation))
     return annotation is float or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
 
 

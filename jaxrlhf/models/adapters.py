@@ -1,0 +1,136 @@
+"""Adapters: the small trainable trees that turn one frozen base into policy, value, reward and reference.
+
+An adapter is a plain dict: module path -> leaf name -> array (see `records.Adapter`). `bind` attaches it to
+a copy of the module tree that shares the base's arrays, so the base is frozen by structure: gradients are
+taken with respect to the adapter alone.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrlhf.config import AdapterConfig
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import Decoder, Linear, named_parameters
+from jaxrlhf.records import Adapter
+
+SCORE = "score"
+LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
+
+
+def init_adapter(
+    base: Decoder, config: AdapterConfig, key: jax.Array, head: Literal["value", "reward"] | None = None
+) -> Adapter:
+    """A fresh adapter under which the base computes what it computed before.
+
+    LoRA pairs start as PEFT's do (lora_a uniform in +-1/sqrt(in), lora_b zero); a full adapter is a float32 copy of
+    the base. A value head starts at zero, a reward head at N(0, 1/(D+1)) (2009.01325, appendix). Raises
+    `UserError` where `target_modules` names a module that the base lacks.
+    """
+    if config.kind == "lora":
+        adapter = _init_lora(base, config, key)
+    else:
+        adapter = {}
+        for name, leaf in named_parameters(base).items():
+            path, leaf_name = name.split("/")
+            adapter.setdefault(path, {})[leaf_name] = jnp.array(leaf, jnp.float32, copy=True)
+    return adapter if head is None else with_head(adapter, base, head, jax.random.fold_in(key, len(adapter)))
+
+
+def with_head(adapter: Adapter, base: Decoder, head: Literal["value", "reward"], key: jax.Array) -> Adapter:
+    """The adapter with a fresh scalar head in place of the one it has, if any."""
+    D = base.config.hidden_size
+    kernel = jnp.zeros((D, 1)) if head == "value" else jax.random.normal(key, (D, 1)) / jnp.sqrt(D + 1.0)
+    return {**adapter, SCORE: {"kernel": kernel}}
+
+
+def without_head(adapter: Adapter) -> Adapter:
+    """The adapter without its scalar head."""
+    return {path: leaves for path, leaves in adapter.items() if path != SCORE}
+
+
+def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
+    """The base with the adapter attached: same arrays, no copy. `bind(base, None)` is the base.
+
+    Full leaves are cast to the base's dtype; LoRA pairs and heads keep their own (float32).
+    """
+    if adapter is None:
+        return base
+    leaves, structure = jax.tree.flatten(base)
+    model = jax.tree.unflatten(structure, leaves)
+    for path, values in adapter.items():
+        if path == SCORE:
+            model.score = Linear(values["kernel"])
+            continue
+        module = _find(model, path)
+        for name, value in values.items():
+            if name not in LORA_LEAVES:
+                value = value.astype(getattr(module, name)[...].dtype)
+            setattr(module, name, nnx.Param(value))
+    return model
+
+
+def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
+    """A new base whose plain weights compute what base and adapter did; a scalar head is left out.
+
+    LoRA products are added in float32 and rounded once to the base's dtype.
+    """
+    if adapter is None:
+        return base
+    merged = bind(base, {path: leaves for path, leaves in adapter.items() if path != SCORE and "lora_a" not in leaves})
+    if merged is base:
+        return base
+    for path, leaves in adapter.items():
+        if "lora_a" in leaves:
+            module = _find(merged, path)
+            kernel = module.kernel[...]
+            delta = leaves["lora_scale"] * (leaves["lora_a"].astype(jnp.float32) @ leaves["lora_b"].astype(jnp.float32))
+            module.kernel = nnx.Param((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
+    return merged
+
+
+def parameter_count(adapter: Adapter) -> int:
+    """How many numbers are trained."""
+    return sum(
+        leaf.size for leaves in adapter.values() for name, leaf in leaves.items() if name != "lora_scale"
+    )
+
+
+def linear_shapes(base: Decoder) -> dict[str, tuple[int, int]]:
+    """Path -> (in, out) of every linear layer inside the blocks."""
+    return {
+        name.removesuffix("/kernel"): leaf.shape
+        for name, leaf in named_parameters(base).items()
+        if name.startswith("layers.") and name.endswith("/kernel")
+    }
+
+
+def _init_lora(base: Decoder, config: AdapterConfig, key: jax.Array) -> Adapter:
+    shapes = linear_shapes(base)
+    wanted = config.target_modules
+    paths = [p for p in shapes if "all-linear" in wanted or p in wanted or p.split(".")[-1] in wanted]
+    for target in wanted:
+        if target != "all-linear" and not any(target in (p, p.split(".")[-1]) for p in shapes):
+            known = sorted({p.split(".")[-1] for p in shapes})
+            raise UserError(f"target_modules: no module {target!r} in this model; it has {', '.join(known)}")
+    adapter = {}
+    for index, path in enumerate(paths):
+        fan_in, fan_out = shapes[path]
+        bound = fan_in**-0.5
+        adapter[path] = {
+            "lora_a": jax.random.uniform(
+                jax.random.fold_in(key, index), (fan_in, config.rank), minval=-bound, maxval=bound
+            ),
+            "lora_b": jnp.zeros((config.rank, fan_out)),
+            "lora_scale": jnp.asarray(config.alpha / config.rank, jnp.float32),
+        }
+    return adapter
+
+
+def _find(model: Decoder, path: str) -> nnx.Module:
+    module = model
+    for part in path.split("."):
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    return module

@@ -1,0 +1,46 @@
+"""Attention, rotary positions and the masks that say who sees whom.
+
+B rows, T query positions, S key positions, N query heads, K key-value heads, H head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def positions_of(segments_BT: jax.Array) -> jax.Array:
+    """Positions that count real tokens only, from 0 in each segment; i32[B,T].
+
+    `segments` is a mask (bool) or segment ids (i32; 0 is padding). For a left-padded mask this is
+    `cumsum(mask) - 1`, clipped at 0.
+    """
+    segments_BT = segments_BT.astype(jnp.int32)
+    real_BT = segments_BT > 0
+    count_BT = jnp.cumsum(real_BT, axis=1) - 1
+    before_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)))[:, :-1]
+    first_BT = jnp.where(real_BT & (segments_BT != before_BT), count_BT, 0)
+    return jnp.maximum(count_BT - jax.lax.cummax(first_BT, axis=1), 0).astype(jnp.int32)
+
+
+def causal_mask(segments_BT: jax.Array) -> jax.Array:
+    """Who sees whom: real tokens of the same segment, up to oneself; bool[B,T,T] (query, key)."""
+    T = segments_BT.shape[1]
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    real_B1T = (segments_BT > 0)[:, None, :]
+    return jnp.tril(jnp.ones((T, T), bool))[None] & same_BTT & real_B1T
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotary positions (2104.09864), halves paired as in Hugging Face's Llama; angles in float32.
+
+    `frequencies` is f32[H/2], radians per position.
+    """
+    angle_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Grouped-query attention with softmax in float32; [B,T,N,H]. A query that sees no key gets finite junk."""
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
