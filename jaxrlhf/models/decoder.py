@@ -199,9 +199,11 @@ class Decoder(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Language-model logits f32[B,T,V] of hidden states."""
         if self.lm_head is None:
-            kernel = self.embed_tokens.embedding[...].astype(hidden_BTD.dtype).T
-            return jnp.matmul(hidden_BTD, kernel, preferred_element_type=jnp.float32)
-        return self.lm_head(hidden_BTD).astype(jnp.float32)
+            kernel = self.embed_tokens.embedding[...].T
+        else:
+            kernel = self.lm_head.kernel[...]
+        # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
+        return jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scalar head f32[B,T] of hidden states, computed in float32."""

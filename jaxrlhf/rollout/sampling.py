@@ -1,0 +1,61 @@
+"""From logits to a token: truncation, greedy choice, and one uniform number per row.
+
+B rows, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.config import Sampling
+
+
+def truncates(sampling: Sampling) -> bool:
+    """Whether top-k, top-p or min-p make the sampled distribution another than the model's."""
+    return bool(sampling.top_k) or sampling.top_p is not None or sampling.min_p is not None
+
+
+def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits f32[B,V] with -inf on tokens that top-k, top-p (1904.09751) or min-p (2407.01082) leave out.
+
+    The three apply in that order, each to what the one before has kept. The likeliest token always stays.
+    """
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if sampling.top_p is not None:
+        ordered = jnp.sort(jax.nn.softmax(logits), axis=-1, descending=True)
+        before = jnp.cumsum(ordered, axis=-1) - ordered
+        needed = (before < sampling.top_p).at[:, 0].set(True)
+        least = jnp.min(jnp.where(needed, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(jax.nn.softmax(logits) >= least, logits, -jnp.inf)
+    if sampling.min_p is not None:
+        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits = jnp.where(logits >= floor, logits, -jnp.inf)
+    return logits
+
+
+def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Tokens i32[B] distributed as softmax(logits f32[B,V]), by inverting the cumulative distribution.
+
+    `uniform` is f32[B] in [0, 1). One number a row instead of one per token of the vocabulary.
+    """
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    cumulative = jnp.cumsum(weights, axis=-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    token = jnp.sum(cumulative <= threshold, axis=-1)
+    token = jnp.minimum(token, logits.shape[-1] - 1)
+    # Rounding in a parallel cumulative sum may point at a token of probability 0: take the likeliest then.
+    possible = jnp.take_along_axis(weights, token[:, None], axis=-1)[:, 0] > 0
+    return jnp.where(possible, token, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def row_uniforms(key: jax.Array, rows: int, steps: int) -> jax.Array:
+    """Uniform numbers f32[rows, steps], each from a key folded with its row's global index and its step.
+
+    So a row's numbers depend neither on how many rows, steps or devices there are.
+    """
+
+    def one(row: jax.Array, step: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), step))
+
+    return jax.vmap(lambda row: jax.vmap(lambda step: one(row, step))(jnp.arange(steps)))(jnp.arange(rows))

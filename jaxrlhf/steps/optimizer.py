@@ -1,0 +1,51 @@
+"""AdamW with clipping and a schedule; its numbers are traced, so changing one compiles nothing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.config import OptimizerConfig
+
+
+def init_optimizer(params: Any) -> optax.OptState:
+    """The state before the first step; its structure depends on no setting."""
+    return _transformation(OptimizerConfig()).init(params)
+
+
+def optimizer_step(
+    config: OptimizerConfig, grads: Any, state: optax.OptState, params: Any, step: jax.Array
+) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
+    """(params, state, metrics) after one step; `step` i32[] counts the steps done before.
+
+    Adam as in PyTorch: m / (sqrt(v) + epsilon) with both moments corrected for bias; weight decay is
+    decoupled and spares vectors and scalars (biases, norms, LoRA scales).
+    """
+    rate = learning_rate(config, step)
+    updates, state = _transformation(config).update(grads, state, params)
+    params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
+    return params, state, {"grad_norm": optax.global_norm(grads), "learning_rate": rate}
+
+
+def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
+    """Rate f32[] of the step after `step` steps: linear warm-up, then constant or decay to 0 at total_steps."""
+    step = jnp.asarray(step, jnp.float32)
+    warm = jnp.where(config.warmup_steps > 0, (step + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
+    if config.schedule == "constant":
+        decay = 1.0
+    else:
+        if config.total_steps is None:
+            raise ValueError(f"schedule {config.schedule} needs total_steps")
+        span = jnp.maximum(config.total_steps - config.warmup_steps, 1)
+        done = jnp.clip((step - config.warmup_steps) / span, 0.0, 1.0)
+        decay = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+    return config.learning_rate * jnp.minimum(warm, 1.0) * decay
+
+
+def _transformation(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+    )

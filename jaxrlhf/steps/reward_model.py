@@ -1,0 +1,56 @@
+"""Reward model: which of two answers is better (1706.03741, 2009.01325).
+
+B pairs, L tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.algorithms.losses import pairwise_loss
+from jaxrlhf.config import OptimizerConfig
+from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.scoring import sequence_scores
+from jaxrlhf.records import Adapter, PreferenceBatch, TrainState
+from jaxrlhf.steps.microbatches import accumulate
+from jaxrlhf.steps.optimizer import optimizer_step
+
+
+def pair_scores(
+    base: Decoder, adapter: Adapter, batch: PreferenceBatch, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Scores (chosen, rejected) f32[B] at the last real tokens; both sides share one forward pass."""
+    tokens = jnp.concatenate([batch.chosen, batch.rejected])
+    mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
+    scores = sequence_scores(bind(base, adapter), tokens, mask, remat)
+    chosen, rejected = jnp.split(scores, 2)
+    return chosen, rejected
+
+
+def reward_model_update(
+    state: TrainState,
+    base: Decoder,
+    batch: PreferenceBatch,
+    config: OptimizerConfig,
+    centring: jax.Array | float,
+    microbatches: int = 1,
+    remat: bool = False,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on the pairwise loss, averaged over pairs by weight."""
+    weight = jnp.maximum(jnp.sum(batch.weight), 1e-6)
+
+    def loss(adapter: Adapter, part: PreferenceBatch) -> tuple[jax.Array, dict]:
+        chosen, rejected = pair_scores(base, adapter, part, remat)
+        share = jnp.sum(part.weight) / weight
+        value, accuracy = pairwise_loss(chosen, rejected, part.margin, centring, part.weight)
+        mean = jnp.sum(part.weight * (chosen + rejected)) / 2 / weight
+        return value * share, {"accuracy": accuracy * share, "score": mean}
+
+    value, metrics, grads = accumulate(loss, state.adapter, batch, microbatches)
+    adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step)
+    metrics = {
+        "reward_model/loss": value,
+        "reward_model/accuracy": metrics["accuracy"],
+        "reward_model/score": metrics["score"],
+    } | {f"optimizer/{k}": v for k, v in noted.items()}
+    return TrainState(adapter, optimizer, state.step + 1), metrics

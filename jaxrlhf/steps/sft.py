@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: cross-entropy on the tokens of the loss mask.
+
+B sequences, L tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.algorithms.losses import cross_entropy
+from jaxrlhf.config import OptimizerConfig
+from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.records import Adapter, SFTBatch, TrainState
+from jaxrlhf.steps.microbatches import accumulate
+from jaxrlhf.steps.optimizer import optimizer_step
+
+
+def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: bool = False) -> jax.Array:
+    """Summed cross-entropy f32[] in nats over the learnt tokens, each predicted from those before it."""
+    model = bind(base, adapter)
+    hidden = model.encode(batch.tokens, batch.segments, remat)
+    # The first token of a sequence is predicted by nothing; data never marks it as learnt.
+    logits = model.logits(hidden[:, :-1])
+    return jnp.sum(cross_entropy(logits, batch.tokens[:, 1:], learnt_tokens(batch)))
+
+
+def learnt_tokens(batch: SFTBatch) -> jax.Array:
+    """bool[B,L-1]: tokens 1..L-1 that are learnt and follow a token of their own segment."""
+    same = batch.segments[:, 1:] == batch.segments[:, :-1]
+    return batch.loss_mask[:, 1:] & same & (batch.segments[:, 1:] > 0)
+
+
+def sft_update(
+    state: TrainState, base: Decoder, batch: SFTBatch, config: OptimizerConfig, microbatches: int = 1, remat: bool = False
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on the mean loss per learnt token; rows may be split into microbatches."""
+    tokens = jnp.maximum(jnp.sum(learnt_tokens(batch)), 1)
+
+    def loss(adapter: Adapter, part: SFTBatch) -> tuple[jax.Array, dict]:
+        return sft_loss(base, adapter, part, remat) / tokens, {}
+
+    value, _, grads = accumulate(loss, state.adapter, batch, microbatches)
+    adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step)
+    metrics = {"sft/loss": value, "sft/tokens": tokens} | {f"optimizer/{k}": v for k, v in noted.items()}
+    return TrainState(adapter, optimizer, state.step + 1), metrics
+
+
+def sft_evaluate(base: Decoder, adapter: Adapter | None, batch: SFTBatch) -> tuple[jax.Array, jax.Array]:
+    """(summed loss f32[], learnt tokens i32[]) of a batch."""
+    return sft_loss(base, adapter, batch), jnp.sum(learnt_tokens(batch))
