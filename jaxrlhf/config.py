@@ -106,6 +106,15 @@ class KLConfig(Settings):
     horizon: PositiveFloat = Field(10000.0, description="answers over which the adaptive coefficient reacts")
 
 
+class AdvantageConfig(Settings):
+    """Generalised advantage estimation (1506.02438) and whitening."""
+
+    gamma: UnitFloat = Field(1.0, description="discount")
+    lam: UnitFloat = Field(0.95, description="lambda of generalised advantage estimation")
+    whiten_rewards: bool = Field(False, description="rewards are scaled to deviation 1, over the whole batch, before GAE")
+    whiten_advantages: bool = Field(True, description="advantages are scaled to mean 0 and deviation 1 over the whole batch")
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -226,7 +235,8 @@ class RewardModelConfig(Settings):
     data: PreferencesConfig = Field(description="pairs to learn from")
     test_data: PreferencesConfig | None = Field(None, description="pairs to measure accuracy on; null: hold some out")
     heldout: PositiveInt = Field(128, description="pairs held out where test_data is null; at most a tenth of all")
-    adapter: AdapterConfig = Field(AdapterConfig(), description="what is trained")
+    start: Literal["sft", "fresh"] = Field("sft", description="sft: start from a copy of the SFT adapter, if any; fresh: a new adapter")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="what is trained, where it does not start from SFT")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer")
     epochs: PositiveInt = Field(1, description="passes over the pairs")
     batch_size: PositiveInt = Field(32, description="pairs per optimizer step")
@@ -265,10 +275,7 @@ class PPOStageConfig(Settings):
     gold: str | None = Field(None, description="function that is measured but never trained on: module:function or path.py:function")
     missing_eos_penalty: NonNegativeFloat = Field(0.0, description="taken off the score of an answer that did not end")
     kl: KLConfig = Field(KLConfig(), description="penalty for leaving the reference")
-    gamma: UnitFloat = Field(1.0, description="discount")
-    lam: UnitFloat = Field(0.95, description="lambda of generalised advantage estimation")
-    whiten_rewards: bool = Field(False, description="rewards are scaled to deviation 1 before GAE")
-    whiten_advantages: bool = Field(True, description="advantages are scaled to mean 0 and deviation 1")
+    advantage: AdvantageConfig = Field(AdvantageConfig(), description="how rewards become advantages")
     adapter: AdapterConfig = Field(AdapterConfig(), description="the policy's, where SFT left none to start from")
     value_adapter: AdapterConfig = Field(AdapterConfig(), description="the value model's, where it does not start from the reward model")
     value_from: Literal["reward", "fresh"] = Field("reward", description="reward: start from the reward adapter, if any; fresh: a new adapter")

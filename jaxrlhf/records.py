@@ -11,7 +11,7 @@ import jax
 from flax import struct
 from pydantic import BaseModel
 
-from jaxrlhf.config import OptimizerConfig, PPOConfig, Sampling
+from jaxrlhf.config import AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling
 
 Adapter = dict[str, dict[str, jax.Array]]
 """Module path -> leaf name -> array. LoRA: `lora_a` [in, rank], `lora_b` [rank, out] and the constant
@@ -128,5 +128,5 @@ def _register_settings(cls: type[BaseModel]) -> None:
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-for _settings in (Sampling, OptimizerConfig, PPOConfig):
+for _settings in (Sampling, OptimizerConfig, PPOConfig, KLConfig, AdvantageConfig):
     _register_settings(_settings)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.advantages import gae
-from jaxrlhf.algorithms.kl import kl_estimate, shape_rewards
+from jaxrlhf.algorithms.kl import adapt_kl_coef, kl_estimate, shape_rewards
 from jaxrlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, masked_variance, whiten
+from jaxrlhf.config import AdvantageConfig, KLConfig
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_values
@@ -87,6 +88,42 @@ def build_experience(
         returns=returns,
     )
     return experience, metrics
+
+
+def annotate_experience(
+    base: Decoder,
+    policy: Adapter | None,
+    value: Adapter,
+    reference: Adapter | None,
+    rollout: Rollout,
+    scores: jax.Array,
+    kl_coef: jax.Array,
+    kl: KLConfig,
+    advantage: AdvantageConfig,
+    missing_eos_penalty: float,
+    microbatches: int = 1,
+    recompute_policy: bool = True,
+) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
+    """`annotate` and `build_experience` in one program; (experience, next KL coefficient, metrics)."""
+    annotated = annotate(
+        base, policy, value, reference, rollout, microbatches=microbatches, recompute_policy=recompute_policy
+    )
+    experience, metrics = build_experience(
+        rollout,
+        annotated,
+        scores,
+        kl_coef,
+        advantage.gamma,
+        advantage.lam,
+        missing_eos_penalty,
+        kl.estimator,
+        advantage.whiten_rewards,
+        advantage.whiten_advantages,
+    )
+    next_coef = kl_coef
+    if kl.target is not None:
+        next_coef = adapt_kl_coef(kl_coef, metrics["kl/k1"], kl.target, scores.shape[0], kl.horizon)
+    return experience, next_coef, metrics | {"kl/coef": kl_coef}
 
 
 def _experience_metrics(rollout, annotated, scores, rewards, advantages, returns) -> dict[str, jax.Array]:

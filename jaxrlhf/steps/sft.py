@@ -31,7 +31,12 @@ def learnt_tokens(batch: SFTBatch) -> jax.Array:
 
 
 def sft_update(
-    state: TrainState, base: Decoder, batch: SFTBatch, config: OptimizerConfig, microbatches: int = 1, remat: bool = False
+    state: TrainState,
+    base: Decoder,
+    batch: SFTBatch,
+    config: OptimizerConfig,
+    microbatches: int = 1,
+    remat: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss per learnt token; rows may be split into microbatches."""
     tokens = jnp.maximum(jnp.sum(learnt_tokens(batch)), 1)

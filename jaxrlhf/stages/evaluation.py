@@ -1,0 +1,53 @@
+"""What PPO changed: numbers before and after, and answers side by side, as a person reads them."""
+
+import dataclasses
+import textwrap
+
+import numpy as np
+
+from jaxrlhf.rewards.answers import Answers
+
+SAMPLES = 8  # answers kept for a person to read
+WIDTH = 100
+MEASURED = ("reward/score", "kl/k1", "length/mean", "length/eos_share")
+LABELS = {
+    "reward/score": "reward that was maximised",
+    "reward/gold": "gold score (never trained on)",
+    "kl/k1": "KL to the reference, nats per answer",
+    "length/mean": "tokens per answer",
+    "length/eos_share": "share of answers that ended",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A policy's answers to the evaluation prompts: means by metric name, and some of the answers."""
+
+    numbers: dict[str, float]
+    samples: list[dict]
+
+
+def samples_of(answers: Answers, scores) -> list[dict]:
+    """One record per answer: prompt, completion, score."""
+    return [
+        {"prompt": prompt, "completion": completion, "score": round(float(score), 4)}
+        for prompt, completion, score in zip(answers.prompts, answers.completions, np.asarray(scores))
+    ]
+
+
+def comparison(before: Evaluation, after: Evaluation, samples: int = 5) -> str:
+    """The final table, and sample answers side by side."""
+    lines = ["", f"{'':40}{'before PPO':>12}{'after PPO':>12}"]
+    for name, label in LABELS.items():
+        if name in after.numbers:
+            lines.append(f"{label:40}{before.numbers[name]:12.3f}{after.numbers[name]:12.3f}")
+    for old, new in list(zip(before.samples, after.samples))[:samples]:
+        lines += ["", *_wrapped("prompt", old["prompt"])]
+        lines += _wrapped(f"before ({old['score']:.2f})", old["completion"])
+        lines += _wrapped(f"after ({new['score']:.2f})", new["completion"])
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    lines = textwrap.wrap(" ".join(text.split()), WIDTH - 18) or [""]
+    return [f"{label if i == 0 else '':18}{line}" for i, line in enumerate(lines)]

@@ -1,0 +1,245 @@
+"""The ppo stage: sample, score, update, again; then a table of what it changed.
+
+Per iteration three compiled programs run (rollout, annotate with GAE, update), and a fourth where the reward
+is an adapter. The host does only what must be text: decode for a reward function, log, save.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.config import PPOConfig, PPOStageConfig, Sampling
+from jaxrlhf.data.prompts import PromptSet, load_prompts
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapters import init_adapter
+from jaxrlhf.records import Adapter, Prompts, Rollout
+from jaxrlhf.rewards.answers import Answers, Reward
+from jaxrlhf.rewards.functions import FunctionReward
+from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.rollout.sampling import truncates
+from jaxrlhf.runtime.mesh import check_batch, place, place_batch
+from jaxrlhf.runtime.programs import Program, peak_memory_bytes
+from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.evaluation import MEASURED, SAMPLES, Evaluation, comparison, samples_of
+from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.stages.roles import Roles, mark_finished, save_role
+from jaxrlhf.stages.settings import check_length, check_microbatches, with_total_steps
+from jaxrlhf.steps.annotate import annotate_experience
+from jaxrlhf.steps.ppo import init_ppo, ppo_update, single_step
+
+SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOInputs:
+    """Prompts and functions that have been read and checked."""
+
+    prompts: PromptSet
+    evaluation: PromptSet
+    function: FunctionReward | None  # None: the reward adapter
+    gold: FunctionReward | None
+
+
+def load(run: Run, roles: Roles, reward_adapter_comes: bool) -> PPOInputs:
+    """Reads prompts and reward functions; UserError where they or the settings cannot be used.
+
+    `reward_adapter_comes` says that an earlier stage of this run makes the reward adapter.
+    """
+    config = run.config.ppo
+    _check(run, config, roles, reward_adapter_comes)
+    prompts = load_prompts(config.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
+    run.say(f"ppo: {prompts.report}")
+    evaluation = prompts
+    if config.evaluation_data is not None:
+        evaluation = load_prompts(config.evaluation_data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
+        run.say(f"ppo: evaluation: {evaluation.report}")
+    spec = config.reward.function
+    function = FunctionReward(spec, "ppo.reward.function") if spec is not None else None
+    gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
+    return PPOInputs(prompts, evaluation, function, gold)
+
+
+def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
+    """Runs the stage; the roles with policy and value."""
+    config = run.config.ppo
+    iteration = Iteration(run, roles, inputs)
+    ppo = init_ppo(iteration.start, _starting_value(run, roles), iteration.update_config)
+    state = {"ppo": ppo, "kl_coef": jnp.float32(config.kl.coef)}
+    with Loop(run, "ppo", state, config.iterations, config.save_every) as loop:
+        for step in loop.steps():
+            loop.state, metrics, answers, scores = iteration(loop.state, step)
+            loop.done(step, metrics, SHOWN, tokens=int(metrics["length/mean"] * config.batch_size))
+            if (step + 1) % config.sample_every == 0:
+                _write_samples(run, step + 1, answers, scores)
+        ppo = loop.state["ppo"]
+    save_role(run.config.run_dir, "policy", ppo.policy)
+    save_role(run.config.run_dir, "value", ppo.value)
+    before, after = iteration.evaluate(iteration.start, ppo.value), iteration.evaluate(ppo.policy, ppo.value)
+    run.samples.write("ppo", config.iterations, {"before": before.samples, "after": after.samples})
+    mark_finished(run.config.run_dir, "ppo", {"before": before.numbers, "after": after.numbers})
+    print(comparison(before, after))
+    return dataclasses.replace(roles, adapters=roles.adapters | {"policy": ppo.policy, "value": ppo.value})
+
+
+class Iteration:
+    """One PPO iteration as a function of the state: what it uses and does not change stands here."""
+
+    def __init__(self, run: Run, roles: Roles, inputs: PPOInputs):
+        config = run.config.ppo
+        self.run, self.roles, self.inputs, self.config = run, roles, inputs, config
+        self.update_config = _with_total_steps(config)
+        self.sampling = _with_stop_tokens(config.sampling, roles)
+        self.start = place(run.mesh, _starting_policy(run, roles))
+        self.reward: Reward = inputs.function or ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]))
+        self.rollout = Program(rollout, "rollout")
+        self.annotate = Program(
+            annotate_experience, "annotate", static_argnames=("microbatches", "recompute_policy")
+        )
+        self.update = Program(ppo_update, "update", donate_argnums=0)
+        size = config.update.microbatch_size or config.batch_size // config.update.minibatches
+        self.microbatches = config.batch_size // size
+
+    def __call__(self, state: dict, step: int) -> tuple[dict, dict[str, float], Answers, np.ndarray]:
+        """(state, metrics, answers, scores) of the iteration after `step` iterations."""
+        seed, config, clock = self.run.config.seed, self.config, Clock()
+        prompts, rows, texts = self.inputs.prompts.batch(seed, step, config.batch_size)
+        ppo = state["ppo"]
+        answers = self.answer(ppo.policy, prompts, rows, texts, key_for(seed, "ppo", step, "rollout"))
+        clock.lap("time/rollout", answers.rollout)
+        scores, metrics = self.score(answers)
+        clock.lap("time/reward", scores)
+        experience, kl_coef, noted = self.annotated(ppo.policy, ppo.value, answers.rollout, scores, state["kl_coef"])
+        clock.lap("time/annotate", experience)
+        ppo, updated = self.update(
+            ppo, self.roles.base, experience, key_for(seed, "ppo", step, "update"), self.update_config
+        )
+        clock.lap("time/update", updated)
+        metrics |= {name: float(value) for name, value in jax.device_get({**noted, **updated}).items()}
+        sampled = metrics["length/mean"] * config.batch_size
+        metrics |= clock.laps | {
+            "tokens_per_second/rollout": sampled / clock.laps["time/rollout"],
+            "tokens_per_second/update": sampled * config.update.epochs / clock.laps["time/update"],
+            "memory/peak_bytes": peak_memory_bytes(),
+            **{f"compiles/{p.name}": p.compiles for p in (self.rollout, self.annotate, self.update)},
+        }
+        return {"ppo": ppo, "kl_coef": kl_coef}, metrics, answers, np.asarray(scores)
+
+    def answer(self, policy: Adapter, prompts: Prompts, rows: list, texts: list, key: jax.Array) -> Answers:
+        """Samples an answer to each prompt."""
+        placed = place_batch(self.run.mesh, prompts)
+        answered = self.rollout(self.roles.base, policy, placed, key, self.sampling)
+        return Answers(answered, texts, rows, self.roles.tokenizer)
+
+    def score(self, answers: Answers) -> tuple[jax.Array, dict[str, float]]:
+        """Scores f32[B] of the reward that is maximised, and the mean of the one that is only measured."""
+        metrics = {}
+        if self.inputs.gold is not None:
+            metrics["reward/gold"] = float(np.mean(self.inputs.gold(answers)))
+        return place_batch(self.run.mesh, self.reward(answers)), metrics
+
+    def annotated(self, policy: Adapter, value: Adapter, rollout: Rollout, scores: jax.Array, kl_coef: jax.Array):
+        """(experience, next KL coefficient, metrics); see `steps.annotate.annotate_experience`."""
+        return self.annotate(
+            self.roles.base,
+            policy,
+            value,
+            self.roles.reference,
+            rollout,
+            scores,
+            kl_coef,
+            self.config.kl,
+            self.config.advantage,
+            self.config.missing_eos_penalty,
+            microbatches=self.microbatches,
+            recompute_policy=not single_step(self.update_config),
+        )
+
+    def evaluate(self, policy: Adapter, value: Adapter) -> Evaluation:
+        """Answers to the evaluation prompts, with the same programs at the same shapes."""
+        size = self.config.batch_size
+        batches = -(-min(self.config.evaluation_prompts, len(self.inputs.evaluation)) // size)
+        sums: dict[str, list[float]] = {}
+        samples = []
+        for index in range(batches):
+            chosen = np.arange(index * size, (index + 1) * size) % len(self.inputs.evaluation)
+            prompts, rows, texts = self.inputs.evaluation.take(chosen)
+            key = key_for(self.run.config.seed, "evaluation", index, "rollout")
+            answers = self.answer(policy, prompts, rows, texts, key)
+            scores, metrics = self.score(answers)
+            zero = place(self.run.mesh, jnp.float32(0.0))
+            noted = self.annotated(policy, value, answers.rollout, scores, zero)[2]
+            for name, number in (metrics | {n: float(noted[n]) for n in MEASURED}).items():
+                sums.setdefault(name, []).append(number)
+            samples += samples_of(answers, scores)
+        return Evaluation({name: float(np.mean(numbers)) for name, numbers in sums.items()}, samples[:SAMPLES])
+
+
+class Clock:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str, result) -> None:
+        """Ends a phase when its result is there."""
+        jax.block_until_ready(result)
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def _write_samples(run: Run, step: int, answers: Answers, scores: np.ndarray) -> None:
+    run.samples.write("ppo", step, {"samples": samples_of(answers, scores)[:SAMPLES]})
+
+
+def _check(run: Run, config: PPOStageConfig, roles: Roles, reward_adapter_comes: bool) -> None:
+    length = config.max_prompt_tokens + config.sampling.max_new_tokens
+    check_length(roles.base, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
+    check_batch(run.mesh, config.batch_size, "ppo.batch_size")
+    check_microbatches(config.batch_size, config.batch_size // config.update.minibatches, "ppo.update.minibatches")
+    rows = config.batch_size // config.update.minibatches
+    check_microbatches(rows, config.update.microbatch_size, "ppo.update.microbatch_size")
+    if config.sampling.temperature == 0:
+        raise UserError("ppo.sampling.temperature: PPO samples; 0 is greedy, give a number above 0 such as 1.0")
+    if truncates(config.sampling):
+        run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
+    if config.reward.kind == "model" and "reward" not in roles.adapters and not reward_adapter_comes:
+        raise UserError(
+            "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has "
+            "(model.run), or give a function (ppo.reward.kind=function ppo.reward.function=path.py:name)"
+        )
+
+
+def _starting_policy(run: Run, roles: Roles) -> Adapter:
+    if roles.reference is not None:
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), roles.reference)
+    return init_adapter(roles.base, run.config.ppo.adapter, key_for(run.config.seed, "ppo", 0, "policy"))
+
+
+def _starting_value(run: Run, roles: Roles) -> Adapter:
+    if run.config.ppo.value_from == "reward" and "reward" in roles.adapters:
+        return roles.adapters["reward"]
+    key = key_for(run.config.seed, "ppo", 0, "value")
+    return init_adapter(roles.base, run.config.ppo.value_adapter, key, head="value")
+
+
+def _with_total_steps(config: PPOStageConfig) -> PPOConfig:
+    update = config.update
+    steps = config.iterations * update.epochs * update.minibatches
+    return update.model_copy(
+        update={
+            "optimizer": with_total_steps(update.optimizer, steps),
+            "value_optimizer": with_total_steps(update.value_optimizer, steps),
+        }
+    )
+
+
+def _with_stop_tokens(sampling: Sampling, roles: Roles) -> Sampling:
+    """The sampling with the tokenizer's end token, where neither settings nor model name one."""
+    if sampling.stop_tokens is None and not roles.base.config.stop_tokens and roles.tokenizer.eos_id is not None:
+        return sampling.model_copy(update={"stop_tokens": (roles.tokenizer.eos_id,)})
+    return sampling

@@ -1,0 +1,115 @@
+"""The reward_model stage: learn which of two answers people prefer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.data.order import hold_out
+from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
+from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.models.adapters import init_adapter, with_head
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.records import Adapter, TrainState
+from jaxrlhf.runtime.mesh import check_batch, place_batch
+from jaxrlhf.runtime.programs import Program
+from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.stages.roles import Roles, mark_finished, save_role
+from jaxrlhf.stages.settings import check_length, check_microbatches, with_total_steps
+from jaxrlhf.steps.optimizer import init_optimizer
+from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelInputs:
+    """Pairs that have been read and checked."""
+
+    train: PreferenceData
+    heldout: PreferenceData
+
+
+def load(run: Run, tokenizer: Tokenizer, base: Decoder) -> RewardModelInputs:
+    """Reads the stage's pairs; UserError where they or the settings cannot be used."""
+    config = run.config.reward_model
+    check_length(base, config.max_length, "reward_model.max_length")
+    check_batch(run.mesh, config.batch_size, "reward_model.batch_size")
+    check_microbatches(config.batch_size, config.microbatch_size, "reward_model.microbatch_size")
+
+    def read(source) -> list[Pair]:
+        pairs, report = load_preferences(source, tokenizer, config.max_length, config.overflow)
+        run.say(f"reward_model: {report}")
+        return pairs
+
+    def data(pairs: list[Pair]) -> PreferenceData:
+        return PreferenceData(
+            pairs, config.batch_size, config.max_length, run.config.seed, config.buckets, tokenizer.pad_id
+        )
+
+    pairs = read(config.data)
+    if config.test_data is not None:
+        return RewardModelInputs(data(pairs), data(read(config.test_data)))
+    rows, held = hold_out(len(pairs), config.heldout, run.config.seed)
+    if not len(held):  # fewer than ten pairs: the accuracy is that of the training pairs
+        held = rows
+        run.say(f"reward_model: {len(pairs)} pairs are too few to hold any out: accuracy is on the training pairs")
+    return RewardModelInputs(data([pairs[i] for i in rows]), data([pairs[i] for i in held]))
+
+
+def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
+    """Runs the stage; the roles with the reward adapter."""
+    config = run.config.reward_model
+    key = key_for(run.config.seed, "reward_model", 0, "adapter")
+    if config.start == "sft" and roles.reference is not None:
+        adapter = with_head(jax.tree.map(jnp.copy, roles.reference), roles.base, "reward", key)
+    else:
+        adapter = init_adapter(roles.base, config.adapter, key, head="reward")
+    total = config.epochs * len(inputs.train)
+    optimizer = with_total_steps(config.optimizer, total)
+    microbatches = config.batch_size // (config.microbatch_size or config.batch_size)
+    update = Program(
+        reward_model_update, "reward_model_update", donate_argnums=0, static_argnames=("microbatches", "remat")
+    )
+    state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
+    shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
+    with Loop(run, "reward_model", state, total, config.save_every) as loop:
+        for step in loop.steps():
+            batch = place_batch(run.mesh, inputs.train.batch(step))
+            loop.state, metrics = update(
+                loop.state,
+                roles.base,
+                batch,
+                optimizer,
+                config.centring,
+                microbatches=microbatches,
+                remat=config.remat,
+            )
+            metrics["compiles/update"] = update.compiles
+            loop.done(step, metrics, shown, tokens=int(batch.chosen.size + batch.rejected.size))
+        adapter = loop.state.adapter
+    reached = evaluate(run, roles.base, adapter, inputs.heldout)
+    save_role(run.config.run_dir, "reward", adapter)
+    mark_finished(run.config.run_dir, "reward_model", reached)
+    accuracy, pairs = reached["heldout_accuracy"], reached["heldout_pairs"]
+    run.say(f"reward_model: accuracy {accuracy:.3f} on {pairs} held-out pairs")
+    return dataclasses.replace(roles, adapters=roles.adapters | {"reward": adapter})
+
+
+def evaluate(run: Run, base: Decoder, adapter: Adapter, data: PreferenceData) -> dict[str, float]:
+    """Share of pairs whose chosen answer scores higher (ties count half), and the mean and deviation of scores."""
+    program = Program(pair_scores, "pair_scores")
+    chosen, rejected = [], []
+    for batch in data.all_batches():
+        real = batch.weight > 0
+        scores = jax.device_get(program(base, adapter, place_batch(run.mesh, batch)))
+        chosen.append(scores[0][real])
+        rejected.append(scores[1][real])
+    chosen, rejected = np.concatenate(chosen), np.concatenate(rejected)
+    both = np.concatenate([chosen, rejected])
+    return {
+        "heldout_accuracy": float(np.mean(np.where(chosen == rejected, 0.5, chosen > rejected))),
+        "heldout_pairs": len(chosen),
+        "score_mean": float(both.mean()),
+        "score_std": float(both.std()),
+    }

@@ -1,0 +1,126 @@
+"""The roles of a run on disk: base, SFT adapter, reward, policy, value; and which stages have finished.
+
+    RUN/roles/base/          Hugging Face folder, where the run made or changed its base; else config's model
+    RUN/roles/NAME/          adapter: sft, reward, policy, value
+    RUN/roles/finished.json  what each finished stage reached
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.config import ModelConfig, RunConfig
+from jaxrlhf.config_io import load_config
+from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.weights import load_adapter, load_pretrained, save_adapter, save_pretrained
+from jaxrlhf.records import Adapter
+from jaxrlhf.runtime.random import key_for
+from jaxrlhf.runtime.run_dir import atomic_write
+
+ADAPTERS = ("sft", "reward", "policy", "value")
+
+
+@dataclasses.dataclass
+class Roles:
+    """The base and what has been trained on it so far."""
+
+    base: Decoder
+    tokenizer: Tokenizer
+    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)  # by name in ADAPTERS
+
+    @property
+    def reference(self) -> Adapter | None:
+        """What the policy is when PPO begins: the SFT adapter, or the base itself."""
+        return self.adapters.get("sft")
+
+
+def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Roles:
+    """The roles as a run with this config finds them: its own where it has left any, else its model's."""
+    folder = Path(config.run_dir) / "roles"
+    inherited: dict[str, Adapter] = {}
+    if (folder / "base").is_dir():
+        base, tokenizer = load_pretrained(str(folder / "base"), config.model.dtype, mesh)
+    elif config.model.run is not None:
+        origin = load_run(config.model.run, config.model.dtype, mesh)
+        base, tokenizer = origin.base, origin.tokenizer
+        inherited = {name: origin.adapters[name] for name in ("sft", "reward") if name in origin.adapters}
+    elif config.model.path is not None:
+        base, tokenizer = load_pretrained(config.model.path, config.model.dtype, mesh)
+    else:
+        base, tokenizer = _new_model(config)
+    if config.model.tokenizer is not None:
+        tokenizer = load_tokenizer(config.model.tokenizer)
+    if tokenizer is None:
+        raise UserError(f"model.tokenizer: {_origin(config.model)} has no tokenizer files; name a folder that has")
+    if tokenizer.vocab_size > base.config.vocab_size:
+        raise UserError(
+            f"model.tokenizer: {tokenizer.vocab_size} tokens, but the model's vocabulary is {base.config.vocab_size}"
+        )
+    own = {name: load_adapter(str(folder / name), base) for name in ADAPTERS if (folder / name).is_dir()}
+    return Roles(base, tokenizer, inherited | own)
+
+
+def load_run(run_dir: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Roles:
+    """The roles that a run has left; UserError where `run_dir` is no run or has finished no stage."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir}: not a run directory: it has no config.yaml")
+    config = load_config(path).model_copy(update={"run_dir": run_dir})
+    if not finished_stages(run_dir):
+        raise UserError(f"{run_dir}: no stage of this run has finished yet")
+    if dtype is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    return load_roles(config, mesh)
+
+
+def save_base(run_dir: str, base: Decoder, tokenizer: Tokenizer) -> None:
+    """Writes the run's own base."""
+    save_pretrained(str(Path(run_dir) / "roles" / "base"), base, tokenizer=tokenizer)
+
+
+def save_role(run_dir: str, name: str, adapter: Adapter) -> None:
+    """Writes an adapter of the run."""
+    save_adapter(str(Path(run_dir) / "roles" / name), adapter)
+
+
+def finished_stages(run_dir: str) -> dict[str, dict[str, float]]:
+    """What each finished stage reached, by stage."""
+    path = Path(run_dir) / "roles" / "finished.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def mark_finished(run_dir: str, stage: str, reached: dict[str, float]) -> None:
+    """Notes that a stage has finished; its roles must have been written before."""
+    stages = finished_stages(run_dir) | {stage: reached}
+    atomic_write(Path(run_dir) / "roles" / "finished.json", json.dumps(stages, indent=1) + "\n")
+
+
+def _origin(model: ModelConfig) -> str:
+    return model.tokenizer or model.path or model.run or "the new model"
+
+
+def _new_model(config: RunConfig) -> tuple[Decoder, Tokenizer]:
+    """A decoder of random weights, and the tokenizer of its vocabulary's words."""
+    from jaxrlhf.data.world import VOCABULARY
+
+    new = config.model.new
+    tokenizer = build_word_tokenizer(VOCABULARY)
+    shape = DecoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=new.hidden_size,
+        intermediate_size=new.intermediate_size,
+        layers=new.layers,
+        heads=new.heads,
+        kv_heads=new.kv_heads,
+        head_dim=new.hidden_size // new.heads,
+        max_positions=new.max_positions,
+        tie_embeddings=True,
+        stop_tokens=(tokenizer.eos_id,),
+        pad_token=tokenizer.pad_id,
+    )
+    return Decoder(shape, key_for(config.seed, "model", 0, "weights"), jnp.dtype(config.model.dtype)), tokenizer

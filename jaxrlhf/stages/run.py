@@ -1,0 +1,63 @@
+"""A whole run: everything is read and checked first, then the stages run in order, each once.
+
+A finished stage is not run again: the same command continues where the run stood.
+"""
+
+from pathlib import Path
+
+import jax
+
+from jaxrlhf.config import RunConfig
+from jaxrlhf.config_io import dump_config
+from jaxrlhf.runtime.mesh import make_mesh, place
+from jaxrlhf.runtime.metrics import MetricsLog
+from jaxrlhf.runtime.run_dir import open_run
+from jaxrlhf.stages import ppo, reward_model, sft
+from jaxrlhf.stages.loop import Run
+from jaxrlhf.stages.roles import Roles, finished_stages, load_roles, save_base
+
+
+def run_stages(config: RunConfig) -> Roles:
+    """Runs the stages of `config` that have not finished yet; the roles at the end.
+
+    Raises `UserError`, before anything is compiled or written, where settings, files, rows or model cannot
+    be used.
+    """
+    mesh = make_mesh(config.mesh)
+    roles = load_roles(config, mesh)
+    folder = Path(config.run_dir)
+    writes = jax.process_index() == 0
+    run = Run(
+        config,
+        mesh,
+        MetricsLog(folder / "metrics.jsonl" if writes else None),
+        MetricsLog(folder / "samples.jsonl" if writes else None),
+    )
+    finished = finished_stages(config.run_dir)
+    todo = [stage for stage in config.stages if stage not in finished]
+    for stage in config.stages:
+        if stage in finished:
+            run.say(f"{stage}: has finished before")
+    inputs = _load_inputs(run, roles, todo)
+    open_run(config.run_dir, dump_config(config))
+    if config.model.new is not None and not (folder / "roles" / "base").is_dir():
+        save_base(config.run_dir, roles.base, roles.tokenizer)
+    roles.base = place(mesh, roles.base)
+    train = {"sft": sft.train, "reward_model": reward_model.train, "ppo": ppo.train}
+    for stage in todo:
+        roles = train[stage](run, roles, inputs[stage])
+    run.metrics.close()
+    run.samples.close()
+    return roles
+
+
+def _load_inputs(run: Run, roles: Roles, todo: list[str]) -> dict:
+    """What each stage reads, so that a bad row of the last one stops the run before the first."""
+    inputs = {}
+    if "sft" in todo:
+        inputs["sft"] = sft.load(run, roles.tokenizer, roles.base)
+    if "reward_model" in todo:
+        inputs["reward_model"] = reward_model.load(run, roles.tokenizer, roles.base)
+    if "ppo" in todo:
+        inputs["ppo"] = ppo.load(run, roles, reward_adapter_comes="reward_model" in run.config.stages)
+    return inputs

@@ -1,0 +1,23 @@
+"""Checks and small completions of settings that need to know the model or the number of steps."""
+
+from jaxrlhf.config import OptimizerConfig
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import Decoder
+
+
+def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
+    """The optimizer with the stage's own number of steps, where the settings give none."""
+    return config if config.total_steps is not None else config.model_copy(update={"total_steps": float(steps)})
+
+
+def check_length(base: Decoder, length: int, key_path: str) -> None:
+    """UserError where sequences would be longer than the model's positions."""
+    if length > base.config.max_positions:
+        raise UserError(f"{key_path}: {length} tokens, but the model has {base.config.max_positions} positions")
+
+
+def check_microbatches(rows: int, size: int | None, key_path: str) -> None:
+    """UserError where rows do not divide into microbatches."""
+    if size is not None and rows % size:
+        fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise UserError(f"{key_path}: {rows} rows cannot be split into parts of {size}; these fit: {fitting}")

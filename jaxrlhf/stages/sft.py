@@ -1,0 +1,92 @@
+"""The sft stage: imitate demonstrations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.config import SFTConfig
+from jaxrlhf.data.order import hold_out
+from jaxrlhf.data.sft import SFTData, load_demonstrations
+from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.models.adapters import init_adapter, merge
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.records import Adapter, TrainState
+from jaxrlhf.runtime.mesh import check_batch, place, place_batch
+from jaxrlhf.runtime.programs import Program
+from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
+from jaxrlhf.stages.settings import check_length, check_microbatches, with_total_steps
+from jaxrlhf.steps.optimizer import init_optimizer
+from jaxrlhf.steps.sft import sft_evaluate, sft_update
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTInputs:
+    """Rows that have been read and checked."""
+
+    train: SFTData
+    heldout: SFTData | None
+
+
+def load(run: Run, tokenizer: Tokenizer, base: Decoder) -> SFTInputs:
+    """Reads the stage's rows; UserError where they or the settings cannot be used."""
+    config = run.config.sft
+    check_length(base, config.max_length, "sft.max_length")
+    check_batch(run.mesh, config.batch_size, "sft.batch_size")
+    check_microbatches(config.batch_size, config.microbatch_size, "sft.microbatch_size")
+    examples, report = load_demonstrations(config.data, tokenizer, config.max_length, config.overflow)
+    run.say(f"sft: {report}")
+    train, held = hold_out(len(examples), config.heldout, run.config.seed)
+
+    def data(rows) -> SFTData:
+        chosen = [examples[i] for i in rows]
+        return SFTData(
+            chosen, config.batch_size, config.max_length, run.config.seed, config.packing, tokenizer.pad_id
+        )
+
+    return SFTInputs(data(train), data(held) if len(held) else None)
+
+
+def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
+    """Runs the stage; the roles with the SFT adapter, or with a new base where the whole model was trained."""
+    config = run.config.sft
+    adapter = init_adapter(roles.base, config.adapter, key_for(run.config.seed, "sft", 0, "adapter"))
+    total = config.epochs * len(inputs.train)
+    optimizer = with_total_steps(config.optimizer, total)
+    microbatches = config.batch_size // (config.microbatch_size or config.batch_size)
+    update = Program(sft_update, "sft_update", donate_argnums=0, static_argnames=("microbatches", "remat"))
+    state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
+    with Loop(run, "sft", state, total, config.save_every) as loop:
+        for step in loop.steps():
+            batch = place_batch(run.mesh, inputs.train.batch(step))
+            loop.state, metrics = update(
+                loop.state, roles.base, batch, optimizer, microbatches=microbatches, remat=config.remat
+            )
+            metrics["compiles/update"] = update.compiles
+            loop.done(step, metrics, {"loss": "sft/loss"}, tokens=int(batch.tokens.size))
+        adapter = loop.state.adapter
+    reached = {"heldout_loss": evaluate(run, roles.base, adapter, inputs.heldout)} if inputs.heldout else {}
+    return _finish(run, roles, config, adapter, reached)
+
+
+def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) -> float:
+    """Mean cross-entropy per learnt token, in nats."""
+    program = Program(sft_evaluate, "sft_evaluate")
+    sums = [program(base, adapter, place_batch(run.mesh, batch)) for batch in data.all_batches()]
+    losses, tokens = zip(*jax.device_get(sums))
+    return float(sum(losses) / max(sum(tokens), 1))
+
+
+def _finish(run: Run, roles: Roles, config: SFTConfig, adapter: Adapter, reached: dict[str, float]) -> Roles:
+    folder = run.config.run_dir
+    if config.adapter.kind == "full":
+        base = place(run.mesh, merge(roles.base, adapter))
+        save_base(folder, base, roles.tokenizer)
+        roles = Roles(base, roles.tokenizer)  # adapters of the old base do not fit the new one
+    else:
+        save_role(folder, "sft", adapter)
+        roles = dataclasses.replace(roles, adapters=roles.adapters | {"sft": adapter})
+    mark_finished(folder, "sft", reached)
+    return roles

@@ -1,0 +1,37 @@
+"""python -m jaxrlhf.train --config FILE [key.path=value ...]: runs the stages that the config names."""
+
+import argparse
+import sys
+
+from jaxrlhf.command import main_of
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    from jaxrlhf.config_io import settings_help
+
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxrlhf.train",
+        description="Runs the stages that a config names (sft, reward_model, ppo). The same command continues a run.",
+        epilog="settings:\n\n" + settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    return parser.parse_args(arguments)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.config_io import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from jaxrlhf.stages.run import run_stages
+
+    run_stages(config)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return main_of(lambda: train(parse(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
