@@ -1,0 +1,200 @@
+"""Preference pairs for the reward model: rows to two token sequences with one prompt, and batches of them."""
+
+import os.path
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxrlhf.config import Overflow, PreferencesConfig
+from jaxrlhf.data.order import Buckets, bucket_lengths
+from jaxrlhf.data.sources import (
+    LoadReport,
+    Message,
+    Row,
+    has_field,
+    number_field,
+    read_rows,
+    text_or_messages_field,
+)
+from jaxrlhf.data.tokenizers import Prompt, Response, Tokenizer, as_messages
+from jaxrlhf.errors import UserError
+from jaxrlhf.records import PreferenceBatch
+
+TURN = "\n\nAssistant:"  # how hh-rlhf opens an answer in a dialogue that is one text
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, each a whole sequence: prompt, answer, EOS."""
+
+    chosen_ids: np.ndarray  # i32[c]
+    rejected_ids: np.ndarray  # i32[r]
+    margin: float  # 0 where the data has none
+    where: str
+
+    def __len__(self) -> int:
+        """Tokens of the longer one."""
+        return max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def load_preferences(
+    config: PreferencesConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
+) -> tuple[list[Pair], LoadReport]:
+    """Reads, checks and tokenizes all pairs; no sequence is longer than `max_length` tokens.
+
+    Without a prompt field, chosen and rejected are whole dialogues, as texts in hh-rlhf's form or as chats,
+    and the prompt is what they begin with alike, up to an answer. A longer pair: `cut` takes the same tokens
+    off the start of both prompts, BOS excepted (the score stands at the answer's end; a pair is dropped
+    where an answer leaves no room for a prompt), `drop` leaves it out, `stop` raises. Pairs of equal answers
+    teach nothing and are dropped. UserError for a row that cannot be used, with its place.
+    """
+    rows = read_rows(config)
+    split = [_split(row, config) for row in rows]
+    margins = [number_field(row, config.margin_field, 0.0) for row in rows]
+    report = LoadReport(config.path, len(rows))
+    # Side by side: the tokenizer sees a prompt twice in a row, and tokenizes it once.
+    sides = tokenizer.encode_pairs(
+        [(prompt, answer) for prompt, *answers in split for answer in answers],
+        where=[row.where for row in rows for _ in range(2)],
+    )
+    pairs = []
+    for row, margin, (prompt, chosen), (_, rejected) in zip(rows, margins, sides, sides):
+        answer = max(len(chosen), len(rejected))
+        total = len(prompt) + answer
+        if total > max_length and overflow == "stop":
+            raise UserError(
+                f"{row.where}: {total} tokens (prompt {len(prompt)}, longer answer {answer}), but max_length is "
+                f"{max_length}; raise it, or set overflow: cut or drop"
+            )
+        if chosen == rejected:
+            report.drop("chosen and rejected are equal")
+        elif total > max_length and overflow == "drop":
+            report.drop(f"longer than {max_length} tokens")
+        else:
+            kept = tokenizer.cut_start(prompt, max_length - answer)
+            if kept is None:
+                report.drop(f"answer leaves no room for a prompt in {max_length} tokens")
+                continue
+            report.cut += len(kept) < len(prompt)
+            pairs.append(
+                Pair(np.array(kept + chosen, np.int32), np.array(kept + rejected, np.int32), margin, row.where)
+            )
+    report.check()
+    return pairs, report
+
+
+# ---------------------------------------------------------------- forms of a row
+
+
+def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Response]:
+    """Prompt, chosen answer, rejected answer."""
+    if not has_field(row, config.prompt_field):
+        chosen = text_or_messages_field(row, config.chosen_field)
+        rejected = text_or_messages_field(row, config.rejected_field)
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise UserError(f"{row.where}: one of chosen and rejected is text and the other a chat; want two alike")
+        if isinstance(chosen, str):
+            return _split_texts(row, config, chosen, rejected)
+        return _split_chats(row, chosen, rejected)
+
+    prompt = text_or_messages_field(row, config.prompt_field, empty=True)
+    chosen = text_or_messages_field(row, config.chosen_field)
+    rejected = text_or_messages_field(row, config.rejected_field)
+    opening = as_messages(prompt, "user")
+    if all(isinstance(side, list) and _begins(side, opening) for side in (chosen, rejected)):
+        return _split_chats(row, chosen, rejected)  # whole chats that begin with the prompt, as in ultrafeedback
+    return prompt, chosen, rejected
+
+
+def _begins(chat: list[Message], opening: list[Message]) -> bool:
+    return len(chat) > len(opening) and all(
+        (m["role"], m["content"]) == (o["role"], o["content"]) for m, o in zip(chat, opening)
+    )
+
+
+def _split_texts(row: Row, config: PreferencesConfig, chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Two dialogues in one text each: the prompt ends with the last answer's opening that both have in common."""
+    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (by characters is what is meant)
+    opening = common.rfind(TURN)
+    if opening < 0:
+        raise UserError(
+            f"{row.where}: no field {config.prompt_field!r}, and {config.chosen_field!r} and "
+            f"{config.rejected_field!r} do not begin alike up to {TURN!r} as whole dialogues do; "
+            f"the row has {', '.join(row.values)}"
+        )
+    end = opening + len(TURN)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tuple[Prompt, Response, Response]:
+    """Two chats: the prompt is the turns that they have in common, up to an answer of the assistant."""
+    end = 0
+    while end < min(len(chosen), len(rejected)) and chosen[end] == rejected[end]:
+        end += 1
+    # Equal chats, or one that goes on where the other ends: step back to the last answer of both.
+    while end and (end == min(len(chosen), len(rejected)) or chosen[end]["role"] != "assistant"):
+        end -= 1
+    if not end:
+        raise UserError(f"{row.where}: chosen and rejected are chats without a common turn before an assistant's")
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+# ---------------------------------------------------------------- batches
+
+
+class PreferenceData:
+    """Batches of pairs as a function of the step: `batch(step)` for ever, `len` of them an epoch.
+
+    Pairs of similar length share a batch, padded to one of `buckets` lengths. Where a batch is short, copies
+    of its first pair with weight 0 fill it up: real tokens, so that no score is taken of nothing.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        buckets: int = 4,
+        pad_id: int | None = None,
+    ):
+        self.pairs = pairs
+        self.seed = seed
+        self.pad_id = pad_id
+        self.batch_size = batch_size
+        lengths = np.array([len(pair) for pair in pairs], np.int64)
+        # A bucket that does not fill a batch would cost a program and mostly compute padding rows.
+        bounds = bucket_lengths(lengths, min(buckets, max(1, len(pairs) // batch_size)), max_length)
+        self.buckets = Buckets.of(lengths, bounds, batch_size)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return len(self.buckets)
+
+    def batch(self, step: int) -> PreferenceBatch:
+        """The batch at a step, from 0 on: always the same for one seed. Leaves are numpy arrays."""
+        return self._fill(*self.buckets.batch(self.seed, step))
+
+    def all_batches(self) -> list[PreferenceBatch]:
+        """Every pair once with weight 1, unshuffled."""
+        return [self._fill(length, rows) for length, rows in self.buckets.in_order()]
+
+    def _fill(self, length: int, rows: np.ndarray) -> PreferenceBatch:
+        shape = (self.batch_size, length)
+        pad = 0 if self.pad_id is None else self.pad_id
+        chosen, rejected = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
+        chosen_mask, rejected_mask = np.zeros(shape, bool), np.zeros(shape, bool)
+        margin, weight = np.zeros(self.batch_size, np.float32), np.zeros(self.batch_size, np.float32)
+        for b in range(self.batch_size):
+            pair = self.pairs[rows[b] if b < len(rows) else rows[0]]
+            chosen[b, : len(pair.chosen_ids)] = pair.chosen_ids
+            chosen_mask[b, : len(pair.chosen_ids)] = True
+            rejected[b, : len(pair.rejected_ids)] = pair.rejected_ids
+            rejected_mask[b, : len(pair.rejected_ids)] = True
+            margin[b] = pair.margin
+            weight[b] = b < len(rows)
+        return PreferenceBatch(
+            chosen=chosen, chosen_mask=chosen_mask, rejected=rejected, rejected_mask=rejected_mask,
+            margin=margin, weight=weight,
+        )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Prompts for rollouts: rows to left-padded token ids, with the columns that a reward function may want."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.config import Overflow, PromptsConfig
+from jaxrlhf.data.order import batch_rows
+from jaxrlhf.data.sources import (
+    LoadReport,
+    Row,
+    has_field,
+    messages_field,
+    read_rows,
+    text_field,
+    text_or_messages_field,
+)
+from jaxrlhf.data.tokenizers import Prompt, Tokenizer
+from jaxrlhf.errors import UserError
+from jaxrlhf.records import Prompts
+
+
+def left_pad(ids: Sequence[Sequence[int]], length: int | None = None, pad_id: int | None = None) -> Prompts:
+    """Prompts [B, length], numpy, from B lists of ids, each at the right edge; `length` None: the longest one's."""
+    length = max(map(len, ids)) if length is None else length
+    tokens = np.full((len(ids), length), 0 if pad_id is None else pad_id, np.int32)
+    mask = np.zeros((len(ids), length), bool)
+    for b, prompt in enumerate(ids):
+        if not 0 < len(prompt) <= length:
+            raise ValueError(f"prompt {b} has {len(prompt)} tokens; want 1 to {length}")
+        tokens[b, length - len(prompt) :] = prompt
+        mask[b, length - len(prompt) :] = True
+    return Prompts(tokens=tokens, mask=mask)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in the order of their rows; field i of each list belongs to prompt i."""
+
+    ids: list[np.ndarray]  # i32[p] each
+    texts: list[str]  # as the reward function sees it
+    columns: list[dict[str, Any]]  # the row's other fields
+    max_prompt_tokens: int
+    pad_id: int | None
+    report: LoadReport
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> tuple[Prompts, list[dict[str, Any]], list[str]]:
+        """The batch at a step of an endless shuffled stream: prompts [batch_size, max_prompt_tokens], numpy,
+        with their columns and texts. Each prompt comes once an epoch; the step is all that need be saved."""
+        return self.take(batch_rows(seed, step, batch_size, len(self)))
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> tuple[Prompts, list[dict[str, Any]], list[str]]:
+        """The prompts of the given numbers, as `batch` gives them."""
+        prompts = left_pad([self.ids[i] for i in rows], self.max_prompt_tokens, self.pad_id)
+        return prompts, [self.columns[i] for i in rows], [self.texts[i] for i in rows]
+
+
+def load_prompts(
+    config: PromptsConfig, tokenizer: Tokenizer, max_prompt_tokens: int, overflow: Overflow
+) -> PromptSet:
+    """Reads, checks and tokenizes all prompts; none is longer than `max_prompt_tokens`.
+
+    The first row's fields decide the form of all rows: a prompt (text or chat), a chat whose last assistant
+    turn is left out, or plain text whose first `text_tokens` tokens (BOS not counted) are the prompt; where
+    several are there, the one whose field the settings name, then in this order. A longer prompt: `cut`
+    takes off its start, BOS excepted, `drop` leaves it out, `stop` raises. UserError for a row that cannot
+    be used, with its place.
+    """
+    rows = read_rows(config)
+    key, read = _form(config, rows[0])
+    name = getattr(config, key)
+    prompts = [read(row, name) for row in rows]
+    report = LoadReport(config.path, len(rows))
+    kept_ids, texts, columns = [], [], []
+    for row, prompt, ids in zip(rows, prompts, tokenizer.encode_prompts(prompts, [row.where for row in rows])):
+        whole = len(ids)
+        if key == "text_field":
+            whole = min(whole, len(tokenizer.prefix_ids) + config.text_tokens)
+        if not whole:
+            raise UserError(f"{row.where}: an empty prompt, and the tokenizer has no BOS to begin with; want text")
+        if whole > max_prompt_tokens and overflow == "stop":
+            raise UserError(
+                f"{row.where}: prompt of {whole} tokens, but max_prompt_tokens is {max_prompt_tokens}; "
+                "raise it, or set overflow: cut or drop"
+            )
+        kept = tokenizer.cut_start(ids[:whole], max_prompt_tokens)
+        if kept is None or (overflow == "drop" and len(kept) < whole):
+            report.drop(f"longer than {max_prompt_tokens} tokens")
+            continue
+        report.cut += len(kept) < whole
+        as_given = isinstance(prompt, str) and len(kept) == len(ids)
+        kept_ids.append(np.array(kept, np.int32))
+        texts.append(prompt if as_given else tokenizer.decode(kept))
+        columns.append({k: v for k, v in row.values.items() if k != name or not isinstance(prompt, str)})
+    report.check()
+    return PromptSet(kept_ids, texts, columns, max_prompt_tokens, tokenizer.pad_id, report)
+
+
+def _prompt(row: Row, name: str) -> Prompt:
+    return text_or_messages_field(row, name, empty=True)
+
+
+def _chat(row: Row, name: str) -> Prompt:
+    messages = messages_field(row, name)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise UserError(f"{row.where}: field {name!r} has no message before the assistant's; want one")
+    return messages
+
+
+def _form(config: PromptsConfig, row: Row) -> tuple[str, Callable[[Row, str], Prompt]]:
+    """The settings key of the field that holds the prompts, and its reader, chosen by the first row's fields."""
+    forms = [("prompt_field", _prompt), ("messages_field", _chat), ("text_field", text_field)]
+    forms.sort(key=lambda form: form[0] not in config.model_fields_set)
+    for key, read in forms:
+        if has_field(row, getattr(config, key)):
+            return key, read
+    raise UserError(
+        f"{row.where}: want field {config.prompt_field!r}, {config.messages_field!r} or {config.text_field!r}; "
+        f"the row has {', '.join(row.values) or 'no fields'} "
+        "(prompt_field, messages_field and text_field name them)"
+    )

@@ -1,0 +1,337 @@
+"""Rows from JSON, JSON Lines, Parquet, the datasets library and the builtin sets; and their fields, checked.
+
+`read_rows` gives every row with the place where it stands, so that whatever is wrong with it later can be
+reported as file and line. The field functions below it are the only place that looks at a row's types.
+"""
+
+import difflib
+import gzip
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxrlhf.config import SourceConfig
+from jaxrlhf.errors import UserError
+
+Message = dict[str, Any]
+"""One turn of a chat: `role`, `content`, and whatever else the chat template reads."""
+
+ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_SPLITS = ("train", "test")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it stands, such as `pairs.jsonl:12` or `pairs.parquet row 12` (counted from 1)."""
+
+    values: dict[str, Any]
+    where: str
+
+
+@dataclass
+class LoadReport:
+    """What became of the rows of a source: all read, some cut to length, some dropped, and why."""
+
+    path: str
+    rows: int
+    cut: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    @property
+    def kept(self) -> int:
+        return self.rows - sum(self.dropped.values())
+
+    def check(self) -> None:
+        """Raises UserError where no row is left."""
+        if not self.kept:
+            reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            raise UserError(f"{self.path}: none of its {self.rows} rows can be used: {reasons}")
+
+    def __str__(self) -> str:
+        parts = [f"{self.path}: {self.kept} of {self.rows} rows"]
+        parts += [f"{self.cut} cut to length"] if self.cut else []
+        parts += [f"{count} dropped ({reason})" for reason, count in self.dropped.items()]
+        return ", ".join(parts)
+
+
+def read_rows(source: SourceConfig) -> list[Row]:
+    """All rows of a source, or the first `limit`. UserError where it is missing, broken or empty."""
+    path = os.path.expanduser(source.path)
+    form = _form(source, path)
+    if form == "builtin":
+        rows = _builtin(source)
+    elif form == "datasets":
+        rows = _datasets(source, path)
+    elif not os.path.isfile(path):
+        problem = "is a folder; format: datasets reads one" if os.path.isdir(path) else "no such file"
+        raise UserError(f"{source.path}: {problem}")
+    else:
+        reader = {"json": _json, "jsonl": _json_lines, "parquet": _parquet}[form]
+        try:
+            rows = _first(reader(path, source), source.limit)
+        except (OSError, EOFError) as error:  # unreadable, or a broken .gz
+            raise UserError(f"{source.path}: cannot be read: {one_line(error)}") from error
+    if not rows:
+        raise UserError(f"{source.path}: has no rows; at least one is needed")
+    return rows
+
+
+def _form(source: SourceConfig, path: str) -> str:
+    """The format, where it is `auto` by the path's looks."""
+    if source.format != "auto":
+        return source.format
+    if path.startswith(BUILTIN_PREFIX):
+        return "builtin"
+    ending = os.path.splitext(path.removesuffix(".gz"))[1].lower()
+    if os.path.isdir(path) or (not os.path.exists(path) and ending not in ENDINGS and HUB_ID.fullmatch(path)):
+        return "datasets"
+    if ending in ENDINGS:
+        return ENDINGS[ending]
+    if not os.path.exists(path):
+        raise UserError(f"{source.path}: no such file or folder")
+    raise UserError(
+        f"{source.path}: its ending says no format; "
+        f"known are {', '.join(ENDINGS)}, or set format: json, jsonl or parquet"
+    )
+
+
+def _first(rows: Iterator[Row], limit: int | None) -> list[Row]:
+    return [row for _, row in zip(range(limit), rows)] if limit else list(rows)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _open(path: str):
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
+def _parse(data: bytes, source: SourceConfig, first_line: int, hint: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))  # files from Windows may begin with a byte order mark
+    except UnicodeDecodeError as error:
+        line = first_line + data[: error.start].count(b"\n")
+        raise UserError(
+            f"{source.path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{source.path}:{line}: not JSON ({error.msg}, column {error.colno}); {hint}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+        raise UserError(f"{source.path}:{first_line}: not usable JSON ({one_line(error)})") from error
+
+
+def _row(values: Any, where: str) -> Row:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: a row must be a JSON object of named fields, not {describe(values)}")
+    return Row(values, where)
+
+
+def _json(path: str, source: SourceConfig) -> Iterator[Row]:
+    with _open(path) as file:
+        data = file.read()
+    value = _parse(data, source, 1, "want a list of objects (JSON Lines: set format: jsonl)")
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    if not isinstance(value, list):
+        raise UserError(f'{source.path}: want a list of objects, or {{"data": [...]}}, not {describe(value)}')
+    for number, values in enumerate(value, 1):
+        yield _row(values, f"{source.path} row {number}")
+
+
+def _json_lines(path: str, source: SourceConfig) -> Iterator[Row]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                values = _parse(line.rstrip(b"\r\n"), source, number, "want one JSON object a line")
+                yield _row(values, f"{source.path}:{number}")
+
+
+def _parquet(path: str, source: SourceConfig) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _row(values, f"{source.path} row {number}")
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{source.path}: not a readable Parquet file: {one_line(error)}") from error
+
+
+# ---------------------------------------------------------------- datasets and builtin sets
+
+
+def _datasets(source: SourceConfig, path: str) -> list[Row]:
+    """A folder from `save_to_disk`, a folder of data files, or a hub id. No remote code: datasets >= 4 has none."""
+    import datasets
+
+    if os.path.exists(os.path.join(path, "dataset_dict.json")) or os.path.exists(os.path.join(path, "state.json")):
+        table = _saved(source, path)
+    else:
+        local = os.path.isdir(path)
+        if not local and (os.path.exists(path) or not HUB_ID.fullmatch(path)):
+            raise UserError(f"{source.path}: format: datasets wants a folder or a hub id such as owner/name")
+        try:
+            table = datasets.load_dataset(path, source.subset, split=source.split)
+        except ConnectionError as error:  # offline mode is one; a hub id that does not exist is none
+            raise UserError(
+                f"{source.path}: no such folder here, and the hub cannot be reached: {one_line(error)}"
+            ) from error
+        except Exception as error:  # the library raises its own, pyarrow's, fsspec's and httpx's kinds
+            cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+            raise UserError(
+                f"{source.path}: {'cannot be loaded' if local else 'cannot be loaded from the hub'} "
+                f"(split {source.split}, subset {source.subset}): {one_line(cause or error)}"
+            ) from error
+    if source.limit:
+        table = table.select(range(min(source.limit, len(table))))
+    return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(table.to_list(), 1)]
+
+
+def _saved(source: SourceConfig, path: str) -> Any:
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(path)
+    except Exception as error:  # a broken folder raises what its broken file raises
+        raise UserError(f"{source.path}: a saved set that cannot be read: {one_line(error)}") from error
+    if isinstance(table, datasets.DatasetDict):
+        if source.split not in table:
+            raise UserError(f"{source.path}: no split {source.split!r}; it has {', '.join(table)}")
+        return table[source.split]
+    # One set saved by itself often carries no split name; `train` is only the setting's default.
+    if source.split not in ("train", str(table.split)):
+        raise UserError(f"{source.path}: one set without splits; split: {source.split} cannot be taken from it")
+    return table
+
+
+def _builtin(source: SourceConfig) -> list[Row]:
+    from jaxrlhf.data.world import BUILTIN
+
+    name = source.path.removeprefix(BUILTIN_PREFIX)
+    if name not in BUILTIN:
+        raise UserError(
+            f"{source.path}: no such builtin set; there are {', '.join(BUILTIN_PREFIX + n for n in BUILTIN)}"
+        )
+    if source.split not in BUILTIN_SPLITS:
+        raise UserError(f"{source.path}: no split {source.split!r}; it has {', '.join(BUILTIN_SPLITS)}")
+    rows = BUILTIN[name](source.split, source.limit)
+    return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(rows, 1)]
+
+
+# ---------------------------------------------------------------- fields
+
+
+def has_field(row: Row, name: str) -> bool:
+    """Whether the row has the field; null counts as absent, for tables give every row every column."""
+    return row.values.get(name) is not None
+
+
+def text_field(row: Row, name: str, empty: bool = False) -> str:
+    """The field's text. UserError where it is absent, not text or, unless `empty`, blank."""
+    return _text(_present(row, name), row.where, f"field {name!r}", empty)
+
+
+def messages_field(row: Row, name: str) -> list[Message]:
+    """The field's chat messages, in order; at least one."""
+    return _messages(_present(row, name), row.where, f"field {name!r}")
+
+
+def text_or_messages_field(row: Row, name: str, empty: bool = False) -> str | list[Message]:
+    """Text, or a list of chat messages; a single message (an object) becomes a list of one."""
+    value = _present(row, name)
+    what = f"field {name!r}"
+    if isinstance(value, str):
+        return _text(value, row.where, what, empty)
+    if isinstance(value, list | dict):
+        return _messages([value] if isinstance(value, dict) else value, row.where, what)
+    raise UserError(f"{row.where}: {what} is {describe(value)}; want text or a list of chat messages")
+
+
+def number_field(row: Row, name: str, default: float) -> float:
+    """The field's finite number, or `default` where the field is absent."""
+    if not has_field(row, name):
+        return default
+    value = row.values[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{row.where}: field {name!r} is {describe(value)}; want a finite number")
+    return float(value)
+
+
+def _present(row: Row, name: str) -> Any:
+    if not has_field(row, name):
+        problem = f"field {name!r} is null" if name in row.values else f"no field {name!r}"
+        near = difflib.get_close_matches(name, [n for n in row.values if n != name], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        has = ", ".join(row.values) or "no fields"
+        raise UserError(f"{row.where}: {problem}; the row has {has}{hint} (set the data section's field keys)")
+    return row.values[name]
+
+
+def _text(value: Any, where: str, what: str, empty: bool) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {what} is {describe(value)}; want text")
+    if not empty and not value.strip():
+        raise UserError(f"{where}: {what} is empty; want text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
+        raise UserError(f"{where}: {what} holds half a surrogate pair at character {error.start}") from error
+    return value
+
+
+def _messages(value: Any, where: str, what: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {what} is {describe(value)}; want a list of chat messages")
+    messages = []
+    for number, message in enumerate(value, 1):
+        turn = f"{what}, message {number}"
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: {turn} is {describe(message)}; want an object with role and content")
+        missing = [key for key in ("role", "content") if message.get(key) is None]
+        if missing:
+            raise UserError(
+                f"{where}: {turn} has no {' and no '.join(missing)}; "
+                f"want role and content, it has {', '.join(message) or 'no fields'}"
+            )
+        for key in ("role", "content"):
+            _text(message[key], where, f"{turn}, {key}", empty=key == "content")
+        # Tables give every message every key; templates ask `is defined`, so null ones go.
+        messages.append({key: v for key, v in message.items() if v is not None})
+    return messages
+
+
+def describe(value: Any) -> str:
+    """A value's kind and beginning, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the truth value {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value!r:.40}"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(str, value))[:60] or 'no fields'}"
+    return f"a {type(value).__name__}"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library said, for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

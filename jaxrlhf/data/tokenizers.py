@@ -1,0 +1,271 @@
+"""Text and chats to token ids and back: one small class around a transformers fast tokenizer.
+
+Left out on purpose: padding and truncation (the data files decide both, and masks say what is real), adding
+tokens (a pad token that the model was not trained with would need a new embedding row), slow tokenizers and
+remote code.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxrlhf.data.sources import HUB_ID, Message, one_line
+from jaxrlhf.errors import UserError
+
+Prompt = str | list[Message]
+Response = str | Message | list[Message]
+
+VOCABULARY_FILES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json",
+    "tokenizer_config.json",
+)  # fmt: skip
+HUB_FILES = ("tokenizer*", "*.model", "vocab*", "merges*", "tekken.json", "special_tokens_map.json",
+             "added_tokens.json", "chat_template*", "config.json")  # fmt: skip
+# A response that is tokenized without its prompt stands behind one of these, the first that does not merge
+# with it, so that tokenizers which put a space before a text put it there.
+ANCHORS = ("\n", ".", "a")
+CHUNK = 512  # texts per call: bounds the memory that offsets take
+
+
+class Tokenizer:
+    """Token ids of prompts and responses as the model will see them.
+
+    `name` is where it came from, for messages; `eos_id` and `pad_id` are None where the tokenizer has none;
+    `prefix_ids` is what it puts before every text (BOS, mostly); `vocab_size` is its largest id + 1.
+    """
+
+    def __init__(self, tokenizer: Any, name: str):
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(f"{name}: no fast tokenizer; save one with a tokenizer.json")
+        self._tokenizer = tokenizer
+        self.name = name
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.pad_id: int | None = tokenizer.pad_token_id
+        self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.prefix_ids = self._find_prefix()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt: text behind BOS (if the tokenizer has it, and never a trailing EOS), or chat
+        messages through the chat template, ending where the assistant begins to speak."""
+        return next(self.encode_prompts([prompt]))
+
+    def encode_pair(self, prompt: Prompt, response: Response, end: bool = True) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, exactly as `encode_prompt` gives them, and of the response that follows it.
+
+        The response's ids are those of both tokenized together where that leaves the prompt's ids as they
+        are, or else of the response alone. `end` puts EOS after them where it is not there already, and takes
+        off the blanks that chat templates put after it.
+        """
+        return next(self.encode_pairs([(prompt, response)], end))
+
+    def encode_prompts(self, prompts: Sequence[Prompt], where: Sequence[str] = ()) -> Iterator[list[int]]:
+        """`encode_prompt` of many; `where` names their places in messages."""
+        for start in range(0, len(prompts), CHUNK):
+            part = prompts[start : start + CHUNK]
+            texts = [
+                p if isinstance(p, str) else self._render(p, True, _place(where, start + i))
+                for i, p in enumerate(part)
+            ]
+            for prompt, encoding in zip(part, self._encode(texts)):
+                yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
+
+    def encode_pairs(
+        self, pairs: Sequence[tuple[Prompt, Response]], end: bool = True, where: Sequence[str] = ()
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """`encode_pair` of many; `where` names their places in messages."""
+        if end and self.eos_id is None:
+            raise UserError(f"{self.name}: the tokenizer has no EOS token, so answers could not end; set eos_token")
+        for start in range(0, len(pairs), CHUNK):
+            part = pairs[start : start + CHUNK]
+            texts = [self._pair_texts(*pair, _place(where, start + i)) for i, pair in enumerate(part)]
+            prompts = self._encode_once([prompt for prompt, _ in texts])
+            joints = self._encode([prompt + response for prompt, response in texts])
+            splits = [_splits(prompts[text], joint, len(text)) for (text, _), joint in zip(texts, joints)]
+            rest = self._encode_alone([response for (_, response), split in zip(texts, splits) if not split])
+            for (prompt, response), (prompt_text, _), joint, split in zip(part, texts, joints, splits):
+                prompt_ids = prompts[prompt_text].ids
+                ids = joint.ids[len(prompt_ids) :] if split else next(rest)
+                if isinstance(prompt, str) and isinstance(response, str):
+                    prompt_ids = self._with_prefix(prompt_ids)
+                yield prompt_ids, self._ended(ids) if end else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return self._tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def cut_start(self, prompt: list[int], room: int) -> list[int] | None:
+        """A prompt in at most `room` tokens: its end, behind the BOS that it began with.
+
+        None where not one token of its own would be left.
+        """
+        if len(prompt) <= room:
+            return prompt
+        kept = self.prefix_ids if prompt[: len(self.prefix_ids)] == self.prefix_ids else []
+        if room <= len(kept):
+            return None
+        return kept + prompt[len(prompt) - (room - len(kept)) :]
+
+    def save(self, path: str) -> None:
+        """Writes the tokenizer's files, chat template included, into a folder that `load_tokenizer` reads."""
+        self._tokenizer.save_pretrained(path)
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        """A `tokenizers.Encoding` per text, without special tokens, padding and truncation."""
+        # verbose=False: how long a text may be is the data's business, not model_max_length's.
+        return self._tokenizer(texts, add_special_tokens=False, verbose=False).encodings if texts else []
+
+    def _encode_once(self, texts: list[str]) -> dict[str, Any]:
+        """The encoding of each different text."""
+        different = list(dict.fromkeys(texts))
+        return dict(zip(different, self._encode(different)))
+
+    def _find_prefix(self) -> list[int]:
+        """What the tokenizer puts before every text. A trailing EOS would end a prompt, and is left behind."""
+        probe = "a"
+        inner = self._encode([probe])[0].ids
+        outer = self._tokenizer(probe, add_special_tokens=True, verbose=False)["input_ids"]
+        for start in range(len(outer) - len(inner) + 1):
+            if outer[start : start + len(inner)] == inner:
+                return outer[:start]
+        raise UserError(f"{self.name}: the tokenizer changes a text's own tokens when it adds special ones")
+
+    def _with_prefix(self, ids: list[int]) -> list[int]:
+        """Behind BOS, and once only: texts that were rendered before often spell it out."""
+        return ids if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids + ids
+
+    def _encode_alone(self, texts: list[str]) -> Iterator[list[int]]:
+        """Ids of texts as they are in the middle of a text."""
+        plain = self._encode(texts)
+        anchors = self._encode(list(ANCHORS))
+        joints = [self._encode([anchor + text for text in texts]) for anchor in ANCHORS]
+        for i, encoding in enumerate(plain):
+            fits = (joint[i].ids[len(a.ids) :] for a, joint in zip(anchors, joints) if _splits(a, joint[i], 1))
+            yield next(fits, encoding.ids)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        if self.eos_id in ids:
+            last = len(ids) - 1 - ids[::-1].index(self.eos_id)
+            rest = ids[last + 1 :]
+            if not rest or not self._tokenizer.decode(rest, skip_special_tokens=False).strip():
+                return ids[: last + 1]
+        return [*ids, self.eos_id]
+
+    def _pair_texts(self, prompt: Prompt, response: Response, place: str) -> tuple[str, str]:
+        """The prompt as text, and the text that follows it."""
+        if isinstance(prompt, str) and isinstance(response, str):
+            return prompt, response
+        opening, answer = as_messages(prompt, "user"), as_messages(response, "assistant")
+        before = self._render(opening, True, place)
+        whole = self._render(opening + answer, False, place)
+        if whole.startswith(before):
+            return before, whole[len(before) :]
+        # Some templates open the assistant's turn with more than they write into a finished one.
+        return before, "".join(message["content"] for message in answer)
+
+    def _render(self, messages: list[Message], open_turn: bool, place: str) -> str:
+        if not self.has_chat_template:
+            raise UserError(
+                f"{place}chat messages, but the tokenizer {self.name} has no chat template; "
+                "give prompt and answer as text, or a tokenizer with one"
+            )
+        if not messages:
+            raise UserError(f"{place}a chat without a message before the answer; want at least one")
+        try:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False)
+        except ImportError as error:
+            raise UserError(f"{self.name}: chat templates need jinja2: pip install jinja2") from error
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise UserError(f"{place}the chat template of {self.name} refuses this chat: {one_line(error)}") from error
+
+
+def load_tokenizer(path: str) -> Tokenizer | None:
+    """The tokenizer of a local folder or hub id; None where there are no tokenizer files.
+
+    UserError where the folder is missing or its files cannot be used. Remote code is never run.
+    """
+    # Without torch the library advises on every import that it is missing; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    folder = os.path.expanduser(path)
+    if not os.path.isdir(folder):
+        folder = _download(path)
+    if not any(os.path.exists(os.path.join(folder, name)) for name in VOCABULARY_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # broken files raise whatever the library meets first
+        raise UserError(f"{path}: its tokenizer cannot be loaded: {one_line(error)}") from error
+    return Tokenizer(tokenizer, path)
+
+
+def _download(path: str) -> str:
+    """The local copy of a hub id's tokenizer files."""
+    if os.path.exists(path) or not HUB_ID.fullmatch(path):
+        raise UserError(f"{path}: no such folder; want one with a tokenizer, or a hub id such as owner/name")
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES))
+    except Exception as error:  # not found, gated, offline, refused: all the same to the person who asked
+        raise UserError(f"{path}: no such folder here, and not to be had from the hub: {one_line(error)}") from error
+
+
+def build_word_tokenizer(
+    words: Sequence[str],
+    pad: str = "<pad>",
+    bos: str = "<bos>",
+    eos: str = "<eos>",
+    unk: str = "<unk>",
+    chat_template: str | None = None,
+) -> Tokenizer:
+    """A tokenizer of whole words between blanks, BOS in front; decoding joins words by single spaces.
+
+    Ids: pad 0, bos 1, eos 2, unk 3, then the words in the order given.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    entries = [pad, bos, eos, unk, *words]
+    if len(set(entries)) != len(entries) or any(len(entry.split()) != 1 for entry in entries):
+        raise ValueError("words of a word tokenizer must be distinct and hold no blanks")
+    vocabulary = {word: index for index, word in enumerate(entries)}
+    backend = Backend(WordLevel(vocabulary, unk_token=unk))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = chat_template
+    return Tokenizer(fast, "word tokenizer")
+
+
+def as_messages(value: str | Message | list[Message], role: str) -> list[Message]:
+    """Chat messages as they are; text as one turn of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [value] if isinstance(value, dict) else list(value)
+
+
+def _splits(first: Any, joint: Any, border: int) -> bool:
+    """Whether the encoding `joint` of a text is that of its first `border` characters and something more."""
+    count = len(first.ids)
+    if joint.ids[:count] != first.ids or len(joint.ids) == count:
+        return False
+    # A token for an unknown word may reach over the border and still have the same id.
+    return not count or (joint.token_to_chars(count - 1) or (0, 0))[1] <= border
+
+
+def _place(where: Sequence[str], index: int) -> str:
+    return f"{where[index]}: " if where else ""

@@ -1,0 +1,286 @@
+"""Every source gives the same rows; every broken one says in one line what is wrong, where."""
+
+import gzip
+import json
+import sys
+import types
+
+import pytest
+
+from jaxrlhf.config import SourceConfig
+from jaxrlhf.data.sources import (
+    LoadReport,
+    Row,
+    messages_field,
+    number_field,
+    read_rows,
+    text_field,
+    text_or_messages_field,
+)
+from jaxrlhf.errors import UserError
+
+ROWS = [{"prompt": f"p{i} ä\u2028", "chosen": "yes", "score": i} for i in range(5)]
+
+
+def read(path, **settings):
+    return read_rows(SourceConfig(path=str(path), **settings))
+
+
+def fails(*parts, path, **settings):
+    with pytest.raises(UserError) as caught:
+        read(path, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, data):
+        path = tmp_path / name
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return str(path)
+
+    return write
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# ---------------------------------------------------------------- what can be read
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", lines(ROWS)),
+        ("a.ndjson", lines(ROWS).rstrip("\n")),
+        ("a.JSONL", "\ufeff" + lines(ROWS)),
+        ("a.jsonl", lines(ROWS).replace("\n", "\r\n")),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS).encode())),
+        ("a.json", json.dumps(ROWS, indent=1)),
+        ("a.json", json.dumps({"data": ROWS})),
+    ],
+)
+def test_json_forms_give_the_same_rows(write, name, data):
+    path = write(name, data)
+    assert [row.values for row in read(path)] == ROWS
+    assert [row.values for row in read(path, limit=2)] == ROWS[:2]
+    assert len(read(path, limit=99)) == len(ROWS)
+
+
+def test_blank_lines_are_skipped_and_counted(write):
+    path = write("a.jsonl", '{"a": 1}\n\n   \n{"a": 2}\n')
+    assert [row.where for row in read(path)] == [f"{path}:1", f"{path}:4"]
+
+
+def test_format_overrides_the_ending(write):
+    assert [row.values for row in read(write("a.txt", lines(ROWS)), format="jsonl")] == ROWS
+
+
+def test_limit_stops_before_a_later_fault(write):
+    assert len(read(write("a.jsonl", '{"a": 1}\n{"a": 2}\nbroken'), limit=2)) == 2
+
+
+@pytest.fixture
+def hf(tmp_path, monkeypatch):
+    """The datasets library with its cache in the test's own folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def test_parquet(hf, tmp_path):
+    path = str(tmp_path / "a.parquet")
+    hf.Dataset.from_list(ROWS).to_parquet(path)
+    rows = read(path)
+    assert [row.values for row in rows] == ROWS
+    assert rows[3].where == f"{path} row 4"
+    assert [row.values for row in read(path, limit=3)] == ROWS[:3]
+
+
+def test_saved_datasets(hf, tmp_path):
+    table = hf.Dataset.from_list(ROWS)
+    table.save_to_disk(str(tmp_path / "one"))
+    hf.DatasetDict(train=table, test=table.select([4])).save_to_disk(str(tmp_path / "two"))
+    assert [row.values for row in read(tmp_path / "one")] == ROWS
+    assert [row.values for row in read(tmp_path / "two")] == ROWS
+    rows = read(tmp_path / "two", split="test")
+    assert [row.values for row in rows] == ROWS[4:] and rows[0].where.endswith("two test row 1")
+    assert len(read(tmp_path / "two", limit=2)) == 2
+    fails("no split 'dev'", "train, test", path=tmp_path / "two", split="dev")
+    fails("without splits", "dev", path=tmp_path / "one", split="dev")
+    (tmp_path / "one" / "state.json").write_text("{")
+    fails("cannot be read", path=tmp_path / "one")
+
+
+def test_folder_of_data_files(hf, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(lines(ROWS))
+    (folder / "test.jsonl").write_text(lines(ROWS[:1]))
+    assert [row.values for row in read(folder)] == ROWS
+    assert [row.values for row in read(folder, split="test")] == ROWS[:1]
+    fails("dev", "['train', 'test']", path=folder, split="dev")
+    fails("is a folder", path=folder, format="jsonl")
+
+
+def test_hub_ids_go_to_the_hub(hf, monkeypatch):
+    calls = []
+
+    def load(*args, **kwargs):
+        calls.append((args, kwargs))
+        return hf.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(hf, "load_dataset", load)
+    rows = read("owner/name", subset="small", split="test", limit=2)
+    assert calls == [(("owner/name", "small"), {"split": "test"})]
+    assert [row.values for row in rows] == ROWS[:2]
+    assert rows[1].where == "owner/name test row 2"
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (ConnectionError("Couldn't reach it\nsecond line"), "hub cannot be reached: Couldn't reach it"),
+        (ValueError('Unknown split "x". Should be one of [\'a\', \'b\'].'), "['a', 'b']"),
+        (FileNotFoundError("doesn't exist on the Hub"), "doesn't exist"),
+    ],
+)
+def test_hub_failures_are_one_line(hf, monkeypatch, error, part):
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(hf, "load_dataset", load)
+    fails("owner/name", part, path="owner/name")
+
+
+def test_builtin_sets(monkeypatch):
+    world = types.ModuleType("jaxrlhf.data.world")
+    world.BUILTIN = {"toys": lambda split, limit: [{"text": f"{split} {i}"} for i in range(limit or 3)]}
+    monkeypatch.setitem(sys.modules, "jaxrlhf.data.world", world)
+    assert [row.values["text"] for row in read("builtin:toys")] == ["train 0", "train 1", "train 2"]
+    assert [row.values["text"] for row in read("toys", format="builtin", split="test", limit=1)] == ["test 0"]
+    fails("builtin:none", "builtin:toys", path="builtin:none")
+    fails("dev", "train, test", path="builtin:toys", split="dev")
+
+
+# ---------------------------------------------------------------- what cannot
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "parts"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', (":3: not JSON", "one JSON object a line")),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', (":2: not UTF-8", "0xff")),
+        ("a.jsonl", '{"a": 1}\n[1, 2]\n', (":2: a row must be a JSON object", "a list of 2")),
+        ("a.jsonl", '{"a": 1}\n"text"\n', (":2: a row must be", "the text 'text'")),
+        ("a.jsonl", "", ("has no rows",)),
+        ("a.jsonl", "\n\n", ("has no rows",)),
+        ("a.jsonl", "[" * 100_000, (":1: not usable JSON",)),
+        ("a.jsonl", "9" * 5000, (":1: not usable JSON",)),
+        ("a.json", "[]", ("has no rows",)),
+        ("a.json", '{"rows": []}', ("want a list of objects", "an object with rows")),
+        ("a.json", '[{"a": 1},\n {"a": 2}\n {"a": 3}]', (":3: not JSON",)),
+        ("a.json", '[{"a": 1},\n {"a": 2},\n 3]', ("a.json row 3: a row must be", "the number 3")),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', (":2: not JSON", "format: jsonl")),
+        ("a.json", b'[{"a": 1},\n{"a": "\xe4"}]', (":2: not UTF-8",)),
+        ("a.parquet", "not parquet", ("not a readable Parquet file",)),
+        ("a.jsonl.gz", "not gzip", ("cannot be read",)),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS).encode())[:-9], ("cannot be read",)),
+        ("a.csv", "a,b", ("says no format", ".jsonl")),
+    ],
+)
+def test_broken_files(write, name, data, parts):
+    fails(name, *parts, path=write(name, data))
+
+
+@pytest.mark.parametrize(
+    "path", ["missing.jsonl", "missing.json", "data/missing.parquet", "/no/where", "./here/not", "a/b/c"]
+)
+def test_missing_files(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(path, "no such file", path=path)
+
+
+# ---------------------------------------------------------------- fields
+
+
+ROW = Row(
+    {
+        "prompt": "hello", "blank": " \n", "none": None, "number": 3, "nan": float("nan"), "flag": True,
+        "half": "a\ud83d", "list": [], "chat": [{"role": "user", "content": "hi", "name": None}],
+        "turn": {"role": "user", "content": ""},
+    },
+    "pairs.jsonl:12",
+)  # fmt: skip
+
+
+def test_fields_as_they_are():
+    assert text_field(ROW, "prompt") == "hello"
+    assert text_field(ROW, "blank", empty=True) == " \n"
+    assert messages_field(ROW, "chat") == [{"role": "user", "content": "hi"}]
+    assert text_or_messages_field(ROW, "chat") == messages_field(ROW, "chat")
+    assert text_or_messages_field(ROW, "prompt") == "hello"
+    assert text_or_messages_field(ROW, "turn") == [{"role": "user", "content": ""}]
+    assert number_field(ROW, "number", 0.0) == 3.0
+    assert number_field(ROW, "none", 0.5) == number_field(ROW, "absent", 0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("reader", "name", "parts"),
+    [
+        (text_field, "promt", ("no field 'promt'", "the row has prompt, blank", "did you mean 'prompt'?")),
+        (text_field, "none", ("field 'none' is null",)),
+        (text_field, "number", ("'number' is the number 3; want text",)),
+        (text_field, "flag", ("truth value true",)),
+        (text_field, "blank", ("'blank' is empty",)),
+        (text_field, "half", ("half a surrogate pair at character 1",)),
+        (text_field, "chat", ("a list of 1; want text",)),
+        (messages_field, "prompt", ("the text 'hello'; want a list of chat messages",)),
+        (messages_field, "list", ("an empty list",)),
+        (text_or_messages_field, "number", ("the number 3; want text or a list",)),
+        (lambda row, name: number_field(row, name, 0.0), "prompt", ("the text 'hello'; want a finite number",)),
+        (lambda row, name: number_field(row, name, 0.0), "nan", ("want a finite number",)),
+        (lambda row, name: number_field(row, name, 0.0), "flag", ("want a finite number",)),
+    ],
+)
+def test_fields_that_cannot_be_used(reader, name, parts):
+    with pytest.raises(UserError) as caught:
+        reader(ROW, name)
+    message = str(caught.value)
+    assert message.startswith("pairs.jsonl:12: ") and "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ("hi", "message 2 is the text 'hi'"),
+        ({"role": "user"}, "message 2 has no content; want role and content, it has role"),
+        ({"from": "human", "value": "hi"}, "has no role and no content"),
+        ({"role": 1, "content": "hi"}, "message 2, role is the number 1"),
+        ({"role": "user", "content": [{"type": "text"}]}, "message 2, content is a list of 1; want text"),
+    ],
+)
+def test_messages_that_cannot_be_used(message, part):
+    row = Row({"messages": [{"role": "user", "content": "a"}, message]}, "x.jsonl:1")
+    with pytest.raises(UserError, match=r"x\.jsonl:1: ") as caught:
+        messages_field(row, "messages")
+    assert part in str(caught.value)
+
+
+def test_report_counts_and_refuses_nothing_left():
+    report = LoadReport("x.jsonl", 3, cut=1)
+    report.drop("too long")
+    assert report.kept == 2
+    report.check()
+    assert str(report) == "x.jsonl: 2 of 3 rows, 1 cut to length, 1 dropped (too long)"
+    report.drop("too long")
+    report.drop("equal")
+    with pytest.raises(UserError, match=r"none of its 3 rows can be used: 2 too long; 1 equal"):
+        report.check()
