@@ -1,0 +1,162 @@
+"""The device mesh, and one table that says how each parameter lies on it.
+
+Axes: `data` holds copies of the base, `fsdp` splits weights by rows (gathered layer by layer), `tensor` splits
+layers by heads and MLP width. A batch is split over `data` and `fsdp`. All axes are `AxisType.Auto`: XLA places
+the collectives, the shardings of the arguments say the rest.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrlhf.config import MeshConfig
+from jaxrlhf.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+_REPLICATED = PartitionSpec()
+_COLUMN = PartitionSpec("fsdp", "tensor")  # [in, out]: each device computes some of the outputs
+_ROW = PartitionSpec("tensor", "fsdp")  # [in, out]: takes the outputs of a column-split layer as they lie
+
+# (pattern on "module.path/leaf", axes of its dimensions); the first row that matches the end of a name counts.
+# A name may have more in front: optimizer states repeat the names of what they optimize.
+PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),  # [V, D]; tied, its transpose is the lm_head
+    (r"lm_head/kernel", _COLUMN),  # [D, V]
+    (r"attention\.[qkv]_proj/kernel", _COLUMN),  # [D, heads x head size]
+    (r"attention\.o_proj/kernel", _ROW),  # [heads x head size, D]
+    (r"mlp\.(gate|up)_proj/kernel", _COLUMN),  # [D, F]
+    (r"mlp\.down_proj/kernel", _ROW),  # [F, D]
+    (r"score/(kernel|bias)", _REPLICATED),  # [D, 1], [1]
+    (r"\w*norm/(scale|bias)", _REPLICATED),  # [D]
+    (r"(\w+_proj|lm_head)/bias", _REPLICATED),  # [out]
+    (r"(\w+_proj|lm_head)/(lora_)?(a|b|scale)", _REPLICATED),  # [in, rank], [rank, out], []: small
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh [data, fsdp, tensor] over `devices`, by default all of every process.
+
+    An axis of -1 takes the devices that the others leave. Raises `UserError` where the product is not their number.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    filler = next((axis for axis, size in sizes.items() if size == -1), None)
+    if filler is not None and len(devices) % fixed == 0:
+        sizes[filler] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(_misfit(sizes, fixed, filler, len(devices)))
+    shape = tuple(sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _misfit(sizes: dict[str, int], fixed: int, filler: str | None, count: int) -> str:
+    """One line: which sizes do not fit the devices, and which do."""
+    given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    some = f"{count} device" + ("s" if count != 1 else "")
+    if filler is not None:
+        fitting = [n for n in range(1, count + 1) if count % n == 0]
+        others = " x ".join(f"mesh.{axis}" for axis in AXES if axis != filler)
+        return f"{given} does not fit {some}: {others} is {fixed} and must be one of {_list(fitting)}"
+    fits = [f"mesh.{a}={count * s // fixed}" for a, s in sizes.items() if count * s % fixed == 0]
+    right = f"{' or '.join(fits)} would fit, and so would" if fits else "what fits is"
+    return f"{given} is {fixed}, but there {'are' if count != 1 else 'is'} {some}: {right} mesh.data=-1 " + (
+        f"with mesh.fsdp x mesh.tensor one of {_list([n for n in range(1, count + 1) if count % n == 0])}"
+    )
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+@functools.cache
+def _axes_of(name: str) -> PartitionSpec:
+    for pattern, axes in PARAMETER_AXES:
+        if re.search(rf"(^|[./]){pattern}$", name):
+            return axes
+    raise ValueError(f"no row of PARAMETER_AXES covers the parameter {name!r}")
+
+
+def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
+    """How the parameter "module.path/leaf" of this shape lies on the mesh.
+
+    A dimension that its axis does not divide is replicated along it; scalars are replicated. Raises `ValueError`
+    for a name that no row of `PARAMETER_AXES` covers, or one whose row has more axes than it has dimensions.
+    """
+    if not shape:
+        return replicated(mesh)
+    axes = _axes_of(name)
+    if len(axes) > len(shape):
+        raise ValueError(f"parameter {name!r} has shape {tuple(shape)}, but its axes are {axes}")
+    fitted = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape)]
+    return NamedSharding(mesh, PartitionSpec(*fitted))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device."""
+    return NamedSharding(mesh, _REPLICATED)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (the first dimension) split over `data` and `fsdp`, whole along `tensor`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
+    """Raises `UserError` where `rows`, set by `key_path`, cannot be split evenly over `data` and `fsdp`."""
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if rows % shares:
+        below = rows - rows % shares
+        fitting = f"{below} or {below + shares}" if below else f"{shares} or a multiple of it"
+        raise UserError(
+            f"{key_path}: {rows} rows cannot be split over {shares} devices (mesh.data {mesh.shape['data']} x "
+            f"mesh.fsdp {mesh.shape['fsdp']}); {fitting} would fit"
+        )
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+    """A leaf's name "module.path/leaf" from its path in a pytree of modules, dicts, lists and named tuples."""
+    parts = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path]
+    if len(parts) > 1 and parts[-1] == "value":  # the inside of an nnx.Param
+        parts.pop()
+    return "/".join(part for part in (".".join(parts[:-1]), parts[-1]) if part)
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of each leaf of a module, an adapter or an optimizer state (arrays or shapes), by its name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: parameter_sharding(mesh, leaf_name(path), leaf.shape), tree
+    )
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """The same tree with each leaf where `tree_shardings` puts it, committed: its placement is part of a program.
+
+    A leaf that lies there already is not copied: donating the result gives away the given tree's buffers too.
+    """
+    return jax.tree.map(_put, tree, tree_shardings(mesh, tree))
+
+
+def place_batch(mesh: Mesh, tree: Any) -> Any:
+    """The same tree with the rows of each leaf split over the mesh; scalars are replicated.
+
+    Every process gives the whole batch and keeps its own share.
+    """
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    return jax.tree.map(lambda leaf: _put(leaf, rows if getattr(leaf, "ndim", 0) else whole), tree)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    # Every process has the whole leaf: it takes its share. device_put would send it round to compare it first.
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -1,0 +1,141 @@
+"""A run is its directory: opened once, continued by the same settings, written so that a kill leaves no half.
+
+Whatever is written here appears complete or not at all: into a temporary sibling, synced, renamed. On several
+hosts one process writes; the others wait for it.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxrlhf.errors import UserError
+
+_ABSENT = "absent"
+
+
+def open_run(run_dir: str | Path, config_text: str, writes: bool = True) -> Path:
+    """Creates the directory with its `config.yaml`, or finds it there with the same settings.
+
+    `config_text` is YAML. On several hosts all compare, and one `writes`. Raises `UserError` where the directory
+    belongs to a run with other settings (the first key that differs is named), or cannot be written.
+    """
+    folder = Path(run_dir)
+    file = folder / "config.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            _check_same(folder, file.read_text(encoding="utf-8"), config_text)
+        elif writes:
+            atomic_write(file, config_text)
+    except OSError as error:
+        raise UserError(
+            f"run_dir {folder}: cannot be written: {error.strerror}; give another run_dir, or make this one writable"
+        ) from None
+    return folder
+
+
+def _check_same(folder: Path, old_text: str, new_text: str) -> None:
+    try:
+        old = yaml.safe_load(old_text)
+    except yaml.YAMLError:
+        old = None
+    if not isinstance(old, dict):
+        raise UserError(f"{folder / 'config.yaml'}: not a run's settings; give another run_dir, or remove this one")
+    changed = differences(old, yaml.safe_load(new_text))
+    if changed:
+        key, before, after = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"run_dir {folder} holds a run with other settings: {key} was {_short(before)}, is now {_short(after)}"
+            f"{more}; give another run_dir, or the same settings to continue that run"
+        )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> list[tuple[str, Any, Any]]:
+    """(key path, old value, new value) where two trees of settings differ, in the order of `new`.
+
+    A key that one side lacks has the value "absent" there; a section on one side only is named as a whole.
+    """
+    found = []
+    for key in [*new, *(key for key in old if key not in new)]:
+        path = f"{above}.{key}" if above else str(key)
+        before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, path)
+        # 1 and True, or 1 and 1.0, are equal in Python and yet different settings.
+        elif before != after or type(before) is not type(after):
+            found.append((path, before, after))
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a section"
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def atomic_write(path: str | Path, text: str) -> None:
+    """Writes a text file that appears complete or not at all. Raises `OSError` where it cannot."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # what a kill left behind there is overwritten
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
+    """Gives an empty folder to write into; it becomes `path` once the block has ended well.
+
+    Where `path` holds something, `replace` says that it may go: it stays until the new folder is complete, and for
+    good where the block raises. Leftovers of an earlier kill are removed. Raises `UserError` where a folder cannot
+    be made there, or `path` is not empty and may not be replaced.
+    """
+    path = Path(os.path.abspath(path))
+    temporary, retired = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if retired.exists() and not path.exists():  # killed between the two renames below
+            os.replace(retired, path)
+        for leftover in (temporary, retired):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        if path.exists() and not replace and any(path.iterdir()):
+            raise UserError(f"{path}: holds something already; give another folder, or remove this one")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; give a folder")
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give another folder") from None
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if path.exists():
+            os.replace(path, retired)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Forces a file's or folder's contents to disk, so that a rename never overtakes what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,255 @@
+"""Settings in, settings out; and every way to get them wrong ends in one line that says what would be right."""
+
+import re
+
+import pytest
+from pydantic import BaseModel
+
+import jaxrlhf.config
+from jaxrlhf.config import KLConfig, OptimizerConfig, RunConfig
+from jaxrlhf.config_io import difference, dump_config, load_config, settings_help
+from jaxrlhf.errors import UserError
+
+FULL = """\
+# a run of all stages
+run_dir: runs/a
+model:
+  new: {layers: 2}
+sft:
+  data:
+    path: builtin:assistant-demonstrations
+  optimizer:
+    learning_rate: 1e-4
+reward_model:
+  data: {path: builtin:assistant-preferences}
+ppo:
+  data:
+    path: builtin:assistant-prompts
+  kl:
+    coef: 0.1
+  update:
+    minibatches: 2
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> str:
+        (tmp_path / "run.yaml").write_text(text)
+        return "run.yaml"
+
+    return write
+
+
+def _error(path: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(path, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------- what is right
+
+
+def test_file_and_defaults(write):
+    config = load_config(write(FULL))
+    assert config.sft.optimizer.learning_rate == 1e-4
+    assert config.ppo.kl.coef == 0.1 and config.ppo.kl.horizon == KLConfig().horizon
+    assert config.stages == ("sft", "reward_model", "ppo")
+    assert config.sft.data.path == "builtin:assistant-demonstrations"
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("ppo.kl.coef=1e-4", lambda c: c.ppo.kl.coef, 1e-4),
+        ("ppo.kl.coef=1", lambda c: c.ppo.kl.coef, 1.0),
+        ("ppo.kl.coef=.5", lambda c: c.ppo.kl.coef, 0.5),
+        ("ppo.iterations=1_000", lambda c: c.ppo.iterations, 1000),
+        ("seed=012", lambda c: c.seed, 12),
+        ("sft.packing=false", lambda c: c.sft.packing, False),
+        ("ppo.sampling.top_p=0.9", lambda c: c.ppo.sampling.top_p, 0.9),
+        ("stages=[sft]", lambda c: c.stages, ("sft",)),
+        ("sft.adapter.target_modules=[q_proj, v_proj]", lambda c: c.sft.adapter.target_modules, ("q_proj", "v_proj")),
+        ("ppo.sampling.stop_tokens=[1, 2]", lambda c: c.ppo.sampling.stop_tokens, (1, 2)),
+        ("ppo.gold=my.module:function", lambda c: c.ppo.gold, "my.module:function"),
+        ("run_dir=a=b", lambda c: c.run_dir, "a=b"),
+        ("run_dir=2024-01-01", lambda c: c.run_dir, "2024-01-01"),
+        ("run_dir=no", lambda c: c.run_dir, "no"),
+        ('run_dir="1e5"', lambda c: c.run_dir, "1e5"),
+        ("ppo.kl.coef=null", lambda c: c.ppo.kl.coef, KLConfig().coef),
+        ("ppo.kl=null", lambda c: c.ppo.kl, KLConfig()),
+        ("sft.optimizer={warmup_steps: 5}", lambda c: c.sft.optimizer, OptimizerConfig(warmup_steps=5)),
+    ],
+)
+def test_override(write, override, read, value):
+    found = read(load_config(write(FULL), [override]))
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_apply_in_order_and_make_sections(write):
+    path = write("run_dir: r\nstages: [sft]\nmodel:\nsft:\n")
+    config = load_config(path, ["model.new.layers=3", "sft.data.path=a", "sft.data.path=b", "mesh.fsdp=2"])
+    assert config.model.new.layers == 3 and config.sft.data.path == "b" and config.mesh.fsdp == 2
+
+
+def test_null_in_the_file_is_the_default(write):
+    assert load_config(write(FULL + "  sampling:\n  iterations: null\n")) == load_config(write(FULL))
+
+
+def test_sections_that_share_an_anchor_are_overridden_apart(write):
+    path = write(FULL.replace("data: {path: builtin:assistant-preferences}", "data: &d {path: p}\n  test_data: *d"))
+    config = load_config(path, ["reward_model.data.limit=5"])
+    assert config.reward_model.data.limit == 5 and config.reward_model.test_data.limit is None
+
+
+def test_dump_loads_back_to_an_equal_config(write):
+    odd = ["run_dir='1e-4'", "model.tokenizer='no'", "sft.optimizer.learning_rate=1e-5", "ppo.gold='null'",
+           "sft.data.text_field='12:30'", "sft.data.split='é: # x'", "ppo.kl.horizon=1e16"]  # fmt: skip
+    config = load_config(write(FULL), odd)
+    text = dump_config(config)
+    assert load_config(write(text)) == config
+    assert dump_config(load_config(write(text))) == text
+    assert "&id" not in text  # nothing by reference
+
+
+def test_difference_names_what_changed(write):
+    path = write(FULL)
+    old = load_config(path)
+    assert difference(old, load_config(path)) == []
+    new = load_config(path, ["ppo.kl.coef=0.2", "stages=[sft]", "model.new.heads=8"])
+    assert difference(old, new) == [
+        ("stages", ["sft", "reward_model", "ppo"], ["sft"]),
+        ("model.new.heads", 4, 8),
+        ("ppo.kl.coef", 0.1, 0.2),
+    ]
+    without = load_config(write(FULL.split("ppo:")[0]), ["stages=[sft]"])
+    assert [path for path, _, _ in difference(old, without)] == ["stages", "ppo"]
+
+
+def test_help_lists_every_setting_with_type_default_and_description():
+    lines = settings_help().splitlines()
+    assert "ppo.update.clip_low  float >= 0 = 0.2  the ratio is clipped below 1 - clip_low" in lines
+    assert "run_dir  text, required  directory of the run; the same command continues it" in lines
+    assert any(line.startswith("ppo.sampling.top_p  float > 0 and <= 1 or null = null  keep") for line in lines)
+    assert any(line.startswith("sft.adapter.target_modules  list of text = [all-linear]  modules") for line in lines)
+    assert any(line.startswith("sft.adapter.kind  lora | full = lora  lora: low-rank") for line in lines)
+    assert "sft  section or null = null  settings of the sft stage" in lines
+    keys = [line.split("  ")[0] for line in lines]
+    assert len(keys) == len(set(keys))
+
+    def fields(model: type[BaseModel]) -> int:
+        sections = re.findall(r"jaxrlhf\.config\.(\w+)", str([f.annotation for f in model.model_fields.values()]))
+        return len(model.model_fields) + sum(fields(getattr(jaxrlhf.config, name)) for name in sections)
+
+    assert len(keys) == fields(RunConfig)
+    assert all(len(line.split("  ")) == 3 and line.split("  ")[2] for line in lines)
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        # the key
+        ("ppo.update.clip_lo=0.1", "unknown key ppo.update.clip_lo; the nearest known one is ppo.update.clip_low"),
+        ("sead=1", "unknown key sead; the nearest known one is seed"),
+        ("sft.learning_rate=1", "unknown key sft.learning_rate; there is sft.optimizer.learning_rate"),
+        ("mesh.zzz=1", "unknown key mesh.zzz; known ones in mesh: data, fsdp, tensor"),
+        ("zzz=null", "unknown key zzz; known ones here: run_dir, seed, stages, model, mesh, sft, reward_model, ppo"),
+        ("seed.x=1", "seed must be int >= 0; given a section"),
+        ("run_dir.x=1", 'run_dir is the text "runs/a", not a section with keys of its own'),
+        ("seed", "write it as key.path=value, such as ppo.kl.coef=0.1"),
+        ("=3", "write it as key.path=value, such as ppo.kl.coef=0.1"),
+        ("a..b=3", "write it as key.path=value, such as ppo.kl.coef=0.1"),
+        # the type
+        ("seed=1.5", "seed must be int >= 0; given 1.5"),
+        ("seed=true", "seed must be int >= 0; given true"),
+        ("seed=abc", 'seed must be int >= 0; given the text "abc"'),
+        ("ppo.kl.coef=true", "ppo.kl.coef must be float >= 0; given true"),
+        ("sft.packing=yes", 'sft.packing must be true | false; given the text "yes"'),
+        ("run_dir=1e5", "run_dir must be text; given 100000.0; text that looks like a number is written in quotes"),
+        ("sft=3", "sft must be a section with keys of its own or null; given 3"),
+        ("sft.optimizer=[1]", "sft.optimizer must be a section with keys of its own; given the list [1]"),
+        ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo; given the text "sft"'),
+        ("stages=[]", "stages must be non-empty list of sft | reward_model | ppo; given the list []"),
+        ("stages=[dpo]", 'stages must be non-empty list of sft | reward_model | ppo; given the text "dpo"'),
+        ("sft.adapter.kind=qlora", 'sft.adapter.kind must be lora | full; given the text "qlora"'),
+        # the bound
+        ("ppo.update.clip_low=-1", "ppo.update.clip_low must be float >= 0; given -1"),
+        ("ppo.sampling.top_p=0", "ppo.sampling.top_p must be float > 0 and <= 1 or null; given 0"),
+        ("ppo.kl.coef=.inf", "ppo.kl.coef must be float >= 0; given .inf"),
+        ("ppo.sampling.top_p=.nan", "ppo.sampling.top_p must be float > 0 and <= 1 or null; given .nan"),
+        ("ppo.batch_size=0", "ppo.batch_size must be int >= 1; given 0"),
+        # what is missing
+        ("ppo.data.path=null", "ppo.data.path is missing; it takes text: file, folder, hub id, or builtin:"),
+        ("model=null", "model is missing; it takes section: the base model"),
+        # what belongs together
+        ("model.path=x", "model: give exactly one of path, run, new; given: path, new"),
+        ("stages=[ppo, sft]", "stages run in the order sft, reward_model, ppo, each once; given ['ppo', 'sft']"),
+        ("model.new.heads=3", "model.new: heads (3) must be a multiple of kv_heads (2)"),
+        ("mesh.tensor=-1", "mesh: axes are at least 1, and one of them may be -1; given"),
+        # the value
+        ("seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("seed=!!python/object:os.system x", "not valid YAML: could not determine a constructor"),
+        ("seed=!!int x", "not valid YAML: invalid literal for int()"),
+    ],
+)
+def test_wrong_override(write, override, message):
+    error = _error(write(FULL), override)
+    assert error.startswith(f"override '{override}':")
+    assert message in error and "more)" not in error
+
+
+def test_wrong_file_says_the_line(write):
+    assert _error(write(FULL.replace("coef", "ceof"))) == (
+        "run.yaml:16: unknown key ppo.kl.ceof; the nearest known one is ppo.kl.coef"
+    )
+    assert _error(write(FULL.replace("coef: 0.1", "coef: many"))) == (
+        'run.yaml:16: ppo.kl.coef must be float >= 0; given the text "many"'
+    )
+    assert _error(write(FULL.replace("{layers: 2}", "{heads: 3}"))).startswith("run.yaml:4: model.new: heads (3) must")
+    missing = FULL.replace("    path: builtin:assistant-prompts\n", "    limit: 5\n")
+    assert _error(write(missing)).startswith("run.yaml:13: ppo.data.path is missing; it takes text")
+    assert _error(write(FULL.split("ppo:")[0])) == "run.yaml: stages names ppo, but there is no section ppo"
+
+
+def test_an_override_is_not_blamed_for_what_the_file_says(write):
+    assert _error(write(FULL.split("ppo:")[0]), "run_dir=x", "seed=3").startswith("run.yaml: stages names ppo")
+    assert _error(write(FULL.replace("0.1", "-1")), "ppo.kl.horizon=3").startswith("run.yaml:16: ppo.kl.coef must")
+
+
+def test_several_faults_are_counted_and_a_misspelt_key_comes_first(write):
+    error = _error(write(FULL.replace("run_dir", "rundir").replace("0.1", "-1")), "seed=x")
+    assert error == "run.yaml:2: unknown key rundir; the nearest known one is run_dir (and 3 more)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run_dir: a\n  b: c\n", "run.yaml:2:4: not valid YAML: mapping values are not allowed here"),
+        ("run_dir: [a\n", "run.yaml:2:1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("a: \x01", "run.yaml: not valid YAML: unacceptable character"),
+        ("a: 1\n---\nb: 2\n", "run.yaml:2:1: not valid YAML: but found another document"),
+        ("- a\n", "run.yaml: must hold settings as `key: value`; given the list [a]"),
+        ("seed: 1\nppo:\n  a: 1\n  b: 1\n  a: 2\n", "run.yaml:5: ppo.a is given twice, first in line 3; keep one"),
+        ("1: 2\n", "run.yaml:1: a key must be the name of a setting; given 1"),
+        ("? [a]\n: 2\n", "run.yaml:1: a key must be the name of a setting; given"),
+        ("ppo: &a\n  kl: *a\n", "run.yaml:1: ppo.kl contains itself"),
+        ("", "run.yaml: run_dir is missing; it takes text: directory of the run; the same command continues it (and"),
+    ],
+)
+def test_wrong_file(write, text, message):
+    assert message in _error(write(text))
+
+
+def test_file_that_cannot_be_read(write, tmp_path):
+    write("")
+    assert _error("none.yaml") == "none.yaml: no such config file"
+    assert _error(str(tmp_path)).endswith("is a directory; give the YAML file in it")
+    (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
+    assert _error("binary.yaml") == "binary.yaml: not text in UTF-8 (byte 3); give a YAML file"
+    assert _error("run.yaml/x").startswith("run.yaml/x: cannot be read: Not a directory")

@@ -1,0 +1,210 @@
+"""Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
+
+    commands > stages > steps > rollout, rewards > models > data > algorithms > runtime > records, config, errors
+
+Rooms of one rank do not import each other, so there are no cycles between rooms. `models` stands above `data`
+because a pretrained model comes with its tokenizer. A file at the top of the package is a command unless it is
+named below.
+"""
+
+import ast
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
+RANKS = {
+    "errors": 0, "config": 0, "records": 0,
+    "runtime": 1,
+    "algorithms": 2,
+    "data": 3,
+    "models": 4,
+    "rollout": 5, "rewards": 5,
+    "steps": 6,
+    "config_io": 7,  # for commands and stages
+    "stages": 8,
+}  # fmt: skip
+COMMANDS = 9
+BOTTOM = {"errors", "config", "records"}
+ONLY = {  # rooms that may import less than their rank allows
+    "errors": set(),
+    "config": {"errors"},
+    "algorithms": {"errors", "records"},
+    "config_io": {"errors", "config", "runtime"},
+}
+HEAVY = {"torch", "datasets", "transformers", "pyarrow", "wandb", "peft", "tensorboardX", "tensorflow"}
+UNSAFE = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code"}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # absolute, such as jaxrlhf.models.decoder
+    line: int
+    on_import: bool  # runs when the importing module is imported
+
+
+def _imports(tree: ast.Module, module: str, is_package: bool) -> list[Import]:
+    """Every module that the source imports, by statement or by name."""
+    found: list[Import] = []
+
+    def visit(node: ast.AST, on_import: bool) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            on_import = False
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            on_import = False
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, node.lineno, on_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                above = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*above, base]).strip(".")
+            # `from package import name` may name a module or something in it: both are looked at.
+            found.extend(Import(f"{base}.{alias.name}", node.lineno, on_import) for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            found.append(Import(str(node.args[0].value), node.lineno, on_import))
+        for child in ast.iter_child_nodes(node):
+            visit(child, on_import)
+
+    visit(tree, True)
+    return found
+
+
+def _room(parts: list[str], folders: set[str]) -> str:
+    """The room of a module's path below the package; commands, and the package itself, are `commands`."""
+    if parts and (parts[0] in RANKS or parts[0] in folders):
+        return parts[0]
+    return "commands"
+
+
+def violations(root: Path) -> list[str]:
+    """One line for each import under `root` that breaks a rule."""
+    found = []
+    folders = {path.name for path in root.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    found += [f"{folder}/: no rank; give it one in RANKS" for folder in sorted(folders - set(RANKS))]
+    for file in sorted(root.rglob("*.py")):
+        parts = list(file.relative_to(root).with_suffix("").parts)
+        is_package = parts[-1] == "__init__"
+        module = ".".join(["jaxrlhf", *(parts[:-1] if is_package else parts)])
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        here = _room(module.split(".")[1:], folders)
+        for imported in _imports(tree, module, is_package):
+            where = f"{file.relative_to(root)}:{imported.line}: {imported.module}"
+            top, *rest = imported.module.split(".")
+            if top == "jaxrlhf":
+                found += [f"{where}: {reason}" for reason in _wrong_way(here, _room(rest, folders))]
+            if top in UNSAFE:
+                found.append(f"{where}: reads or writes pickles")
+            if top in HEAVY and imported.on_import:
+                found.append(f"{where}: is heavy; import it inside the function that uses it")
+            if here == "config" and top not in {*sys.stdlib_module_names, "pydantic", "jaxrlhf"}:
+                found.append(f"{where}: settings need pydantic only")
+        for call in ast.walk(tree):
+            for keyword in getattr(call, "keywords", []):
+                if keyword.arg in UNSAFE_KEYWORDS and ast.unparse(keyword.value) != "False":
+                    found.append(f"{file.relative_to(root)}:{keyword.value.lineno}: {keyword.arg} must be False")
+    return found
+
+
+def _wrong_way(here: str, there: str) -> list[str]:
+    """Why a module of the room `here` may not import one of `there`; empty if it may."""
+    if here == there:
+        return []
+    if here in ONLY and there not in ONLY[here]:
+        return [f"{here} may import only {', '.join(sorted(ONLY[here])) or 'nothing of the package'}"]
+    own, other = RANKS.get(here, COMMANDS), RANKS.get(there, COMMANDS)
+    if other > own:
+        return [f"{here} imports {there}, which is above it"]
+    if other == own and there not in BOTTOM:
+        return [f"{here} imports {there}, which is beside it"]
+    return []
+
+
+def test_imports_go_down_only():
+    assert violations(PACKAGE) == []
+
+
+def test_the_walk_sees_the_package():
+    names = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
+    assert {"config.py", "runtime/checkpoints.py", "models/decoder.py"} <= names
+    tree = ast.parse((PACKAGE / "runtime" / "checkpoints.py").read_text())
+    modules = {i.module for i in _imports(tree, "jaxrlhf.runtime.checkpoints", False)}
+    assert {"jax", "orbax.checkpoint.v1", "jaxrlhf.errors.UserError"} <= modules
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "complaint"),
+    [
+        ("models/a.py", "from jaxrlhf.stages.ppo import run", "models imports stages, which is above it"),
+        ("models/a.py", "from jaxrlhf import stages", "models imports stages, which is above it"),
+        ("models/a.py", "import jaxrlhf.stages.ppo as p", "models imports stages, which is above it"),
+        ("models/a.py", "import jaxrlhf", "models imports commands, which is above it"),
+        ("models/a.py", "from jaxrlhf import train", "models imports commands, which is above it"),
+        ("models/a.py", "from ..stages import ppo", "models imports stages, which is above it"),
+        ("models/a.py", "from .. import stages", "models imports stages, which is above it"),
+        ("models/__init__.py", "from ..stages import ppo", "models imports stages, which is above it"),
+        ("models/a.py", "def f():\n    from jaxrlhf.stages import ppo", "models imports stages, which is above it"),
+        ("models/a.py", "class A:\n  def f(self):\n    import jaxrlhf.steps", "models imports steps, which is above"),
+        ("models/a.py", "from importlib import import_module as i\nx = importlib.import_module('jaxrlhf.steps.a')",
+         "models imports steps, which is above it"),
+        ("data/a.py", "from jaxrlhf.models import decoder", "data imports models, which is above it"),
+        ("rewards/a.py", "from jaxrlhf.rollout import decode", "rewards imports rollout, which is beside it"),
+        ("stages/a.py", "from jaxrlhf.train import main", "stages imports commands, which is above it"),
+        ("steps/a.py", "from jaxrlhf.config_io import load_config", "steps imports config_io, which is above it"),
+        ("algorithms/a.py", "from jaxrlhf.config import PPOConfig", "algorithms may import only errors, records"),
+        ("algorithms/a.py", "from jaxrlhf.models import decoder", "algorithms may import only errors, records"),
+        ("runtime/a.py", "from jaxrlhf.algorithms import masked", "runtime imports algorithms, which is above it"),
+        ("runtime/a.py", "from jaxrlhf.rollout import decode", "runtime imports rollout, which is above it"),
+        ("records.py", "from jaxrlhf.models import decoder", "records imports models, which is above it"),
+        ("config.py", "from jaxrlhf.records import Rollout", "config may import only errors"),
+        ("config.py", "import jax.numpy as jnp", "settings need pydantic only"),
+        ("config.py", "def f():\n    import jax", "settings need pydantic only"),
+        ("errors.py", "from jaxrlhf import config", "errors may import only nothing of the package"),
+        ("config_io.py", "from jaxrlhf.models import decoder", "config_io may import only config, errors, runtime"),
+        ("data/a.py", "import torch", "is heavy"),
+        ("data/a.py", "try:\n    from datasets import load_dataset\nexcept ImportError:\n    pass", "is heavy"),
+        ("train.py", "import wandb.sdk", "is heavy"),
+        ("data/a.py", "def f():\n    import pickle", "reads or writes pickles"),
+        ("data/a.py", "from pickle import loads", "reads or writes pickles"),
+        ("data/a.py", "np.load('x', allow_pickle=True)", "allow_pickle must be False"),
+        ("data/a.py", "load('x', trust_remote_code=trust)", "trust_remote_code must be False"),
+        ("attic/a.py", "x = 1", "attic/: no rank; give it one in RANKS"),
+    ],
+)  # fmt: skip
+def test_a_planted_violation_is_found(tmp_path, file, source, complaint):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source)
+    found = violations(tmp_path)
+    assert len(found) == 1 and complaint in found[0] and file.split("/")[0] in found[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("stages/a.py", "from jaxrlhf.steps import ppo\nfrom jaxrlhf.config_io import difference\nfrom . import b"),
+        ("train.py", "from jaxrlhf import generate, stages\nfrom jaxrlhf.config_io import load_config"),
+        ("__init__.py", "from jaxrlhf.models.decoder import Decoder"),
+        ("data/a.py", "def f():\n    import torch, datasets"),
+        ("models/a.py", "from jaxrlhf.data.tokenizers import load_tokenizer"),
+        ("data/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import datasets"),
+        ("data/a.py", "np.load('x', allow_pickle=False)"),
+        ("records.py", "from jaxrlhf.config import Sampling\nimport jax"),
+        ("runtime/a.py", "from jaxrlhf.config import MeshConfig\nfrom jaxrlhf.errors import UserError\nimport orbax"),
+        ("rewards/a.py", "from jaxrlhf.models import decoder\nfrom jaxrlhf.rewards.b import c"),
+    ],
+)
+def test_what_is_allowed_is_not_complained_about(tmp_path, file, source):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source)
+    assert violations(tmp_path) == []
