@@ -21,7 +21,7 @@ from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.rollout.sampling import truncates
-from jaxrlhf.runtime.mesh import check_batch, place, place_batch
+from jaxrlhf.runtime.mesh import check_batch, place, place_batch, replicated
 from jaxrlhf.runtime.programs import Program, peak_memory_bytes
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import MEASURED, SAMPLES, Evaluation, comparison, samples_of
@@ -164,14 +164,14 @@ class Iteration:
         batches = -(-min(self.config.evaluation_prompts, len(self.inputs.evaluation)) // size)
         sums: dict[str, list[float]] = {}
         samples = []
+        no_penalty = jax.device_put(jnp.float32(0.0), replicated(self.run.mesh))
         for index in range(batches):
             chosen = np.arange(index * size, (index + 1) * size) % len(self.inputs.evaluation)
             prompts, rows, texts = self.inputs.evaluation.take(chosen)
             key = key_for(self.run.config.seed, "evaluation", index, "rollout")
             answers = self.answer(policy, prompts, rows, texts, key)
             scores, metrics = self.score(answers)
-            zero = place(self.run.mesh, jnp.float32(0.0))
-            noted = self.annotated(policy, value, answers.rollout, scores, zero)[2]
+            noted = self.annotated(policy, value, answers.rollout, scores, no_penalty)[2]
             for name, number in (metrics | {n: float(noted[n]) for n in MEASURED}).items():
                 sums.setdefault(name, []).append(number)
             samples += samples_of(answers, scores)

@@ -39,7 +39,7 @@ def run_stages(config: RunConfig) -> Roles:
         if stage in finished:
             run.say(f"{stage}: has finished before")
     inputs = _load_inputs(run, roles, todo)
-    open_run(config.run_dir, dump_config(config))
+    open_run(config.run_dir, dump_config(config), writes)
     if config.model.new is not None and not (folder / "roles" / "base").is_dir():
         save_base(config.run_dir, roles.base, roles.tokenizer)
     roles.base = place(mesh, roles.base)

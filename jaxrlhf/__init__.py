@@ -1,0 +1,40 @@
+"""jaxrlhf: aligns language models with human preferences, in JAX and Flax. The programmatic API."""
+
+from jaxrlhf.algorithms.advantages import gae
+from jaxrlhf.algorithms.kl import shape_rewards
+from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
+from jaxrlhf.data.prompts import left_pad
+from jaxrlhf.models.adapters import bind, init_adapter, merge, parameter_count
+from jaxrlhf.models.weights import load_adapter, load_pretrained, save_adapter, save_pretrained
+from jaxrlhf.records import Annotated, Experience, PPOState, Prompts, Rollout
+from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.steps.annotate import annotate, build_experience
+from jaxrlhf.steps.ppo import init_ppo, ppo_update
+
+__all__ = [
+    "AdapterConfig",
+    "Annotated",
+    "Experience",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PPOState",
+    "Prompts",
+    "Rollout",
+    "Sampling",
+    "annotate",
+    "bind",
+    "build_experience",
+    "gae",
+    "init_adapter",
+    "init_ppo",
+    "left_pad",
+    "load_adapter",
+    "load_pretrained",
+    "merge",
+    "parameter_count",
+    "ppo_update",
+    "rollout",
+    "save_adapter",
+    "save_pretrained",
+    "shape_rewards",
+]

@@ -1,0 +1,12 @@
+"""python -m jaxrlhf: lists the commands."""
+
+COMMANDS = {
+    "train": "run the stages that a config names: sft, reward_model, ppo",
+    "generate": "answer prompts with a run's base, SFT and PPO policy, or with a model folder",
+}
+
+if __name__ == "__main__":
+    print("jaxrlhf aligns language models with human preferences. Commands:\n")
+    for name, what in COMMANDS.items():
+        print(f"  python -m jaxrlhf.{name:10} {what}")
+    print("\nEach explains itself with --help.")

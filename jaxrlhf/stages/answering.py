@@ -1,0 +1,113 @@
+"""Answers to prompts from a run's roles or from a model, for the generate command."""
+
+import argparse
+from collections.abc import Iterator
+
+import jax
+import pydantic
+
+from jaxrlhf.config import PromptsConfig, RunConfig, Sampling
+from jaxrlhf.config_io import load_config
+from jaxrlhf.data.prompts import left_pad
+from jaxrlhf.data.sources import read_rows, text_or_messages_field
+from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.weights import load_pretrained
+from jaxrlhf.records import Adapter
+from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.roles import Roles, load_run
+
+BATCH = 32
+LENGTH_STEP = 32  # prompts are padded to a multiple of this, so that few programs are compiled
+
+
+def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
+    """One record per prompt, in order: {"prompt", "answers": {role: text}}; see `jaxrlhf.generate` for arguments."""
+    config = None
+    if arguments.run is not None:
+        config = load_config(f"{arguments.run}/config.yaml")
+        roles = load_run(arguments.run)
+        chosen = _chosen_roles(roles, arguments.roles, config)
+    else:
+        if arguments.roles not in (None, "base"):
+            raise UserError(f"--roles {arguments.roles}: a model folder has the role base only; use --run")
+        base, tokenizer = load_pretrained(arguments.model)
+        if tokenizer is None:
+            raise UserError(f"{arguments.model}: has no tokenizer files, so there is no text in or out")
+        roles = Roles(base, tokenizer)
+        chosen = {"base": (base, None)}
+    sampling = _sampling(arguments, config, roles)
+    prompts = _prompts(arguments)
+    program = jax.jit(rollout)
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        key = key_for(arguments.seed, "generate", start, "rollout")
+        answers = {
+            role: _answers(program, *model, roles.tokenizer, part, sampling, key) for role, model in chosen.items()
+        }
+        for i, prompt in enumerate(part):
+            yield {"prompt": prompt, "answers": {role: texts[i] for role, texts in answers.items()}}
+
+
+def _answers(
+    program, base: Decoder, adapter: Adapter | None, tokenizer: Tokenizer, prompts: list, sampling: Sampling, key
+) -> list[str]:
+    ids = list(tokenizer.encode_prompts(prompts))
+    # Rows that fill up the batch repeat the first prompt, so that the last batch has the others' shape.
+    ids += [ids[0]] * (BATCH - len(ids) if len(prompts) > 1 else 0)
+    longest = max(map(len, ids))
+    if not min(map(len, ids)):
+        raise UserError("an empty prompt, and the tokenizer has no BOS to begin with; give some text")
+    room = base.config.max_positions - sampling.max_new_tokens
+    if longest > room:
+        raise UserError(
+            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones are more than the model's "
+            f"{base.config.max_positions} positions; want at most {max(room, 0)} prompt tokens"
+        )
+    length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, room)
+    answered = jax.device_get(program(base, adapter, left_pad(ids, length, tokenizer.pad_id), key, sampling))
+    responses = zip(answered.tokens[:, length:], answered.response_mask)
+    return [tokenizer.decode(row[mask].tolist()) for row, mask in responses][: len(prompts)]
+
+
+def _chosen_roles(roles: Roles, wanted: str | None, config: RunConfig) -> dict[str, tuple[Decoder, Adapter | None]]:
+    """The models of the roles asked for, or of the last one that was trained."""
+    known: dict[str, tuple[Decoder, Adapter | None]] = {}
+    retrained = config.sft is not None and "sft" in config.stages and config.sft.adapter.kind == "full"
+    if not retrained:
+        known["base"] = (roles.base, None)
+    elif config.model.path is not None:
+        known["base"] = (load_pretrained(config.model.path, config.model.dtype)[0], None)
+    if retrained or "sft" in roles.adapters:
+        known["sft"] = (roles.base, roles.reference)
+    if "policy" in roles.adapters:
+        known["policy"] = (roles.base, roles.adapters["policy"])
+    names = [list(known)[-1]] if wanted is None else [name.strip() for name in wanted.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--roles: this run has no role {name!r}; it has {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Roles) -> Sampling:
+    run = config.ppo.sampling if config is not None and config.ppo is not None else Sampling()
+    given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    changed = {name: value for name, value in given.items() if value is not None}
+    changed |= {"top_k": arguments.top_k, "top_p": arguments.top_p}
+    if not roles.base.config.stop_tokens and run.stop_tokens is None and roles.tokenizer.eos_id is not None:
+        changed["stop_tokens"] = (roles.tokenizer.eos_id,)
+    try:
+        return Sampling(**{**run.model_dump(), **changed})
+    except pydantic.ValidationError as error:
+        fault = error.errors()[0]
+        option = str(fault["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option}: {fault['msg']}, given {fault['input']}") from None
+
+
+def _prompts(arguments: argparse.Namespace) -> list:
+    if arguments.prompt is not None:
+        return arguments.prompt
+    source = PromptsConfig(path=arguments.prompts, prompt_field=arguments.prompt_field)
+    return [text_or_messages_field(row, source.prompt_field) for row in read_rows(source)]
