@@ -1,0 +1,288 @@
+"""Pretrained folders in, merged folders and adapters out.
+
+A checkpoint is checked as a whole from its headers before anything is built. Then each tensor goes from the
+mapped file straight to its devices, slice by slice: no host or device holds what it does not keep.
+
+Not here: PEFT's adapter format; downloading anything but JSON, safetensors and tokenizer files.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapters import SCORE, merge
+from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.models.families import config_document, is_ignored, read_config, tensor_name, token_entry, token_ids
+from jaxrlhf.models.tensor_files import (
+    Pending,
+    StoredTensor,
+    read_checkpoint,
+    read_json,
+    read_tensors,
+    write_checkpoint,
+    write_json,
+    write_tensors,
+)
+from jaxrlhf.records import Adapter
+from jaxrlhf.runtime.mesh import parameter_sharding
+from jaxrlhf.runtime.run_dir import atomic_directory
+
+if TYPE_CHECKING:
+    from jaxrlhf.data.tokenizers import Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")  # endings found in a folder that may be replaced
+ADAPTER, ADAPTER_INFO = "adapter.safetensors", "adapter.json"
+ADAPTER_FORMAT, ADAPTER_VERSION = "jaxrlhf-adapter", 1
+
+
+def load_pretrained(
+    path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> tuple[Decoder, "Tokenizer | None"]:
+    """The decoder and the tokenizer (None where there is none) of a Hugging Face folder or hub id.
+
+    Weights stored as float32, bfloat16 or float16 are cast to `dtype`. With a mesh each parameter is laid out as
+    `runtime.mesh.parameter_sharding` says, and each process reads its own slices only. Raises `UserError`
+    naming file and entry or tensor where the folder cannot be used.
+    """
+    from jaxrlhf.data.tokenizers import load_tokenizer
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    folder = _find_folder(path)
+    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    stored = _match(config, read_checkpoint(folder), folder)
+    tokenizer = load_tokenizer(str(folder))
+    abstract = abstract_decoder(_with_tokens(config, folder, tokenizer), dtype)
+    values = {}
+    for name, wanted in named_parameters(abstract).items():
+        sharding = None if mesh is None else parameter_sharding(mesh, name, wanted.shape)
+        values[name] = _load(stored[name], wanted, tensor_name(config, name)[1], sharding)
+    return with_parameters(abstract, values), tokenizer
+
+
+def save_pretrained(
+    path: str | Path,
+    base: Decoder,
+    adapter: Adapter | None = None,
+    tokenizer: "Tokenizer | None" = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes base and adapter, merged, as a folder that transformers opens, in the base's dtype.
+
+    A scalar head is left out. The folder appears complete or not at all; an older model there is replaced, and
+    `UserError` raised where anything else is.
+    """
+    target = Path(path).expanduser().absolute()
+    _check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
+    config = base.config
+    tensors = {}
+    for name, value in named_parameters(merge(base, adapter)).items():
+        theirs, transposed = tensor_name(config, name)
+        tensors[theirs] = _pending(value, transposed)
+    generation = {
+        "bos_token_id": config.bos_token,
+        "eos_token_id": token_entry(config.stop_tokens),
+        "pad_token_id": config.pad_token,
+    }
+    with _written_once(target) as (folder, primary):
+        write_checkpoint(folder, tensors, max_shard_bytes, primary)
+        if primary:
+            dtype = named_parameters(base)["embed_tokens/embedding"].dtype
+            write_json(folder / "config.json", config_document(config, dtype.name))
+            write_json(folder / "generation_config.json", generation)
+            if tokenizer is not None:
+                tokenizer.save(str(folder))
+
+
+def save_adapter(path: str | Path, adapter: Adapter) -> None:
+    """Writes an adapter, scalar head included: `adapter.safetensors` and `adapter.json`, all or nothing."""
+    target = Path(path).expanduser().absolute()
+    _check_replaceable(target, ADAPTER_INFO, lambda f: f.name in (ADAPTER, ADAPTER_INFO))
+    leaves = {f"{module}/{leaf}": value for module, values in adapter.items() for leaf, value in values.items()}
+    ranks = [value.shape[1] for name, value in leaves.items() if name.endswith("/lora_a")]
+    info = {
+        "format": ADAPTER_FORMAT,
+        "version": ADAPTER_VERSION,
+        "kind": "lora" if ranks else "full",
+        "rank": max(ranks, default=None),
+        "head": SCORE in adapter,
+    }
+    with _written_once(target) as (folder, primary):
+        write_tensors(folder / ADAPTER, {name: _pending(value) for name, value in leaves.items()}, primary)
+        if primary:
+            write_json(folder / ADAPTER_INFO, info)
+
+
+def load_adapter(path: str | Path, base: Decoder) -> Adapter:
+    """An adapter that `save_adapter` wrote, checked against the base it is for.
+
+    Raises `UserError` naming file and tensor where names or shapes do not fit.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such folder; an adapter is a folder with {ADAPTER_INFO} and {ADAPTER}")
+    if not (folder / ADAPTER_INFO).exists() and (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: an adapter in PEFT's format, which is not supported yet; {ADAPTER_INFO} is")
+    info = read_json(folder / ADAPTER_INFO)
+    if (info.get("format"), info.get("version")) != (ADAPTER_FORMAT, ADAPTER_VERSION):
+        raise UserError(
+            f"{folder / ADAPTER_INFO}: format {info.get('format')!r} version {info.get('version')!r};"
+            f" must be {ADAPTER_FORMAT!r} version {ADAPTER_VERSION}"
+        )
+    stored = read_tensors(folder / ADAPTER)
+    _check_adapter(stored, info.get("kind"), base, folder / ADAPTER)
+    adapter: Adapter = {}
+    for name, tensor in stored.items():
+        module, leaf = name.split("/")
+        adapter.setdefault(module, {})[leaf] = jnp.asarray(np.array(tensor.view()))
+    return adapter
+
+
+def _find_folder(path: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub id's files."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)):
+        raise UserError(f"{path}: no such folder; want one with config.json and weights, or a hub id like owner/name")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:  # hub and connection errors are OSErrors, a malformed id a ValueError
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path}: no such folder here, and not to be had from the hub: {reason}") from None
+
+
+def _match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """The stored tensor of each of our parameters; `UserError` where one is missing, misshapen or left over."""
+    matched = {}
+    for name, wanted in named_parameters(abstract_decoder(config)).items():
+        theirs, transposed = tensor_name(config, name)
+        if theirs not in tensors:
+            raise UserError(f"{folder}: tensor {theirs} is missing, which {folder / 'config.json'} calls for")
+        tensor = matched[name] = tensors[theirs]
+        shape = wanted.shape[::-1] if transposed else wanted.shape
+        if tensor.shape != shape:
+            raise UserError(
+                f"{tensor.file}: tensor {theirs} has shape {list(tensor.shape)}; config.json calls for {list(shape)}"
+            )
+    known = {tensor.name for tensor in matched.values()}
+    for tensor in tensors.values():
+        if tensor.name not in known and not is_ignored(config, tensor.name):
+            raise UserError(
+                f"{tensor.file}: tensor {tensor.name} has no place in a {config.family} decoder with this config.json"
+            )
+    return matched
+
+
+def _with_tokens(config: DecoderConfig, folder: Path, tokenizer: "Tokenizer | None") -> DecoderConfig:
+    """The config with the tokens that end answers and fill up rows.
+
+    `generation_config.json` wins over `config.json`, that over the tokenizer. Masks say what is real, so a
+    missing pad token may be any: a stop token, or 0.
+    """
+    file = folder / "generation_config.json"
+    generation = read_json(file) if file.exists() else {}
+    found = {}
+    for entry in ("eos_token_id", "pad_token_id"):
+        try:
+            found[entry] = token_ids(generation.get(entry))
+        except ValueError as error:
+            raise UserError(f"{file}: {entry} must be {error}, not {generation[entry]!r}") from None
+    own_eos, own_pad = (tokenizer.eos_id, tokenizer.pad_id) if tokenizer is not None else (None, None)
+    stops = found["eos_token_id"] or config.stop_tokens or token_ids(own_eos)
+    for token in stops:
+        if token >= config.vocab_size:
+            raise UserError(f"{folder}: eos_token_id {token} is outside the vocabulary of {config.vocab_size} tokens")
+    pads = (*found["pad_token_id"], config.pad_token, own_pad, *stops, 0)
+    pad = next(token for token in pads if token is not None and token < config.vocab_size)
+    return dataclasses.replace(config, stop_tokens=stops, pad_token=pad)
+
+
+def _load(
+    stored: StoredTensor, wanted: jax.ShapeDtypeStruct, transposed: bool, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    """A parameter on its devices, each slice read and cast on its own."""
+    view = stored.view().T if transposed else stored.view()
+
+    def read(index: Any) -> np.ndarray:
+        # Always a copy: on CPU a jax array may share numpy's memory, and the file may change.
+        with np.errstate(over="ignore"):
+            part = np.array(view[index], dtype=wanted.dtype, order="C")
+        if wanted.dtype == jnp.float16 and not np.isfinite(part).all():
+            raise UserError(f"{stored.file}: tensor {stored.name} does not fit float16; load it as bfloat16 or float32")
+        return part
+
+    if sharding is None:
+        return jnp.asarray(read(...))
+    return jax.make_array_from_callback(wanted.shape, sharding, read)
+
+
+def _pending(value: jax.Array, transposed: bool = False) -> Pending:
+    def fetch() -> np.ndarray:
+        whole = value
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            from jax.experimental import multihost_utils
+
+            whole = multihost_utils.process_allgather(value, tiled=True)
+        return np.asarray(whole).T if transposed else np.asarray(whole)
+
+    return Pending(value.dtype, value.shape[::-1] if transposed else value.shape, fetch)
+
+
+@contextlib.contextmanager
+def _written_once(target: Path) -> Iterable[tuple[Path, bool]]:
+    """A folder to write into and whether this process is the one that writes; the others wait for it."""
+    primary = jax.process_index() == 0
+    with atomic_directory(target, replace=True) if primary else contextlib.nullcontext(target) as folder:
+        yield folder, primary
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"written {target.name}")
+
+
+def _check_replaceable(target: Path, mark: str, expected: Callable[[Path], bool]) -> None:
+    """`UserError` where a folder is there that holds anything but an older version of what is to be written."""
+    if target.is_dir():
+        files = list(target.iterdir())
+        strangers = sorted(file.name for file in files if not expected(file))
+        if strangers or (files and mark not in {file.name for file in files}):
+            what = strangers[0] if strangers else files[0].name
+            raise UserError(f"{target}: holds {what}, which would be lost; give a new or empty folder")
+
+
+def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, file: Path) -> None:
+    """`UserError` unless each tensor has its place in the base and each LoRA pair is whole."""
+    parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
+    for name, tensor in stored.items():
+        module, _, leaf = name.partition("/")
+        if leaf in ("lora_a", "lora_b", "lora_scale"):
+            pair = [stored.get(f"{module}/{part}") for part in ("lora_a", "lora_b", "lora_scale")]
+            if None in pair:
+                raise UserError(f"{file}: module {module} has no whole LoRA pair (lora_a, lora_b, lora_scale)")
+            outer = parameters.get(f"{module}/kernel")
+            rank = pair[0].shape[-1] if pair[0].shape else 0
+            wanted = outer and {"lora_a": (outer[0], rank), "lora_b": (rank, outer[1]), "lora_scale": ()}[leaf]
+        elif module == SCORE:
+            wanted = (base.config.hidden_size, 1) if leaf == "kernel" else None
+        else:
+            wanted = parameters.get(name)
+        if wanted is None:
+            raise UserError(f"{file}: tensor {name} has no place in this base; the adapter is another model's")
+        if tensor.shape != wanted:
+            raise UserError(f"{file}: tensor {name} has shape {list(tensor.shape)}; this base wants {list(wanted)}")
+    missing = sorted(set(parameters) - set(stored)) if kind == "full" else []
+    if missing:
+        raise UserError(f"{file}: tensor {missing[0]} is missing from a full adapter")

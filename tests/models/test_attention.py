@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.models.attention import attend, causal_mask, positions_of, rotate
+
+
+@pytest.mark.parametrize(
+    "segments, positions",
+    [
+        ([1, 1, 1, 1], [0, 1, 2, 3]),
+        ([0, 0, 1, 1], [0, 0, 0, 1]),
+        ([1, 1, 0, 0], [0, 1, 1, 1]),
+        ([0, 1, 1, 0], [0, 0, 1, 1]),
+        ([1, 1, 2, 2, 2, 3], [0, 1, 0, 1, 2, 0]),
+        ([0, 1, 1, 2, 2, 0], [0, 0, 1, 0, 1, 1]),
+        ([0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_positions_count_real_tokens_of_each_segment(segments, positions):
+    assert positions_of(jnp.array([segments])).tolist() == [positions]
+
+
+def test_positions_of_a_mask_are_its_cumulative_sum():
+    mask = jnp.array([[False, False, True, True, True], [True] * 5])
+    np.testing.assert_array_equal(positions_of(mask), jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+
+
+def test_causal_mask_by_hand():
+    seen = causal_mask(jnp.array([[0, 1, 1, 2]]))[0].astype(int)
+    assert seen.tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_causal_mask_equals_its_definition():
+    segments = np.random.default_rng(0).integers(0, 3, (4, 7))
+    seen = np.asarray(causal_mask(segments))
+    for b in range(4):
+        for query in range(7):
+            for key in range(7):
+                expected = key <= query and segments[b, query] == segments[b, key] != 0
+                assert seen[b, query, key] == expected
+
+
+def test_rotation_is_one_of_complex_numbers():
+    x = np.random.default_rng(0).standard_normal((2, 5, 3, 8)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 3, 4], [0, 0, 7, 8, 900]])
+    frequencies = 10000.0 ** -(np.arange(4) / 4)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * frequencies)
+    rotated = np.asarray(jax.jit(rotate)(x, positions, frequencies.astype(np.float32)))
+    np.testing.assert_allclose(rotated, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
+    np.testing.assert_array_equal(rotated[:, 0], x[:, 0])  # position 0 turns nothing
+
+
+def test_only_distances_enter_the_products():
+    q, k = np.random.default_rng(1).standard_normal((2, 1, 1, 1, 16)).astype(np.float32)
+    frequencies = (100.0 ** -(np.arange(8) / 8)).astype(np.float32)
+
+    @jax.jit
+    def product(i, j):
+        positions_q, positions_k = jnp.full((1, 1), i), jnp.full((1, 1), j)
+        return jnp.sum(rotate(q, positions_q, frequencies) * rotate(k, positions_k, frequencies))
+
+    np.testing.assert_allclose(product(3, 1), product(41, 39), atol=1e-4)
+    assert abs(product(3, 1) - product(3, 2)) > 1e-2
+
+
+@pytest.mark.parametrize("N, K", [(6, 2), (3, 1), (5, 5)])
+def test_grouped_attention_equals_numpy(N, K):
+    T, S, H = 4, 7, 8
+    generator = np.random.default_rng(0)
+    shapes = [(2, T, N, H), (2, S, K, H), (2, S, K, H)]
+    q, k, v = (generator.standard_normal(shape).astype(np.float32) for shape in shapes)
+    mask = generator.random((2, T, S)) < 0.6
+    mask[:, :, 0] = True
+    expected = np.zeros((2, T, N, H))
+    for b in range(2):
+        for n in range(N):
+            kv = n // (N // K)
+            scores = np.where(mask[b], q[b, :, n] @ k[b, :, kv].T / np.sqrt(H), -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            expected[b, :, n] = weights / weights.sum(-1, keepdims=True) @ v[b, :, kv]
+    np.testing.assert_allclose(jax.jit(attend)(q, k, v, mask), expected, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():
+    q, k, v = np.random.default_rng(2).standard_normal((3, 1, 2, 1, 4)).astype(np.float32)
+    mask = np.array([[[False, False], [True, True]]])
+
+    @jax.jit
+    def run(q):
+        out, gradient = jax.vjp(lambda q: attend(q, k, v, mask), q)
+        return out, gradient(jnp.ones_like(out).at[:, 0].set(0))[0]
+
+    out, gradient = jax.device_get(run(q))
+    assert np.isfinite(out).all() and np.isfinite(gradient).all() and (gradient[:, 0] == 0).all()
+
+
+def test_softmax_is_float32_in_bfloat16():
+    # A sum of 1000 equal weights in bfloat16 would stop growing at 256.
+    q, k = np.zeros((2, 1, 1000, 1, 4), jnp.bfloat16)
+    v = np.ones((1, 1000, 1, 4), jnp.bfloat16)
+    out = jax.jit(attend)(q[:, :1], k, v, np.ones((1, 1, 1000), bool))
+    np.testing.assert_allclose(np.asarray(out).astype(np.float32), 1.0, rtol=0.01)

@@ -1,0 +1,178 @@
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.attention import causal_mask, positions_of
+from jaxrlhf.models.decoder import Decoder, LayerCache, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.models.weights import load_pretrained
+
+
+def tokens_and_mask(vocabulary, B=3, T=20):
+    """Left-padded rows of 20, 13 and 1 real tokens."""
+    tokens = np.random.default_rng(3).integers(0, vocabulary, (B, T)).astype(np.int32)
+    return tokens, np.arange(T)[None] >= np.array([0, 7, 19])[:, None]
+
+
+def test_logits_equal_those_of_transformers(llama_case, make_llama, torch_logits, forward, tmp_path):
+    theirs = make_llama(tmp_path, **llama_case)
+    ours, tokenizer = load_pretrained(tmp_path)
+    tokens, mask = tokens_and_mask(61)
+    expected = torch_logits(theirs, tokens, mask)
+    assert tokenizer is None
+    assert expected[mask].std() > 0.3  # a model whose logits hardly vary would prove nothing
+    np.testing.assert_allclose(forward(ours, tokens, mask)[mask], expected[mask], atol=1e-4)
+
+
+def test_logits_equal_those_of_transformers_from_a_real_model(torch_logits, forward):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    if "JAXRLHF_SHARED" not in os.environ:
+        pytest.skip("JAXRLHF_SHARED names no folder with models/stories260K")
+    folder = Path(os.environ["JAXRLHF_SHARED"]) / "models" / "stories260K"
+    ours, tokenizer = load_pretrained(folder)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+    assert ours.config.stop_tokens == (1, 2) and ours.config.pad_token == 0
+    rows = [tokenizer.encode_prompt(text) for text in ("Once upon a time, there was", "Lily and", "The dog")]
+    width = max(map(len, rows))
+    tokens = np.array([[0] * (width - len(row)) + row for row in rows], np.int32)
+    mask = np.array([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    expected = torch_logits(theirs, tokens, mask)
+    np.testing.assert_allclose(forward(ours, tokens, mask)[mask], expected[mask], atol=1e-4)
+
+
+def test_decoding_with_a_cache_equals_the_full_forward(small, batch):
+    tokens, mask = batch
+    P, S = 5, tokens.shape[1]
+    config = small.config
+    positions, seen = np.asarray(positions_of(mask)), np.asarray(causal_mask(mask))
+    full = np.asarray(jax.jit(Decoder.encode)(small, tokens, mask.astype(np.int32)))
+    empty = jnp.full((3, S, config.kv_heads, config.head_dim), 9.0)  # slots not yet written must not be seen
+    cache = [LayerCache(empty, empty) for _ in range(config.layers)]
+    step = jax.jit(Decoder.hidden)
+    first, cache = step(small, tokens[:, :P], positions[:, :P], seen[:, :P], cache, 0)
+    parts = [np.asarray(first)]
+    for at in range(P, S):
+        now = slice(at, at + 1)
+        hidden, cache = step(small, tokens[:, now], positions[:, now], seen[:, now], cache, at)
+        parts.append(np.asarray(hidden))
+    np.testing.assert_allclose(np.concatenate(parts, 1)[mask], full[mask], atol=1e-5)
+
+
+def test_a_fresh_cache_holds_what_a_given_one_gets(small, batch):
+    tokens, mask = batch
+    positions, seen = np.asarray(positions_of(mask)), np.asarray(causal_mask(mask))
+    run = jax.jit(Decoder.hidden)
+    _, fresh = run(small, tokens, positions, seen)
+    room = [LayerCache(*(jnp.zeros((3, 11, 1, 8)) for _ in range(2))) for _ in range(2)]
+    _, written = run(small, tokens, positions, np.pad(seen, ((0, 0), (0, 0), (0, 2))), room, 0)
+    for ours, theirs in zip(jax.tree.leaves(jax.device_get(fresh)), jax.tree.leaves(jax.device_get(written))):
+        np.testing.assert_allclose(theirs[:, :9][mask], ours[mask], atol=1e-5)
+        assert (theirs[:, 9:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "segments", [[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 0]], ids=["whole", "left-padded", "packed"]
+)
+def test_gradients_flow_to_visible_tokens_only(small, segments):
+    # Each position has a token of its own, so a row of the embedding's gradient belongs to one position.
+    T = len(segments)
+    tokens, segments = np.arange(T)[None], np.array([segments])
+
+    def summed(table):
+        model = bind(small, {"embed_tokens": {"embedding": table}})
+        return model(tokens, segments)[0].sum(-1)
+
+    gradient = jax.jit(jax.jacrev(summed))(small.embed_tokens.embedding[...])  # [T, V, D]
+    reached = (np.asarray(gradient)[:, :T] != 0).any(-1)
+    real = segments[0] > 0
+    np.testing.assert_array_equal(reached[real], np.asarray(causal_mask(segments))[0][real])
+
+
+def test_packed_rows_equal_the_rows_alone(small, forward):
+    lengths = [4, 1, 6]
+    rows = [np.random.default_rng(n).integers(0, 31, (1, n)) for n in lengths]
+    tokens = np.pad(np.concatenate(rows, 1), ((0, 0), (0, 3)), constant_values=7)
+    segments = np.array([[1] * 4 + [2] + [3] * 6 + [0] * 3])
+    packed = forward(small, tokens, segments)[0]
+    for row, end in zip(rows, np.cumsum(lengths)):
+        n = row.shape[1]
+        alone = forward(small, np.pad(row, ((0, 0), (0, 14 - n))), (np.arange(14) < n)[None].astype(int))
+        np.testing.assert_allclose(packed[end - n : end], alone[0, :n], atol=1e-5)
+
+
+def test_a_row_alone_equals_the_row_in_a_batch(small, batch, forward):
+    tokens, mask = batch
+    together = forward(small, tokens, mask)
+    for i in range(3):
+        alone = forward(small, tokens[i : i + 1], mask[i : i + 1])
+        np.testing.assert_allclose(alone[0][mask[i]], together[i][mask[i]], atol=1e-5)
+
+
+def test_more_padding_and_other_tokens_in_it_change_nothing(small, batch, forward):
+    tokens, mask = batch
+    plain, sides = forward(small, tokens, mask), ((0, 0), (5, 2))
+    wide = forward(small, np.pad(tokens, sides, constant_values=29), np.pad(mask, sides))
+    np.testing.assert_allclose(wide[:, 5:-2][mask], plain[mask], atol=1e-5)
+    other = forward(small, np.where(mask, tokens, (tokens + 1) % 31), mask)
+    np.testing.assert_array_equal(other[mask], plain[mask])
+
+
+def test_no_mask_means_all_real(small, batch, forward):
+    tokens, _ = batch
+    given = forward(small, tokens, np.ones(tokens.shape, bool))
+    np.testing.assert_allclose(forward(small, tokens, None), given, atol=1e-5)
+
+
+def test_remat_changes_nothing(small, batch):
+    tokens, mask = batch
+
+    def loss(model, remat):
+        return jnp.sum(model.logits(model.encode(tokens, mask.astype(jnp.int32), remat)) ** 2 * mask[:, :, None])
+
+    compiled = [jax.jit(jax.grad(loss), static_argnums=1).lower(small, remat) for remat in (False, True)]
+    plain, again = (named_parameters(jax.device_get(c.compile()(small))) for c in compiled)
+    for name, gradient in plain.items():
+        np.testing.assert_allclose(again[name], gradient, rtol=1e-3, atol=1e-3, err_msg=name)
+    # What jax.checkpoint leaves in a program; without it this would compare a function with itself.
+    assert ["optimization_barrier" in c.as_text() for c in compiled] == [False, True]
+
+
+def test_bfloat16_weights_give_float32_logits_near_the_float32_ones(small, batch, forward):
+    tokens, mask = batch
+    half = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(jnp.bfloat16)), small)
+    logits = forward(half, tokens, mask)
+    assert logits.dtype == np.float32
+    assert not (logits == logits.astype(jnp.bfloat16)).all()  # accumulated and left in float32
+    exact = forward(small, tokens, mask)
+    assert np.abs(logits - exact)[mask].mean() < 0.03 * exact[mask].std()
+
+
+def test_a_new_decoder_starts_as_transformers_starts(small):
+    config = dataclasses.replace(small.config, layers=1)
+    model = jax.device_get(Decoder(config, jax.random.key(1)))
+    for name, leaf in named_parameters(model).items():
+        if "norm" in name:
+            assert (leaf == 1).all()
+        elif name.endswith("bias"):
+            assert (leaf == 0).all()
+        else:
+            assert abs(leaf.std() / small.config.initializer_range - 1) < 0.2, name
+    kernels = [leaf.ravel()[:4] for name, leaf in named_parameters(model).items() if name.endswith("kernel")]
+    assert len({tuple(k.tolist()) for k in kernels}) == len(kernels)  # no two start alike
+
+
+def test_an_abstract_decoder_has_the_shapes_and_takes_values(small, batch, forward):
+    abstract = abstract_decoder(small.config)
+    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in named_parameters(abstract).items()}
+    assert wanted == {name: (leaf.shape, leaf.dtype) for name, leaf in named_parameters(small).items()}
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
+    filled = with_parameters(abstract, named_parameters(small))
+    np.testing.assert_array_equal(forward(filled, *batch), forward(small, *batch))
+    with pytest.raises(KeyError):
+        with_parameters(abstract, {})

@@ -1,0 +1,132 @@
+import pytest
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters
+from jaxrlhf.models.families import (
+    FAMILIES,
+    config_document,
+    is_ignored,
+    read_config,
+    tensor_name,
+    token_entry,
+    token_ids,
+)
+
+MINIMAL = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+FULL = DecoderConfig(
+    vocab_size=61, hidden_size=48, intermediate_size=44, layers=2, heads=6, kv_heads=2, head_dim=16, max_positions=99,
+    norm_eps=1e-5, rope_theta=5e5, tie_embeddings=True, attention_bias=True, mlp_bias=True, initializer_range=0.3,
+    bos_token=3, stop_tokens=(4, 5), pad_token=6,
+)  # fmt: skip
+
+
+def test_absent_fields_take_transformers_defaults():
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = read_config({"model_type": "llama"}, "config.json"), transformers.LlamaConfig()
+    for field in FAMILIES["llama"].fields:
+        value = getattr(ours, field.ours)
+        assert (token_entry(value) if field.kind == "tokens" else value) == getattr(theirs, field.theirs), field
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (ours.kv_heads, ours.head_dim) == (32, 128)
+
+
+def test_null_is_a_default_for_sizes_and_none_for_tokens():
+    document = MINIMAL | {"num_key_value_heads": None, "head_dim": None, "bos_token_id": None, "eos_token_id": None}
+    config = read_config(document, "config.json")
+    assert (config.kv_heads, config.head_dim, config.bos_token, config.stop_tokens) == (4, 8, None, ())
+
+
+@pytest.mark.parametrize(
+    "rope, theta",
+    [
+        ({}, 10000.0),
+        ({"rope_theta": 500000}, 500000.0),
+        ({"rope_theta": 500.0, "rope_scaling": None}, 500.0),
+        ({"rope_theta": 500.0, "rope_scaling": {"rope_type": "default"}}, 500.0),
+        ({"rope_parameters": {"rope_theta": 300.0, "rope_type": "default"}}, 300.0),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 200.0}, 200.0),
+        ({"rope_parameters": {"rope_theta": 300.0, "rope_type": "default"}, "rope_theta": 200.0}, 300.0),
+        ({"rope_parameters": None}, 10000.0),
+    ],
+)
+def test_rope_theta_in_both_styles(rope, theta):
+    assert read_config(MINIMAL | rope, "config.json").rope_theta == theta
+    transformers = pytest.importorskip("transformers")
+    settings = {k: (dict(v) if isinstance(v, dict) else v) for k, v in rope.items()}  # transformers writes into them
+    assert transformers.LlamaConfig(**settings).rope_parameters["rope_theta"] == theta
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "mamba"}, ["model_type", "'mamba'", "llama"]),
+        ({"model_type": None}, ["model_type", "llama"]),
+        ({"model_type": ["llama"]}, ["model_type", "llama"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "silu", "'gelu'"]),
+        ({"hidden_size": "32"}, ["hidden_size", "whole number", "'32'"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
+        ({"vocab_size": True}, ["vocab_size", "True"]),
+        ({"rms_norm_eps": "small"}, ["rms_norm_eps"]),
+        ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "true or false"]),
+        ({"eos_token_id": ["</s>"]}, ["eos_token_id"]),
+        ({"pad_token_id": [1]}, ["pad_token_id"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads (4)", "num_key_value_heads (3)"]),
+        ({"head_dim": 7}, ["head_dim (7)", "even"]),
+        ({"hidden_size": 33}, ["head_dim", "hidden_size"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "'linear'"]),
+        ({"rope_scaling": {"factor": 2.0}}, ["rope_scaling", "factor"]),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, ["rope_parameters", "'llama3'"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope_parameters", "full_attention"]),
+        ({"rope_parameters": "default"}, ["rope_parameters", "'default'"]),
+        ({"rope_theta": 0}, ["rope_theta", "above 0"]),
+        ({"rope_theta": "10000"}, ["rope_theta", "a number"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "not supported"]),
+    ],
+)
+def test_what_cannot_be_used_is_named_in_one_line(change, words):
+    with pytest.raises(UserError) as caught:
+        read_config(MINIMAL | change, "models/mine/config.json")
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("models/mine/config.json: ")
+    assert all(word in message for word in words), message
+
+
+def test_written_and_read_again_is_the_same():
+    assert read_config(config_document(FULL, "bfloat16"), "config.json") == FULL
+    one = DecoderConfig(**{**FULL.__dict__, "stop_tokens": (4,), "pad_token": None, "bos_token": None})
+    assert read_config(config_document(one, "float32"), "config.json") == one
+
+
+def test_transformers_understands_what_is_written():
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(**config_document(FULL, "bfloat16"))
+    assert theirs.rope_parameters == {"rope_theta": 5e5, "rope_type": "default"}
+    assert str(theirs.dtype) == "torch.bfloat16"
+    assert theirs.architectures == ["LlamaForCausalLM"]
+    for field in FAMILIES["llama"].fields:
+        value = getattr(FULL, field.ours)
+        assert getattr(theirs, field.theirs) == (token_entry(value) if field.kind == "tokens" else value)
+
+
+def test_every_parameter_has_a_tensor_of_its_own():
+    untied = DecoderConfig(**{**FULL.__dict__, "tie_embeddings": False})
+    ours = named_parameters(abstract_decoder(untied))
+    theirs = {tensor_name(untied, name)[0] for name in ours}
+    assert len(theirs) == len(ours) == 3 + 2 * (2 + 4 * 2 + 3 * 2)
+    with pytest.raises(KeyError, match="rotary"):
+        tensor_name(untied, "layers.0.rotary/kernel")
+
+
+def test_only_copies_and_constants_are_ignored():
+    untied = DecoderConfig(**{**FULL.__dict__, "tie_embeddings": False})
+    assert is_ignored(FULL, "lm_head.weight") and not is_ignored(untied, "lm_head.weight")
+    assert is_ignored(untied, "model.layers.3.self_attn.rotary_emb.inv_freq")
+    assert not is_ignored(untied, "model.layers.3.self_attn.q_norm.weight")
+
+
+@pytest.mark.parametrize("entry, tokens", [(None, ()), (7, (7,)), (-1, ()), ([1, 2, 1], (1, 2)), ([], ()), (0, (0,))])
+def test_token_entries(entry, tokens):
+    assert token_ids(entry) == tokens
+    assert token_ids(token_entry(tokens)) == tokens
