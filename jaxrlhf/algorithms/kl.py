@@ -1,0 +1,92 @@
+"""The distance from the reference: its estimators, its coefficient's controller, the rewards made of it."""
+
+from collections.abc import Callable
+
+import chex
+import jax.numpy as jnp
+from jax import Array
+
+# On the log-ratio r = ref - policy of a token that the policy sampled (J. Schulman, "Approximating KL
+# Divergence", 2020). All estimate KL(policy || ref). k1 has no bias and may be negative; k2 has a bias and is
+# not; k3 has no bias and is never negative.
+ESTIMATORS: dict[str, Callable[[Array], Array]] = {
+    "k1": lambda r: -r,
+    "k2": lambda r: 0.5 * jnp.square(r),
+    "k3": lambda r: jnp.expm1(r) - r,
+}
+
+
+def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
+    """Per-token estimate of KL(policy || reference).
+
+    There is no mask here: where gradients flow, put 0 into both logprobs past the end first, for k3 of garbage
+    may be infinite.
+
+    Args:
+      logprobs: any shape; of the sampled tokens under the policy.
+      ref_logprobs: same shape; under the reference.
+      estimator: "k1", "k2" or "k3"; another name is a KeyError.
+
+    Returns:
+      f32 of the same shape, in nats.
+    """
+    chex.assert_equal_shape([logprobs, ref_logprobs])
+    r = jnp.asarray(ref_logprobs, jnp.float32) - jnp.asarray(logprobs, jnp.float32)
+    return ESTIMATORS[estimator](r)
+
+
+def adapt_kl_coef(
+    kl_coef: Array | float,
+    kl: Array | float,
+    target: Array | float,
+    batch: Array | float,
+    horizon: Array | float,
+) -> Array:
+    """The log-space proportional controller of 1909.08593, section 2.2.
+
+    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * batch / horizon)
+
+    Args:
+      kl_coef: f32[]; the coefficient in use.
+      kl: f32[]; measured KL per answer (summed over its tokens, mean over answers), in nats.
+      target: f32[] > 0; the KL per answer to aim at.
+      batch: answers in this iteration.
+      horizon: answers over which the coefficient reacts.
+
+    Returns:
+      f32[]; the coefficient of the next iteration. Of the same sign as before while batch < 5 * horizon.
+    """
+    error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
+    return jnp.asarray(kl_coef, jnp.float32) * (1.0 + error * batch / horizon)
+
+
+def shape_rewards(
+    scores: Array,
+    logprobs: Array,
+    ref_logprobs: Array,
+    mask: Array,
+    kl_coef: Array | float,
+    estimator: str = "k1",
+) -> Array:
+    """Rewards per token: -kl_coef * KL_t everywhere, and the score on the last real token (1909.08593).
+
+    Args:
+      scores: f32[B]; one per answer.
+      logprobs: f32[B,R]; of the policy that sampled.
+      ref_logprobs: f32[B,R].
+      mask: bool[B,R]; the answer's real tokens.
+      kl_coef: f32[].
+      estimator: a name from `ESTIMATORS`.
+
+    Returns:
+      f32[B,R]; 0 where the mask is False. An empty answer has no token to hold its score, and gets nothing.
+    """
+    chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    chex.assert_equal_shape_prefix([scores, logprobs], 1)
+    chex.assert_type(mask, bool)
+    kl = kl_estimate(jnp.where(mask, logprobs, 0.0), jnp.where(mask, ref_logprobs, 0.0), estimator)
+    position = jnp.arange(mask.shape[1])
+    last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1, which is nowhere: empty
+    score = jnp.where(position == last, jnp.asarray(scores, jnp.float32)[:, None], 0.0)
+    return jnp.where(mask, -kl_coef * kl, 0.0) + score

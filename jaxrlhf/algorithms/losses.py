@@ -1,0 +1,211 @@
+"""Losses per token, and what they are made of: log-probabilities and entropies from logits.
+
+Nothing is reduced over tokens here (`masked.aggregate` does that), so that accumulation over microbatches is
+exact. Everything is float32 inside. Masked positions give 0 in value and gradient whatever stands there.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+
+_LOWEST = jnp.finfo(jnp.float32).min
+
+
+def ppo_policy_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    clip_low: Array | float,
+    clip_high: Array | float,
+) -> tuple[Array, dict[str, Array]]:
+    """Clipped surrogate objective (1707.06347, equation 7) with bounds of its own on each side (2503.14476).
+
+    ratio_t = exp(logprob_t - old_logprob_t)
+    loss_t  = max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_low, 1 + clip_high))
+
+    The gradient is that of `logprobs` alone; the old ones and the advantages are constants.
+
+    Args:
+      logprobs: f32[B,R]; of the policy that is trained.
+      old_logprobs: f32[B,R]; of the policy that sampled.
+      advantages: f32[B,R].
+      mask: bool[B,R].
+      clip_low, clip_high: f32[].
+
+    Returns:
+      loss f32[B,R], 0 where the mask is False; and diagnostics without gradient, each [B,R]:
+        ratio        f32; 1 where the mask is False
+        clipped_low  bool; A < 0 and the ratio is below its bound: this token has no gradient left
+        clipped_high bool; A > 0 and the ratio is above its bound: likewise
+        approx_kl    f32; (ratio - 1) - log ratio, k3 of KL(old || new); 0 where the mask is False
+    """
+    chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
+    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
+    chex.assert_type(mask, bool)
+    # Masked before exp: the gradient of an infinite ratio is NaN even where its value is thrown away.
+    old_logprobs = stop_gradient(jnp.asarray(old_logprobs, jnp.float32))
+    log_ratio = jnp.where(mask, jnp.asarray(logprobs, jnp.float32) - old_logprobs, 0.0)
+    advantages = stop_gradient(jnp.where(mask, jnp.asarray(advantages, jnp.float32), 0.0))
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    loss = jnp.where(mask, jnp.maximum(-advantages * ratio, -advantages * clipped), 0.0)
+    # Masked advantages are 0: neither of the two clips applies to them.
+    diagnostics = {
+        "ratio": ratio,
+        "clipped_low": (advantages < 0) & (ratio < 1.0 - clip_low),
+        "clipped_high": (advantages > 0) & (ratio > 1.0 + clip_high),
+        "approx_kl": jnp.expm1(log_ratio) - log_ratio,
+    }
+    return loss, jax.tree.map(stop_gradient, diagnostics)
+
+
+def value_loss(
+    values: Array, old_values: Array, returns: Array, mask: Array, clip: Array | float
+) -> tuple[Array, Array]:
+    """Squared error of the values, with a step from the old values that pays up to `clip` only.
+
+    loss_t = 1/2 max((V_t - R_t)^2, (clip(V_t, V_old_t - clip, V_old_t + clip) - R_t)^2)
+
+    As detailed in 2403.17031. The gradient is that of `values` alone.
+
+    Args:
+      values: f32[B,R]; of the value model that is trained.
+      old_values: f32[B,R]; those that the advantages were computed with.
+      returns: f32[B,R].
+      mask: bool[B,R].
+      clip: f32[]; infinity switches it off.
+
+    Returns:
+      loss f32[B,R], 0 where the mask is False; and bool[B,R], True where the clipped error is the larger one:
+      this token has no gradient left.
+    """
+    chex.assert_rank([values, old_values, returns, mask], 2)
+    chex.assert_equal_shape([values, old_values, returns, mask])
+    chex.assert_type(mask, bool)
+    values, old_values, returns = (
+        jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (values, old_values, returns)
+    )
+    old_values, returns = stop_gradient((old_values, returns))
+    clipped_values = jnp.clip(values, old_values - clip, old_values + clip)
+    error = jnp.square(values - returns)
+    clipped_error = jnp.square(clipped_values - returns)
+    loss = jnp.where(mask, 0.5 * jnp.maximum(error, clipped_error), 0.0)
+    return loss, clipped_error > error
+
+
+# log softmax(logits / T) = shifted - log sum exp(shifted), with shifted = (logits - peak) / T. The peak is taken off
+# first, where float32 subtracts exactly; the small difference then keeps its precision beside large logits.
+
+
+def _peak(logits: Array) -> Array:
+    """The largest logit, a constant: f32[...,V] -> f32[...,1]. Finite where every token is ruled out by -inf."""
+    return stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), _LOWEST))
+
+
+def _log_total(shifted: Array) -> Array:
+    """log sum exp of shifted logits: f32[...,V] -> f32[...,1]. -inf has probability 0 and gradient 0."""
+    total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)
+    # The peak itself adds 1: the total is at least 1, or 0 in a row of -inf. 1/2 stands clear of both.
+    return jnp.log(jnp.maximum(total, 0.5))
+
+
+def _entropy(shifted: Array, log_total: Array) -> Array:
+    """-sum p log p over the last axis, with 0 log 0 = 0 in value and gradient."""
+    log_p = shifted - log_total
+    return -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, _LOWEST), axis=-1)
+
+
+def _at(logits: Array, tokens: Array) -> Array:
+    """The logits of the given tokens: [...,V], i32[...] -> f32[...,1].
+
+    For the raw logits: gathered from shifted ones, the whole [...,V] array would have to be written to memory.
+    """
+    return jnp.asarray(jnp.take_along_axis(logits, tokens[..., None], axis=-1), jnp.float32)
+
+
+def entropy_from_logits(logits: Array) -> Array:
+    """Entropy of softmax(logits) in nats: [...,V] -> f32[...]. Tokens with logit -inf count for nothing."""
+    logits = jnp.asarray(logits, jnp.float32)
+    shifted = logits - _peak(logits)
+    return _entropy(shifted, _log_total(shifted))
+
+
+def token_logprobs(logits: Array, tokens: Array, temperature: Array | float) -> tuple[Array, Array]:
+    """Log-probabilities of tokens under softmax(logits / temperature), and that distribution's entropy.
+
+    One function for old, new and reference log-probabilities, so that temperature acts alike in all of them.
+
+    Args:
+      logits: [B,R,V]; those that predict `tokens`, before temperature.
+      tokens: i32[B,R]; in [0, V), pad included.
+      temperature: f32[B], one per row, or a single number; greater than 0.
+
+    Returns:
+      logprobs f32[B,R] and entropy f32[B,R], in nats. Not masked: a token of logit -inf has logprob -inf.
+    """
+    chex.assert_rank([logits, tokens], [3, 2])
+    chex.assert_equal_shape_prefix([logits, tokens], 2)
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (logits.shape[0],))[:, None, None]
+    chosen = _at(logits, tokens)
+    logits = jnp.asarray(logits, jnp.float32)
+    peak = _peak(logits)
+    shifted = (logits - peak) / temperature
+    log_total = _log_total(shifted)
+    logprobs = (chosen - peak) / temperature - log_total
+    return logprobs[..., 0], _entropy(shifted, log_total)
+
+
+def cross_entropy(logits: Array, targets: Array, mask: Array) -> Array:
+    """-log softmax(logits)[target] per token.
+
+    Args:
+      logits: [...,V].
+      targets: i32[...]; in [0, V) where the mask is True, anything elsewhere (-100, say).
+      mask: bool[...]; the tokens that are learnt.
+
+    Returns:
+      f32[...] in nats; 0 where the mask is False.
+    """
+    chex.assert_equal_shape([targets, mask])
+    chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
+    chex.assert_type(mask, bool)
+    logits = jnp.where(mask[..., None], jnp.asarray(logits, jnp.float32), 0.0)
+    peak = _peak(logits)
+    chosen = _at(logits, jnp.where(mask, targets, 0))
+    loss = _log_total(logits - peak) - (chosen - peak)
+    return jnp.where(mask, loss[..., 0], 0.0)
+
+
+def pairwise_loss(
+    chosen_scores: Array, rejected_scores: Array, margin: Array, centring: Array | float, weight: Array
+) -> tuple[Array, Array]:
+    """Bradley-Terry loss of a reward model (2203.02155), with a margin (2307.09288) and centring (2312.09244).
+
+    loss = -log sigmoid(chosen - rejected - margin) + centring * (chosen + rejected)^2
+
+    Args:
+      chosen_scores: f32[B]; of the better answers.
+      rejected_scores: f32[B].
+      margin: f32[B]; 0 where none is known.
+      centring: f32[]; keeps scores around 0, which the first term leaves open.
+      weight: f32[B]; 0 on rows that only fill up the batch, whatever their scores.
+
+    Returns:
+      loss f32[], weighted mean over pairs; accuracy f32[], weighted share of pairs with chosen > rejected (a tie
+      is no success). Both 0 where all weights are.
+    """
+    chex.assert_rank([chosen_scores, rejected_scores, margin, weight], 1)
+    chex.assert_equal_shape([chosen_scores, rejected_scores, margin, weight])
+    weight = jnp.asarray(weight, jnp.float32)
+    chosen, rejected, margin = (
+        jnp.where(weight > 0, jnp.asarray(x, jnp.float32), 0.0)
+        for x in (chosen_scores, rejected_scores, margin)
+    )
+    # softplus(-x) = -log sigmoid(x), without overflow on either side.
+    losses = jax.nn.softplus(rejected + margin - chosen) + centring * jnp.square(chosen + rejected)
+    total = jnp.sum(weight)
+    share = weight / jnp.where(total > 0, total, 1.0)
+    return jnp.sum(share * losses), jnp.sum(share * (chosen > rejected))
