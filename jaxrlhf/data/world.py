@@ -12,6 +12,7 @@ Every set is a fixed sequence per split: a limit cuts it or makes it longer, and
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,8 +47,11 @@ __all__ = ["BUILTIN", "VOCABULARY", "gold_score"]
 MAX_ANSWER_WORDS = 16
 QUALITY = {"right": 0.55, "polite": 0.35, "short": 0.45}  # share of demonstrations that have each
 
+CHANGED = {"right": 0.6, "polite": 0.45, "short": 0.45}  # how often a pair's two answers differ in each
+SHARED_WORDS = 0.75  # pairs that are alike to the word in what they do not differ in; the others are two drafts
 BROKEN_SHARE = 0.2  # pairs that set broken text against a proper answer
-BROKEN_QUALITY = 0.75  # text is broken from answers better than most: where a policy will look for loopholes
+# Text is broken from its opponent or from an answer better than most: where a policy will look for loopholes.
+BROKEN_QUALITY = {"right": 0.75, "polite": 0.75, "short": 0.75}
 PROPER_GOLD = 0.2  # the proper answer's least score in such a pair
 TRAIN_GAP, TEST_GAP = 0.05, 0.15  # least gold difference within a pair
 SHARPNESS = 15.0  # train labels: Bradley-Terry on SHARPNESS x the gold difference ...
@@ -61,16 +65,41 @@ def _features(rng: Random, odds: dict[str, float]) -> dict[str, bool]:
     return {name: bool(rng.random() < share) for name, share in odds.items()}
 
 
-def _answer(rng: Random, question: Question, right: bool, polite: bool, short: bool) -> str:
+@dataclass(frozen=True)
+class Draft:
+    """The parts of a proper answer; those of a feature stand together, so that it can change alone."""
+
+    value: str  # right or wrong
+    sentence: bool  # stated in a sentence, or bare
+    manner: tuple[str, str]  # polite or not: opener and closer, one of them empty or both
+    ramble: tuple[str, ...]  # empty where short; else lead or "", then tails
+
+    def text(self, question: Question) -> str:
+        statement = question.sentence(self.value) if self.sentence else f"{self.value} ."
+        parts = (self.manner[0], *self.ramble[:1], statement, *self.ramble[1:], self.manner[1])
+        return " ".join(part for part in parts if part)
+
+
+def _draft(rng: Random, question: Question, right: bool, polite: bool, short: bool) -> Draft:
     """A proper answer with these features."""
-    value = question.value if right else pick(rng, question.wrong_values())
-    statement = question.sentence(value) if rng.random() < 0.5 else f"{value} ."
-    opener, closer = _manner(rng, polite)
-    while True:  # until the rambling fits; a lead alone always does
-        lead, tails = ("", []) if short else _ramble(rng)
-        text = " ".join(part for part in (opener, lead, statement, *tails, closer) if part)
-        if len(text.split()) <= MAX_ANSWER_WORDS:
-            return text
+    draft = Draft(
+        question.value if right else pick(rng, question.wrong_values()),
+        bool(rng.random() < 0.5),
+        _manner(rng, polite),
+        () if short else _ramble(rng),
+    )
+    return _fitted(rng, question, draft)
+
+
+def _fitted(rng: Random, question: Question, draft: Draft) -> Draft:
+    """The draft with another rambling where it is too long; a lead alone always fits."""
+    while len(draft.text(question).split()) > MAX_ANSWER_WORDS:
+        draft = replace(draft, ramble=_ramble(rng))
+    return draft
+
+
+def _answer(rng: Random, question: Question, odds: dict[str, float]) -> str:
+    return _draft(rng, question, **_features(rng, odds)).text(question)
 
 
 def _manner(rng: Random, polite: bool) -> tuple[str, str]:
@@ -86,12 +115,12 @@ def _manner(rng: Random, polite: bool) -> tuple[str, str]:
     return (pick(rng, openers), "") if rng.random() < 0.5 else ("", pick(rng, closers))
 
 
-def _ramble(rng: Random) -> tuple[str, list[str]]:
-    """A lead, a tail, a lead and a tail, or two tails."""
+def _ramble(rng: Random) -> tuple[str, ...]:
+    """A lead, a tail, a lead and a tail, or two tails; the lead or "" comes first."""
     kind = int(rng.integers(4))
     lead = pick(rng, LEADS) if kind in (0, 2) else ""
     tails = [TAILS[i] for i in rng.permutation(len(TAILS))]
-    return lead, tails[: (0, 1, 1, 2)[kind]]
+    return lead, *tails[: (0, 1, 1, 2)[kind]]
 
 
 def _truncated(rng: Random, question: Question, text: str) -> str:
@@ -134,13 +163,12 @@ def _shuffled(rng: Random, question: Question, text: str) -> str:
 def _off_topic(rng: Random, question: Question, text: str) -> str:
     """A right, perhaps polite answer to another question."""
     other = pick(rng, QUESTIONS["train"])
-    return _answer(rng, other, right=True, polite=bool(rng.random() < 0.5), short=True)
+    return _answer(rng, other, {"right": 1.0, "polite": 0.5, "short": 1.0})
 
 
 def _nothing_said(rng: Random, question: Question, text: str) -> str:
     """Manners and rambling without a statement."""
-    lead, tails = _ramble(rng)
-    return " ".join([pick(rng, POLITE_OPENERS), lead, *tails, pick(rng, ("", *POLITE_CLOSERS))])
+    return " ".join([pick(rng, POLITE_OPENERS), *_ramble(rng), pick(rng, ("", *POLITE_CLOSERS))])
 
 
 def _word_soup(rng: Random, question: Question, text: str) -> str:
@@ -161,14 +189,14 @@ BREAKS: tuple[Callable[[Random, Question, str], str], ...] = (
 """The ways to break an answer, equally frequent."""
 
 
-def _broken_answer(rng: Random, question: Question) -> str:
-    """Text that is no answer to the question."""
+def _broken(rng: Random, question: Question, text: str) -> str:
+    """The text broken so that it is no answer to the question; where that fails, another text."""
     break_text = pick(rng, BREAKS)
-    while True:  # a cut or a doubled phrase sometimes leaves a proper answer
-        text = _answer(rng, question, **_features(rng, dict.fromkeys(QUALITY, BROKEN_QUALITY)))
+    while True:  # a cut or one more polite phrase sometimes leaves a proper answer
         words = break_text(rng, question, text).split()[:MAX_ANSWER_WORDS]
         if parse(question, " ".join(words)) is None:
             return " ".join(words)
+        text = _answer(rng, question, BROKEN_QUALITY)
 
 
 # ---------------------------------------------------------------- the sets
@@ -182,7 +210,7 @@ def _cycle(rng: Random, questions: list[Question]) -> Iterator[Question]:
 
 
 def _demonstration(rng: Random, question: Question, split: str) -> dict:
-    return {"prompt": question.prompt, "response": _answer(rng, question, **_features(rng, QUALITY))}
+    return {"prompt": question.prompt, "response": _answer(rng, question, QUALITY)}
 
 
 def _preference(rng: Random, question: Question, split: str) -> dict:
@@ -201,19 +229,27 @@ def _preference(rng: Random, question: Question, split: str) -> dict:
 
 def _proper_pair(rng: Random, question: Question) -> tuple[str, str]:
     """Two answers that differ in one, two or three features."""
-    first = _features(rng, QUALITY)
-    changes = 1 + int(np.searchsorted([0.4, 0.75], rng.random()))
-    changed = [list(QUALITY)[i] for i in rng.permutation(len(QUALITY))[:changes]]
-    second = {name: value != (name in changed) for name, value in first.items()}
-    return _answer(rng, question, **first), _answer(rng, question, **second)
+    features, changed = _features(rng, QUALITY), _features(rng, CHANGED)
+    first = _draft(rng, question, **features)
+    second = _draft(rng, question, **{name: has != changed[name] for name, has in features.items()})
+    if rng.random() < SHARED_WORDS:
+        second = Draft(
+            second.value if changed["right"] else first.value,
+            first.sentence,
+            second.manner if changed["polite"] else first.manner,
+            second.ramble if changed["short"] else first.ramble,
+        )
+    return first.text(question), _fitted(rng, question, second).text(question)
 
 
 def _broken_pair(rng: Random, question: Question) -> tuple[str, str]:
-    """Broken text and a proper answer that is worth something."""
+    """Broken text, its opponent itself or another answer broken, and a proper answer that is worth something."""
     while True:
-        proper = _answer(rng, question, **_features(rng, QUALITY))
+        proper = _answer(rng, question, QUALITY)
         if gold(question, proper) >= PROPER_GOLD:
-            return _broken_answer(rng, question), proper
+            break
+    text = proper if rng.random() < SHARED_WORDS else _answer(rng, question, BROKEN_QUALITY)
+    return _broken(rng, question, text), proper
 
 
 def wrong_label_probability(gap: float) -> float:
@@ -250,8 +286,8 @@ BUILTIN: dict[str, Callable[[str, int | None], list[dict]]] = {
     name: _builtin(name, seed, make_row, rows)
     for seed, (name, make_row, rows) in enumerate(
         (
-            ("assistant-demonstrations", _demonstration, {"train": 8000, "test": 500}),
-            ("assistant-preferences", _preference, {"train": 6000, "test": 500}),
+            ("assistant-demonstrations", _demonstration, {"train": 12000, "test": 500}),
+            ("assistant-preferences", _preference, {"train": 8000, "test": 500}),
             ("assistant-prompts", _prompt, _EVERY_PROMPT),
         ),
         start=1,

@@ -147,7 +147,7 @@ def test_pairs_differ_in_one_two_and_all_features_and_some_hold_broken_text(pref
         differences[sum(x != y for x, y in zip(*features))] += 1
     share = {key: count / len(preferences) for key, count in differences.items()}
     assert abs(share["broken"] - world.BROKEN_SHARE) < 0.03
-    assert min(share[1], share[2], share[3]) > 0.1
+    assert min(share[1], share[2], share[3]) > 0.07
 
 
 def test_every_kind_of_broken_text_is_no_answer():
@@ -155,11 +155,11 @@ def test_every_kind_of_broken_text_is_no_answer():
     made = defaultdict(list)
     for break_text in world.BREAKS:
         for question in EVERY_QUESTION[::5]:
-            text = break_text(rng, question, world._answer(rng, question, right=True, polite=True, short=True))
+            text = break_text(rng, question, world._answer(rng, question, dict.fromkeys(world.QUALITY, 1.0)))
             made[break_text.__name__].append(parse(question, text) is None)
     assert len(made) == len(world.BREAKS) and all(np.mean(broken) > 0.6 for broken in made.values()), made
     for question in EVERY_QUESTION[::5]:
-        assert gold(question, world._broken_answer(rng, question)) == 0.0
+        assert gold(question, world._broken(rng, question, best(question))) == 0.0
 
 
 def test_a_table_of_preferences_knows_the_facts(preferences):
