@@ -53,7 +53,7 @@ class Sampling(Settings):
     temperature: NonNegativeFloat = Field(1.0, description="divides the logits, in training too; 0: greedy")
     top_k: NonNegativeInt = Field(0, description="keep the k most likely tokens; 0: off")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="keep the smallest set of tokens with at least this probability; null: off"
+        None, description="keep the likeliest tokens that together have at most this probability, always one; null: off"
     )
     min_p: UnitFloat | None = Field(
         None, description="keep tokens at least this likely relative to the most likely; null: off"

@@ -9,12 +9,14 @@ import importlib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
+from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.answers import Answers
 
@@ -41,14 +43,15 @@ class FunctionReward:
         try:
             scores = self.function(**given)
         except Exception as error:
-            raise RewardFault(f"reward function {self.name} raised {type(error).__name__}: {error}") from error
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise RewardFault(f"reward function {self.name} raised {what}") from error
         return self._checked(scores, len(answers.prompts))
 
     def _checked(self, scores, count: int) -> np.ndarray:
         try:
-            scores = np.asarray(scores, np.float32)
+            scores = _numbers(scores)
         except (TypeError, ValueError) as error:
-            raise RewardFault(f"reward function {self.name} returned no list of numbers: {error}") from error
+            raise RewardFault(f"reward function {self.name} returned no list of numbers: {one_line(error)}") from error
         if scores.shape != (count,):
             raise RewardFault(
                 f"reward function {self.name} returned shape {scores.shape} for {count} answers; want one number each"
@@ -72,7 +75,8 @@ def load_function(spec: str, key_path: str) -> Callable:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{key_path}: {where} does not import: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{key_path}: {where} does not import: {what}") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
@@ -83,10 +87,21 @@ def load_function(spec: str, key_path: str) -> Callable:
 def _load_file(path: str, key_path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"{key_path}: there is no file {path} (from {os.getcwd()})")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name of its own, so that a file called json.py hides no module; known by it, as dataclasses want.
+    name = f"jaxrlhf_file_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _numbers(scores) -> np.ndarray:
+    """float32 of what are numbers already: numpy would also take texts that spell one, and None for NaN."""
+    scores = np.asarray(scores)
+    if scores.dtype.kind in "USc" or (scores.dtype.kind == "O" and None in scores.ravel().tolist()):
+        raise TypeError(f"it holds {'None' if scores.dtype.kind == 'O' else 'values of type ' + scores.dtype.name}")
+    return scores.astype(np.float32)
 
 
 def _columns(rows) -> list[str]:

@@ -17,17 +17,21 @@ def truncates(sampling: Sampling) -> bool:
 def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits f32[B,V] with -inf on tokens that top-k, top-p (1904.09751) or min-p (2407.01082) leave out.
 
-    The three apply in that order, each to what the one before has kept. The likeliest token always stays.
+    The three apply in that order, each to what the one before has kept. The likeliest token always stays, and
+    so do ties with the last one kept. Top-p counts as openai/lm-human-preferences does: the likeliest tokens
+    that together have at most the probability `top_p`; others add the token that passes it.
     """
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
     if sampling.top_p is not None:
-        ordered = jnp.sort(jax.nn.softmax(logits), axis=-1, descending=True)
-        before = jnp.cumsum(ordered, axis=-1) - ordered
-        needed = (before < sampling.top_p).at[:, 0].set(True)
-        least = jnp.min(jnp.where(needed, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(jax.nn.softmax(logits) >= least, logits, -jnp.inf)
+        probabilities = jax.nn.softmax(logits)
+        ordered = jnp.sort(probabilities, axis=-1, descending=True)
+        within = (jnp.cumsum(ordered, axis=-1) <= sampling.top_p).at[:, 0].set(True)
+        least = jnp.min(jnp.where(within, ordered, jnp.inf), axis=-1, keepdims=True)
+        # Rounded sums may pass 1 before a long vocabulary ends: at 1 nothing is left out.
+        kept = (probabilities >= least) | (jnp.asarray(sampling.top_p) >= 1)
+        logits = jnp.where(kept, logits, -jnp.inf)
     if sampling.min_p is not None:
         floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
         logits = jnp.where(logits >= floor, logits, -jnp.inf)

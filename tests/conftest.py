@@ -1,0 +1,132 @@
+"""A tiny decoder with weights that hide no mistake, unevenly padded prompts, and the programs, each compiled once."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import AdapterConfig, PPOConfig, Sampling
+from jaxrlhf.models.adapters import init_adapter
+from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.models.scoring import response_logprobs
+from jaxrlhf.records import Prompts
+from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.steps.annotate import annotate, build_experience
+from jaxrlhf.steps.ppo import init_ppo, ppo_update
+
+V, P, R = 12, 5, 6
+PROMPT_LENGTHS = (5, 3, 1, 4, 2, 5, 3, 1)
+STOPS, PAD = (4, 9), 0
+
+
+@pytest.fixture(scope="session")
+def make_decoder():
+    """`make_decoder(layers=1, vocabulary=V, stop_tokens=STOPS, dtype=float32, scale=0.4)`: weights drawn by numpy;
+    logits have a deviation of about 1.5."""
+
+    def make(layers=1, vocabulary=V, stop_tokens=STOPS, dtype=jnp.float32, scale=0.4, seed=3):
+        config = DecoderConfig(
+            vocab_size=vocabulary, hidden_size=16, intermediate_size=24, layers=layers, heads=2, kv_heads=1,
+            head_dim=8, max_positions=64, stop_tokens=stop_tokens, pad_token=PAD,
+        )  # fmt: skip
+        generator = np.random.default_rng(seed)
+        abstract, values = abstract_decoder(config, dtype), {}
+        for name, leaf in named_parameters(abstract).items():
+            noise = scale * generator.standard_normal(leaf.shape)
+            values[name] = jnp.asarray(1 + noise if "norm" in name else noise, leaf.dtype)
+        return with_parameters(abstract, values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_decoder):
+    """One layer, V tokens; an answer ends with token 4 or 9, pad is 0."""
+    return make_decoder()
+
+
+@pytest.fixture(scope="session")
+def make_adapter():
+    """`make_adapter(base, seed, head=None, moved=True)`: a LoRA adapter; `moved` away from what the base computes."""
+
+    def make(base, seed, head=None, moved=True, rank=2):
+        adapter = init_adapter(base, AdapterConfig(rank=rank, alpha=2.0 * rank), jax.random.key(seed), head)
+        if not moved:
+            return adapter
+        generator = np.random.default_rng(seed)
+        return {
+            path: {
+                name: leaf if name == "lora_scale" else leaf + jnp.float32(0.15 * generator.standard_normal(leaf.shape))
+                for name, leaf in leaves.items()
+            }
+            for path, leaves in adapter.items()
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Eight prompts of 1 to 5 tokens, padded on the left with 0."""
+    tokens = np.random.default_rng(8).integers(3, V, (len(PROMPT_LENGTHS), P)).astype(np.int32)
+    mask = np.arange(P) >= P - np.array(PROMPT_LENGTHS)[:, None]
+    return Prompts(tokens=jnp.asarray(np.where(mask, tokens, PAD)), mask=jnp.asarray(mask))
+
+
+@pytest.fixture(scope="session")
+def sampling():
+    return Sampling(max_new_tokens=R)
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """The package's functions under `jax.jit`, shared so that equal shapes compile once."""
+    return SimpleNamespace(
+        rollout=jax.jit(rollout),
+        annotate=jax.jit(annotate, static_argnames=("microbatches", "recompute_policy")),
+        experience=jax.jit(
+            build_experience, static_argnames=("estimator", "whiten_rewards", "whiten_advantages")
+        ),
+        update=jax.jit(ppo_update),
+        logprobs=jax.jit(response_logprobs),
+        forward=jax.jit(lambda base, tokens, mask: base(tokens, mask)),
+    )
+
+
+@pytest.fixture(scope="session")
+def roles(tiny, make_adapter):
+    """Policy and value on `tiny`, both moved away from the base; the reference is the base."""
+    return SimpleNamespace(policy=make_adapter(tiny, 1), value=make_adapter(tiny, 2, head="value"), reference=None)
+
+
+@pytest.fixture(scope="session")
+def scores():
+    """Eight scores, fractional and of both signs."""
+    return jnp.asarray(np.random.default_rng(4).standard_normal(8), jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def sampled(programs, tiny, roles, prompts, sampling):
+    """A rollout at temperature 1: answers of one to six tokens, not all ended."""
+    return programs.rollout(tiny, roles.policy, prompts, jax.random.key(5), sampling)
+
+
+@pytest.fixture(scope="session")
+def experience(programs, tiny, roles, sampled, scores):
+    """What PPO learns from `sampled`."""
+    noted = programs.annotate(tiny, roles.policy, roles.value, roles.reference, sampled)
+    return programs.experience(sampled, noted, scores, 0.1)[0]
+
+
+@pytest.fixture(scope="session")
+def sixteen():
+    """Four epochs of four minibatches."""
+    return PPOConfig(epochs=4, minibatches=4)
+
+
+@pytest.fixture(scope="session")
+def start(roles, sixteen):
+    """The PPO state before the first update."""
+    return init_ppo(roles.policy, roles.value, sixteen)

@@ -1,0 +1,150 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from jaxrlhf.data.tokenizers import build_word_tokenizer
+from jaxrlhf.errors import UserError
+from jaxrlhf.records import Rollout
+from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.functions import FunctionReward, RewardFault, load_function
+
+WORDS = ["red", "green", "blue", "one", "two"]
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Three answers to prompts of one word; what stands past their end is not theirs."""
+    tokenizer = build_word_tokenizer(WORDS)
+    ids = {word: tokenizer.encode_prompt(word)[-1] for word in WORDS}
+    junk, eos = ids["blue"], tokenizer.eos_id
+    tokens = np.array(
+        [
+            [ids["one"], ids["red"], ids["green"], eos],
+            [ids["two"], ids["green"], eos, junk],
+            [ids["one"], eos, junk, junk],
+        ]
+    )
+    response_mask = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0]], bool)
+    mask = np.concatenate([np.ones((3, 1), bool), response_mask], 1)
+    zeros = np.zeros(3)
+    rollout = Rollout(tokens, mask, response_mask, np.zeros((3, 3)), zeros.astype(bool), zeros)
+    rows = [{"level": 1, "label": "a"}, {"level": 2}, {"level": 3, "label": "c"}]
+    return Answers(rollout, ["one", "two", "one"], rows, tokenizer)
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """`reward(source)`: a FunctionReward from a file that holds this function `score`."""
+
+    def make(source):
+        path = tmp_path / "my_rewards.py"
+        path.write_text(source)
+        return FunctionReward(f"{path}:score", "ppo.reward.function")
+
+    return make
+
+
+def test_completions_are_the_real_tokens_without_special_ones(answers):
+    assert answers.completions == ["red green", "green", ""]
+    assert answers.completions is answers.completions  # decoded once
+
+
+def test_a_function_gets_prompts_completions_and_every_column(reward, answers):
+    score = reward("seen = {}\ndef score(**given):\n    seen.update(given)\n    return [0.6, 1, True]")
+    np.testing.assert_array_equal(score(answers), np.float32([0.6, 1, 1]))
+    assert score(answers).dtype == np.float32
+    assert score.function.__globals__["seen"] == {
+        "prompts": ["one", "two", "one"],
+        "completions": ["red green", "green", ""],
+        "level": [1, 2, 3],
+        "label": ["a", None, "c"],
+    }
+
+
+def test_without_kwargs_it_gets_what_it_names(reward, answers):
+    score = reward("def score(level, completions, bonus=0.25):\n    return [x / 3 + bonus for x in level]")
+    np.testing.assert_allclose(score(answers), np.float32([1 / 3, 2 / 3, 1]) + 0.25, rtol=1e-6)
+
+
+def test_arrays_of_any_number_type_are_scores(reward, answers):
+    for kind in ("float64", "int64", "bool", "float16"):
+        score = reward(f"import numpy as np\ndef score(prompts):\n    return np.array([0, 1, 1], '{kind}')")
+        np.testing.assert_array_equal(score(answers), np.float32([0, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return [1.0, 2.0]", "shape (2,) for 3 answers"),
+        ("return [[1.0], [2.0], [3.0]]", "shape (3, 1) for 3 answers"),
+        ("return 1.0", "shape () for 3 answers"),
+        ("return None", "no list of numbers"),
+        ("return [1.0, float('nan'), 2.0]", "nan for answer 1 of 3"),
+        ("return [1.0, 2.0, -float('inf')]", "-inf for answer 2 of 3"),
+        ("return [1.0, None, 2.0]", "no list of numbers"),
+        ("return ['good', 'bad', 'good']", "no list of numbers"),
+        ("return ['0.5', '0.1', '0.2']", "no list of numbers"),
+        ("return '123'", "no list of numbers"),
+        ("return [1.0, [2.0], 3.0]", "no list of numbers"),
+        ("return (x for x in [1.0, 2.0, 3.0])", "no list of numbers"),
+        ("return {'a': 1.0}", "no list of numbers"),
+        ("return [1j, 2.0, 3.0]", "no list of numbers"),
+        ("raise KeyError('gold')", "raised KeyError: 'gold'"),
+        ("raise ValueError('first\\nsecond')", "raised ValueError: first"),
+    ],
+)
+def test_what_is_no_score_is_a_fault_that_names_the_function(reward, answers, body, words):
+    score = reward(f"def score(prompts, completions):\n    {body}")
+    with pytest.raises(RewardFault) as fault:
+        score(answers)
+    message = str(fault.value)
+    assert words in message and score.name in message and "\n" not in message
+
+
+def test_a_column_that_the_data_has_not_is_a_fault(reward, answers):
+    with pytest.raises(RewardFault, match=r"missing 1 required .*'gold_answer'"):
+        reward("def score(completions, gold_answer):\n    return [1, 2, 3]")(answers)
+
+
+def test_functions_of_modules_and_files(tmp_path):
+    from jaxrlhf.algorithms.masked import masked_mean
+
+    assert load_function("jaxrlhf.algorithms.masked:masked_mean", "x") is masked_mean
+    # A file may define dataclasses, and may be called like a module that is loaded.
+    for name in ("weighted.py", "json.py"):
+        path = tmp_path / name
+        path.write_text(
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "@dataclass\nclass Weights:\n    short: float = 0.5\n"
+            "def score(completions):\n    return [Weights().short for _ in completions]\n"
+        )
+        assert load_function(f"{path}:score", "x")(completions=["a"]) == [0.5]
+    assert sys.modules["json"] is json
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("score", "'score' is neither module:function nor path.py:function"),
+        (":score", "neither module:function"),
+        ("rewards.py:", "neither module:function"),
+        ("rewards.py:two words", "neither module:function"),
+        ("absent.py:score", "there is no file absent.py"),
+        ("no_such_module_here:score", "no_such_module_here does not import: ModuleNotFoundError"),
+        ("jaxrlhf.errors:score", "jaxrlhf.errors has no function score; it has none"),
+        ("{folder}/good.py:scores", "has no function scores; it has score"),
+        ("{folder}/good.py:NUMBER", "has no function NUMBER"),
+        ("{folder}/broken.py:score", "does not import: SyntaxError"),
+        ("{folder}/raising.py:score", "does not import: ValueError: one"),
+    ],
+)
+def test_a_function_that_cannot_be_found_is_named_in_one_line(tmp_path, spec, words):
+    (tmp_path / "good.py").write_text("NUMBER = 1\ndef score(prompts):\n    return [0]\ndef _hidden(): pass\n")
+    (tmp_path / "broken.py").write_text("def score(:\n")
+    (tmp_path / "raising.py").write_text("raise ValueError('one\\ntwo')\n")
+    with pytest.raises(UserError) as error:
+        FunctionReward(spec.format(folder=tmp_path), "ppo.gold")
+    message = str(error.value)
+    assert message.startswith("ppo.gold: ") and words in message and "\n" not in message
