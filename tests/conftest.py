@@ -49,10 +49,12 @@ def tiny(make_decoder):
 
 @pytest.fixture(scope="session")
 def make_adapter():
-    """`make_adapter(base, seed, head=None, moved=True)`: a LoRA adapter; `moved` away from what the base computes."""
+    """`make_adapter(base, seed, head=None, moved=True)`: a LoRA adapter; `moved` away from what the base computes.
+    `targets` fewer than all layers compile faster."""
 
-    def make(base, seed, head=None, moved=True, rank=2):
-        adapter = init_adapter(base, AdapterConfig(rank=rank, alpha=2.0 * rank), jax.random.key(seed), head)
+    def make(base, seed, head=None, moved=True, rank=2, targets=("all-linear",)):
+        config = AdapterConfig(rank=rank, alpha=2.0 * rank, target_modules=targets)
+        adapter = init_adapter(base, config, jax.random.key(seed), head)
         if not moved:
             return adapter
         generator = np.random.default_rng(seed)
@@ -86,9 +88,7 @@ def programs():
     return SimpleNamespace(
         rollout=jax.jit(rollout),
         annotate=jax.jit(annotate, static_argnames=("microbatches", "recompute_policy")),
-        experience=jax.jit(
-            build_experience, static_argnames=("estimator", "whiten_rewards", "whiten_advantages")
-        ),
+        experience=jax.jit(build_experience, static_argnames=("estimator", "whiten_rewards", "whiten_advantages")),
         update=jax.jit(ppo_update),
         logprobs=jax.jit(response_logprobs),
         forward=jax.jit(lambda base, tokens, mask: base(tokens, mask)),

@@ -42,7 +42,8 @@ def learn(programs, one_prompt, make_adapter):
         )  # fmt: skip
         sampling = Sampling(max_new_tokens=length, pad_token=PROMPT)
         policy, value = (
-            make_adapter(base, 10 * seed + i, head, moved=False, rank=4) for i, head in enumerate((None, "value"))
+            make_adapter(base, 10 * seed + i, head, moved=False, rank=4, targets=("q_proj", "v_proj", "down_proj"))
+            for i, head in enumerate((None, "value"))
         )
         state, rewards = init_ppo(policy, value, config), []
         for step in range(iterations):

@@ -3,8 +3,8 @@
 It gives the builtin sets `assistant-demonstrations`, `assistant-preferences` and `assistant-prompts`, and
 `gold_score`, the true score that no model is trained on: what a reward model only estimates.
 
-Demonstrations imitate people of mixed quality (right in 55%, polite in 35%, short in 45%, independently), so a
-perfect imitation scores about 0.5 and preferences hold what is left to learn. The right value is still by far
+Demonstrations imitate people of mixed quality (right in 62%, polite in 35%, short in 45%, independently), so a
+perfect imitation scores about 0.55 and preferences hold what is left to learn. The right value is still by far
 the most frequent single one for each question, and each fact occurs in the preferences.
 
 Every set is a fixed sequence per split: a limit cuts it or makes it longer, and seeds are constants.
@@ -45,7 +45,7 @@ from jaxrlhf.errors import UserError
 __all__ = ["BUILTIN", "VOCABULARY", "gold_score"]
 
 MAX_ANSWER_WORDS = 16
-QUALITY = {"right": 0.55, "polite": 0.35, "short": 0.45}  # share of demonstrations that have each
+QUALITY = {"right": 0.62, "polite": 0.35, "short": 0.45}  # share of demonstrations that have each
 
 CHANGED = {"right": 0.6, "polite": 0.45, "short": 0.45}  # how often a pair's two answers differ in each
 SHARED_WORDS = 0.75  # pairs that are alike to the word in what they do not differ in; the others are two drafts

@@ -1,9 +1,8 @@
 """The facts of the assistant world: topics, their questions and their one right answers. Words only.
 
 Everything is lower case and split by single spaces, punctuation too, so that a word-level tokenizer reads it.
-A subject keeps its article ("the sky"), a value is always one word, and within a topic each subject has one
-right value. Subjects return in several topics (a frog is green, says croak, was a tadpole): knowing the subject
-does not give the answer away, the question has to be read.
+A subject keeps its article ("the sky"), a value is always one word, and each subject has one right value
+and stands in one topic: a small model has to learn facts, not to keep apart what one subject is, says and was.
 """
 
 from dataclasses import dataclass
@@ -29,33 +28,6 @@ def _table(text: str) -> dict[str, str]:
     return dict(entry.strip().split(": ") for entry in text.split(";"))
 
 
-_PAIRS = """hot cold; big small; fast slow; up down; day night; open closed; wet dry; hard soft; old new;
-rich poor; happy sad; full empty"""
-_OPPOSITES = [pair.split() for pair in _PAIRS.split(";")]
-_NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
-_DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
-_MONTHS = ["january", "february", "march", "april", "may", "june"]
-_MONTHS += ["july", "august", "september", "october", "november", "december"]
-
-
-def _neighbours(cycle: list[str], step: int) -> dict[str, str]:
-    return {word: cycle[(i + step) % len(cycle)] for i, word in enumerate(cycle)}
-
-
-def _calendar(kind: str, side: str, cycle: list[str]) -> Topic:
-    return Topic(
-        f"{kind} {side}",
-        (
-            f"what {kind} comes {side} {{subject}} ?",
-            f"tell me the {kind} {side} {{subject}} .",
-            f"which {kind} is right {side} {{subject}} ?",
-            f"do you know the {kind} {side} {{subject}} ?",
-        ),
-        f"{{value}} comes {side} {{subject}} .",
-        _neighbours(cycle, 1 if side == "after" else -1),
-    )
-
-
 TOPICS: tuple[Topic, ...] = (
     Topic(
         "colour",
@@ -67,9 +39,8 @@ TOPICS: tuple[Topic, ...] = (
         ),
         "{subject} is {value} .",
         _table(
-            """the sky: blue; the sea: blue; grass: green; a frog: green; snow: white; a swan: white; coal: black;
-            a crow: black; blood: red; a tomato: red; a banana: yellow; a lemon: yellow; a carrot: orange;
-            chocolate: brown; an elephant: grey; a pig: pink; a flamingo: pink; a plum: purple"""
+            """the sky: blue; grass: green; snow: white; coal: black; blood: red; a lemon: yellow; a carrot: orange;
+            chocolate: brown; an elephant: grey; a plum: purple"""
         ),
     ),
     Topic(
@@ -83,21 +54,7 @@ TOPICS: tuple[Topic, ...] = (
         "{subject} says {value} .",
         _table(
             """a dog: woof; a cat: meow; a cow: moo; a sheep: baa; a duck: quack; a bee: buzz; a snake: hiss;
-            a pig: oink; a horse: neigh; a lion: roar; a frog: croak; an owl: hoot; a crow: caw; a wolf: howl"""
-        ),
-    ),
-    Topic(
-        "home",
-        (
-            "where does {subject} live ?",
-            "what is the home of {subject} ?",
-            "tell me where {subject} lives .",
-            "do you know where {subject} lives ?",
-        ),
-        "{subject} lives in the {value} .",
-        _table(
-            """a dog: kennel; a bee: hive; a bird: nest; a pig: sty; a horse: stable; a hen: coop; a spider: web;
-            a lion: den; a rabbit: burrow; a cow: barn; a camel: desert; a whale: sea; a frog: pond; a king: castle"""
+            a lion: roar; an owl: hoot"""
         ),
     ),
     Topic(
@@ -110,20 +67,9 @@ TOPICS: tuple[Topic, ...] = (
         ),
         "a young {subject} is called {value} .",
         _table(
-            """dog: puppy; cat: kitten; cow: calf; sheep: lamb; horse: foal; pig: piglet; hen: chick; duck: duckling;
-            frog: tadpole; lion: cub; swan: cygnet; deer: fawn"""
+            """horse: foal; pig: piglet; hen: chick; frog: tadpole; swan: cygnet; deer: fawn; goat: kid;
+            kangaroo: joey"""
         ),
-    ),
-    Topic(
-        "opposite",
-        (
-            "what is the opposite of {subject} ?",
-            "tell me the opposite of {subject} .",
-            "which word means the opposite of {subject} ?",
-            "do you know the opposite of {subject} ?",
-        ),
-        "the opposite of {subject} is {value} .",
-        {a: b for pair in _OPPOSITES for a, b in (pair, pair[::-1])},
     ),
     Topic(
         "capital",
@@ -136,24 +82,9 @@ TOPICS: tuple[Topic, ...] = (
         "the capital of {subject} is {value} .",
         _table(
             """france: paris; germany: berlin; italy: rome; spain: madrid; japan: tokyo; china: beijing;
-            russia: moscow; egypt: cairo; greece: athens; austria: vienna; poland: warsaw; portugal: lisbon;
-            norway: oslo; cuba: havana; peru: lima; england: london"""
+            egypt: cairo; greece: athens; norway: oslo"""
         ),
     ),
-    Topic(
-        "sum",
-        (
-            "what is {subject} ?",
-            "tell me what {subject} makes .",
-            "how much is {subject} ?",
-            "do you know what {subject} makes ?",
-        ),
-        "{subject} is {value} .",
-        {f"{_NUMBERS[a]} plus {_NUMBERS[b]}": _NUMBERS[a + b + 1] for a in range(4) for b in range(4)},
-    ),
-    _calendar("day", "after", _DAYS),
-    _calendar("day", "before", _DAYS),
-    _calendar("month", "after", _MONTHS),
 )
 
 # What stands around a statement. An answer has one manner at most: an opener before it or a closer after it.

@@ -120,6 +120,7 @@ def _new_model(config: RunConfig) -> tuple[Decoder, Tokenizer]:
         head_dim=new.hidden_size // new.heads,
         max_positions=new.max_positions,
         tie_embeddings=True,
+        initializer_range=new.hidden_size**-0.5,
         stop_tokens=(tokenizer.eos_id,),
         pad_token=tokenizer.pad_id,
     )

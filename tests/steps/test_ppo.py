@@ -45,7 +45,7 @@ def test_microbatches_and_recomputed_layers_change_no_update(programs, start, ti
     whole = PPOConfig(epochs=1, minibatches=1)
     parts = whole.model_copy(update={"microbatch_size": 2, "remat": True})
     old, new = (programs.update(start, tiny, drifted, KEY, config) for config in (whole, parts))
-    assert_close(new[1], old[1], 2e-6)
+    assert_close(new[1], old[1], 1e-5)
     assert_close((new[0].policy, new[0].value), (old[0].policy, old[0].value), 1e-6)
 
 
@@ -133,15 +133,21 @@ def test_a_population_equals_single_runs(programs, tiny, make_adapter, experienc
 
 
 def test_weight_decay_spares_lora_scales(programs, start, tiny, experience, sixteen):
-    decayed = OptimizerConfig(weight_decay=0.5, learning_rate=1e-2)
-    config = sixteen.model_copy(update={"optimizer": decayed, "value_optimizer": decayed})
-    state, _ = programs.update(start, tiny, experience, KEY, config)
-    for tree, old in ((state.policy, start.policy), (state.value, start.value)):
-        for path in old:
-            if "lora_scale" in old[path]:
-                assert np.array_equal(tree[path]["lora_scale"], old[path]["lora_scale"])
-    size = [np.abs(s.policy["layers.0.attention.q_proj"]["lora_a"]).sum() for s in (start, state)]
-    assert size[1] < 0.97 * size[0]
+    def after(decay):
+        optimizer = OptimizerConfig(weight_decay=decay)
+        config = sixteen.model_copy(update={"optimizer": optimizer, "value_optimizer": optimizer})
+        return programs.update(start, tiny, experience, KEY, config)[0]
+
+    plain, decayed = after(0.0), after(30.0)
+    for tree, old, first in (
+        (decayed.policy, plain.policy, start.policy), (decayed.value, plain.value, start.value)
+    ):  # fmt: skip
+        for path, leaves in tree.items():
+            for name, leaf in leaves.items():
+                if name == "lora_scale":
+                    assert np.array_equal(leaf, first[path][name])
+                else:
+                    assert np.abs(leaf).sum() < 0.99 * np.abs(old[path][name]).sum(), f"{path}/{name}"
 
 
 def test_metrics_have_the_names_of_the_contract(programs, start, tiny, experience, sixteen):

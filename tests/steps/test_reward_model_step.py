@@ -30,7 +30,7 @@ def pairs(seed, count=B):
 
 @pytest.fixture(scope="module")
 def state(tiny, make_adapter):
-    adapter = make_adapter(tiny, 3, head="reward", moved=False)
+    adapter = make_adapter(tiny, 3, head="reward", moved=False, targets=("q_proj", "v_proj", "down_proj"))
     return TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
 
 

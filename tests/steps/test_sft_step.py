@@ -37,7 +37,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def adapter(tiny, make_adapter):
-    return make_adapter(tiny, 1)
+    return make_adapter(tiny, 1, targets=("q_proj", "down_proj"))
 
 
 def alone(batch):
