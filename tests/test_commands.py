@@ -1,0 +1,117 @@
+"""The commands as a person calls them: bad input stops at once with one line and status 2."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import jaxrlhf
+from jaxrlhf import generate, train
+from jaxrlhf.data.tokenizers import build_word_tokenizer
+from jaxrlhf.models.decoder import Decoder, DecoderConfig
+
+QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a small model and files of rows, good and bad."""
+    tokenizer = build_word_tokenizer(["what", "is", "it", "good", "bad"])
+    shape = DecoderConfig(tokenizer.vocab_size, 32, 64, 1, 4, 2, 8, 64, stop_tokens=(tokenizer.eos_id,), pad_token=0)
+    jaxrlhf.save_pretrained(tmp_path / "model", Decoder(shape, jax.random.key(0)), tokenizer=tokenizer)
+    row = {"prompt": "what is it", "response": "good", "chosen": "good", "rejected": "bad"}
+    (tmp_path / "good.jsonl").write_text((json.dumps(row) + "\n") * 12)
+    misspelt = {"prompt": "what", "respnse": "x"}
+    (tmp_path / "field.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(misspelt) + "\n")
+    (tmp_path / "broken.jsonl").write_text(json.dumps(row) + "\n{not json\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "what is it " * 30}) + "\n")
+    (tmp_path / "weightless").mkdir()
+    (tmp_path / "weightless" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
+    unknown = json.loads((tmp_path / "model" / "config.json").read_text()) | {"model_type": "mystery"}
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps(unknown))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ON_MODEL = ["model.new=null", "model.path=model"]
+SFT = ["stages=[sft]", "sft.data={path: good.jsonl}", "sft.max_length=32", *ON_MODEL]
+PPO = ["stages=[ppo]", "ppo.evaluation_data=null", "ppo.data={path: good.jsonl}", *ON_MODEL]
+PPO += ["ppo.reward={kind: function, function: 'jaxrlhf.data.world:gold_score'}"]
+
+BAD = {
+    "unknown key": (["ppo.itertions=3"], r"ppo\.itertions.*ppo\.iterations|iterations"),
+    "wrong type": (["ppo.iterations=many"], r"ppo\.iterations.*many"),
+    "out of bounds": (["ppo.update.epochs=0"], r"ppo\.update\.epochs.*(1|0)"),
+    "two origins": (["model.path=model"], r"exactly one of path, run, new"),
+    "missing file": ([*SFT, "sft.data.path=nowhere.jsonl"], r"nowhere\.jsonl"),
+    "row without its field": ([*SFT, "sft.data.path=field.jsonl"], r"field\.jsonl:2.*response"),
+    "row that is not JSON": ([*SFT, "sft.data.path=broken.jsonl"], r"broken\.jsonl:2"),
+    "empty set": ([*SFT, "sft.data.path=empty.jsonl"], r"empty\.jsonl"),
+    "no weights": ([*SFT, "model.path=weightless"], r"weightless.*(safetensors|weights)"),
+    "unknown family": ([*SFT, "model.path=unknown"], r"mystery.*llama"),
+    "no folder": ([*SFT, "model.path=./absent"], r"absent"),
+    "no run": ([*SFT, "model.path=null", "model.run=model"], r"not a run directory"),
+    "prompt too long": ([*PPO, "ppo.data.path=long.jsonl"], r"long\.jsonl:1.*max_prompt_tokens"),
+    "no reward adapter": ([*PPO, "ppo.reward={kind: model}"], r"reward adapter"),
+    "no reward function": ([*PPO, "ppo.reward.function='missing.py:f'"], r"missing\.py"),
+    "longer than the model": ([*PPO, "ppo.sampling.max_new_tokens=999"], r"64 positions"),
+    "minibatches do not divide": ([*PPO, "ppo.update.minibatches=7"], r"ppo\.update\.minibatches"),
+    "greedy PPO": ([*PPO, "ppo.sampling.temperature=0"], r"temperature"),
+    "mesh does not fit": ([*SFT, "mesh.data=3"], r"mesh"),
+    "batch does not parse": (["seed=[1"], r"seed"),
+}
+
+
+@pytest.mark.parametrize("overrides, message", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_status_2(folder, capsys, overrides, message):
+    assert train.main(["--config", QUICKSTART, "run_dir=run", *overrides]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+    assert not (folder / "run").exists(), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "absent", "--prompt", "what"], "absent"),
+        (["--run", "model", "--prompt", "what"], "config.yaml"),
+        (["--model", "model", "--prompts", "field.jsonl", "--prompt-field", "question"], "question"),
+        (["--model", "model", "--prompt", "what", "--temperature", "-1"], "temperature"),
+        (["--model", "model", "--prompt", "what", "--max-new-tokens", "500"], "64"),
+        (["--model", "model", "--prompt", "what", "--roles", "policy"], "policy"),
+    ],
+)
+def test_generate_says_what_is_wrong(folder, capsys, arguments, message):
+    assert generate.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and message in error
+
+
+def test_generate_answers_in_order(folder, capsys):
+    arguments = ["--model", "model", "--prompts", "good.jsonl", "--max-new-tokens", "4", "--json"]
+    assert generate.main(arguments) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == ["what is it"] * 12
+    assert len({record["answers"]["base"] for record in records}) > 1, "each row has its own noise"
+    assert generate.main(arguments) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == records
+
+
+def test_help_names_every_setting_with_its_default():
+    shown = subprocess.run(
+        [sys.executable, "-m", "jaxrlhf.train", "--help"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    for setting, default in [("ppo.update.clip_low", "0.2"), ("ppo.advantage.lam", "0.95"), ("sft.packing", "true")]:
+        assert re.search(rf"{re.escape(setting)}\b.*{default}", shown), setting
+
+
+def test_module_lists_the_commands():
+    shown = subprocess.run([sys.executable, "-m", "jaxrlhf"], capture_output=True, text=True, check=True).stdout
+    assert "jaxrlhf.train" in shown and "jaxrlhf.generate" in shown
