@@ -123,7 +123,7 @@ def test_the_values_of_a_known_chain_converge(programs, make_decoder, learn, lam
     """
     base, gamma = make_decoder(vocabulary=4, stop_tokens=(0, 3), scale=0.3, seed=8), 0.8
     state, _ = learn(
-        base, lambda tokens: (tokens == 0).any(axis=1), 3, 400, rate=0.0, value_rate=0.01, decay=True, value_clip=10.0,
+        base, lambda tokens: (tokens == 0).any(axis=1), 3, 300, rate=0.0, value_rate=0.01, decay=True, value_clip=10.0,
         gamma=gamma, lam=lam,
     )  # fmt: skip
     prefixes = [p for n in range(3) for p in itertools.product((1, 2), repeat=n)]

