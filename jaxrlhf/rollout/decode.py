@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.attention import causal_mask, positions_of
@@ -46,10 +47,10 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     def extend(answers: _Answers, logits: jax.Array) -> _Answers:
         """Samples one token per row from logits f32[B,V]."""
         t = answers.length
-        logits = logits / temperature
-        sampled = draw(truncate(logits, sampling), uniforms[:, t])
+        sampled = draw(truncate(logits / temperature, sampling), uniforms[:, t])
         token = jnp.where(greedy, jnp.argmax(logits, axis=-1).astype(jnp.int32), sampled)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        # The same function as when logprobs are recomputed: another order of the same sums would show.
+        logprob = token_logprobs(logits[:, None], token[:, None], temperature)[0][:, 0]
         stopped = jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
         return answers.replace(
             length=t + 1,
