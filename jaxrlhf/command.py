@@ -7,19 +7,22 @@ from collections.abc import Callable
 from jaxrlhf.errors import UserError
 
 
-def main_of(command: Callable[[], None]) -> int:
-    """Runs a command; 0, or 2 for input that cannot be used, or 1 for a fault in the middle of a run."""
+def main_of(command: Callable[[], None], afterwards: str = "") -> int:
+    """Runs a command; 0, or 2 for input that cannot be used, or 1 for a fault in the middle of a run.
+
+    `afterwards` says what a person can do after a fault or an interruption.
+    """
     try:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"interrupted{afterwards}", file=sys.stderr)
         return 130
     except Exception as error:
         traceback.print_exc()
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(f"error: {what} (the same command goes on from the last checkpoint)", file=sys.stderr)
+        print(f"error: {what}{afterwards}", file=sys.stderr)
         return 1
     return 0

@@ -283,7 +283,7 @@ class PPOStageConfig(Settings):
     save_every: PositiveInt = Field(10, description="iterations between checkpoints")
     sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl")
     evaluation_data: PromptsConfig | None = Field(None, description="held-out prompts for the final table; null: of data")
-    evaluation_prompts: PositiveInt = Field(128, description="prompts answered before and after training for the final table")
+    evaluation_prompts: PositiveInt = Field(128, description="answers for the final table, before and after training; prompts are taken in turn")
 
 
 class RunConfig(Settings):

@@ -30,7 +30,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return main_of(lambda: train(parse(arguments)))
+    afterwards = "; the same command goes on from the last checkpoint, if there is one"
+    return main_of(lambda: train(parse(arguments)), afterwards)
 
 
 if __name__ == "__main__":

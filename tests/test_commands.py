@@ -11,6 +11,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import generate, train
+from jaxrlhf.config_io import dump_config, load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 
@@ -35,6 +36,8 @@ def folder(tmp_path, monkeypatch):
     unknown = json.loads((tmp_path / "model" / "config.json").read_text()) | {"model_type": "mystery"}
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown" / "config.json").write_text(json.dumps(unknown))
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "other.py").write_text("def f(texts):\n    return [0.0 for _ in texts]\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -62,6 +65,11 @@ BAD = {
     "no reward function": ([*PPO, "ppo.reward.function='missing.py:f'"], r"missing\.py"),
     "longer than the model": ([*PPO, "ppo.sampling.max_new_tokens=999"], r"64 positions"),
     "minibatches do not divide": ([*PPO, "ppo.update.minibatches=7"], r"ppo\.update\.minibatches"),
+    "unknown adapter module": ([*PPO, "ppo.adapter.target_modules=[zzz]"], r"ppo\.adapter\.target.*zzz.*q_proj"),
+    "stop token not in the vocabulary": ([*PPO, "ppo.sampling.stop_tokens=[999]"], r"stop_tokens.*999"),
+    "reward file that exits": ([*PPO, "ppo.reward.function='exits.py:f'"], r"exits\.py.*SystemExit"),
+    "reward function of other keywords": ([*PPO, "ppo.reward.function='other.py:f'"], r"other\.py:f requires texts"),
+    "reward function without signature": ([*PPO, "ppo.reward.function='builtins:max'"], r"builtins:max"),
     "greedy PPO": ([*PPO, "ppo.sampling.temperature=0"], r"temperature"),
     "mesh does not fit": ([*SFT, "mesh.data=3"], r"mesh"),
     "batch does not parse": (["seed=[1"], r"seed"),
@@ -75,6 +83,16 @@ def test_bad_input_is_one_line_and_status_2(folder, capsys, overrides, message):
     assert len(errors) == 1
     assert re.search(message, errors[0]), errors[0]
     assert not (folder / "run").exists(), "nothing is written"
+
+
+def test_another_runs_directory_is_refused_and_left_as_it_is(folder, capsys):
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text(dump_config(load_config(QUICKSTART, ["run_dir=run", "seed=7"])))
+    before = (folder / "run" / "config.yaml").read_text()
+    assert train.main(["--config", QUICKSTART, "run_dir=run"]) == 2
+    assert re.fullmatch(r"error: .*seed was 7, is now 0.*\n", capsys.readouterr().err)
+    assert [file.name for file in (folder / "run").iterdir()] == ["config.yaml"]
+    assert (folder / "run" / "config.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -107,16 +107,21 @@ def linear_shapes(base: Decoder) -> dict[str, tuple[int, int]]:
     }
 
 
-def _init_lora(base: Decoder, config: AdapterConfig, key: jax.Array) -> Adapter:
+def target_paths(base: Decoder, config: AdapterConfig) -> list[str]:
+    """Paths of the modules that get a LoRA pair; `UserError` where a target is in no layer."""
     shapes = linear_shapes(base)
     wanted = config.target_modules
-    paths = [p for p in shapes if "all-linear" in wanted or p in wanted or p.split(".")[-1] in wanted]
     for target in wanted:
         if target != "all-linear" and not any(target in (p, p.split(".")[-1]) for p in shapes):
             known = sorted({p.split(".")[-1] for p in shapes})
             raise UserError(f"target_modules: no module {target!r} in this model; it has {', '.join(known)}")
+    return [p for p in shapes if "all-linear" in wanted or p in wanted or p.split(".")[-1] in wanted]
+
+
+def _init_lora(base: Decoder, config: AdapterConfig, key: jax.Array) -> Adapter:
+    shapes = linear_shapes(base)
     adapter = {}
-    for index, path in enumerate(paths):
+    for index, path in enumerate(target_paths(base, config)):
         fan_in, fan_out = shapes[path]
         bound = fan_in**-0.5
         adapter[path] = {

@@ -31,9 +31,24 @@ class FunctionReward:
     def __init__(self, spec: str, key_path: str):
         self.name = spec
         self.function = load_function(spec, key_path)
-        parameters = inspect.signature(self.function).parameters.values()
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except ValueError:  # some builtins have none
+            raise UserError(f"{key_path}: {spec} tells no parameters; want prompts, completions, **columns") from None
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.accepted = None if takes_all else {p.name for p in parameters}
+        optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        self.required = {p.name for p in parameters if p.default is p.empty and p.kind not in optional}
+        if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+            raise UserError(f"{key_path}: {spec} takes positional arguments; it is called with keywords")
+
+    def check_columns(self, columns: set[str], key_path: str) -> None:
+        """`UserError` where the function requires a keyword that the data does not give."""
+        given = columns | {"prompts", "completions"}
+        if missing := sorted(self.required - given):
+            raise UserError(
+                f"{key_path}: {self.name} requires {', '.join(missing)}; the data gives {', '.join(sorted(given))}"
+            )
 
     def __call__(self, answers: Answers) -> np.ndarray:
         columns = {name: [row.get(name) for row in answers.rows] for name in _columns(answers.rows)}
@@ -74,7 +89,7 @@ def load_function(spec: str, key_path: str) -> Callable:
         module = _load_file(where, key_path) if where.endswith(".py") else importlib.import_module(where)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{key_path}: {where} does not import: {what}") from error
     function = getattr(module, name, None)

@@ -39,6 +39,16 @@ def open_run(run_dir: str | Path, config_text: str, writes: bool = True) -> Path
     return folder
 
 
+def check_run(run_dir: str | Path, config_text: str) -> None:
+    """`UserError` where `run_dir` is a file, or holds a run with other settings; writes nothing."""
+    folder = Path(run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir {folder}: is a file; give a folder")
+    file = folder / "config.yaml"
+    if file.is_file():
+        _check_same(folder, file.read_text(encoding="utf-8"), config_text)
+
+
 def _check_same(folder: Path, old_text: str, new_text: str) -> None:
     try:
         old = yaml.safe_load(old_text)

@@ -27,8 +27,8 @@ def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
     """One record per prompt, in order: {"prompt", "answers": {role: text}}; see `jaxrlhf.generate` for arguments."""
     config = None
     if arguments.run is not None:
-        config = load_config(f"{arguments.run}/config.yaml")
         roles = load_run(arguments.run)
+        config = load_config(f"{arguments.run}/config.yaml")
         chosen = _chosen_roles(roles, arguments.roles, config)
     else:
         if arguments.roles not in (None, "base"):
@@ -93,9 +93,8 @@ def _chosen_roles(roles: Roles, wanted: str | None, config: RunConfig) -> dict[s
 
 def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Roles) -> Sampling:
     run = config.ppo.sampling if config is not None and config.ppo is not None else Sampling()
-    given = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    given = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     changed = {name: value for name, value in given.items() if value is not None}
-    changed |= {"top_k": arguments.top_k, "top_p": arguments.top_p}
     if not roles.base.config.stop_tokens and run.stop_tokens is None and roles.tokenizer.eos_id is not None:
         changed["stop_tokens"] = (roles.tokenizer.eos_id,)
     try:

@@ -3,13 +3,14 @@
 import dataclasses
 import textwrap
 
+import jax
 import numpy as np
 
+from jaxrlhf.records import Experience
 from jaxrlhf.rewards.answers import Answers
 
 SAMPLES = 8  # answers kept for a person to read
 WIDTH = 100
-MEASURED = ("reward/score", "kl/k1", "length/mean", "length/eos_share")
 LABELS = {
     "reward/score": "reward that was maximised",
     "reward/gold": "gold score (never trained on)",
@@ -25,6 +26,18 @@ class Evaluation:
 
     numbers: dict[str, float]
     samples: list[dict]
+
+
+def rows_measured(answers: Answers, scores, experience: Experience) -> dict[str, np.ndarray]:
+    """What is measured of each of B answers, [B] each, by metric name."""
+    given = (experience.logprobs, experience.ref_logprobs, experience.response_mask, answers.rollout.ended)
+    logprobs, ref_logprobs, mask, ended = jax.device_get(given)
+    return {
+        "reward/score": np.asarray(scores),
+        "kl/k1": np.sum(np.where(mask, logprobs - ref_logprobs, 0.0), axis=1),
+        "length/mean": np.sum(mask, axis=1),
+        "length/eos_share": ended,
+    }
 
 
 def samples_of(answers: Answers, scores) -> list[dict]:

@@ -24,10 +24,10 @@ from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.runtime.mesh import check_batch, place, place_batch, replicated
 from jaxrlhf.runtime.programs import Program, peak_memory_bytes
 from jaxrlhf.runtime.random import key_for
-from jaxrlhf.stages.evaluation import MEASURED, SAMPLES, Evaluation, comparison, samples_of
+from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, comparison, rows_measured, samples_of
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.stages.settings import check_length, check_microbatches, with_total_steps
+from jaxrlhf.stages.settings import check_adapter, check_length, check_microbatches, with_total_steps
 from jaxrlhf.steps.annotate import annotate_experience
 from jaxrlhf.steps.ppo import init_ppo, ppo_update, single_step
 
@@ -51,15 +51,19 @@ def load(run: Run, roles: Roles, reward_adapter_comes: bool) -> PPOInputs:
     """
     config = run.config.ppo
     _check(run, config, roles, reward_adapter_comes)
+    spec = config.reward.function
+    function = FunctionReward(spec, "ppo.reward.function") if spec is not None else None
+    gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
     prompts = load_prompts(config.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
     run.say(f"ppo: {prompts.report}")
     evaluation = prompts
     if config.evaluation_data is not None:
         evaluation = load_prompts(config.evaluation_data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
         run.say(f"ppo: evaluation: {evaluation.report}")
-    spec = config.reward.function
-    function = FunctionReward(spec, "ppo.reward.function") if spec is not None else None
-    gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
+    for scorer, key_path in ((function, "ppo.reward.function"), (gold, "ppo.gold")):
+        for given in (prompts, evaluation):
+            if scorer is not None:
+                scorer.check_columns(set().union(*given.columns), key_path)
     return PPOInputs(prompts, evaluation, function, gold)
 
 
@@ -159,23 +163,27 @@ class Iteration:
         )
 
     def evaluate(self, policy: Adapter, value: Adapter) -> Evaluation:
-        """Answers to the evaluation prompts, with the same programs at the same shapes."""
-        size = self.config.batch_size
-        batches = -(-min(self.config.evaluation_prompts, len(self.inputs.evaluation)) // size)
-        sums: dict[str, list[float]] = {}
-        samples = []
+        """`evaluation_prompts` answers, to the prompts in turn, with the same programs at the same shapes."""
+        size, wanted = self.config.batch_size, self.config.evaluation_prompts
         no_penalty = jax.device_put(jnp.float32(0.0), replicated(self.run.mesh))
-        for index in range(batches):
-            chosen = np.arange(index * size, (index + 1) * size) % len(self.inputs.evaluation)
+        rows_of: dict[str, list[np.ndarray]] = {}
+        samples = []
+        for start in range(0, wanted, size):
+            chosen = np.arange(start, start + size) % len(self.inputs.evaluation)
             prompts, rows, texts = self.inputs.evaluation.take(chosen)
-            key = key_for(self.run.config.seed, "evaluation", index, "rollout")
+            key = key_for(self.run.config.seed, "evaluation", start, "rollout")
             answers = self.answer(policy, prompts, rows, texts, key)
-            scores, metrics = self.score(answers)
-            noted = self.annotated(policy, value, answers.rollout, scores, no_penalty)[2]
-            for name, number in (metrics | {n: float(noted[n]) for n in MEASURED}).items():
-                sums.setdefault(name, []).append(number)
+            scores, _ = self.score(answers)
+            experience = self.annotated(policy, value, answers.rollout, scores, no_penalty)[0]
+            by_row = rows_measured(answers, scores, experience)
+            if self.inputs.gold is not None:
+                by_row["reward/gold"] = self.inputs.gold(answers)
+            for name, values in by_row.items():
+                rows_of.setdefault(name, []).append(np.asarray(values)[: wanted - start])
             samples += samples_of(answers, scores)
-        return Evaluation({name: float(np.mean(numbers)) for name, numbers in sums.items()}, samples[:SAMPLES])
+        return Evaluation(
+            {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}, samples[:SAMPLES]
+        )
 
 
 class Clock:
@@ -197,6 +205,12 @@ def _write_samples(run: Run, step: int, answers: Answers, scores: np.ndarray) ->
 
 
 def _check(run: Run, config: PPOStageConfig, roles: Roles, reward_adapter_comes: bool) -> None:
+    check_adapter(roles.base, config.adapter, "ppo.adapter")
+    check_adapter(roles.base, config.value_adapter, "ppo.value_adapter")
+    tokens = [*(config.sampling.stop_tokens or ()), config.sampling.pad_token or 0]
+    largest = roles.base.config.vocab_size - 1
+    if min(tokens) < 0 or max(tokens) > largest:
+        raise UserError(f"ppo.sampling: stop_tokens and pad_token are ids from 0 to {largest}, given {tokens}")
     length = config.max_prompt_tokens + config.sampling.max_new_tokens
     check_length(roles.base, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
     check_batch(run.mesh, config.batch_size, "ppo.batch_size")

@@ -17,7 +17,7 @@ from jaxrlhf.runtime.programs import Program
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.stages.settings import check_length, check_microbatches, with_total_steps
+from jaxrlhf.stages.settings import check_adapter, check_length, check_microbatches, with_total_steps
 from jaxrlhf.steps.optimizer import init_optimizer
 from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
 
@@ -33,6 +33,7 @@ class RewardModelInputs:
 def load(run: Run, tokenizer: Tokenizer, base: Decoder) -> RewardModelInputs:
     """Reads the stage's pairs; UserError where they or the settings cannot be used."""
     config = run.config.reward_model
+    check_adapter(base, config.adapter, "reward_model.adapter")
     check_length(base, config.max_length, "reward_model.max_length")
     check_batch(run.mesh, config.batch_size, "reward_model.batch_size")
     check_microbatches(config.batch_size, config.microbatch_size, "reward_model.microbatch_size")

@@ -11,7 +11,7 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import open_run
+from jaxrlhf.runtime.run_dir import check_run, open_run
 from jaxrlhf.stages import ppo, reward_model, sft
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, finished_stages, load_roles, save_base
@@ -23,6 +23,7 @@ def run_stages(config: RunConfig) -> Roles:
     Raises `UserError`, before anything is compiled or written, where settings, files, rows or model cannot
     be used.
     """
+    check_run(config.run_dir, dump_config(config))
     mesh = make_mesh(config.mesh)
     roles = load_roles(config, mesh)
     folder = Path(config.run_dir)

@@ -1,7 +1,8 @@
 """Checks and small completions of settings that need to know the model or the number of steps."""
 
-from jaxrlhf.config import OptimizerConfig
+from jaxrlhf.config import AdapterConfig, OptimizerConfig
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapters import target_paths
 from jaxrlhf.models.decoder import Decoder
 
 
@@ -21,3 +22,12 @@ def check_microbatches(rows: int, size: int | None, key_path: str) -> None:
     if size is not None and rows % size:
         fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise UserError(f"{key_path}: {rows} rows cannot be split into parts of {size}; these fit: {fitting}")
+
+
+def check_adapter(base: Decoder, config: AdapterConfig, key_path: str) -> None:
+    """UserError where the adapter names modules that the model lacks."""
+    if config.kind == "lora":
+        try:
+            target_paths(base, config)
+        except UserError as error:
+            raise UserError(f"{key_path}.{error}") from None

@@ -17,7 +17,7 @@ from jaxrlhf.runtime.programs import Program
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
-from jaxrlhf.stages.settings import check_length, check_microbatches, with_total_steps
+from jaxrlhf.stages.settings import check_adapter, check_length, check_microbatches, with_total_steps
 from jaxrlhf.steps.optimizer import init_optimizer
 from jaxrlhf.steps.sft import sft_evaluate, sft_update
 
@@ -33,6 +33,7 @@ class SFTInputs:
 def load(run: Run, tokenizer: Tokenizer, base: Decoder) -> SFTInputs:
     """Reads the stage's rows; UserError where they or the settings cannot be used."""
     config = run.config.sft
+    check_adapter(base, config.adapter, "sft.adapter")
     check_length(base, config.max_length, "sft.max_length")
     check_batch(run.mesh, config.batch_size, "sft.batch_size")
     check_microbatches(config.batch_size, config.microbatch_size, "sft.microbatch_size")
