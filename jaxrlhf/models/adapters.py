@@ -80,8 +80,6 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
     if adapter is None:
         return base
     merged = bind(base, {path: leaves for path, leaves in adapter.items() if path != SCORE and "lora_a" not in leaves})
-    if merged is base:
-        return base
     for path, leaves in adapter.items():
         if "lora_a" in leaves:
             module = _find(merged, path)
