@@ -104,12 +104,26 @@ def test_another_runs_directory_is_refused_and_left_as_it_is(folder, capsys):
         (["--model", "model", "--prompt", "what", "--temperature", "-1"], "temperature"),
         (["--model", "model", "--prompt", "what", "--max-new-tokens", "500"], "64"),
         (["--model", "model", "--prompt", "what", "--roles", "policy"], "policy"),
+        (["--model", "model", "--prompt", "what", "--prompt", ""], "--prompt ''"),
+        (["--model", "model", "--prompts", "late.jsonl"], "late.jsonl:41: 90 tokens"),
+        (["--model", "model", "--prompts", "hollow.jsonl"], "hollow.jsonl:2: an empty prompt"),
     ],
 )
 def test_generate_says_what_is_wrong(folder, capsys, arguments, message):
+    (folder / "late.jsonl").write_text('{"prompt": "what"}\n' * 40 + json.dumps({"prompt": "what is it " * 30}))
+    (folder / "hollow.jsonl").write_text('{"prompt": "what"}\n{"prompt": ""}\n')
     assert generate.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("error: ") == 1 and message in error
+    shown = capsys.readouterr()
+    assert shown.err.count("error: ") == 1 and message in shown.err
+    assert not shown.out, "no prompt is answered where one cannot be"
+
+
+def test_settings_and_functions_are_checked_before_any_large_set_is_read(folder, capsys):
+    stages = ["stages=[sft, ppo]", *SFT[1:], *PPO[1:], "sft.data.path=nowhere.jsonl"]
+    for fault in ("ppo.update.minibatches=7", "ppo.reward.function='missing.py:f'"):
+        assert train.main(["--config", QUICKSTART, "run_dir=run", *stages, fault]) == 2
+        error = capsys.readouterr().err
+        assert "nowhere.jsonl" not in error and fault.split("=")[0] in error
 
 
 def test_generate_answers_in_order(folder, capsys):

@@ -18,6 +18,7 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.roles import Roles, load_run
+from jaxrlhf.stages.settings import check_tokens, with_stop_tokens
 
 BATCH = 32
 LENGTH_STEP = 32  # prompts are padded to a multiple of this, so that few programs are compiled
@@ -39,37 +40,29 @@ def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
         roles = Roles(base, tokenizer)
         chosen = {"base": (base, None)}
     sampling = _sampling(arguments, config, roles)
-    prompts = _prompts(arguments)
+    prompts, ids = _prompts(arguments, roles, sampling)
     program = jax.jit(rollout)
     for start in range(0, len(prompts), BATCH):
-        part = prompts[start : start + BATCH]
+        part = ids[start : start + BATCH]
+        # Rows that fill up the last batch repeat its first prompt, so that it has the other batches' shape.
+        part = part + [part[0]] * (BATCH - len(part) if len(ids) > 1 else 0)
         key = key_for(arguments.seed, "generate", start, "rollout")
         answers = {
             role: _answers(program, *model, roles.tokenizer, part, sampling, key) for role, model in chosen.items()
         }
-        for i, prompt in enumerate(part):
+        for i, prompt in enumerate(prompts[start : start + BATCH]):
             yield {"prompt": prompt, "answers": {role: texts[i] for role, texts in answers.items()}}
 
 
 def _answers(
-    program, base: Decoder, adapter: Adapter | None, tokenizer: Tokenizer, prompts: list, sampling: Sampling, key
+    program, base: Decoder, adapter: Adapter | None, tokenizer: Tokenizer, ids: list, sampling: Sampling, key
 ) -> list[str]:
-    ids = list(tokenizer.encode_prompts(prompts))
-    # Rows that fill up the batch repeat the first prompt, so that the last batch has the others' shape.
-    ids += [ids[0]] * (BATCH - len(ids) if len(prompts) > 1 else 0)
-    longest = max(map(len, ids))
-    if not min(map(len, ids)):
-        raise UserError("an empty prompt, and the tokenizer has no BOS to begin with; give some text")
+    """One answer to each of the prompts `ids`."""
     room = base.config.max_positions - sampling.max_new_tokens
-    if longest > room:
-        raise UserError(
-            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones are more than the model's "
-            f"{base.config.max_positions} positions; want at most {max(room, 0)} prompt tokens"
-        )
-    length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, room)
+    length = min(-(-max(map(len, ids)) // LENGTH_STEP) * LENGTH_STEP, room)
     answered = jax.device_get(program(base, adapter, left_pad(ids, length, tokenizer.pad_id), key, sampling))
     responses = zip(answered.tokens[:, length:], answered.response_mask)
-    return [tokenizer.decode(row[mask].tolist()) for row, mask in responses][: len(prompts)]
+    return [tokenizer.decode(row[mask].tolist()) for row, mask in responses]
 
 
 def _chosen_roles(roles: Roles, wanted: str | None, config: RunConfig) -> dict[str, tuple[Decoder, Adapter | None]]:
@@ -95,18 +88,36 @@ def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Ro
     run = config.ppo.sampling if config is not None and config.ppo is not None else Sampling()
     given = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     changed = {name: value for name, value in given.items() if value is not None}
-    if not roles.base.config.stop_tokens and run.stop_tokens is None and roles.tokenizer.eos_id is not None:
-        changed["stop_tokens"] = (roles.tokenizer.eos_id,)
     try:
-        return Sampling(**{**run.model_dump(), **changed})
+        sampling = Sampling(**{**run.model_dump(), **changed})
     except pydantic.ValidationError as error:
         fault = error.errors()[0]
         option = str(fault["loc"][0]).replace("_", "-")
         raise UserError(f"--{option}: {fault['msg']}, given {fault['input']}") from None
+    check_tokens(roles.base, sampling, "ppo.sampling of the run")
+    return with_stop_tokens(sampling, roles.base, roles.tokenizer)
 
 
-def _prompts(arguments: argparse.Namespace) -> list:
+def _prompts(arguments: argparse.Namespace, roles: Roles, sampling: Sampling) -> tuple[list, list]:
+    """All prompts, as given and as token ids; UserError, with its place, for one that cannot be answered."""
     if arguments.prompt is not None:
-        return arguments.prompt
-    source = PromptsConfig(path=arguments.prompts, prompt_field=arguments.prompt_field)
-    return [text_or_messages_field(row, source.prompt_field) for row in read_rows(source)]
+        prompts, places = arguments.prompt, [f"--prompt {text[:40]!r}" for text in arguments.prompt]
+    else:
+        source = PromptsConfig(path=arguments.prompts, prompt_field=arguments.prompt_field)
+        rows = read_rows(source)
+        prompts = [text_or_messages_field(row, source.prompt_field, empty=True) for row in rows]
+        places = [row.where for row in rows]
+    positions = roles.base.config.max_positions
+    room = positions - sampling.max_new_tokens
+    if room < 1:
+        raise UserError(f"--max-new-tokens: {sampling.max_new_tokens}, but the model has {positions} positions in all")
+    encoded = list(roles.tokenizer.encode_prompts(prompts, places))
+    for place, ids in zip(places, encoded):
+        if not len(ids):
+            raise UserError(f"{place}: an empty prompt, and the tokenizer has no BOS to begin with; give some text")
+        if len(ids) > room:
+            raise UserError(
+                f"{place}: {len(ids)} tokens and {sampling.max_new_tokens} new ones are more than the model's "
+                f"{positions} positions; want at most {room} prompt tokens"
+            )
+    return prompts, encoded

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.config import PPOConfig, PPOStageConfig, Sampling
+from jaxrlhf.config import PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter
@@ -27,7 +27,14 @@ from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, comparison, rows_measured, samples_of
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.stages.settings import check_adapter, check_length, check_microbatches, with_total_steps
+from jaxrlhf.stages.settings import (
+    check_adapter,
+    check_length,
+    check_microbatches,
+    check_tokens,
+    with_stop_tokens,
+    with_total_steps,
+)
 from jaxrlhf.steps.annotate import annotate_experience
 from jaxrlhf.steps.ppo import init_ppo, ppo_update, single_step
 
@@ -44,13 +51,33 @@ class PPOInputs:
     gold: FunctionReward | None
 
 
-def load(run: Run, roles: Roles, reward_adapter_comes: bool) -> PPOInputs:
-    """Reads prompts and reward functions; UserError where they or the settings cannot be used.
-
-    `reward_adapter_comes` says that an earlier stage of this run makes the reward adapter.
-    """
+def check(run: Run, roles: Roles) -> None:
+    """UserError where the settings do not fit the model, the mesh or the stages before."""
     config = run.config.ppo
-    _check(run, config, roles, reward_adapter_comes)
+    check_adapter(roles.base, config.adapter, "ppo.adapter")
+    check_adapter(roles.base, config.value_adapter, "ppo.value_adapter")
+    check_tokens(roles.base, config.sampling, "ppo.sampling")
+    length = config.max_prompt_tokens + config.sampling.max_new_tokens
+    check_length(roles.base, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
+    check_batch(run.mesh, config.batch_size, "ppo.batch_size")
+    check_microbatches(config.batch_size, config.batch_size // config.update.minibatches, "ppo.update.minibatches")
+    rows = config.batch_size // config.update.minibatches
+    check_microbatches(rows, config.update.microbatch_size, "ppo.update.microbatch_size")
+    if config.sampling.temperature == 0:
+        raise UserError("ppo.sampling.temperature: PPO samples; 0 is greedy, give a number above 0 such as 1.0")
+    if truncates(config.sampling):
+        run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
+    reward_adapter = "reward" in roles.adapters or "reward_model" in run.config.stages
+    if config.reward.kind == "model" and not reward_adapter:
+        raise UserError(
+            "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has "
+            "(model.run), or give a function (ppo.reward.kind=function ppo.reward.function=path.py:name)"
+        )
+
+
+def load(run: Run, roles: Roles) -> PPOInputs:
+    """Reads reward functions and prompts; UserError where they cannot be used."""
+    config = run.config.ppo
     spec = config.reward.function
     function = FunctionReward(spec, "ppo.reward.function") if spec is not None else None
     gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
@@ -96,7 +123,7 @@ class Iteration:
         config = run.config.ppo
         self.run, self.roles, self.inputs, self.config = run, roles, inputs, config
         self.update_config = _with_total_steps(config)
-        self.sampling = _with_stop_tokens(config.sampling, roles)
+        self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
         self.start = place(run.mesh, _starting_policy(run, roles))
         self.reward: Reward = inputs.function or ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]))
         self.rollout = Program(rollout, "rollout")
@@ -204,30 +231,6 @@ def _write_samples(run: Run, step: int, answers: Answers, scores: np.ndarray) ->
     run.samples.write("ppo", step, {"samples": samples_of(answers, scores)[:SAMPLES]})
 
 
-def _check(run: Run, config: PPOStageConfig, roles: Roles, reward_adapter_comes: bool) -> None:
-    check_adapter(roles.base, config.adapter, "ppo.adapter")
-    check_adapter(roles.base, config.value_adapter, "ppo.value_adapter")
-    tokens = [*(config.sampling.stop_tokens or ()), config.sampling.pad_token or 0]
-    largest = roles.base.config.vocab_size - 1
-    if min(tokens) < 0 or max(tokens) > largest:
-        raise UserError(f"ppo.sampling: stop_tokens and pad_token are ids from 0 to {largest}, given {tokens}")
-    length = config.max_prompt_tokens + config.sampling.max_new_tokens
-    check_length(roles.base, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
-    check_batch(run.mesh, config.batch_size, "ppo.batch_size")
-    check_microbatches(config.batch_size, config.batch_size // config.update.minibatches, "ppo.update.minibatches")
-    rows = config.batch_size // config.update.minibatches
-    check_microbatches(rows, config.update.microbatch_size, "ppo.update.microbatch_size")
-    if config.sampling.temperature == 0:
-        raise UserError("ppo.sampling.temperature: PPO samples; 0 is greedy, give a number above 0 such as 1.0")
-    if truncates(config.sampling):
-        run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
-    if config.reward.kind == "model" and "reward" not in roles.adapters and not reward_adapter_comes:
-        raise UserError(
-            "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has "
-            "(model.run), or give a function (ppo.reward.kind=function ppo.reward.function=path.py:name)"
-        )
-
-
 def _starting_policy(run: Run, roles: Roles) -> Adapter:
     if roles.reference is not None:
         return jax.tree.map(lambda x: jnp.array(x, copy=True), roles.reference)
@@ -250,10 +253,3 @@ def _with_total_steps(config: PPOStageConfig) -> PPOConfig:
             "value_optimizer": with_total_steps(update.value_optimizer, steps),
         }
     )
-
-
-def _with_stop_tokens(sampling: Sampling, roles: Roles) -> Sampling:
-    """The sampling with the tokenizer's end token, where neither settings nor model name one."""
-    if sampling.stop_tokens is None and not roles.base.config.stop_tokens and roles.tokenizer.eos_id is not None:
-        return sampling.model_copy(update={"stop_tokens": (roles.tokenizer.eos_id,)})
-    return sampling

@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
-from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.models.adapters import init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
@@ -30,13 +29,18 @@ class RewardModelInputs:
     heldout: PreferenceData
 
 
-def load(run: Run, tokenizer: Tokenizer, base: Decoder) -> RewardModelInputs:
-    """Reads the stage's pairs; UserError where they or the settings cannot be used."""
+def check(run: Run, roles: Roles) -> None:
+    """UserError where the settings do not fit the model or the mesh."""
     config = run.config.reward_model
-    check_adapter(base, config.adapter, "reward_model.adapter")
-    check_length(base, config.max_length, "reward_model.max_length")
+    check_adapter(roles.base, config.adapter, "reward_model.adapter")
+    check_length(roles.base, config.max_length, "reward_model.max_length")
     check_batch(run.mesh, config.batch_size, "reward_model.batch_size")
     check_microbatches(config.batch_size, config.microbatch_size, "reward_model.microbatch_size")
+
+
+def load(run: Run, roles: Roles) -> RewardModelInputs:
+    """Reads the stage's pairs; UserError where they cannot be used."""
+    config, tokenizer = run.config.reward_model, roles.tokenizer
 
     def read(source) -> list[Pair]:
         pairs, report = load_preferences(source, tokenizer, config.max_length, config.overflow)

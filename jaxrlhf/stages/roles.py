@@ -88,13 +88,13 @@ def save_role(run_dir: str, name: str, adapter: Adapter) -> None:
     save_adapter(str(Path(run_dir) / "roles" / name), adapter)
 
 
-def finished_stages(run_dir: str) -> dict[str, dict[str, float]]:
+def finished_stages(run_dir: str) -> dict[str, dict]:
     """What each finished stage reached, by stage."""
     path = Path(run_dir) / "roles" / "finished.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def mark_finished(run_dir: str, stage: str, reached: dict[str, float]) -> None:
+def mark_finished(run_dir: str, stage: str, reached: dict) -> None:
     """Notes that a stage has finished; its roles must have been written before."""
     stages = finished_stages(run_dir) | {stage: reached}
     atomic_write(Path(run_dir) / "roles" / "finished.json", json.dumps(stages, indent=1) + "\n")

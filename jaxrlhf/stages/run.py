@@ -53,12 +53,11 @@ def run_stages(config: RunConfig) -> Roles:
 
 
 def _load_inputs(run: Run, roles: Roles, todo: list[str]) -> dict:
-    """What each stage reads, so that a bad row of the last one stops the run before the first."""
-    inputs = {}
-    if "sft" in todo:
-        inputs["sft"] = sft.load(run, roles.tokenizer, roles.base)
-    if "reward_model" in todo:
-        inputs["reward_model"] = reward_model.load(run, roles.tokenizer, roles.base)
-    if "ppo" in todo:
-        inputs["ppo"] = ppo.load(run, roles, reward_adapter_comes="reward_model" in run.config.stages)
-    return inputs
+    """What each stage reads, so that a bad setting or row of the last one stops the run before the first.
+
+    Settings come before any row, and PPO's reward functions and prompts before the larger sets.
+    """
+    stages = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
+    for stage in todo:
+        stages[stage].check(run, roles)
+    return {stage: stages[stage].load(run, roles) for stage in reversed(todo)}

@@ -1,6 +1,7 @@
 """Checks and small completions of settings that need to know the model or the number of steps."""
 
-from jaxrlhf.config import AdapterConfig, OptimizerConfig
+from jaxrlhf.config import AdapterConfig, OptimizerConfig, Sampling
+from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import target_paths
 from jaxrlhf.models.decoder import Decoder
@@ -31,3 +32,18 @@ def check_adapter(base: Decoder, config: AdapterConfig, key_path: str) -> None:
             target_paths(base, config)
         except UserError as error:
             raise UserError(f"{key_path}.{error}") from None
+
+
+def check_tokens(base: Decoder, sampling: Sampling, key_path: str) -> None:
+    """UserError where a stop or pad token is no id of the vocabulary."""
+    tokens = [*(sampling.stop_tokens or ()), sampling.pad_token or 0]
+    largest = base.config.vocab_size - 1
+    if min(tokens) < 0 or max(tokens) > largest:
+        raise UserError(f"{key_path}: stop_tokens and pad_token are ids from 0 to {largest}, given {tokens}")
+
+
+def with_stop_tokens(sampling: Sampling, base: Decoder, tokenizer: Tokenizer) -> Sampling:
+    """The sampling with the tokenizer's end token, where neither settings nor model name one."""
+    if sampling.stop_tokens is None and not base.config.stop_tokens and tokenizer.eos_id is not None:
+        return sampling.model_copy(update={"stop_tokens": (tokenizer.eos_id,)})
+    return sampling

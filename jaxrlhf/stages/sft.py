@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.sft import SFTData, load_demonstrations
-from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
@@ -30,13 +29,18 @@ class SFTInputs:
     heldout: SFTData | None
 
 
-def load(run: Run, tokenizer: Tokenizer, base: Decoder) -> SFTInputs:
-    """Reads the stage's rows; UserError where they or the settings cannot be used."""
+def check(run: Run, roles: Roles) -> None:
+    """UserError where the settings do not fit the model or the mesh."""
     config = run.config.sft
-    check_adapter(base, config.adapter, "sft.adapter")
-    check_length(base, config.max_length, "sft.max_length")
+    check_adapter(roles.base, config.adapter, "sft.adapter")
+    check_length(roles.base, config.max_length, "sft.max_length")
     check_batch(run.mesh, config.batch_size, "sft.batch_size")
     check_microbatches(config.batch_size, config.microbatch_size, "sft.microbatch_size")
+
+
+def load(run: Run, roles: Roles) -> SFTInputs:
+    """Reads the stage's rows; UserError where they cannot be used."""
+    config, tokenizer = run.config.sft, roles.tokenizer
     examples, report = load_demonstrations(config.data, tokenizer, config.max_length, config.overflow)
     run.say(f"sft: {report}")
     train, held = hold_out(len(examples), config.heldout, run.config.seed)
