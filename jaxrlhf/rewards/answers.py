@@ -23,10 +23,13 @@ class Answers:
 
     @cached_property
     def completions(self) -> list[str]:
-        """The B answers as text, without special tokens; decoded once, on first use."""
-        tokens, mask = jax.device_get((self.rollout.tokens, self.rollout.response_mask))
-        responses = tokens[:, -mask.shape[1] :]
-        return [self.tokenizer.decode(row[real].tolist()) for row, real in zip(responses, mask)]
+        """The B answers as text, without special tokens, as they follow their prompts; decoded once, on first use."""
+        tokens, mask, real = jax.device_get((self.rollout.tokens, self.rollout.mask, self.rollout.response_mask))
+        P = tokens.shape[1] - real.shape[1]
+        return [
+            self.tokenizer.decode_after(row[:P][whole[:P]].tolist(), row[P:][answer].tolist())
+            for row, whole, answer in zip(tokens, mask, real)
+        ]
 
 
 class Reward(Protocol):
