@@ -2,7 +2,11 @@
 
 A function is called once per batch with keywords `prompts` and `completions` (lists of str) and one list
 per other column of the data, and returns one finite number per answer, as TRL's reward functions do. A
-function without `**kwargs` gets only the keywords that it names.
+function without `**kwargs` gets only the keywords that it names. It may be `async def`; `options` are keywords
+that every call gets, such as a target length.
+
+In the package's own functions (`jaxrlhf.rewards.library`) only options fill the keyword-only parameters, never
+columns of the same name, and options that they cannot use are found when the reward is made.
 """
 
 import importlib
@@ -10,71 +14,119 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.event_loop import run_async
 
 
 class RewardFault(RuntimeError):
-    """A reward function raised, or returned what is no score: one line that names the function."""
+    """A reward raised, or returned what is no score: one line that names the culprit."""
 
 
 class FunctionReward:
-    """A reward (see `answers.Reward`) that calls a Python function on text."""
+    """A reward (see `answers.Reward`) that calls a Python function on text.
 
-    def __init__(self, spec: str, key_path: str):
-        self.name = spec
+    `options` are keywords of every call and go before columns of the same name. `columns` renames: keyword of the
+    function -> column of the data. `timeout` in seconds ends an async function; one that is not async cannot be
+    ended. `key_path` is the setting that names the function, for messages. Raises UserError where there is no
+    such function or it takes no such option.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        key_path: str,
+        options: Mapping[str, Any] | None = None,
+        columns: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ):
+        self.name, self.options, self.columns, self.timeout = spec, dict(options or {}), dict(columns or {}), timeout
         self.function = load_function(spec, key_path)
         try:
             parameters = inspect.signature(self.function).parameters.values()
         except ValueError:  # some builtins have none
             raise UserError(f"{key_path}: {spec} tells no parameters; want prompts, completions, **columns") from None
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.accepted = None if takes_all else {p.name for p in parameters}
-        optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        self.required = {p.name for p in parameters if p.default is p.empty and p.kind not in optional}
         if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
             raise UserError(f"{key_path}: {spec} takes positional arguments; it is called with keywords")
+        of_library = (getattr(self.function, "__module__", None) or "").startswith("jaxrlhf.rewards.")
+        fields = [p for p in parameters if not (of_library and p.kind is p.KEYWORD_ONLY)]
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.accepted = None if takes_all else {p.name for p in fields}
+        optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        self.required = {p.name for p in fields if p.default is p.empty and p.kind not in optional} - set(self.options)
+        self._check_keywords({p.name for p in parameters if p.kind not in optional}, takes_all, key_path)
+        if of_library:
+            self._try_options({p.name for p in fields if p.kind not in optional}, key_path)
+
+    def _check_keywords(self, known: set[str], takes_all: bool, key_path: str) -> None:
+        for kind, given in (("option", self.options), ("column", self.columns)):
+            for name in given:
+                if name in ("prompts", "completions") or not (takes_all or name in known):
+                    names = ", ".join(sorted(known - {"prompts", "completions"})) or "none"
+                    raise UserError(f"{key_path}: {self.name} takes no {kind} {name!r}; it takes {names}")
+
+    def _try_options(self, fields: set[str], key_path: str) -> None:
+        """The library's functions check options and packages on no answers as well: before anything compiles."""
+        try:
+            self.function(**{name: [] for name in fields} | self.options)
+        except UserError as error:
+            raise UserError(f"{key_path}: {self.name}: {one_line(error)}") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{key_path}: {self.name}: options: {one_line(error)}") from error
 
     def check_columns(self, columns: set[str], key_path: str) -> None:
         """`UserError` where the function requires a keyword that the data does not give."""
-        given = columns | {"prompts", "completions"}
+        if absent := sorted(set(self.columns.values()) - columns):
+            given = ", ".join(sorted(columns)) or "none"
+            raise UserError(f"{key_path}: the data has no column {', '.join(absent)}; it has {given}")
+        given = columns | {"prompts", "completions"} | set(self.columns)
         if missing := sorted(self.required - given):
             raise UserError(
                 f"{key_path}: {self.name} requires {', '.join(missing)}; the data gives {', '.join(sorted(given))}"
             )
 
     def __call__(self, answers: Answers) -> np.ndarray:
-        columns = {name: [row.get(name) for row in answers.rows] for name in _columns(answers.rows)}
+        columns = columns_of(answers.rows)
+        columns |= {keyword: columns.get(name) for keyword, name in self.columns.items() if name in columns}
         given = columns | {"prompts": list(answers.prompts), "completions": answers.completions}
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}
         try:
-            scores = self.function(**given)
+            scores = self.function(**given | self.options)
+            if inspect.isawaitable(scores):
+                scores = run_async(scores, self.timeout)
         except (Exception, SystemExit) as error:  # sys.exit would end the run as if it had succeeded
             what = f"{type(error).__name__}: {one_line(error)}"
             raise RewardFault(f"reward function {self.name} raised {what}") from error
-        return self._checked(scores, len(answers.prompts))
+        return checked_scores(scores, len(answers.prompts), f"reward function {self.name}")
 
-    def _checked(self, scores, count: int) -> np.ndarray:
-        try:
-            scores = _numbers(scores)
-        except (TypeError, ValueError) as error:
-            raise RewardFault(f"reward function {self.name} returned no list of numbers: {one_line(error)}") from error
-        if scores.shape != (count,):
-            raise RewardFault(
-                f"reward function {self.name} returned shape {scores.shape} for {count} answers; want one number each"
-            )
-        bad = np.flatnonzero(~np.isfinite(scores))
-        if bad.size:
-            raise RewardFault(f"reward function {self.name} returned {scores[bad[0]]} for answer {bad[0]} of {count}")
-        return scores
+
+def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
+    """Scores f32[count] of what `source` returned; RewardFault where it is no list of `count` finite numbers."""
+    try:
+        scores = _numbers(scores)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardFault(f"{source} returned no list of numbers: {one_line(error)}") from error
+    if scores.shape != (count,):
+        raise RewardFault(f"{source} returned shape {scores.shape} for {count} answers; want one number each")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        raise RewardFault(f"{source} returned {scores[bad[0]]} for answer {bad[0]} of {count}")
+    return scores
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+    """One list per column; None where a row has no such column."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def load_function(spec: str, key_path: str) -> Callable:
@@ -118,7 +170,3 @@ def _numbers(scores) -> np.ndarray:
     if scores.dtype.kind in "USc" or (scores.dtype.kind == "O" and None in scores.ravel().tolist()):
         raise TypeError(f"it holds {'None' if scores.dtype.kind == 'O' else 'values of type ' + scores.dtype.name}")
     return scores.astype(np.float32)
-
-
-def _columns(rows) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))

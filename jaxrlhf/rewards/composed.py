@@ -1,0 +1,64 @@
+"""Several rewards as one: their weighted sum, with each part known by name."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from jaxrlhf.data.sources import one_line
+from jaxrlhf.errors import UserError
+from jaxrlhf.rewards.answers import Answers, Reward
+from jaxrlhf.rewards.functions import RewardFault, checked_scores
+
+TAKEN = ("score", "gold", "shaped")  # `reward/NAME` of the metrics that have this name already
+
+
+class ComposedReward:
+    """A reward (see `answers.Reward`): the sum of weight times part.
+
+    `parts`: name -> (reward, weight). A name becomes the metric `reward/NAME`; a part of weight 0 is only measured.
+    Raises UserError for a name or a weight that cannot be used, and `RewardFault`, which names the part, when called.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Reward, float]]):
+        if not parts:
+            raise UserError("reward parts: there are none; want at least one")
+        for name, (_, weight) in parts.items():
+            if not re.fullmatch(r"[\w.-]+", name) or name in TAKEN:
+                raise UserError(
+                    f"reward part {name!r}: want a name of letters, digits, _ . and -, not {', '.join(TAKEN)}"
+                )
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise UserError(f"reward part {name}: its weight is {weight!r}; want a finite number")
+        self.parts = dict(parts)
+        self.name = " + ".join(f"{weight:g} {name}" for name, (_, weight) in self.parts.items())
+
+    def __call__(self, answers: Answers) -> np.ndarray:
+        return self.scores_and_parts(answers)[0]
+
+    def scores_and_parts(self, answers: Answers) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(scores f32[B], each part's own scores f32[B] without its weight, by name)."""
+        # All are called before any is fetched: the device computes one part while another waits for a server.
+        given = {name: _called(name, part, answers) for name, (part, _) in self.parts.items()}
+        count = len(answers.prompts)
+        scores = {name: _fetched(name, values, count) for name, values in given.items()}
+        total = sum(np.float64(weight) * scores[name] for name, (_, weight) in self.parts.items())
+        return total.astype(np.float32), scores
+
+
+def _called(name: str, part: Reward, answers: Answers):
+    try:
+        return part(answers)
+    except UserError:
+        raise
+    except RewardFault as error:
+        raise RewardFault(f"reward part {name}: {one_line(error)}") from error
+    except Exception as error:
+        raise RewardFault(f"reward part {name}: raised {type(error).__name__}: {one_line(error)}") from error
+
+
+def _fetched(name: str, values, count: int) -> np.ndarray:
+    """The part's scores on the host, checked: in the sum nobody can tell whose NaN it is."""
+    return checked_scores(jax.device_get(values), count, f"reward part {name}")

@@ -1,0 +1,297 @@
+"""Rewards for the usual tasks, each to be named in a run's settings as `jaxrlhf.rewards.library:NAME`.
+
+Each is given `completions`, the columns that its signature names, and options, which are its keyword-only
+parameters; it returns one float per completion, without a network. What an answer cannot be read as scores
+lowest and never raises: answers come from a model. A column or an option that cannot be used is a ValueError of
+one line, since it comes from a person. Most columns may hold a list of acceptable texts: the best one counts.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Context, Decimal
+from typing import Any
+
+from jaxrlhf.rewards.columns import check_choice, check_number, check_texts, reference, references
+from jaxrlhf.rewards.structured import json_validity, span_f1
+from jaxrlhf.rewards.text_overlap import bleu, chrf, rouge
+
+__all__ = [
+    "bleu",
+    "chrf",
+    "exact_match",
+    "json_validity",
+    "label_accuracy",
+    "length",
+    "multiple_choice",
+    "numeric_answer",
+    "regex_format",
+    "repetition",
+    "rouge",
+    "span_f1",
+]
+
+# ---------------------------------------------------------------- the same text
+
+
+def exact_match(completions: Sequence[str], answer: Sequence[Any], *, normalize: str = "strip") -> list[float]:
+    """1 where the completion is the column `answer`, or one of its list; else 0.
+
+    normalize: none; strip (blanks at both ends); lower (also case, and blanks within made one); squad (also no
+    punctuation and no English articles, as in SQuAD's evaluation, Rajpurkar et al. 2016).
+    """
+    check_choice("normalize", normalize, tuple(NORMALIZERS))
+    normal = NORMALIZERS[normalize]
+    wanted = references("answer", answer)
+    return [float(normal(text) in map(normal, accepted)) for text, accepted in zip(completions, wanted)]
+
+
+def _lower(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _squad(text: str) -> str:
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+NORMALIZERS: dict[str, Callable[[str], str]] = {"none": str, "strip": str.strip, "lower": _lower, "squad": _squad}
+
+# ---------------------------------------------------------------- a number
+
+# A sign belongs to a number only where no other number or word stands before it: the last number of "5-3" is 3.
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w.)\]}])[-+\u2212])?(?:[$€£¥]\s?(?P<inner>[-+\u2212])?)?"
+    r"(?P<digits>(?<![0-9])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?<![0-9])(?=\.[0-9]))"
+    r"(?P<rest>(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![\w]))?)"
+)
+UNTRAPPED = Context(prec=60, traps=[])  # an answer of a million digits raises nothing
+MARKED = re.compile(r"####[\s*_(\\]*?(?=[-+\u2212$€£¥.0-9])")
+BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+
+
+def numeric_answer(
+    completions: Sequence[str], answer: Sequence[Any], *, tolerance: float = 0.0, strict: bool = False
+) -> list[float]:
+    r"""1 where the completion's number is that of the column `answer`, as in GSM8K (Cobbe et al. 2021); else 0.
+
+    The number of the column stands after `####` or in `\boxed{}`, or is all that the column holds. That of the
+    completion stands after its first `####`, else in its last `\boxed{}`, else it is its last number; with
+    `strict` only `####` counts. Read are signs, decimals, exponents, thousands separators (1,234 and 1{,}234)
+    and currency; fractions are not. `tolerance` is absolute.
+    """
+    check_number("tolerance", tolerance, 0)
+    wanted = []
+    for i, text in enumerate(reference("answer", answer)):
+        number = _reference_number(text)
+        if number is None:
+            raise ValueError(
+                f"column answer, row {i} holds no number after ####, in \\boxed{{}} or alone: {text[-40:]!r}"
+            )
+        wanted.append(number)
+    found = (_marked_number(text) if strict else _answered_number(text) for text in completions)
+    return [float(_equal(number, right, tolerance)) for number, right in zip(found, wanted)]
+
+
+def _equal(number: Decimal | None, right: Decimal, tolerance: float) -> bool:
+    if number is None:
+        return False
+    return number == right or abs(UNTRAPPED.subtract(number, right)) <= Decimal(str(tolerance))
+
+
+def _reference_number(text: str) -> Decimal | None:
+    number = _marked_number(text)
+    if number is None:
+        number = _boxed_number(text)
+    if number is None and (whole := NUMBER.fullmatch(_plain(text).strip().rstrip("."))):
+        number = _decimal(whole)
+    return number
+
+
+def _answered_number(text: str) -> Decimal | None:
+    for read in (_marked_number, _boxed_number, _last_number):
+        if (number := read(text)) is not None:
+            return number
+    return None
+
+
+def _marked_number(text: str) -> Decimal | None:
+    text = _plain(text)
+    mark = MARKED.search(text)
+    number = NUMBER.match(text, mark.end()) if mark else None
+    return _decimal(number) if number else None
+
+
+def _boxed_number(text: str) -> Decimal | None:
+    boxes = BOXED.findall(_plain(text))
+    return _last_number(boxes[-1]) if boxes else None
+
+
+def _last_number(text: str) -> Decimal | None:
+    numbers = list(NUMBER.finditer(_plain(text)))
+    return _decimal(numbers[-1]) if numbers else None
+
+
+def _plain(text: str) -> str:
+    r"""TeX's ways to write a thousands separator and a currency, as plain text."""
+    return text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "$")
+
+
+def _decimal(match: re.Match) -> Decimal:
+    sign = match["sign"] or match["inner"] or ""
+    digits = match["digits"].replace(",", "") or "0"
+    return Decimal(sign.replace("\u2212", "-") + digits + match["rest"])
+
+
+# ---------------------------------------------------------------- a choice
+
+
+def multiple_choice(completions: Sequence[str], answer: Sequence[Any], *, letters: str = "ABCDE") -> list[float]:
+    r"""1 where the letter that the completion chooses is that of the column `answer`; else 0.
+
+    The column holds a letter, as "B", "(B)" or "B.", or the choice's index from 0 as a number. The completion's
+    letter is, in this order: the last in `\boxed{}`; the last after "answer" or "correct option", as in "the answer
+    is (B)"; one that the completion starts with, as in "B) blue"; the last in brackets; the last that stands alone.
+    """
+    if not isinstance(letters, str) or not re.fullmatch(r"[A-Z]{2,26}", letters):
+        raise ValueError(f"letters is {letters!r}; want capital letters such as 'ABCD'")
+    wanted = [_letter_of(value, letters, i) for i, value in enumerate(answer)]
+    patterns = _choice_patterns(letters)
+    return [float(_chosen(text, patterns) == right) for text, right in zip(completions, wanted)]
+
+
+def _letter_of(value: Any, letters: str, row: int) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(letters):
+        return letters[value]
+    letter = value.strip().strip("().:").upper() if isinstance(value, str) else ""
+    if len(letter) == 1 and letter in letters:
+        return letter
+    raise ValueError(f"column answer, row {row} is {value!r}; want one of {letters} or an index from 0")
+
+
+def _choice_patterns(letters: str) -> list[re.Pattern]:
+    any_case, alone = f"[{letters}{letters.lower()}]", r"(?![\w'’])"
+    return [
+        re.compile(rf"\\boxed\s*\{{\s*(?:\\text\s*\{{)?\s*\(?({any_case})\)?[\s}}]"),
+        re.compile(
+            rf"(?i:\banswer|\b(?:correct|right|best)\s+(?:choice|option))(?i:\s+is)?[\s*:=]*\(?([{letters}]){alone}"
+        ),
+        re.compile(rf"\A\W*({any_case})(?=\s*\Z|[).:,\]*]|\s*\n)"),
+        re.compile(rf"[(\[]({any_case})[)\]]"),
+        # "A dog" and "I think" are no choices.
+        re.compile(rf"(?<![\w'’])(?![AI]\s+[a-z])([{letters}]){alone}"),
+    ]
+
+
+def _chosen(text: str, patterns: list[re.Pattern]) -> str | None:
+    for pattern in patterns:
+        if found := pattern.findall(text):
+            return found[-1].upper()
+    return None
+
+
+def label_accuracy(
+    completions: Sequence[str], label: Sequence[Any], *, labels: Sequence[str] | None = None, pick: str = "first"
+) -> list[float]:
+    """1 where the completion names the label of the column `label`; else 0.
+
+    Without `labels` the whole completion must be the label, but for case, blanks and punctuation around it. With
+    `labels`, all there are, the one that counts is the `first` or `last` named as whole words in the completion, or
+    with `only` the one that is named where no other is; the column may then hold an index from 0.
+    """
+    check_choice("pick", pick, ("first", "last", "only"))
+    if labels is None:
+        wanted = reference("label", label)
+        return [float(_bare(text) == _bare(right)) for text, right in zip(completions, wanted)]
+    check_texts("labels", labels)
+    known = {_lower(name): name for name in labels}
+    if not known or "" in known or len(known) < len(labels):
+        raise ValueError(f"labels is {labels!r}; want at least one, no empty one, and none twice")
+    rights = [_known_label(value, labels, known, i) for i, value in enumerate(label)]
+    longest = sorted(known, key=len, reverse=True)  # "not spam" before "spam"
+    named = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in longest))
+    return [float(_named(text, named, pick) == right) for text, right in zip(completions, rights)]
+
+
+def _bare(text: str) -> str:
+    return _lower(text).strip(string.punctuation + string.whitespace)
+
+
+def _known_label(value: Any, labels: Sequence[str], known: dict[str, str], row: int) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
+        return _lower(labels[value])
+    if isinstance(value, str) and _lower(value) in known:
+        return _lower(value)
+    raise ValueError(f"column label, row {row} is {value!r}; want one of {', '.join(labels)} or an index from 0")
+
+
+def _named(text: str, pattern: re.Pattern, pick: str) -> str | None:
+    found = pattern.findall(_lower(text))
+    if not found or (pick == "only" and len(set(found)) > 1):
+        return None
+    return found[-1 if pick == "last" else 0]
+
+
+# ---------------------------------------------------------------- form
+
+
+def regex_format(completions: Sequence[str], *, pattern: str, mode: str = "full", strip: bool = True) -> list[float]:
+    """1 where the completion matches the regular expression `pattern` (Python's `re`; `.` is any character but a
+    new line, `(?s)` makes it any); else 0.
+
+    mode: full (all of the completion) or search (anywhere). `strip` first takes blanks off both ends.
+    """
+    check_choice("mode", mode, ("full", "search"))
+    try:
+        expression = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+    matches = expression.fullmatch if mode == "full" else expression.search
+    return [float(matches(text.strip() if strip else text) is not None) for text in completions]
+
+
+def length(
+    completions: Sequence[str],
+    *,
+    target: int,
+    unit: str = "words",
+    side: str = "both",
+    penalty: float | None = None,
+    floor: float = -1.0,
+) -> list[float]:
+    """0 at `target` words or characters, and `penalty` less for each one that is missing or too many.
+
+    unit: words or characters. side: both, over (only more than the target costs) or under. penalty: null is
+    1 / target. No score is below `floor`.
+    """
+    check_number("target", target, 0, whole=True)
+    check_choice("unit", unit, tuple(UNITS))
+    check_choice("side", side, ("both", "over", "under"))
+    if penalty is not None:
+        check_number("penalty", penalty, 0)
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not -float("inf") < floor <= 0:
+        raise ValueError(f"floor is {floor!r}; want a number of at most 0")
+    each = 1 / max(target, 1) if penalty is None else penalty
+    distances = (len(UNITS[unit](text)) - target for text in completions)
+    counted = {"both": abs, "over": lambda d: max(d, 0), "under": lambda d: max(-d, 0)}[side]
+    return [max(float(floor), -each * counted(distance)) for distance in distances]
+
+
+def repetition(completions: Sequence[str], *, n: int = 3, unit: str = "words") -> list[float]:
+    """Minus the share of n-grams that repeat an earlier one: 0 without repetition, towards -1 with nothing else.
+
+    unit: words (case aside) or characters. A completion of less than n units scores 0.
+    """
+    check_number("n", n, 1, whole=True)
+    check_choice("unit", unit, tuple(UNITS))
+    return [-_repeated(UNITS[unit](text.lower()), n) for text in completions]
+
+
+def _repeated(units: Sequence[str], n: int) -> float:
+    grams: Iterable[tuple[str, ...]] = zip(*(units[i:] for i in range(n)))
+    counts = Counter(grams)
+    return 1 - len(counts) / counts.total() if counts else 0.0
+
+
+UNITS: dict[str, Callable[[str], Sequence[str]]] = {"words": str.split, "characters": str.strip}

@@ -1,0 +1,250 @@
+"""A reward from an HTTP server: JSON in and out.
+
+Per batch of answers the server is sent one POST request, with content type application/json:
+
+    {"prompts": ["..."], "completions": ["..."], "columns": {"NAME": [...], ...}}
+
+All lists are equally long; `columns` holds the rows' other columns, null where a row has none. It answers with
+status 200 and a number per answer, in the same order:
+
+    {"scores": [0.25, ...]}
+
+Tried again, after a growing pause, are a failed connection, a time-out and the statuses 429 and 5xx, whose
+Retry-After is kept up to `max_wait` seconds. Everything else is a `RewardFault` at once: another status, a redirect
+(a POST is not sent on to where nobody meant it to go), an answer of more than `max_bytes`, and one that is not the
+JSON above or holds a wrong number of scores, or one that is no finite number.
+"""
+
+import asyncio
+import email.utils
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, unquote, urlsplit
+
+import numpy as np
+
+from jaxrlhf.data.sources import one_line
+from jaxrlhf.errors import UserError
+from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.event_loop import run_async
+from jaxrlhf.rewards.functions import RewardFault, checked_scores, columns_of
+
+if TYPE_CHECKING:
+    import httpx2
+
+
+class HTTPReward:
+    """A reward (see `answers.Reward`) that a server gives; the module's text tells what is sent and what comes back.
+
+    url         http or https; a user and password in it are sent as basic authentication
+    batch_size  answers per request
+    timeout     seconds for one whole exchange, connecting and reading included
+    retries     further tries of a request
+    backoff     seconds before the first of them; doubles with each, up to `max_wait`, less a random part of up to half
+    max_bytes   the longest body that is read
+    headers_env name of an environment variable with a token, sent as `Authorization: Bearer TOKEN`
+    concurrency requests at the same time
+    say         is given one line before each further try, from another thread
+
+    Messages name the URL without user, password and query. Raises UserError for a URL or a variable that cannot be
+    used, and `RewardFault` when called.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        batch_size: int = 64,
+        timeout: float = 30.0,
+        retries: int = 4,
+        backoff: float = 0.5,
+        max_bytes: int = 10_000_000,
+        headers_env: str | None = None,
+        concurrency: int = 4,
+        max_wait: float = 30.0,
+        say: Callable[[str], None] | None = None,
+    ):
+        parts = _checked_url(url)
+        host = parts.netloc.rpartition("@")[2]
+        self.name = f"{parts.scheme}://{host}{parts.path}"
+        self._url = parts._replace(netloc=host, fragment="").geturl()
+        self._login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
+        if self._login and headers_env:
+            raise UserError(
+                f"reward URL {self.name}: has a user of its own beside the token in {headers_env}; want one"
+            )
+        bounds = {"batch_size": 1, "retries": 0, "backoff": 0, "max_bytes": 1, "concurrency": 1, "max_wait": 0}
+        settings = (batch_size, retries, backoff, max_bytes, concurrency, max_wait)
+        for (setting, low), value in zip(bounds.items(), settings):
+            if not value >= low:
+                raise UserError(f"reward URL {self.name}: {setting} is {value}; want at least {low}")
+        if not timeout > 0:
+            raise UserError(f"reward URL {self.name}: timeout is {timeout}; want seconds above 0")
+        self._token = _token(headers_env, self.name) if headers_env else None
+        self.batch_size, self.timeout, self.retries, self.backoff = batch_size, timeout, retries, backoff
+        self.max_bytes, self.concurrency, self.max_wait = max_bytes, concurrency, max_wait
+        self.say = say
+
+    def __call__(self, answers: Answers) -> np.ndarray:
+        count = len(answers.prompts)
+        batches = [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+        requests = [self._request(answers, texts) for texts in batches]
+        return run_async(self._score(requests, [texts.stop - texts.start for texts in batches]))
+
+    async def _score(self, requests: list[bytes], counts: list[int]) -> np.ndarray:
+        import httpx2
+
+        # Compressed bodies would unpack to more than max_bytes before anyone counts them.
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        slots = asyncio.Semaphore(self.concurrency)
+        async with httpx2.AsyncClient(
+            headers=headers, auth=self._login, timeout=None, follow_redirects=False
+        ) as client:
+
+            async def batch(request: bytes, count: int) -> np.ndarray:
+                async with slots:
+                    scores = await self._exchange(client, request)
+                    return checked_scores(scores, count, f"reward server {self.name}")
+
+            tasks = [asyncio.ensure_future(batch(*pair)) for pair in zip(requests, counts)]
+            try:
+                return np.concatenate([np.zeros(0, np.float32), *await asyncio.gather(*tasks)])
+            finally:
+                for task in tasks:  # after a fault nobody waits for the others
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _request(self, answers: Answers, texts: slice) -> bytes:
+        columns = columns_of(answers.rows[texts])
+        for name, values in columns.items():
+            try:
+                json.dumps(values, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                what = f"column {name} cannot be sent as JSON: {one_line(error)}"
+                raise RewardFault(f"reward server {self.name}: {what}") from error
+        request = {"prompts": list(answers.prompts[texts]), "completions": answers.completions[texts]}
+        return json.dumps(request | {"columns": columns}).encode()
+
+    async def _exchange(self, client: "httpx2.AsyncClient", request: bytes) -> list:
+        """The server's scores, after as many tries as it takes and the settings allow."""
+        import httpx2
+
+        for tried in range(self.retries + 1):
+            wait = None
+            try:
+                async with asyncio.timeout(self.timeout):
+                    return await self._try(client, request)
+            except Unavailable as error:
+                problem, wait = str(error), error.retry_after
+            except TimeoutError:
+                problem = f"no answer within {self.timeout:g} s"
+            except httpx2.TransportError as error:
+                problem = f"{type(error).__name__}: {one_line(error)}"
+            if tried < self.retries:
+                delay = retry_delay(tried, wait, self.backoff, self.max_wait, random.random())
+                if self.say is not None:
+                    self.say(f"reward server {self.name}: {problem}; trying again in {delay:.1f} s")
+                await asyncio.sleep(delay)
+        raise self._fault(f"{problem} (tried {self.retries + 1} times)")
+
+    async def _try(self, client: "httpx2.AsyncClient", request: bytes) -> list:
+        async with client.stream("POST", self._url, content=request) as response:
+            status = response.status_code
+            if status == 429 or status >= 500:
+                raise Unavailable(f"status {status}", _seconds(response.headers.get("Retry-After"), time.time()))
+            if 300 <= status < 400:
+                raise self._fault(f"status {status}, a redirect; give the URL that it leads to")
+            if status != 200:
+                raise self._fault(f"status {status}; want 200")
+            return self._scores(await self._body(response))
+
+    async def _body(self, response: "httpx2.Response") -> bytes:
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise self._fault(f"its answer is encoded as {encoding[:40]!r}; want identity")
+        body = bytearray()
+        async for chunk in response.aiter_raw(65536):
+            body += chunk
+            if len(body) > self.max_bytes:
+                raise self._fault(f"its answer is longer than {self.max_bytes} bytes")
+        return bytes(body)
+
+    def _scores(self, body: bytes) -> list:
+        try:
+            answer = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise self._fault(f"its answer is no JSON: {one_line(error)}") from error
+        if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
+            raise self._fault('its answer is not {"scores": [numbers]}')
+        return answer["scores"]
+
+    def _fault(self, what: str) -> RewardFault:
+        return RewardFault(f"reward server {self.name}: {what}")
+
+
+class Unavailable(Exception):
+    """The server may answer later: after `retry_after` seconds, where it says so."""
+
+    def __init__(self, what: str, retry_after: float | None):
+        super().__init__(what)
+        self.retry_after = retry_after
+
+
+def retry_delay(tried: int, retry_after: float | None, backoff: float, max_wait: float, jitter: float) -> float:
+    """Seconds to wait after `tried` + 1 tries; `jitter` in [0, 1) takes off up to half, so that clients part ways."""
+    delay = min(max_wait, backoff * 2.0 ** min(tried, 60)) * (1 - jitter / 2)
+    return max(delay, min(retry_after or 0.0, max_wait))
+
+
+def _seconds(retry_after: str | None, now: float) -> float | None:
+    """Seconds of a Retry-After header, which gives them as such or as a date (RFC 9110, 10.2.3); None for neither."""
+    if retry_after is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", retry_after.strip()):
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _checked_url(url: Any) -> SplitResult:
+    """The parts of a URL; UserError, without what may be a password, where it is none that can be asked."""
+    import httpx2
+
+    if not isinstance(url, str):
+        raise UserError(f"reward URL: is a {type(url).__name__}; want text such as http://localhost:8000/score")
+    shown = _without_secrets(url)
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # the port is checked when it is read
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL) as error:
+        raise UserError(f"reward URL {shown}: {_without_secrets(one_line(error))}") from None
+    if parts.scheme not in ("http", "https"):
+        raise UserError(f"reward URL {shown}: scheme is {parts.scheme or 'missing'}; want http:// or https://")
+    if re.search(r"[\s\x00-\x1f]", url):
+        raise UserError(f"reward URL {shown}: has blanks; want them as %20")
+    if not host:
+        raise UserError(f"reward URL {shown}: names no host; want one such as http://localhost:8000/score")
+    return parts
+
+
+def _without_secrets(url: str) -> str:
+    bare = re.sub(r"[?#].*", "", url, flags=re.DOTALL)
+    return re.sub(r"(//).*@", r"\1", bare, flags=re.DOTALL).encode("unicode_escape").decode()
+
+
+def _token(variable: str, name: str) -> str:
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise UserError(f"reward URL {name}: the environment variable {variable} with its token is not set")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise UserError(f"reward URL {name}: the token in {variable} has blanks or characters that no header may have")
+    return token

@@ -1,0 +1,124 @@
+"""Rewards for answers with a form: JSON, and the spans of named entities. Part of `library`."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from jaxrlhf.rewards.columns import check_choice, check_texts
+
+FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
+KINDS = {"any": object, "object": dict, "array": list}
+
+
+def json_validity(
+    completions: Sequence[str], *, required: Sequence[str] = (), kind: str = "any", fenced: bool = False
+) -> list[float]:
+    """1 where the whole completion is JSON (RFC 8259: no NaN) with all keys of `required` at its top; else 0.
+
+    kind: any, object or array. With `fenced` the JSON may stand in a Markdown code fence.
+    """
+    check_choice("kind", kind, tuple(KINDS))
+    check_texts("required", required)
+
+    def score(text: str) -> float:
+        try:
+            value = parse_json(text, fenced)
+        except ValueError:
+            return 0.0
+        has_keys = not required or (isinstance(value, dict) and all(key in value for key in required))
+        return float(isinstance(value, KINDS[kind]) and has_keys)
+
+    return [score(text) for text in completions]
+
+
+def parse_json(text: str, fenced: bool = False) -> Any:
+    """The JSON value that a text is, or that its only code fence holds; ValueError where there is none."""
+    if fenced and len(found := FENCED.findall(text)) == 1:
+        text = found[0]
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError as error:  # a long row of opening brackets
+        raise ValueError("nested too deep") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def span_f1(completions: Sequence[str], entities: Sequence[Any], *, ignore_case: bool = False) -> list[float]:
+    """F1 of the named entities that the completion lists against those of the column `entities`.
+
+    An entity counts where type and text are both right (strict matching; types without case, blanks in the text
+    made one), each as often as it is there. Column and completion hold either a line "type: text" each, with or
+    without a list mark, or JSON: a list of {"type": ..., "text": ...} or of [type, text], or an object of type ->
+    list of texts; the column may hold these as values, too. 1 where neither has any entity.
+    """
+    wanted = []
+    for i, value in enumerate(entities):
+        spans = _reference_spans(value)
+        if spans is None:
+            raise ValueError(f'column entities, row {i} is no list of "type: text" or JSON: {str(value)[:60]!r}')
+        wanted.append(_normal(spans, ignore_case))
+    return [_f1(_normal(_answered_spans(text), ignore_case), right) for text, right in zip(completions, wanted)]
+
+
+Spans = list[tuple[str, str]]
+
+
+def _reference_spans(value: Any) -> Spans | None:
+    return _read(value) if isinstance(value, str) else _spans_of(value)
+
+
+def _answered_spans(text: str) -> Spans:
+    return _read(text, lenient=True) or []
+
+
+def _read(text: str, lenient: bool = False) -> Spans | None:
+    """The entities of a text; None where it is of no form. `lenient` passes over lines that are no entity."""
+    try:
+        return _spans_of(parse_json(text, fenced=True))
+    except ValueError:
+        return _spans_of([line for line in text.splitlines() if line.strip()], lenient)
+
+
+def _spans_of(value: Any, lenient: bool = False) -> Spans | None:
+    if isinstance(value, dict):
+        whole = _span(value)
+        value = [whole] if whole else [(kind, text) for kind, texts in value.items() for text in _listed(texts)]
+    if not _is_list(value):
+        return None
+    spans = [_span(item) for item in value]
+    if not lenient and None in spans:
+        return None
+    return [span for span in spans if span is not None]
+
+
+def _span(item: Any) -> tuple[str, str] | None:
+    if isinstance(item, dict):
+        item = (item.get("type", item.get("label")), item.get("text"))
+    elif isinstance(item, str):
+        kind, colon, text = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", item).partition(":")
+        item = (kind, text) if colon else ()
+    if not _is_list(item) or len(item) != 2 or not all(isinstance(part, str) and part.strip() for part in item):
+        return None
+    return item[0], item[1]
+
+
+def _listed(value: Any) -> Any:
+    return value if _is_list(value) else [value]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _normal(spans: Spans, ignore_case: bool) -> Counter:
+    texts = ((kind, text.casefold() if ignore_case else text) for kind, text in spans)
+    return Counter((" ".join(kind.casefold().split()), " ".join(text.split())) for kind, text in texts)
+
+
+def _f1(found: Counter, wanted: Counter) -> float:
+    total = found.total() + wanted.total()
+    return 2 * (found & wanted).total() / total if total else 1.0

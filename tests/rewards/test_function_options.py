@@ -1,0 +1,190 @@
+"""Async functions, options and columns of FunctionReward, and its early checks of the library's functions."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.event_loop import run_async
+from jaxrlhf.rewards.functions import FunctionReward, RewardFault
+
+LIBRARY = "jaxrlhf.rewards.library"
+
+
+@pytest.fixture
+def answers():
+    answers = Answers(None, ["p", "q"], [{"answer": "4", "gold": 4}, {"answer": "5", "gold": 6}], None)
+    answers.__dict__["completions"] = [" it is 4", " it is 6"]
+    return answers
+
+
+@pytest.fixture
+def reward(tmp_path):
+    def make(source, **settings):
+        path = tmp_path / "my_rewards.py"
+        path.write_text(source)
+        return FunctionReward(f"{path}:score", "ppo.reward.function", **settings)
+
+    return make
+
+
+ASYNC = """
+import asyncio
+lock = asyncio.Lock()
+loops = set()
+async def one(n):
+    async with lock:
+        await asyncio.sleep(0)
+        loops.add(asyncio.get_running_loop())
+        return n / 2
+async def score(gold):
+    return list(await asyncio.gather(*map(one, gold)))
+"""
+
+
+def test_an_async_function_is_awaited_always_on_the_same_loop(reward, answers):
+    score = reward(ASYNC)
+    for _ in range(3):
+        np.testing.assert_array_equal(score(answers), np.float32([2, 3]))
+    assert len(score.function.__globals__["loops"]) == 1
+
+
+def test_an_async_function_within_a_running_loop(reward, answers):
+    async def notebook():
+        return score(answers)
+
+    score = reward(ASYNC)
+    import asyncio
+
+    np.testing.assert_array_equal(asyncio.run(notebook()), np.float32([2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise KeyError('gold')", "raised KeyError: 'gold'"),
+        ("raise SystemExit(0)", "raised SystemExit: 0"),
+        ("await asyncio.gather(inner())", "raised SystemExit: 1"),
+        ("await asyncio.sleep(60)", "raised TimeoutError: took longer than 0.05 s"),
+        ("time.sleep(0.4)", "raised TimeoutError: took longer than 0.05 s"),
+        ("raise asyncio.CancelledError", "raised CancelledError"),
+        ("return [1.0]", "shape (1,) for 2 answers"),
+        ("return ['1', '2']", "no list of numbers"),
+    ],
+)
+def test_faults_of_an_async_function(reward, answers, body, words):
+    source = f"import asyncio, sys, time\nasync def inner():\n    sys.exit(1)\nasync def score(prompts):\n    {body}\n"
+    with pytest.raises(RewardFault) as fault:
+        reward(source, timeout=0.05 if "sleep" in body else 5.0)(answers)
+    assert words in str(fault.value) and "\n" not in str(fault.value)
+    # The loop survives it, or the next call gets another.
+    np.testing.assert_array_equal(reward(ASYNC, timeout=5.0)(answers), np.float32([2, 3]))
+
+
+def test_a_time_out_cancels_the_function():
+    import asyncio
+
+    ended = []
+
+    async def long():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(TimeoutError):
+        run_async(long(), 0.02)
+    start = time.monotonic()
+    while not ended and time.monotonic() < start + 2:
+        time.sleep(0.001)
+    assert ended
+
+
+def test_options_reach_every_call_and_go_before_columns(reward, answers):
+    source = "def score(prompts, gold, bonus=0.0):\n    return [bonus + (gold if gold == 9 else 0) for _ in prompts]"
+    np.testing.assert_array_equal(reward(source, options={"bonus": 0.5, "gold": 9})(answers), np.float32([9.5, 9.5]))
+    required = reward("def score(prompts, scale):\n    return [scale] * len(prompts)", options={"scale": 3})
+    required.check_columns({"answer"}, "ppo.reward")  # an option fills what no column does
+    np.testing.assert_array_equal(required(answers), [3, 3])
+
+
+def test_columns_are_renamed(answers):
+    score = FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold", columns={"answer": "gold"})
+    score.check_columns({"gold"}, "ppo.gold")
+    np.testing.assert_array_equal(score(answers), [1, 1])
+    np.testing.assert_array_equal(FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")(answers), [1, 0])
+    with pytest.raises(UserError, match="the data has no column gold; it has answer"):
+        score.check_columns({"answer"}, "ppo.gold")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"options": {"bonsu": 1}}, "takes no option 'bonsu'; it takes bonus"),
+        ({"options": {"prompts": 1}}, "takes no option 'prompts'"),
+        ({"columns": {"gold": "x"}}, "takes no column 'gold'"),
+    ],
+)
+def test_keywords_that_the_function_does_not_take(reward, settings, words):
+    with pytest.raises(UserError, match=words):
+        reward("def score(prompts, bonus=0):\n    return [0 for _ in prompts]", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("regex_format", {}, "pattern"),
+        ("regex_format", {"pattern": "("}, "no regular expression"),
+        ("regex_format", {"pattern": 3}, "no regular expression"),
+        ("regex_format", {"pattern": "a", "mode": "part"}, "mode is 'part'; want full or search"),
+        ("length", {"target": -1}, "target is -1"),
+        ("length", {"target": 2.5}, "target is 2.5"),
+        ("length", {"target": 5, "unit": "tokens"}, "unit is 'tokens'; want words or characters"),
+        ("length", {"target": 5, "floor": 1}, "floor is 1"),
+        ("repetition", {"n": 0}, "n is 0"),
+        ("json_validity", {"required": "name"}, "required is 'name'; want a list of texts"),
+        ("multiple_choice", {"letters": "abcd"}, "letters is 'abcd'"),
+        ("label_accuracy", {"labels": ["a", "A"]}, "none twice"),
+        ("label_accuracy", {"label": ["a"], "pick": "best"}, "pick is 'best'"),
+        ("numeric_answer", {"tolerance": float("nan")}, "tolerance is nan"),
+        ("exact_match", {"normalize": "lowre"}, "normalize is 'lowre'; want none or strip"),
+        ("exact_match", {"normalise": "lower"}, "takes no option 'normalise'"),
+        ("rouge", {"metric": "rouge9"}, "metric is 'rouge9'"),
+        ("bleu", {"tokenize": "flores200"}, "tokenize is 'flores200'"),
+        ("chrf", {"beta": 0}, "beta is 0"),
+    ],
+)
+def test_options_of_the_library_are_checked_when_the_reward_is_made(name, options, words):
+    with pytest.raises(UserError) as error:
+        FunctionReward(f"{LIBRARY}:{name}", "ppo.gold", options)
+    message = str(error.value)
+    assert message.startswith("ppo.gold: ") and words in message and "\n" not in message
+
+
+def test_a_column_never_fills_an_option_of_the_library(answers):
+    rows = [{"n": 1, "unit": "x"}, {"n": 2, "unit": "y"}]
+    odd = Answers(None, answers.prompts, rows, None)
+    odd.__dict__["completions"] = ["a b a b a b", "a b c d"]
+    np.testing.assert_allclose(FunctionReward(f"{LIBRARY}:repetition", "ppo.gold", {"n": 2})(odd), [-3 / 5, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("rouge", "rouge_score.rouge_scorer"), ("bleu", "sacrebleu.metrics"), ("chrf", "sacrebleu.metrics")],
+)
+def test_a_package_that_is_missing_is_named_before_anything_runs(monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"ppo.gold: .* needs .* pip install 'jaxrlhf\[rewards\]'"):
+        FunctionReward(f"{LIBRARY}:{name}", "ppo.gold")
+
+
+def test_a_row_without_its_column_is_named(answers):
+    odd = Answers(None, answers.prompts, [{"answer": "4"}, {}], None)
+    odd.__dict__["completions"] = answers.completions
+    with pytest.raises(
+        RewardFault, match=r"numeric_answer raised ValueError: column answer, row 1 holds nothing \(None\)"
+    ):
+        FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")(odd)
