@@ -5,6 +5,7 @@ from collections.abc import Callable
 import chex
 import jax.numpy as jnp
 from jax import Array
+from jax.lax import stop_gradient
 
 # On the log-ratio r = ref - policy of a token that the policy sampled (J. Schulman, "Approximating KL
 # Divergence", 2020). All estimate KL(policy || ref). k1 has no bias and may be negative; k2 has a bias and is
@@ -33,6 +34,37 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
     chex.assert_equal_shape([logprobs, ref_logprobs])
     r = jnp.asarray(ref_logprobs, jnp.float32) - jnp.asarray(logprobs, jnp.float32)
     return ESTIMATORS[estimator](r)
+
+
+def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str) -> Array:
+    """The estimate as a term of the loss, per token: the gradient flows through `logprobs`.
+
+    A good estimate of the value need not have the gradient of the KL. With r = ref - policy, on samples of the
+    policy itself (2510.01555):
+
+      k1  grad = grad logprob              of expectation 0, whatever the reference: useless in a loss
+      k2  grad = -r * grad logprob         in expectation the gradient of KL(policy || ref), and that of k1
+                                           in the reward: the one to take
+      k3  grad = (1 - exp(r)) * grad logprob   -r to first order, so biased; in expectation the gradient of the
+                                           other direction, KL(ref || policy). As in GRPO (2402.03300)
+
+    On samples of an older policy all three lack its importance ratio.
+
+    Args:
+      logprobs: f32[B,R]; of the policy that is trained.
+      ref_logprobs: f32[B,R]; constants.
+      mask: bool[B,R].
+      estimator: a name from `ESTIMATORS`.
+
+    Returns:
+      f32[B,R] in nats; 0 where the mask is False.
+    """
+    chex.assert_rank([logprobs, ref_logprobs, mask], 2)
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    chex.assert_type(mask, bool)
+    # Both are 0 past the end, and so is every estimate of a log-ratio of 0.
+    ref_logprobs = stop_gradient(jnp.where(mask, ref_logprobs, 0.0))
+    return kl_estimate(jnp.where(mask, logprobs, 0.0), ref_logprobs, estimator)
 
 
 def adapt_kl_coef(

@@ -1,5 +1,7 @@
 """Losses per token, and what they are made of: log-probabilities and entropies from logits.
 
+The policy's own losses are in `policy_losses`; PPO's is to be had here too.
+
 Nothing is reduced over tokens here (`masked.aggregate` does that), so that accumulation over microbatches is
 exact. Everything is float32 inside. Masked positions give 0 in value and gradient whatever stands there.
 """
@@ -10,56 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
+from jaxrlhf.algorithms.policy_losses import ppo_policy_loss as ppo_policy_loss
+
 _LOWEST = jnp.finfo(jnp.float32).min
-
-
-def ppo_policy_loss(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    mask: Array,
-    clip_low: Array | float,
-    clip_high: Array | float,
-) -> tuple[Array, dict[str, Array]]:
-    """Clipped surrogate objective (1707.06347, equation 7) with bounds of its own on each side (2503.14476).
-
-    ratio_t = exp(logprob_t - old_logprob_t)
-    loss_t  = max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_low, 1 + clip_high))
-
-    The gradient is that of `logprobs` alone; the old ones and the advantages are constants.
-
-    Args:
-      logprobs: f32[B,R]; of the policy that is trained.
-      old_logprobs: f32[B,R]; of the policy that sampled.
-      advantages: f32[B,R].
-      mask: bool[B,R].
-      clip_low, clip_high: f32[].
-
-    Returns:
-      loss f32[B,R], 0 where the mask is False; and diagnostics without gradient, each [B,R]:
-        ratio        f32; 1 where the mask is False
-        clipped_low  bool; A < 0 and the ratio is below its bound: this token has no gradient left
-        clipped_high bool; A > 0 and the ratio is above its bound: likewise
-        approx_kl    f32; (ratio - 1) - log ratio, k3 of KL(old || new); 0 where the mask is False
-    """
-    chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    chex.assert_type(mask, bool)
-    # Masked before exp: the gradient of an infinite ratio is NaN even where its value is thrown away.
-    old_logprobs = stop_gradient(jnp.asarray(old_logprobs, jnp.float32))
-    log_ratio = jnp.where(mask, jnp.asarray(logprobs, jnp.float32) - old_logprobs, 0.0)
-    advantages = stop_gradient(jnp.where(mask, jnp.asarray(advantages, jnp.float32), 0.0))
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    loss = jnp.where(mask, jnp.maximum(-advantages * ratio, -advantages * clipped), 0.0)
-    # Masked advantages are 0: neither of the two clips applies to them.
-    diagnostics = {
-        "ratio": ratio,
-        "clipped_low": (advantages < 0) & (ratio < 1.0 - clip_low),
-        "clipped_high": (advantages > 0) & (ratio > 1.0 + clip_high),
-        "approx_kl": jnp.expm1(log_ratio) - log_ratio,
-    }
-    return loss, jax.tree.map(stop_gradient, diagnostics)
 
 
 def value_loss(

@@ -1,6 +1,8 @@
-"""GAE against a plain loop, by hand, and as a learner of known values."""
+"""GAE against a plain loop, by hand, and as a learner of known values; all estimators against plain loops."""
 
+import functools
 import itertools
+import math
 
 import hypothesis
 import jax
@@ -180,3 +182,210 @@ def test_the_values_of_a_random_walk_converge_to_dynamic_programming(lam):
     visited = visits[:-1] > 0
     close(np.array(table)[:-1][visited], known[:horizon].ravel()[visited], rtol=1e-4, atol=1e-6)
     assert known[0, 3] > 0.05
+
+
+# ---------------------------------------------------------------- all of them, behind one signature
+
+NAMES = sorted(module.ADVANTAGES)
+GROUPED = [name for name in NAMES if module.ADVANTAGES[name].needs_group]
+
+
+@functools.partial(jax.jit, static_argnames=("name", "group"))
+def compute(name, rewards, mask, values, group, greedy, gamma=1.0, lam=1.0):
+    return module.ADVANTAGES[name].compute(rewards, mask, values, group, greedy, gamma, lam)
+
+
+def scores_as_rewards(scores, lengths, width):
+    """One score on the last token of each answer, and the mask."""
+    mask = np.arange(width) < np.array(lengths)[:, None]
+    rewards = np.zeros(mask.shape, np.float32)
+    for i, length in enumerate(lengths):
+        if length:
+            rewards[i, length - 1] = scores[i]
+    return rewards, mask
+
+
+def mean(numbers):
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def deviation(numbers):
+    return math.sqrt(sum((x - mean(numbers)) ** 2 for x in numbers) / max(len(numbers) - 1, 1))
+
+
+def normalised(rows):
+    """Rows of numbers: all tokens of the batch to mean 0 and deviation 1."""
+    tokens = [x for row in rows for x in row]
+    scale = math.sqrt(deviation(tokens) ** 2 + 1e-8)
+    return [[(x - mean(tokens)) / scale for x in row] for row in rows]
+
+
+def reference(name, rewards, lengths, values, group, greedy, gamma, lam):
+    """Advantages and returns by the papers, answer by answer: two lists of lists of the real tokens."""
+    answers = [[float(x) for x in row[:n]] for row, n in zip(rewards, lengths)]
+    if name == "gae":
+        padded = loop(rewards, values, lengths, gamma, lam)
+        found = [[float(x) for x in row[:n]] for row, n in zip(padded, lengths)]
+        return found, [[a + float(v) for a, v in zip(*both)] for both in zip(found, values)]
+    to_go = [[sum(gamma ** (k - t) * row[k] for k in range(t, len(row))) for t in range(len(row))] for row in answers]
+    total = [sum(row) for row in answers]
+    if name == "reinforce":
+        baseline = mean([row[0] for row in to_go if row])
+        return [[x - baseline for x in row] for row in to_go], to_go
+    if name == "reinforce_plus_plus":
+        return normalised(to_go), to_go
+    advantage = []
+    for i in range(len(answers)):
+        first = i - i % group
+        mates = [j for j in range(first, first + group) if lengths[j] > 0]
+        others = [total[j] for j in mates if j != i]
+        everyone = [total[j] for j in mates]
+        above = total[i] - mean(everyone)
+        choices = {
+            "rloo": total[i] - mean(others) if others else 0.0,
+            "grpo": above / (deviation(everyone) + 1e-4),
+            "dr_grpo": above,
+            "reinforce_plus_plus_baseline": above,
+            "remax": total[i] - float(greedy[i]),
+        }
+        advantage.append(choices[name])
+    found = [[a] * n for a, n in zip(advantage, lengths)]
+    returns = [[r] * n for r, n in zip(total, lengths)]
+    return (normalised(found) if name == "reinforce_plus_plus_baseline" else found), returns
+
+
+def padded(rows, width):
+    return np.array([row + [0.0] * (width - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@hypothesis.settings(deadline=None, max_examples=25, derandomize=True)
+@hypothesis.given(st.data())
+def test_every_estimator_equals_plain_python_and_nothing_past_the_end_matters(name, data):
+    rows, width, group = data.draw(st.sampled_from([(1, 1, 1), (4, 5, 2), (6, 3, 3), (6, 3, 6)]))
+    lengths = data.draw(st.lists(st.integers(0, width), min_size=rows, max_size=rows))
+    gamma, lam = data.draw(st.sampled_from([(1.0, 0.95), (0.9, 1.0), (0.5, 0.0)]))
+    garbage = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, 1e38]))
+    generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    rewards, values = generator.normal(size=(2, rows, width)).astype(np.float32)
+    if data.draw(st.booleans()):
+        rewards = np.round(rewards)  # some groups agree
+    greedy = generator.normal(size=rows).astype(np.float32)
+    mask = np.arange(width) < np.array(lengths)[:, None]
+
+    found = compute(name, rewards, mask, values, group, greedy, gamma, lam)
+    expected = reference(name, rewards, lengths, values, group, greedy, gamma, lam)
+    for ours, theirs in zip(found, expected):
+        assert ours.dtype == jnp.float32
+        close(ours, padded(theirs, width), rtol=2e-4, atol=2e-5)
+        assert (np.array(ours)[~mask] == 0).all()
+    dirty = (np.where(mask, x, garbage) for x in (rewards, values))
+    dirty_greedy = np.where(mask.any(axis=1), greedy, garbage)
+    dirty_rewards, dirty_values = dirty
+    again = compute(name, dirty_rewards, mask, dirty_values, group, dirty_greedy, gamma, lam)
+    np.testing.assert_array_equal(again, found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_estimators_have_finite_gradients_and_none_past_the_end(name):
+    """Among others in a group that agrees, where the deviation is 0, and in one that is empty."""
+    mask = np.arange(3) < np.array([2, 2, 3, 1, 0, 0])[:, None]
+    clean = jnp.where(mask, jnp.array([1.0, 1, 1, 5, 0, 0])[:, None], 0.0).at[3, 0].set(-2.0)
+
+    @jax.jit
+    def gradient(rewards, values):
+        def total(rewards, values):
+            advantages, returns = module.ADVANTAGES[name].compute(rewards, mask, values, 2, jnp.ones(6), 0.9, 0.8)
+            return (advantages * jnp.arange(18.0).reshape(6, 3) + returns).sum()
+
+        return jax.value_and_grad(total, argnums=(0, 1))(rewards, values)
+
+    expected = gradient(clean, clean)
+    for garbage in (np.nan, np.inf, -1e38):
+        found = gradient(*(jnp.where(mask, clean, garbage),) * 2)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        for array in found[1]:
+            assert np.isfinite(array).all() and (np.array(array)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, -1 / 3, 12345.678, 1e-20])
+@pytest.mark.parametrize("name", [*GROUPED, "reinforce", "reinforce_plus_plus"])
+def test_equal_scores_give_exactly_0(name, score):
+    """0.1 three times in float32 is not 0.3: the remainder over a deviation of about 0 would be large."""
+    rewards, mask = scores_as_rewards([score] * 6, [1, 3, 2, 3, 0, 3], 3)
+    found, _ = compute(name, rewards, mask, np.zeros((6, 3)), 3, np.zeros(6))
+    assert (found == 0).all()
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_an_answer_alone_in_its_group_says_nothing(name):
+    rewards, mask = scores_as_rewards([3.0, 9.0, 1.0, 2.0], [2, 0, 1, 0], 2)
+    found, returns = compute(name, rewards, mask, np.zeros((4, 2)), 2, np.zeros(4))
+    assert (found == 0).all()
+    close(returns, [[3, 3], [0, 0], [1, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_must_divide_the_batch(name):
+    with pytest.raises(AssertionError):
+        compute(name, np.zeros((4, 2)), np.ones((4, 2), bool), np.zeros((4, 2)), 3, np.zeros(4))
+
+
+def test_by_hand_two_groups_of_three():
+    rewards, mask = scores_as_rewards([0, 3, 6, 1, 1, 4], [1, 2, 3, 2, 2, 2], 3)
+    answer = {
+        "rloo": [-4.5, 0, 4.5, -1.5, -1.5, 3],
+        "dr_grpo": [-3, 0, 3, -1, -1, 2],
+        "grpo": [-3 / 3.0001, 0, 3 / 3.0001, *(x / (math.sqrt(3) + 1e-4) for x in (-1, -1, 2))],
+        "remax": [-1, 2, 5, 0, 0, 3],
+        "reinforce": [-2.5, 0.5, 3.5, -1.5, -1.5, 1.5],
+    }
+    for name, expected in answer.items():
+        found, _ = compute(name, rewards, mask, np.zeros((6, 3)), 3, np.ones(6))
+        close(found, np.where(mask, np.array(expected)[:, None], 0), rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_grpo_without_deviation_is_rloo_up_to_its_constant(group):
+    generator = np.random.default_rng(group)
+    rewards, mask = scores_as_rewards(generator.normal(size=6), [3, 1, 2, 3, 3, 2], 3)
+    rest = (np.zeros((6, 3)), group, np.zeros(6))
+    without, _ = compute("dr_grpo", rewards, mask, *rest)
+    leave_one_out, _ = compute("rloo", rewards, mask, *rest)
+    close(leave_one_out, np.array(without) * group / (group - 1), rtol=1e-5, atol=1e-6)
+    grouped, _ = compute("grpo", rewards, mask, *rest)
+    by_group = np.array([scores.std(ddof=1) for scores in rewards.sum(axis=1).reshape(-1, group)])
+    close(np.array(grouped) * (np.repeat(by_group, group) + 1e-4)[:, None], without, rtol=1e-5, atol=1e-6)
+
+
+def test_gae_at_gamma_and_lambda_1_is_return_minus_value():
+    rewards, values = np.random.default_rng(7).normal(size=(2, 4, 5)).astype(np.float32)
+    mask = np.arange(5) < np.array([5, 1, 0, 3])[:, None]
+    found, returns = compute("gae", rewards, mask, values, 1, np.zeros(4))
+    to_go = [[sum(row[t:n]) for t in range(n)] + [0] * (5 - n) for row, n in zip(rewards, [5, 1, 0, 3])]
+    close(found, np.where(mask, to_go - values, 0), rtol=1e-5, atol=1e-5)
+    close(returns, to_go, rtol=1e-5, atol=1e-5)
+
+
+def test_reinforce_plus_plus_is_normalised_over_the_whole_batch():
+    rewards = np.random.default_rng(8).normal(2, 3, size=(6, 3)).astype(np.float32)
+    mask = np.arange(3) < np.array([3, 1, 2, 3, 0, 2])[:, None]
+    for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        found = np.array(compute(name, rewards, mask, np.zeros((6, 3)), 2, np.zeros(6))[0])[mask]
+        close([found.mean(), found.std(ddof=1)], [0, 1], atol=1e-5)
+
+
+def test_the_table_says_what_is_needed():
+    """What an estimator does not ask for changes nothing; what it asks for does."""
+    generator = np.random.default_rng(9)
+    rewards, values, others = generator.normal(size=(3, 6, 3)).astype(np.float32)
+    mask = np.ones((6, 3), bool)
+    for name, entry in module.ADVANTAGES.items():
+        base = compute(name, rewards, mask, values, 2, np.zeros(6), 0.9, 0.5)[0]
+        changed = {
+            "needs_value": compute(name, rewards, mask, others, 2, np.zeros(6), 0.9, 0.5)[0],
+            "needs_group": compute(name, rewards, mask, values, 3, np.zeros(6), 0.9, 0.5)[0],
+            "needs_greedy": compute(name, rewards, mask, values, 2, np.ones(6), 0.9, 0.5)[0],
+        }
+        for need, found in changed.items():
+            assert getattr(entry, need) == (not np.array_equal(found, base)), (name, need)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.algorithms import advantages, kl, losses, masked
+from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES
 
 GOLDEN = Path(__file__).parent / "golden"
 VECTORS = json.loads((GOLDEN / "published_vectors.json").read_text())
@@ -177,8 +178,17 @@ def test_rlax_clipped_surrogate():
     everything = jnp.ones((1, 3), bool)
     for adv, expected in zip(vector["advantages"], vector["expected_loss"], strict=True):
         epsilon = vector["epsilon"]
-        loss, _ = ppo_policy_loss(new, old, jnp.array([adv]), everything, epsilon, epsilon)
-        np.testing.assert_allclose(loss.mean(), expected, atol=vector["atol"])
+        for dual_clip in (None, 10.0):  # no ratio comes near 10
+            loss, _ = ppo_policy_loss(new, old, jnp.array([adv]), everything, epsilon, epsilon, dual_clip)
+            np.testing.assert_allclose(loss.mean(), expected, atol=vector["atol"])
+
+
+def test_rlax_policy_gradient_by_the_table():
+    vector = {key: np.array(VECTORS["policy_gradient"][key]) for key in VECTORS["policy_gradient"]}
+    logprobs, _ = token_logprobs(vector["logits"], vector["actions"], 1.0)
+    weighted = vector["advantages"] * vector["weights"]
+    loss, _ = POLICY_LOSSES["pg"](logprobs, logprobs, weighted, np.ones((2, 3), bool), 0.2, 0.2, None)
+    np.testing.assert_allclose(loss.mean(axis=1), vector["expected"], atol=vector["atol"])
 
 
 def test_rlax_policy_gradient_and_entropy_loss():
@@ -215,3 +225,14 @@ def test_tunix_kl_estimators(estimator, key):
     difference = np.array(VECTORS["kl_estimators"]["k1_d"], np.float32)
     found = kl_estimate(difference, np.zeros_like(difference), estimator)
     np.testing.assert_allclose(found, VECTORS["kl_estimators"][key], rtol=1e-5, atol=1e-6)
+
+
+def test_tunix_rloo():
+    """Whole answers' rewards, here spread over two tokens each."""
+    vector = VECTORS["rloo"]
+    scores = np.array(vector["rewards"], np.float32)
+    rewards, mask = np.stack([scores - 7, np.full(6, 7.0)], axis=1), np.ones((6, 2), bool)
+    nothing = (np.zeros((6, 2)), vector["num_generations"], np.zeros(6), 1.0, 1.0)
+    found, returns = advantages.ADVANTAGES["rloo"].compute(rewards, mask, *nothing)
+    close(found, np.repeat(np.array(vector["expected"])[:, None], 2, axis=1))
+    close(returns, np.repeat(scores[:, None], 2, axis=1))

@@ -47,6 +47,64 @@ def test_equal_models_have_no_kl():
         assert (kl_estimate(logprobs, logprobs, estimator) == 0).all()
 
 
+# ---------------------------------------------------------------- in the loss
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("lengths", [(3, 1, 0), (0, 0, 0), (3, 3, 3)])
+def test_loss_and_its_gradient_by_token(estimator, lengths):
+    generator = np.random.default_rng(sum(lengths))
+    policy, reference = generator.normal(-2, 1, size=(2, 3, 3)).astype(np.float32)
+    mask = np.arange(3) < np.array(lengths)[:, None]
+
+    @jax.jit
+    def value_and_gradients(policy, reference):
+        def total(policy, reference):
+            loss = kl.kl_loss(policy, reference, mask, estimator)
+            return loss.sum(), loss
+
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(policy, reference)
+
+    (gradient, constant), loss = value_and_gradients(policy, reference)
+    assert (constant == 0).all()
+    for i in range(3):
+        for t in range(3):
+            r = float(reference[i, t]) - float(policy[i, t])
+            value = {"k1": -r, "k2": r * r / 2, "k3": np.exp(r) - 1 - r}[estimator]
+            slope = {"k1": 1.0, "k2": -r, "k3": 1 - np.exp(r)}[estimator]
+            close(loss[i, t], value * mask[i, t], rtol=1e-5, atol=1e-5)
+            close(gradient[i, t], slope * mask[i, t], rtol=1e-5, atol=1e-5)
+    for garbage in (np.nan, np.inf, -np.inf, 1e4):
+        dirty = value_and_gradients(np.where(mask, policy, -garbage), np.where(mask, reference, garbage))
+        jax.tree.map(np.testing.assert_array_equal, dirty, ((gradient, constant), loss))
+
+
+def test_in_expectation_k1_teaches_nothing_k2_the_kl_and_k3_the_other_direction():
+    """Sums over a whole vocabulary: E_policy[grad kl_loss] against the gradients of both exact divergences."""
+    logits, reference = jnp.array(np.random.default_rng(2).normal(size=(2, 6)), jnp.float32)
+    reference = jax.nn.log_softmax(reference)
+
+    def expected_gradient(estimator):
+        sampled = jax.nn.softmax(logits)  # where the tokens come from: no gradient
+
+        def loss(logits):
+            logprobs = jax.nn.log_softmax(logits)
+            return (sampled * kl.kl_loss(logprobs[None], reference[None], jnp.ones((1, 6), bool), estimator)[0]).sum()
+
+        return jax.grad(loss)(logits)
+
+    def reverse(logits):
+        logprobs = jax.nn.log_softmax(logits)
+        return (jnp.exp(logprobs) * (logprobs - reference)).sum()
+
+    def forward(logits):
+        return (jnp.exp(reference) * (reference - jax.nn.log_softmax(logits))).sum()
+
+    close(expected_gradient("k1"), np.zeros(6), atol=1e-6)
+    close(expected_gradient("k2"), jax.grad(reverse)(logits), rtol=1e-4, atol=1e-6)
+    close(expected_gradient("k3"), jax.grad(forward)(logits), rtol=1e-4, atol=1e-6)
+
+
 # ---------------------------------------------------------------- controller
 
 
