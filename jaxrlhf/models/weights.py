@@ -20,7 +20,8 @@ import numpy as np
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE, merge
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder, named_parameters, with_parameters
-from jaxrlhf.models.families import config_document, is_ignored, read_config, tensor_name, token_entry, token_ids
+from jaxrlhf.models.families import FAMILIES, config_document, is_ignored, place, read_config, token_entry, token_ids
+from jaxrlhf.models.family import Part, Place
 from jaxrlhf.models.tensor_files import (
     Pending,
     StoredTensor,
@@ -66,7 +67,7 @@ def load_pretrained(
     values = {}
     for name, wanted in named_parameters(abstract).items():
         sharding = None if mesh is None else parameter_sharding(mesh, name, wanted.shape)
-        values[name] = _load(stored[name], wanted, tensor_name(config, name)[1], sharding)
+        values[name] = _load(stored[name], wanted, config, place(config, name), sharding)
     return with_parameters(abstract, values), tokenizer
 
 
@@ -85,10 +86,7 @@ def save_pretrained(
     target = Path(path).expanduser().absolute()
     _check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
     config = base.config
-    tensors = {}
-    for name, value in named_parameters(merge(base, adapter)).items():
-        theirs, transposed = tensor_name(config, name)
-        tensors[theirs] = _pending(value, transposed)
+    tensors = _tensors(config, named_parameters(merge(base, adapter)))
     generation = {
         "bos_token_id": config.bos_token,
         "eos_token_id": token_entry(config.stop_tokens),
@@ -167,12 +165,15 @@ def _find_folder(path: str | Path) -> Path:
 def _match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
     """The stored tensor of each of our parameters; `UserError` where one is missing, misshapen or left over."""
     matched = {}
+    prefix = FAMILIES[config.family].prefix
+    bare = not any(name.startswith(prefix) for name in tensors)  # a checkpoint of the model without its head
     for name, wanted in named_parameters(abstract_decoder(config)).items():
-        theirs, transposed = tensor_name(config, name)
+        where = place(config, name)
+        theirs = where.tensor.removeprefix(prefix) if bare else where.tensor
         if theirs not in tensors:
             raise UserError(f"{folder}: tensor {theirs} is missing, which {folder / 'config.json'} calls for")
         tensor = matched[name] = tensors[theirs]
-        shape = wanted.shape[::-1] if transposed else wanted.shape
+        shape = _stored_shape(wanted.shape, config, where)
         if tensor.shape != shape:
             raise UserError(
                 f"{tensor.file}: tensor {theirs} has shape {list(tensor.shape)}; config.json calls for {list(shape)}"
@@ -210,11 +211,34 @@ def _with_tokens(config: DecoderConfig, folder: Path, tokenizer: "Tokenizer | No
     return dataclasses.replace(config, stop_tokens=stops, pad_token=pad)
 
 
+def _stored_shape(shape: tuple[int, ...], config: DecoderConfig, where: Place) -> tuple[int, ...]:
+    """The shape of the checkpoint's tensor in which a parameter of ours stands."""
+    if where.part is not None:
+        shape = (*shape[:-1], where.part.groups(config) * sum(where.part.sizes(config)))
+    return shape[::-1] if where.transposed else shape
+
+
+def _part_of(view: np.ndarray, config: DecoderConfig, part: Part) -> np.ndarray:
+    """Our outputs, the last axis, of a fused tensor; a view where they stand together."""
+    sizes, groups = part.sizes(config), part.groups(config)
+    start = sum(sizes[: part.index])
+    if groups == 1:
+        return view[..., start : start + sizes[part.index]]
+    grouped = view.reshape(*view.shape[:-1], groups, sum(sizes))
+    return grouped[..., start : start + sizes[part.index]].reshape(*view.shape[:-1], -1)
+
+
 def _load(
-    stored: StoredTensor, wanted: jax.ShapeDtypeStruct, transposed: bool, sharding: jax.sharding.Sharding | None
+    stored: StoredTensor,
+    wanted: jax.ShapeDtypeStruct,
+    config: DecoderConfig,
+    where: Place,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """A parameter on its devices, each slice read and cast on its own."""
-    view = stored.view().T if transposed else stored.view()
+    view = stored.view().T if where.transposed else stored.view()
+    if where.part is not None:
+        view = _part_of(view, config, where.part)
 
     def read(index: Any) -> np.ndarray:
         # Always a copy: on CPU a jax array may share numpy's memory, and the file may change.
@@ -229,16 +253,44 @@ def _load(
     return jax.make_array_from_callback(wanted.shape, sharding, read)
 
 
+def _tensors(config: DecoderConfig, parameters: dict[str, jax.Array]) -> dict[str, Pending]:
+    """The checkpoint's tensors of our parameters; the parts of a fused one are put together when it is fetched."""
+    pieces: dict[str, list[tuple[Place, jax.Array]]] = {}
+    for name, value in parameters.items():
+        where = place(config, name)
+        pieces.setdefault(where.tensor, []).append((where, value))
+    return {tensor: _fused(config, parts) for tensor, parts in pieces.items()}
+
+
+def _fused(config: DecoderConfig, pieces: list[tuple[Place, jax.Array]]) -> Pending:
+    where, first = pieces[0]
+    if where.part is None:
+        return _pending(first, where.transposed)
+    groups = where.part.groups(config)
+    ordered = [value for _, value in sorted(pieces, key=lambda piece: piece[0].part.index)]
+
+    def fetch() -> np.ndarray:
+        parts = [_on_host(value).reshape(*value.shape[:-1], groups, -1) for value in ordered]
+        whole = np.concatenate(parts, axis=-1).reshape(*first.shape[:-1], -1)
+        return whole.T if where.transposed else whole
+
+    return Pending(first.dtype, _stored_shape(first.shape, config, where), fetch)
+
+
 def _pending(value: jax.Array, transposed: bool = False) -> Pending:
     def fetch() -> np.ndarray:
-        whole = value
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            from jax.experimental import multihost_utils
-
-            whole = multihost_utils.process_allgather(value, tiled=True)
-        return np.asarray(whole).T if transposed else np.asarray(whole)
+        return _on_host(value).T if transposed else _on_host(value)
 
     return Pending(value.dtype, value.shape[::-1] if transposed else value.shape, fetch)
+
+
+def _on_host(value: jax.Array) -> np.ndarray:
+    """The whole array, gathered from all hosts where it lies on several."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
 
 
 @contextlib.contextmanager
