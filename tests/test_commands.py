@@ -47,6 +47,8 @@ SFT = ["stages=[sft]", "sft.data={path: good.jsonl}", "sft.max_length=32", *ON_M
 PPO = ["stages=[ppo]", "ppo.evaluation_data=null", "ppo.data={path: good.jsonl}", *ON_MODEL]
 PPO += ["ppo.reward={kind: function, function: 'jaxrlhf.data.world:gold_score'}"]
 
+FEW = ["--max-new-tokens", "4"]
+
 BAD = {
     "unknown key": (["ppo.itertions=3"], r"ppo\.itertions.*ppo\.iterations|iterations"),
     "wrong type": (["ppo.iterations=many"], r"ppo\.iterations.*many"),
@@ -104,9 +106,9 @@ def test_another_runs_directory_is_refused_and_left_as_it_is(folder, capsys):
         (["--model", "model", "--prompt", "what", "--temperature", "-1"], "temperature"),
         (["--model", "model", "--prompt", "what", "--max-new-tokens", "500"], "64"),
         (["--model", "model", "--prompt", "what", "--roles", "policy"], "policy"),
-        (["--model", "model", "--prompt", "what", "--prompt", ""], "--prompt ''"),
-        (["--model", "model", "--prompts", "late.jsonl"], "late.jsonl:41: 90 tokens"),
-        (["--model", "model", "--prompts", "hollow.jsonl"], "hollow.jsonl:2: an empty prompt"),
+        (["--model", "model", "--prompt", "what", "--prompt", "", *FEW], "--prompt ''"),
+        (["--model", "model", "--prompts", "late.jsonl", *FEW], "late.jsonl:41: 90 tokens"),
+        (["--model", "model", "--prompts", "hollow.jsonl", *FEW], "hollow.jsonl:2: an empty prompt"),
     ],
 )
 def test_generate_says_what_is_wrong(folder, capsys, arguments, message):
