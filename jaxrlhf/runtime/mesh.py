@@ -29,6 +29,7 @@ _ROW = PartitionSpec("tensor", "fsdp")  # [in, out]: takes the outputs of a colu
 # A name may have more in front: optimizer states repeat the names of what they optimize.
 PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),  # [V, D]; tied, its transpose is the lm_head
+    (r"embed_positions/embedding", PartitionSpec("tensor", "fsdp")),  # [positions, D]
     (r"lm_head/kernel", _COLUMN),  # [D, V]
     (r"attention\.[qkv]_proj/kernel", _COLUMN),  # [D, heads x head size]
     (r"attention\.o_proj/kernel", _ROW),  # [heads x head size, D]

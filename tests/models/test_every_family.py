@@ -1,11 +1,15 @@
 """Every row of the table against transformers: logits, decoding, and the way out and back."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from jaxrlhf.errors import UserError
 from jaxrlhf.models.attention import causal_mask, positions_of
 from jaxrlhf.models.decoder import LayerCache
 from jaxrlhf.models.families import FAMILIES
@@ -240,3 +244,66 @@ def test_absent_entries_take_transformers_defaults(model_type):
     assert ours.head_dim == theirs.get("head_dim") or ours.head_dim == ours.hidden_size // ours.heads
     rope = theirs.get("rope_parameters")
     assert rope is None or written["rope_parameters"] == rope
+
+
+ON_A_MESH = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jaxrlhf.config import MeshConfig
+from jaxrlhf.models.decoder import Decoder, named_parameters
+from jaxrlhf.models.weights import load_pretrained, save_pretrained
+from jaxrlhf.runtime.mesh import make_mesh, parameter_sharding
+mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model, _ = load_pretrained(folder / "theirs", mesh=mesh)
+    split = 0
+    for name, leaf in named_parameters(model).items():
+        assert leaf.sharding == parameter_sharding(mesh, name, leaf.shape), name
+        split += leaf.addressable_shards[0].data.size < leaf.size
+    assert split > 10, split
+    given = np.load(folder / "expected.npz")
+    logits = np.asarray(jax.jit(Decoder.__call__)(model, given["tokens"], given["mask"]))
+    np.testing.assert_allclose(logits[given["mask"]], given["logits"][given["mask"]], atol=2e-5)
+    save_pretrained(folder / "ours", model)
+"""
+
+
+def test_every_layout_loads_onto_a_mesh_and_comes_back(make_model, forward, tmp_path):
+    tokens, mask = rows()
+    families = ["gpt2", "gpt_neox", "phi3", "olmo2", "gemma2"]
+    for family in families:
+        make_model(tmp_path / family / "theirs", family, CASES[family][0], vocab_size=62)
+        logits = forward(load_pretrained(tmp_path / family / "theirs")[0], tokens, mask)
+        np.savez(tmp_path / family / "expected.npz", tokens=tokens, mask=mask, logits=logits)
+    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-c", ON_A_MESH, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for family in families:
+        check_same_tensors(tmp_path / family / "theirs", tmp_path / family / "ours")
+
+
+@pytest.mark.parametrize(
+    "model_type, tensor, wanted",
+    [
+        ("gpt2", "transformer.h.1.attn.c_attn.weight", "[40, 120]"),
+        ("gpt2", "transformer.wpe.weight", "[64, 40]"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.bias", "[120]"),
+        ("phi3", "model.layers.1.mlp.gate_up_proj.weight", "[88, 40]"),
+        ("gemma3_text", "model.layers.0.self_attn.q_norm.weight", "[8]"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(model_type, tensor, wanted, make_model, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    make_model(tmp_path, model_type, CASES[model_type][0])
+    whole = load_file(tmp_path / "model.safetensors")
+    for spoilt, words in (
+        (whole | {tensor: whole[tensor][1:]}, ("model.safetensors", "calls for", wanted)),
+        ({name: value for name, value in whole.items() if name != tensor}, ("is missing", "config.json")),
+    ):
+        save_file(spoilt, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError) as caught:
+            load_pretrained(tmp_path)
+        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (tensor, *words))
