@@ -3,7 +3,7 @@
 A checkpoint is checked as a whole from its headers before anything is built. Then each tensor goes from the
 mapped file straight to its devices, slice by slice: no host or device holds what it does not keep.
 
-Not here: PEFT's adapter format; downloading anything but JSON, safetensors and tokenizer files.
+Not here: PEFT's adapter format (`peft.py`); downloading anything but JSON, safetensors and tokenizer files.
 """
 
 import contextlib
@@ -57,8 +57,7 @@ def load_pretrained(
     """
     from jaxrlhf.data.tokenizers import load_tokenizer
 
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     folder = _find_folder(path)
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     stored = _match(config, read_checkpoint(folder), folder)
@@ -77,16 +76,22 @@ def save_pretrained(
     adapter: Adapter | None = None,
     tokenizer: "Tokenizer | None" = None,
     max_shard_bytes: int = 5_000_000_000,
+    dtype: str | None = None,
 ) -> None:
-    """Writes base and adapter, merged, as a folder that transformers opens, in the base's dtype.
+    """Writes base and adapter, merged, as a folder that transformers opens, in the base's dtype or the one given.
 
-    A scalar head is left out. The folder appears complete or not at all; an older model there is replaced, and
-    `UserError` raised where anything else is.
+    Weights are rounded once, after merging. A scalar head is left out. The folder appears complete or not at all; an
+    older model there is replaced. Raises `UserError` where anything else is there, and for a weight too large for
+    `dtype`.
     """
     target = Path(path).expanduser().absolute()
+    check_dtype(dtype)
     _check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
     config = base.config
-    tensors = _tensors(config, named_parameters(merge(base, adapter)))
+    own_dtype = named_parameters(base)["embed_tokens/embedding"].dtype.name
+    exact = base if dtype in (None, own_dtype) else jax.tree.map(_widened, base)
+    pending = _tensors(config, named_parameters(merge(exact, adapter)))
+    tensors = {name: _in_dtype(name, tensor, dtype) for name, tensor in pending.items()}
     generation = {
         "bos_token_id": config.bos_token,
         "eos_token_id": token_entry(config.stop_tokens),
@@ -95,8 +100,7 @@ def save_pretrained(
     with _written_once(target) as (folder, primary):
         write_checkpoint(folder, tensors, max_shard_bytes, primary)
         if primary:
-            dtype = named_parameters(base)["embed_tokens/embedding"].dtype
-            write_json(folder / "config.json", config_document(config, dtype.name))
+            write_json(folder / "config.json", config_document(config, dtype or own_dtype))
             write_json(folder / "generation_config.json", generation)
             if tokenizer is not None:
                 tokenizer.save(str(folder))
@@ -122,7 +126,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
 
 
 def load_adapter(path: str | Path, base: Decoder) -> Adapter:
-    """An adapter that `save_adapter` wrote, checked against the base it is for.
+    """An adapter that `save_adapter` or PEFT wrote, checked against the base it is for; see `peft.load_peft`.
 
     Raises `UserError` naming file and tensor where names or shapes do not fit.
     """
@@ -130,7 +134,9 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder; an adapter is a folder with {ADAPTER_INFO} and {ADAPTER}")
     if not (folder / ADAPTER_INFO).exists() and (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder}: an adapter in PEFT's format, which is not supported yet; {ADAPTER_INFO} is")
+        from jaxrlhf.models.peft import load_peft
+
+        return load_peft(folder, base)
     info = read_json(folder / ADAPTER_INFO)
     if (info.get("format"), info.get("version")) != (ADAPTER_FORMAT, ADAPTER_VERSION):
         raise UserError(
@@ -144,6 +150,12 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
         module, leaf = name.split("/")
         adapter.setdefault(module, {})[leaf] = jnp.asarray(np.array(tensor.view()))
     return adapter
+
+
+def check_dtype(dtype: str | None) -> None:
+    """`UserError` unless it is None or the name of a dtype that weights may have."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}")
 
 
 def _find_folder(path: str | Path) -> Path:
@@ -282,6 +294,25 @@ def _pending(value: jax.Array, transposed: bool = False) -> Pending:
         return _on_host(value).T if transposed else _on_host(value)
 
     return Pending(value.dtype, value.shape[::-1] if transposed else value.shape, fetch)
+
+
+def _widened(value: jax.Array) -> jax.Array:
+    return value.astype(jnp.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+
+def _in_dtype(name: str, tensor: Pending, dtype: str | None) -> Pending:
+    """The tensor `name` rounded to `dtype` when it is fetched; None: as it is."""
+    if dtype is None or tensor.dtype == jnp.dtype(dtype):
+        return tensor
+
+    def fetch() -> np.ndarray:
+        with np.errstate(over="ignore"):
+            rounded = tensor.fetch().astype(jnp.dtype(dtype))
+        if dtype == "float16" and not np.isfinite(rounded).all():
+            raise UserError(f"dtype: tensor {name} does not fit float16; bfloat16 or float32 would do")
+        return rounded
+
+    return Pending(jnp.dtype(dtype), tensor.shape, fetch)
 
 
 def _on_host(value: jax.Array) -> np.ndarray:

@@ -381,7 +381,7 @@ B = "layers.0.attention.q_proj/lora_b"
         (lambda f: (f / "adapter.safetensors").unlink(), ["adapter.safetensors"]),
         (lambda f: (f / "adapter.json").unlink(), ["no adapter.json"]),
         (lambda f: (f / "adapter.json").write_text('{"format": "other"}'), ["adapter.json", "'other'"]),
-        (lambda f: (f / "adapter.json").rename(f / "adapter_config.json"), ["PEFT", "not supported yet"]),
+        (lambda f: (f / "adapter.json").rename(f / "adapter_config.json"), ["adapter_config.json", "peft_type", "'LORA'"]),
     ],
 )
 def test_a_spoiled_adapter_is_named_in_one_line(small, lora, tmp_path, spoil, words):
