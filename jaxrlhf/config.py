@@ -271,6 +271,8 @@ class PPOStageConfig(Settings):
     iterations: PositiveInt = Field(100, description="rollouts")
     batch_size: PositiveInt = Field(64, description="prompts per rollout")
     sampling: Sampling = Field(Sampling(), description="how answers are sampled")
+    policy: str | None = Field(None, description="adapter folder (ours or PEFT's) that the policy starts from; null: the reference")
+    reference: str | None = Field(None, description="adapter folder of the reference; null: the SFT adapter, else the base")
     reward: RewardConfig = Field(RewardConfig(), description="the reward that is maximised")
     gold: str | None = Field(None, description="function that is measured but never trained on: module:function or path.py:function")
     missing_eos_penalty: NonNegativeFloat = Field(0.0, description="taken off the score of an answer that did not end")

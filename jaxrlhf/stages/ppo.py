@@ -14,7 +14,8 @@ import numpy as np
 from jaxrlhf.config import PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import init_adapter
+from jaxrlhf.models.adapters import init_adapter, without_head
+from jaxrlhf.models.weights import load_adapter
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rewards.answers import Answers, Reward
 from jaxrlhf.rewards.functions import FunctionReward
@@ -43,12 +44,14 @@ SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 
 @dataclasses.dataclass(frozen=True)
 class PPOInputs:
-    """Prompts and functions that have been read and checked."""
+    """Prompts, functions and adapters that have been read and checked."""
 
     prompts: PromptSet
     evaluation: PromptSet
     function: FunctionReward | None  # None: the reward adapter
     gold: FunctionReward | None
+    policy: Adapter | None = None  # where settings name one
+    reference: Adapter | None = None  # where settings name one
 
 
 def check(run: Run, roles: Roles) -> None:
@@ -76,8 +79,10 @@ def check(run: Run, roles: Roles) -> None:
 
 
 def load(run: Run, roles: Roles) -> PPOInputs:
-    """Reads reward functions and prompts; UserError where they cannot be used."""
+    """Reads adapters, reward functions and prompts; UserError where they cannot be used."""
     config = run.config.ppo
+    policy = _named_adapter(roles, config.policy, "ppo.policy")
+    reference = _named_adapter(roles, config.reference, "ppo.reference")
     spec = config.reward.function
     function = FunctionReward(spec, "ppo.reward.function") if spec is not None else None
     gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
@@ -91,7 +96,7 @@ def load(run: Run, roles: Roles) -> PPOInputs:
         for given in (prompts, evaluation):
             if scorer is not None:
                 scorer.check_columns(set().union(*given.columns), key_path)
-    return PPOInputs(prompts, evaluation, function, gold)
+    return PPOInputs(prompts, evaluation, function, gold, policy, reference)
 
 
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
@@ -124,7 +129,8 @@ class Iteration:
         self.run, self.roles, self.inputs, self.config = run, roles, inputs, config
         self.update_config = _with_total_steps(config)
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
-        self.start = place(run.mesh, _starting_policy(run, roles))
+        self.reference = place(run.mesh, roles.reference if inputs.reference is None else inputs.reference)
+        self.start = place(run.mesh, _starting_policy(run, roles, inputs))
         self.reward: Reward = inputs.function or ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]))
         self.rollout = Program(rollout, "rollout")
         self.annotate = Program(
@@ -178,7 +184,7 @@ class Iteration:
             self.roles.base,
             policy,
             value,
-            self.roles.reference,
+            self.reference,
             rollout,
             scores,
             kl_coef,
@@ -231,9 +237,21 @@ def _write_samples(run: Run, step: int, answers: Answers, scores: np.ndarray) ->
     run.samples.write("ppo", step, {"samples": samples_of(answers, scores)[:SAMPLES]})
 
 
-def _starting_policy(run: Run, roles: Roles) -> Adapter:
-    if roles.reference is not None:
-        return jax.tree.map(lambda x: jnp.array(x, copy=True), roles.reference)
+def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter | None:
+    """The adapter that a setting names, without the head that a reward adapter has."""
+    if folder is None:
+        return None
+    try:
+        return without_head(load_adapter(folder, roles.base))
+    except UserError as error:
+        raise UserError(f"{key_path}: {error}") from None
+
+
+def _starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
+    """A copy, because the update gives away its buffers: of the adapter named, else of the reference; else fresh."""
+    for adapter in (inputs.policy, inputs.reference, roles.reference):
+        if adapter is not None:
+            return jax.tree.map(lambda x: jnp.array(x, copy=True), adapter)
     return init_adapter(roles.base, run.config.ppo.adapter, key_for(run.config.seed, "ppo", 0, "policy"))
 
 
