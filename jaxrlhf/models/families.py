@@ -189,6 +189,7 @@ def _five_to_one(document: dict[str, Any], layer: int) -> bool:
 GEMMA3 = dataclasses.replace(
     GEMMA2,
     architecture="Gemma3",
+    classifier="Gemma3Text",
     fields=tuple(
         {
             "vocab_size": Field("vocab_size", "vocab_size", "size", 262208),

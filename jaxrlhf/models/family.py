@@ -82,6 +82,7 @@ class Family:
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in DecoderConfig; or a function of fields
     ignored: tuple[str, ...] = ()  # expressions for tensors that old checkpoints carry and nobody needs
     fixed: tuple[tuple[str, Any], ...] = ()  # (entry of config.json, the one value the decoder computes)
+    classifier: str | None = None  # transformers' class, without ForSequenceClassification; None: `architecture`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,17 @@ import numpy as np
 
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE, merge
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    abstract_decoder,
+    linear_shapes,
+    named_parameters,
+    with_parameters,
+)
 from jaxrlhf.models.families import FAMILIES, config_document, is_ignored, place, read_config, token_entry, token_ids
 from jaxrlhf.models.family import Part, Place
+from jaxrlhf.models.quantize import KINDS, abstract_quantized, kind_of, load_quantized, quantization
 from jaxrlhf.models.tensor_files import (
     Pending,
     StoredTensor,
@@ -47,27 +55,28 @@ ADAPTER_FORMAT, ADAPTER_VERSION = "jaxrlhf-adapter", 1
 
 
 def load_pretrained(
-    path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
 ) -> tuple[Decoder, "Tokenizer | None"]:
     """The decoder and the tokenizer (None where there is none) of a Hugging Face folder or hub id.
 
     Weights stored as float32, bfloat16 or float16 are cast to `dtype`. With a mesh each parameter is laid out as
-    `runtime.mesh.parameter_sharding` says, and each process reads its own slices only. Raises `UserError`
-    naming file and entry or tensor where the folder cannot be used.
+    `runtime.mesh.parameter_sharding` says, and each process reads its own slices only. `quantize` "int8" or "nf4"
+    keeps the linear layers of the blocks as codes (see `quantize.py`), made on the host a part at a time. Raises
+    `UserError` naming file and entry or tensor where the folder cannot be used.
     """
     from jaxrlhf.data.tokenizers import load_tokenizer
 
     check_dtype(dtype)
+    if quantize not in (None, *KINDS):
+        raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
     folder = _find_folder(path)
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     stored = _match(config, read_checkpoint(folder), folder)
     tokenizer = load_tokenizer(str(folder))
-    abstract = abstract_decoder(_with_tokens(config, folder, tokenizer), dtype)
-    values = {}
-    for name, wanted in named_parameters(abstract).items():
-        sharding = None if mesh is None else parameter_sharding(mesh, name, wanted.shape)
-        values[name] = _load(stored[name], wanted, config, place(config, name), sharding)
-    return with_parameters(abstract, values), tokenizer
+    return _read_decoder(_with_tokens(config, folder, tokenizer), stored, dtype, mesh, quantize), tokenizer
 
 
 def save_pretrained(
@@ -88,10 +97,7 @@ def save_pretrained(
     check_dtype(dtype)
     _check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
     config = base.config
-    own_dtype = named_parameters(base)["embed_tokens/embedding"].dtype.name
-    exact = base if dtype in (None, own_dtype) else jax.tree.map(_widened, base)
-    pending = _tensors(config, named_parameters(merge(exact, adapter)))
-    tensors = {name: _in_dtype(name, tensor, dtype) for name, tensor in pending.items()}
+    tensors, dtype = _merged_tensors(base, adapter, dtype)
     generation = {
         "bos_token_id": config.bos_token,
         "eos_token_id": token_entry(config.stop_tokens),
@@ -100,7 +106,7 @@ def save_pretrained(
     with _written_once(target) as (folder, primary):
         write_checkpoint(folder, tensors, max_shard_bytes, primary)
         if primary:
-            write_json(folder / "config.json", config_document(config, dtype or own_dtype))
+            write_json(folder / "config.json", config_document(config, dtype))
             write_json(folder / "generation_config.json", generation)
             if tokenizer is not None:
                 tokenizer.save(str(folder))
@@ -223,6 +229,28 @@ def _with_tokens(config: DecoderConfig, folder: Path, tokenizer: "Tokenizer | No
     return dataclasses.replace(config, stop_tokens=stops, pad_token=pad)
 
 
+def _read_decoder(
+    config: DecoderConfig,
+    stored: dict[str, StoredTensor],
+    dtype: str,
+    mesh: jax.sharding.Mesh | None,
+    quantize: str | None = None,
+) -> Decoder:
+    """The decoder of tensors that `_match` has found, each parameter laid out on the mesh."""
+    abstract, values = abstract_decoder(config, dtype), {}
+    quantized = {} if quantize is None else linear_shapes(abstract)
+    for name, wanted in named_parameters(abstract).items():
+        module, _, leaf = name.partition("/")
+        where = place(config, name)
+        if leaf == "kernel" and module in quantized:
+            columns = _column_reader(stored[name], config, where)
+            values |= load_quantized(module, kind_of(config, module, quantize), wanted.shape, columns, mesh)
+            continue
+        sharding = None if mesh is None else parameter_sharding(mesh, name, wanted.shape)
+        values[name] = _load(stored[name], wanted, config, where, sharding)
+    return with_parameters(abstract if quantize is None else abstract_quantized(abstract, quantize), values)
+
+
 def _stored_shape(shape: tuple[int, ...], config: DecoderConfig, where: Place) -> tuple[int, ...]:
     """The shape of the checkpoint's tensor in which a parameter of ours stands."""
     if where.part is not None:
@@ -240,6 +268,25 @@ def _part_of(view: np.ndarray, config: DecoderConfig, part: Part) -> np.ndarray:
     return grouped[..., start : start + sizes[part.index]].reshape(*view.shape[:-1], -1)
 
 
+def _view(stored: StoredTensor, config: DecoderConfig, where: Place) -> np.ndarray:
+    """A parameter as it lies in the file."""
+    view = stored.view().T if where.transposed else stored.view()
+    return view if where.part is None else _part_of(view, config, where.part)
+
+
+def _column_reader(stored: StoredTensor, config: DecoderConfig, where: Place) -> Callable[[slice], np.ndarray]:
+    """Reads outputs of a kernel, float32."""
+    view = _view(stored, config, where)
+
+    def read(columns: slice) -> np.ndarray:
+        part = np.array(view[:, columns], np.float32)
+        if not np.isfinite(part).all():
+            raise UserError(f"{stored.file}: tensor {stored.name} has values that are no numbers; they have no codes")
+        return part
+
+    return read
+
+
 def _load(
     stored: StoredTensor,
     wanted: jax.ShapeDtypeStruct,
@@ -248,9 +295,7 @@ def _load(
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """A parameter on its devices, each slice read and cast on its own."""
-    view = stored.view().T if where.transposed else stored.view()
-    if where.part is not None:
-        view = _part_of(view, config, where.part)
+    view = _view(stored, config, where)
 
     def read(index: Any) -> np.ndarray:
         # Always a copy: on CPU a jax array may share numpy's memory, and the file may change.
@@ -263,6 +308,14 @@ def _load(
     if sharding is None:
         return jnp.asarray(read(...))
     return jax.make_array_from_callback(wanted.shape, sharding, read)
+
+
+def _merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) -> tuple[dict[str, Pending], str]:
+    """The checkpoint's tensors of base and adapter, and their dtype; None: the base's."""
+    own_dtype = named_parameters(base)["embed_tokens/embedding"].dtype.name
+    exact = base if dtype in (None, own_dtype) else jax.tree.map(_widened, base)
+    pending = _tensors(base.config, named_parameters(merge(exact, adapter)))
+    return {name: _in_dtype(name, tensor, dtype) for name, tensor in pending.items()}, dtype or own_dtype
 
 
 def _tensors(config: DecoderConfig, parameters: dict[str, jax.Array]) -> dict[str, Pending]:
@@ -349,13 +402,16 @@ def _check_replaceable(target: Path, mark: str, expected: Callable[[Path], bool]
 def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, file: Path) -> None:
     """`UserError` unless each tensor has its place in the base and each LoRA pair is whole."""
     parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
+    layers = linear_shapes(base)
+    if kind == "full" and (codes := quantization(base)) is not None:
+        raise UserError(f"{file}: a full adapter replaces every weight; this base has {codes} codes: load it unquantised")
     for name, tensor in stored.items():
         module, _, leaf = name.partition("/")
         if leaf in ("lora_a", "lora_b", "lora_scale"):
             pair = [stored.get(f"{module}/{part}") for part in ("lora_a", "lora_b", "lora_scale")]
             if None in pair:
                 raise UserError(f"{file}: module {module} has no whole LoRA pair (lora_a, lora_b, lora_scale)")
-            outer = parameters.get(f"{module}/kernel")
+            outer = layers.get(module)
             rank = pair[0].shape[-1] if pair[0].shape else 0
             wanted = outer and {"lora_a": (outer[0], rank), "lora_b": (rank, outer[1]), "lora_scale": ()}[leaf]
         elif module == SCORE:
