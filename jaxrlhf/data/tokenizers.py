@@ -74,6 +74,13 @@ class Tokenizer:
             for prompt, encoding in zip(part, self._encode(texts)):
                 yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
+    def encode_chats(self, chats: Sequence[list[Message]], where: Sequence[str] = ()) -> Iterator[list[int]]:
+        """Ids of whole chats through the chat template, which ends them; `where` names their places in messages."""
+        for start in range(0, len(chats), CHUNK):
+            part = chats[start : start + CHUNK]
+            texts = [self._render(chat, False, _place(where, start + i)) for i, chat in enumerate(part)]
+            yield from (encoding.ids for encoding in self._encode(texts))
+
     def encode_pairs(
         self, pairs: Sequence[tuple[Prompt, Response]], end: bool = True, where: Sequence[str] = ()
     ) -> Iterator[tuple[list[int], list[int]]]:
@@ -111,6 +118,11 @@ class Tokenizer:
         if room <= len(kept):
             return None
         return kept + prompt[len(prompt) - (room - len(kept)) :]
+
+    @property
+    def fast(self) -> Any:
+        """The transformers tokenizer itself, for a model of transformers."""
+        return self._tokenizer
 
     @property
     def special_ids(self) -> list[int]:
