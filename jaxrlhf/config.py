@@ -188,12 +188,15 @@ class ModelConfig(Settings):
     new: NewModelConfig | None = Field(None, description="make a new decoder from random weights")
     tokenizer: str | None = Field(None, description="tokenizer folder or hub id; null: the model's own")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the base in memory")
+    quantize: Literal["int8", "nf4"] | None = Field(None, description="keep the base's linear layers as 8-bit or 4-bit codes, under LoRA adapters; null: no, or as in run")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
         given = [name for name in ("path", "run", "new") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, run, new; given: {', '.join(given) or 'none'}")
+        if self.quantize is not None and self.new is not None:
+            raise ValueError("quantize is for a base that stays as it is; one made with new is to be trained whole")
         return self
 
 

@@ -105,8 +105,21 @@ class Linear(nnx.Module):
         self.lora_b = nnx.data(None)  # [rank, out]
         self.lora_scale = nnx.data(None)  # []
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.kernel.shape
+
+    def float32_kernel(self) -> jax.Array:
+        """f32[in, out]."""
+        return self.kernel[...].astype(jnp.float32)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x @ kernel, in the dtype of x."""
+        return x @ self.kernel[...].astype(x.dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = self.project(x)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
@@ -351,6 +364,21 @@ def with_parameters(tree, values: dict[str, jax.Array]):
     """The same module with each leaf replaced by the value of its name; all names must be there."""
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     return jax.tree_util.tree_unflatten(structure, [values[_name(path)] for path, _ in paths])
+
+
+def find_module(model: nnx.Module, path: str) -> nnx.Module:
+    """The module at a path like "layers.0.attention.q_proj"."""
+    module = model
+    for part in path.split("."):
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    return module
+
+
+def linear_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
+    """Path -> (in, out) of every linear layer inside the blocks."""
+    leaves = [name.split("/") for name in named_parameters(model) if name.startswith("layers.")]
+    paths = dict.fromkeys(path for path, leaf in leaves if leaf.startswith("kernel"))
+    return {path: find_module(model, path).shape for path in paths}
 
 
 def _name(path) -> str:

@@ -404,7 +404,7 @@ def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, fi
     parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
     layers = linear_shapes(base)
     if kind == "full" and (codes := quantization(base)) is not None:
-        raise UserError(f"{file}: a full adapter replaces every weight; this base has {codes} codes: load it unquantised")
+        raise UserError(f"{file}: a full adapter replaces every weight; this base is in {codes} codes")
     for name, tensor in stored.items():
         module, _, leaf = name.partition("/")
         if leaf in ("lora_a", "lora_b", "lora_scale"):
