@@ -17,7 +17,6 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UnitFloat = Annotated[float, Field(ge=0, le=1)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Overflow = Literal["cut", "drop", "stop"]
 
 
@@ -73,8 +72,8 @@ class OptimizerConfig(Settings):
     total_steps: PositiveFloat | None = Field(None, description="optimizer steps until decay reaches 0; null: the stage's")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     max_grad_norm: PositiveFloat = Field(1.0, description="the gradient's global norm is clipped here")
-    beta1: UnitFloat = Field(0.9, description="Adam's first decay")
-    beta2: UnitFloat = Field(0.999, description="Adam's second decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second decay")
     epsilon: PositiveFloat = Field(1e-5, description="Adam's epsilon, added outside the root")
 
 
@@ -318,7 +317,7 @@ class RunConfig(Settings):
     """A whole run: which stages, on which model, into which directory."""
 
     run_dir: str = Field(description="directory of the run; the same command continues it")
-    seed: NonNegativeInt = Field(0, description="the one seed")
+    seed: int = Field(0, ge=0, lt=2**32, description="the one seed")
     stages: tuple[Literal["sft", "reward_model", "ppo"], ...] = Field(
         ("sft", "reward_model", "ppo"), strict=False, min_length=1, description="stages in order"
     )

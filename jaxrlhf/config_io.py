@@ -20,7 +20,6 @@ from pydantic import ValidationError
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.run_dir import differences
 
 KeyPath = tuple[str, ...]
 _REQUIRED = object()
@@ -49,11 +48,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Every setting as YAML that `load_config` reads back to an equal config."""
     return yaml.dump(_plain(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(key path, old value, new value) of every setting that differs, in the order of `config.py`."""
-    return differences(_plain(old.model_dump()), _plain(new.model_dump()))
 
 
 def settings_help() -> str:
@@ -309,7 +303,10 @@ def _nearest(keys: KeyPath) -> str:
     *section, name = keys
     known = [path[-1] for path in _settings() if list(path[:-1]) == section]
     close = difflib.get_close_matches(name, known, n=1)
-    deeper = [p for p in _settings() if list(p[: len(section)]) == section and p[-1] == name]
+    below = [p for p in _settings() if list(p[: len(section)]) == section]
+    joined = {re.sub(r"\W|_", "", "".join(p[len(section) :])): p for p in below}  # "klcoef" is kl.coef
+    run_on = joined.get(re.sub(r"\W|_", "", name))
+    deeper = [p for p in below if p[-1] == name] or ([run_on] if run_on else [])
     if close:
         return f"the nearest known one is {'.'.join((*section, close[0]))}"
     if deeper:

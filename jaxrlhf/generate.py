@@ -23,11 +23,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=None,
         help="of a run: base, sft, policy, by commas; side by side (default: the last one that was trained)",
     )
-    parser.add_argument("--prompt-field", default="prompt", help="column of --prompts (default: prompt)")
+    parser.add_argument("--prompt-field", default=None, help="column of --prompts (default: prompt, messages or text)")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="default: the run's, else 64")
     parser.add_argument("--temperature", type=float, default=None, help="0: greedy (default: the run's, else 1.0)")
     parser.add_argument("--top-k", type=int, default=None, help="keep the k likeliest (default: the run's, else off)")
-    parser.add_argument("--top-p", type=float, default=None, help="nucleus sampling (default: the run's, else off)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=None,
+        help="keep the likeliest tokens that together have at most p (default: the run's, else off)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
     return parser.parse_args(arguments)
@@ -42,7 +47,7 @@ def generate(arguments: argparse.Namespace) -> None:
             continue
         print(f"prompt: {record['prompt']}")
         for role, text in record["answers"].items():
-            print(f"{role:>6}: {text}")
+            print(f"{role:>6}: {text.strip()}")
         print()
 
 

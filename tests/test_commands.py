@@ -1,5 +1,6 @@
 """The commands as a person calls them: bad input stops at once with one line and status 2."""
 
+import gzip
 import json
 import re
 import subprocess
@@ -31,6 +32,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "broken.jsonl").write_text(json.dumps(row) + "\n{not json\n")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "what is it " * 30}) + "\n")
+    packed = bytearray(gzip.compress((json.dumps(row) + "\n").encode() * 40, mtime=0))
+    packed[14:20] = b"\xff" * 6
+    (tmp_path / "corrupt.jsonl.gz").write_bytes(packed)
     (tmp_path / "weightless").mkdir()
     (tmp_path / "weightless" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
     unknown = json.loads((tmp_path / "model" / "config.json").read_text()) | {"model_type": "mystery"}
@@ -50,7 +54,8 @@ PPO += ["ppo.reward={kind: function, function: 'jaxrlhf.data.world:gold_score'}"
 FEW = ["--max-new-tokens", "4"]
 
 BAD = {
-    "unknown key": (["ppo.itertions=3"], r"ppo\.itertions.*ppo\.iterations|iterations"),
+    "unknown key": (["ppo.itertions=3"], r"ppo\.itertions; the nearest known one is ppo\.iterations$"),
+    "key of a section below": (["ppo.klcoef=3"], r"ppo\.klcoef; there is ppo\.kl\.coef$"),
     "wrong type": (["ppo.iterations=many"], r"ppo\.iterations.*many"),
     "out of bounds": (["ppo.update.epochs=0"], r"ppo\.update\.epochs.*(1|0)"),
     "two origins": (["model.path=model"], r"exactly one of path, run, new"),
@@ -66,6 +71,11 @@ BAD = {
     "no reward adapter": ([*PPO, "ppo.reward={kind: model}"], r"reward adapter"),
     "no reward function": ([*PPO, "ppo.reward.function='missing.py:f'"], r"missing\.py"),
     "longer than the model": ([*PPO, "ppo.sampling.max_new_tokens=999"], r"64 positions"),
+    "more minibatches than rows": ([*PPO, "ppo.update.minibatches=65"], r"ppo\.update\.minibatches.*64 rows.*32, 64"),
+    "minibatches divide but a part": ([*PPO, "ppo.update.minibatches=24"], r"ppo\.update\.minibatches"),
+    "seed beyond 32 bits": (["seed=4294967296"], r"seed must be int >= 0 and < 4294967296"),
+    "decay of 1": (["sft.optimizer.beta1=1"], r"beta1.*< 1"),
+    "corrupt gzip": ([*SFT, "sft.data.path=corrupt.jsonl.gz"], r"corrupt\.jsonl\.gz: cannot be read"),
     "minibatches do not divide": ([*PPO, "ppo.update.minibatches=7"], r"ppo\.update\.minibatches"),
     "unknown adapter module": ([*PPO, "ppo.adapter.target_modules=[zzz]"], r"ppo\.adapter\.target.*zzz.*q_proj"),
     "stop token not in the vocabulary": ([*PPO, "ppo.sampling.stop_tokens=[999]"], r"stop_tokens.*999"),
@@ -118,11 +128,20 @@ def test_generate_says_what_is_wrong(folder, capsys, arguments, message):
 
 
 def test_settings_and_functions_are_checked_before_any_large_set_is_read(folder, capsys):
-    stages = ["stages=[sft, ppo]", *SFT[1:], *PPO[1:], "sft.data.path=nowhere.jsonl"]
+    stages = ["stages=[sft, ppo]", *SFT[1:], *PPO[1:], "sft.data.path=field.jsonl"]
     for fault in ("ppo.update.minibatches=7", "ppo.reward.function='missing.py:f'"):
         assert train.main(["--config", QUICKSTART, "run_dir=run", *stages, fault]) == 2
         error = capsys.readouterr().err
-        assert "nowhere.jsonl" not in error and fault.split("=")[0] in error
+        assert "field.jsonl" not in error and fault.split("=")[0] in error
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_spoilt_record_of_finished_stages_is_named(folder, capsys, text):
+    (folder / "run" / "roles").mkdir(parents=True)
+    (folder / "run" / "config.yaml").write_text(dump_config(load_config(QUICKSTART, ["run_dir=run"])))
+    (folder / "run" / "roles" / "finished.json").write_text(text)
+    assert generate.main(["--run", "run", "--prompt", "what"]) == 2
+    assert re.fullmatch(r"error: .*finished\.json: .*\n", capsys.readouterr().err)
 
 
 def test_generate_answers_in_order(folder, capsys):

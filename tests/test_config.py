@@ -3,12 +3,14 @@
 import re
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 import jaxrlhf.config
 from jaxrlhf.config import KLConfig, OptimizerConfig, RunConfig
-from jaxrlhf.config_io import difference, dump_config, load_config, settings_help
+from jaxrlhf.config_io import dump_config, load_config, settings_help
 from jaxrlhf.errors import UserError
+from jaxrlhf.runtime.run_dir import differences
 
 FULL = """\
 # a run of all stages
@@ -115,7 +117,11 @@ def test_dump_loads_back_to_an_equal_config(write):
     assert "&id" not in text  # nothing by reference
 
 
-def test_difference_names_what_changed(write):
+def difference(old, new):
+    return differences(yaml.safe_load(dump_config(old)), yaml.safe_load(dump_config(new)))
+
+
+def test_what_changed_is_named_by_what_is_dumped(write):
     path = write(FULL)
     old = load_config(path)
     assert difference(old, load_config(path)) == []
@@ -160,15 +166,15 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("sft.learning_rate=1", "unknown key sft.learning_rate; there is sft.optimizer.learning_rate"),
         ("mesh.zzz=1", "unknown key mesh.zzz; known ones in mesh: data, fsdp, tensor"),
         ("zzz=null", "unknown key zzz; known ones here: run_dir, seed, stages, model, mesh, sft, reward_model, ppo"),
-        ("seed.x=1", "seed must be int >= 0; given a section"),
+        ("seed.x=1", "seed must be int >= 0 and < 4294967296; given a section"),
         ("run_dir.x=1", 'run_dir is the text "runs/a", not a section with keys of its own'),
         ("seed", "write it as key.path=value, such as ppo.kl.coef=0.1"),
         ("=3", "write it as key.path=value, such as ppo.kl.coef=0.1"),
         ("a..b=3", "write it as key.path=value, such as ppo.kl.coef=0.1"),
         # the type
-        ("seed=1.5", "seed must be int >= 0; given 1.5"),
-        ("seed=true", "seed must be int >= 0; given true"),
-        ("seed=abc", 'seed must be int >= 0; given the text "abc"'),
+        ("seed=1.5", "seed must be int >= 0 and < 4294967296; given 1.5"),
+        ("seed=true", "seed must be int >= 0 and < 4294967296; given true"),
+        ("seed=abc", 'seed must be int >= 0 and < 4294967296; given the text "abc"'),
         ("ppo.kl.coef=true", "ppo.kl.coef must be float >= 0; given true"),
         ("sft.packing=yes", 'sft.packing must be true | false; given the text "yes"'),
         ("run_dir=1e5", "run_dir must be text; given 100000.0; text that looks like a number is written in quotes"),

@@ -191,7 +191,7 @@ def test_a_planted_violation_is_found(tmp_path, file, source, complaint):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("stages/a.py", "from jaxrlhf.steps import ppo\nfrom jaxrlhf.config_io import difference\nfrom . import b"),
+        ("stages/a.py", "from jaxrlhf.steps import ppo\nfrom jaxrlhf.config_io import dump_config\nfrom . import b"),
         ("train.py", "from jaxrlhf import generate, stages\nfrom jaxrlhf.config_io import load_config"),
         ("__init__.py", "from jaxrlhf.models.decoder import Decoder"),
         ("data/a.py", "def f():\n    import torch, datasets"),

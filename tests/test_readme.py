@@ -51,7 +51,3 @@ def test_page_names_the_whole_api():
 @pytest.mark.parametrize("name", re.findall(r"configs/[\w-]+\.yaml", README))
 def test_configs_that_it_names_are_valid(name):
     assert load_config(ROOT / name).stages
-
-
-def test_no_figure_is_left_out():
-    assert not re.search(r"@[A-Z]+@", README)

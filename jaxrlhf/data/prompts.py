@@ -66,21 +66,29 @@ class PromptSet:
         return prompts, [self.columns[i] for i in rows], [self.texts[i] for i in rows]
 
 
-def load_prompts(
-    config: PromptsConfig, tokenizer: Tokenizer, max_prompt_tokens: int, overflow: Overflow
-) -> PromptSet:
-    """Reads, checks and tokenizes all prompts; none is longer than `max_prompt_tokens`.
+def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
+    """(rows, their prompts, the settings key of the field that held them).
 
     The first row's fields decide the form of all rows: a prompt (text or chat), a chat whose last assistant
-    turn is left out, or plain text whose first `text_tokens` tokens (BOS not counted) are the prompt; where
-    several are there, the one whose field the settings name, then in this order. A longer prompt: `cut`
-    takes off its start, BOS excepted, `drop` leaves it out, `stop` raises. UserError for a row that cannot
-    be used, with its place.
+    turn is left out, or plain text; where several are there, the one whose field the settings name, then in
+    this order. UserError for a row that cannot be used, with its place.
     """
     rows = read_rows(config)
     key, read = _form(config, rows[0])
+    return rows, [read(row, getattr(config, key)) for row in rows], key
+
+
+def load_prompts(
+    config: PromptsConfig, tokenizer: Tokenizer, max_prompt_tokens: int, overflow: Overflow
+) -> PromptSet:
+    """Reads, checks and tokenizes all prompts (see `read_prompts`); none is longer than `max_prompt_tokens`.
+
+    Of plain text the first `text_tokens` tokens (BOS not counted) are the prompt. A longer prompt: `cut` takes off
+    its start, BOS excepted, `drop` leaves it out, `stop` raises. UserError for a row that cannot be used, with
+    its place.
+    """
+    rows, prompts, key = read_prompts(config)
     name = getattr(config, key)
-    prompts = [read(row, name) for row in rows]
     report = LoadReport(config.path, len(rows))
     kept_ids, texts, chats, columns = [], [], [], []
     for row, prompt, ids in zip(rows, prompts, tokenizer.encode_prompts(prompts, [row.where for row in rows])):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,22 +64,29 @@ class LoadReport:
         return ", ".join(parts)
 
 
+def check_source(source: SourceConfig) -> None:
+    """UserError where the source is plainly not there, without reading it."""
+    path = os.path.expanduser(source.path)
+    form = _form(source, path)
+    if form not in ("builtin", "datasets") and not os.path.isfile(path):
+        problem = "is a folder; format: datasets reads one" if os.path.isdir(path) else "no such file"
+        raise UserError(f"{source.path}: {problem}")
+
+
 def read_rows(source: SourceConfig) -> list[Row]:
     """All rows of a source, or the first `limit`. UserError where it is missing, broken or empty."""
+    check_source(source)
     path = os.path.expanduser(source.path)
     form = _form(source, path)
     if form == "builtin":
         rows = _builtin(source)
     elif form == "datasets":
         rows = _datasets(source, path)
-    elif not os.path.isfile(path):
-        problem = "is a folder; format: datasets reads one" if os.path.isdir(path) else "no such file"
-        raise UserError(f"{source.path}: {problem}")
     else:
         reader = {"json": _json, "jsonl": _json_lines, "parquet": _parquet}[form]
         try:
             rows = _first(reader(path, source), source.limit)
-        except (OSError, EOFError) as error:  # unreadable, or a broken .gz
+        except (OSError, EOFError, zlib.error) as error:  # unreadable, or a broken .gz
             raise UserError(f"{source.path}: cannot be read: {one_line(error)}") from error
     if not rows:
         raise UserError(f"{source.path}: has no rows; at least one is needed")

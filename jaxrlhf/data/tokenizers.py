@@ -107,6 +107,11 @@ class Tokenizer:
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Text of ids as it follows the prompt's: SentencePiece drops a blank at the start of what it decodes alone."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
     def cut_start(self, prompt: list[int], room: int) -> list[int] | None:
         """A prompt in at most `room` tokens: its end, behind the BOS that it began with.
 

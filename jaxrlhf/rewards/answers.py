@@ -25,18 +25,8 @@ class Answers:
 
     @cached_property
     def completions(self) -> list[str]:
-        """The B answers as text, without special tokens; decoded once, on first use."""
-        return [self.tokenizer.decode(response) for _, response in self._ids]
-
-    @cached_property
-    def continuations(self) -> list[str]:
-        """The B answers as they follow their prompts: with the blank that a tokenizer keeps in an answer's first
-        token and leaves out where that stands alone."""
-        found = []
-        for (prompt, response), completion in zip(self._ids, self.completions):
-            before, whole = self.tokenizer.decode(prompt), self.tokenizer.decode(prompt + response)
-            found.append(whole[len(before) :] if whole.startswith(before) else completion)
-        return found
+        """The B answers as text, without special tokens, as they follow their prompts; decoded once, on first use."""
+        return [self.tokenizer.decode_after(prompt, response) for prompt, response in self._ids]
 
     @cached_property
     def ended(self) -> list[bool]:

@@ -57,7 +57,7 @@ class FunctionReward:
             given = {name: value for name, value in given.items() if name in self.accepted}
         try:
             scores = self.function(**given)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit would end the run as if it had succeeded
             what = f"{type(error).__name__}: {one_line(error)}"
             raise RewardFault(f"reward function {self.name} raised {what}") from error
         return self._checked(scores, len(answers.prompts))
@@ -94,7 +94,8 @@ def load_function(spec: str, key_path: str) -> Callable:
         raise UserError(f"{key_path}: {where} does not import: {what}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        known = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        own = [(n, v) for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        known = [n for n, _ in own if not n.startswith("_")]
         raise UserError(f"{key_path}: {where} has no function {name}; it has {', '.join(known) or 'none'}")
     return function
 

@@ -27,7 +27,8 @@ def readings(answers: Answers, config: RewardConfig, has_chat_template: bool) ->
     chats = answers.chats or [None] * len(answers.prompts)
     rows = zip(answers.prompts, chats, answers.completions)
     found: list[Reading] = []
-    for i, (text, chat, completion) in enumerate(rows):
+    for text, chat, continuation in rows:
+        completion = continuation.lstrip(" ")  # the blank belongs between prompt and answer, and only there
         prompt = text if chat is None else "\n".join(message["content"] for message in chat)
         if reads_chat(config, chat, has_chat_template):
             found.append((as_messages(chat or text, "user"), completion))
@@ -40,7 +41,7 @@ def readings(answers: Answers, config: RewardConfig, has_chat_template: bool) ->
         elif chat is not None:
             found.append((None, f"{prompt}\n{completion}"))
         else:
-            found.append((None, prompt + answers.continuations[i]))
+            found.append((None, prompt + continuation))
     return found
 
 

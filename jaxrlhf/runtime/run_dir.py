@@ -15,6 +15,7 @@ import yaml
 
 from jaxrlhf.errors import UserError
 
+LOGS = ("metrics.jsonl", "samples.jsonl")
 _ABSENT = "absent"
 
 
@@ -40,10 +41,16 @@ def open_run(run_dir: str | Path, config_text: str, writes: bool = True) -> Path
 
 
 def check_run(run_dir: str | Path, config_text: str) -> None:
-    """`UserError` where `run_dir` is a file, or holds a run with other settings; writes nothing."""
+    """`UserError` where `run_dir` is a file, cannot be written or holds a run with other settings; writes nothing."""
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir {folder}: is a file; give a folder")
+    for name in LOGS:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is no file, and the run's log goes there; give another run_dir")
+    nearest = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir {folder}: {nearest} cannot be written; give another run_dir, or make it writable")
     file = folder / "config.yaml"
     if file.is_file():
         _check_same(folder, file.read_text(encoding="utf-8"), config_text)

@@ -8,8 +8,7 @@ import pydantic
 
 from jaxrlhf.config import PromptsConfig, RunConfig, Sampling
 from jaxrlhf.config_io import load_config
-from jaxrlhf.data.prompts import left_pad
-from jaxrlhf.data.sources import read_rows, text_or_messages_field
+from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import Decoder
@@ -17,7 +16,7 @@ from jaxrlhf.models.weights import load_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.runtime.random import key_for
-from jaxrlhf.stages.roles import Roles, load_run
+from jaxrlhf.stages.roles import Roles, load_origin, load_run
 from jaxrlhf.stages.settings import check_tokens, with_stop_tokens
 
 BATCH = 32
@@ -69,10 +68,7 @@ def _chosen_roles(roles: Roles, wanted: str | None, config: RunConfig) -> dict[s
     """The models of the roles asked for, or of the last one that was trained."""
     known: dict[str, tuple[Decoder, Adapter | None]] = {}
     retrained = config.sft is not None and "sft" in config.stages and config.sft.adapter.kind == "full"
-    if not retrained:
-        known["base"] = (roles.base, None)
-    elif config.model.path is not None:
-        known["base"] = (load_pretrained(config.model.path, config.model.dtype)[0], None)
+    known["base"] = (roles.base, None)
     if retrained or "sft" in roles.adapters:
         known["sft"] = (roles.base, roles.reference)
     if "policy" in roles.adapters:
@@ -81,6 +77,8 @@ def _chosen_roles(roles: Roles, wanted: str | None, config: RunConfig) -> dict[s
     for name in names:
         if name not in known:
             raise UserError(f"--roles: this run has no role {name!r}; it has {', '.join(known)}")
+    if retrained and "base" in names:  # SFT trained the whole model: the run's base is its result
+        known["base"] = (load_origin(config), None)
     return {name: known[name] for name in names}
 
 
@@ -103,9 +101,8 @@ def _prompts(arguments: argparse.Namespace, roles: Roles, sampling: Sampling) ->
     if arguments.prompt is not None:
         prompts, places = arguments.prompt, [f"--prompt {text[:40]!r}" for text in arguments.prompt]
     else:
-        source = PromptsConfig(path=arguments.prompts, prompt_field=arguments.prompt_field)
-        rows = read_rows(source)
-        prompts = [text_or_messages_field(row, source.prompt_field, empty=True) for row in rows]
+        given = {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
+        rows, prompts, _ = read_prompts(PromptsConfig(path=arguments.prompts, **given))
         places = [row.where for row in rows]
     positions = roles.base.config.max_positions
     room = positions - sampling.max_new_tokens

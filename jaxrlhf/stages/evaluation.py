@@ -28,12 +28,14 @@ class Evaluation:
     samples: list[dict]
 
 
-def rows_measured(answers: Answers, scores, experience: Experience) -> dict[str, np.ndarray]:
+def rows_measured(
+    answers: Answers, scores, experience: Experience, missing_eos_penalty: float = 0.0
+) -> dict[str, np.ndarray]:
     """What is measured of each of B answers, [B] each, by metric name."""
     given = (experience.logprobs, experience.ref_logprobs, experience.response_mask, answers.rollout.ended)
     logprobs, ref_logprobs, mask, ended = jax.device_get(given)
     return {
-        "reward/score": np.asarray(scores),
+        "reward/score": np.asarray(scores) - missing_eos_penalty * ~ended,
         "kl/k1": np.sum(np.where(mask, logprobs - ref_logprobs, 0.0), axis=1),
         "length/mean": np.sum(mask, axis=1),
         "length/eos_share": ended,

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrlhf.config import PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
+from jaxrlhf.data.sources import check_source
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter, without_head
 from jaxrlhf.models.weights import load_adapter
@@ -33,6 +34,7 @@ from jaxrlhf.stages.settings import (
     check_adapter,
     check_length,
     check_microbatches,
+    check_minibatches,
     check_tokens,
     with_stop_tokens,
     with_total_steps,
@@ -58,13 +60,15 @@ class PPOInputs:
 def check(run: Run, roles: Roles) -> None:
     """UserError where the settings do not fit the model, the mesh or the stages before."""
     config = run.config.ppo
+    for source in filter(None, (config.data, config.evaluation_data)):
+        check_source(source)
     check_adapter(roles.base, config.adapter, "ppo.adapter")
     check_adapter(roles.base, config.value_adapter, "ppo.value_adapter")
     check_tokens(roles.base, config.sampling, "ppo.sampling")
     length = config.max_prompt_tokens + config.sampling.max_new_tokens
     check_length(roles.base, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
     check_batch(run.mesh, config.batch_size, "ppo.batch_size")
-    check_microbatches(config.batch_size, config.batch_size // config.update.minibatches, "ppo.update.minibatches")
+    check_minibatches(config.batch_size, config.update.minibatches, "ppo.update.minibatches")
     rows = config.batch_size // config.update.minibatches
     check_microbatches(rows, config.update.microbatch_size, "ppo.update.microbatch_size")
     if config.sampling.temperature == 0:
@@ -208,7 +212,7 @@ class Iteration:
             answers = self.answer(policy, self.inputs.evaluation, chosen, key)
             scores, _ = self.score(answers)
             experience = self.annotated(policy, value, answers.rollout, scores, no_penalty)[0]
-            by_row = rows_measured(answers, scores, experience)
+            by_row = rows_measured(answers, scores, experience, self.config.missing_eos_penalty)
             if self.inputs.gold is not None:
                 by_row["reward/gold"] = self.inputs.gold(answers)
             for name, values in by_row.items():

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
+from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
@@ -30,8 +31,10 @@ class RewardModelInputs:
 
 
 def check(run: Run, roles: Roles) -> None:
-    """UserError where the settings do not fit the model or the mesh."""
+    """UserError where the settings do not fit the model or the mesh, or a source is not there."""
     config = run.config.reward_model
+    for source in filter(None, (config.data, config.test_data)):
+        check_source(source)
     check_adapter(roles.base, config.adapter, "reward_model.adapter")
     check_length(roles.base, config.max_length, "reward_model.max_length")
     check_batch(run.mesh, config.batch_size, "reward_model.batch_size")

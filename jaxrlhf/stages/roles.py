@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.config import ModelConfig, RunConfig
 from jaxrlhf.config_io import load_config
+from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
@@ -67,6 +68,16 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
     return Roles(base, tokenizer, inherited | own)
 
 
+def load_origin(config: RunConfig) -> Decoder:
+    """The base that a run began with, before any stage of its own."""
+    kept = (config.model.dtype, None, config.model.quantize)
+    if config.model.run is not None:
+        return load_run(config.model.run, *kept).base
+    if config.model.path is not None:
+        return load_pretrained(config.model.path, *kept)[0]
+    return _new_model(config)[0]
+
+
 def load_run(
     run_dir: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None, quantize: str | None = None
 ) -> Roles:
@@ -100,7 +111,15 @@ def save_role(run_dir: str, name: str, adapter: Adapter) -> None:
 def finished_stages(run_dir: str) -> dict[str, dict]:
     """What each finished stage reached, by stage."""
     path = Path(run_dir) / "roles" / "finished.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}; restore it, or give another run_dir") from None
+    if not isinstance(stages, dict):
+        raise UserError(f"{path}: must hold an object with the finished stages; restore it, or give another run_dir")
+    return stages
 
 
 def mark_finished(run_dir: str, stage: str, reached: dict) -> None:

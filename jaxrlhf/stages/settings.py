@@ -18,6 +18,13 @@ def check_length(base: Decoder, length: int, key_path: str) -> None:
         raise UserError(f"{key_path}: {length} tokens, but the model has {base.config.max_positions} positions")
 
 
+def check_minibatches(rows: int, count: int, key_path: str) -> None:
+    """UserError where rows do not divide into `count` minibatches."""
+    if rows % count:
+        fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise UserError(f"{key_path}: {rows} rows cannot be split into {count} equal minibatches; these fit: {fitting}")
+
+
 def check_microbatches(rows: int, size: int | None, key_path: str) -> None:
     """UserError where rows do not divide into microbatches."""
     if size is not None and rows % size:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.sft import SFTData, load_demonstrations
+from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
@@ -30,8 +31,9 @@ class SFTInputs:
 
 
 def check(run: Run, roles: Roles) -> None:
-    """UserError where the settings do not fit the model or the mesh."""
+    """UserError where the settings do not fit the model or the mesh, or a source is not there."""
     config = run.config.sft
+    check_source(config.data)
     check_adapter(roles.base, config.adapter, "sft.adapter")
     check_length(roles.base, config.max_length, "sft.max_length")
     check_batch(run.mesh, config.batch_size, "sft.batch_size")

@@ -62,6 +62,7 @@ def test_pairs_lose_and_invent_nothing(kind):
         assert response_ids.pop() == tokenizer.eos_id
         assert response_ids
         assert tokenizer.decode(prompt_ids + response_ids) == prompt + response
+        assert tokenizer.decode_after(prompt_ids, response_ids) == response
         joint = tokenizer.encode_prompt(prompt + response)
         if joint[: len(prompt_ids)] == prompt_ids:
             assert response_ids == joint[len(prompt_ids) :]

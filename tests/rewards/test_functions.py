@@ -47,7 +47,7 @@ def reward(tmp_path):
 
 
 def test_completions_are_the_real_tokens_without_special_ones(answers):
-    assert answers.completions == ["red green", "green", ""]
+    assert answers.completions == [" red green", " green", ""]  # with the blank that parts them from their prompts
     assert answers.completions is answers.completions  # decoded once
 
 
@@ -57,7 +57,7 @@ def test_a_function_gets_prompts_completions_and_every_column(reward, answers):
     assert score(answers).dtype == np.float32
     assert score.function.__globals__["seen"] == {
         "prompts": ["one", "two", "one"],
-        "completions": ["red green", "green", ""],
+        "completions": [" red green", " green", ""],
         "level": [1, 2, 3],
         "label": ["a", None, "c"],
     }
@@ -92,6 +92,7 @@ def test_arrays_of_any_number_type_are_scores(reward, answers):
         ("return {'a': 1.0}", "no list of numbers"),
         ("return [1j, 2.0, 3.0]", "no list of numbers"),
         ("raise KeyError('gold')", "raised KeyError: 'gold'"),
+        ("raise SystemExit(0)", "raised SystemExit: 0"),
         ("raise ValueError('first\\nsecond')", "raised ValueError: first"),
     ],
 )

@@ -242,6 +242,5 @@ def test_a_score_that_is_no_number_is_a_fault(make, folder, answered, rows):
 def test_what_stands_between_prompt_and_answer_is_kept(answered):
     """Words are joined by blanks, which belong to no word: an answer alone has lost the one before it."""
     answers = answered([("is it", "good bad", True), ("", "so", False), ("is  it ", "", True)])
-    assert answers.completions == ["good bad", "so", ""]
-    assert answers.continuations == [" good bad", "so", ""]
+    assert answers.completions == [" good bad", "so", ""]
     assert dataclasses.replace(answers).ended == [True, False, True]

@@ -144,7 +144,7 @@ def test_the_metrics_of_ppo_are_those_of_the_contract(runs):
             "tokens_per_second/rollout", "compiles/rollout", "compiles/annotate", "compiles/update",
             "memory/peak_bytes", "optimizer/grad_norm",
         }  # fmt: skip
-        assert record["policy/first_ratio_error"] < 1e-5 and record["gap/logprob_max"] < 1e-4
+        assert record["policy/first_ratio_error"] < 1e-5 and record["gap/logprob_max"] < 1e-5
     coefficients = [x["kl/coef"] for x in lines(runs.straight, "metrics.jsonl") if x["stage"] == "ppo"]
     assert len(set(coefficients)) > 1  # the adaptive coefficient is part of what is saved
 
