@@ -5,6 +5,7 @@ from jaxrlhf.algorithms.kl import shape_rewards
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.data.prompts import left_pad
 from jaxrlhf.models.adapters import bind, init_adapter, merge, parameter_count
+from jaxrlhf.models.peft import load_peft, save_peft
 from jaxrlhf.models.weights import load_adapter, load_pretrained, save_adapter, save_pretrained
 from jaxrlhf.records import Annotated, Experience, PPOState, Prompts, Rollout
 from jaxrlhf.rollout.decode import rollout
@@ -29,12 +30,14 @@ __all__ = [
     "init_ppo",
     "left_pad",
     "load_adapter",
+    "load_peft",
     "load_pretrained",
     "merge",
     "parameter_count",
     "ppo_update",
     "rollout",
     "save_adapter",
+    "save_peft",
     "save_pretrained",
     "shape_rewards",
 ]

@@ -3,6 +3,7 @@
 COMMANDS = {
     "train": "run the stages that a config names: sft, reward_model, ppo",
     "generate": "answer prompts with a run's base, SFT and PPO policy, or with a model folder",
+    "export": "write a run's model as a folder: merged, PEFT adapter, or reward model",
 }
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ everything else is structure (static). `records.py` registers them as pytrees by
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -187,12 +187,15 @@ class ModelConfig(Settings):
     new: NewModelConfig | None = Field(None, description="make a new decoder from random weights")
     tokenizer: str | None = Field(None, description="tokenizer folder or hub id; null: the model's own")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the base in memory")
+    quantize: Literal["int8", "nf4"] | None = Field(None, description="keep the base's linear layers as 8-bit or 4-bit codes, under LoRA adapters; null: no, or as in run")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
         given = [name for name in ("path", "run", "new") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, run, new; given: {', '.join(given) or 'none'}")
+        if self.quantize is not None and self.new is not None:
+            raise ValueError("quantize is for a base that stays as it is; one made with new is to be trained whole")
         return self
 
 
@@ -249,15 +252,38 @@ class RewardModelConfig(Settings):
 
 
 class RewardConfig(Settings):
-    """Where scores come from."""
+    """Where scores come from: the run's reward adapter, a pretrained reward model, a text classifier or Python."""
 
-    kind: Literal["model", "function"] = Field("model", description="model: the reward adapter; function: Python")
+    kind: Literal["model", "function", "transformers"] = Field(
+        "model", description="model: the run's reward adapter, or the decoder at path; function: Python; transformers: a text classifier of any architecture at path, with torch on the CPU"
+    )
     function: str | None = Field(None, description="module:function or path.py:function, called with prompts=, completions= and the row's other columns=")
+    path: str | None = Field(None, description="folder or hub id of a *ForSequenceClassification model with its own tokenizer; kind model: one label; null: the run's reward adapter")
+    label: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] | None = Field(
+        None, description="kind transformers: name or number of the label that is scored; null: the only one"
+    )
+    score: Literal["logit", "probability", "log_probability"] = Field("logit", description="kind transformers: what of the label is the score")
+    input: Literal["auto", "text", "completion", "pair", "chat"] = Field(
+        "auto", description="what a model at path reads. text: prompt and answer as one; completion: the answer alone; pair: two segments (kind transformers); chat: its chat template; auto: chat for chats if it has a template, else text"
+    )
+    template: str | None = Field(None, description="spells input text, with {prompt} and {completion} in it; null: the answer right behind the prompt")
+    end_at_eos: bool | None = Field(None, description="kind model: answers that ended end with the reward model's EOS, as in the stage reward_model; null: in texts yes, chats as their template ends them")
+    batch_size: PositiveInt = Field(16, description="answers per forward pass of a model at path")
+    max_length: PositiveInt = Field(512, description="tokens that a model at path reads at most, within its positions; longer: the start is cut off")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="kind model: dtype of the weights at path in memory")
 
     @model_validator(mode="after")
-    def _function_named(self) -> "RewardConfig":
+    def _complete(self) -> "RewardConfig":
         if (self.kind == "function") != (self.function is not None):
             raise ValueError("kind: function needs function: module:name or path.py:name, and only that kind takes one")
+        if self.kind == "transformers" and self.path is None:
+            raise ValueError("kind: transformers needs path: folder or hub id of a text classifier")
+        if self.kind == "function" and self.path is not None:
+            raise ValueError("kind: function takes no path; kind: model or transformers does")
+        if self.kind != "transformers" and (self.label is not None or self.score != "logit" or self.input == "pair"):
+            raise ValueError("label, score and input: pair are for kind: transformers; a reward model has one score")
+        if self.template is not None and (self.input not in ("auto", "text") or "{completion}" not in self.template):
+            raise ValueError("template holds {completion}, and {prompt} where that is wanted; it needs input: text")
         return self
 
 
@@ -270,6 +296,8 @@ class PPOStageConfig(Settings):
     iterations: PositiveInt = Field(100, description="rollouts")
     batch_size: PositiveInt = Field(64, description="prompts per rollout")
     sampling: Sampling = Field(Sampling(), description="how answers are sampled")
+    policy: str | None = Field(None, description="adapter folder (ours or PEFT's) that the policy starts from; null: the reference")
+    reference: str | None = Field(None, description="adapter folder of the reference; null: the SFT adapter, else the base")
     reward: RewardConfig = Field(RewardConfig(), description="the reward that is maximised")
     gold: str | None = Field(None, description="function that is measured but never trained on: module:function or path.py:function")
     missing_eos_penalty: NonNegativeFloat = Field(0.0, description="taken off the score of an answer that did not end")

@@ -10,6 +10,7 @@ from jaxrlhf.config import Overflow, PromptsConfig
 from jaxrlhf.data.order import batch_rows
 from jaxrlhf.data.sources import (
     LoadReport,
+    Message,
     Row,
     has_field,
     messages_field,
@@ -41,6 +42,7 @@ class PromptSet:
 
     ids: list[np.ndarray]  # i32[p] each
     texts: list[str]  # as the reward function sees it
+    chats: list[list[Message] | None]  # the whole chat, also of a prompt that was cut; None where a prompt is text
     columns: list[dict[str, Any]]  # the row's other fields
     max_prompt_tokens: int
     pad_id: int | None
@@ -52,7 +54,11 @@ class PromptSet:
     def batch(self, seed: int, step: int, batch_size: int) -> tuple[Prompts, list[dict[str, Any]], list[str]]:
         """The batch at a step of an endless shuffled stream: prompts [batch_size, max_prompt_tokens], numpy,
         with their columns and texts. Each prompt comes once an epoch; the step is all that need be saved."""
-        return self.take(batch_rows(seed, step, batch_size, len(self)))
+        return self.take(self.rows(seed, step, batch_size))
+
+    def rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """The numbers i64[batch_size] of that batch's prompts."""
+        return batch_rows(seed, step, batch_size, len(self))
 
     def take(self, rows: Sequence[int] | np.ndarray) -> tuple[Prompts, list[dict[str, Any]], list[str]]:
         """The prompts of the given numbers, as `batch` gives them."""
@@ -84,7 +90,7 @@ def load_prompts(
     rows, prompts, key = read_prompts(config)
     name = getattr(config, key)
     report = LoadReport(config.path, len(rows))
-    kept_ids, texts, columns = [], [], []
+    kept_ids, texts, chats, columns = [], [], [], []
     for row, prompt, ids in zip(rows, prompts, tokenizer.encode_prompts(prompts, [row.where for row in rows])):
         whole = len(ids)
         if key == "text_field":
@@ -104,9 +110,10 @@ def load_prompts(
         as_given = isinstance(prompt, str) and len(kept) == len(ids)
         kept_ids.append(np.array(kept, np.int32))
         texts.append(prompt if as_given else tokenizer.decode(kept))
+        chats.append(None if isinstance(prompt, str) else prompt)
         columns.append({k: v for k, v in row.values.items() if k != name or not isinstance(prompt, str)})
     report.check()
-    return PromptSet(kept_ids, texts, columns, max_prompt_tokens, tokenizer.pad_id, report)
+    return PromptSet(kept_ids, texts, chats, columns, max_prompt_tokens, tokenizer.pad_id, report)
 
 
 def _prompt(row: Row, name: str) -> Prompt:

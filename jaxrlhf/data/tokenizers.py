@@ -5,6 +5,7 @@ tokens (a pad token that the model was not trained with would need a new embeddi
 remote code.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -73,6 +74,13 @@ class Tokenizer:
             for prompt, encoding in zip(part, self._encode(texts)):
                 yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
+    def encode_chats(self, chats: Sequence[list[Message]], where: Sequence[str] = ()) -> Iterator[list[int]]:
+        """Ids of whole chats through the chat template, which ends them; `where` names their places in messages."""
+        for start in range(0, len(chats), CHUNK):
+            part = chats[start : start + CHUNK]
+            texts = [self._render(chat, False, _place(where, start + i)) for i, chat in enumerate(part)]
+            yield from (encoding.ids for encoding in self._encode(texts))
+
     def encode_pairs(
         self, pairs: Sequence[tuple[Prompt, Response]], end: bool = True, where: Sequence[str] = ()
     ) -> Iterator[tuple[list[int], list[int]]]:
@@ -116,9 +124,27 @@ class Tokenizer:
             return None
         return kept + prompt[len(prompt) - (room - len(kept)) :]
 
-    def save(self, path: str) -> None:
-        """Writes the tokenizer's files, chat template included, into a folder that `load_tokenizer` reads."""
-        self._tokenizer.save_pretrained(path)
+    @property
+    def fast(self) -> Any:
+        """The transformers tokenizer itself, for a model of transformers."""
+        return self._tokenizer
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of BOS, EOS and all else that is marked as special, in their order."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        return sorted({*self._tokenizer.all_special_ids, *(index for index, token in added if token.special)})
+
+    def save(self, path: str, pad_id: int | None = None) -> None:
+        """Writes the tokenizer's files, chat template included, into a folder that `load_tokenizer` reads.
+
+        `pad_id` is the token that the folder's readers shall pad with; None: the tokenizer's own, if it has one.
+        """
+        tokenizer = self._tokenizer
+        if pad_id not in (None, self.pad_id):
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+        tokenizer.save_pretrained(path)
 
     def _encode(self, texts: list[str]) -> list[Any]:
         """A `tokenizers.Encoding` per text, without special tokens, padding and truncation."""

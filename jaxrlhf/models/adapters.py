@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxrlhf.config import AdapterConfig
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import Decoder, Linear, named_parameters
+from jaxrlhf.models.decoder import Decoder, Linear, find_module, linear_shapes, named_parameters
+from jaxrlhf.models.quantize import dequantize_decoder, quantization
 from jaxrlhf.records import Adapter
 
 SCORE = "score"
@@ -27,8 +28,9 @@ def init_adapter(
 
     LoRA pairs start as PEFT's do (lora_a uniform in +-1/sqrt(in), lora_b zero); a full adapter is a float32 copy of
     the base. A value head starts at zero, a reward head at N(0, 1/(D+1)) (2009.01325, appendix). Raises
-    `UserError` where `target_modules` names a module that the base lacks.
+    `UserError` where `target_modules` names a module that the base lacks, and for a full adapter of a quantised base.
     """
+    check_kind(base, config)
     if config.kind == "lora":
         adapter = _init_lora(base, config, key)
     else:
@@ -64,9 +66,11 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
         if path == SCORE:
             model.score = Linear(values["kernel"])
             continue
-        module = _find(model, path)
+        module = find_module(model, path)
         for name, value in values.items():
             if name not in LORA_LEAVES:
+                if not hasattr(module, name):
+                    raise UserError(f"adapter: {path}/{name} replaces a weight that this base lacks, or has as codes")
                 value = value.astype(getattr(module, name)[...].dtype)
             setattr(module, name, nnx.Param(value))
     return model
@@ -75,17 +79,19 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
 def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
     """A new base whose plain weights compute what base and adapter did; a scalar head is left out.
 
-    LoRA products are added in float32 and rounded once to the base's dtype.
+    LoRA products are added in float32 and rounded once to the base's dtype; that of a quantised base is its
+    embedding's. Without an adapter a base of plain weights is returned as it is.
     """
+    plain = dequantize_decoder(base)
     if adapter is None:
-        return base
-    merged = bind(base, {path: leaves for path, leaves in adapter.items() if path != SCORE and "lora_a" not in leaves})
+        return plain
+    merged = bind(plain, {path: leaves for path, leaves in adapter.items() if path != SCORE and "lora_a" not in leaves})
     for path, leaves in adapter.items():
         if "lora_a" in leaves:
-            module = _find(merged, path)
-            kernel = module.kernel[...]
+            module = find_module(merged, path)
+            kernel = find_module(base, path).float32_kernel()
             delta = leaves["lora_scale"] * (leaves["lora_a"].astype(jnp.float32) @ leaves["lora_b"].astype(jnp.float32))
-            module.kernel = nnx.Param((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
+            module.kernel = nnx.Param((kernel + delta).astype(module.kernel.dtype))
     return merged
 
 
@@ -96,13 +102,14 @@ def parameter_count(adapter: Adapter) -> int:
     )
 
 
-def linear_shapes(base: Decoder) -> dict[str, tuple[int, int]]:
-    """Path -> (in, out) of every linear layer inside the blocks."""
-    return {
-        name.removesuffix("/kernel"): leaf.shape
-        for name, leaf in named_parameters(base).items()
-        if name.startswith("layers.") and name.endswith("/kernel")
-    }
+def check_kind(base: Decoder, config: AdapterConfig) -> None:
+    """`UserError` for a full adapter of a quantised base."""
+    kind = quantization(base)
+    if config.kind == "full" and kind is not None:
+        raise UserError(
+            f"kind: full trains a copy of every weight, and this base is quantised ({kind}): its weights are codes; "
+            "give kind lora, or load the base without quantize"
+        )
 
 
 def target_paths(base: Decoder, config: AdapterConfig) -> list[str]:
@@ -130,10 +137,3 @@ def _init_lora(base: Decoder, config: AdapterConfig, key: jax.Array) -> Adapter:
             "lora_scale": jnp.asarray(config.alpha / config.rank, jnp.float32),
         }
     return adapter
-
-
-def _find(model: Decoder, path: str) -> nnx.Module:
-    module = model
-    for part in path.split("."):
-        module = module[int(part)] if part.isdigit() else getattr(module, part)
-    return module

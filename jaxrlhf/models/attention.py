@@ -5,6 +5,7 @@ B rows, T query positions, S key positions, N query heads, K key-value heads, H 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def positions_of(segments_BT: jax.Array) -> jax.Array:
@@ -29,18 +30,49 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
     return jnp.tril(jnp.ones((T, T), bool))[None] & same_BTT & real_B1T
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: jax.Array) -> jax.Array:
+def within_window(mask_BTS: jax.Array, window: int, at: jax.Array | int = 0) -> jax.Array:
+    """The mask without keys that are `window` or more slots before their query; query t stands in slot at + t.
+
+    Real tokens of a row or segment stand side by side, so that slots count as positions do.
+    """
+    T, S = mask_BTS.shape[1:]
+    return mask_BTS & (at + jnp.arange(T)[:, None] - jnp.arange(S) < window)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray, factor: float = 1.0) -> jax.Array:
     """Rotary positions (2104.09864), halves paired as in Hugging Face's Llama; angles in float32.
 
-    `frequencies` is f32[H/2], radians per position.
+    `frequencies` is f32[F], radians per position: the first 2F <= H dimensions turn. `factor` multiplies them.
     """
+    F = frequencies.shape[0]
     angle_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
+    first, second = jnp.split(x_BTNH[..., : 2 * F].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    return jnp.concatenate([rotated.astype(x_BTNH.dtype), x_BTNH[..., 2 * F :]], axis=-1)
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Grouped-query attention with softmax in float32; [B,T,N,H]. A query that sees no key gets finite junk."""
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Grouped-query attention with softmax in float32; [B,T,N,H]. A query that sees no key gets finite junk.
+
+    `scale` multiplies q k (None: H^-1/2); `softcap` c bends the product to c tanh(product / c) (2408.00118).
+    """
+    if softcap is None:
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    logits = softcap * jnp.tanh(logits * (H**-0.5 if scale is None else scale) / softcap)
+    logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)

@@ -4,8 +4,6 @@ Modules are pytrees and go through plain `jax.jit` and `jax.grad`. Layers stand 
 that decoding slices no weights inside its loop. Nothing here samples, trains or knows roles: a role is an
 adapter that `adapters.bind` attaches.
 
-Not here: rope scaling, sliding windows, other norms and activations than their tables list.
-
 B rows, T positions, S cache positions, D hidden, V vocabulary, N query heads, K key-value heads, H head dim.
 """
 
@@ -14,12 +12,37 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from jaxrlhf.models.attention import attend, causal_mask, positions_of, rotate
+from jaxrlhf.models.attention import attend, causal_mask, positions_of, rotate, within_window
+from jaxrlhf.models.rope import Rope, frequencies
 
-ACTIVATIONS = {"silu": jax.nn.silu}
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+# By the names that config.json uses.
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may differ from layer to layer."""
+
+    window: int | None = None  # a query sees this many tokens, itself included; None: all before it
+    rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: no rotary positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +57,32 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     max_positions: int
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # repeated to the last layer
+    norm: str = "rms"  # a key of NORMS
     norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    activation: str = "silu"
-    tie_embeddings: bool = False
-    attention_bias: bool = False
+    pre_norms: bool = True  # before attention and MLP
+    post_norms: bool = False  # after them, before the residual sum
+    qk_norm: str | None = None  # norm on queries and keys: "head" each head, "projection" all heads at once
+    parallel_residual: bool = False  # attention and MLP read the same input
+    learned_positions: bool = False
+    activation: str = "silu"  # a key of ACTIVATIONS
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False
+    tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    query_scalar: int | None = None  # queries are divided by its root; None: head_dim
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     initializer_range: float = 0.02
     family: str = "llama"
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        return self.layer_kinds[layer % len(self.layer_kinds)]
 
 
 class LayerCache(NamedTuple):
@@ -67,8 +105,21 @@ class Linear(nnx.Module):
         self.lora_b = nnx.data(None)  # [rank, out]
         self.lora_scale = nnx.data(None)  # []
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.kernel.shape
+
+    def float32_kernel(self) -> jax.Array:
+        """f32[in, out]."""
+        return self.kernel[...].astype(jnp.float32)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x @ kernel, in the dtype of x."""
+        return x @ self.kernel[...].astype(x.dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = self.project(x)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
@@ -81,14 +132,45 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """1910.07467, in float32."""
 
-    def __init__(self, scale: jax.Array, epsilon: float):
-        self.scale = nnx.Param(scale)  # [D]
+    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((size,), dtype))  # [D]
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.scale[...].astype(x.dtype) * self.normed(x).astype(x.dtype)
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+
+
+class RMSNormPlusOne(RMSNorm):
+    """Gemma's: the scale is what is added to 1, and is applied in float32."""
+
+    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
+        super().__init__(size, epsilon, dtype)
+        self.scale = nnx.Param(jnp.zeros((size,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (self.normed(x) * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """1607.06450, in float32."""
+
+    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((size,), dtype))  # [D]
+        self.bias = nnx.Param(jnp.zeros((size,), dtype))  # [D]
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-        return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "rms_plus_one": RMSNormPlusOne, "layer": LayerNorm}
 
 
 class Embedding(nnx.Module):
@@ -100,21 +182,27 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, make: "_Initializer"):
+    def __init__(self, config: DecoderConfig, kind: LayerKind, make: "_Initializer"):
         D, N, K, H = config.hidden_size, config.heads, config.kv_heads, config.head_dim
-        self.q_proj = make.linear(D, N * H, config.attention_bias)
-        self.k_proj = make.linear(D, K * H, config.attention_bias)
-        self.v_proj = make.linear(D, K * H, config.attention_bias)
-        self.o_proj = make.linear(N * H, D, config.attention_bias)
-        self.config = config
+        self.q_proj = make.linear(D, N * H, config.qkv_bias)
+        self.k_proj = make.linear(D, K * H, config.qkv_bias)
+        self.v_proj = make.linear(D, K * H, config.qkv_bias)
+        self.o_proj = make.linear(N * H, D, config.output_bias)
+        normed = {"head": (H, H), "projection": (N * H, K * H)}.get(config.qk_norm)
+        self.q_norm = nnx.data(normed and make.norm(normed[0]))
+        self.k_norm = nnx.data(normed and make.norm(normed[1]))
+        self.config, self.kind = config, kind
 
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache: LayerCache | None, at):
         B, T, _ = x_BTD.shape
-        H = self.config.head_dim
-        frequencies = rope_frequencies(self.config)
-        q_BTNH = rotate(self.q_proj(x_BTD).reshape(B, T, -1, H), positions_BT, frequencies)
-        k_BTKH = rotate(self.k_proj(x_BTD).reshape(B, T, -1, H), positions_BT, frequencies)
-        v_BTKH = self.v_proj(x_BTD).reshape(B, T, -1, H)
+        config = self.config
+        q_BTNH = self._heads(self.q_proj(x_BTD), self.q_norm)
+        k_BTKH = self._heads(self.k_proj(x_BTD), self.k_norm)
+        v_BTKH = self._heads(self.v_proj(x_BTD), None)
+        if self.kind.rope is not None:
+            turns, factor = frequencies(self.kind.rope, config.head_dim)
+            q_BTNH = rotate(q_BTNH, positions_BT, turns, factor)
+            k_BTKH = rotate(k_BTKH, positions_BT, turns, factor)
         if cache is None:
             cache = LayerCache(k_BTKH, v_BTKH)
         else:
@@ -122,33 +210,56 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(cache.k, k_BTKH.astype(cache.k.dtype), at, axis=1),
                 jax.lax.dynamic_update_slice_in_dim(cache.v, v_BTKH.astype(cache.v.dtype), at, axis=1),
             )
-        out_BTNH = attend(q_BTNH, cache.k, cache.v, mask_BTS)
+        scale = None if config.query_scalar is None else config.query_scalar**-0.5
+        out_BTNH = attend(q_BTNH, cache.k, cache.v, mask_BTS, scale, config.attention_softcap)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache
+
+    def _heads(self, x_BTX: jax.Array, norm: nnx.Module | None) -> jax.Array:
+        """A projection cut into heads, normed where the model does that."""
+        if self.config.qk_norm == "projection" and norm is not None:
+            x_BTX = norm(x_BTX)
+        heads = x_BTX.reshape(*x_BTX.shape[:2], -1, self.config.head_dim)
+        return norm(heads) if self.config.qk_norm == "head" and norm is not None else heads
 
 
 class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, make: "_Initializer"):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = make.linear(D, F, config.mlp_bias)
+        self.gate_proj = nnx.data(make.linear(D, F, config.mlp_bias) if config.gated_mlp else None)
         self.up_proj = make.linear(D, F, config.mlp_bias)
         self.down_proj = make.linear(F, D, config.mlp_bias)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        activate = ACTIVATIONS[self.activation]
+        if self.gate_proj is None:
+            return self.down_proj(activate(self.up_proj(x)))
+        return self.down_proj(activate(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: DecoderConfig, make: "_Initializer"):
-        self.attention_norm = make.norm()
-        self.attention = Attention(config, make)
-        self.mlp_norm = make.norm()
+    def __init__(self, config: DecoderConfig, kind: LayerKind, make: "_Initializer"):
+        pre, post, size = config.pre_norms, config.post_norms, config.hidden_size
+        self.attention_norm = nnx.data(make.norm(size) if pre else None)
+        self.attention = Attention(config, kind, make)
+        self.attention_post_norm = nnx.data(make.norm(size) if post else None)
+        self.mlp_norm = nnx.data(make.norm(size) if pre else None)
         self.mlp = MLP(config, make)
+        self.mlp_post_norm = nnx.data(make.norm(size) if post else None)
+        self.parallel = config.parallel_residual
 
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache, at):
-        attended, cache = self.attention(self.attention_norm(x_BTD), positions_BT, mask_BTS, cache, at)
-        x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        attended, cache = self.attention(
+            _normed(self.attention_norm, x_BTD), positions_BT, mask_BTS, cache, at
+        )
+        middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
+        read_BTD = x_BTD if self.parallel else middle_BTD
+        mlp_BTD = self.mlp(_normed(self.mlp_norm, read_BTD))
+        return middle_BTD + _normed(self.mlp_post_norm, mlp_BTD), cache
+
+
+def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -158,8 +269,10 @@ class Decoder(nnx.Module):
         make = _Initializer(config, key, jnp.dtype(dtype))
         self.config = config
         self.embed_tokens = Embedding(make.normal(config.vocab_size, config.hidden_size))
-        self.layers = nnx.List([Block(config, make) for _ in range(config.layers)])
-        self.final_norm = make.norm()
+        positions = make.normal(config.max_positions, config.hidden_size) if config.learned_positions else None
+        self.embed_positions = nnx.data(None if positions is None else Embedding(positions))
+        self.layers = nnx.List([Block(config, config.layer_kind(i), make) for i in range(config.layers)])
+        self.final_norm = make.norm(config.hidden_size)
         self.lm_head = nnx.data(
             None if config.tie_embeddings else make.linear(config.hidden_size, config.vocab_size, False)
         )
@@ -188,11 +301,16 @@ class Decoder(nnx.Module):
         """
         run = jax.checkpoint(Block.__call__) if remat else Block.__call__
         x_BTD = self.embed_tokens(tokens_BT)
+        if self.config.embedding_scale != 1:  # rounded to the model's dtype, as it was in training
+            x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
+        if self.embed_positions is not None:
+            x_BTD += self.embed_positions(positions_BT)
+        windows = {kind.window for kind in self.config.layer_kinds}
+        masks = {w: mask_BTS if w is None else within_window(mask_BTS, w, 0 if at is None else at) for w in windows}
         caches = []
         for index, block in enumerate(self.layers):
-            x_BTD, layer_cache = run(
-                block, x_BTD, positions_BT, mask_BTS, None if cache is None else cache[index], at
-            )
+            mask = masks[self.config.layer_kind(index).window]
+            x_BTD, layer_cache = run(block, x_BTD, positions_BT, mask, None if cache is None else cache[index], at)
             caches.append(layer_cache)
         return self.final_norm(x_BTD), caches
 
@@ -203,7 +321,9 @@ class Decoder(nnx.Module):
         else:
             kernel = self.lm_head.kernel[...]
         # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
-        return jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scalar head f32[B,T] of hidden states, computed in float32."""
@@ -226,14 +346,8 @@ class _Initializer:
         kernel = self.normal(fan_in, fan_out)
         return Linear(kernel, jnp.zeros((fan_out,), self.dtype) if bias else None)
 
-    def norm(self) -> RMSNorm:
-        return RMSNorm(jnp.ones((self.config.hidden_size,), self.dtype), self.config.norm_eps)
-
-
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Radians per position of each rotated pair, f32[H/2]."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    return (1.0 / config.rope_theta**exponent).astype(np.float32)
+    def norm(self, size: int) -> nnx.Module:
+        return NORMS[self.config.norm](size, self.config.norm_eps, self.dtype)
 
 
 def abstract_decoder(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Decoder:
@@ -250,6 +364,21 @@ def with_parameters(tree, values: dict[str, jax.Array]):
     """The same module with each leaf replaced by the value of its name; all names must be there."""
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     return jax.tree_util.tree_unflatten(structure, [values[_name(path)] for path, _ in paths])
+
+
+def find_module(model: nnx.Module, path: str) -> nnx.Module:
+    """The module at a path like "layers.0.attention.q_proj"."""
+    module = model
+    for part in path.split("."):
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    return module
+
+
+def linear_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
+    """Path -> (in, out) of every linear layer inside the blocks."""
+    leaves = [name.split("/") for name in named_parameters(model) if name.startswith("layers.")]
+    paths = dict.fromkeys(path for path, leaf in leaves if leaf.startswith("kernel"))
+    return {path: find_module(model, path).shape for path in paths}
 
 
 def _name(path) -> str:

@@ -1,52 +1,34 @@
-"""Families: how a Hugging Face `config.json` and its tensors map to our decoder, one row of data per family.
+"""The families: one row of a table for each `model_type`, and nothing else to touch for a new one.
 
-`FAMILIES` is keyed by `model_type`. The forward pass knows no family: what a row reads ends as values of
-`DecoderConfig`. A new family is a row here (and, where it computes something new, a value in the decoder's
-tables).
-
-Not here: rope scaling, quantised weights, and what the decoder lacks: these are refused by name.
+A row says what the entries of `config.json` mean (`fields`, `constants`, `ropes`, `windows`) and where the tensors
+of our modules stand (`modules`); `family.py` says what each column is. Where a family computes something new, that
+becomes a value of `DecoderConfig` first.
 """
 
 import dataclasses
-import re
-from collections.abc import Callable
 from typing import Any
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import ACTIVATIONS, DecoderConfig
+from jaxrlhf.models.decoder import DecoderConfig
+from jaxrlhf.models.family import (
+    Family,
+    Field,
+    Module,
+    Part,
+    Place,
+    Ropes,
+    Windows,
+    family_document,
+    is_ignored_by,
+    place_of,
+    read_family_config,
+    token_entry,
+    token_ids,
+)
 
-Parse = Callable[[Any], Any]
+__all__ = ["FAMILIES", "config_document", "is_ignored", "place", "read_config", "token_entry", "token_ids"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One entry of `config.json`."""
-
-    ours: str  # name in DecoderConfig
-    theirs: str  # name in config.json
-    kind: str  # a key of KINDS
-    default: Any  # where the entry is absent or null; a function is called with what the rows above it read
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One rule from our parameter names to the checkpoint's; a pattern and what its groups are put into."""
-
-    ours: str  # regular expression for a whole name of `decoder.named_parameters`
-    theirs: str  # tensor name; \1, \2 are the groups
-    transposed: bool = False  # our kernels are [in, out], torch's [out, in]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """All that is particular to a `model_type`."""
-
-    architecture: str  # transformers' class
-    fields: tuple[Field, ...]
-    tensors: tuple[Tensor, ...]
-    rope_theta: float  # transformers' default for this family
-    ignored: tuple[str, ...] = ()  # expressions for tensors that old checkpoints carry and nobody needs
-    fixed: tuple[tuple[str, Any], ...] = ()  # (entry of config.json, the one value the decoder computes)
+FEED_FORWARD, ATTENTION, BLOCK = r"layers\.(\d+)\.mlp\.", r"layers\.(\d+)\.attention\.", r"layers\.(\d+)\."
 
 
 def _equal_heads(read: dict[str, Any]) -> int:
@@ -55,197 +37,387 @@ def _equal_heads(read: dict[str, Any]) -> int:
     return read["hidden_size"] // read["heads"]
 
 
-LLAMA = Family(
-    architecture="LlamaForCausalLM",
-    rope_theta=10000.0,
-    fields=(
-        Field("vocab_size", "vocab_size", "size", 32000),
-        Field("hidden_size", "hidden_size", "size", 4096),
-        Field("intermediate_size", "intermediate_size", "size", 11008),
-        Field("layers", "num_hidden_layers", "size", 32),
-        Field("heads", "num_attention_heads", "size", 32),
-        Field("kv_heads", "num_key_value_heads", "size", lambda read: read["heads"]),
-        Field("head_dim", "head_dim", "size", _equal_heads),
-        Field("max_positions", "max_position_embeddings", "size", 2048),
-        Field("norm_eps", "rms_norm_eps", "float", 1e-6),
-        Field("activation", "hidden_act", "activation", "silu"),
-        Field("tie_embeddings", "tie_word_embeddings", "bool", False),
-        Field("attention_bias", "attention_bias", "bool", False),
-        Field("mlp_bias", "mlp_bias", "bool", False),
-        Field("initializer_range", "initializer_range", "float", 0.02),
-        Field("bos_token", "bos_token_id", "token", 1),
-        Field("stop_tokens", "eos_token_id", "tokens", 2),
-        Field("pad_token", "pad_token_id", "token", None),
-    ),
-    tensors=(
-        Tensor(r"embed_tokens/embedding", r"model.embed_tokens.weight"),
-        Tensor(r"layers\.(\d+)\.attention_norm/scale", r"model.layers.\1.input_layernorm.weight"),
-        Tensor(r"layers\.(\d+)\.attention\.(\w+)/kernel", r"model.layers.\1.self_attn.\2.weight", transposed=True),
-        Tensor(r"layers\.(\d+)\.attention\.(\w+)/bias", r"model.layers.\1.self_attn.\2.bias"),
-        Tensor(r"layers\.(\d+)\.mlp_norm/scale", r"model.layers.\1.post_attention_layernorm.weight"),
-        Tensor(r"layers\.(\d+)\.mlp\.(\w+)/kernel", r"model.layers.\1.mlp.\2.weight", transposed=True),
-        Tensor(r"layers\.(\d+)\.mlp\.(\w+)/bias", r"model.layers.\1.mlp.\2.bias"),
-        Tensor(r"final_norm/scale", r"model.norm.weight"),
-        Tensor(r"lm_head/kernel", r"lm_head.weight", transposed=True),
-    ),
-    ignored=(r".*rotary_emb\.inv_freq",),
-    fixed=(("quantization_config", None),),
+def _fields(**changed: Field | None) -> tuple[Field, ...]:
+    """Llama's fields with some of them replaced, added or (None) left out; `changed` is by our names."""
+    fields = {field.ours: field for field in LLAMA_FIELDS} | changed
+    return tuple(field for field in fields.values() if field is not None)
+
+
+LLAMA_FIELDS = (
+    Field("vocab_size", "vocab_size", "size", 32000),
+    Field("hidden_size", "hidden_size", "size", 4096),
+    Field("intermediate_size", "intermediate_size", "size", 11008),
+    Field("layers", "num_hidden_layers", "size", 32),
+    Field("heads", "num_attention_heads", "size", 32),
+    Field("kv_heads", "num_key_value_heads", "size", lambda read: read["heads"]),
+    Field("head_dim", "head_dim", "size", _equal_heads),
+    Field("max_positions", "max_position_embeddings", "size", 2048),
+    Field("norm_eps", "rms_norm_eps", "float", 1e-6),
+    Field("activation", "hidden_act", "activation", "silu"),
+    Field("tie_embeddings", "tie_word_embeddings", "bool", False),
+    Field("initializer_range", "initializer_range", "float", 0.02),
+    Field("bos_token", "bos_token_id", "token", 1),
+    Field("stop_tokens", "eos_token_id", "tokens", 2),
+    Field("pad_token", "pad_token_id", "token", None),
+)
+QKV_BIAS = Field("qkv_bias", "attention_bias", "bool", False)
+OUTPUT_BIAS = Field("output_bias", "attention_bias", "bool", False)
+MLP_BIAS = Field("mlp_bias", "mlp_bias", "bool", False)
+
+LLAMA_MODULES = (
+    Module("embed_tokens", "model.embed_tokens"),
+    Module(BLOCK + "attention_norm", r"model.layers.\1.input_layernorm"),
+    Module(ATTENTION + r"(\w+)", r"model.layers.\1.self_attn.\2"),
+    Module(BLOCK + "mlp_norm", r"model.layers.\1.post_attention_layernorm"),
+    Module(FEED_FORWARD + r"(\w+)", r"model.layers.\1.mlp.\2"),
+    Module("final_norm", "model.norm"),
+    Module("lm_head", "lm_head"),
+    Module("score", "score"),
+)
+POST_NORM_MODULES = (  # where a norm stands after attention, Llama's name for the one before the MLP is its name
+    Module(BLOCK + "attention_post_norm", r"model.layers.\1.post_attention_layernorm"),
+    Module(BLOCK + "mlp_norm", r"model.layers.\1.pre_feedforward_layernorm"),
+    Module(BLOCK + "mlp_post_norm", r"model.layers.\1.post_feedforward_layernorm"),
+    *LLAMA_MODULES,
 )
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA}
+
+def _fused_columns(config: DecoderConfig) -> tuple[int, int, int]:
+    """Outputs of queries, keys and values side by side."""
+    return (config.heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2)
+
+
+def _by_head(config: DecoderConfig) -> tuple[int, int, int]:
+    """Query, key and value of one head."""
+    return (config.head_dim,) * 3
+
+
+LLAMA = Family(
+    architecture="Llama",
+    prefix="model.",
+    fields=_fields(qkv_bias=QKV_BIAS, output_bias=OUTPUT_BIAS, mlp_bias=MLP_BIAS),
+    modules=LLAMA_MODULES,
+    ignored=(r".*rotary_emb\.inv_freq",),
+)
+
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    architecture="Mistral",
+    fields=_fields(
+        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 14336),
+        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 8),
+        max_positions=Field("max_positions", "max_position_embeddings", "size", 131072),
+    ),
+    windows=Windows(slides=lambda document, layer: True, typed=False),
+)
+
+
+def _late_layers(document: dict[str, Any], layer: int) -> bool:
+    return layer >= document.get("max_window_layers", 28)
+
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    architecture="Qwen2",
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 151936),
+        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 22016),
+        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 32),
+        max_positions=Field("max_positions", "max_position_embeddings", "size", 32768),
+        bos_token=Field("bos_token", "bos_token_id", "token", None),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", None),
+    ),
+    windows=Windows(slides=_late_layers, switch="use_sliding_window"),
+    constants={"qkv_bias": True},
+)
+
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    architecture="Qwen3",
+    fields=(
+        *(
+            dataclasses.replace(field, default=128) if field.ours == "head_dim" else field
+            for field in QWEN2.fields
+        ),
+        QKV_BIAS,
+        OUTPUT_BIAS,
+    ),
+    constants={"qk_norm": "head"},
+)
+
+GEMMA_FIELDS = _fields(
+    vocab_size=Field("vocab_size", "vocab_size", "size", 256000),
+    hidden_size=Field("hidden_size", "hidden_size", "size", 2304),
+    intermediate_size=Field("intermediate_size", "intermediate_size", "size", 9216),
+    layers=Field("layers", "num_hidden_layers", "size", 26),
+    heads=Field("heads", "num_attention_heads", "size", 8),
+    kv_heads=Field("kv_heads", "num_key_value_heads", "size", 4),
+    head_dim=Field("head_dim", "head_dim", "size", 256),
+    max_positions=Field("max_positions", "max_position_embeddings", "size", 8192),
+    activation=Field("activation", "hidden_activation", "activation", "gelu_pytorch_tanh"),
+    tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
+    bos_token=Field("bos_token", "bos_token_id", "token", 2),
+    stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 1),
+    pad_token=Field("pad_token", "pad_token_id", "token", 0),
+    qkv_bias=QKV_BIAS,
+    output_bias=OUTPUT_BIAS,
+    query_scalar=Field("query_scalar", "query_pre_attn_scalar", "size", 256),
+    attention_softcap=Field("attention_softcap", "attn_logit_softcapping", "cap", 50.0),
+    logit_softcap=Field("logit_softcap", "final_logit_softcapping", "cap", 30.0),
+)
+GEMMA_CONSTANTS = {
+    "norm": "rms_plus_one",
+    "post_norms": True,
+    "embedding_scale": lambda read: read["hidden_size"] ** 0.5,
+}
+
+GEMMA2 = dataclasses.replace(
+    LLAMA,
+    architecture="Gemma2",
+    fields=GEMMA_FIELDS,
+    modules=POST_NORM_MODULES,
+    windows=Windows(slides=lambda document, layer: layer % 2 == 0),
+    constants=GEMMA_CONSTANTS,
+    fixed=(("use_bidirectional_attention", False),),
+)
+
+
+def _five_to_one(document: dict[str, Any], layer: int) -> bool:
+    return (layer + 1) % document.get("sliding_window_pattern", 6) != 0
+
+
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    architecture="Gemma3",
+    classifier="Gemma3Text",
+    fields=tuple(
+        {
+            "vocab_size": Field("vocab_size", "vocab_size", "size", 262208),
+            "max_positions": Field("max_positions", "max_position_embeddings", "size", 131072),
+            "attention_softcap": Field("attention_softcap", "attn_logit_softcapping", "cap", None),
+            "logit_softcap": Field("logit_softcap", "final_logit_softcapping", "cap", None),
+        }.get(field.ours, field)
+        for field in GEMMA_FIELDS
+    ),
+    ropes=Ropes(theta=1e6, local_theta=1e4),
+    windows=Windows(slides=_five_to_one),
+    constants=GEMMA_CONSTANTS | {"qk_norm": "head"},
+)
+
+GPT2 = Family(
+    architecture="GPT2",
+    prefix="transformer.",
+    ropes=None,
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 50257),
+        hidden_size=Field("hidden_size", "n_embd", "size", 768),
+        intermediate_size=Field("intermediate_size", "n_inner", "size", lambda read: 4 * read["hidden_size"]),
+        layers=Field("layers", "n_layer", "size", 12),
+        heads=Field("heads", "n_head", "size", 12),
+        kv_heads=None,
+        head_dim=None,
+        max_positions=Field("max_positions", "n_positions", "size", 1024),
+        norm_eps=Field("norm_eps", "layer_norm_epsilon", "float", 1e-5),
+        activation=Field("activation", "activation_function", "activation", "gelu_new"),
+        tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
+        bos_token=Field("bos_token", "bos_token_id", "token", 50256),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 50256),
+    ),
+    constants={
+        "kv_heads": lambda read: read["heads"],
+        "head_dim": _equal_heads,
+        "norm": "layer",
+        "learned_positions": True,
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+    },
+    modules=(
+        Module("embed_tokens", "transformer.wte"),
+        Module("embed_positions", "transformer.wpe"),
+        Module(BLOCK + "attention_norm", r"transformer.h.\1.ln_1"),
+        *(
+            Module(ATTENTION + f"{name}_proj", r"transformer.h.\1.attn.c_attn", False, Part(_fused_columns, index))
+            for index, name in enumerate("qkv")
+        ),
+        Module(ATTENTION + "o_proj", r"transformer.h.\1.attn.c_proj", transposed=False),
+        Module(BLOCK + "mlp_norm", r"transformer.h.\1.ln_2"),
+        Module(FEED_FORWARD + "up_proj", r"transformer.h.\1.mlp.c_fc", transposed=False),
+        Module(FEED_FORWARD + "down_proj", r"transformer.h.\1.mlp.c_proj", transposed=False),
+        Module("final_norm", "transformer.ln_f"),
+        Module("lm_head", "lm_head"),
+        Module("score", "score"),
+    ),
+    ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
+    fixed=(
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ),
+)
+
+GPT_NEOX = Family(
+    architecture="GPTNeoX",
+    prefix="gpt_neox.",
+    ropes=Ropes(theta_entry="rotary_emb_base", share=0.25, share_entry="rotary_pct"),
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 50432),
+        hidden_size=Field("hidden_size", "hidden_size", "size", 6144),
+        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 24576),
+        layers=Field("layers", "num_hidden_layers", "size", 44),
+        heads=Field("heads", "num_attention_heads", "size", 64),
+        kv_heads=None,
+        head_dim=None,
+        norm_eps=Field("norm_eps", "layer_norm_eps", "float", 1e-5),
+        activation=Field("activation", "hidden_act", "activation", "gelu"),
+        bos_token=Field("bos_token", "bos_token_id", "token", 0),
+        parallel_residual=Field("parallel_residual", "use_parallel_residual", "bool", True),
+        qkv_bias=dataclasses.replace(QKV_BIAS, default=True),
+        output_bias=dataclasses.replace(OUTPUT_BIAS, default=True),
+    ),
+    constants={
+        "kv_heads": lambda read: read["heads"],
+        "head_dim": _equal_heads,
+        "norm": "layer",
+        "gated_mlp": False,
+        "mlp_bias": True,
+    },
+    modules=(
+        Module("embed_tokens", "gpt_neox.embed_in"),
+        Module(BLOCK + "attention_norm", r"gpt_neox.layers.\1.input_layernorm"),
+        *(
+            Module(
+                ATTENTION + f"{name}_proj",
+                r"gpt_neox.layers.\1.attention.query_key_value",
+                part=Part(_by_head, index, groups=lambda config: config.heads),
+            )
+            for index, name in enumerate("qkv")
+        ),
+        Module(ATTENTION + "o_proj", r"gpt_neox.layers.\1.attention.dense"),
+        Module(BLOCK + "mlp_norm", r"gpt_neox.layers.\1.post_attention_layernorm"),
+        Module(FEED_FORWARD + "up_proj", r"gpt_neox.layers.\1.mlp.dense_h_to_4h"),
+        Module(FEED_FORWARD + "down_proj", r"gpt_neox.layers.\1.mlp.dense_4h_to_h"),
+        Module("final_norm", "gpt_neox.final_layer_norm"),
+        Module("lm_head", "embed_out"),
+        Module("score", "score"),
+    ),
+    ignored=(r"(gpt_neox\.)?layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
+)
+
+PHI3 = dataclasses.replace(
+    LLAMA,
+    architecture="Phi3",
+    ropes=Ropes(share_entry="partial_rotary_factor", types=("default",)),
+    windows=Windows(slides=lambda document, layer: True, default=None, typed=False),
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 32064),
+        hidden_size=Field("hidden_size", "hidden_size", "size", 3072),
+        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 8192),
+        max_positions=Field("max_positions", "max_position_embeddings", "size", 4096),
+        norm_eps=Field("norm_eps", "rms_norm_eps", "float", 1e-5),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 32000),
+        pad_token=Field("pad_token", "pad_token_id", "token", 32000),
+    ),
+    modules=(
+        *(
+            Module(ATTENTION + f"{name}_proj", r"model.layers.\1.self_attn.qkv_proj", part=Part(_fused_columns, index))
+            for index, name in enumerate("qkv")
+        ),
+        *(
+            Module(
+                FEED_FORWARD + f"{name}_proj",
+                r"model.layers.\1.mlp.gate_up_proj",
+                part=Part(lambda config: (config.intermediate_size,) * 2, index),
+            )
+            for index, name in enumerate(("gate", "up"))
+        ),
+        *LLAMA_MODULES,
+    ),
+)
+
+OLMO2 = dataclasses.replace(
+    LLAMA,
+    architecture="Olmo2",
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 50304),
+        norm_eps=Field("norm_eps", "rms_norm_eps", "float", 1e-5),
+        bos_token=Field("bos_token", "bos_token_id", "token", None),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 50279),
+        pad_token=Field("pad_token", "pad_token_id", "token", 1),
+        qkv_bias=QKV_BIAS,
+        output_bias=OUTPUT_BIAS,
+    ),
+    modules=POST_NORM_MODULES,
+    constants={"pre_norms": False, "post_norms": True, "qk_norm": "projection"},
+)
+
+
+def _without_rope(document: dict[str, Any], layer: int) -> bool:
+    """SmolLM3's `no_rope_layers` holds 1 where a layer has rotary positions."""
+    listed = document.get("no_rope_layers")
+    if listed is None:
+        return (layer + 1) % document.get("no_rope_layer_interval", 4) == 0
+    if not isinstance(listed, list) or len(listed) <= layer:
+        raise UserError(f"config.json: no_rope_layers must be a list with 0 or 1 for each layer, not {listed!r}")
+    return not listed[layer]
+
+
+SMOLLM3 = dataclasses.replace(
+    LLAMA,
+    architecture="SmolLM3",
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 128256),
+        hidden_size=Field("hidden_size", "hidden_size", "size", 2048),
+        layers=Field("layers", "num_hidden_layers", "size", 36),
+        heads=Field("heads", "num_attention_heads", "size", 16),
+        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 4),
+        max_positions=Field("max_positions", "max_position_embeddings", "size", 32768),
+        tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
+        bos_token=Field("bos_token", "bos_token_id", "token", 128000),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 128001),
+        pad_token=Field("pad_token", "pad_token_id", "token", 128004),
+        qkv_bias=QKV_BIAS,
+        output_bias=OUTPUT_BIAS,
+        mlp_bias=MLP_BIAS,
+    ),
+    ropes=Ropes(theta=2e6, skipped=_without_rope),
+    windows=Windows(slides=_without_rope, default=None, switch="use_sliding_window"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,  # Llama 2, 3, 3.x; SmolLM 1 and 2; and the many that share its architecture
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,  # Qwen2 and Qwen2.5
+    "qwen3": QWEN3,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,  # GPT-NeoX and Pythia
+    "phi3": PHI3,
+    "olmo2": OLMO2,
+    "smollm3": SMOLLM3,
+}
 
 
 def read_config(document: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder that a `config.json` describes; absent entries take transformers' defaults.
-
-    `where` names the file in messages. Raises `UserError` naming file and entry where a value cannot be used.
-    """
+    """The decoder that a `config.json` describes; see `family.read_family_config`."""
     model_type = document.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{where}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
-    family = FAMILIES[model_type]
-    for entry, value in family.fixed:
-        if document.get(entry) not in (None, value):
-            raise UserError(f"{where}: {entry} {_short(document[entry])} is not supported; it must be {value}")
-    read: dict[str, Any] = {}
-    for field in family.fields:
-        value = document.get(field.theirs)
-        try:
-            # An explicit null means "none" for a token id and "the default" for everything else.
-            if value is None and not (field.kind.startswith("token") and field.theirs in document):
-                value = field.default(read) if callable(field.default) else field.default
-            read[field.ours] = KINDS[field.kind](value)
-        except ValueError as error:
-            given = _short(document.get(field.theirs))
-            raise UserError(f"{where}: {field.theirs} must be {error}, not {given}") from None
-    read["rope_theta"] = _rope_theta(document, family, where)
-    config = DecoderConfig(family=model_type, **read)
-    _check(config, where)
-    return config
+    return read_family_config(FAMILIES[model_type], model_type, document, where)
 
 
 def config_document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """A `config.json` that transformers opens; rope and dtype are written in its newer and its older style."""
-    family = FAMILIES[config.family]
-    document: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.family}
-    for field in family.fields:
-        value = getattr(config, field.ours)
-        document[field.theirs] = token_entry(value) if field.kind == "tokens" else value
-    document["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    document["rope_theta"] = config.rope_theta
-    document["dtype"] = document["torch_dtype"] = dtype
-    return document
+    """A `config.json` that transformers opens."""
+    return family_document(FAMILIES[config.family], config, dtype)
 
 
-def tensor_name(config: DecoderConfig, name: str) -> tuple[str, bool]:
-    """The checkpoint's name of our parameter, and whether it lies transposed there."""
-    for rule in FAMILIES[config.family].tensors:
-        if match := re.fullmatch(rule.ours, name):
-            return match.expand(rule.theirs), rule.transposed
-    raise KeyError(f"no rule of family {config.family!r} covers the parameter {name!r}")
+def place(config: DecoderConfig, name: str) -> Place:
+    """Where the parameter `module/leaf` of ours stands in the family's checkpoints."""
+    return place_of(FAMILIES[config.family], name)
 
 
 def is_ignored(config: DecoderConfig, tensor: str) -> bool:
     """Whether a checkpoint may hold this tensor though the decoder has no place for it."""
-    if config.tie_embeddings and tensor == tensor_name(config, "lm_head/kernel")[0]:
-        return True  # a second copy of the embedding
-    return any(re.fullmatch(pattern, tensor) for pattern in FAMILIES[config.family].ignored)
-
-
-def token_ids(value: Any) -> tuple[int, ...]:
-    """Token ids from an entry that is null, one id or a list; -1, which some files use for "none", is left out."""
-    values = value if isinstance(value, list) else [value]
-    if not all(v is None or _is_int(v) for v in values):
-        raise ValueError("a token id, a list of them or null")
-    return tuple(dict.fromkeys(v for v in values if v is not None and v >= 0))
-
-
-def token_entry(tokens: tuple[int, ...]) -> int | list[int] | None:
-    """The entry that `token_ids` reads back."""
-    return list(tokens) if len(tokens) > 1 else next(iter(tokens), None)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _size(value: Any) -> int:
-    if not _is_int(value) or value < 1:
-        raise ValueError("a whole number, at least 1")
-    return value
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError("a number, at least 0")
-    return float(value)
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _token(value: Any) -> int | None:
-    if isinstance(value, list):
-        raise ValueError("a token id or null")
-    return next(iter(token_ids(value)), None)
-
-
-def _activation(value: Any) -> str:
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise ValueError(f"one of {', '.join(sorted(ACTIVATIONS))}")
-    return value
-
-
-KINDS: dict[str, Parse] = {
-    "size": _size,
-    "float": _float,
-    "bool": _bool,
-    "token": _token,
-    "tokens": token_ids,
-    "activation": _activation,
-}
-
-
-def _rope_theta(document: dict[str, Any], family: Family, where: str) -> float:
-    """Rope's base, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    # Where both stand, transformers lets rope_scaling win.
-    entry = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
-    rope = document.get(entry) or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: {entry} must be an object with rope_theta and rope_type, not {_short(rope)}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{where}: {entry}: rope_type {kind!r} is not supported; known: default")
-    if rope.get("partial_rotary_factor", document.get("partial_rotary_factor")) not in (None, 1):
-        raise UserError(f"{where}: partial_rotary_factor is not supported; every dimension of a head must turn")
-    extra = set(rope) - {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    # With rope_type "default", transformers reads no other number; a nested object is rope by layer type.
-    if extra and ("rope_type" not in rope or any(isinstance(v, dict) for v in rope.values())):
-        raise UserError(f"{where}: {entry}: {', '.join(sorted(extra))} is not supported; known: rope_theta, rope_type")
-    theta = next((v for v in (rope.get("rope_theta"), document.get("rope_theta")) if v is not None), family.rope_theta)
-    try:
-        theta = _float(theta)
-    except ValueError as error:
-        raise UserError(f"{where}: rope_theta must be {error}, not {_short(theta)}") from None
-    if theta == 0:
-        raise UserError(f"{where}: rope_theta must be above 0")
-    return theta
-
-
-def _check(config: DecoderConfig, where: str) -> None:
-    """Values that each alone are fine but not together."""
-    if config.heads % config.kv_heads:
-        raise UserError(
-            f"{where}: num_attention_heads ({config.heads}) must be a multiple of"
-            f" num_key_value_heads ({config.kv_heads})"
-        )
-    if config.head_dim % 2:
-        raise UserError(f"{where}: head_dim ({config.head_dim}) must be even: rope turns pairs of dimensions")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return is_ignored_by(FAMILIES[config.family], config, tensor)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxrlhf.data.sources import Message
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.records import Rollout
 
@@ -20,16 +21,26 @@ class Answers:
     prompts: Sequence[str]  # B texts, as the data gave them
     rows: Sequence[dict[str, Any]]  # B rows: the data's other columns
     tokenizer: Tokenizer
+    chats: Sequence[list[Message] | None] = ()  # B: the chat that a prompt is, None for text; empty: all are text
 
     @cached_property
     def completions(self) -> list[str]:
         """The B answers as text, without special tokens, as they follow their prompts; decoded once, on first use."""
-        tokens, mask, real = jax.device_get((self.rollout.tokens, self.rollout.mask, self.rollout.response_mask))
-        P = tokens.shape[1] - real.shape[1]
-        return [
-            self.tokenizer.decode_after(row[:P][whole[:P]].tolist(), row[P:][answer].tolist())
-            for row, whole, answer in zip(tokens, mask, real)
-        ]
+        return [self.tokenizer.decode_after(prompt, response) for prompt, response in self._ids]
+
+    @cached_property
+    def ended(self) -> list[bool]:
+        """Whether each of the B answers ended by itself."""
+        return jax.device_get(self.rollout.ended).tolist()
+
+    @cached_property
+    def _ids(self) -> list[tuple[list[int], list[int]]]:
+        """The real tokens of each prompt and its answer."""
+        rollout = self.rollout
+        tokens, mask, answered = jax.device_get((rollout.tokens, rollout.mask, rollout.response_mask))
+        at = tokens.shape[1] - answered.shape[1]
+        rows = zip(tokens, mask[:, :at], answered)
+        return [(row[:at][real].tolist(), row[at:][answer].tolist()) for row, real, answer in rows]
 
 
 class Reward(Protocol):

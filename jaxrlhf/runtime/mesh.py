@@ -26,14 +26,16 @@ _COLUMN = PartitionSpec("fsdp", "tensor")  # [in, out]: each device computes som
 _ROW = PartitionSpec("tensor", "fsdp")  # [in, out]: takes the outputs of a column-split layer as they lie
 
 # (pattern on "module.path/leaf", axes of its dimensions); the first row that matches the end of a name counts.
-# A name may have more in front: optimizer states repeat the names of what they optimize.
+# A name may have more in front: optimizer states repeat the names of what they optimize. kernel_int8, kernel_nf4 and
+# kernel_scale of a quantised layer have the kernel's dimensions, some of them shorter, and lie as it would.
 PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),  # [V, D]; tied, its transpose is the lm_head
+    (r"embed_positions/embedding", PartitionSpec("tensor", "fsdp")),  # [positions, D]
     (r"lm_head/kernel", _COLUMN),  # [D, V]
-    (r"attention\.[qkv]_proj/kernel", _COLUMN),  # [D, heads x head size]
-    (r"attention\.o_proj/kernel", _ROW),  # [heads x head size, D]
-    (r"mlp\.(gate|up)_proj/kernel", _COLUMN),  # [D, F]
-    (r"mlp\.down_proj/kernel", _ROW),  # [F, D]
+    (r"attention\.[qkv]_proj/kernel(_\w+)?", _COLUMN),  # [D, heads x head size]
+    (r"attention\.o_proj/kernel(_\w+)?", _ROW),  # [heads x head size, D]
+    (r"mlp\.(gate|up)_proj/kernel(_\w+)?", _COLUMN),  # [D, F]
+    (r"mlp\.down_proj/kernel(_\w+)?", _ROW),  # [F, D]
     (r"score/(kernel|bias)", _REPLICATED),  # [D, 1], [1]
     (r"\w*norm/(scale|bias)", _REPLICATED),  # [D]
     (r"(\w+_proj|lm_head)/bias", _REPLICATED),  # [out]

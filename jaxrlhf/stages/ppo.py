@@ -1,7 +1,7 @@
 """The ppo stage: sample, score, update, again; then a table of what it changed.
 
 Per iteration three compiled programs run (rollout, annotate with GAE, update), and a fourth where the reward
-is an adapter. The host does only what must be text: decode for a reward function, log, save.
+is an adapter or a model of its own. The host does only what must be text: decode for a reward that reads it, log, save.
 """
 
 import dataclasses
@@ -15,10 +15,12 @@ from jaxrlhf.config import PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sources import check_source
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import init_adapter
-from jaxrlhf.records import Adapter, Prompts, Rollout
+from jaxrlhf.models.adapters import init_adapter, without_head
+from jaxrlhf.models.weights import load_adapter
+from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers, Reward
 from jaxrlhf.rewards.functions import FunctionReward
+from jaxrlhf.rewards.load import check_prompts, load_reward
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.rollout.sampling import truncates
@@ -45,12 +47,14 @@ SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 
 @dataclasses.dataclass(frozen=True)
 class PPOInputs:
-    """Prompts and functions that have been read and checked."""
+    """Prompts, functions and adapters that have been read and checked."""
 
     prompts: PromptSet
     evaluation: PromptSet
-    function: FunctionReward | None  # None: the reward adapter
+    reward: Reward | None  # None: the reward adapter
     gold: FunctionReward | None
+    policy: Adapter | None = None  # where settings name one
+    reference: Adapter | None = None  # where settings name one
 
 
 def check(run: Run, roles: Roles) -> None:
@@ -72,18 +76,20 @@ def check(run: Run, roles: Roles) -> None:
     if truncates(config.sampling):
         run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
     reward_adapter = "reward" in roles.adapters or "reward_model" in run.config.stages
-    if config.reward.kind == "model" and not reward_adapter:
+    if config.reward.kind == "model" and config.reward.path is None and not reward_adapter:
         raise UserError(
             "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has "
-            "(model.run), or give a function (ppo.reward.kind=function ppo.reward.function=path.py:name)"
+            "(model.run), or give a reward model (ppo.reward.path=FOLDER) or a function "
+            "(ppo.reward.kind=function ppo.reward.function=path.py:name)"
         )
 
 
 def load(run: Run, roles: Roles) -> PPOInputs:
-    """Reads reward functions and prompts; UserError where they cannot be used."""
+    """Reads adapters, rewards and prompts; UserError where they cannot be used."""
     config = run.config.ppo
-    spec = config.reward.function
-    function = FunctionReward(spec, "ppo.reward.function") if spec is not None else None
+    policy = _named_adapter(roles, config.policy, "ppo.policy")
+    reference = _named_adapter(roles, config.reference, "ppo.reference")
+    reward = load_reward(config.reward, run.mesh, "ppo.reward")
     gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
     prompts = load_prompts(config.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
     run.say(f"ppo: {prompts.report}")
@@ -91,11 +97,11 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     if config.evaluation_data is not None:
         evaluation = load_prompts(config.evaluation_data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
         run.say(f"ppo: evaluation: {evaluation.report}")
-    for scorer, key_path in ((function, "ppo.reward.function"), (gold, "ppo.gold")):
-        for given in (prompts, evaluation):
-            if scorer is not None:
-                scorer.check_columns(set().union(*given.columns), key_path)
-    return PPOInputs(prompts, evaluation, function, gold)
+    for given in (prompts, evaluation):
+        check_prompts(reward, given, "ppo.reward")
+        if gold is not None:
+            gold.check_columns(set().union(*given.columns), "ppo.gold")
+    return PPOInputs(prompts, evaluation, reward, gold, policy, reference)
 
 
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
@@ -128,8 +134,9 @@ class Iteration:
         self.run, self.roles, self.inputs, self.config = run, roles, inputs, config
         self.update_config = _with_total_steps(config)
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
-        self.start = place(run.mesh, _starting_policy(run, roles))
-        self.reward: Reward = inputs.function or ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]))
+        self.reference = place(run.mesh, roles.reference if inputs.reference is None else inputs.reference)
+        self.start = place(run.mesh, _starting_policy(run, roles, inputs))
+        self.reward: Reward = inputs.reward or ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]))
         self.rollout = Program(rollout, "rollout")
         self.annotate = Program(
             annotate_experience, "annotate", static_argnames=("microbatches", "recompute_policy")
@@ -141,9 +148,9 @@ class Iteration:
     def __call__(self, state: dict, step: int) -> tuple[dict, dict[str, float], Answers, np.ndarray]:
         """(state, metrics, answers, scores) of the iteration after `step` iterations."""
         seed, config, clock = self.run.config.seed, self.config, Clock()
-        prompts, rows, texts = self.inputs.prompts.batch(seed, step, config.batch_size)
+        chosen = self.inputs.prompts.rows(seed, step, config.batch_size)
         ppo = state["ppo"]
-        answers = self.answer(ppo.policy, prompts, rows, texts, key_for(seed, "ppo", step, "rollout"))
+        answers = self.answer(ppo.policy, self.inputs.prompts, chosen, key_for(seed, "ppo", step, "rollout"))
         clock.lap("time/rollout", answers.rollout)
         scores, metrics = self.score(answers)
         clock.lap("time/reward", scores)
@@ -163,11 +170,11 @@ class Iteration:
         }
         return {"ppo": ppo, "kl_coef": kl_coef}, metrics, answers, np.asarray(scores)
 
-    def answer(self, policy: Adapter, prompts: Prompts, rows: list, texts: list, key: jax.Array) -> Answers:
-        """Samples an answer to each prompt."""
-        placed = place_batch(self.run.mesh, prompts)
-        answered = self.rollout(self.roles.base, policy, placed, key, self.sampling)
-        return Answers(answered, texts, rows, self.roles.tokenizer)
+    def answer(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray, key: jax.Array) -> Answers:
+        """Samples an answer to each of the chosen prompts, given by their numbers."""
+        padded, rows, texts = prompts.take(chosen)
+        answered = self.rollout(self.roles.base, policy, place_batch(self.run.mesh, padded), key, self.sampling)
+        return Answers(answered, texts, rows, self.roles.tokenizer, [prompts.chats[i] for i in chosen])
 
     def score(self, answers: Answers) -> tuple[jax.Array, dict[str, float]]:
         """Scores f32[B] of the reward that is maximised, and the mean of the one that is only measured."""
@@ -182,7 +189,7 @@ class Iteration:
             self.roles.base,
             policy,
             value,
-            self.roles.reference,
+            self.reference,
             rollout,
             scores,
             kl_coef,
@@ -201,9 +208,8 @@ class Iteration:
         samples = []
         for start in range(0, wanted, size):
             chosen = np.arange(start, start + size) % len(self.inputs.evaluation)
-            prompts, rows, texts = self.inputs.evaluation.take(chosen)
             key = key_for(self.run.config.seed, "evaluation", start, "rollout")
-            answers = self.answer(policy, prompts, rows, texts, key)
+            answers = self.answer(policy, self.inputs.evaluation, chosen, key)
             scores, _ = self.score(answers)
             experience = self.annotated(policy, value, answers.rollout, scores, no_penalty)[0]
             by_row = rows_measured(answers, scores, experience, self.config.missing_eos_penalty)
@@ -235,9 +241,21 @@ def _write_samples(run: Run, step: int, answers: Answers, scores: np.ndarray) ->
     run.samples.write("ppo", step, {"samples": samples_of(answers, scores)[:SAMPLES]})
 
 
-def _starting_policy(run: Run, roles: Roles) -> Adapter:
-    if roles.reference is not None:
-        return jax.tree.map(lambda x: jnp.array(x, copy=True), roles.reference)
+def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter | None:
+    """The adapter that a setting names, without the head that a reward adapter has."""
+    if folder is None:
+        return None
+    try:
+        return without_head(load_adapter(folder, roles.base))
+    except UserError as error:
+        raise UserError(f"{key_path}: {error}") from None
+
+
+def _starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
+    """A copy, because the update gives away its buffers: of the adapter named, else of the reference; else fresh."""
+    for adapter in (inputs.policy, inputs.reference, roles.reference):
+        if adapter is not None:
+            return jax.tree.map(lambda x: jnp.array(x, copy=True), adapter)
     return init_adapter(roles.base, run.config.ppo.adapter, key_for(run.config.seed, "ppo", 0, "policy"))
 
 

@@ -18,6 +18,7 @@ from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.weights import load_adapter, load_pretrained, save_adapter, save_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.random import key_for
@@ -44,14 +45,15 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
     """The roles as a run with this config finds them: its own where it has left any, else its model's."""
     folder = Path(config.run_dir) / "roles"
     inherited: dict[str, Adapter] = {}
+    kept = (config.model.dtype, mesh, config.model.quantize)
     if (folder / "base").is_dir():
-        base, tokenizer = load_pretrained(str(folder / "base"), config.model.dtype, mesh)
+        base, tokenizer = load_pretrained(str(folder / "base"), *kept)
     elif config.model.run is not None:
-        origin = load_run(config.model.run, config.model.dtype, mesh)
+        origin = load_run(config.model.run, *kept)
         base, tokenizer = origin.base, origin.tokenizer
         inherited = {name: origin.adapters[name] for name in ("sft", "reward") if name in origin.adapters}
     elif config.model.path is not None:
-        base, tokenizer = load_pretrained(config.model.path, config.model.dtype, mesh)
+        base, tokenizer = load_pretrained(config.model.path, *kept)
     else:
         base, tokenizer = _new_model(config)
     if config.model.tokenizer is not None:
@@ -68,28 +70,36 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
 
 def load_origin(config: RunConfig) -> Decoder:
     """The base that a run began with, before any stage of its own."""
+    kept = (config.model.dtype, None, config.model.quantize)
     if config.model.run is not None:
-        return load_run(config.model.run, config.model.dtype).base
+        return load_run(config.model.run, *kept).base
     if config.model.path is not None:
-        return load_pretrained(config.model.path, config.model.dtype)[0]
+        return load_pretrained(config.model.path, *kept)[0]
     return _new_model(config)[0]
 
 
-def load_run(run_dir: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Roles:
-    """The roles that a run has left; UserError where `run_dir` is no run or has finished no stage."""
+def load_run(
+    run_dir: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None, quantize: str | None = None
+) -> Roles:
+    """The roles that a run has left, in its own dtype and quantisation where none are given.
+
+    UserError where `run_dir` is no run or has finished no stage.
+    """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir}: not a run directory: it has no config.yaml")
     config = load_config(path).model_copy(update={"run_dir": run_dir})
     if not finished_stages(run_dir):
         raise UserError(f"{run_dir}: no stage of this run has finished yet")
-    if dtype is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    given = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None}
+    config = config.model_copy(update={"model": config.model.model_copy(update=given)})
     return load_roles(config, mesh)
 
 
 def save_base(run_dir: str, base: Decoder, tokenizer: Tokenizer) -> None:
-    """Writes the run's own base."""
+    """Writes the run's own base; UserError where it is quantised: codes are no weights to go on from."""
+    if (kind := quantization(base)) is not None:
+        raise UserError(f"model.quantize: a base in {kind} codes is not saved as a run's own; leave quantize out")
     save_pretrained(str(Path(run_dir) / "roles" / "base"), base, tokenizer=tokenizer)
 
 

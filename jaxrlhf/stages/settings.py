@@ -3,7 +3,7 @@
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, Sampling
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import target_paths
+from jaxrlhf.models.adapters import check_kind, target_paths
 from jaxrlhf.models.decoder import Decoder
 
 
@@ -33,12 +33,13 @@ def check_microbatches(rows: int, size: int | None, key_path: str) -> None:
 
 
 def check_adapter(base: Decoder, config: AdapterConfig, key_path: str) -> None:
-    """UserError where the adapter names modules that the model lacks."""
-    if config.kind == "lora":
-        try:
+    """UserError where the adapter names modules that the model lacks, or would train a quantised model whole."""
+    try:
+        check_kind(base, config)
+        if config.kind == "lora":
             target_paths(base, config)
-        except UserError as error:
-            raise UserError(f"{key_path}.{error}") from None
+    except UserError as error:
+        raise UserError(f"{key_path}.{error}") from None
 
 
 def check_tokens(base: Decoder, sampling: Sampling, key_path: str) -> None:

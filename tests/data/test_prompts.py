@@ -36,6 +36,7 @@ def test_text_prompts_and_their_columns(jsonl, words):
     assert padded.tokens.shape == (2, 16) and padded.mask.sum(1).tolist() == [1, 3]
     assert padded.tokens[1][padded.mask[1]].tolist() == words.encode_prompt("a b")
     assert columns == prompts.columns[::-1] and texts == ["", "a b"]
+    assert prompts.chats == [None, None]
 
 
 def test_chats_leave_out_the_last_answer(jsonl, chat):
@@ -46,6 +47,9 @@ def test_chats_leave_out_the_last_answer(jsonl, chat):
         assert prompts.ids[0].tolist() == want
         assert prompts.texts == [chat.decode(want)]
         assert prompts.columns == rows  # a reward function sees the chat as it is
+        assert prompts.chats == [turns[:1]]
+    cut = load(jsonl([{"prompt": [{"role": "user", "content": "a " * 30}]}]), chat, overflow="cut")
+    assert cut.chats[0][0]["content"] == "a " * 30 and len(cut.ids[0]) == 16
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*no message before"):
         load(jsonl([{"messages": turns[1:]}]), chat)
 
@@ -97,6 +101,7 @@ def test_the_stream_is_a_function_of_seed_and_step(jsonl, words):
     for epoch in range(4):
         assert sorted(flat[10 * epoch : 10 * epoch + 10]) == list(range(10))
     padded, columns, texts = prompts.batch(1, 0, 4)
+    assert texts == prompts.take(prompts.rows(1, 0, 4))[2]
     for row, mask, column, text in zip(padded.tokens, padded.mask, columns, texts):
         assert row[mask].tolist() == words.encode_prompt("a " * (column["i"] % 5 + 1)) == words.encode_prompt(text)
 

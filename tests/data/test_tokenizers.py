@@ -134,6 +134,15 @@ def test_chat_pair_is_the_template(chat):
     assert chat.encode_pair("hello there", as_messages("my friend", "assistant")) == (prompt_ids, response_ids)
 
 
+def test_a_whole_chat_is_the_template_to_its_end():
+    template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' <eos> !' }}{% endfor %}"
+    tokenizer = build_word_tokenizer(["user", "assistant", "a", "b", "!"], chat_template=template)
+    turns = [{"role": "user", "content": "a"}]
+    assert list(tokenizer.encode_chats([turns, turns])) == [[4, 6, 2, 8]] * 2
+    with pytest.raises(UserError, match=r"here: .*no chat template"):
+        list(build_word_tokenizer(["a"]).encode_chats([turns], ["here"]))
+
+
 def test_blanks_that_a_template_puts_after_eos_are_taken_off():
     pytest.importorskip("jinja2")
     template = (
@@ -197,6 +206,14 @@ def test_word_tokenizer_survives_saving(words, tmp_path, beside):
     assert again.decode(again.encode_prompt(text)) == words.decode(words.encode_prompt(text)) == "hello there my <user>"
     for name in ("pad_id", "eos_id", "prefix_ids", "vocab_size", "has_chat_template"):
         assert getattr(again, name) == getattr(words, name)
+
+
+def test_a_saved_tokenizer_may_pad_otherwise(words, tmp_path):
+    assert words.special_ids == [0, 1, 2, 3]
+    words.save(str(tmp_path), pad_id=1)
+    again = load_tokenizer(str(tmp_path))
+    assert (again.pad_id, again.eos_id, words.pad_id) == (1, 2, 0) and again.vocab_size == words.vocab_size
+    assert again.encode_prompt("a b") == words.encode_prompt("a b")
 
 
 def test_chat_template_survives_saving(chat, tmp_path):

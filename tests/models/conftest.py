@@ -77,6 +77,35 @@ def make_llama():
 
 
 @pytest.fixture(scope="session")
+def make_model():
+    """`make_model(folder, model_type, settings, head="CausalLM")` saves a random small model made by transformers,
+    whose weights hide no mistake, and returns it."""
+    torch = pytest.importorskip("torch", reason="torch is the reference")
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+
+    def make(folder, model_type, settings, head="CausalLM", **more):
+        settings = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+        small = dict(vocab_size=61, intermediate_size=44, num_hidden_layers=2, eos_token_id=2, bos_token_id=1)
+        if model_type == "gpt2":
+            small = dict(vocab_size=61, n_layer=2, n_positions=64, eos_token_id=2, bos_token_id=1)
+        config = transformers.AutoConfig.for_model(model_type, **small | dict(pad_token_id=0) | settings | more)
+        model = getattr(transformers, f"AutoModelFor{head}").from_config(config, attn_implementation="eager")
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                norm = "norm" in name or ".ln_" in name
+                scale = 0.3 if norm else 0.2
+                around = 1 if norm and "bias" not in name and not model_type.startswith("gemma") else 0
+                parameter.copy_(around + scale * noise)
+        model.eval().save_pretrained(folder)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def torch_logits():
     """Logits of a transformers model as float32 numpy, positions counted as ours are."""
     torch = pytest.importorskip("torch", reason="torch is the reference")
@@ -85,7 +114,8 @@ def torch_logits():
         real = torch.tensor(np.asarray(mask), dtype=torch.long)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
-            out = model(torch.tensor(np.asarray(tokens), dtype=torch.long), real, position_ids=positions)
+            ids = torch.tensor(np.asarray(tokens), dtype=torch.long)
+            out = model(input_ids=ids, attention_mask=real, position_ids=positions)
         return out.logits.float().numpy()
 
     return logits
@@ -106,7 +136,7 @@ def forward():
 
 SMALL = DecoderConfig(
     vocab_size=31, hidden_size=24, intermediate_size=20, layers=2, heads=3, kv_heads=1, head_dim=8, max_positions=64,
-    attention_bias=True, mlp_bias=True, bos_token=1, stop_tokens=(2, 3), pad_token=0,
+    qkv_bias=True, output_bias=True, mlp_bias=True, bos_token=1, stop_tokens=(2, 3), pad_token=0,
 )  # fmt: skip
 
 

@@ -1,22 +1,23 @@
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters
+from jaxrlhf.models.decoder import DecoderConfig, LayerKind, abstract_decoder, named_parameters
 from jaxrlhf.models.families import (
     FAMILIES,
     config_document,
     is_ignored,
+    place,
     read_config,
-    tensor_name,
     token_entry,
     token_ids,
 )
+from jaxrlhf.models.rope import Rope
 
 MINIMAL = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 FULL = DecoderConfig(
     vocab_size=61, hidden_size=48, intermediate_size=44, layers=2, heads=6, kv_heads=2, head_dim=16, max_positions=99,
-    norm_eps=1e-5, rope_theta=5e5, tie_embeddings=True, attention_bias=True, mlp_bias=True, initializer_range=0.3,
-    bos_token=3, stop_tokens=(4, 5), pad_token=6,
+    norm_eps=1e-5, tie_embeddings=True, qkv_bias=True, output_bias=True, mlp_bias=True, initializer_range=0.3,
+    bos_token=3, stop_tokens=(4, 5), pad_token=6, layer_kinds=(LayerKind(rope=Rope(5e5)),),
 )  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def test_absent_fields_take_transformers_defaults():
     for field in FAMILIES["llama"].fields:
         value = getattr(ours, field.ours)
         assert (token_entry(value) if field.kind == "tokens" else value) == getattr(theirs, field.theirs), field
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.layer_kinds[0].rope.theta == theirs.rope_parameters["rope_theta"]
     assert (ours.kv_heads, ours.head_dim) == (32, 128)
 
 
@@ -50,7 +51,7 @@ def test_null_is_a_default_for_sizes_and_none_for_tokens():
     ],
 )
 def test_rope_theta_in_both_styles(rope, theta):
-    assert read_config(MINIMAL | rope, "config.json").rope_theta == theta
+    assert read_config(MINIMAL | rope, "config.json").layer_kinds == (LayerKind(rope=Rope(theta)),)
     transformers = pytest.importorskip("transformers")
     settings = {k: (dict(v) if isinstance(v, dict) else v) for k, v in rope.items()}  # transformers writes into them
     assert transformers.LlamaConfig(**settings).rope_parameters["rope_theta"] == theta
@@ -62,7 +63,7 @@ def test_rope_theta_in_both_styles(rope, theta):
         ({"model_type": "mamba"}, ["model_type", "'mamba'", "llama"]),
         ({"model_type": None}, ["model_type", "llama"]),
         ({"model_type": ["llama"]}, ["model_type", "llama"]),
-        ({"hidden_act": "gelu"}, ["hidden_act", "silu", "'gelu'"]),
+        ({"hidden_act": "gelu_10"}, ["hidden_act", "silu", "'gelu_10'"]),
         ({"hidden_size": "32"}, ["hidden_size", "whole number", "'32'"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
         ({"vocab_size": True}, ["vocab_size", "True"]),
@@ -71,11 +72,11 @@ def test_rope_theta_in_both_styles(rope, theta):
         ({"eos_token_id": ["</s>"]}, ["eos_token_id"]),
         ({"pad_token_id": [1]}, ["pad_token_id"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads (4)", "num_key_value_heads (3)"]),
-        ({"head_dim": 7}, ["head_dim (7)", "even"]),
+        ({"head_dim": 7}, ["head_dim (7)", "pairs"]),
         ({"hidden_size": 33}, ["head_dim", "hidden_size"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "'linear'"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, ["rope_scaling", "'dynamic'", "linear, llama3"]),
         ({"rope_scaling": {"factor": 2.0}}, ["rope_scaling", "factor"]),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, ["rope_parameters", "'llama3'"]),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, ["rope_parameters", "low_freq_factor"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope_parameters", "full_attention"]),
         ({"rope_parameters": "default"}, ["rope_parameters", "'default'"]),
         ({"rope_theta": 0}, ["rope_theta", "above 0"]),
@@ -113,10 +114,10 @@ def test_transformers_understands_what_is_written():
 def test_every_parameter_has_a_tensor_of_its_own():
     untied = DecoderConfig(**{**FULL.__dict__, "tie_embeddings": False})
     ours = named_parameters(abstract_decoder(untied))
-    theirs = {tensor_name(untied, name)[0] for name in ours}
+    theirs = {place(untied, name).tensor for name in ours}
     assert len(theirs) == len(ours) == 3 + 2 * (2 + 4 * 2 + 3 * 2)
     with pytest.raises(KeyError, match="rotary"):
-        tensor_name(untied, "layers.0.rotary/kernel")
+        place(untied, "layers.0.rotary/kernel")
 
 
 def test_only_copies_and_constants_are_ignored():

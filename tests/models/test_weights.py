@@ -16,7 +16,7 @@ from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE, bind, init_adapter, merge
 from jaxrlhf.models.decoder import named_parameters
-from jaxrlhf.models.families import tensor_name
+from jaxrlhf.models.families import place
 from jaxrlhf.models.tensor_files import INDEX, SINGLE, read_checkpoint
 from jaxrlhf.models.weights import HUB_FILES, load_adapter, load_pretrained, save_adapter, save_pretrained
 
@@ -123,7 +123,7 @@ def test_each_tensor_lands_where_the_table_says_in_the_dtype_asked_for(small, fo
     assert tokenizer is None
     stored = load_file(folder / SINGLE)
     for name, leaf in named_parameters(loaded).items():
-        theirs, transposed = tensor_name(small.config, name)
+        theirs, transposed = place(small.config, name).tensor, place(small.config, name).transposed
         value = stored[theirs].T if transposed else stored[theirs]
         assert leaf.dtype == dtype
         assert np.asarray(leaf).tobytes() == value.astype(leaf.dtype).tobytes()
@@ -381,7 +381,7 @@ B = "layers.0.attention.q_proj/lora_b"
         (lambda f: (f / "adapter.safetensors").unlink(), ["adapter.safetensors"]),
         (lambda f: (f / "adapter.json").unlink(), ["no adapter.json"]),
         (lambda f: (f / "adapter.json").write_text('{"format": "other"}'), ["adapter.json", "'other'"]),
-        (lambda f: (f / "adapter.json").rename(f / "adapter_config.json"), ["PEFT", "not supported yet"]),
+        (lambda f: (f / "adapter.json").rename(f / "adapter_config.json"), ["adapter_config.json", "peft_type", "'LORA'"]),
     ],
 )
 def test_a_spoiled_adapter_is_named_in_one_line(small, lora, tmp_path, spoil, words):

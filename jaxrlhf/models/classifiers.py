@@ -1,0 +1,167 @@
+"""Decoders with a scalar head for whole texts: transformers' `*ForSequenceClassification` with one label, in and out.
+
+The head's weight [1, D] is an adapter of the base with nothing but `score`; transformers reads it at the last token
+that is not padding, as `scoring.sequence_scores` does by the mask.
+
+Not here: several labels, and models that are no decoders (`rewards/classifier.py` scores with those).
+"""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapters import SCORE
+from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.families import FAMILIES, config_document, place, read_config
+from jaxrlhf.models.tensor_files import StoredTensor, read_checkpoint, read_json, write_checkpoint, write_json
+from jaxrlhf.models.weights import (
+    MODEL_FILES,
+    _check_replaceable,
+    _find_folder,
+    _in_dtype,
+    _load,
+    _match,
+    _merged_tensors,
+    _pending,
+    _read_decoder,
+    _written_once,
+    check_dtype,
+)
+from jaxrlhf.records import Adapter
+from jaxrlhf.runtime.mesh import parameter_sharding
+
+if TYPE_CHECKING:
+    from jaxrlhf.data.tokenizers import Tokenizer
+
+CLASSIFIER = "ForSequenceClassification"
+LABEL = "LABEL_0"  # transformers' name for a label that has none
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def load_sequence_classifier(
+    path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> tuple[Decoder, Adapter, "Tokenizer | None"]:
+    """Base, adapter {"score": {"kernel": f32[D,1]}} and tokenizer (None where there is none) of a reward model.
+
+    `path` is a folder or hub id with one label. The base is in `dtype` and laid out on the mesh as `load_pretrained`
+    does it; its tied `lm_head` takes no memory, since nobody asks such a model for words. The base's `pad_token`
+    is `config.json`'s, None where that has none: with a pad token, transformers does not read the tokens equal to it
+    at a text's end. Raises `UserError` naming file and entry or tensor where the folder cannot be used.
+    """
+    from jaxrlhf.data.tokenizers import load_tokenizer
+
+    check_dtype(dtype)
+    folder = _find_folder(path)
+    document = read_json(folder / "config.json")
+    config = dataclasses.replace(read_config(document, str(folder / "config.json")), tie_embeddings=True)
+    _check_labels(document, config, folder / "config.json")
+    tensors = read_checkpoint(folder)
+    head = _head(tensors, config, folder)
+    stored = _match(config, {name: tensor for name, tensor in tensors.items() if tensor is not head}, folder)
+    tokenizer = load_tokenizer(str(folder))
+    base = _read_decoder(config, stored, dtype, mesh)
+    wanted = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
+    sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", wanted.shape)
+    kernel = _load(head, wanted, config, place(config, f"{SCORE}/kernel"), sharding)
+    return base, {SCORE: {"kernel": kernel}}, tokenizer
+
+
+def save_sequence_classifier(
+    path: str | Path,
+    base: Decoder,
+    adapter: Adapter,
+    tokenizer: "Tokenizer | None" = None,
+    dtype: str | None = None,
+) -> None:
+    """Writes base and adapter, merged, and the scalar head as a folder with one label that transformers opens.
+
+    All is stored in `dtype`, None: the base's, the head included. `pad_token_id`, and the tokenizer's pad token, is a
+    token that ends no text, so that transformers scores an answer at its EOS, as we do; where no token is known to be
+    such, it is the EOS itself, and a warning says so. The folder appears complete or not at all; an older model
+    there is replaced. Raises `UserError` where anything else is there, where the adapter has no head, and for a
+    weight too large for `dtype`.
+    """
+    target = Path(path).expanduser().absolute()
+    check_dtype(dtype)
+    if SCORE not in adapter:
+        raise UserError(f"{path}: the adapter has no scalar head; a value or reward adapter has one")
+    _check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
+    config = dataclasses.replace(base.config, pad_token=_pad_token(base.config, tokenizer))
+    if config.pad_token in _ends(config, tokenizer):
+        warnings.warn(
+            f"{path}: no token is free to pad with, so pad_token_id is EOS: transformers scores before it", stacklevel=2
+        )
+    tensors, dtype = _merged_tensors(base, adapter, dtype)
+    tensors.pop(place(config, "lm_head/kernel").tensor, None)
+    name = place(config, f"{SCORE}/kernel").tensor
+    tensors[name] = _in_dtype(name, _pending(adapter[SCORE]["kernel"], transposed=True), dtype)
+    with _written_once(target) as (folder, primary):
+        write_checkpoint(folder, tensors, MAX_SHARD_BYTES, primary)
+        if primary:
+            write_json(folder / "config.json", _document(config, dtype))
+            if tokenizer is not None:
+                tokenizer.save(str(folder), config.pad_token)
+
+
+def _check_labels(document: dict[str, Any], config: DecoderConfig, where: Path) -> None:
+    """`UserError` unless `config.json` describes a sequence classifier with one label."""
+    architectures = document.get("architectures")
+    if not isinstance(architectures, list) or not any(str(name).endswith(CLASSIFIER) for name in architectures):
+        wanted = _architecture(config)
+        raise UserError(f"{where}: architectures is {architectures!r}; a reward model's is ['{wanted}']")
+    for entry in ("id2label", "num_labels"):
+        value = document.get(entry)
+        if value is None:
+            continue  # the shape of the head decides
+        count = len(value) if isinstance(value, dict) else value
+        if isinstance(count, bool) or count != 1:
+            raise UserError(f"{where}: {entry} is {str(value)[:60]}; a reward model has one label")
+
+
+def _head(tensors: dict[str, StoredTensor], config: DecoderConfig, folder: Path) -> StoredTensor:
+    name, wanted = place(config, f"{SCORE}/kernel").tensor, (1, config.hidden_size)
+    if name not in tensors:
+        raise UserError(f"{folder}: tensor {name} is missing, the head of a sequence classifier")
+    if tensors[name].shape != wanted:
+        raise UserError(
+            f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)};"
+            f" one label and config.json call for {list(wanted)}"
+        )
+    return tensors[name]
+
+
+def _ends(config: DecoderConfig, tokenizer: "Tokenizer | None") -> set[int]:
+    """Tokens that a text may end with on purpose."""
+    return {*config.stop_tokens, *([] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id])}
+
+
+def _pad_token(config: DecoderConfig, tokenizer: "Tokenizer | None") -> int | None:
+    """What fills up rows: the pad token, BOS or another special token, unless texts end with it."""
+    ends, size = _ends(config, tokenizer), config.vocab_size
+    candidates = [config.pad_token, config.bos_token]
+    if tokenizer is not None:  # it must have a name for it
+        own = tokenizer.special_ids
+        candidates = [tokenizer.pad_id, *(token for token in candidates if token in own), *own]
+    found = [token for token in candidates if token is not None and token < size]
+    free = [token for token in found if token not in ends]
+    return next(iter([*free, *found, *sorted(ends)]), None)
+
+
+def _document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """A `config.json` with one label, whose output is the score as it stands (a regression)."""
+    return config_document(config, dtype) | {
+        "architectures": [_architecture(config)],
+        "id2label": {"0": LABEL},
+        "label2id": {LABEL: 0},
+        "problem_type": "regression",
+    }
+
+
+def _architecture(config: DecoderConfig) -> str:
+    family = FAMILIES[config.family]
+    return (family.classifier or family.architecture) + CLASSIFIER

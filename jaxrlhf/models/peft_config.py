@@ -1,0 +1,202 @@
+"""`adapter_config.json` of a PEFT LoRA adapter: which modules have a pair, of what rank, at what scale.
+
+Names of modules are the checkpoint's. Whatever makes an adapter something else than plain pairs on linear layers is
+a `UserError` that names the entry.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.errors import UserError
+
+HEADS = {"score", "classifier"}  # what PEFT lists in modules_to_save for task_type SEQ_CLS; our families have `score`
+
+# Entries with which an adapter computes something else than its pairs, unless they are null, false or empty.
+UNSUPPORTED = (
+    "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora",
+)  # fmt: skip
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # the other named ones change the base's weights
+MERGE_IT = "merge the adapter into its base with PEFT (merge_and_unload) and use that folder as the model"
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """What `adapter_config.json` says of ranks, scales and targets."""
+
+    rank: int
+    alpha: float
+    root: bool  # use_rslora
+    ranks: dict[str, int]  # by pattern
+    alphas: dict[str, float]  # by pattern
+    targets: str | list[str] | None  # None: not said
+    excluded: str | list[str]
+    layers: list[int]  # empty: all
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.ranks, module, self.rank)
+
+    def scale(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) where it is rank-stabilised (2312.03732)."""
+        rank = self.rank_of(module)
+        return _by_pattern(self.alphas, module, self.alpha) / (rank**0.5 if self.root else rank)
+
+    def calls_for(self, module: str) -> bool:
+        """Whether PEFT would put a pair on this module of the blocks."""
+        if _named(self.excluded, module) or self.targets is None:
+            return False
+        if self.targets == "all-linear":
+            return True
+        if isinstance(self.targets, str) or module in self.targets:
+            return _named(self.targets, module)
+        layer = int(re.search(r"\.(\d+)\.", module)[1])
+        return _named(self.targets, module) and (not self.layers or layer in self.layers)
+
+
+def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
+    """The settings of a plain LoRA adapter; `UserError` naming the entry where it is something else."""
+    if document.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type {document.get('peft_type')!r} is not supported; it must be 'LORA'")
+    unsupported = [entry for entry in UNSUPPORTED if document.get(entry)]
+    if document.get("bias") not in (None, "none"):
+        unsupported.append("bias")
+    start = document.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+        unsupported.append("init_lora_weights")
+    if not set(_strings(document, "modules_to_save", file) or ()) <= HEADS:
+        unsupported.append("modules_to_save")
+    if unsupported:
+        entry = unsupported[0]
+        raise UserError(f"{file}: {entry} {_short(document[entry])} is not supported; {MERGE_IT}")
+    settings = PeftConfig(
+        rank=_number(document.get("r"), "r", int, file),
+        alpha=_number(document.get("lora_alpha"), "lora_alpha", float, file),
+        root=bool(document.get("use_rslora")),
+        ranks=_patterns(document, "rank_pattern", int, file),
+        alphas=_patterns(document, "alpha_pattern", float, file),
+        targets=_strings(document, "target_modules", file),
+        excluded=_strings(document, "exclude_modules", file) or [],
+        layers=_layer_numbers(document, file),
+    )
+    for entry in ("target_modules", "exclude_modules"):
+        if isinstance(document.get(entry), str):
+            _check_expression(document[entry], entry, file)
+    return settings
+
+
+def _number(value: Any, entry: str, kind: type, file: Path) -> Any:
+    allowed = int if kind is int else int | float
+    if isinstance(value, bool) or not isinstance(value, allowed) or not abs(value) < float("inf"):
+        raise UserError(f"{file}: {entry} must be a {'whole ' if kind is int else ''}number, not {_short(value)}")
+    if kind is int and value < 1:
+        raise UserError(f"{file}: {entry} must be at least 1, not {value}")
+    return value
+
+
+def _patterns(document: dict[str, Any], entry: str, kind: type, file: Path) -> dict[str, Any]:
+    value = document.get(entry) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: {entry} must be an object of module names and numbers, not {_short(value)}")
+    for pattern, number in value.items():
+        _check_expression(pattern, entry, file)
+        _number(number, f"{entry}: {pattern}", kind, file)
+    return value
+
+
+def _strings(document: dict[str, Any], entry: str, file: Path) -> str | list[str] | None:
+    value = document.get(entry)
+    listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if not (value is None or listed or (isinstance(value, str) and entry != "modules_to_save")):
+        raise UserError(f"{file}: {entry} must be a list of module names, not {_short(value)}")
+    return value
+
+
+def _layer_numbers(document: dict[str, Any], file: Path) -> list[int]:
+    value = document.get("layers_to_transform")
+    numbers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise UserError(f"{file}: layers_to_transform must be layer numbers, not {_short(value)}")
+    return numbers
+
+
+def _check_expression(pattern: str, entry: str, file: Path) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{file}: {entry}: {_short(pattern)} is no regular expression ({error})") from None
+
+
+def _by_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that ends the module's name, as PEFT looks it up."""
+    return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _named(targets: str | list[str], module: str) -> bool:
+    """Whether a regular expression or a list of (ends of) names means a module."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def peft_document(
+    pairs: dict[str, tuple[int, np.float32]], modules: list[str], base_path: str | None, fan_in_fan_out: bool
+) -> dict[str, Any]:
+    """An `adapter_config.json` for pairs of these (rank, scale) by module; `modules` are all linear ones in the blocks.
+
+    lora_alpha = scale * r. `r` is the largest rank, because serving engines make room for that many.
+    """
+    numbers = {module: (rank, _alpha(rank, scale)) for module, (rank, scale) in pairs.items()}
+    largest = max(rank for rank, _ in numbers.values())
+    rank, alpha = Counter(pair for pair in numbers.values() if pair[0] == largest).most_common(1)[0][0]
+    ranks = _by_name({module: r for module, (r, _) in numbers.items()}, list(pairs))
+    alphas = _by_name({module: a for module, (_, a) in numbers.items()}, list(pairs))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_path,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": sorted(_by_name(dict.fromkeys(pairs, True), modules)),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "modules_to_save": None,
+    }
+
+
+def _alpha(rank: int, scale: np.float32) -> int | float:
+    """The alpha with which alpha / rank is the scale, bit by bit; a round number where there is one."""
+    exact = float(scale) * rank
+    short = float(str(np.float32(exact)))
+    alpha = short if np.float32(short / rank) == scale else exact
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _by_name(values: dict[str, Any], modules: list[str]) -> dict[str, Any]:
+    """The values by the shortest ends of names for which all of `modules` that end so have the same."""
+
+    def ends(module: str) -> list[str]:
+        inner = re.sub(r"^.*?\.\d+\.", "", module)  # behind the layer's number
+        return [inner.split(".")[-1], inner, module]
+
+    named = {}
+    for module, value in values.items():
+        for end in ends(module):
+            if all(values.get(other) == value for other in modules if _named([end], other)):
+                named[end] = value
+                break
+    return named
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

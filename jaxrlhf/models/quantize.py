@@ -1,0 +1,295 @@
+"""Weight-only quantisation of a frozen base: the linear layers of its blocks as int8 or nf4 codes with scales.
+
+int8: one scale per output channel, its largest weight / 127 (2208.07339, section 2.1).
+nf4: 4-bit NormalFloat (2305.14314, section 3): each block of 64 weights along the input dimension is a scale times the
+nearest of 16 values. Blocks are bitsandbytes' where the inputs are a multiple of 64; else an output's last block is
+shorter. Two things differ from QLoRA, where logits of a small trained model were off by 10.6% instead of 8.5%: a scale
+need not be the block's largest magnitude (see `_nf4`), and where query heads share a key and value head, k_proj and
+v_proj are int8, a few percent of the weights and the most sensitive ones.
+
+Embeddings, norms, biases and heads stay as they are. Kernels are dequantised inside the forward pass, layer by layer.
+
+Not here: a matmul on codes (weights are cast first), quantised activations, and gradients for codes and scales.
+qwix quantises too, but changes a model's calls by interception, keeps nf4 codes one per byte on CPU, and wants
+dimensions that are multiples of the block.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxrlhf.models.decoder import Decoder, DecoderConfig, Linear, find_module, linear_shapes, named_parameters
+from jaxrlhf.runtime.mesh import parameter_sharding
+
+KINDS = ("int8", "nf4")
+BLOCK = 64
+# 2305.14314, appendix E: quantiles of the normal distribution, normalised to [-1, 1], with an exact zero.
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+_NF4_BOUNDS = (NF4[1:] + NF4[:-1]) / 2
+_CHUNK = 1 << 16  # weights that are quantised at a time: what is in flight stays in a processor's cache
+
+
+class QuantizedLinear(Linear):
+    """A linear layer with codes and scales for a kernel; bias and LoRA are those of `Linear`.
+
+    kernel_int8 i8[in, out], or kernel_nf4 u8[in / 2 rounded up, out] (even inputs in the low four bits);
+    kernel_scale f32[blocks, out], one block in int8.
+    """
+
+    def __init__(self, codes: jax.Array, scale: jax.Array, fan_in: int, bias: nnx.Param | None = None):
+        self.kind = "int8" if codes.dtype == jnp.int8 else "nf4"
+        self.fan_in = fan_in
+        setattr(self, f"kernel_{self.kind}", nnx.Param(codes))
+        self.kernel_scale = nnx.Param(scale)
+        self.bias = nnx.data(bias)
+        self.lora_a = self.lora_b = self.lora_scale = nnx.data(None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.fan_in, self.kernel_scale.shape[1]
+
+    def project(self, x: jax.Array) -> jax.Array:
+        return _product(self.fan_in, x, *self._leaves())
+
+    def float32_kernel(self) -> jax.Array:
+        return dequantize(*self._leaves(), self.fan_in)
+
+    def _leaves(self) -> tuple[jax.Array, jax.Array]:
+        return getattr(self, f"kernel_{self.kind}")[...], self.kernel_scale[...]
+
+
+# ---------------------------------------------------------------- one kernel
+
+
+def quantize(kernel: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, scale) of a kernel f32[in, out], as `QuantizedLinear` keeps them."""
+    if kind == "int8":
+        scale = np.abs(kernel).max(axis=0, keepdims=True) / np.float32(127)
+        return np.clip(np.rint(kernel / _divisor(scale)), -127, 127).astype(np.int8), scale
+    fan_in, fan_out = kernel.shape
+    blocks = np.zeros((fan_out, -(-fan_in // BLOCK), BLOCK), np.float32)
+    blocks.reshape(fan_out, -1)[:, :fan_in] = kernel.T
+    largest = np.abs(blocks).max(axis=2)
+    codes, scale = _nf4((blocks / _divisor(largest)[:, :, None]).reshape(-1, BLOCK))
+    codes = codes.reshape(fan_out, -1).T[: fan_in + fan_in % 2]
+    return codes[0::2] | codes[1::2] << 4, (scale.reshape(largest.shape) * largest).T
+
+
+def _nf4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes u8[N, 64] and scales f32[N, 1] of blocks whose largest magnitude is 1.
+
+    The scale that does best of four: 1 and -1 (one more of the 16 values is above zero than below), and each of them
+    refitted by least squares to the codes that it gives.
+    """
+    codes, scale = np.zeros(blocks.shape, np.uint8), np.ones_like(blocks[:, :1])
+    least = np.full_like(scale, np.inf)
+    for sign in (1, -1):
+        tried = np.full_like(scale, sign)
+        for _ in range(2):
+            normed, nearest = blocks / tried, np.zeros(blocks.shape, np.uint8)
+            for bound in _NF4_BOUNDS:
+                nearest += normed > bound
+            values = NF4[nearest]
+            missed = values * tried - blocks
+            error = _dot(missed, missed)
+            better = error < least
+            codes, scale = np.where(better, nearest, codes), np.where(better, tried, scale)
+            least = np.minimum(error, least)
+            tried = _divisor(_dot(values, blocks) / _divisor(_dot(values, values)))
+    return codes, scale
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Row by row, f32[N, 1]."""
+    return np.einsum("ij,ij->i", x, y)[:, None]
+
+
+def _divisor(scale: np.ndarray) -> np.ndarray:
+    """1 where there is nothing but zeros to divide."""
+    return np.where(scale == 0, np.float32(1), scale)
+
+
+def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
+    """The kernel f32[in, out] that codes and scales stand for."""
+    if codes.dtype == jnp.int8:
+        return codes.astype(jnp.float32) * scale
+    fan_out = codes.shape[1]
+    pairs = jnp.stack([codes & 15, codes >> 4], axis=1).reshape(-1, fan_out)
+    scales = jnp.broadcast_to(scale[:, None], (scale.shape[0], BLOCK, fan_out)).reshape(-1, fan_out)
+    return jnp.asarray(NF4)[pairs[:fan_in]] * scales[:fan_in]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(fan_in: int, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., in] times the dequantised kernel, in the dtype of x; codes and scale are constants of the gradient.
+
+    Three things would keep a dequantised copy of every layer alive: XLA moves what is the same in each turn of a loop,
+    such as a rollout's, out of it; it may compute early what waits for nothing; and autodiff keeps a kernel for the
+    backward pass. So the kernel is made when what it is multiplied with is there, and made again on the way back.
+    """
+    return _multiplied(fan_in, x, _after(x, codes), scale)
+
+
+def _forward(fan_in: int, x: jax.Array, codes: jax.Array, scale: jax.Array):
+    return _product(fan_in, x, codes, scale), (codes, scale)
+
+
+def _backward(fan_in: int, kernel: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    codes, scale = kernel
+    codes = _after(gradient, codes)
+    x = jax.ShapeDtypeStruct((*gradient.shape[:-1], fan_in), gradient.dtype)
+    return *jax.linear_transpose(lambda x: _multiplied(fan_in, x, codes, scale), x)(gradient), None, None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """The codes, from the time on when x is there."""
+
+    def barred(x: jax.Array, codes: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier((x, codes))[1]
+
+    def added(x: jax.Array, codes: jax.Array) -> jax.Array:
+        return codes + _nought(x).astype(codes.dtype)
+
+    # XLA drops barriers on CPU before it orders what is left. A number that depends on x holds everywhere, but is sent
+    # round where x lies on several devices.
+    return jax.lax.platform_dependent(x, codes, cpu=added, default=barred)
+
+
+@jax.custom_batching.custom_vmap
+def _nought(x: jax.Array) -> jax.Array:
+    """False, which XLA does not know."""
+    first = x[(0,) * x.ndim]
+    return first * first < -1
+
+
+@_nought.def_vmap
+def _nought_of_all(_, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    return _nought(x), False  # one for the whole batch: codes stay one copy
+
+
+def _multiplied(fan_in: int, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    if codes.dtype == jnp.int8:
+        # The scale goes on the outputs, which are fewer than the weights; in float32, as sums of codes are large.
+        y = jnp.matmul(x, codes.astype(x.dtype), preferred_element_type=jnp.float32)
+        return (y * scale[0]).astype(x.dtype)
+    return x @ dequantize(codes, scale, fan_in).astype(x.dtype)
+
+
+# ---------------------------------------------------------------- a model
+
+
+def quantization(model: Decoder) -> str | None:
+    """The kind that a model's layers are quantised as, or None."""
+    kinds = {name.rpartition("/kernel_")[2] for name in named_parameters(model)}
+    return next((kind for kind in reversed(KINDS) if kind in kinds), None)
+
+
+def kind_of(config: DecoderConfig, path: str, kind: str) -> str:
+    """The kind of one layer under quantisation `kind`."""
+    shared = config.kv_heads < config.heads and path.endswith((".k_proj", ".v_proj"))
+    return "int8" if shared else kind
+
+
+def quantize_decoder(base: Decoder, kind: str) -> Decoder:
+    """A base on one device with its layers quantised; what is not shares the given one's arrays."""
+
+    def replace(path: str, linear: Linear) -> Linear:
+        kernel = np.asarray(linear.kernel[...], np.float32)
+        codes, scale = quantize(kernel, kind_of(base.config, path, kind))
+        return QuantizedLinear(jnp.asarray(codes), jnp.asarray(scale), kernel.shape[0], linear.bias)
+
+    return _with_layers(base, replace)
+
+
+def dequantize_decoder(base: Decoder) -> Decoder:
+    """The base with plain kernels, in the dtype of its embedding; the base itself where it is not quantised."""
+    if quantization(base) is None:
+        return base
+    dtype = base.embed_tokens.embedding.dtype
+
+    def replace(path: str, linear: Linear) -> Linear:
+        bias = None if linear.bias is None else linear.bias[...]
+        return Linear(linear.float32_kernel().astype(dtype), bias)
+
+    return _with_layers(base, replace)
+
+
+def abstract_quantized(abstract: Decoder, kind: str) -> Decoder:
+    """The quantised form of a decoder of `jax.ShapeDtypeStruct`s."""
+
+    def replace(path: str, linear: Linear) -> Linear:
+        (fan_in, fan_out), blocks, codes = linear.shape, 1, jnp.zeros(linear.shape, jnp.int8)
+        if kind_of(abstract.config, path, kind) == "nf4":
+            blocks, codes = -(-fan_in // BLOCK), jnp.zeros((-(-fan_in // 2), fan_out), jnp.uint8)
+        return QuantizedLinear(codes, jnp.zeros((blocks, fan_out)), fan_in, linear.bias)
+
+    return jax.eval_shape(lambda model: _with_layers(model, replace), abstract)
+
+
+def load_quantized(
+    path: str,
+    kind: str,
+    shape: tuple[int, int],
+    read: Callable[[slice], np.ndarray],
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """The leaves, by name, of the layer at `path` whose kernel has this shape; on the mesh, or on the default device.
+
+    `read(columns)` gives a part f32[in, columns] of the kernel. A process reads the columns that its devices keep,
+    and of their rows all: they share a scale.
+    """
+
+    def chunk(columns: slice) -> tuple[np.ndarray, np.ndarray]:
+        return quantize(read(columns), kind)
+
+    @functools.cache
+    def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        step = max(_CHUNK // shape[0], 1)
+        chunks = [slice(left, min(left + step, stop)) for left in range(start, stop, step)]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            made = threads.map(chunk, chunks)
+        return tuple(np.concatenate(pieces, axis=1) for pieces in zip(*made))
+
+    rows = (shape[0], 1) if kind == "int8" else (-(-shape[0] // 2), -(-shape[0] // BLOCK))
+    leaves = {}
+    for which, leaf in enumerate((f"kernel_{kind}", "kernel_scale")):
+        name = f"{path}/{leaf}"
+        if mesh is None:
+            leaves[name] = jnp.array(part(0, shape[1])[which])
+            continue
+
+        def slice_of(index: tuple[slice, slice], which: int = which) -> np.ndarray:
+            start, stop, _ = index[1].indices(shape[1])
+            return part(start, stop)[which][index[0]]
+
+        leaf_shape = (rows[which], shape[1])
+        leaves[name] = jax.make_array_from_callback(leaf_shape, parameter_sharding(mesh, name, leaf_shape), slice_of)
+    return leaves
+
+
+def _with_layers(model: Decoder, replace: Callable[[str, Linear], Linear]) -> Decoder:
+    """A copy of the module tree, same arrays, in which each linear layer of the blocks is another."""
+    leaves, structure = jax.tree.flatten(model)
+    model = jax.tree.unflatten(structure, leaves)
+    for path in linear_shapes(model):
+        above, _, name = path.rpartition(".")
+        parent: Any = find_module(model, above)
+        setattr(parent, name, replace(path, getattr(parent, name)))
+    return model

@@ -1,0 +1,153 @@
+"""Rotary positions: radians per position of each pair of dimensions, by rope type.
+
+Not here: types whose angles depend on the length of the sequence at hand (dynamic, longrope).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a layer (2104.09864); `numbers` are the scaling's, under the names of `config.json`."""
+
+    theta: float = 10000.0
+    share: float = 1.0  # of a head's dimensions, the first ones, that turn
+    kind: str = "default"
+    numbers: tuple[tuple[str, Any], ...] = ()
+
+
+def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+    """Radians per position of each rotated pair, f32[F], and the factor on cosine and sine.
+
+    The first 2F <= head_dim dimensions of a head turn, halves paired.
+    """
+    rotated = int(head_dim * rope.share)
+    exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+    plain = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
+    scaled, factor = SCALINGS[rope.kind].apply(plain, rope.theta, rotated, dict(rope.numbers))
+    return scaled.astype(np.float32), factor
+
+
+def read_rope(entry: dict[str, Any], defaults: dict[str, Any]) -> Rope:
+    """The rope that an object of `config.json` describes; `ValueError` says what is wrong with it.
+
+    `defaults` are values for entries that are absent: rope_theta, partial_rotary_factor and
+    original_max_position_embeddings.
+    """
+    kind = entry.get("rope_type", entry.get("type", "default"))
+    if kind not in SCALINGS:
+        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(sorted(SCALINGS))}")
+    scaling = SCALINGS[kind]
+    given = {name: value for name, value in entry.items() if value is not None}
+    if "rope_type" not in entry or any(isinstance(value, dict) for value in entry.values()):
+        # Where transformers is not told the type in its newer style, a number that it would not read is a mistake.
+        extra = set(given) - {"rope_theta", "partial_rotary_factor", "rope_type", "type", *scaling.numbers}
+        if extra:
+            raise ValueError(f"{', '.join(sorted(extra))} is not supported with rope_type {kind!r}")
+    numbers = {name: given.get(name, defaults.get(name)) for name in scaling.numbers}
+    missing = [name for name in scaling.required if numbers[name] is None]
+    if missing:
+        raise ValueError(f"rope_type {kind!r} wants {', '.join(missing)}")
+    theta = _positive("rope_theta", given.get("rope_theta", defaults["rope_theta"]))
+    share = _positive("partial_rotary_factor", given.get("partial_rotary_factor", defaults["partial_rotary_factor"]))
+    if share > 1:
+        raise ValueError(f"partial_rotary_factor must be at most 1, not {share}")
+    checked = {
+        name: value if isinstance(value, bool) and name == "truncate" else _positive(name, value)
+        for name, value in numbers.items()
+        if value is not None
+    }
+    rope = Rope(theta, share, kind, tuple(sorted(checked.items())))
+    low, high = checked.get("low_freq_factor"), checked.get("high_freq_factor")
+    if low is not None and low >= high:
+        raise ValueError(f"low_freq_factor ({low:g}) must be below high_freq_factor ({high:g})")
+    return rope
+
+
+def rope_entry(rope: Rope) -> dict[str, Any]:
+    """The object of `config.json` that `read_rope` reads back."""
+    partial = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, **partial, **dict(rope.numbers)}
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a number above 0, not {value!r}")
+    return value if isinstance(value, int) and name.startswith("original") else float(value)
+
+
+def _default(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple[np.ndarray, float]:
+    return plain, 1.0
+
+
+def _linear(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple[np.ndarray, float]:
+    """Position interpolation (2306.15595)."""
+    return plain / np.float32(numbers["factor"]), 1.0
+
+
+def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple[np.ndarray, float]:
+    """Llama 3.1 (2407.21783): long waves are stretched, short ones are not, those between in part."""
+    turns = numbers["original_max_position_embeddings"] * plain / np.float32(2 * math.pi)  # over the trained length
+    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 - kept) * plain / np.float32(numbers["factor"]) + kept * plain, 1.0
+
+
+def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple[np.ndarray, float]:
+    """YaRN (2309.00071): a ramp from kept to stretched over the dimensions, and a factor on the attention."""
+    length = numbers["original_max_position_embeddings"]
+    factor = numbers["factor"]
+
+    def dimension(turns: float) -> float:
+        """Which pair makes this many turns over the trained length."""
+        return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))
+    if numbers.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    high += 0.001 if low == high else 0.0
+    kept = 1.0 - np.clip((np.arange(len(plain), dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+    scaled = plain / np.float32(factor) * (1.0 - kept) + plain * kept
+    attention = numbers.get("attention_factor")
+    if attention is None:
+        scale, scale_all = numbers.get("mscale"), numbers.get("mscale_all_dim")
+        both = scale is not None and scale_all is not None
+        attention = _yarn_scale(factor, scale) / _yarn_scale(factor, scale_all) if both else _yarn_scale(factor)
+    return scaled, attention
+
+
+def _yarn_scale(factor: float, scale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """A rope type: how it changes the plain frequencies, and which numbers it reads."""
+
+    apply: Callable[[np.ndarray, float, int, dict], tuple[np.ndarray, float]]
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+SCALINGS: dict[str, Scaling] = {
+    "default": Scaling(_default),
+    "linear": Scaling(_linear, ("factor",)),
+    "llama3": Scaling(
+        _llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    ),
+    "yarn": Scaling(
+        _yarn,
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}

@@ -1,0 +1,246 @@
+"""A pretrained reward model as a reward: its own base and tokenizer, against transformers and against `ModelReward`."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.data.tokenizers import build_word_tokenizer, load_tokenizer
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.classifiers import save_sequence_classifier
+from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rewards.pretrained import PretrainedReward
+from jaxrlhf.runtime.mesh import make_mesh
+
+OTHER = ["?", ".", "not", "so", "very", "bad", "good", "it", "is", "<user>", "<assistant>"]  # not the policy's ids
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ '<' + m.role + '> ' + m.content + ' <eos>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def make_base(tokenizer):
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=24, layers=1, heads=2, kv_heads=1,
+        head_dim=8, max_positions=64, tie_embeddings=True, bos_token=1, stop_tokens=(2,), pad_token=0,
+    )  # fmt: skip
+    noise = np.random.default_rng(2)
+    abstract = abstract_decoder(config)
+    values = {
+        name: jax.numpy.asarray(0.4 * noise.standard_normal(leaf.shape) + ("norm" in name), leaf.dtype)
+        for name, leaf in named_parameters(abstract).items()
+    }
+    return with_parameters(abstract, values)
+
+
+def head(seed=3):
+    return {"score": {"kernel": jax.numpy.asarray(np.random.default_rng(seed).standard_normal((16, 1)), np.float32)}}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A reward model with words in another order, and a chat template."""
+    path = tmp_path_factory.mktemp("reward") / "model"
+    tokenizer = build_word_tokenizer(OTHER, chat_template=CHAT)
+    save_sequence_classifier(path, make_base(tokenizer), head(), tokenizer)
+    return path
+
+
+@pytest.fixture
+def make(mesh):
+    return lambda path, **settings: PretrainedReward(RewardConfig(path=str(path), **settings), mesh, "ppo.reward")
+
+
+def direct(folder, text):
+    """The score of one text, special tokens spelt out, by transformers alone."""
+    torch = pytest.importorskip("torch", reason="torch is the reference")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    ids = load_tokenizer(str(folder)).fast(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return model(ids).logits[0, 0].item()
+
+
+def test_an_exported_reward_adapter_scores_as_it_did_in_its_run(make, answered, rows, policy_tokenizer, tmp_path):
+    """The same tokens, through text and back: the EOS where an answer ended, none where it did not."""
+    base = make_base(policy_tokenizer)
+    save_sequence_classifier(tmp_path / "out", base, head(), policy_tokenizer)
+    answers = answered(rows)
+    expected = np.asarray(ModelReward(base, head())(answers))
+    assert expected.std() > 0.1
+    scores = make(tmp_path / "out")(answers)
+    assert scores.shape == (6,) and scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    without = make(tmp_path / "out", end_at_eos=False)(answers)
+    ended = np.asarray(answers.rollout.ended)
+    assert (np.abs(without - expected)[ended] > 1e-3).all()
+    np.testing.assert_allclose(without[~ended], expected[~ended], atol=1e-5)
+
+
+def test_another_tokenizer_reads_the_text(make, folder, answered, rows):
+    answers = answered(rows)
+    expected = [direct(folder, f"<bos> {p} {c}" + " <eos>" * ended) for p, c, ended in rows]
+    assert np.std(expected) > 0.1
+    for size in (1, 4, 16):
+        np.testing.assert_allclose(make(folder, batch_size=size)(answers), expected, atol=1e-4)
+    expected = [direct(folder, f"<bos> {c}" + " <eos>" * ended) for p, c, ended in rows]
+    np.testing.assert_allclose(make(folder, input="completion")(answers), expected, atol=1e-4)
+    spelt = make(folder, template="{completion} ? {prompt}", end_at_eos=False)(answers)
+    np.testing.assert_allclose(spelt, [direct(folder, f"<bos> {c} ? {p}") for p, c, _ in rows], atol=1e-4)
+
+
+def test_a_chat_goes_through_the_models_own_template(make, folder, answered):
+    chat = [{"role": "user", "content": "is it bad"}]
+    rows = [("is it bad", "not bad", True), ("is it bad", "not", False), ("is it", "good", True)]
+    answers = answered(rows, chats=[chat, chat, None])
+    texts = ["<user> is it bad <eos> <assistant> not bad <eos>", "<user> is it bad <eos> <assistant> not <eos>"]
+    expected = [direct(folder, text) for text in [*texts, "<bos> is it good <eos>"]]
+    np.testing.assert_allclose(make(folder)(answers), expected, atol=1e-4)
+    np.testing.assert_allclose(make(folder, end_at_eos=True)(answers), expected, atol=1e-4)
+    expected[2] = direct(folder, "<user> is it <eos> <assistant> good <eos>")  # a text as a user's turn
+    np.testing.assert_allclose(make(folder, input="chat")(answers), expected, atol=1e-4)
+    read = [direct(folder, f"<bos> is it bad {c}" + " <eos>" * ended) for _, c, ended in rows[:2]]
+    np.testing.assert_allclose(make(folder, input="text")(answers)[:2], read, atol=1e-4)
+
+
+def test_a_template_that_writes_on_after_the_eos(make, answered, tmp_path):
+    """It is read to its last character, whatever it opens a turn with; or to the EOS, as in the stage reward_model."""
+    written = CHAT.replace("<eos>\n", "<eos> ?\n").replace("'<assistant> '", "'<assistant> so '")
+    tokenizer = build_word_tokenizer(OTHER, chat_template=written)
+    save_sequence_classifier(tmp_path / "out", make_base(tokenizer), head(), tokenizer)
+    answers = answered([("is it", "good", True)], chats=[[{"role": "user", "content": "is it"}]])
+    whole = direct(tmp_path / "out", "<user> is it <eos> ? <assistant> good <eos> ?")
+    np.testing.assert_allclose(make(tmp_path / "out")(answers), [whole], atol=1e-4)
+    tokenizer = build_word_tokenizer(OTHER, chat_template=written.replace(" ?", ""))
+    save_sequence_classifier(tmp_path / "blank", make_base(tokenizer), head(), tokenizer)
+    prompt, answer = tokenizer.encode_pair(answers.chats[0], "good")
+    cut = direct(tmp_path / "blank", " ".join(tokenizer.fast.convert_ids_to_tokens(prompt + answer)))
+    np.testing.assert_allclose(make(tmp_path / "blank", end_at_eos=True)(answers), [cut], atol=1e-4)
+
+
+def test_prompts_that_the_template_refuses_are_found_beforehand(make, folder):
+    good, bad = [{"role": "user", "content": "is it"}], [{"role": "tool", "content": "is it"}]
+    prompts = SimpleNamespace(texts=["is it"] * 3, chats=[good, None, bad])
+    with pytest.raises(UserError, match=r"prompt 2: the chat template of .* no tools"):
+        make(folder).check_prompts(prompts)
+    make(folder, input="text").check_prompts(prompts)
+
+
+def test_a_model_that_pads_with_eos_is_read_before_it(make, folder, answered, rows, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(document | {"pad_token_id": 2}))
+    expected = [direct(tmp_path, f"<bos> {p} {c}" + " <eos>" * ended) for p, c, ended in rows]
+    np.testing.assert_allclose(make(tmp_path)(answered(rows)), expected, atol=1e-4)
+    np.testing.assert_allclose(make(folder, end_at_eos=False)(answered(rows)), expected, atol=1e-4)
+
+
+def test_texts_of_about_one_length_share_a_shape(make, folder, answered):
+    """At most four lengths, each compiled once; what is too long loses its start, BOS excepted."""
+    reward = make(folder)
+    assert reward.lengths == [8, 16, 32, 64] and reward.max_length == 64  # the model's positions
+    rows = [("is it", "good " * count + "bad", count % 2 == 0) for count in (1, 20, 2, 90, 9, 59, 5, 12)]
+    expected = [direct(folder, f"<bos> {p} {c}" + " <eos>" * ended) for p, c, ended in rows if c.count("g") < 90]
+    reward.config = reward.config.model_copy(update={"batch_size": 2})
+    for _ in range(2):
+        scores = reward(answered(rows))
+        np.testing.assert_allclose(np.delete(scores, 3), expected, atol=1e-4)
+    np.testing.assert_allclose(scores[3], direct(folder, "<bos> " + "good " * 61 + "bad <eos>"), atol=1e-4)
+    assert reward.program.compiles == 4
+    short = make(folder, max_length=5)
+    assert short.lengths == [5]
+    np.testing.assert_allclose(short(answered(rows))[2], direct(folder, "<bos> good good bad <eos>"), atol=1e-4)
+
+
+def test_an_empty_text_is_its_eos(make, folder, answered, tmp_path):
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.fast.backend_tokenizer.post_processor = None
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer.save(str(tmp_path))
+    assert load_tokenizer(str(tmp_path)).prefix_ids == []
+    scores = make(tmp_path, input="completion")(answered([("is it", "", True), ("is it", "good", False)]))
+    np.testing.assert_allclose(scores, [direct(folder, "<eos>"), direct(folder, "good")], atol=1e-4)
+
+
+ON_A_MESH = """
+import sys
+import jax, numpy as np
+from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.data.tokenizers import build_word_tokenizer
+from jaxrlhf.records import Rollout
+from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.pretrained import PretrainedReward
+from jaxrlhf.runtime.mesh import make_mesh, place_batch
+
+assert len(jax.devices()) == 4
+words = build_word_tokenizer(["is", "it", "good", "bad"])
+tokens, mask = np.arange(4, 8)[None] * np.ones((8, 1), int), np.arange(4)[None] < np.arange(8)[:, None] // 2 + 1
+rollout = Rollout(tokens, mask, mask[:, 2:], np.zeros((8, 2)), np.arange(8) % 2 == 0, np.zeros(8))
+for shape in ({"data": 1}, {"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}):
+    mesh = make_mesh(MeshConfig(**shape), jax.devices()[: np.prod(list(shape.values()))])
+    reward = PretrainedReward(RewardConfig(path=sys.argv[1], batch_size=4), mesh, "ppo.reward")
+    split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(reward.base)]
+    scores = reward(Answers(place_batch(mesh, rollout), ["is it"] * 8, [{}] * 8, words))
+    print(any(split), *scores)
+"""
+
+
+def test_scores_are_the_same_on_a_mesh(folder):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
+    command = [sys.executable, "-c", ON_A_MESH, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (split, *one), *others = [line.split() for line in done.stdout.splitlines()]
+    assert split == "False" and np.std(np.float32(one)) > 0.1
+    for split, *scores in others:
+        assert split == "True"
+        np.testing.assert_allclose(np.float32(scores), np.float32(one), atol=1e-5)
+
+
+def test_folders_that_cannot_be_used(make, folder, tmp_path):
+    tokenizer = build_word_tokenizer(OTHER)
+    base = make_base(tokenizer)
+    save_sequence_classifier(tmp_path / "mute", base, head())
+    save_sequence_classifier(tmp_path / "narrow", base, head(), build_word_tokenizer([*OTHER, "more"]))
+    save_sequence_classifier(tmp_path / "plain", base, head(), tokenizer)
+    for path, settings, words in (
+        (tmp_path / "absent", {}, "absent: no such folder"),
+        (tmp_path / "mute", {}, "ppo.reward.path: .*mute has no tokenizer"),
+        (tmp_path / "narrow", {}, "ppo.reward.path: .* 16 tokens, the model 15"),
+        (tmp_path / "plain", {"input": "chat"}, "ppo.reward.input: .* no chat template"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make(path, **settings)
+
+
+def test_a_score_that_is_no_number_is_a_fault(make, folder, answered, rows):
+    reward = make(folder)
+    reward.adapter = {"score": {"kernel": reward.adapter["score"]["kernel"] * np.nan}}
+    with pytest.raises(RewardFault, match="gave nan for answer 0 of 6"):
+        reward(answered(rows))
+
+
+def test_what_stands_between_prompt_and_answer_is_kept(answered):
+    """Words are joined by blanks, which belong to no word: an answer alone has lost the one before it."""
+    answers = answered([("is it", "good bad", True), ("", "so", False), ("is  it ", "", True)])
+    assert answers.completions == [" good bad", "so", ""]
+    assert dataclasses.replace(answers).ended == [True, False, True]
