@@ -61,6 +61,7 @@ class Sampling(Settings):
         None, strict=False, description="token ids that end an answer; null: the model's own"
     )
     pad_token: NonNegativeInt | None = Field(None, description="token id after the end; null: the model's own")
+    samples_per_prompt: PositiveInt = Field(1, description="answers to each prompt: a group, from one prefill")
 
 
 class OptimizerConfig(Settings):
@@ -83,8 +84,21 @@ class PPOConfig(Settings):
     epochs: PositiveInt = Field(4, description="passes over the samples of an iteration")
     minibatches: PositiveInt = Field(1, description="optimizer steps per pass")
     microbatch_size: PositiveInt | None = Field(None, description="rows per forward and backward pass; null: a whole minibatch")
+    loss: Literal["clip", "gspo", "cispo", "pg"] = Field(
+        "clip", description="clip: PPO; gspo: one ratio per answer; cispo: clipped weights; pg: plain policy gradient"
+    )
     clip_low: NonNegativeFloat = Field(0.2, description="the ratio is clipped below 1 - clip_low")
     clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="where the advantage is negative, the loss is at most this times its size; null: off"
+    )
+    importance_cap: PositiveFloat | None = Field(
+        None, description="weights for the gap between sampling and training logprobs, cut off here; null: no weights"
+    )
+    importance_level: Literal["token", "sequence"] = Field("token", description="one such weight per token or per answer")
+    kl_loss: Literal["k1", "k2", "k3"] | None = Field(
+        None, description="estimator of a KL term in the loss, weighted by kl.coef; null: the KL is part of the reward"
+    )
     value_clip: NonNegativeFloat = Field(0.2, description="values are clipped to the old ones +- this")
     value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss")
     entropy_coef: NonNegativeFloat = Field(0.0, description="weight of the entropy bonus")
@@ -106,12 +120,15 @@ class KLConfig(Settings):
 
 
 class AdvantageConfig(Settings):
-    """Generalised advantage estimation (1506.02438) and whitening."""
+    """How rewards become advantages."""
 
+    estimator: Literal[
+        "gae", "reinforce", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax"
+    ] = Field("gae", description="rloo, grpo, dr_grpo and reinforce_plus_plus_baseline compare sampling.samples_per_prompt answers; only gae has a value model")
     gamma: UnitFloat = Field(1.0, description="discount")
     lam: UnitFloat = Field(0.95, description="lambda of generalised advantage estimation")
     whiten_rewards: bool = Field(False, description="rewards are scaled to deviation 1, over the whole batch, before GAE")
-    whiten_advantages: bool = Field(True, description="advantages are scaled to mean 0 and deviation 1 over the whole batch")
+    whiten_advantages: bool | None = Field(None, description="advantages are scaled to mean 0 and deviation 1 over the whole batch; null: gae's and reinforce's are")
 
 
 # ---------------------------------------------------------------- data
@@ -294,7 +311,7 @@ class PPOStageConfig(Settings):
     max_prompt_tokens: PositiveInt = Field(64, description="prompts are padded on the left to this length")
     overflow: Overflow = Field("stop", description="longer prompts: cut their start, drop them, or stop")
     iterations: PositiveInt = Field(100, description="rollouts")
-    batch_size: PositiveInt = Field(64, description="prompts per rollout")
+    batch_size: PositiveInt = Field(64, description="prompts per rollout; times sampling.samples_per_prompt answers")
     sampling: Sampling = Field(Sampling(), description="how answers are sampled")
     policy: str | None = Field(None, description="adapter folder (ours or PEFT's) that the policy starts from; null: the reference")
     reference: str | None = Field(None, description="adapter folder of the reference; null: the SFT adapter, else the base")
@@ -310,7 +327,7 @@ class PPOStageConfig(Settings):
     save_every: PositiveInt = Field(10, description="iterations between checkpoints")
     sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl")
     evaluation_data: PromptsConfig | None = Field(None, description="held-out prompts for the final table; null: of data")
-    evaluation_prompts: PositiveInt = Field(128, description="answers for the final table, before and after training; prompts are taken in turn")
+    evaluation_prompts: PositiveInt = Field(128, description="prompts for the final table, before and after training; taken in turn")
 
 
 class RunConfig(Settings):

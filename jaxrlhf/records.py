@@ -82,6 +82,7 @@ class Experience:
     values: jax.Array  # f32[B,R]; old
     advantages: jax.Array  # f32[B,R]
     returns: jax.Array  # f32[B,R]
+    kl_coef: jax.Array  # f32[B]; of the KL term in the loss, 0 where KL is part of the reward
 
 
 @struct.dataclass

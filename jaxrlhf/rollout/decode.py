@@ -29,14 +29,16 @@ class _Answers:
 
 
 def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.Array, sampling: Sampling) -> Rollout:
-    """Samples an answer to each prompt; see `records.Rollout`.
+    """Samples `samples_per_prompt` answers to each prompt, n, side by side: B prompts give n B rows; see
+    `records.Rollout`. Each prompt is read once.
 
     An answer ends with a stop token (kept, and real) or at `max_new_tokens`; what follows is pad and counts
     for nothing. Logprobs are those of the whole distribution at `temperature`, also where top-k, top-p or
     min-p narrow what is sampled; greedy answers (temperature 0) get logprobs at temperature 1.
     """
     model = bind(base, adapter)
-    B, P = prompts.tokens.shape
+    n, P = sampling.samples_per_prompt, prompts.tokens.shape[1]
+    B = prompts.tokens.shape[0] * n
     R = sampling.max_new_tokens
     stop_tokens = base.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
     pad_token = (base.config.pad_token or 0) if sampling.pad_token is None else sampling.pad_token
@@ -60,9 +62,10 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
             alive=answers.alive & ~stopped,
         )
 
-    prompt_lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+    prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
+    prompt_lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
     slots = jnp.arange(P + R)
-    prompt_slots = jnp.pad(prompts.mask, ((0, 0), (0, R)))
+    prompt_slots = jnp.pad(prompt_mask, ((0, 0), (0, R)))
 
     def decode(answers: _Answers) -> _Answers:
         """Runs the model on the newest token, whose slot is P + length - 1, and samples the next."""
@@ -81,13 +84,13 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
         logprobs=jnp.zeros((B, R), jnp.float32),
         mask=jnp.zeros((B, R), bool),
         alive=jnp.ones((B,), bool),
-        cache=[_with_room(layer, R) for layer in prompt_cache],
+        cache=[_with_room(layer, n, R) for layer in prompt_cache],
     )
-    answers = extend(answers, model.logits(hidden[:, -1:])[:, 0])
+    answers = extend(answers, jnp.repeat(model.logits(hidden[:, -1:])[:, 0], n, axis=0))
     answers = jax.lax.while_loop(lambda a: (a.length < R) & jnp.any(a.alive), decode, answers)
     return Rollout(
-        tokens=jnp.concatenate([prompts.tokens, answers.tokens], axis=1),
-        mask=jnp.concatenate([prompts.mask, answers.mask], axis=1),
+        tokens=jnp.concatenate([prompt_tokens, answers.tokens], axis=1),
+        mask=jnp.concatenate([prompt_mask, answers.mask], axis=1),
         response_mask=answers.mask,
         sample_logprobs=answers.logprobs,
         ended=~answers.alive,
@@ -95,7 +98,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     )
 
 
-def _with_room(layer: LayerCache, slots: int) -> LayerCache:
-    """The prompt's cache with empty slots for the answer."""
+def _with_room(layer: LayerCache, copies: int, slots: int) -> LayerCache:
+    """The prompts' cache, once for each answer, with empty slots for it."""
     room = ((0, 0), (0, slots), (0, 0), (0, 0))
-    return LayerCache(jnp.pad(layer.k, room), jnp.pad(layer.v, room))
+    return LayerCache(*(jnp.pad(jnp.repeat(x, copies, axis=0), room) for x in layer))

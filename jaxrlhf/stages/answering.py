@@ -87,7 +87,7 @@ def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Ro
     given = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     changed = {name: value for name, value in given.items() if value is not None}
     try:
-        sampling = Sampling(**{**run.model_dump(), **changed})
+        sampling = Sampling(**{**run.model_dump(), **changed, "samples_per_prompt": 1})
     except pydantic.ValidationError as error:
         fault = error.errors()[0]
         option = str(fault["loc"][0]).replace("_", "-")

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.config import PPOConfig, PPOStageConfig
+from jaxrlhf.algorithms.advantages import ADVANTAGES
+from jaxrlhf.config import PPOConfig, PPOStageConfig, Sampling
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sources import check_source
 from jaxrlhf.errors import UserError
@@ -68,9 +69,15 @@ def check(run: Run, roles: Roles) -> None:
     length = config.max_prompt_tokens + config.sampling.max_new_tokens
     check_length(roles.base, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
     check_batch(run.mesh, config.batch_size, "ppo.batch_size")
-    check_minibatches(config.batch_size, config.update.minibatches, "ppo.update.minibatches")
-    rows = config.batch_size // config.update.minibatches
+    answers = config.batch_size * config.sampling.samples_per_prompt
+    check_minibatches(answers, config.update.minibatches, "ppo.update.minibatches")
+    rows = answers // config.update.minibatches
     check_microbatches(rows, config.update.microbatch_size, "ppo.update.microbatch_size")
+    if ADVANTAGES[config.advantage.estimator].needs_group and config.sampling.samples_per_prompt == 1:
+        raise UserError(
+            f"ppo.advantage.estimator: {config.advantage.estimator} compares the answers to one prompt; "
+            "give ppo.sampling.samples_per_prompt at least 2, such as 8"
+        )
     if config.sampling.temperature == 0:
         raise UserError("ppo.sampling.temperature: PPO samples; 0 is greedy, give a number above 0 such as 1.0")
     if truncates(config.sampling):
@@ -113,17 +120,18 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     with Loop(run, "ppo", state, config.iterations, config.save_every) as loop:
         for step in loop.steps():
             loop.state, metrics, answers, scores = iteration(loop.state, step)
-            loop.done(step, metrics, SHOWN, tokens=int(metrics["length/mean"] * config.batch_size))
+            loop.done(step, metrics, SHOWN, tokens=int(metrics["length/mean"] * iteration.rows))
             if (step + 1) % config.sample_every == 0:
                 _write_samples(run, step + 1, answers, scores)
         ppo = loop.state["ppo"]
-    save_role(run.config.run_dir, "policy", ppo.policy)
-    save_role(run.config.run_dir, "value", ppo.value)
+    trained = {"policy": ppo.policy} | ({"value": ppo.value} if ppo.value else {})
+    for name, adapter in trained.items():
+        save_role(run.config.run_dir, name, adapter)
     before, after = iteration.evaluate(iteration.start, ppo.value), iteration.evaluate(ppo.policy, ppo.value)
     run.samples.write("ppo", config.iterations, {"before": before.samples, "after": after.samples})
     mark_finished(run.config.run_dir, "ppo", {"before": before.numbers, "after": after.numbers})
     print(comparison(before, after))
-    return dataclasses.replace(roles, adapters=roles.adapters | {"policy": ppo.policy, "value": ppo.value})
+    return dataclasses.replace(roles, adapters=roles.adapters | trained)
 
 
 class Iteration:
@@ -133,17 +141,22 @@ class Iteration:
         config = run.config.ppo
         self.run, self.roles, self.inputs, self.config = run, roles, inputs, config
         self.update_config = _with_total_steps(config)
+        self.group = config.sampling.samples_per_prompt
+        self.rows = config.batch_size * self.group
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
         self.reference = place(run.mesh, roles.reference if inputs.reference is None else inputs.reference)
         self.start = place(run.mesh, _starting_policy(run, roles, inputs))
         self.reward: Reward = inputs.reward or ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]))
         self.rollout = Program(rollout, "rollout")
+        self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         self.annotate = Program(
-            annotate_experience, "annotate", static_argnames=("microbatches", "recompute_policy")
+            annotate_experience,
+            "annotate",
+            static_argnames=("group", "kl_in_loss", "microbatches", "recompute_policy"),
         )
         self.update = Program(ppo_update, "update", donate_argnums=0)
-        size = config.update.microbatch_size or config.batch_size // config.update.minibatches
-        self.microbatches = config.batch_size // size
+        size = config.update.microbatch_size or self.rows // config.update.minibatches
+        self.microbatches = self.rows // size
 
     def __call__(self, state: dict, step: int) -> tuple[dict, dict[str, float], Answers, np.ndarray]:
         """(state, metrics, answers, scores) of the iteration after `step` iterations."""
@@ -153,15 +166,18 @@ class Iteration:
         answers = self.answer(ppo.policy, self.inputs.prompts, chosen, key_for(seed, "ppo", step, "rollout"))
         clock.lap("time/rollout", answers.rollout)
         scores, metrics = self.score(answers)
+        greedy = self.greedy_scores(ppo.policy, self.inputs.prompts, chosen)
         clock.lap("time/reward", scores)
-        experience, kl_coef, noted = self.annotated(ppo.policy, ppo.value, answers.rollout, scores, state["kl_coef"])
+        experience, kl_coef, noted = self.annotated(
+            ppo.policy, ppo.value, answers.rollout, scores, state["kl_coef"], greedy
+        )
         clock.lap("time/annotate", experience)
         ppo, updated = self.update(
             ppo, self.roles.base, experience, key_for(seed, "ppo", step, "update"), self.update_config
         )
         clock.lap("time/update", updated)
         metrics |= {name: float(value) for name, value in jax.device_get({**noted, **updated}).items()}
-        sampled = metrics["length/mean"] * config.batch_size
+        sampled = metrics["length/mean"] * self.rows
         metrics |= clock.laps | {
             "tokens_per_second/rollout": sampled / clock.laps["time/rollout"],
             "tokens_per_second/update": sampled * config.update.epochs / clock.laps["time/update"],
@@ -170,11 +186,24 @@ class Iteration:
         }
         return {"ppo": ppo, "kl_coef": kl_coef}, metrics, answers, np.asarray(scores)
 
-    def answer(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray, key: jax.Array) -> Answers:
-        """Samples an answer to each of the chosen prompts, given by their numbers."""
-        padded, rows, texts = prompts.take(chosen)
-        answered = self.rollout(self.roles.base, policy, place_batch(self.run.mesh, padded), key, self.sampling)
-        return Answers(answered, texts, rows, self.roles.tokenizer, [prompts.chats[i] for i in chosen])
+    def answer(
+        self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray, key: jax.Array, sampling: Sampling | None = None
+    ) -> Answers:
+        """Samples answers to each of the chosen prompts, given by their numbers; those to one stand side by side."""
+        sampling = self.sampling if sampling is None else sampling
+        padded, _, _ = prompts.take(chosen)
+        answered = self.rollout(self.roles.base, policy, place_batch(self.run.mesh, padded), key, sampling)
+        asked = np.repeat(chosen, sampling.samples_per_prompt)
+        texts, rows, chats = ([kind[i] for i in asked] for kind in (prompts.texts, prompts.columns, prompts.chats))
+        return Answers(answered, texts, rows, self.roles.tokenizer, chats)
+
+    def greedy_scores(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> jax.Array | None:
+        """Scores of the greedy answers to the prompts, f32[rows], where the advantages are measured from them."""
+        if not ADVANTAGES[self.config.advantage.estimator].needs_greedy:
+            return None
+        answers = self.answer(policy, prompts, chosen, jax.random.key(0), self.greedy)
+        scores = np.asarray(self.reward(answers)) - self.config.missing_eos_penalty * ~np.asarray(answers.ended)
+        return place_batch(self.run.mesh, np.repeat(scores, self.group).astype(np.float32))
 
     def score(self, answers: Answers) -> tuple[jax.Array, dict[str, float]]:
         """Scores f32[B] of the reward that is maximised, and the mean of the one that is only measured."""
@@ -183,7 +212,15 @@ class Iteration:
             metrics["reward/gold"] = float(np.mean(self.inputs.gold(answers)))
         return place_batch(self.run.mesh, self.reward(answers)), metrics
 
-    def annotated(self, policy: Adapter, value: Adapter, rollout: Rollout, scores: jax.Array, kl_coef: jax.Array):
+    def annotated(
+        self,
+        policy: Adapter,
+        value: Adapter,
+        rollout: Rollout,
+        scores: jax.Array,
+        kl_coef: jax.Array,
+        greedy: jax.Array | None,
+    ):
         """(experience, next KL coefficient, metrics); see `steps.annotate.annotate_experience`."""
         return self.annotate(
             self.roles.base,
@@ -196,12 +233,15 @@ class Iteration:
             self.config.kl,
             self.config.advantage,
             self.config.missing_eos_penalty,
+            greedy,
+            group=self.group,
+            kl_in_loss=self.config.update.kl_loss is not None,
             microbatches=self.microbatches,
             recompute_policy=not single_step(self.update_config),
         )
 
     def evaluate(self, policy: Adapter, value: Adapter) -> Evaluation:
-        """`evaluation_prompts` answers, to the prompts in turn, with the same programs at the same shapes."""
+        """Answers to `evaluation_prompts` prompts in turn, with the same programs at the same shapes."""
         size, wanted = self.config.batch_size, self.config.evaluation_prompts
         no_penalty = jax.device_put(jnp.float32(0.0), replicated(self.run.mesh))
         rows_of: dict[str, list[np.ndarray]] = {}
@@ -211,12 +251,13 @@ class Iteration:
             key = key_for(self.run.config.seed, "evaluation", start, "rollout")
             answers = self.answer(policy, self.inputs.evaluation, chosen, key)
             scores, _ = self.score(answers)
-            experience = self.annotated(policy, value, answers.rollout, scores, no_penalty)[0]
+            greedy = self.greedy_scores(policy, self.inputs.evaluation, chosen)
+            experience = self.annotated(policy, value, answers.rollout, scores, no_penalty, greedy)[0]
             by_row = rows_measured(answers, scores, experience, self.config.missing_eos_penalty)
             if self.inputs.gold is not None:
                 by_row["reward/gold"] = self.inputs.gold(answers)
             for name, values in by_row.items():
-                rows_of.setdefault(name, []).append(np.asarray(values)[: wanted - start])
+                rows_of.setdefault(name, []).append(np.asarray(values)[: (wanted - start) * self.group])
             samples += samples_of(answers, scores)
         return Evaluation(
             {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}, samples[:SAMPLES]
@@ -259,7 +300,10 @@ def _starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
     return init_adapter(roles.base, run.config.ppo.adapter, key_for(run.config.seed, "ppo", 0, "policy"))
 
 
-def _starting_value(run: Run, roles: Roles) -> Adapter:
+def _starting_value(run: Run, roles: Roles) -> Adapter | None:
+    """The value model's adapter; None where the advantages need none."""
+    if not ADVANTAGES[run.config.ppo.advantage.estimator].needs_value:
+        return None
     if run.config.ppo.value_from == "reward" and "reward" in roles.adapters:
         return roles.adapters["reward"]
     key = key_for(run.config.seed, "ppo", 0, "value")

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.algorithms.advantages import gae
+from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.algorithms.kl import adapt_kl_coef, kl_estimate, shape_rewards
 from jaxrlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, masked_variance, whiten
 from jaxrlhf.config import AdvantageConfig, KLConfig
@@ -18,11 +18,13 @@ from jaxrlhf.models.scoring import response_logprobs, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
 from jaxrlhf.steps.microbatches import split_rows
 
+WHITENED = ("gae", "reinforce")  # estimators whose advantages are whitened where settings do not say
+
 
 def annotate(
     base: Decoder,
     policy: Adapter | None,
-    value: Adapter,
+    value: Adapter | None,
     reference: Adapter | None,
     rollout: Rollout,
     temperature: float | jax.Array | None = None,
@@ -31,9 +33,10 @@ def annotate(
 ) -> Annotated:
     """What policy, reference and value say of the answers; see `records.Annotated`.
 
-    `temperature` None takes the rollout's own. With `microbatches` the rows go through in equal parts, one
-    after another, at the shapes of the update's own forward pass. `recompute_policy=False` takes the
-    sampling logprobs for the policy's, where the update makes no use of old ones (one step an iteration).
+    `value` None or empty gives values of 0. `temperature` None takes the rollout's own. With `microbatches` the rows
+    go through in equal parts, one after another, at the shapes of the update's own forward pass.
+    `recompute_policy=False` takes the sampling logprobs for the policy's, where the update makes no use of old ones
+    (one step an iteration).
     """
     if temperature is not None:
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
@@ -44,7 +47,8 @@ def annotate(
         logprobs = rows.sample_logprobs
         if recompute_policy:
             logprobs, _ = response_logprobs(bind(base, policy), *given, rows.temperature)
-        return Annotated(logprobs, ref_logprobs, response_values(bind(base, value), *given))
+        values = response_values(bind(base, value), *given) if value else jnp.zeros(logprobs.shape, jnp.float32)
+        return Annotated(logprobs, ref_logprobs, values)
 
     if microbatches == 1:
         return part(rollout)
@@ -62,18 +66,29 @@ def build_experience(
     missing_eos_penalty: jax.Array | float = 0.0,
     estimator: Literal["k1", "k2", "k3"] = "k1",
     whiten_rewards: bool = False,
-    whiten_advantages: bool = True,
+    whiten_advantages: bool | None = None,
+    advantage: str = "gae",
+    group: int = 1,
+    greedy: jax.Array | None = None,
+    kl_in_loss: bool = False,
 ) -> tuple[Experience, dict[str, jax.Array]]:
-    """Rewards shaped by KL, GAE and whitening over the whole batch; (experience, metrics).
+    """Rewards shaped by KL, advantages and whitening over the whole batch; (experience, metrics).
 
-    `scores` is f32[B]. `missing_eos_penalty` is taken off the scores of answers that did not end.
+    `scores` is f32[B]. `missing_eos_penalty` is taken off the scores of answers that did not end. `advantage` is a
+    name of `algorithms.advantages.ADVANTAGES`, with `group` answers to each prompt and the `greedy` answers' scores
+    f32[B] where it wants them. `whiten_advantages` None: those that are not compared within the batch already.
     """
     mask = rollout.response_mask
     scores = scores.astype(jnp.float32) - missing_eos_penalty * (~rollout.ended)
-    rewards = shape_rewards(scores, annotated.logprobs, annotated.ref_logprobs, mask, kl_coef, estimator)
+    in_reward, in_loss = (0.0, kl_coef) if kl_in_loss else (kl_coef, 0.0)
+    rewards = shape_rewards(scores, annotated.logprobs, annotated.ref_logprobs, mask, in_reward, estimator)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, annotated.values, mask, gamma, lam)
+    greedy = jnp.zeros(scores.shape, jnp.float32) if greedy is None else greedy
+    compute = ADVANTAGES[advantage].compute
+    advantages, returns = compute(rewards, mask, annotated.values, group, greedy, gamma, lam)
+    if whiten_advantages is None:
+        whiten_advantages = advantage in WHITENED
     metrics = _experience_metrics(rollout, annotated, scores, rewards, advantages, returns)
     experience = Experience(
         tokens=rollout.tokens,
@@ -86,6 +101,7 @@ def build_experience(
         values=annotated.values,
         advantages=whiten(advantages, mask) if whiten_advantages else advantages,
         returns=returns,
+        kl_coef=jnp.full(scores.shape, in_loss, jnp.float32),
     )
     return experience, metrics
 
@@ -93,7 +109,7 @@ def build_experience(
 def annotate_experience(
     base: Decoder,
     policy: Adapter | None,
-    value: Adapter,
+    value: Adapter | None,
     reference: Adapter | None,
     rollout: Rollout,
     scores: jax.Array,
@@ -101,6 +117,9 @@ def annotate_experience(
     kl: KLConfig,
     advantage: AdvantageConfig,
     missing_eos_penalty: float,
+    greedy: jax.Array | None = None,
+    group: int = 1,
+    kl_in_loss: bool = False,
     microbatches: int = 1,
     recompute_policy: bool = True,
 ) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
@@ -119,6 +138,10 @@ def annotate_experience(
         kl.estimator,
         advantage.whiten_rewards,
         advantage.whiten_advantages,
+        advantage.estimator,
+        group,
+        greedy,
+        kl_in_loss,
     )
     next_coef = kl_coef
     if kl.target is not None:

@@ -6,8 +6,10 @@ B rows, R response tokens.
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.algorithms.losses import ppo_policy_loss, value_loss
+from jaxrlhf.algorithms.kl import kl_loss
+from jaxrlhf.algorithms.losses import value_loss
 from jaxrlhf.algorithms.masked import aggregate, masked_sum
+from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES, importance_weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
@@ -17,9 +19,13 @@ from jaxrlhf.steps.microbatches import accumulate
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step
 
 
-def init_ppo(policy: Adapter, value: Adapter, config: PPOConfig) -> PPOState:
-    """The state before the first update. The trees are copied: the caller's stay valid when it is donated."""
+def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOState:
+    """The state before the first update, without a value model where `value` is None.
+
+    The trees are copied: the caller's stay valid when it is donated.
+    """
     del config  # part of the stable API; the optimizer's state depends on no setting today
+    value = {} if value is None else value
     policy, value = jax.tree.map(lambda x: jnp.array(x, copy=True), (policy, value))
     return PPOState(policy, value, init_optimizer(policy), init_optimizer(value), jnp.int32(0))
 
@@ -68,11 +74,13 @@ def _minibatch_step(state: PPOState, base: Decoder, minibatch: Experience, confi
     policy, policy_optimizer, noted = optimizer_step(
         config.optimizer, grads[0], state.policy_optimizer, state.policy, state.step
     )
-    value, value_optimizer, value_noted = optimizer_step(
-        config.value_optimizer, grads[1], state.value_optimizer, state.value, state.step
-    )
     metrics |= {f"optimizer/{k}": v for k, v in noted.items()}
-    metrics |= {f"optimizer/value_{k}": v for k, v in value_noted.items()}
+    value, value_optimizer = state.value, state.value_optimizer
+    if value:
+        value, value_optimizer, noted = optimizer_step(
+            config.value_optimizer, grads[1], value_optimizer, value, state.step
+        )
+        metrics |= {f"optimizer/value_{k}": v for k, v in noted.items()}
     return PPOState(policy, value, policy_optimizer, value_optimizer, state.step + 1), metrics
 
 
@@ -87,28 +95,47 @@ def ppo_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """These rows' share of a minibatch's loss, and their shares of its metrics.
 
-    `total_tokens` and `total_rows` are the whole minibatch's, so that shares of microbatches add up to it.
+    `total_tokens` and `total_rows` are the whole minibatch's, so that shares of microbatches add up to it. An empty
+    `value` stands for no value model.
     """
     mask = experience.response_mask
     given = (experience.tokens, experience.mask, mask)
     logprobs, entropy = response_logprobs(bind(base, policy), *given, experience.temperature, config.remat)
-    values = response_values(bind(base, value), *given, config.remat)
     old = jax.lax.stop_gradient(logprobs) if single_step(config) else experience.logprobs
-    per_token, noted = ppo_policy_loss(
-        logprobs, old, experience.advantages, mask, config.clip_low, config.clip_high
-    )
-    policy_loss = aggregate(per_token, mask, config.aggregation, total_tokens, total_rows)
-    value_per_token, value_clipped = value_loss(
-        values, experience.values, experience.returns, mask, config.value_clip
+    policy_loss = POLICY_LOSSES[config.loss]
+    per_token, noted = policy_loss(
+        logprobs, old, experience.advantages, mask, config.clip_low, config.clip_high, config.dual_clip
     )
 
     def share(x: jax.Array) -> jax.Array:
         return masked_sum(x.astype(jnp.float32), mask) / total_tokens
 
-    value_share, entropy_share = share(value_per_token), share(entropy)
-    loss = policy_loss + config.value_coef * value_share - config.entropy_coef * entropy_share
-    metrics = {
-        "policy/loss": policy_loss,
+    def aggregated(x: jax.Array) -> jax.Array:
+        return aggregate(x, mask, config.aggregation, total_tokens, total_rows)
+
+    metrics = {}
+    if config.importance_cap is not None:
+        weights = importance_weights(
+            old, experience.sample_logprobs, mask, config.importance_cap, config.importance_level
+        )
+        per_token = per_token * weights
+        metrics["policy/importance_weight"] = share(weights)
+    loss = policy_share = aggregated(per_token)
+    entropy_share = share(entropy)
+    loss -= config.entropy_coef * entropy_share
+    if config.kl_loss is not None:
+        kl = kl_loss(logprobs, experience.ref_logprobs, mask, config.kl_loss) * experience.kl_coef[:, None]
+        metrics["policy/kl_loss"] = aggregated(kl)
+        loss += metrics["policy/kl_loss"]
+    if value:
+        values = response_values(bind(base, value), *given, config.remat)
+        value_per_token, value_clipped = value_loss(
+            values, experience.values, experience.returns, mask, config.value_clip
+        )
+        metrics |= {"value/loss": share(value_per_token), "value/clip": share(value_clipped)}
+        loss += config.value_coef * metrics["value/loss"]
+    metrics |= {
+        "policy/loss": policy_share,
         "policy/entropy": entropy_share,
         "policy/approx_kl": share(noted["approx_kl"]),
         "policy/clip_low": share(noted["clipped_low"]),
@@ -116,8 +143,6 @@ def ppo_loss(
         "policy/ratio_mean": share(noted["ratio"]),
         "policy/ratio_max": jnp.max(jnp.where(mask, noted["ratio"], 0.0)),
         "policy/ratio_error_max": jnp.max(jnp.where(mask, jnp.abs(noted["ratio"] - 1.0), 0.0)),
-        "value/loss": value_share,
-        "value/clip": share(value_clipped),
     }
     if single_step(config):  # elsewhere the gap is measured when the old logprobs are made
         gap = jnp.where(mask, jnp.abs(logprobs - experience.sample_logprobs), 0.0)
