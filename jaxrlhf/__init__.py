@@ -4,9 +4,10 @@ from jaxrlhf.algorithms.advantages import gae
 from jaxrlhf.algorithms.kl import shape_rewards
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.data.prompts import left_pad
+from jaxrlhf.models.adapter_files import load_adapter, save_adapter
 from jaxrlhf.models.adapters import bind, init_adapter, merge, parameter_count
 from jaxrlhf.models.peft import load_peft, save_peft
-from jaxrlhf.models.weights import load_adapter, load_pretrained, save_adapter, save_pretrained
+from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Annotated, Experience, PPOState, Prompts, Rollout
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.annotate import annotate, build_experience

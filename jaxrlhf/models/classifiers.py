@@ -18,20 +18,10 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.models.families import FAMILIES, config_document, place, read_config
+from jaxrlhf.models.folders import check_dtype, check_replaceable, find_folder, written_once
+from jaxrlhf.models.layout import in_dtype, load_parameter, match, merged_tensors, pending, read_decoder
 from jaxrlhf.models.tensor_files import StoredTensor, read_checkpoint, read_json, write_checkpoint, write_json
-from jaxrlhf.models.weights import (
-    MODEL_FILES,
-    _check_replaceable,
-    _find_folder,
-    _in_dtype,
-    _load,
-    _match,
-    _merged_tensors,
-    _pending,
-    _read_decoder,
-    _written_once,
-    check_dtype,
-)
+from jaxrlhf.models.weights import MODEL_FILES
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.mesh import parameter_sharding
 
@@ -56,18 +46,18 @@ def load_sequence_classifier(
     from jaxrlhf.data.tokenizers import load_tokenizer
 
     check_dtype(dtype)
-    folder = _find_folder(path)
+    folder = find_folder(path)
     document = read_json(folder / "config.json")
     config = dataclasses.replace(read_config(document, str(folder / "config.json")), tie_embeddings=True)
     _check_labels(document, config, folder / "config.json")
     tensors = read_checkpoint(folder)
     head = _head(tensors, config, folder)
-    stored = _match(config, {name: tensor for name, tensor in tensors.items() if tensor is not head}, folder)
+    stored = match(config, {name: tensor for name, tensor in tensors.items() if tensor is not head}, folder)
     tokenizer = load_tokenizer(str(folder))
-    base = _read_decoder(config, stored, dtype, mesh)
+    base = read_decoder(config, stored, dtype, mesh)
     wanted = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
     sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", wanted.shape)
-    kernel = _load(head, wanted, config, place(config, f"{SCORE}/kernel"), sharding)
+    kernel = load_parameter(head, wanted, config, place(config, f"{SCORE}/kernel"), sharding)
     return base, {SCORE: {"kernel": kernel}}, tokenizer
 
 
@@ -90,17 +80,17 @@ def save_sequence_classifier(
     check_dtype(dtype)
     if SCORE not in adapter:
         raise UserError(f"{path}: the adapter has no scalar head; a value or reward adapter has one")
-    _check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
+    check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
     config = dataclasses.replace(base.config, pad_token=_pad_token(base.config, tokenizer))
     if config.pad_token in _ends(config, tokenizer):
         warnings.warn(
             f"{path}: no token is free to pad with, so pad_token_id is EOS: transformers scores before it", stacklevel=2
         )
-    tensors, dtype = _merged_tensors(base, adapter, dtype)
+    tensors, dtype = merged_tensors(base, adapter, dtype)
     tensors.pop(place(config, "lm_head/kernel").tensor, None)
     name = place(config, f"{SCORE}/kernel").tensor
-    tensors[name] = _in_dtype(name, _pending(adapter[SCORE]["kernel"], transposed=True), dtype)
-    with _written_once(target) as (folder, primary):
+    tensors[name] = in_dtype(name, pending(adapter[SCORE]["kernel"], transposed=True), dtype)
+    with written_once(target) as (folder, primary):
         write_checkpoint(folder, tensors, MAX_SHARD_BYTES, primary)
         if primary:
             write_json(folder / "config.json", _document(config, dtype))

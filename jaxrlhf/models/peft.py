@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import LORA_LEAVES, SCORE, linear_shapes, without_head
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.adapters import LORA_LEAVES, SCORE, without_head
+from jaxrlhf.models.decoder import Decoder, DecoderConfig, linear_shapes
 from jaxrlhf.models.families import place
 from jaxrlhf.models.family import Part
+from jaxrlhf.models.folders import check_dtype, check_replaceable, written_once
+from jaxrlhf.models.layout import in_dtype, on_host
 from jaxrlhf.models.peft_config import PeftConfig, peft_document, read_peft_config
 from jaxrlhf.models.tensor_files import Pending, StoredTensor, read_json, read_tensors, write_json, write_tensors
-from jaxrlhf.models.weights import _check_replaceable, _in_dtype, _on_host, _written_once, check_dtype
 from jaxrlhf.records import Adapter
 
 PEFT_INFO, PEFT_TENSORS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -93,7 +94,7 @@ def save_peft(
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
-    _check_replaceable(target, PEFT_INFO, lambda file: file.name in (PEFT_INFO, PEFT_TENSORS))
+    check_replaceable(target, PEFT_INFO, lambda file: file.name in (PEFT_INFO, PEFT_TENSORS))
     layers = _layers(base)
     known = {ours for layer in layers.values() for ours in layer.outputs}
     for module, leaves in without_head(adapter).items():
@@ -109,11 +110,11 @@ def save_peft(
     for module, (a_RI, b_OR, _) in pairs.items():
         for side, array in (("A", a_RI), ("B", b_OR)):
             name = f"{PREFIX}{module}.lora_{side}.weight"
-            tensors[name] = _in_dtype(name, Pending(array.dtype, array.shape, lambda array=array: array), dtype)
+            tensors[name] = in_dtype(name, Pending(array.dtype, array.shape, lambda array=array: array), dtype)
     numbers = {module: (len(a_RI), scale) for module, (a_RI, _, scale) in pairs.items()}
     conv_style = not next(iter(layers.values())).transposed  # the kernels of GPT-2
     document = peft_document(numbers, list(layers), base_path, conv_style)
-    with _written_once(target) as (folder, primary):
+    with written_once(target) as (folder, primary):
         write_tensors(folder / PEFT_TENSORS, tensors, primary)
         if primary:
             write_json(folder / PEFT_INFO, document)
@@ -150,7 +151,7 @@ def _own_ranks(b_OR: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 def _fused_pair(layer: _Layer, adapter: Adapter) -> tuple[np.ndarray, np.ndarray, np.float32] | None:
     """(A [R, in], B [out, R], scale) of the pairs in a layer, which become one; None where there are none."""
     pairs = [
-        (outputs, *(_on_host(adapter[ours][leaf]) for leaf in LORA_LEAVES))
+        (outputs, *(on_host(adapter[ours][leaf]) for leaf in LORA_LEAVES))
         for ours, outputs in layer.outputs.items()
         if ours in adapter
     ]

@@ -7,6 +7,7 @@ each device's slice be read alone. Pickle files are refused.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,14 @@ def write_tensors(file: Path, tensors: dict[str, Pending], primary: bool = True)
     fetched = {name: np.asarray(tensor.fetch(), order="C") for name, tensor in tensors.items()}
     if primary:
         save_file(fetched, file, metadata={"format": "pt"})  # transformers opens no other format entry
+        file.chmod(0o666 & ~_umask())  # the library makes files that only their owner can read
+
+
+def _umask() -> int:
+    """What new files are not allowed; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:

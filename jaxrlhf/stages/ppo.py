@@ -15,8 +15,8 @@ from jaxrlhf.config import PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sources import check_source
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapter_files import load_adapter
 from jaxrlhf.models.adapters import init_adapter, without_head
-from jaxrlhf.models.weights import load_adapter
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers, Reward
 from jaxrlhf.rewards.functions import FunctionReward

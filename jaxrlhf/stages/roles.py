@@ -17,9 +17,10 @@ from jaxrlhf.config_io import load_config
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapter_files import load_adapter, save_adapter
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.models.quantize import quantization
-from jaxrlhf.models.weights import load_adapter, load_pretrained, save_adapter, save_pretrained
+from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.runtime.run_dir import atomic_write

@@ -11,11 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.config import AdapterConfig
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapter_files import load_adapter
 from jaxrlhf.models.adapters import SCORE, bind, init_adapter, linear_shapes, merge, with_head, without_head
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.peft import PEFT_INFO, PEFT_TENSORS, load_peft, save_peft
 from jaxrlhf.models.tensor_files import read_checkpoint
-from jaxrlhf.models.weights import load_adapter, load_pretrained, save_pretrained
+from jaxrlhf.models.weights import load_pretrained, save_pretrained
 
 GROUPED = dict(hidden_size=24, num_attention_heads=6, num_key_value_heads=2)
 SETTINGS = {

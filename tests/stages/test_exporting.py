@@ -12,11 +12,12 @@ from jaxrlhf import export
 from jaxrlhf.config import AdapterConfig, RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapter_files import save_adapter
 from jaxrlhf.models.adapters import bind, init_adapter, merge, without_head
 from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.models.peft import load_peft, save_peft
 from jaxrlhf.models.scoring import sequence_scores
-from jaxrlhf.models.weights import load_pretrained, save_adapter, save_pretrained
+from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.runtime.mesh import make_mesh
 from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.runtime.run_dir import open_run
