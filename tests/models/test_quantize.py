@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapter_files import load_adapter, save_adapter
 from jaxrlhf.models.adapters import bind, init_adapter, linear_shapes, merge
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, named_parameters
 from jaxrlhf.models.quantize import (
@@ -27,7 +28,7 @@ from jaxrlhf.models.quantize import (
     quantize,
     quantize_decoder,
 )
-from jaxrlhf.models.weights import load_adapter, load_pretrained, save_adapter, save_pretrained
+from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.ppo import init_ppo
