@@ -3,9 +3,9 @@
 int8: one scale per output channel, its largest weight / 127 (2208.07339, section 2.1).
 nf4: 4-bit NormalFloat (2305.14314, section 3): each block of 64 weights along the input dimension is a scale times the
 nearest of 16 values. Blocks are bitsandbytes' where the inputs are a multiple of 64; else an output's last block is
-shorter. Two things differ from QLoRA, where logits of a small trained model were off by 10.6% instead of 8.5%: a scale
-need not be the block's largest magnitude (see `_nf4`), and where query heads share a key and value head, k_proj and
-v_proj are int8, a few percent of the weights and the most sensitive ones.
+shorter. Two things differ from QLoRA, whose way took the logits of a small trained model 11% away, this one 8.4%: a
+scale need not be the block's largest magnitude (see `_nf4`), and where query heads share a key and value head, k_proj
+and v_proj are int8, a few percent of the weights and the most sensitive ones.
 
 Embeddings, norms, biases and heads stay as they are. Kernels are dequantised inside the forward pass, layer by layer.
 
