@@ -237,6 +237,8 @@ def _kind(schema: dict) -> str:
     """Type and bounds of a schema that is no section."""
     if "enum" in schema or "const" in schema:
         return " | ".join(_show(value) for value in schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "object":
+        return "mapping of names"
     if schema["type"] == "array":
         items = _kind(schema["items"])
         return f"{'non-empty ' if schema.get('minItems') else ''}list of {items}"

@@ -1,4 +1,4 @@
-"""PPO's on-policy relatives through the real programs: groups, no value model, other losses; and each learns a probe."""
+"""PPO's on-policy relatives through the real programs: groups, no value model, other losses; each learns a probe."""
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +129,8 @@ def bandit(programs, base, make_adapter, estimator, loss, iterations=90, prompts
         scores = jnp.asarray(PAY[np.asarray(out.tokens)[:, 1]], jnp.float32)
         greedy = None
         if kind.needs_greedy:
-            best = programs.rollout(
-                base, state.policy, asked, key, sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
-            )
+            one = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
+            best = programs.rollout(base, state.policy, asked, key, one)
             greedy = jnp.repeat(jnp.asarray(PAY[np.asarray(best.tokens)[:, 1]], jnp.float32), group)
         made, _, _ = ANNOTATE(
             base, state.policy, state.value, None, out, scores, jnp.float32(0.0), KLConfig(),

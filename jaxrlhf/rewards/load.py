@@ -1,30 +1,69 @@
-"""The reward that the settings name, read and checked before anything is compiled."""
+"""The rewards that the settings name, read and checked before anything is compiled."""
+
+from collections.abc import Callable, Mapping
 
 import jax
 
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.answers import Reward
 from jaxrlhf.rewards.classifier import TransformersReward
+from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
+from jaxrlhf.rewards.remote import HTTPReward
+
+Say = Callable[[str], None]
+Rewards = Mapping[str, tuple[Reward | None, float]]
+"""Name -> (reward, weight); None is the run's own reward adapter. A reward that is no sum has the name \"\"."""
 
 
-def load_reward(config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str) -> Reward | None:
-    """The reward; None where it is the run's own reward adapter. `key_path` is the section, for messages.
+def load_rewards(config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, say: Say | None = None) -> Rewards:
+    """The reward, or the parts of a sum. `key_path` is the section, for messages; `say` gets a server's troubles.
 
-    Raises `UserError` where function, folder or label cannot be used.
+    Raises `UserError` where function, folder, label or URL cannot be used.
     """
+    if config.kind != "sum":
+        return {"": (_load(config, mesh, key_path, say), 1.0)}
+    return {
+        name: (_load(part, mesh, f"{key_path}.parts.{name}", say), part.weight)
+        for name, part in (config.parts or {}).items()
+    }
+
+
+def compose(rewards: Rewards, own: Callable[[], Reward]) -> Reward:
+    """One reward of what `load_rewards` gave; `own` makes the run's own."""
+    whole = {name: (own() if reward is None else reward, weight) for name, (reward, weight) in rewards.items()}
+    return whole[""][0] if "" in whole else ComposedReward(whole)
+
+
+def needs_own(config: RewardConfig) -> bool:
+    """Whether the run's own reward adapter is the reward, or a part of it."""
+    parts = config.parts.values() if config.kind == "sum" else (config,)
+    return any(part.kind == "model" and part.path is None for part in parts)
+
+
+def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
+    """`UserError` where a reward could not score answers to these prompts."""
+    for name, (reward, _) in rewards.items():
+        where = f"{key_path}.parts.{name}" if name else key_path
+        if isinstance(reward, FunctionReward):
+            reward.check_columns(set().union(*prompts.columns), f"{where}.function")
+        elif isinstance(reward, (PretrainedReward, TransformersReward)):
+            reward.check_prompts(prompts)
+
+
+def _load(config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, say: Say | None) -> Reward | None:
     if config.kind == "function":
-        return FunctionReward(config.function, f"{key_path}.function")
+        options = (config.options, config.columns, config.timeout)
+        return FunctionReward(config.function, f"{key_path}.function", *options)
     if config.kind == "transformers":
         return TransformersReward(config, key_path)
+    if config.kind == "http":
+        settings = {"timeout": config.timeout, "retries": config.retries, "headers_env": config.token_env}
+        try:
+            return HTTPReward(config.url, batch_size=config.batch_size, say=say, **settings)
+        except UserError as error:
+            raise UserError(f"{key_path}.url: {error}") from None
     return None if config.path is None else PretrainedReward(config, mesh, key_path)
-
-
-def check_prompts(reward: Reward | None, prompts: PromptSet, key_path: str) -> None:
-    """`UserError` where the reward could not score answers to these prompts."""
-    if isinstance(reward, FunctionReward):
-        reward.check_columns(set().union(*prompts.columns), f"{key_path}.function")
-    elif reward is not None:
-        reward.check_prompts(prompts)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.runtime.checkpoints import Checkpoints
 from jaxrlhf.runtime.mesh import place
 from jaxrlhf.runtime.metrics import MetricsLog, Progress
@@ -52,6 +53,7 @@ class Loop:
             run.say(f"{stage}: goes on after step {self.first} of {total}")
         for log in (run.metrics, run.samples):
             log.truncate(stage, self.first)
+        self.reached = self.first  # steps done: those that `state` holds
         self.progress = Progress(stage, total, self.first)
         self._began = time.perf_counter()
 
@@ -66,12 +68,16 @@ class Loop:
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self.run.metrics.write(self.stage, step + 1, {"seconds": time.perf_counter() - self._began, **values})
         self.progress.update({label: values[name] for label, name in shown.items()}, tokens)
-        if (step + 1) % self.save_every == 0 or step + 1 == self.total:
-            self.checkpoints.save(step + 1, self.state)
+        self.reached = step + 1
+        if self.reached % self.save_every == 0 or self.reached == self.total:
+            self.checkpoints.save(self.reached, self.state)
 
     def __enter__(self) -> "Loop":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        """Closes what is open. Where a reward failed, which is before the state is given away, the state is saved."""
         self.progress.close()
+        if kind is not None and issubclass(kind, RewardFault) and self.reached > self.first:
+            self.checkpoints.save(self.reached, self.state)
         self.checkpoints.close()

@@ -20,8 +20,9 @@ from jaxrlhf.models.adapter_files import load_adapter
 from jaxrlhf.models.adapters import init_adapter, without_head
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers, Reward
+from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.functions import FunctionReward
-from jaxrlhf.rewards.load import check_prompts, load_reward
+from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.rollout.sampling import truncates
@@ -52,7 +53,7 @@ class PPOInputs:
 
     prompts: PromptSet
     evaluation: PromptSet
-    reward: Reward | None  # None: the reward adapter
+    rewards: Rewards
     gold: FunctionReward | None
     policy: Adapter | None = None  # where settings name one
     reference: Adapter | None = None  # where settings name one
@@ -83,7 +84,7 @@ def check(run: Run, roles: Roles) -> None:
     if truncates(config.sampling):
         run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
     reward_adapter = "reward" in roles.adapters or "reward_model" in run.config.stages
-    if config.reward.kind == "model" and config.reward.path is None and not reward_adapter:
+    if needs_own(config.reward) and not reward_adapter:
         raise UserError(
             "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has "
             "(model.run), or give a reward model (ppo.reward.path=FOLDER) or a function "
@@ -96,7 +97,7 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     config = run.config.ppo
     policy = _named_adapter(roles, config.policy, "ppo.policy")
     reference = _named_adapter(roles, config.reference, "ppo.reference")
-    reward = load_reward(config.reward, run.mesh, "ppo.reward")
+    rewards = load_rewards(config.reward, run.mesh, "ppo.reward", run.say)
     gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
     prompts = load_prompts(config.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
     run.say(f"ppo: {prompts.report}")
@@ -105,10 +106,10 @@ def load(run: Run, roles: Roles) -> PPOInputs:
         evaluation = load_prompts(config.evaluation_data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
         run.say(f"ppo: evaluation: {evaluation.report}")
     for given in (prompts, evaluation):
-        check_prompts(reward, given, "ppo.reward")
+        check_prompts(rewards, given, "ppo.reward")
         if gold is not None:
             gold.check_columns(set().union(*given.columns), "ppo.gold")
-    return PPOInputs(prompts, evaluation, reward, gold, policy, reference)
+    return PPOInputs(prompts, evaluation, rewards, gold, policy, reference)
 
 
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
@@ -146,7 +147,9 @@ class Iteration:
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
         self.reference = place(run.mesh, roles.reference if inputs.reference is None else inputs.reference)
         self.start = place(run.mesh, _starting_policy(run, roles, inputs))
-        self.reward: Reward = inputs.reward or ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]))
+        self.reward: Reward = compose(
+            inputs.rewards, lambda: ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]))
+        )
         self.rollout = Program(rollout, "rollout")
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         self.annotate = Program(
@@ -206,11 +209,16 @@ class Iteration:
         return place_batch(self.run.mesh, np.repeat(scores, self.group).astype(np.float32))
 
     def score(self, answers: Answers) -> tuple[jax.Array, dict[str, float]]:
-        """Scores f32[B] of the reward that is maximised, and the mean of the one that is only measured."""
+        """Scores f32[B] of the reward that is maximised; means of its parts, and of the one that is only measured."""
         metrics = {}
         if self.inputs.gold is not None:
             metrics["reward/gold"] = float(np.mean(self.inputs.gold(answers)))
-        return place_batch(self.run.mesh, self.reward(answers)), metrics
+        if isinstance(self.reward, ComposedReward):
+            scores, parts = self.reward.scores_and_parts(answers)
+            metrics |= {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
+        else:
+            scores = self.reward(answers)
+        return place_batch(self.run.mesh, scores), metrics
 
     def annotated(
         self,

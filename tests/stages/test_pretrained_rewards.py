@@ -18,7 +18,7 @@ from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.models.weights import save_pretrained
 from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.answers import Answers
-from jaxrlhf.rewards.load import load_reward
+from jaxrlhf.rewards.load import load_rewards
 from jaxrlhf.runtime.mesh import MeshConfig, make_mesh
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo import Iteration, load
@@ -90,7 +90,7 @@ def test_ppo_on_a_pretrained_reward(kind, tmp_path):
     assert all(records[-1][f"compiles/{name}"] == 1 for name in ("rollout", "annotate", "update"))
     samples = lines(tmp_path, "samples.jsonl")[0]["samples"]
     assert len({sample["score"] for sample in samples}) > 2
-    again = load_reward(settings.ppo.reward, make_mesh(MeshConfig(), jax.devices()[:1]), "ppo.reward")
+    again = load_rewards(settings.ppo.reward, make_mesh(MeshConfig(), jax.devices()[:1]), "ppo.reward")[""][0]
     for sample in samples:
         score = scores_of(again, sample, build_word_tokenizer(VOCABULARY))
         np.testing.assert_allclose(score, [sample["score"]], atol=2e-4)  # rounded in the file
@@ -115,10 +115,11 @@ def test_the_reward_reads_the_chat_and_not_what_the_policy_made_of_it(tmp_path):
     inputs = load(run, run_roles)
     iteration = Iteration(run, run_roles, inputs)
     answers = iteration.answer(iteration.start, inputs.prompts, np.arange(8), jax.random.key(5))
-    scorer = inputs.reward.tokenizer
+    reward = inputs.rewards[""][0]
+    scorer = reward.tokenizer
     seen = []
-    inputs.reward.program = lambda base, adapter, tokens, mask: (seen.append((tokens, mask)), np.zeros(len(tokens)))[1]
-    inputs.reward(answers)
+    reward.program = lambda base, adapter, tokens, mask: (seen.append((tokens, mask)), np.zeros(len(tokens)))[1]
+    reward(answers)
     read = {scorer.fast.decode(np.asarray(row)[np.asarray(real)]) for t, m in seen for row, real in zip(t, m)}
     spoken = [f"user {text} <eos> assistant {said} <eos>" for text, said in zip(texts, answers.completions)]
     assert read == {text.replace("  ", " ") for text in spoken}
