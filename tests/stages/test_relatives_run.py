@@ -60,7 +60,8 @@ def test_grpo_with_a_sum_of_rewards(tmp_path):
 
 
 def test_remax_measures_from_the_greedy_answer(tmp_path):
-    (tmp_path / "letters.py").write_text("def score(completions):\n    return [t.count('e') / 9 for t in completions]\n")
+    code = "def score(completions):\n    return [text.count('e') / 9 for text in completions]\n"
+    (tmp_path / "letters.py").write_text(code)
     function = {"kind": "function", "function": f"{tmp_path / 'letters.py'}:score"}
     sampling = {"max_new_tokens": 6}
     run_stages(config(tmp_path, advantage={"estimator": "remax"}, reward=function, sampling=sampling, batch_size=8))
