@@ -25,7 +25,7 @@ ADAPTER_FORMAT, ADAPTER_VERSION = "jaxrlhf-adapter", 1
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
     """Writes an adapter, scalar head included: `adapter.safetensors` and `adapter.json`, all or nothing."""
     target = Path(path).expanduser().absolute()
-    check_replaceable(target, ADAPTER_INFO, lambda f: f.name in (ADAPTER, ADAPTER_INFO))
+    check_replaceable(target, ADAPTER_INFO)
     leaves = {f"{module}/{leaf}": value for module, values in adapter.items() for leaf, value in values.items()}
     ranks = [value.shape[1] for name, value in leaves.items() if name.endswith("/lora_a")]
     info = {
@@ -75,6 +75,7 @@ def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, fi
     if kind == "full" and (codes := quantization(base)) is not None:
         raise UserError(f"{file}: a full adapter replaces every weight; this base is in {codes} codes")
     for name, tensor in stored.items():
+        tensor.check_dtype()
         module, _, leaf = name.partition("/")
         if leaf in ("lora_a", "lora_b", "lora_scale"):
             pair = [stored.get(f"{module}/{part}") for part in ("lora_a", "lora_b", "lora_scale")]

@@ -21,7 +21,6 @@ from jaxrlhf.models.families import FAMILIES, config_document, place, read_confi
 from jaxrlhf.models.folders import check_dtype, check_replaceable, find_folder, written_once
 from jaxrlhf.models.layout import in_dtype, load_parameter, match, merged_tensors, pending, read_decoder
 from jaxrlhf.models.tensor_files import StoredTensor, read_checkpoint, read_json, write_checkpoint, write_json
-from jaxrlhf.models.weights import MODEL_FILES
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.mesh import parameter_sharding
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 CLASSIFIER = "ForSequenceClassification"
 LABEL = "LABEL_0"  # transformers' name for a label that has none
-MAX_SHARD_BYTES = 5_000_000_000
 
 
 def load_sequence_classifier(
@@ -67,6 +65,7 @@ def save_sequence_classifier(
     adapter: Adapter,
     tokenizer: "Tokenizer | None" = None,
     dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes base and adapter, merged, and the scalar head as a folder with one label that transformers opens.
 
@@ -80,7 +79,7 @@ def save_sequence_classifier(
     check_dtype(dtype)
     if SCORE not in adapter:
         raise UserError(f"{path}: the adapter has no scalar head; a value or reward adapter has one")
-    check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
+    check_replaceable(target, "config.json")
     config = dataclasses.replace(base.config, pad_token=_pad_token(base.config, tokenizer))
     if config.pad_token in _ends(config, tokenizer):
         warnings.warn(
@@ -91,7 +90,7 @@ def save_sequence_classifier(
     name = place(config, f"{SCORE}/kernel").tensor
     tensors[name] = in_dtype(name, pending(adapter[SCORE]["kernel"], transposed=True), dtype)
     with written_once(target) as (folder, primary):
-        write_checkpoint(folder, tensors, MAX_SHARD_BYTES, primary)
+        write_checkpoint(folder, tensors, max_shard_bytes, primary)
         if primary:
             write_json(folder / "config.json", _document(config, dtype))
             if tokenizer is not None:

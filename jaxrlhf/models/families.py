@@ -18,6 +18,7 @@ from jaxrlhf.models.family import (
     Place,
     Ropes,
     Windows,
+    count,
     family_document,
     is_ignored_by,
     place_of,
@@ -113,7 +114,7 @@ MISTRAL = dataclasses.replace(
 
 
 def _late_layers(document: dict[str, Any], layer: int) -> bool:
-    return layer >= document.get("max_window_layers", 28)
+    return layer >= count(document, "max_window_layers", 28, least=0)
 
 
 QWEN2 = dataclasses.replace(
@@ -183,7 +184,7 @@ GEMMA2 = dataclasses.replace(
 
 
 def _five_to_one(document: dict[str, Any], layer: int) -> bool:
-    return (layer + 1) % document.get("sliding_window_pattern", 6) != 0
+    return (layer + 1) % count(document, "sliding_window_pattern", 6) != 0
 
 
 GEMMA3 = dataclasses.replace(
@@ -194,10 +195,10 @@ GEMMA3 = dataclasses.replace(
         {
             "vocab_size": Field("vocab_size", "vocab_size", "size", 262208),
             "max_positions": Field("max_positions", "max_position_embeddings", "size", 131072),
-            "attention_softcap": Field("attention_softcap", "attn_logit_softcapping", "cap", None),
             "logit_softcap": Field("logit_softcap", "final_logit_softcapping", "cap", None),
         }.get(field.ours, field)
         for field in GEMMA_FIELDS
+        if field.ours != "attention_softcap"  # transformers keeps the entry and does not use it
     ),
     ropes=Ropes(theta=1e6, local_theta=1e4),
     windows=Windows(slides=_five_to_one),
@@ -357,9 +358,9 @@ def _without_rope(document: dict[str, Any], layer: int) -> bool:
     """SmolLM3's `no_rope_layers` holds 1 where a layer has rotary positions."""
     listed = document.get("no_rope_layers")
     if listed is None:
-        return (layer + 1) % document.get("no_rope_layer_interval", 4) == 0
-    if not isinstance(listed, list) or len(listed) <= layer:
-        raise UserError(f"config.json: no_rope_layers must be a list with 0 or 1 for each layer, not {listed!r}")
+        return (layer + 1) % count(document, "no_rope_layer_interval", 4) == 0
+    if not isinstance(listed, list) or len(listed) <= layer or listed[layer] not in (0, 1):
+        raise ValueError(f"no_rope_layers must be a list with 0 or 1 for each layer, not {listed!r}")
     return not listed[layer]
 
 

@@ -150,25 +150,35 @@ def _layer_kinds(family: Family, document: dict[str, Any], read: dict[str, Any],
     if family.ropes is not None:
         ropes = {local: _rope(family.ropes, document, read, local, where) for local in (False, True)}
     skipped = family.ropes.skipped if family.ropes is not None and family.ropes.skipped is not None else None
+    try:
+        unturned = [bool(skipped and skipped(document, i)) for i in range(layers)]
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     kinds = tuple(
-        LayerKind(window if slides else None, None if skipped and skipped(document, i) else ropes[slides])
-        for i, slides in enumerate(sliding)
+        LayerKind(window if slides else None, None if bare else ropes[slides])
+        for slides, bare in zip(sliding, unturned)
     )
     return kinds[:1] if len(set(kinds)) == 1 else kinds
 
 
 def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str) -> tuple[int | None, list[bool]]:
     window = document.get("sliding_window", windows.default)
-    if windows.switch is not None and not document.get(windows.switch, False):
-        window = None
+    if windows.switch is not None:
+        switched = document.get(windows.switch) or False
+        if not isinstance(switched, bool):
+            raise UserError(f"{where}: {windows.switch} must be true or false, not {_short(switched)}")
+        window = window if switched else None
     if window is None:
         return None, [False] * layers
     if not _is_int(window) or window < 1:
         raise UserError(f"{where}: sliding_window must be a whole number, at least 1, or null, not {_short(window)}")
     types = document.get("layer_types") if windows.typed else None
     if types is None:
-        return window, [windows.slides(document, i) for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {SLIDING, FULL}:
+        try:
+            return window, [windows.slides(document, i) for i in range(layers)]
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (SLIDING, FULL) for kind in types):
         raise UserError(f"{where}: layer_types must be {layers} of {SLIDING} and {FULL}, not {_short(types)}")
     return window, [name == SLIDING for name in types]
 
@@ -185,7 +195,10 @@ def _rope(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], local: b
     if ropes.local_theta is not None:  # one rope for each type of layer
         parameters = document.get("rope_parameters") or {}
         scaling = document.get("rope_scaling") or {}
-        given = dict(parameters.get(SLIDING if local else FULL) or {}) | ({} if local else dict(scaling))
+        given = (isinstance(parameters, dict) and parameters.get(SLIDING if local else FULL)) or {}
+        if not all(isinstance(part, dict) for part in (parameters, scaling, given)):
+            raise UserError(f"{where}: rope_parameters must be an object with one for each of {SLIDING} and {FULL}")
+        given = given if local else given | scaling
         local_theta = document.get("rope_local_base_freq")
         if local:
             theta = ropes.local_theta if local_theta is None else local_theta
@@ -272,6 +285,15 @@ def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
 
 
 # ---------------------------------------------------------------- kinds of entries
+
+
+def count(document: dict[str, Any], entry: str, default: int, least: int = 1) -> int:
+    """A whole number of `config.json`, `default` where it is absent or null; `ValueError` says what is wrong."""
+    value = document.get(entry)
+    value = default if value is None else value
+    if not _is_int(value) or value < least:
+        raise ValueError(f"{entry} must be a whole number, at least {least}, not {_short(value)}")
+    return value
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

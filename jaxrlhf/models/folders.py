@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -10,6 +10,7 @@ import jax
 from jaxrlhf.errors import UserError
 from jaxrlhf.runtime.run_dir import atomic_directory
 
+MARK = ".jaxrlhf"  # in each folder that was written here: what of it may be replaced
 DTYPES = ("float32", "bfloat16", "float16")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
@@ -42,17 +43,23 @@ def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
     primary = jax.process_index() == 0
     with atomic_directory(target, replace=True) if primary else contextlib.nullcontext(target) as folder:
         yield folder, primary
+        if primary:
+            names = sorted(file.name for file in folder.iterdir())
+            (folder / MARK).write_text("\n".join(["# jaxrlhf wrote these files, and may replace them", *names, ""]))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"written {target.name}")
 
 
-def check_replaceable(target: Path, mark: str, expected: Callable[[Path], bool]) -> None:
-    """`UserError` where a folder is there that holds anything but an older version of what is to be written."""
-    if target.is_dir():
-        files = list(target.iterdir())
-        strangers = sorted(file.name for file in files if not expected(file))
-        if strangers or (files and mark not in {file.name for file in files}):
-            what = strangers[0] if strangers else files[0].name
-            raise UserError(f"{target}: holds {what}, which would be lost; give a new or empty folder")
+def check_replaceable(target: Path, of_kind: str) -> None:
+    """`UserError` where a folder holds anything but what was written here before, as its `MARK` lists it.
+
+    `of_kind` is a file that what is to be written has, so that a model is not replaced by an adapter.
+    """
+    if not target.is_dir():
+        return
+    mark = target / MARK
+    written = {MARK, *mark.read_text(encoding="utf-8").splitlines()[1:]} if mark.is_file() else set()
+    if strangers := sorted({file.name for file in target.iterdir()} - (written if of_kind in written else set())):
+        raise UserError(f"{target}: holds {strangers[0]}, which would be lost; give a new or empty folder")

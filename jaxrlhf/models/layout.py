@@ -41,6 +41,7 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
         if theirs not in tensors:
             raise UserError(f"{folder}: tensor {theirs} is missing, which {folder / 'config.json'} calls for")
         tensor = matched[name] = tensors[theirs]
+        tensor.check_dtype()
         shape = _stored_shape(wanted.shape, config, where)
         if tensor.shape != shape:
             raise UserError(

@@ -60,6 +60,8 @@ def load_peft(path: str | Path, base: Decoder) -> Adapter:
         reason = f"{folder / PEFT_PICKLE}: pickle files are not read; convert to safetensors"
         raise UserError(reason if pickled else f"{folder}: no {PEFT_TENSORS} in this folder")
     stored = read_tensors(file)
+    for tensor in stored.values():
+        tensor.check_dtype()
     head = stored.pop(HEAD_TENSOR, None)
     if document.get("modules_to_save") and head is None:
         raise UserError(f"{file}: tensor {HEAD_TENSOR} is missing, which modules_to_save calls for")
@@ -94,7 +96,7 @@ def save_peft(
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
-    check_replaceable(target, PEFT_INFO, lambda file: file.name in (PEFT_INFO, PEFT_TENSORS))
+    check_replaceable(target, PEFT_INFO)
     layers = _layers(base)
     known = {ours for layer in layers.values() for ours in layer.outputs}
     for module, leaves in without_head(adapter).items():
@@ -181,7 +183,8 @@ def _pairs(
         match = PAIR.fullmatch(name)
         if match is None or match["module"] not in layers:
             raise UserError(
-                f"{file}: tensor {name} has no place in this base: LoRA pairs belong on the linear layers of its blocks"
+                f"{file}: tensor {name} has no place in this base: LoRA pairs belong on the linear layers of its "
+                "blocks; an adapter that trains embeddings or lm_head must be merged with PEFT first"
             )
         adapters.add(match["adapter"])
         sides.setdefault(match["module"], {})[match["side"]] = tensor

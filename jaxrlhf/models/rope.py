@@ -40,7 +40,7 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any]) -> Rope:
     original_max_position_embeddings.
     """
     kind = entry.get("rope_type", entry.get("type", "default"))
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(sorted(SCALINGS))}")
     scaling = SCALINGS[kind]
     given = {name: value for name, value in entry.items() if value is not None}
@@ -54,6 +54,8 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any]) -> Rope:
     if missing:
         raise ValueError(f"rope_type {kind!r} wants {', '.join(missing)}")
     theta = _positive("rope_theta", given.get("rope_theta", defaults["rope_theta"]))
+    if kind == "yarn" and theta <= 1:
+        raise ValueError(f"rope_theta must be above 1 with rope_type 'yarn', not {theta:g}")
     share = _positive("partial_rotary_factor", given.get("partial_rotary_factor", defaults["partial_rotary_factor"]))
     if share > 1:
         raise ValueError(f"partial_rotary_factor must be at most 1, not {share}")

@@ -19,6 +19,9 @@ from jaxrlhf.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+# Bytes per number of what else a file may hold: old checkpoints keep causal masks as U8 or BOOL beside their weights.
+OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4}
+OTHER_SIZES |= {"U64": 8, "I64": 8, "F64": 8}
 HEADER_LIMIT = 100_000_000  # bytes, the library's own
 
 
@@ -31,6 +34,14 @@ class StoredTensor:
     dtype: str  # the file's name for it: F32, BF16, ...
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
+    end: int  # the byte behind its last one
+
+    def check_dtype(self) -> None:
+        """`UserError` where its numbers are none that weights may be."""
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"{self.file}: tensor {self.name} is stored as {self.dtype}; one of {', '.join(DTYPES)} can be read"
+            )
 
     def view(self) -> np.ndarray:
         """The tensor as a read-only view of the file; nothing is read until it is sliced."""
@@ -70,8 +81,8 @@ def write_json(file: Path, document: dict[str, Any]) -> None:
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
     """What a safetensors file holds, by name, from its header alone.
 
-    Raises `UserError` naming file and tensor where the file is truncated or its header contradicts itself, and
-    where a tensor's dtype is none of float32, bfloat16, float16.
+    Raises `UserError` naming file and tensor where the file is truncated or its header contradicts itself. Which
+    tensors can be used is for the caller to ask: `StoredTensor.check_dtype`.
     """
     try:
         size = file.stat().st_size
@@ -86,7 +97,9 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise UserError(f"{file}: no safetensors header: a truncated or corrupt file of {size} bytes")
     header.pop("__metadata__", None)
-    return {name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    tensors = {name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_cover(file, list(tensors.values()), 8 + length, size)
+    return tensors
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
@@ -102,6 +115,9 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) and Path(v).name == v for v in places.values()):
         raise UserError(f"{index}: weight_map must be an object of tensor names and file names of this folder")
+    for shard in set(places.values()):
+        if not shard.endswith(".safetensors"):
+            raise UserError(f"{index}: names {shard}: only safetensors files are read; convert it")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(places.values())):
         if not (folder / shard).exists():
@@ -162,10 +178,20 @@ def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredT
         sound = False
     if not sound:
         raise UserError(f"{file}: the header's entry for tensor {name} is malformed: a corrupt file")
-    if dtype not in DTYPES:
-        raise UserError(f"{file}: tensor {name} is stored as {dtype}; one of {', '.join(DTYPES)} can be read")
-    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    size_of = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER_SIZES.get(dtype)
+    if size_of is not None and end - begin != math.prod(shape) * size_of:
         raise UserError(f"{file}: tensor {name} of shape {list(shape)} has {end - begin} bytes: a corrupt file")
     if start + end > size:
         raise UserError(f"{file}: tensor {name} ends at byte {start + end}, the file at {size}: a truncated file")
-    return StoredTensor(name, file, dtype, shape, start + begin)
+    return StoredTensor(name, file, dtype, shape, start + begin, start + end)
+
+
+def _check_cover(file: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    """`UserError` unless the tensors lie side by side to the file's end: offsets that overlap give wrong weights."""
+    at = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.end)):
+        if tensor.offset != at:
+            raise UserError(f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, not {at}: a corrupt file")
+        at = tensor.end
+    if at != size:
+        raise UserError(f"{file}: {size - at} bytes after its last tensor belong to none: a corrupt file")

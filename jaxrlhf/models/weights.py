@@ -22,8 +22,6 @@ from jaxrlhf.records import Adapter
 if TYPE_CHECKING:
     from jaxrlhf.data.tokenizers import Tokenizer
 
-MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")  # endings found in a folder that may be replaced
-
 
 def load_pretrained(
     path: str | Path,
@@ -66,7 +64,7 @@ def save_pretrained(
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
-    check_replaceable(target, "config.json", lambda f: f.is_file() and f.suffix in MODEL_FILES)
+    check_replaceable(target, "config.json")
     config = base.config
     tensors, dtype = merged_tensors(base, adapter, dtype)
     generation = {

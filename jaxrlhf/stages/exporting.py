@@ -8,6 +8,7 @@ from jaxrlhf.config_io import load_config
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE, without_head
 from jaxrlhf.models.peft import save_peft
+from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.weights import save_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.roles import ADAPTERS, Roles, load_run
@@ -35,10 +36,14 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
     elif arguments.format == "peft":
         save_peft(arguments.to, roles.base, adapter, base_path, arguments.dtype)
         lines.append(f"it belongs on {base_path}{', which was made in a run: give it along' if own else ''}")
+        if (codes := quantization(roles.base)) is not None:
+            lines.append(f"it was trained on that base in {codes} codes; on plain weights it computes a little else")
     else:
         from jaxrlhf.models.classifiers import save_sequence_classifier
 
-        save_sequence_classifier(arguments.to, roles.base, adapter, roles.tokenizer, arguments.dtype)
+        save_sequence_classifier(
+            arguments.to, roles.base, adapter, roles.tokenizer, arguments.dtype, arguments.max_shard_bytes
+        )
     return lines
 
 
@@ -57,7 +62,9 @@ def base_of(config: RunConfig) -> tuple[str, bool]:
 def _check_target(target: str, config: RunConfig, base_path: str) -> None:
     """`UserError` where writing would replace what the run is made of."""
     folder = Path(target).expanduser().resolve()
-    origins = [base_path, config.run_dir, *([config.ppo.policy, config.ppo.reference] if config.ppo else [])]
+    origins = [base_path, config.run_dir, config.model.tokenizer]
+    if config.ppo is not None:
+        origins += [config.ppo.policy, config.ppo.reference, config.ppo.reward.path]
     kept = {Path(origin).expanduser().resolve() for origin in origins if origin is not None}
     if folder in kept or folder.is_relative_to(Path(config.run_dir, "roles").resolve()):
         raise UserError(f"--to {target}: is what the run was made from or is made of; give a folder of its own")

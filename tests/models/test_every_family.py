@@ -64,6 +64,7 @@ CASES = {
     "gemma3_text": [
         MULTI_HEAD | dict(head_dim=8, sliding_window=6, query_pre_attn_scalar=13, num_hidden_layers=7),
         GROUPED | UNTIED | dict(head_dim=10, sliding_window=3, final_logit_softcapping=3.0, sliding_window_pattern=2),
+        GROUPED | dict(head_dim=10, attn_logit_softcapping=5.0),  # which transformers keeps and does not use
         ONE_KV_TIED | dict(
             head_dim=8,
             sliding_window=5,
@@ -215,8 +216,10 @@ def test_a_checkpoint_of_the_bare_model_loads(model_type, make_model, forward, t
     tensors = load_file(tmp_path / "whole" / "model.safetensors")
     prefix = FAMILIES[model_type].prefix
     bare = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    if model_type == "gpt2":
-        bare["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)  # old files carry the causal mask
+    masks = {"gpt2": "h.{}.attn.bias", "gpt_neox": "layers.{}.attention.bias"}
+    if model_type in masks:  # old files carry the causal mask, in one dtype or another
+        for layer, dtype in enumerate((np.uint8, bool)):
+            bare[masks[model_type].format(layer)] = np.ones((1, 1, 8, 8), dtype)
     save_file(bare, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
     again, _ = load_pretrained(tmp_path / "whole")
     tokens, mask = rows()
@@ -307,3 +310,39 @@ def test_a_tensor_that_does_not_fit_is_named(model_type, tensor, wanted, make_mo
         with pytest.raises(UserError) as caught:
             load_pretrained(tmp_path)
         assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (tensor, *words))
+
+
+@pytest.mark.parametrize(
+    "model_type, entries, words",
+    [
+        ("gemma3_text", {"sliding_window_pattern": 0}, ["sliding_window_pattern", "at least 1"]),
+        ("gemma3_text", {"rope_parameters": {"full_attention": "x"}}, ["rope_parameters", "full_attention"]),
+        ("gemma3_text", {"layer_types": [[1]] * 26}, ["layer_types", "sliding_attention"]),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": "x"}, ["max_window_layers", "'x'"]),
+        ("qwen2", {"use_sliding_window": "no"}, ["use_sliding_window", "true or false"]),
+        ("mistral", {"sliding_window": 0}, ["sliding_window", "at least 1"]),
+        ("smollm3", {"no_rope_layer_interval": 0}, ["no_rope_layer_interval", "at least 1"]),
+        ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "each layer"]),
+        ("llama", {"rope_scaling": {"type": ["linear"]}}, ["rope_scaling", "['linear']"]),
+        ("llama", {"rope_parameters": YARN | {"rope_theta": 1.0}}, ["rope_theta", "above 1"]),
+        ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, ["rope_scaling", "'longrope'"]),
+    ],
+)
+def test_entries_that_cannot_be_are_named_in_one_line(model_type, entries, words):
+    from jaxrlhf.models.families import read_config
+
+    with pytest.raises(UserError) as caught:
+        read_config({"model_type": model_type} | entries, "mine/config.json")
+    message = str(caught.value)
+    assert message.startswith("mine/config.json: ") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "model_type, entry", [("gemma3_text", "sliding_window_pattern"), ("smollm3", "no_rope_layer_interval")]
+)
+def test_null_is_absent(model_type, entry):
+    from jaxrlhf.models.families import read_config
+
+    document = {"model_type": model_type}
+    assert read_config(document | {entry: None}, "config.json") == read_config(document, "config.json")

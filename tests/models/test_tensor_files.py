@@ -95,8 +95,10 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (framed(entry(), b"\0" * 8)[:-20], ["no safetensors header"]),
         (framed(entry(), b"\0" * 7), ["tensor w", "truncated"]),
         (framed(entry(shape=(3,)), b"\0" * 8), ["tensor w", "[3]", "8 bytes"]),
-        (framed(entry("I64", (1,)), b"\0" * 8), ["tensor w", "I64", "BF16"]),
-        (framed(entry("F8_E4M3", (8,)), b"\0" * 8), ["tensor w", "F8_E4M3"]),
+        (framed(entry("I64", (2,)), b"\0" * 8), ["tensor w", "[2]", "8 bytes"]),
+        (framed(entry(), b"\0" * 12), ["4 bytes after its last tensor", "corrupt"]),
+        (framed(entry() | {"x": entry()["w"]}, b"\0" * 8), ["tensor x", "not", "corrupt"]),
+        (framed(entry(offsets=(4, 12)), b"\0" * 12), ["tensor w", "begins at byte", "corrupt"]),
         (framed(entry(offsets=(0,)), b"\0" * 8), ["tensor w", "malformed"]),
         (framed(entry(shape=(-2,)), b"\0" * 8), ["tensor w", "malformed"]),
         (framed({"w": {"dtype": "F32"}}), ["tensor w", "malformed"]),
@@ -113,6 +115,15 @@ def test_a_broken_file_is_named_with_its_tensor(tmp_path, content, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("dtype, shape", [("I64", (1,)), ("F8_E4M3", (8,)), ("BOOL", (8,)), ("F4", (16,))])
+def test_what_is_no_weight_is_refused_only_where_it_is_used(tmp_path, dtype, shape):
+    (tmp_path / SINGLE).write_bytes(framed(entry(dtype, shape), b"\0" * 8))
+    held = read_checkpoint(tmp_path)["w"]
+    with pytest.raises(UserError) as caught:
+        held.check_dtype()
+    assert str(caught.value).startswith(f"{tmp_path / SINGLE}: tensor w is stored as {dtype}; one of")
+
+
 @pytest.mark.parametrize(
     "index, words",
     [
@@ -120,6 +131,7 @@ def test_a_broken_file_is_named_with_its_tensor(tmp_path, content, words):
         ("[]", ["JSON object"]),
         ("{}", ["weight_map"]),
         ('{"weight_map": {"a": "../x.safetensors"}}', ["weight_map"]),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', ["pytorch_model.bin", "only safetensors"]),
         ('{"weight_map": {"a": "absent.safetensors"}}', ["absent.safetensors", "not in the folder"]),
         ('{"weight_map": {"a": "x.safetensors", "z": "x.safetensors"}}', ["tensor z", "missing"]),
     ],

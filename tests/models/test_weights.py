@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from jaxrlhf.models.adapter_files import load_adapter, save_adapter
 from jaxrlhf.models.adapters import SCORE, bind, init_adapter, merge
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.families import place
-from jaxrlhf.models.folders import HUB_FILES
+from jaxrlhf.models.folders import HUB_FILES, MARK
 from jaxrlhf.models.tensor_files import INDEX, SINGLE, read_checkpoint
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
 
@@ -325,12 +326,18 @@ def test_saving_replaces_a_model_and_nothing_else(small, folder, tmp_path):
     before = stored_bytes(folder)
     refused(lambda: save_pretrained(folder, small), str(folder), "README.md", "empty folder")
     refused(lambda: save_adapter(folder, {}), str(folder), "empty folder")
+    foreign = tmp_path / "foreign"  # a model that somebody else wrote, with files of a model's endings beside it
+    shutil.copytree(folder, foreign, ignore=shutil.ignore_patterns("README.md", MARK))
+    (foreign / "precious.json").write_text("[]")
+    refused(lambda: save_pretrained(foreign, small), str(foreign), "which would be lost")
+    shutil.rmtree(foreign)
     assert stored_bytes(folder) == before and (folder / "README.md").read_text() == "notes"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.json").write_text("[]")
     refused(lambda: save_pretrained(tmp_path / "data", small), "rows.json")
     (tmp_path / "empty").mkdir()
     save_pretrained(tmp_path / "empty", small)
+    refused(lambda: save_adapter(tmp_path / "empty", {}), "empty folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "empty", "model"]  # nothing temporary is left
 
 
