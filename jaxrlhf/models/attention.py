@@ -66,8 +66,11 @@ def attend(
 
     `scale` multiplies q k (None: H^-1/2); `softcap` c bends the product to c tanh(product / c) (2408.00118).
     """
+    given = q_BTNH.dtype
+    q_BTNH, k_BSKH, v_BSKH = (operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     if softcap is None:
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
+        attended = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
+        return attended.astype(given)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -75,4 +78,9 @@ def attend(
     logits = softcap * jnp.tanh(logits * (H**-0.5 if scale is None else scale) / softcap)
     logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H).astype(given)
+
+
+def operand(x: jax.Array) -> jax.Array:
+    """x for a product that is summed in float32: jax has none of float16 on a CPU, so there it is cast before."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 and jax.default_backend() == "cpu" else x

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrlhf.models.attention import attend, causal_mask, positions_of, rotate, within_window
+from jaxrlhf.models.attention import attend, causal_mask, operand, positions_of, rotate, within_window
 from jaxrlhf.models.rope import Rope, frequencies
 
 
@@ -321,7 +321,8 @@ class Decoder(nnx.Module):
         else:
             kernel = self.lm_head.kernel[...]
         # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
-        logits = jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+        kernel = operand(kernel.astype(hidden_BTD.dtype))
+        logits = jnp.matmul(operand(hidden_BTD), kernel, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

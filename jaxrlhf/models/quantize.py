@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrlhf.models.attention import operand
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, Linear, find_module, linear_shapes, named_parameters
 from jaxrlhf.runtime.mesh import parameter_sharding
 
@@ -187,7 +188,7 @@ def _nought_of_all(_, batched: list[bool], x: jax.Array) -> tuple[jax.Array, boo
 def _multiplied(fan_in: int, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     if codes.dtype == jnp.int8:
         # The scale goes on the outputs, which are fewer than the weights; in float32, as sums of codes are large.
-        y = jnp.matmul(x, codes.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = jnp.matmul(operand(x), operand(codes.astype(x.dtype)), preferred_element_type=jnp.float32)
         return (y * scale[0]).astype(x.dtype)
     return x @ dequantize(codes, scale, fan_in).astype(x.dtype)
 

@@ -176,3 +176,18 @@ def test_an_abstract_decoder_has_the_shapes_and_takes_values(small, batch, forwa
     np.testing.assert_array_equal(forward(filled, *batch), forward(small, *batch))
     with pytest.raises(KeyError):
         with_parameters(abstract, {})
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype, error", [(jnp.bfloat16, 0.05), (jnp.float16, 0.01)])
+def test_half_precision_in_memory_computes_nearly_the_same(small, batch, forward, dtype, error, softcap):
+    tokens, mask = batch
+    whole = jax.tree.map(lambda leaf: leaf, small)
+    whole.config = dataclasses.replace(small.config, attention_softcap=softcap)
+    for block in whole.layers:
+        block.attention.config = whole.config
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), whole)
+    exact, rounded = forward(whole, tokens, mask)[mask], forward(half, tokens, mask)[mask]
+    assert rounded.dtype == np.float32
+    distance = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 0 < distance < error, distance
