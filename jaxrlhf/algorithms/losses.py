@@ -1,6 +1,6 @@
 """Losses per token, and what they are made of: log-probabilities and entropies from logits.
 
-The policy's own losses are in `policy_losses`; PPO's is to be had here too.
+The policy's own losses are in `policy_losses`.
 
 Nothing is reduced over tokens here (`masked.aggregate` does that), so that accumulation over microbatches is
 exact. Everything is float32 inside. Masked positions give 0 in value and gradient whatever stands there.
@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
-
-from jaxrlhf.algorithms.policy_losses import ppo_policy_loss as ppo_policy_loss
 
 _LOWEST = jnp.finfo(jnp.float32).min
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms import advantages, kl, losses, masked
+from jaxrlhf.algorithms import advantages, kl, losses, masked, policy_losses
 from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,7 +23,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 gae = jax.jit(advantages.gae)
 kl_estimate = jax.jit(kl.kl_estimate, static_argnames="estimator")
 shape_rewards = jax.jit(kl.shape_rewards, static_argnames="estimator")
-ppo_policy_loss = jax.jit(losses.ppo_policy_loss)
+ppo_policy_loss = jax.jit(policy_losses.ppo_policy_loss)
 token_logprobs = jax.jit(losses.token_logprobs)
 value_loss = jax.jit(losses.value_loss)
 aggregate = jax.jit(masked.aggregate, static_argnames="how")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxrlhf.algorithms import losses
+from jaxrlhf.algorithms import losses, policy_losses
 
 close = np.testing.assert_allclose
 
 # Compiled once per shape: faster than operation by operation.
-ppo_policy_loss = jax.jit(losses.ppo_policy_loss)
+ppo_policy_loss = jax.jit(policy_losses.ppo_policy_loss)
 value_loss = jax.jit(losses.value_loss)
 token_logprobs = jax.jit(losses.token_logprobs)
 cross_entropy = jax.jit(losses.cross_entropy)
@@ -140,7 +140,7 @@ def test_garbage_past_the_end_reaches_no_value_and_no_gradient():
     a, b, c = jnp.array(np.random.default_rng(0).normal(size=(3, 2, 4)), jnp.float32)
 
     def policy(new, old, advantages):
-        loss, diagnostics = losses.ppo_policy_loss(new, old, advantages, mask, 0.2, 0.2)
+        loss, diagnostics = policy_losses.ppo_policy_loss(new, old, advantages, mask, 0.2, 0.2)
         return loss.sum() + diagnostics["approx_kl"].sum(), (loss, diagnostics)
 
     def value(values, old, returns):
@@ -352,7 +352,7 @@ def test_changing_a_setting_compiles_nothing_and_settings_batch():
     @jax.jit
     def both(clip):
         traces.append(clip)
-        policy, _ = losses.ppo_policy_loss(new, old, returns, mask, clip, clip)
+        policy, _ = policy_losses.ppo_policy_loss(new, old, returns, mask, clip, clip)
         value, _ = losses.value_loss(new, old, returns, mask, clip)
         return policy, value
 

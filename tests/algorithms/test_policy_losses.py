@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxrlhf.algorithms import losses, masked
+from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms import policy_losses as module
 
 close = np.testing.assert_allclose
@@ -168,10 +168,6 @@ def test_gspo_has_the_gradient_of_the_sequence_objective():
 
     for a, b in zip(jax.value_and_grad(ours)(new), jax.value_and_grad(sequence)(new)):
         close(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_ppo_has_one_name_in_both_files():
-    assert losses.ppo_policy_loss is module.ppo_policy_loss is module.POLICY_LOSSES["clip"]
 
 
 # ---------------------------------------------------------------- by hand
