@@ -1,7 +1,7 @@
 """Reads a run's settings: a YAML file, overrides from the command line, and one line for whatever is wrong.
 
 Scalars are read by the rules of YAML 1.2: `1e-4` is a float, `no`, `on` and `2024-01-01` are text, `012` is
-twelve. What each setting is called, takes and defaults to is taken from the models in `config.py` through their
+twelve. What each setting is called, takes and defaults to is taken from the models in `config` through their
 JSON schema, so the help page and the messages cannot differ from what is checked.
 """
 
@@ -213,7 +213,7 @@ class _Setting:
 
 @functools.cache
 def _settings() -> dict[KeyPath, _Setting]:
-    """Every section and setting by key path, in the order of `config.py`."""
+    """Every section and setting by key path, in the order of `config`."""
     schema = RunConfig.model_json_schema()
     found: dict[KeyPath, _Setting] = {}
 

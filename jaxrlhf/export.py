@@ -21,7 +21,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--role",
-        choices=("policy", "sft", "reward", "value"),
+        choices=("policy", "sft", "average", "reward", "value"),
         default=None,
         help="default: policy, else sft; of the format reward: reward, else value",
     )

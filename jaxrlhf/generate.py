@@ -21,7 +21,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--roles",
         metavar="NAMES",
         default=None,
-        help="of a run: base, sft, policy, by commas; side by side (default: the last one that was trained)",
+        help="of a run: base, sft, policy, average, by commas; side by side (default: the last one that was trained)",
     )
     parser.add_argument("--prompt-field", default=None, help="column of --prompts (default: prompt, messages or text)")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="default: the run's, else 64")
@@ -47,7 +47,7 @@ def generate(arguments: argparse.Namespace) -> None:
             continue
         print(f"prompt: {record['prompt']}")
         for role, text in record["answers"].items():
-            print(f"{role:>6}: {text.strip()}")
+            print(f"{role:>7}: {text.strip()}")
         print()
 
 

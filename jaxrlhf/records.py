@@ -11,7 +11,7 @@ import jax
 from flax import struct
 from pydantic import BaseModel
 
-from jaxrlhf.config import AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling
+from jaxrlhf.config import AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling, ScoreConfig
 
 Adapter = dict[str, dict[str, jax.Array]]
 """Module path -> leaf name -> array. LoRA: `lora_a` [in, rank], `lora_b` [rank, out] and the constant
@@ -99,7 +99,8 @@ class PPOState:
     """Policy and value, their optimizers, and the count of optimizer steps."""
 
     policy: Any  # Adapter
-    value: Any  # Adapter
+    value: Any  # Adapter; only a head where it shares the policy's trunk; empty where there is none
+    average: Any  # Adapter; moving average of the policy, empty where none is kept
     policy_optimizer: Any  # optax state
     value_optimizer: Any  # optax state
     step: jax.Array  # i32[]; optimizer steps done
@@ -129,5 +130,5 @@ def _register_settings(cls: type[BaseModel]) -> None:
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 
 
-for _settings in (Sampling, OptimizerConfig, PPOConfig, KLConfig, AdvantageConfig):
+for _settings in (Sampling, OptimizerConfig, PPOConfig, KLConfig, AdvantageConfig, ScoreConfig):
     _register_settings(_settings)

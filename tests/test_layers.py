@@ -135,7 +135,7 @@ def test_imports_go_down_only():
 
 def test_the_walk_sees_the_package():
     names = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
-    assert {"config.py", "runtime/checkpoints.py", "models/decoder.py"} <= names
+    assert {"config/run.py", "runtime/checkpoints.py", "models/decoder.py"} <= names
     tree = ast.parse((PACKAGE / "runtime" / "checkpoints.py").read_text())
     modules = {i.module for i in _imports(tree, "jaxrlhf.runtime.checkpoints", False)}
     assert {"jax", "orbax.checkpoint.v1", "jaxrlhf.errors.UserError"} <= modules
@@ -165,9 +165,9 @@ def test_the_walk_sees_the_package():
         ("runtime/a.py", "from jaxrlhf.algorithms import masked", "runtime imports algorithms, which is above it"),
         ("runtime/a.py", "from jaxrlhf.rollout import decode", "runtime imports rollout, which is above it"),
         ("records.py", "from jaxrlhf.models import decoder", "records imports models, which is above it"),
-        ("config.py", "from jaxrlhf.records import Rollout", "config may import only errors"),
-        ("config.py", "import jax.numpy as jnp", "settings need pydantic only"),
-        ("config.py", "def f():\n    import jax", "settings need pydantic only"),
+        ("config/run.py", "from jaxrlhf.records import Rollout", "config may import only errors"),
+        ("config/run.py", "import jax.numpy as jnp", "settings need pydantic only"),
+        ("config/run.py", "def f():\n    import jax", "settings need pydantic only"),
         ("errors.py", "from jaxrlhf import config", "errors may import only nothing of the package"),
         ("config_io.py", "from jaxrlhf.models import decoder", "config_io may import only config, errors, runtime"),
         ("data/a.py", "import torch", "is heavy"),

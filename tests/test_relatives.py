@@ -7,16 +7,21 @@ import pytest
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES
-from jaxrlhf.config import AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling
-from jaxrlhf.models.adapters import bind
+from jaxrlhf.config import AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling, ScoreConfig
+from jaxrlhf.models.adapters import bind, value_head
 from jaxrlhf.records import Prompts
-from jaxrlhf.steps.annotate import annotate_experience
+from jaxrlhf.steps.annotate import Control, ExperienceSettings, annotate_experience
 from jaxrlhf.steps.ppo import init_ppo, ppo_update
 
 PROMPT = 3
-ANNOTATE = jax.jit(annotate_experience, static_argnames=("group", "kl_in_loss", "microbatches", "recompute_policy"))
+ANNOTATE = jax.jit(annotate_experience)
 UPDATE = jax.jit(ppo_update)
 KEY = jax.random.key(3)
+
+
+def settings(estimator="gae", update=None, group=1):
+    advantage = AdvantageConfig(estimator=estimator)
+    return ExperienceSettings(KLConfig(), advantage, ScoreConfig(), PPOConfig() if update is None else update, group)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +50,9 @@ def test_a_group_is_the_prompts_repeated(programs, tiny, roles, prompts):
 
 def test_without_a_value_model_nothing_of_it_is_there(programs, tiny, roles, sampled, scores):
     config = PPOConfig(epochs=2, minibatches=2)
-    advantage = AdvantageConfig(estimator="reinforce")
+    reinforce = settings("reinforce", config)
     experience, _, noted = ANNOTATE(
-        tiny, roles.policy, {}, None, sampled, scores, jnp.float32(0.1), KLConfig(), advantage, 0.0
+        tiny, roles.policy, {}, None, sampled, scores, None, Control.start(0.1), reinforce
     )
     assert not np.asarray(experience.values).any() and np.asarray(experience.advantages).any()
     state, metrics = UPDATE(init_ppo(roles.policy, None, config), tiny, experience, KEY, config)
@@ -63,10 +68,8 @@ def test_without_a_value_model_nothing_of_it_is_there(programs, tiny, roles, sam
 
 def test_kl_in_the_loss_leaves_the_reward_alone_and_pulls_back(programs, tiny, roles, sampled, scores):
     def made(in_loss):
-        return ANNOTATE(
-            tiny, roles.policy, roles.value, None, sampled, scores, jnp.float32(0.5), KLConfig(), AdvantageConfig(),
-            0.0, kl_in_loss=in_loss,
-        )  # fmt: skip
+        chosen = settings(update=PPOConfig(kl_loss="k2" if in_loss else None))
+        return ANNOTATE(tiny, roles.policy, roles.value, None, sampled, scores, None, Control.start(0.5), chosen)
 
     (inside, _, noted), (outside, _, shaped) = made(True), made(False)
     assert noted["reward/shaped"] == pytest.approx(float(noted["reward/score"]), abs=1e-6)
@@ -120,6 +123,8 @@ def bandit(programs, base, make_adapter, estimator, loss, iterations=90, prompts
     targets = ("q_proj", "v_proj", "down_proj")
     policy = make_adapter(base, 1, moved=False, rank=4, targets=targets)
     value = make_adapter(base, 2, "value", moved=False, rank=4, targets=targets) if kind.needs_value else None
+    if config.value_trunk == "policy":
+        value = value_head(base)
     state = init_ppo(policy, value, config)
     asked = Prompts(jnp.full((prompts, 1), PROMPT, jnp.int32), jnp.ones((prompts, 1), bool))
     earned = []
@@ -131,10 +136,10 @@ def bandit(programs, base, make_adapter, estimator, loss, iterations=90, prompts
         if kind.needs_greedy:
             one = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
             best = programs.rollout(base, state.policy, asked, key, one)
-            greedy = jnp.repeat(jnp.asarray(PAY[np.asarray(best.tokens)[:, 1]], jnp.float32), group)
+            greedy = best, jnp.asarray(PAY[np.asarray(best.tokens)[:, 1]], jnp.float32)
         made, _, _ = ANNOTATE(
-            base, state.policy, state.value, None, out, scores, jnp.float32(0.0), KLConfig(),
-            AdvantageConfig(estimator=estimator), 0.0, greedy, group=group,
+            base, state.policy, state.value, None, out, scores, greedy, Control.start(0.0),
+            settings(estimator, config, group),
         )  # fmt: skip
         state, _ = UPDATE(state, base, made, key, config)
         earned.append(float(scores.mean()))
@@ -156,6 +161,11 @@ def test_every_loss_finds_the_best_arm(programs, flat, make_adapter, loss):
 
 def test_dual_clip_finds_the_best_arm(programs, flat, make_adapter):
     first, last, after = bandit(programs, flat, make_adapter, "grpo", "clip", dual_clip=3.0)
+    assert first < 0.6 and last > 0.8 and after.argmax() == PAY.argmax(), (first, last, after)
+
+
+def test_a_shared_trunk_finds_the_best_arm(programs, flat, make_adapter):
+    first, last, after = bandit(programs, flat, make_adapter, "gae", "clip", value_trunk="policy")
     assert first < 0.6 and last > 0.8 and after.argmax() == PAY.argmax(), (first, last, after)
 
 

@@ -44,25 +44,28 @@ def update_moments(moments: RunningMoments, scores: Array) -> RunningMoments:
     chex.assert_rank(scores, 1)
     scores = jnp.asarray(scores, jnp.float32)
     count = jnp.float32(scores.shape[0])
-    mean = jnp.sum(scores) / jnp.maximum(count, 1.0)
+    # Counted from the first score: equal ones then have exactly no spread, and not that of rounding.
+    origin = jnp.sum(scores[:1])
+    mean = origin + jnp.sum(scores - origin) / jnp.maximum(count, 1.0)
     return merge_moments(moments, RunningMoments(count, mean, jnp.sum(jnp.square(scores - mean))))
 
 
-def normalise(moments: RunningMoments, scores: Array, shift_mean: bool = True, epsilon: float = 1e-8) -> Array:
-    """(score - mean) / sqrt(var + epsilon) by the moments so far, with the unbiased variance.
+def normalise(moments: RunningMoments, scores: Array) -> Array:
+    """(score - mean) / deviation by the moments: the gain and bias of 1909.08593 are 1 / deviation, -mean / deviation.
+
+    The deviation is the root of the unbiased variance. Moments of fewer than two scores, or of scores that were all
+    equal, have no scale: their deviation is taken as 1.
 
     Args:
-      moments: of fewer than two scores: their variance is unknown and taken as 1.
+      moments: of some answers at the start, of all so far, or of this batch alone (whitening).
       scores: f32[B].
-      shift_mean: False divides only, which keeps the sign of a score.
-      epsilon: added to the variance; scores that were all equal become about 0.
 
     Returns:
       f32[B].
     """
     scores = jnp.asarray(scores, jnp.float32)
-    variance = jnp.where(moments.count > 1, moments.squares / jnp.maximum(moments.count - 1.0, 1.0), 1.0)
-    return (scores - moments.mean if shift_mean else scores) / jnp.sqrt(variance + epsilon)
+    variance = moments.squares / jnp.maximum(moments.count - 1.0, 1.0)
+    return (scores - moments.mean) / jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
 
 
 def ema(old: Tree, new: Tree, decay: Array | float) -> Tree:

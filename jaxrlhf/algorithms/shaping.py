@@ -1,6 +1,7 @@
 """What becomes of a score before it is a reward: one number per answer, B answers, R tokens.
 
-Scores here are all real: there is no mask. Penalties are 0 or less, and are added.
+Scores here are all real: there is no mask. Penalties are 0 or less, and are added. What brings scores to mean 0 and
+deviation 1 is in `running`.
 """
 
 from collections.abc import Callable
@@ -9,41 +10,10 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrlhf.algorithms import masked
-
-
-def fit_gain_bias(scores: Array) -> tuple[Array, Array]:
-    """gain and bias such that gain * score + bias has mean 0 and deviation 1 over these scores (1909.08593).
-
-    Fitted once, on answers of the policy before it learns, and kept. The deviation is that of the scores as the
-    whole population, as in lm-human-preferences.
-
-    Args:
-      scores: f32[N].
-
-    Returns:
-      gain f32[] and bias f32[]. Scores that are all equal have no scale: gain 1, and the bias brings them to 0.
-    """
-    chex.assert_rank(scores, 1)
-    scores = jnp.asarray(scores, jnp.float32)
-    # Counted from the first score: equal ones are then exactly 0, and their variance is no rounding error.
-    origin = scores[0]
-    everything = jnp.ones(scores.shape, bool)
-    mean = masked.masked_mean(scores - origin, everything)
-    variance = masked.masked_variance(scores - origin, everything, unbiased=False)
-    gain = jnp.where(variance > 0, 1.0 / jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 1.0)
-    return gain, -gain * (origin + mean)
-
 
 def clip_scores(scores: Array, limit: Array | float) -> Array:
     """Scores held within [-limit, limit]: f32[B] -> f32[B]; infinity switches it off."""
     return jnp.clip(jnp.asarray(scores, jnp.float32), -limit, limit)
-
-
-def whiten_scores(scores: Array, shift_mean: bool = True, epsilon: float = 1e-8) -> Array:
-    """`masked.whiten` over the scores of one global batch: f32[B] -> f32[B]; equal scores become 0 or their mean."""
-    chex.assert_rank(scores, 1)
-    return masked.whiten(scores, jnp.ones(scores.shape, bool), shift_mean, epsilon)
 
 
 MISSING_EOS: dict[str, Callable[[Array, Array | float], Array]] = {

@@ -48,6 +48,48 @@ def with_head(adapter: Adapter, base: Decoder, head: Literal["value", "reward"],
     return {**adapter, SCORE: {"kernel": kernel}}
 
 
+def value_head(base: Decoder) -> Adapter:
+    """A value head alone, at zero: for a value model on the policy's trunk."""
+    return with_head({}, base, "value", jax.random.key(0))
+
+
+def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> Adapter:
+    """A copy of the adapter to go on training, with its head: for `full`, LoRA pairs become a copy of every weight.
+
+    An adapter that is whole stays so.
+    """
+    if kind == "lora" or not any("lora_a" in leaves for leaves in adapter.values()):
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), adapter)
+    whole = init_adapter(base, AdapterConfig(kind="full"), jax.random.key(0))
+    for path, leaves in adapter.items():
+        own = {name: jnp.array(x, copy=True) for name, x in leaves.items() if name not in LORA_LEAVES}
+        whole[path] = whole.get(path, {}) | own
+        if "lora_a" in leaves:
+            whole[path]["kernel"] += lora_product(leaves)
+    return whole
+
+
+def bare(base: Decoder, adapter: Adapter) -> Adapter:
+    """An adapter with the leaves of the given one under which the base computes what it computes alone; no head."""
+    plain = named_parameters(base)
+
+    def leaf(path: str, name: str, given: jax.Array) -> jax.Array:
+        if name == "lora_b":
+            return jnp.zeros_like(given)
+        origin = given if name in LORA_LEAVES else plain[f"{path}/{name}"]
+        return jnp.array(origin, given.dtype, copy=True)
+
+    return {
+        path: {name: leaf(path, name, given) for name, given in leaves.items()}
+        for path, leaves in without_head(adapter).items()
+    }
+
+
+def lora_product(leaves: dict[str, jax.Array]) -> jax.Array:
+    """What a LoRA pair adds to its kernel, f32[in, out]."""
+    return leaves["lora_scale"] * (leaves["lora_a"].astype(jnp.float32) @ leaves["lora_b"].astype(jnp.float32))
+
+
 def without_head(adapter: Adapter) -> Adapter:
     """The adapter without its scalar head."""
     return {path: leaves for path, leaves in adapter.items() if path != SCORE}
@@ -90,8 +132,7 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
         if "lora_a" in leaves:
             module = find_module(merged, path)
             kernel = find_module(base, path).float32_kernel()
-            delta = leaves["lora_scale"] * (leaves["lora_a"].astype(jnp.float32) @ leaves["lora_b"].astype(jnp.float32))
-            module.kernel = nnx.Param((kernel + delta).astype(module.kernel.dtype))
+            module.kernel = nnx.Param((kernel + lora_product(leaves)).astype(module.kernel.dtype))
     return merged
 
 
@@ -125,6 +166,7 @@ def target_paths(base: Decoder, config: AdapterConfig) -> list[str]:
 
 def _init_lora(base: Decoder, config: AdapterConfig, key: jax.Array) -> Adapter:
     shapes = linear_shapes(base)
+    divisor = config.rank**0.5 if config.rank_stabilised else config.rank
     adapter = {}
     for index, path in enumerate(target_paths(base, config)):
         fan_in, fan_out = shapes[path]
@@ -134,6 +176,6 @@ def _init_lora(base: Decoder, config: AdapterConfig, key: jax.Array) -> Adapter:
                 jax.random.fold_in(key, index), (fan_in, config.rank), minval=-bound, maxval=bound
             ),
             "lora_b": jnp.zeros((config.rank, fan_out)),
-            "lora_scale": jnp.asarray(config.alpha / config.rank, jnp.float32),
+            "lora_scale": jnp.asarray(config.alpha / divisor, jnp.float32),
         }
     return adapter

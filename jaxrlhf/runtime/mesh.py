@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrlhf.config import MeshConfig
@@ -154,6 +155,19 @@ def place_batch(mesh: Mesh, tree: Any) -> Any:
     """
     rows, whole = batch_sharding(mesh), replicated(mesh)
     return jax.tree.map(lambda leaf: _put(leaf, rows if getattr(leaf, "ndim", 0) else whole), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The tree as whole numpy arrays, on every process; those that are split over processes are gathered."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            if leaf.is_fully_replicated:
+                return np.asarray(leaf.addressable_data(0))
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:

@@ -67,12 +67,11 @@ def _answers(
 def _chosen_roles(roles: Roles, wanted: str | None, config: RunConfig) -> dict[str, tuple[Decoder, Adapter | None]]:
     """The models of the roles asked for, or of the last one that was trained."""
     known: dict[str, tuple[Decoder, Adapter | None]] = {}
-    retrained = config.sft is not None and "sft" in config.stages and config.sft.adapter.kind == "full"
+    retrained = config.sft_trains_base
     known["base"] = (roles.base, None)
     if retrained or "sft" in roles.adapters:
         known["sft"] = (roles.base, roles.reference)
-    if "policy" in roles.adapters:
-        known["policy"] = (roles.base, roles.adapters["policy"])
+    known |= {name: (roles.base, roles.adapters[name]) for name in ("average", "policy") if name in roles.adapters}
     names = [list(known)[-1]] if wanted is None else [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in known:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from jaxrlhf.records import Experience
@@ -28,15 +28,11 @@ class Evaluation:
     samples: list[dict]
 
 
-def rows_measured(
-    answers: Answers, scores, experience: Experience, missing_eos_penalty: float = 0.0
-) -> dict[str, np.ndarray]:
-    """What is measured of each of B answers, [B] each, by metric name."""
-    given = (experience.logprobs, experience.ref_logprobs, experience.response_mask, answers.rollout.ended)
-    logprobs, ref_logprobs, mask, ended = jax.device_get(given)
+def rows_measured(experience: Experience, ended: np.ndarray) -> dict[str, np.ndarray]:
+    """What is measured of each of B answers beside its scores, [B] each, by metric name. Takes numpy arrays."""
+    mask = experience.response_mask
     return {
-        "reward/score": np.asarray(scores) - missing_eos_penalty * ~ended,
-        "kl/k1": np.sum(np.where(mask, logprobs - ref_logprobs, 0.0), axis=1),
+        "kl/k1": np.sum(np.where(mask, experience.logprobs - experience.ref_logprobs, 0.0), axis=1),
         "length/mean": np.sum(mask, axis=1),
         "length/eos_share": ended,
     }
@@ -50,12 +46,13 @@ def samples_of(answers: Answers, scores) -> list[dict]:
     ]
 
 
-def comparison(before: Evaluation, after: Evaluation, samples: int = 5) -> str:
-    """The final table, and sample answers side by side."""
-    lines = ["", f"{'':40}{'before PPO':>12}{'after PPO':>12}"]
+def comparison(evaluations: Mapping[str, Evaluation], samples: int = 5) -> str:
+    """The final table with a column for each policy, and sample answers of the first and the last side by side."""
+    lines = ["", " " * 40 + "".join(f"{f'{name} PPO':>14}" for name in evaluations)]
     for name, label in LABELS.items():
-        if name in after.numbers:
-            lines.append(f"{label:40}{before.numbers[name]:12.3f}{after.numbers[name]:12.3f}")
+        if all(name in e.numbers for e in evaluations.values()):
+            lines.append(f"{label:40}" + "".join(f"{e.numbers[name]:14.3f}" for e in evaluations.values()))
+    before, after = evaluations["before"], evaluations["after"]
     for old, new in list(zip(before.samples, after.samples))[:samples]:
         lines += ["", *_wrapped("prompt", old["prompt"])]
         lines += _wrapped(f"before ({old['score']:.2f})", old["completion"])

@@ -73,7 +73,7 @@ def _check_target(target: str, config: RunConfig, base_path: str) -> None:
 def _role(roles: Roles, config: RunConfig, wanted: str | None, format: str) -> tuple[str, Adapter | None]:
     """Name and adapter of the role asked for, or of the format's first that the run has."""
     known: dict[str, Adapter | None] = {name: roles.adapters[name] for name in ADAPTERS if name in roles.adapters}
-    if config.sft is not None and "sft" in config.stages and config.sft.adapter.kind == "full":
+    if config.sft_trains_base:
         known["sft"] = None  # SFT trained the whole model: its result is the base
     names = DEFAULT_ROLES[format] if wanted is None else (wanted,)
     for name in names:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
 from jaxrlhf.data.sources import check_source
-from jaxrlhf.models.adapters import init_adapter, with_head
+from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
 from jaxrlhf.runtime.mesh import check_batch, place_batch
@@ -35,7 +35,7 @@ def check(run: Run, roles: Roles) -> None:
     config = run.config.reward_model
     for source in filter(None, (config.data, config.test_data)):
         check_source(source)
-    check_adapter(roles.base, config.adapter, "reward_model.adapter")
+    check_adapter(roles.base, run.config.adapter_or(config.adapter), "reward_model.adapter")
     check_length(roles.base, config.max_length, "reward_model.max_length")
     check_batch(run.mesh, config.batch_size, "reward_model.batch_size")
     check_microbatches(config.batch_size, config.microbatch_size, "reward_model.microbatch_size")
@@ -69,10 +69,11 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
     """Runs the stage; the roles with the reward adapter."""
     config = run.config.reward_model
     key = key_for(run.config.seed, "reward_model", 0, "adapter")
+    wanted = run.config.adapter_or(config.adapter)
     if config.start == "sft" and roles.reference is not None:
-        adapter = with_head(jax.tree.map(jnp.copy, roles.reference), roles.base, "reward", key)
+        adapter = with_head(as_kind(roles.base, roles.reference, wanted.kind), roles.base, "reward", key)
     else:
-        adapter = init_adapter(roles.base, config.adapter, key, head="reward")
+        adapter = init_adapter(roles.base, wanted, key, head="reward")
     total = config.epochs * len(inputs.train)
     optimizer = with_total_steps(config.optimizer, total)
     microbatches = config.batch_size // (config.microbatch_size or config.batch_size)

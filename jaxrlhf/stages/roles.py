@@ -1,7 +1,7 @@
-"""The roles of a run on disk: base, SFT adapter, reward, policy, value; and which stages have finished.
+"""The roles of a run on disk: base, SFT adapter, reward, policy, value, moving average; and which stages have finished.
 
     RUN/roles/base/          Hugging Face folder, where the run made or changed its base; else config's model
-    RUN/roles/NAME/          adapter: sft, reward, policy, value
+    RUN/roles/NAME/          adapter: sft, reward, policy, value, average
     RUN/roles/finished.json  what each finished stage reached
 """
 
@@ -25,7 +25,7 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.runtime.run_dir import atomic_write
 
-ADAPTERS = ("sft", "reward", "policy", "value")
+ADAPTERS = ("sft", "reward", "policy", "value", "average")
 
 
 @dataclasses.dataclass

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.config import SFTConfig
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
@@ -34,7 +33,7 @@ def check(run: Run, roles: Roles) -> None:
     """UserError where the settings do not fit the model or the mesh, or a source is not there."""
     config = run.config.sft
     check_source(config.data)
-    check_adapter(roles.base, config.adapter, "sft.adapter")
+    check_adapter(roles.base, run.config.adapter_or(config.adapter), "sft.adapter")
     check_length(roles.base, config.max_length, "sft.max_length")
     check_batch(run.mesh, config.batch_size, "sft.batch_size")
     check_microbatches(config.batch_size, config.microbatch_size, "sft.microbatch_size")
@@ -59,7 +58,8 @@ def load(run: Run, roles: Roles) -> SFTInputs:
 def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     """Runs the stage; the roles with the SFT adapter, or with a new base where the whole model was trained."""
     config = run.config.sft
-    adapter = init_adapter(roles.base, config.adapter, key_for(run.config.seed, "sft", 0, "adapter"))
+    key = key_for(run.config.seed, "sft", 0, "adapter")
+    adapter = init_adapter(roles.base, run.config.adapter_or(config.adapter), key)
     total = config.epochs * len(inputs.train)
     optimizer = with_total_steps(config.optimizer, total)
     microbatches = config.batch_size // (config.microbatch_size or config.batch_size)
@@ -75,7 +75,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
             loop.done(step, metrics, {"loss": "sft/loss"}, tokens=int(batch.tokens.size))
         adapter = loop.state.adapter
     reached = {"heldout_loss": evaluate(run, roles.base, adapter, inputs.heldout)} if inputs.heldout else {}
-    return _finish(run, roles, config, adapter, reached)
+    return _finish(run, roles, adapter, reached)
 
 
 def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) -> float:
@@ -86,9 +86,9 @@ def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) ->
     return float(sum(losses) / max(sum(tokens), 1))
 
 
-def _finish(run: Run, roles: Roles, config: SFTConfig, adapter: Adapter, reached: dict[str, float]) -> Roles:
+def _finish(run: Run, roles: Roles, adapter: Adapter, reached: dict[str, float]) -> Roles:
     folder = run.config.run_dir
-    if config.adapter.kind == "full":
+    if run.config.sft_trains_base:
         base = place(run.mesh, merge(roles.base, adapter))
         save_base(folder, base, roles.tokenizer)
         roles = Roles(base, roles.tokenizer)  # adapters of the old base do not fit the new one

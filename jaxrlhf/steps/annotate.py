@@ -7,18 +7,46 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.algorithms.kl import adapt_kl_coef, kl_estimate, shape_rewards
 from jaxrlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, masked_variance, whiten
-from jaxrlhf.config import AdvantageConfig, KLConfig
+from jaxrlhf.algorithms.running import RunningMoments, init_moments
+from jaxrlhf.config import AdvantageConfig, KLConfig, PPOConfig, ScoreConfig
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.models.scoring import response_logprobs, response_values
+from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
 from jaxrlhf.steps.microbatches import split_rows
+from jaxrlhf.steps.ppo import single_step
+from jaxrlhf.steps.scores import adjust_scores, score_moments
 
 WHITENED = ("gae", "reinforce")  # estimators whose advantages are whitened where settings do not say
+
+
+@struct.dataclass
+class Control:
+    """What one iteration hands to the next beside policy and value."""
+
+    kl_coef: jax.Array  # f32[]
+    moments: RunningMoments  # of the scores, as `score.normalise` has it
+
+    @classmethod
+    def start(cls, kl_coef: float) -> "Control":
+        """Before the first iteration."""
+        return cls(jnp.float32(kl_coef), init_moments())
+
+
+@struct.dataclass
+class ExperienceSettings:
+    """The settings of `annotate_experience`."""
+
+    kl: KLConfig
+    advantage: AdvantageConfig
+    score: ScoreConfig
+    update: PPOConfig
+    group: int = struct.field(pytree_node=False, default=1)  # answers to each prompt
 
 
 def annotate(
@@ -30,13 +58,14 @@ def annotate(
     temperature: float | jax.Array | None = None,
     microbatches: int = 1,
     recompute_policy: bool = True,
+    value_trunk: Literal["own", "policy"] = "own",
 ) -> Annotated:
     """What policy, reference and value say of the answers; see `records.Annotated`.
 
-    `value` None or empty gives values of 0. `temperature` None takes the rollout's own. With `microbatches` the rows
-    go through in equal parts, one after another, at the shapes of the update's own forward pass.
-    `recompute_policy=False` takes the sampling logprobs for the policy's, where the update makes no use of old ones
-    (one step an iteration).
+    `value` None or empty gives values of 0; with `value_trunk` "policy" it is a head on the policy's trunk.
+    `temperature` None takes the rollout's own. With `microbatches` the rows go through in equal parts, one after
+    another, at the shapes of the update's own forward pass. `recompute_policy=False` takes the sampling logprobs for
+    the policy's, where the update makes no use of old ones (one step an iteration).
     """
     if temperature is not None:
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
@@ -44,10 +73,15 @@ def annotate(
     def part(rows: Rollout) -> Annotated:
         given = (rows.tokens, rows.mask, rows.response_mask)
         ref_logprobs, _ = response_logprobs(bind(base, reference), *given, rows.temperature)
-        logprobs = rows.sample_logprobs
-        if recompute_policy:
-            logprobs, _ = response_logprobs(bind(base, policy), *given, rows.temperature)
-        values = response_values(bind(base, value), *given) if value else jnp.zeros(logprobs.shape, jnp.float32)
+        logprobs, values = rows.sample_logprobs, jnp.zeros(rows.response_mask.shape, jnp.float32)
+        if value and value_trunk == "policy":
+            both = bind(base, {**(policy or {}), **value})
+            logprobs, _, values = response_logprobs_and_values(both, *given, rows.temperature)
+        else:
+            if recompute_policy:
+                logprobs, _ = response_logprobs(bind(base, policy), *given, rows.temperature)
+            if value:
+                values = response_values(bind(base, value), *given)
         return Annotated(logprobs, ref_logprobs, values)
 
     if microbatches == 1:
@@ -63,7 +97,6 @@ def build_experience(
     kl_coef: jax.Array | float,
     gamma: jax.Array | float = 1.0,
     lam: jax.Array | float = 0.95,
-    missing_eos_penalty: jax.Array | float = 0.0,
     estimator: Literal["k1", "k2", "k3"] = "k1",
     whiten_rewards: bool = False,
     whiten_advantages: bool | None = None,
@@ -74,12 +107,12 @@ def build_experience(
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards shaped by KL, advantages and whitening over the whole batch; (experience, metrics).
 
-    `scores` is f32[B]. `missing_eos_penalty` is taken off the scores of answers that did not end. `advantage` is a
-    name of `algorithms.advantages.ADVANTAGES`, with `group` answers to each prompt and the `greedy` answers' scores
-    f32[B] where it wants them. `whiten_advantages` None: those that are not compared within the batch already.
+    `scores` is f32[B], see `steps.scores` for what may come before. `advantage` is a name of
+    `algorithms.advantages.ADVANTAGES`, with `group` answers to each prompt and the `greedy` answers' scores f32[B]
+    where it wants them. `whiten_advantages` None: those that are not compared within the batch already.
     """
     mask = rollout.response_mask
-    scores = scores.astype(jnp.float32) - missing_eos_penalty * (~rollout.ended)
+    scores = scores.astype(jnp.float32)
     in_reward, in_loss = (0.0, kl_coef) if kl_in_loss else (kl_coef, 0.0)
     rewards = shape_rewards(scores, annotated.logprobs, annotated.ref_logprobs, mask, in_reward, estimator)
     if whiten_rewards:
@@ -113,40 +146,58 @@ def annotate_experience(
     reference: Adapter | None,
     rollout: Rollout,
     scores: jax.Array,
-    kl_coef: jax.Array,
-    kl: KLConfig,
-    advantage: AdvantageConfig,
-    missing_eos_penalty: float,
-    greedy: jax.Array | None = None,
-    group: int = 1,
-    kl_in_loss: bool = False,
-    microbatches: int = 1,
-    recompute_policy: bool = True,
-) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
-    """`annotate` and `build_experience` in one program; (experience, next KL coefficient, metrics)."""
+    greedy: tuple[Rollout, jax.Array] | None,
+    control: Control,
+    settings: ExperienceSettings,
+) -> tuple[Experience, Control, dict[str, jax.Array]]:
+    """`annotate`, `adjust_scores` and `build_experience` in one program; (experience, next control, metrics).
+
+    `scores` f32[B] are those of the reward; `greedy` holds one greedy answer to each prompt with its score, where
+    the advantages are measured from them.
+    """
+    kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
+    rows = scores.shape[0]
     annotated = annotate(
-        base, policy, value, reference, rollout, microbatches=microbatches, recompute_policy=recompute_policy
+        base,
+        policy,
+        value,
+        reference,
+        rollout,
+        # The old logprobs come at the shapes of the update's own.
+        microbatches=rows // (update.microbatch_size or rows // update.minibatches),
+        recompute_policy=not single_step(update),
+        value_trunk=update.value_trunk,
     )
+    moments = score_moments(control.moments, scores, settings.score)
+    adjusted = adjust_scores(scores, rollout, moments, settings.score)
+    baseline = None
+    if greedy is not None:
+        baseline = jnp.repeat(adjust_scores(greedy[1], greedy[0], moments, settings.score), group)
     experience, metrics = build_experience(
         rollout,
         annotated,
-        scores,
-        kl_coef,
+        adjusted,
+        control.kl_coef,
         advantage.gamma,
         advantage.lam,
-        missing_eos_penalty,
         kl.estimator,
         advantage.whiten_rewards,
         advantage.whiten_advantages,
         advantage.estimator,
         group,
-        greedy,
-        kl_in_loss,
+        baseline,
+        update.kl_loss is not None,
     )
-    next_coef = kl_coef
+    kl_coef = control.kl_coef
     if kl.target is not None:
-        next_coef = adapt_kl_coef(kl_coef, metrics["kl/k1"], kl.target, scores.shape[0], kl.horizon)
-    return experience, next_coef, metrics | {"kl/coef": kl_coef}
+        kl_coef = adapt_kl_coef(kl_coef, metrics["kl/k1"], kl.target, rows, kl.horizon)
+    metrics |= {
+        "kl/coef": control.kl_coef,
+        "reward/adjusted": metrics["reward/score"],
+        "reward/score": jnp.mean(scores),
+        "reward/score_std": jnp.std(scores),
+    }
+    return experience, Control(kl_coef, moments), metrics
 
 
 def _experience_metrics(rollout, annotated, scores, rewards, advantages, returns) -> dict[str, jax.Array]:

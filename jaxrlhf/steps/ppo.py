@@ -3,6 +3,8 @@
 B rows, R response tokens.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -10,24 +12,31 @@ from jaxrlhf.algorithms.kl import kl_loss
 from jaxrlhf.algorithms.losses import value_loss
 from jaxrlhf.algorithms.masked import aggregate, masked_sum
 from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES, importance_weights
+from jaxrlhf.algorithms.running import ema
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.adapters import SCORE, bind
 from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.models.scoring import response_logprobs, response_values
-from jaxrlhf.records import Adapter, Experience, PPOState
-from jaxrlhf.steps.microbatches import accumulate
+from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
+from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
+from jaxrlhf.steps.microbatches import accumulate, split_rows
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step
+from jaxrlhf.steps.sft import learnt_tokens, sft_loss
+
+SEEN = "seen"  # among a step's metrics: 1 where the step was computed, 0 where it was left out
 
 
 def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOState:
     """The state before the first update, without a value model where `value` is None.
 
-    The trees are copied: the caller's stay valid when it is donated.
+    With `value_trunk` "policy", `value` is a head alone (`adapters.value_head`). The trees are copied: the caller's
+    stay valid when the state is donated.
     """
-    del config  # part of the stable API; the optimizer's state depends on no setting today
     value = {} if value is None else value
+    if value and (config.value_trunk == "policy") != (set(value) == {SCORE}):
+        raise ValueError("value_trunk policy wants a value of a head alone (value_head), value_trunk own an adapter")
     policy, value = jax.tree.map(lambda x: jnp.array(x, copy=True), (policy, value))
-    return PPOState(policy, value, init_optimizer(policy), init_optimizer(value), jnp.int32(0))
+    average = {} if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), policy)
+    return PPOState(policy, value, average, init_optimizer(policy), init_optimizer(value), jnp.int32(0))
 
 
 def single_step(config: PPOConfig) -> bool:
@@ -36,31 +45,80 @@ def single_step(config: PPOConfig) -> bool:
 
 
 def ppo_update(
-    state: PPOState, base: Decoder, experience: Experience, key: jax.Array, config: PPOConfig
+    state: PPOState,
+    base: Decoder,
+    experience: Experience,
+    key: jax.Array,
+    config: PPOConfig,
+    mix: SFTBatch | None = None,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """(state, metrics) after `epochs` passes over the experience in `minibatches` steps each.
 
-    Each epoch uses every row once, in an order drawn from `key`. Metrics are means over the steps, in the
-    names of the metrics contract. Raises ValueError where rows and minibatches do not divide.
+    Each epoch uses every row once, in an order drawn from `key`. `mix` holds rows for the language-model loss of
+    PPO-ptx, an equal part of them for each step. With `kl_stop` the steps from the first minibatch on whose
+    approximate KL is above it are left out. Metrics are means over the steps, in the names of the metrics contract.
+    Raises ValueError where rows and minibatches do not divide.
     """
     rows = experience.tokens.shape[0]
     if rows % config.minibatches:
         raise ValueError(f"{rows} rows cannot be split into {config.minibatches} minibatches")
+    steps = config.epochs * config.minibatches
     epochs = [jax.random.permutation(jax.random.fold_in(key, epoch), rows) for epoch in range(config.epochs)]
-    order = jnp.stack(epochs).reshape(config.epochs * config.minibatches, -1)
+    order = jnp.stack(epochs).reshape(steps, -1)
 
-    def step(state: PPOState, rows_of_step: jax.Array):
+    def step(state: PPOState, given: tuple[jax.Array, SFTBatch | None]):
+        rows_of_step, mix_of_step = given
         minibatch = jax.tree.map(lambda x: x[rows_of_step], experience)
-        return _minibatch_step(state, base, minibatch, config)
+        return _minibatch_step(state, base, minibatch, config, mix_of_step)
 
-    state, metrics = jax.lax.scan(step, state, order)
-    first = metrics["policy/ratio_error_max"][0]
-    noted = {name: jnp.max(x) if name.endswith("max") else jnp.mean(x) for name, x in metrics.items()}
-    del noted["policy/ratio_error_max"]
-    return state, noted | {"policy/first_ratio_error": first}
+    if config.kl_stop is not None:
+        step = _stopping(step, config.kl_stop)
+        state = (state, jnp.bool_(False))
+    state, metrics = jax.lax.scan(step, state, (order, None if mix is None else split_rows(mix, steps)))
+    if config.kl_stop is not None:
+        state, _ = state
+    return state, _over_steps(metrics)
 
 
-def _minibatch_step(state: PPOState, base: Decoder, minibatch: Experience, config: PPOConfig):
+def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
+    """The step, until a minibatch's approximate KL is above `kl_stop`: that step and those after it change nothing."""
+
+    def taken(state: PPOState, given):
+        after, metrics = step(state, given)
+        stops = metrics["policy/approx_kl"] > kl_stop
+        kept = jax.tree.map(lambda old, new: jnp.where(stops, old, new), state, after)
+        return (kept, stops), metrics | {"policy/steps_sum": 1.0 - stops, SEEN: jnp.float32(1.0)}
+
+    def left_out(state: PPOState, given):
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(taken, state, given)[1])
+        return (state, jnp.bool_(True)), nothing
+
+    def guarded(carry: tuple[PPOState, jax.Array], given):
+        state, stopped = carry
+        return jax.lax.cond(stopped, left_out, taken, state, given)
+
+    return guarded
+
+
+def _over_steps(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics of one update from those of its steps, f32[steps]: means, but maxima and sums by their endings."""
+    metrics = dict(metrics)
+    first = metrics.pop("policy/ratio_error_max")[0]
+    seen = metrics.pop(SEEN, jnp.ones_like(metrics["policy/loss"]))
+    noted = {}
+    for name, values in metrics.items():
+        if name.endswith("max"):
+            noted[name] = jnp.max(values)
+        elif name.endswith("_sum"):
+            noted[name.removesuffix("_sum")] = jnp.sum(values)
+        else:
+            noted[name] = jnp.sum(values * seen) / jnp.sum(seen)
+    return noted | {"policy/first_ratio_error": first}
+
+
+def _minibatch_step(
+    state: PPOState, base: Decoder, minibatch: Experience, config: PPOConfig, mix: SFTBatch | None
+) -> tuple[PPOState, dict[str, jax.Array]]:
     rows = minibatch.tokens.shape[0]
     size = config.microbatch_size or rows
     if rows % size:
@@ -70,18 +128,40 @@ def _minibatch_step(state: PPOState, base: Decoder, minibatch: Experience, confi
     def loss(trees: tuple[Adapter, Adapter], part: Experience):
         return ppo_loss(*trees, base, part, config, tokens, rows)
 
-    _, metrics, grads = accumulate(loss, (state.policy, state.value), minibatch, rows // size)
+    _, metrics, (policy_grads, value_grads) = accumulate(loss, (state.policy, state.value), minibatch, rows // size)
+    if mix is not None:
+        policy_grads, metrics["policy/pretraining_loss"] = _with_pretraining(policy_grads, state, base, mix, config)
     policy, policy_optimizer, noted = optimizer_step(
-        config.optimizer, grads[0], state.policy_optimizer, state.policy, state.step
+        config.optimizer, policy_grads, state.policy_optimizer, state.policy, state.step
     )
+    if config.value_warmup:
+        waits = state.step < config.value_warmup * config.epochs * config.minibatches
+        before, after = (state.policy, state.policy_optimizer), (policy, policy_optimizer)
+        policy, policy_optimizer = jax.tree.map(lambda old, new: jnp.where(waits, old, new), before, after)
     metrics |= {f"optimizer/{k}": v for k, v in noted.items()}
     value, value_optimizer = state.value, state.value_optimizer
     if value:
         value, value_optimizer, noted = optimizer_step(
-            config.value_optimizer, grads[1], value_optimizer, value, state.step
+            config.value_optimizer, value_grads, value_optimizer, value, state.step
         )
         metrics |= {f"optimizer/value_{k}": v for k, v in noted.items()}
-    return PPOState(policy, value, policy_optimizer, value_optimizer, state.step + 1), metrics
+    average = state.average if config.ema_decay is None else ema(state.average, policy, config.ema_decay)
+    return PPOState(policy, value, average, policy_optimizer, value_optimizer, state.step + 1), metrics
+
+
+def _with_pretraining(
+    grads: Adapter, state: PPOState, base: Decoder, mix: SFTBatch, config: PPOConfig
+) -> tuple[Adapter, jax.Array]:
+    """The policy's gradient with that of the mean language-model loss, weighted; and that loss, f32[]."""
+    tokens = jnp.maximum(jnp.sum(learnt_tokens(mix)), 1)
+    rows = mix.tokens.shape[0]
+
+    def loss(policy: Adapter, part: SFTBatch):
+        return sft_loss(base, policy, part, config.remat) / tokens, {}
+
+    parts = -(-rows // (config.microbatch_size or rows))
+    value, _, own = accumulate(loss, state.policy, mix, parts)
+    return jax.tree.map(lambda g, h: g + (config.pretraining_coef * h).astype(g.dtype), grads, own), value
 
 
 def ppo_loss(
@@ -96,11 +176,16 @@ def ppo_loss(
     """These rows' share of a minibatch's loss, and their shares of its metrics.
 
     `total_tokens` and `total_rows` are the whole minibatch's, so that shares of microbatches add up to it. An empty
-    `value` stands for no value model.
+    `value` stands for no value model; a shared one is a head on the policy's trunk, and its loss reaches the policy.
     """
     mask = experience.response_mask
     given = (experience.tokens, experience.mask, mask)
-    logprobs, entropy = response_logprobs(bind(base, policy), *given, experience.temperature, config.remat)
+    if value and config.value_trunk == "policy":
+        both = bind(base, {**policy, **value})
+        logprobs, entropy, values = response_logprobs_and_values(both, *given, experience.temperature, config.remat)
+    else:
+        logprobs, entropy = response_logprobs(bind(base, policy), *given, experience.temperature, config.remat)
+        values = response_values(bind(base, value), *given, config.remat) if value else None
     old = jax.lax.stop_gradient(logprobs) if single_step(config) else experience.logprobs
     policy_loss = POLICY_LOSSES[config.loss]
     per_token, noted = policy_loss(
@@ -127,8 +212,7 @@ def ppo_loss(
         kl = kl_loss(logprobs, experience.ref_logprobs, mask, config.kl_loss) * experience.kl_coef[:, None]
         metrics["policy/kl_loss"] = aggregated(kl)
         loss += metrics["policy/kl_loss"]
-    if value:
-        values = response_values(bind(base, value), *given, config.remat)
+    if values is not None:
         value_per_token, value_clipped = value_loss(
             values, experience.values, experience.returns, mask, config.value_clip
         )

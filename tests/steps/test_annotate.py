@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.config import AdvantageConfig, KLConfig, Sampling
-from jaxrlhf.steps.annotate import annotate_experience
+from jaxrlhf.config import AdvantageConfig, KLConfig, PPOConfig, Sampling, ScoreConfig
+from jaxrlhf.steps.annotate import Control, ExperienceSettings, annotate_experience
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +53,21 @@ def test_a_fresh_adapter_has_no_kl_at_temperature_0_7(programs, tiny, make_adapt
     np.testing.assert_array_equal(warm.values, noted.values)
 
 
-def by_hand(rollout, noted, scores, kl_coef, gamma, lam, penalty, estimator, whiten_rewards, whiten_advantages):
+def by_hand(rollout, noted, scores, kl_coef, gamma, lam, estimator, whiten_rewards, whiten_advantages):
     """(rewards, advantages, returns) with loops, in float64."""
     mask = np.asarray(rollout.response_mask)
     r = np.asarray(noted.ref_logprobs, np.float64) - np.asarray(noted.logprobs, np.float64)
     kl = {"k1": -r, "k2": r * r / 2, "k3": np.exp(r) - 1 - r}[estimator]
     rewards = np.where(mask, -kl_coef * kl, 0)
     for b, row in enumerate(mask):
-        rewards[b, row.sum() - 1] += float(scores[b]) - penalty * (not rollout.ended[b])
+        rewards[b, row.sum() - 1] += float(scores[b])
     shaped = rewards.sum(1).mean()
     if whiten_rewards:
         rewards = np.where(mask, (rewards - rewards[mask].mean()) / rewards[mask].std(ddof=1), 0)
         # The mean stays: only the scale is whitened.
         original = np.where(mask, -kl_coef * kl, 0)
         for b, row in enumerate(mask):
-            original[b, row.sum() - 1] += float(scores[b]) - penalty * (not rollout.ended[b])
+            original[b, row.sum() - 1] += float(scores[b])
         rewards = np.where(mask, rewards + original[mask].mean(), 0)
         shaped = rewards.sum(1).mean()
     values, advantages = np.asarray(noted.values, np.float64), np.zeros(mask.shape)
@@ -87,8 +87,7 @@ def by_hand(rollout, noted, scores, kl_coef, gamma, lam, penalty, estimator, whi
     [("k1", False, True), ("k2", True, False), ("k3", False, False)],
 )
 def test_experience_equals_loops(programs, sampled, noted, scores, estimator, whiten_rewards, whiten_advantages):
-    numbers = (0.3, 0.9, 0.8, 0.5)
-    assert sampled.ended.any() and not sampled.ended.all()  # the penalty hits some
+    numbers = (0.3, 0.9, 0.8)
     made, metrics = programs.experience(
         sampled, noted, scores, *numbers, estimator=estimator, whiten_rewards=whiten_rewards,
         whiten_advantages=whiten_advantages,
@@ -106,14 +105,13 @@ def test_experience_equals_loops(programs, sampled, noted, scores, estimator, wh
 
 
 def test_metrics_by_hand(programs, sampled, noted, scores):
-    _, metrics = programs.experience(sampled, noted, scores, 0.1, missing_eos_penalty=0.5)
+    _, metrics = programs.experience(sampled, noted, scores, 0.1)
     mask = np.asarray(sampled.response_mask)
     r = np.where(mask, noted.ref_logprobs - noted.logprobs, 0)
     gap = np.abs(noted.logprobs - sampled.sample_logprobs)[mask]
-    penalised = np.asarray(scores) - 0.5 * ~np.asarray(sampled.ended)
     want = {
-        "reward/score": penalised.mean(),
-        "reward/score_std": penalised.std(),
+        "reward/score": scores.mean(),
+        "reward/score_std": scores.std(),
         "kl/k1": (-r).sum(1).mean(),
         "kl/k2": (r * r / 2).sum(1).mean(),
         "kl/k3": (np.expm1(r) - r).sum(1).mean(),
@@ -129,24 +127,25 @@ def test_metrics_by_hand(programs, sampled, noted, scores):
 
 def test_one_program_for_all_and_the_next_coefficient(programs, tiny, roles, sampled, noted, scores):
     """The fused program equals its parts; its numbers compile nothing; the coefficient reacts where a target is."""
-    run = jax.jit(annotate_experience, static_argnames=("microbatches", "recompute_policy"))
+    run = jax.jit(annotate_experience)
 
     def fused(target, coef=0.1, gamma=1.0, penalty=0.0):
-        return run(
-            tiny, roles.policy, roles.value, None, sampled, scores, jnp.float32(coef),
-            KLConfig(coef=0.1, target=target, horizon=100.0), AdvantageConfig(gamma=gamma), penalty,
-        )  # fmt: skip
+        kl, advantage = KLConfig(coef=0.1, target=target, horizon=100.0), AdvantageConfig(gamma=gamma)
+        chosen = ExperienceSettings(kl, advantage, ScoreConfig(missing_eos_penalty=penalty), PPOConfig())
+        given = (sampled, scores, None, Control.start(coef), chosen)
+        return run(tiny, roles.policy, roles.value, None, *given)
 
-    experience, coef, metrics = fused(target=None)
+    experience, control, metrics = fused(target=None)
+    coef = control.kl_coef
     parts, part_metrics = programs.experience(sampled, noted, scores, 0.1)
     for name in ("logprobs", "values", "advantages", "returns"):
         np.testing.assert_allclose(getattr(experience, name), getattr(parts, name), atol=1e-5, err_msg=name)
-    assert set(metrics) == {*part_metrics, "kl/coef"}
+    assert set(metrics) == {*part_metrics, "kl/coef", "reward/adjusted"}
     assert float(coef) == float(metrics["kl/coef"]) == np.float32(0.1)
     fused(target=None, coef=0.2, gamma=0.9, penalty=1.0)
     assert run._cache_size() == 1
     measured = float(metrics["kl/k1"])
     for target, factor in ((measured * 100, 1 - 0.2 * 8 / 100), (measured / 100, 1 + 0.2 * 8 / 100), (measured, 1)):
         assert measured > 0
-        assert float(fused(target=target)[1]) == pytest.approx(0.1 * factor, rel=1e-5)
+        assert float(fused(target=target)[1].kl_coef) == pytest.approx(0.1 * factor, rel=1e-5)
     assert run._cache_size() == 2

@@ -5,6 +5,7 @@ import pytest
 
 from jaxrlhf.config import OptimizerConfig, PPOConfig
 from jaxrlhf.models.adapters import bind
+from jaxrlhf.records import SFTBatch
 from jaxrlhf.steps.microbatches import accumulate
 from jaxrlhf.steps.ppo import init_ppo, ppo_loss, ppo_update
 
@@ -96,7 +97,7 @@ def test_changing_any_number_compiles_nothing(programs, start, tiny, experience,
     programs.update(start, tiny, experience, KEY, sixteen)
     count = programs.update._cache_size()
     paths = list(numbers_of(sixteen))
-    assert len(paths) == 5 + 2 * 7 and ("value_optimizer", "beta2") in paths
+    assert len(paths) == 6 + 2 * 7 and ("value_optimizer", "beta2") in paths
     for path in paths:
         programs.update(start, tiny, experience, KEY, changed(sixteen, path, 0.9))
     assert programs.update._cache_size() == count
@@ -104,12 +105,13 @@ def test_changing_any_number_compiles_nothing(programs, start, tiny, experience,
 
 def test_each_number_reaches_the_update(programs, start, tiny, drifted, sixteen):
     """One that is traced and never used would pass the test above."""
-    plain = jax.device_get(programs.update(start, tiny, drifted, KEY, sixteen)[0])
+    mix = SFTBatch(jnp.full((16, 5), 4), jnp.ones((16, 5), jnp.int32), jnp.ones((16, 5), bool))
+    plain = jax.device_get(programs.update(start, tiny, drifted, KEY, sixteen, mix)[0])
     for path in numbers_of(sixteen):
         # A small factor: far below the ratios, value steps and norms that occur. Zeros become 0.01, and
         # warm-up, which is in steps, a little more than one.
         other = changed(sixteen, path, 0.01, add=1.5 if path[-1] == "warmup_steps" else 0.01)
-        moved = programs.update(start, tiny, drifted, KEY, other)[0]
+        moved = programs.update(start, tiny, drifted, KEY, other, mix)[0]
         assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, jax.device_get(moved), plain))), path
 
 

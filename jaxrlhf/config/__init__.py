@@ -1,0 +1,54 @@
+"""Every setting: its type, default, bounds and one line of description. No jax import.
+
+What the step functions take stands in `steps.py`, where rows come from in `data.py`, where scores come from in
+`rewards.py`, and what a run is made of in `run.py`. Files, overrides and messages are read in `config_io.py`.
+"""
+
+from jaxrlhf.config.base import Overflow, Settings
+from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
+from jaxrlhf.config.rewards import RewardConfig, RewardPart
+from jaxrlhf.config.run import (
+    MeshConfig,
+    ModelConfig,
+    NewModelConfig,
+    PPOStageConfig,
+    PretrainingConfig,
+    RewardModelConfig,
+    RunConfig,
+    SFTConfig,
+)
+from jaxrlhf.config.steps import (
+    AdapterConfig,
+    AdvantageConfig,
+    KLConfig,
+    OptimizerConfig,
+    PPOConfig,
+    Sampling,
+    ScoreConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "AdvantageConfig",
+    "DemonstrationsConfig",
+    "KLConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "NewModelConfig",
+    "OptimizerConfig",
+    "Overflow",
+    "PPOConfig",
+    "PPOStageConfig",
+    "PreferencesConfig",
+    "PretrainingConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RewardPart",
+    "RunConfig",
+    "SFTConfig",
+    "Sampling",
+    "ScoreConfig",
+    "Settings",
+    "SourceConfig",
+]

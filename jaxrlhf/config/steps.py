@@ -1,0 +1,154 @@
+"""What the step functions take.
+
+In these settings floats are numbers (traced: changing one compiles nothing) and everything else is structure
+(static). `records.py` registers them as pytrees by that rule.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from jaxrlhf.config.base import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    UnitFloat,
+    names,
+)
+
+
+class AdapterConfig(Settings):
+    """What is trained on top of the frozen base."""
+
+    kind: Literal["lora", "full"] = Field("lora", description="lora: low-rank pairs; full: a copy of every weight")
+    rank: PositiveInt = Field(16, description="rank of each LoRA pair")
+    alpha: PositiveFloat = Field(32.0, description="LoRA scale: the pair's product is multiplied by alpha / rank")
+    rank_stabilised: bool = Field(False, description="alpha / sqrt(rank) instead (rsLoRA, 2312.03732): higher ranks do not learn slower")
+    target_modules: tuple[str, ...] = names(
+        ("all-linear",), "modules with a LoRA pair, by last name (q_proj, ...) or path; all-linear: every layer's"
+    )
+
+
+class Sampling(Settings):
+    """How answers are sampled."""
+
+    max_new_tokens: PositiveInt = Field(64, description="tokens sampled per prompt at most")
+    temperature: NonNegativeFloat = Field(1.0, description="divides the logits, in training too; 0: greedy")
+    top_k: NonNegativeInt = Field(0, description="keep the k most likely tokens; 0: off")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="keep the likeliest tokens that together have at most this probability, always one; null: off"
+    )
+    min_p: UnitFloat | None = Field(
+        None, description="keep tokens at least this likely relative to the most likely; null: off"
+    )
+    stop_tokens: tuple[int, ...] | None = Field(
+        None, strict=False, description="token ids that end an answer; null: the model's own"
+    )
+    pad_token: NonNegativeInt | None = Field(None, description="token id after the end; null: the model's own")
+    samples_per_prompt: PositiveInt = Field(1, description="answers to each prompt: a group, from one prefill")
+
+
+class OptimizerConfig(Settings):
+    """AdamW as PyTorch computes it, with a schedule and a clipped gradient norm."""
+
+    learning_rate: NonNegativeFloat = Field(1e-4, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up: constant, or decay to 0 at the last step")
+    warmup_steps: NonNegativeFloat = Field(0.0, description="optimizer steps of linear warm-up")
+    total_steps: PositiveFloat | None = Field(None, description="optimizer steps until decay reaches 0; null: the stage's")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
+    max_grad_norm: PositiveFloat = Field(1.0, description="the gradient's global norm is clipped here")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second decay")
+    epsilon: PositiveFloat = Field(1e-5, description="Adam's epsilon, added outside the root")
+
+
+class PPOConfig(Settings):
+    """The update of one iteration: schulman et al. 1707.06347 as applied to language models in 2403.17031."""
+
+    epochs: PositiveInt = Field(4, description="passes over the samples of an iteration")
+    minibatches: PositiveInt = Field(1, description="optimizer steps per pass")
+    microbatch_size: PositiveInt | None = Field(None, description="rows per forward and backward pass; null: a whole minibatch")
+    loss: Literal["clip", "gspo", "cispo", "pg"] = Field(
+        "clip", description="clip: PPO; gspo: one ratio per answer; cispo: clipped weights; pg: plain policy gradient"
+    )
+    clip_low: NonNegativeFloat = Field(0.2, description="the ratio is clipped below 1 - clip_low")
+    clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="where the advantage is negative, the loss is at most this times its size; null: off"
+    )
+    importance_cap: PositiveFloat | None = Field(
+        None, description="weights for the gap between sampling and training logprobs, cut off here; null: no weights"
+    )
+    importance_level: Literal["token", "sequence"] = Field("token", description="one such weight per token or per answer")
+    kl_loss: Literal["k1", "k2", "k3"] | None = Field(
+        None, description="estimator of a KL term in the loss, weighted by kl.coef; null: the KL is part of the reward"
+    )
+    value_clip: NonNegativeFloat = Field(0.2, description="values are clipped to the old ones +- this")
+    value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss")
+    value_trunk: Literal["own", "policy"] = Field(
+        "own", description="own: the value model is an adapter of its own; policy: a head on the policy's trunk, one forward pass for both"
+    )
+    value_warmup: NonNegativeInt = Field(0, description="first iterations in which only the value model learns")
+    kl_stop: PositiveFloat | None = Field(
+        None, description="the rest of an iteration's steps is left out once a minibatch's approximate KL to the old policy is above this; null: off"
+    )
+    pretraining_coef: NonNegativeFloat = Field(1.0, description="weight of the language-model loss on ppo.pretraining's rows (PPO-ptx, 2203.02155), where given")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="keeps a moving average of the policy's adapter, by this much of the old one per optimizer step; null: none"
+    )
+    entropy_coef: NonNegativeFloat = Field(0.0, description="weight of the entropy bonus")
+    aggregation: Literal["token", "sequence", "constant"] = Field(
+        "token", description="mean over tokens; mean of the answers' means; or sum over response length x rows"
+    )
+    remat: bool = Field(False, description="recompute each layer in the backward pass: less memory, more time")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the policy")
+    value_optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the value model")
+
+
+class ScoreConfig(Settings):
+    """What becomes of a score before it is a reward: its scale first, then penalties in that scale."""
+
+    normalise: Literal["none", "initial", "running", "batch"] = Field(
+        "none", description="scores to mean 0 and deviation 1; initial: of answers before the first iteration (1909.08593); running: of all so far; batch: of the iteration's (whitening)"
+    )
+    initial_answers: PositiveInt = Field(256, description="normalise=initial: answers that gain and bias are fitted on, at least")
+    clip: PositiveFloat | None = Field(None, description="scores are held within +- this, after they are normalised; null: off")
+    missing_eos: Literal["subtract", "replace"] = Field(
+        "subtract", description="an answer that did not end; subtract: missing_eos_penalty is taken off its score; replace: its score becomes -missing_eos_penalty"
+    )
+    missing_eos_penalty: NonNegativeFloat = Field(0.0, description="see missing_eos")
+    length_penalty: NonNegativeFloat = Field(0.0, description="taken off the score for each token beyond length_free")
+    length_free: NonNegativeFloat = Field(0.0, description="tokens without length_penalty")
+    overlong_penalty: NonNegativeFloat = Field(0.0, description="taken off the score at max_new_tokens, rising over overlong_buffer tokens before it (2503.14476, equation 13)")
+    overlong_buffer: NonNegativeFloat = Field(0.0, description="tokens before max_new_tokens over which overlong_penalty rises")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ScoreConfig":
+        if bool(self.overlong_penalty) != bool(self.overlong_buffer):
+            raise ValueError("overlong_penalty and overlong_buffer go together: give both, or none")
+        if self.length_free and not self.length_penalty:
+            raise ValueError("length_free has no effect without length_penalty")
+        return self
+
+
+class KLConfig(Settings):
+    """The penalty for leaving the reference, and its coefficient's controller (1909.08593, section 2.2)."""
+
+    coef: NonNegativeFloat = Field(0.05, description="initial weight of the per-token KL in the reward")
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL estimator on r = ref - policy: -r, r^2/2, exp(r)-1-r")
+    target: PositiveFloat | None = Field(None, description="KL per answer that an adaptive coefficient aims at; null: fixed coefficient")
+    horizon: PositiveFloat = Field(10000.0, description="answers over which the adaptive coefficient reacts")
+
+
+class AdvantageConfig(Settings):
+    """How rewards become advantages."""
+
+    estimator: Literal[
+        "gae", "reinforce", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax"
+    ] = Field("gae", description="rloo, grpo, dr_grpo and reinforce_plus_plus_baseline compare sampling.samples_per_prompt answers; only gae has a value model")
+    gamma: UnitFloat = Field(1.0, description="discount")
+    lam: UnitFloat = Field(0.95, description="lambda of generalised advantage estimation")
+    whiten_rewards: bool = Field(False, description="rewards are scaled to deviation 1, over the whole batch, before GAE")
+    whiten_advantages: bool | None = Field(None, description="advantages are scaled to mean 0 and deviation 1 over the whole batch; null: gae's and reinforce's are")

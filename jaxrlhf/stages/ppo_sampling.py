@@ -1,0 +1,159 @@
+"""Sampling and scoring within the ppo stage: answers to prompts, what is measured of each, and dynamic sampling.
+
+A draw is one rollout: `batch_size` prompts with `samples_per_prompt` answers each, B rows.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.algorithms.shaping import informative_groups
+from jaxrlhf.config import Sampling
+from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.records import Adapter, Rollout
+from jaxrlhf.rewards.answers import Answers, Reward
+from jaxrlhf.rewards.composed import ComposedReward
+from jaxrlhf.rewards.functions import FunctionReward
+from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.runtime.mesh import batch_sharding, fetch, place_batch
+from jaxrlhf.runtime.programs import Program
+from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.loop import Run
+from jaxrlhf.stages.roles import Roles
+from jaxrlhf.stages.settings import with_stop_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Answers with what is measured of each."""
+
+    answers: Answers
+    chosen: np.ndarray  # i64[prompts]; numbers of the prompts
+    rows: dict[str, np.ndarray]  # f32[B] each, by metric name
+
+    @property
+    def scores(self) -> np.ndarray:
+        """f32[B]; of the reward that is maximised."""
+        return self.rows["reward/score"]
+
+    def means(self) -> dict[str, float]:
+        """Of what is measured, but the score, which the annotate program tells."""
+        return {name: float(np.mean(values)) for name, values in self.rows.items() if name != "reward/score"}
+
+
+class Clock:
+    """Wall-clock seconds by phase; a phase that comes again adds up."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str, result) -> None:
+        """Ends a phase when its result is there."""
+        jax.block_until_ready(result)
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+class Sampler:
+    """Draws answers and has them scored."""
+
+    def __init__(self, run: Run, roles: Roles, reward: Reward, gold: FunctionReward | None):
+        config = run.config.ppo
+        self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
+        self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
+        self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
+        self.rollout = Program(rollout, "rollout")
+        self.merge = Program(_merge, "merge", out_shardings=batch_sharding(run.mesh))
+
+    def answer(
+        self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray, key: jax.Array, sampling: Sampling | None = None
+    ) -> Answers:
+        """Samples answers to each of the chosen prompts, given by their numbers; those to one stand side by side."""
+        sampling = self.sampling if sampling is None else sampling
+        padded, _, _ = prompts.take(chosen)
+        answered = self.rollout(self.roles.base, policy, place_batch(self.run.mesh, padded), key, sampling)
+        return self._answers(answered, prompts, chosen, sampling.samples_per_prompt)
+
+    def measured(self, answers: Answers) -> dict[str, np.ndarray]:
+        """f32[B] by metric name: the score that is maximised, its parts, and the gold score."""
+        rows = {}
+        if self.gold is not None:
+            rows["reward/gold"] = np.asarray(self.gold(answers))
+        if isinstance(self.reward, ComposedReward):
+            scores, parts = self.reward.scores_and_parts(answers)
+            rows |= {f"reward/{name}": values for name, values in parts.items()}
+        else:
+            scores = self.reward(answers)
+        return rows | {"reward/score": np.asarray(fetch(scores), np.float32)}
+
+    def greedy_scores(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> tuple[Rollout, jax.Array]:
+        """One greedy answer to each prompt, and its score f32[prompts]."""
+        answers = self.answer(policy, prompts, chosen, jax.random.key(0), self.greedy)
+        return answers.rollout, place_batch(self.run.mesh, np.asarray(fetch(self.reward(answers)), np.float32))
+
+    def draw(
+        self, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
+    ) -> tuple[Drawn, int, dict[str, float]]:
+        """(answers, draws so far, metrics) of an iteration that begins after `draws` draws.
+
+        With `resample`, groups whose scores are all equal, which teach group baselines nothing, give way to groups of
+        the next prompts, in at most so many further draws (2503.14476); what is left after that stays as it is.
+        """
+        drawn, metrics = self._once(policy, prompts, draws, clock), {}
+        if not self.config.resample:
+            return drawn, draws + 1, metrics
+        group, count, scores = self.sampling.samples_per_prompt, 1, [drawn.scores]
+        teaches = np.array(informative_groups(drawn.scores, group))
+        metrics["groups/informative_drawn"] = float(np.mean(teaches))
+        keep = np.arange(len(teaches))
+        # Also where nothing gives way: what follows gets its rows from one program, and is compiled once.
+        drawn = self._merged(drawn, drawn, keep, prompts)
+        while not teaches.all() and count <= self.config.resample:
+            more = self._once(policy, prompts, draws + count, clock)
+            count += 1
+            scores.append(more.scores)
+            found = np.flatnonzero(np.array(informative_groups(more.scores, group)))
+            slots = np.flatnonzero(~teaches)[: len(found)]
+            source = keep.copy()
+            source[slots] = len(keep) + found[: len(slots)]
+            teaches[slots] = True
+            drawn = self._merged(drawn, more, source, prompts)
+        metrics |= {
+            "groups/informative": float(np.mean(teaches)),
+            "groups/draws": float(count),
+            "reward/drawn": float(np.mean(scores)),
+        }
+        return drawn, draws + count, metrics
+
+    def _once(self, policy: Adapter, prompts: PromptSet, draw: int, clock: Clock) -> Drawn:
+        seed = self.run.config.seed
+        chosen = prompts.rows(seed, draw, self.config.batch_size)
+        answers = self.answer(policy, prompts, chosen, key_for(seed, "ppo", draw, "rollout"))
+        clock.lap("time/rollout", answers.rollout)
+        rows = self.measured(answers)
+        clock.lap("time/reward", ())
+        return Drawn(answers, chosen, rows)
+
+    def _merged(self, first: Drawn, second: Drawn, source: np.ndarray, prompts: PromptSet) -> Drawn:
+        """Groups by number: below the count of groups those of the first, from there on those of the second."""
+        group = self.sampling.samples_per_prompt
+        by_row = (source[:, None] * group + np.arange(group)).reshape(-1)
+        chosen = np.concatenate([first.chosen, second.chosen])[source]
+        rollout = self.merge(first.answers.rollout, second.answers.rollout, by_row.astype(np.int32))
+        rows = {name: np.concatenate([values, second.rows[name]])[by_row] for name, values in first.rows.items()}
+        return Drawn(self._answers(rollout, prompts, chosen, group), chosen, rows)
+
+    def _answers(self, answered: Rollout, prompts: PromptSet, chosen: np.ndarray, group: int) -> Answers:
+        asked = np.repeat(chosen, group)
+        texts, rows, chats = ([kind[i] for i in asked] for kind in (prompts.texts, prompts.columns, prompts.chats))
+        return Answers(answered, texts, rows, self.roles.tokenizer, chats)
+
+
+def _merge(first: Rollout, second: Rollout, source: jax.Array) -> Rollout:
+    """Rows i32[B] of both rollouts, one after the other."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[source], first, second)

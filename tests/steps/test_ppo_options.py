@@ -1,0 +1,189 @@
+"""What the update can do beside plain PPO: a shared trunk, value warm-up, KL stop, PPO-ptx, a moving average."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import OptimizerConfig, PPOConfig
+from jaxrlhf.models.adapters import bind, value_head
+from jaxrlhf.models.scoring import response_logprobs, response_values
+from jaxrlhf.records import SFTBatch
+from jaxrlhf.steps.annotate import annotate
+from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step
+from jaxrlhf.steps.ppo import init_ppo, ppo_loss
+from jaxrlhf.steps.sft import learnt_tokens, sft_loss
+
+KEY = jax.random.key(21)
+FAST = OptimizerConfig(learning_rate=1e-2)
+QUICK = dict(optimizer=FAST, value_optimizer=FAST)
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def close(a, b, tolerance=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+# ---------------------------------------------------------------- shared trunk
+
+
+@pytest.fixture(scope="module")
+def head(tiny):
+    kernel = np.random.default_rng(2).standard_normal((tiny.config.hidden_size, 1))
+    return {"score": {"kernel": jnp.asarray(kernel, jnp.float32)}}
+
+
+def test_one_pass_of_a_shared_trunk_equals_two(tiny, roles, head, sampled):
+    both = bind(tiny, {**roles.policy, **head})
+    given = (sampled.tokens, sampled.mask, sampled.response_mask)
+    noted = jax.jit(annotate, static_argnames="value_trunk")(
+        tiny, roles.policy, head, None, sampled, value_trunk="policy"
+    )
+    close(noted.logprobs, response_logprobs(both, *given, sampled.temperature)[0], 1e-5)
+    close(noted.values, response_values(both, *given), 1e-5)
+
+
+def test_the_value_loss_reaches_a_shared_trunk_alone(tiny, roles, head, experience):
+    """With no advantage the policy's gradient is the value loss's, through the trunk; with trunks of their own, 0."""
+    still = experience.replace(advantages=jnp.zeros_like(experience.advantages))
+
+    def gradient(trunk, value):
+        config = PPOConfig(value_trunk=trunk, value_clip=1e3)
+        loss = lambda policy: ppo_loss(policy, value, tiny, still, config, 10, 8)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss))(roles.policy)
+
+    shared, own = gradient("policy", head), gradient("own", roles.value)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(shared)) > 1e-4
+    assert not any(x.any() for x in jax.tree.leaves(own))
+
+
+def test_a_shared_trunk_wants_a_head_and_an_own_one_an_adapter(tiny, roles):
+    with pytest.raises(ValueError, match="a head alone"):
+        init_ppo(roles.policy, roles.value, PPOConfig(value_trunk="policy"))
+    with pytest.raises(ValueError, match="a head alone"):
+        init_ppo(roles.policy, value_head(tiny), PPOConfig())
+
+
+# ---------------------------------------------------------------- value warm-up
+
+
+@pytest.mark.parametrize("trunk", ["own", "policy"])
+def test_in_warm_up_only_the_value_learns(programs, tiny, roles, head, experience, trunk):
+    config = PPOConfig(epochs=2, minibatches=2, value_warmup=2, value_trunk=trunk, ema_decay=0.5, **QUICK)
+    start = init_ppo(roles.policy, head if trunk == "policy" else roles.value, config)
+    first, _ = programs.update(start, tiny, experience, KEY, config)
+    second, _ = programs.update(first, tiny, experience, KEY, config)
+    third, _ = programs.update(second, tiny, experience, KEY, config)
+    assert same(second.policy, roles.policy) and same(second.policy_optimizer, start.policy_optimizer)
+    assert same(second.average, roles.policy)
+    assert not same(first.value, start.value) and not same(second.value, first.value)
+    assert not same(third.policy, roles.policy), "after two iterations of four steps the policy moves"
+    # Adam begins then, as if nothing had been before: the first step is not larger than the others.
+    alone = config.model_copy(update={"value_warmup": 0})
+    fresh, _ = programs.update(second.replace(policy_optimizer=start.policy_optimizer), tiny, experience, KEY, alone)
+    close(third.policy, fresh.policy)
+
+
+# ---------------------------------------------------------------- KL stop
+
+
+def test_steps_after_too_much_kl_are_left_out(programs, tiny, start, experience):
+    """As many steps as stay below the bound, and the state is theirs exactly."""
+    config = PPOConfig(epochs=6, optimizer=FAST)
+    seen = []
+    for epochs in range(1, 7):
+        one = config.model_copy(update={"epochs": epochs, "kl_stop": 1e9})
+        state, metrics = programs.update(start, tiny, experience, KEY, one)
+        assert float(metrics["policy/steps"]) == epochs
+        seen.append((state, float(metrics["policy/approx_kl"]) * epochs))
+    kls = np.diff([0.0, *(total for _, total in seen)])  # of the minibatch before each step
+    assert kls[0] == pytest.approx(0, abs=1e-6) and (np.diff(kls) > 0).all(), "on one batch the policy goes on moving"
+    for steps in (1, 3, 5):
+        bound = (kls[steps - 1] + kls[steps]) / 2
+        stopped, metrics = programs.update(
+            start, tiny, experience, KEY, config.model_copy(update={"kl_stop": float(bound)})
+        )
+        assert float(metrics["policy/steps"]) == steps == int(stopped.step)
+        close(stopped, seen[steps - 1][0])
+        # Means are over the steps that were looked at, the one above the bound among them.
+        assert float(metrics["policy/approx_kl"]) == pytest.approx(kls[: steps + 1].mean(), rel=1e-3)
+        assert all(np.isfinite(x) for x in metrics.values())
+
+
+def test_without_a_bound_nothing_is_left_out_and_nothing_told(programs, tiny, start, experience):
+    _, metrics = programs.update(start, tiny, experience, KEY, PPOConfig())
+    assert "policy/steps" not in metrics
+
+
+# ---------------------------------------------------------------- PPO-ptx
+
+
+@pytest.fixture(scope="module")
+def mix():
+    """Four rows of texts, of one to six learnt tokens."""
+    tokens = jnp.asarray(np.random.default_rng(6).integers(3, 12, (4, 7)), jnp.int32)
+    real = jnp.arange(7) < jnp.array([2, 4, 7, 5])[:, None]
+    return SFTBatch(tokens, real.astype(jnp.int32), real & (jnp.arange(7) > 0))
+
+
+def test_the_mix_adds_the_gradient_of_its_mean_loss(programs, tiny, roles, experience, mix):
+    """One step equals a step along the sum of both gradients, made apart."""
+    config = PPOConfig(epochs=1, pretraining_coef=0.7, optimizer=FAST)
+    start = init_ppo(roles.policy, roles.value, config)
+    after, metrics = programs.update(start, tiny, experience, KEY, config, mix)
+    tokens, learnt = jnp.sum(experience.response_mask), jnp.sum(learnt_tokens(mix))
+    ppo = jax.grad(lambda p: ppo_loss(p, roles.value, tiny, experience, config, tokens, 8)[0])(roles.policy)
+    loss, text = jax.value_and_grad(lambda p: sft_loss(tiny, p, mix) / learnt)(roles.policy)
+    total = jax.tree.map(lambda g, h: g + 0.7 * h, ppo, text)
+    want, _, noted = optimizer_step(FAST, total, init_optimizer(roles.policy), roles.policy, jnp.int32(0))
+    close(after.policy, want, 1e-5)
+    assert float(metrics["policy/pretraining_loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["optimizer/grad_norm"]) == pytest.approx(float(noted["grad_norm"]), rel=1e-4)
+
+
+def test_each_step_takes_its_own_rows_of_the_mix_and_parts_equal_the_whole(programs, tiny, roles, experience, mix):
+    config = PPOConfig(epochs=2, minibatches=1, pretraining_coef=1.0, optimizer=FAST)
+    start = init_ppo(roles.policy, roles.value, config)
+    still = experience.replace(advantages=jnp.zeros_like(experience.advantages))
+    doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), mix)
+    whole = programs.update(start, tiny, still, KEY, config, doubled)
+    parts = programs.update(start, tiny, still, KEY, config.model_copy(update={"microbatch_size": 2}), doubled)
+    close(parts[0].policy, whole[0].policy, 1e-5)
+    turned = jax.tree.map(lambda x: jnp.concatenate([x[::-1], x]), mix)  # another order within a step
+    close(programs.update(start, tiny, still, KEY, config, turned)[0].policy, whole[0].policy, 1e-5)
+    other = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2], x]), mix)  # another first step
+    moved = programs.update(start, tiny, still, KEY, config, other)[0].policy
+    assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-5), moved, whole[0].policy)))
+
+
+def test_learning_from_the_mix_lowers_its_loss(programs, tiny, roles, experience, mix):
+    config = PPOConfig(epochs=4, pretraining_coef=1.0, optimizer=FAST)
+    still = experience.replace(advantages=jnp.zeros_like(experience.advantages))
+    state = init_ppo(roles.policy, None, config)
+    rows = jax.tree.map(lambda x: jnp.concatenate([x] * 4), mix)
+    losses = []
+    for _ in range(5):
+        state, metrics = programs.update(state, tiny, still, KEY, config, rows)
+        losses.append(float(metrics["policy/pretraining_loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# ---------------------------------------------------------------- moving average
+
+
+def test_the_average_follows_step_by_step(programs, tiny, roles, experience):
+    config = PPOConfig(ema_decay=0.75, **QUICK)
+    start = init_ppo(roles.policy, roles.value, config)
+    # Every epoch is one step on the whole batch: the update of two epochs ends where that of three goes through.
+    states = [
+        programs.update(start, tiny, experience, KEY, config.model_copy(update={"epochs": epochs}))[0]
+        for epochs in (1, 2, 3)
+    ]
+    expected = roles.policy
+    for state in states:
+        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, expected, state.policy)
+        close(state.average, expected, 1e-5)
+    assert init_ppo(roles.policy, None, PPOConfig()).average == {}
