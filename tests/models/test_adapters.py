@@ -7,11 +7,14 @@ from jaxrlhf.config import AdapterConfig
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import (
     SCORE,
+    as_kind,
+    bare,
     bind,
     init_adapter,
     linear_shapes,
     merge,
     parameter_count,
+    value_head,
     with_head,
     without_head,
 )
@@ -163,3 +166,47 @@ def test_heads(small, batch, lora):
     assert set(without_head(reward)) == set(lora)
     assert set(named_parameters(merge(small, reward))) == set(named_parameters(small))
     assert small.score is None
+
+
+def test_a_rank_stabilised_scale_is_that_of_peft(small):
+    """alpha / sqrt(rank): PEFT's own layer is asked."""
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    config = AdapterConfig(rank=8, alpha=6.0, rank_stabilised=True)
+    adapter = init_adapter(small, config, jax.random.key(0))
+    toy = torch.nn.ModuleDict({"proj": torch.nn.Linear(3, 3)})
+    given = peft.LoraConfig(r=8, lora_alpha=6, use_rslora=True, target_modules=["proj"])
+    scaling = peft.get_peft_model(toy, given).base_model.model["proj"].scaling["default"]
+    assert {float(leaves["lora_scale"]) for leaves in adapter.values()} == {float(np.float32(scaling))}
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_lora_adapter_as_a_whole_one(small, batch, forward, lora, head):
+    """The same model, now with every weight to train; and its head goes along."""
+    adapter = moved(lora)
+    if head:
+        adapter = with_head(adapter, small, "reward", jax.random.key(4))
+    whole = as_kind(small, adapter, "full")
+    paths = {name.split("/")[0] for name in named_parameters(small)}
+    assert set(whole) == paths | ({SCORE} if head else set())
+    assert not any("lora_a" in leaves for leaves in whole.values())
+    np.testing.assert_allclose(forward(bind(small, whole), *batch), forward(bind(small, adapter), *batch), atol=1e-5)
+    if head:
+        np.testing.assert_array_equal(whole[SCORE]["kernel"], adapter[SCORE]["kernel"])
+    again = as_kind(small, whole, "lora")
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+@pytest.mark.parametrize("config", [LORA, FULL], ids=lambda c: c.kind)
+def test_a_bare_adapter_has_the_leaves_and_does_nothing(small, batch, forward, config):
+    adapter = with_head(moved(init_adapter(small, config, jax.random.key(3))), small, "value", jax.random.key(0))
+    nothing = bare(small, adapter)
+    shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (nothing, without_head(adapter))]
+    assert shapes[0] == shapes[1]
+    np.testing.assert_array_equal(forward(bind(small, nothing), *batch), forward(small, *batch))
+
+
+def test_a_value_head_alone(small):
+    head = value_head(small)
+    assert set(head) == {SCORE} and head[SCORE]["kernel"].shape == (small.config.hidden_size, 1)
+    assert not head[SCORE]["kernel"].any()

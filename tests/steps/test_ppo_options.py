@@ -91,31 +91,22 @@ def test_in_warm_up_only_the_value_learns(programs, tiny, roles, head, experienc
 
 
 def test_steps_after_too_much_kl_are_left_out(programs, tiny, start, experience):
-    """As many steps as stay below the bound, and the state is theirs exactly."""
-    config = PPOConfig(epochs=6, optimizer=FAST)
-    seen = []
-    for epochs in range(1, 7):
-        one = config.model_copy(update={"epochs": epochs, "kl_stop": 1e9})
-        state, metrics = programs.update(start, tiny, experience, KEY, one)
-        assert float(metrics["policy/steps"]) == epochs
-        seen.append((state, float(metrics["policy/approx_kl"]) * epochs))
-    kls = np.diff([0.0, *(total for _, total in seen)])  # of the minibatch before each step
-    assert kls[0] == pytest.approx(0, abs=1e-6) and (np.diff(kls) > 0).all(), "on one batch the policy goes on moving"
-    for steps in (1, 3, 5):
-        bound = (kls[steps - 1] + kls[steps]) / 2
-        stopped, metrics = programs.update(
+    """The bound rises from step to step: each time one more is taken, and the state is that of so many steps."""
+    config = PPOConfig(epochs=4, optimizer=FAST)
+    bound, kls = 1e-6, [0.0]  # of the minibatch before each step: before the first one the policy is the old one
+    for steps in (1, 2, 3):
+        state, metrics = programs.update(
             start, tiny, experience, KEY, config.model_copy(update={"kl_stop": float(bound)})
         )
-        assert float(metrics["policy/steps"]) == steps == int(stopped.step)
-        close(stopped, seen[steps - 1][0])
+        assert float(metrics["policy/steps"]) == steps == int(state.step)
         # Means are over the steps that were looked at, the one above the bound among them.
-        assert float(metrics["policy/approx_kl"]) == pytest.approx(kls[: steps + 1].mean(), rel=1e-3)
-        assert all(np.isfinite(x) for x in metrics.values())
-
-
-def test_without_a_bound_nothing_is_left_out_and_nothing_told(programs, tiny, start, experience):
-    _, metrics = programs.update(start, tiny, experience, KEY, PPOConfig())
-    assert "policy/steps" not in metrics
+        kls.append(float(metrics["policy/approx_kl"]) * (steps + 1) - sum(kls))
+        assert kls[-1] > bound and all(np.isfinite(x) for x in metrics.values())
+        bound = kls[-1] * 1.001
+        if steps == 2:
+            plain, metrics = programs.update(start, tiny, experience, KEY, PPOConfig(epochs=2, optimizer=FAST))
+            close(state, plain)
+            assert "policy/steps" not in metrics, "without a bound nothing is left out, and nothing told"
 
 
 # ---------------------------------------------------------------- PPO-ptx
@@ -131,14 +122,15 @@ def mix():
 
 def test_the_mix_adds_the_gradient_of_its_mean_loss(programs, tiny, roles, experience, mix):
     """One step equals a step along the sum of both gradients, made apart."""
-    config = PPOConfig(epochs=1, pretraining_coef=0.7, optimizer=FAST)
+    even = OptimizerConfig(learning_rate=0.1, epsilon=1.0, max_grad_norm=1e3)  # no small gradient is blown up
+    config = PPOConfig(epochs=1, pretraining_coef=0.7, optimizer=even)
     start = init_ppo(roles.policy, roles.value, config)
     after, metrics = programs.update(start, tiny, experience, KEY, config, mix)
     tokens, learnt = jnp.sum(experience.response_mask), jnp.sum(learnt_tokens(mix))
-    ppo = jax.grad(lambda p: ppo_loss(p, roles.value, tiny, experience, config, tokens, 8)[0])(roles.policy)
-    loss, text = jax.value_and_grad(lambda p: sft_loss(tiny, p, mix) / learnt)(roles.policy)
+    ppo = jax.jit(jax.grad(lambda p: ppo_loss(p, roles.value, tiny, experience, config, tokens, 8)[0]))(roles.policy)
+    loss, text = jax.jit(jax.value_and_grad(lambda p: sft_loss(tiny, p, mix) / learnt))(roles.policy)
     total = jax.tree.map(lambda g, h: g + 0.7 * h, ppo, text)
-    want, _, noted = optimizer_step(FAST, total, init_optimizer(roles.policy), roles.policy, jnp.int32(0))
+    want, _, noted = optimizer_step(even, total, init_optimizer(roles.policy), roles.policy, jnp.int32(0))
     close(after.policy, want, 1e-5)
     assert float(metrics["policy/pretraining_loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics["optimizer/grad_norm"]) == pytest.approx(float(noted["grad_norm"]), rel=1e-4)
@@ -160,12 +152,12 @@ def test_each_step_takes_its_own_rows_of_the_mix_and_parts_equal_the_whole(progr
 
 
 def test_learning_from_the_mix_lowers_its_loss(programs, tiny, roles, experience, mix):
-    config = PPOConfig(epochs=4, pretraining_coef=1.0, optimizer=FAST)
+    config = PPOConfig(epochs=2, pretraining_coef=1.0, optimizer=FAST)  # a program that is there already
     still = experience.replace(advantages=jnp.zeros_like(experience.advantages))
-    state = init_ppo(roles.policy, None, config)
-    rows = jax.tree.map(lambda x: jnp.concatenate([x] * 4), mix)
+    state = init_ppo(roles.policy, roles.value, config)
+    rows = jax.tree.map(lambda x: jnp.concatenate([x] * 2), mix)
     losses = []
-    for _ in range(5):
+    for _ in range(8):
         state, metrics = programs.update(state, tiny, still, KEY, config, rows)
         losses.append(float(metrics["policy/pretraining_loss"]))
     assert losses[-1] < 0.7 * losses[0]
