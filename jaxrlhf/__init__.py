@@ -2,28 +2,34 @@
 
 from jaxrlhf.algorithms.advantages import gae
 from jaxrlhf.algorithms.kl import shape_rewards
-from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
+from jaxrlhf.config import AdapterConfig, AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling, ScoreConfig
 from jaxrlhf.data.prompts import left_pad
 from jaxrlhf.models.adapter_files import load_adapter, save_adapter
-from jaxrlhf.models.adapters import bind, init_adapter, merge, parameter_count
+from jaxrlhf.models.adapters import bind, init_adapter, merge, parameter_count, value_head
 from jaxrlhf.models.peft import load_peft, save_peft
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Annotated, Experience, PPOState, Prompts, Rollout
 from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.steps.annotate import annotate, build_experience
+from jaxrlhf.steps.annotate import Control, ExperienceSettings, annotate, annotate_experience, build_experience
 from jaxrlhf.steps.ppo import init_ppo, ppo_update
 
 __all__ = [
     "AdapterConfig",
+    "AdvantageConfig",
     "Annotated",
+    "Control",
     "Experience",
+    "ExperienceSettings",
+    "KLConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PPOState",
     "Prompts",
     "Rollout",
     "Sampling",
+    "ScoreConfig",
     "annotate",
+    "annotate_experience",
     "bind",
     "build_experience",
     "gae",
@@ -41,4 +47,5 @@ __all__ = [
     "save_peft",
     "save_pretrained",
     "shape_rewards",
+    "value_head",
 ]
