@@ -154,8 +154,8 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     reference = place(run.mesh, _starting_reference(run, roles, inputs, start))
     reward = compose(inputs.rewards, lambda: ModelReward(roles.base, place(run.mesh, roles.adapters["reward"])))
     sampler = Sampler(run, roles, reward, inputs.gold)
-    iteration = Iteration(run, roles, sampler, update_config, reference, inputs.pretraining)
     ppo = init_ppo(start, _starting_value(run, roles), update_config)
+    iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)
     state = {"ppo": ppo, "control": Control.start(config.kl.coef), "draws": jnp.int32(0)}
     if config.refresh_reference:
         state["reference"] = reference

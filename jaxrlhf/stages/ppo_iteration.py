@@ -13,8 +13,8 @@ from jaxrlhf.algorithms.running import update_moments
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
-from jaxrlhf.records import Adapter, SFTBatch
-from jaxrlhf.runtime.mesh import fetch, place, place_batch, replicated
+from jaxrlhf.records import Adapter, PPOState, SFTBatch
+from jaxrlhf.runtime.mesh import fetch, place, place_batch, replicated, tree_shardings
 from jaxrlhf.runtime.programs import Program, peak_memory_bytes
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of
@@ -38,6 +38,7 @@ class Iteration:
         roles: Roles,
         sampler: Sampler,
         update_config: PPOConfig,
+        state: PPOState,
         reference: Adapter | None,
         pretraining: SFTData | None,
     ):
@@ -47,8 +48,12 @@ class Iteration:
         self.group = config.sampling.samples_per_prompt
         self.rows = config.batch_size * self.group
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
-        self.annotate = Program(annotate_experience, "annotate")
-        self.update = Program(ppo_update, "update", donate_argnums=0)
+        # What the next iteration is given lies where the first was given it: otherwise all would compile again.
+        whole = replicated(run.mesh)
+        self.annotate = Program(annotate_experience, "annotate", out_shardings=(None, whole, None))
+        self.update = Program(
+            ppo_update, "update", donate_argnums=0, out_shardings=(tree_shardings(run.mesh, state), None)
+        )
         self.programs = (sampler.rollout, self.annotate, self.update)
 
     def __call__(self, state: dict, step: int, prompts: PromptSet) -> tuple[dict, dict[str, float], Drawn]:

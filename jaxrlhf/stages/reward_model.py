@@ -12,7 +12,7 @@ from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
-from jaxrlhf.runtime.mesh import check_batch, place_batch
+from jaxrlhf.runtime.mesh import check_batch, place_batch, tree_shardings
 from jaxrlhf.runtime.programs import Program
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
@@ -77,10 +77,14 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
     total = config.epochs * len(inputs.train)
     optimizer = with_total_steps(config.optimizer, total)
     microbatches = config.batch_size // (config.microbatch_size or config.batch_size)
-    update = Program(
-        reward_model_update, "reward_model_update", donate_argnums=0, static_argnames=("microbatches", "remat")
-    )
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
+    update = Program(
+        reward_model_update,
+        "reward_model_update",
+        donate_argnums=0,
+        static_argnames=("microbatches", "remat"),
+        out_shardings=(tree_shardings(run.mesh, state), None),
+    )
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
     with Loop(run, "reward_model", state, total, config.save_every) as loop:
         for step in loop.steps():
