@@ -40,7 +40,12 @@ PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"score/(kernel|bias)", _REPLICATED),  # [D, 1], [1]
     (r"\w*norm/(scale|bias)", _REPLICATED),  # [D]
     (r"(\w+_proj|lm_head)/bias", _REPLICATED),  # [out]
-    (r"(\w+_proj|lm_head)/(lora_)?(a|b|scale)", _REPLICATED),  # [in, rank], [rank, out], []: small
+    # A LoRA pair lies as its kernel does: lora_a [in, rank] like the inputs, lora_b [rank, out] like the outputs.
+    (r"(attention\.[qkv]_proj|mlp\.(gate|up)_proj|lm_head)/lora_a", PartitionSpec("fsdp")),
+    (r"(attention\.[qkv]_proj|mlp\.(gate|up)_proj|lm_head)/lora_b", PartitionSpec(None, "tensor")),
+    (r"(attention\.o_proj|mlp\.down_proj)/lora_a", PartitionSpec("tensor")),
+    (r"(attention\.o_proj|mlp\.down_proj)/lora_b", PartitionSpec(None, "fsdp")),
+    (r"(\w+_proj|lm_head)/lora_scale", _REPLICATED),  # []
 )
 
 
@@ -99,7 +104,7 @@ def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedShar
     axes = _axes_of(name)
     if len(axes) > len(shape):
         raise ValueError(f"parameter {name!r} has shape {tuple(shape)}, but its axes are {axes}")
-    fitted = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape)]
+    fitted = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape)]
     return NamedSharding(mesh, PartitionSpec(*fitted))
 
 

@@ -68,8 +68,10 @@ TABLE = [
     ("layers.0.attention.q_norm/scale", (16,), ()),
     ("final_norm/scale", (64,), ()),
     ("score/kernel", (64, 1), ()),
-    ("layers.0.attention.q_proj/lora_a", (64, 8), ()),
-    ("layers.0.mlp.down_proj/lora_b", (8, 64), ()),
+    ("layers.0.attention.q_proj/lora_a", (64, 8), ("fsdp",)),
+    ("layers.0.attention.q_proj/lora_b", (8, 64), (None, "tensor")),
+    ("layers.0.mlp.down_proj/lora_a", (64, 8), ("tensor",)),
+    ("layers.0.mlp.down_proj/lora_b", (8, 64), (None, "fsdp")),
     ("layers.0.mlp.down_proj/lora_scale", (), ()),
     ("1.0.mu.layers.0.mlp.down_proj/kernel", (128, 64), ("tensor", "fsdp")),  # in an optimizer state
     ("policy_optimizer.count", (), ()),
