@@ -15,17 +15,26 @@ def init_optimizer(params: Any) -> optax.OptState:
 
 
 def optimizer_step(
-    config: OptimizerConfig, grads: Any, state: optax.OptState, params: Any, step: jax.Array
+    config: OptimizerConfig,
+    grads: Any,
+    state: optax.OptState,
+    params: Any,
+    step: jax.Array,
+    loss: jax.Array | float = 0.0,
 ) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
-    """(params, state, metrics) after one step; `step` i32[] counts the steps done before.
+    """(params, state, metrics) after one step; `step` i32[] counts the steps done before, `loss` f32[] is this one's.
 
     Adam as in PyTorch: m / (sqrt(v) + epsilon) with both moments corrected for bias; weight decay is
-    decoupled and spares vectors and scalars (biases, norms, LoRA scales).
+    decoupled and spares vectors and scalars (biases, norms, LoRA scales). Where the loss or the gradient's norm is not
+    finite, nothing changes, and the metric `skipped` is 1.
     """
     rate = learning_rate(config, step)
-    updates, state = _transformation(config).update(grads, state, params)
-    params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
-    return params, state, {"grad_norm": optax.global_norm(grads), "learning_rate": rate}
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    updates, after = _transformation(config).update(grads, state, params)
+    params = jax.tree.map(lambda p, u: jnp.where(finite, p - (rate * u).astype(p.dtype), p), params, updates)
+    state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, after)
+    return params, state, {"grad_norm": norm, "learning_rate": rate, "skipped": 1.0 - finite}
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
         after, metrics = step(state, given)
         stops = metrics["policy/approx_kl"] > kl_stop
         kept = jax.tree.map(lambda old, new: jnp.where(stops, old, new), state, after)
-        return (kept, stops), metrics | {"policy/steps_sum": 1.0 - stops, SEEN: jnp.float32(1.0)}
+        return (kept, stops), metrics | {"policy/steps": 1.0 - stops, SEEN: jnp.float32(1.0)}
 
     def left_out(state: PPOState, given):
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(taken, state, given)[1])
@@ -101,7 +101,7 @@ def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
 
 
 def _over_steps(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics of one update from those of its steps, f32[steps]: means, but maxima and sums by their endings."""
+    """Metrics of one update from those of its steps, f32[steps]: means, but maxima and counts by their endings."""
     metrics = dict(metrics)
     first = metrics.pop("policy/ratio_error_max")[0]
     seen = metrics.pop(SEEN, jnp.ones_like(metrics["policy/loss"]))
@@ -109,8 +109,8 @@ def _over_steps(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
     for name, values in metrics.items():
         if name.endswith("max"):
             noted[name] = jnp.max(values)
-        elif name.endswith("_sum"):
-            noted[name.removesuffix("_sum")] = jnp.sum(values)
+        elif name.endswith(("/steps", "skipped")):
+            noted[name] = jnp.sum(values)
         else:
             noted[name] = jnp.sum(values * seen) / jnp.sum(seen)
     return noted | {"policy/first_ratio_error": first}
@@ -128,11 +128,11 @@ def _minibatch_step(
     def loss(trees: tuple[Adapter, Adapter], part: Experience):
         return ppo_loss(*trees, base, part, config, tokens, rows)
 
-    _, metrics, (policy_grads, value_grads) = accumulate(loss, (state.policy, state.value), minibatch, rows // size)
+    total, metrics, (policy_grads, value_grads) = accumulate(loss, (state.policy, state.value), minibatch, rows // size)
     if mix is not None:
         policy_grads, metrics["policy/pretraining_loss"] = _with_pretraining(policy_grads, state, base, mix, config)
     policy, policy_optimizer, noted = optimizer_step(
-        config.optimizer, policy_grads, state.policy_optimizer, state.policy, state.step
+        config.optimizer, policy_grads, state.policy_optimizer, state.policy, state.step, total
     )
     if config.value_warmup:
         waits = state.step < config.value_warmup * config.epochs * config.minibatches
@@ -142,7 +142,7 @@ def _minibatch_step(
     value, value_optimizer = state.value, state.value_optimizer
     if value:
         value, value_optimizer, noted = optimizer_step(
-            config.value_optimizer, value_grads, value_optimizer, value, state.step
+            config.value_optimizer, value_grads, value_optimizer, value, state.step, total
         )
         metrics |= {f"optimizer/value_{k}": v for k, v in noted.items()}
     average = state.average if config.ema_decay is None else ema(state.average, policy, config.ema_decay)

@@ -47,7 +47,7 @@ def reward_model_update(
         return value * share, {"accuracy": accuracy * share, "score": mean}
 
     value, metrics, grads = accumulate(loss, state.adapter, batch, microbatches)
-    adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step)
+    adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step, value)
     metrics = {
         "reward_model/loss": value,
         "reward_model/accuracy": metrics["accuracy"],

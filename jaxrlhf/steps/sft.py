@@ -45,7 +45,7 @@ def sft_update(
         return sft_loss(base, adapter, part, remat) / tokens, {}
 
     value, _, grads = accumulate(loss, state.adapter, batch, microbatches)
-    adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step)
+    adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step, value)
     metrics = {"sft/loss": value, "sft/tokens": tokens} | {f"optimizer/{k}": v for k, v in noted.items()}
     return TrainState(adapter, optimizer, state.step + 1), metrics
 

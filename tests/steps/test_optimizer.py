@@ -104,3 +104,23 @@ def test_changing_a_number_compiles_nothing():
         )  # fmt: skip
         params, state, _ = run(config, drawn(1), state, params, jnp.int32(0))
     assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(where, bad):
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+    config, state = OptimizerConfig(weight_decay=0.1), init_optimizer(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    run = jax.jit(optimizer_step)
+    params, state, noted = run(config, grads, state, params, jnp.int32(0), jnp.float32(1.0))
+    assert noted["skipped"] == 0
+    if where == "gradient":
+        broken, loss = grads | {"bias": jnp.array([1.0, bad])}, 1.0
+    else:
+        broken, loss = grads, bad
+    after, after_state, noted = run(config, broken, state, params, jnp.int32(1), jnp.float32(loss))
+    assert noted["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, (after, after_state), (params, state))
+    moved, _, noted = run(config, grads, after_state, after, jnp.int32(2), jnp.float32(1.0))
+    assert noted["skipped"] == 0 and (moved["kernel"] != params["kernel"]).all()
