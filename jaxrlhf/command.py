@@ -4,11 +4,17 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import Fault, UserError
+from jaxrlhf.runtime.stopping import Stopped
 
 
 def main_of(command: Callable[[], None], afterwards: str = "") -> int:
-    """Runs a command; 0, or 2 for input that cannot be used, or 1 for a fault in the middle of a run.
+    """Runs a command; its exit status:
+
+    0  done
+    1  a fault in the middle of a run, of the program or of the machine
+    2  input that cannot be used
+    130, 143  ended by Ctrl-C or SIGTERM
 
     `afterwards` says what a person can do after a fault or an interruption.
     """
@@ -17,9 +23,15 @@ def main_of(command: Callable[[], None], afterwards: str = "") -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"{stopped}; the same command continues", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print(f"interrupted{afterwards}", file=sys.stderr)
         return 130
+    except Fault as fault:
+        print(f"error: {fault}{afterwards}", file=sys.stderr)
+        return 1
     except Exception as error:
         traceback.print_exc()
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,10 +1,15 @@
-"""The one exception that is written for the person at the keyboard.
+"""The exceptions that are written for the person at the keyboard: the commands print them without a traceback.
 
 A `UserError` says in one line what is wrong, where (file and line, key path, tensor name) and what would
-be right. The commands print it without a traceback and exit with status 2; nothing has been compiled or
-written by then. Everything else that goes wrong is a fault of the program or of the machine: status 1.
+be right; exit status 2. Nothing has been compiled or written by then. A `Fault` says in one line what outside the
+program stopped it midway, such as a full disk; exit status 1. Everything else that goes wrong is a fault of the
+program: a traceback, and status 1.
 """
 
 
 class UserError(Exception):
     """Input that cannot be used: one line with what, where and what would be right."""
+
+
+class Fault(Exception):
+    """Something outside the program stopped it midway: one line with what and where."""

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from jaxrlhf.command import main_of
+from jaxrlhf.runtime.stopping import StopSignals
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -20,18 +21,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
     from jaxrlhf.config_io import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    stop.grace = config.checkpoints.grace
     from jaxrlhf.stages.run import run_stages
 
-    run_stages(config)
+    run_stages(config, stop)
 
 
 def main(arguments: list[str] | None = None) -> int:
     afterwards = "; the same command goes on from the last checkpoint, if there is one"
-    return main_of(lambda: train(parse(arguments)), afterwards)
+    with StopSignals() as stop:
+        return main_of(lambda: train(parse(arguments), stop), afterwards)
 
 
 if __name__ == "__main__":

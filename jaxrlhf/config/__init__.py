@@ -8,6 +8,7 @@ from jaxrlhf.config.base import Overflow, Settings
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
 from jaxrlhf.config.rewards import RewardConfig, RewardPart
 from jaxrlhf.config.run import (
+    CheckpointsConfig,
     MeshConfig,
     ModelConfig,
     NewModelConfig,
@@ -30,6 +31,7 @@ from jaxrlhf.config.steps import (
 __all__ = [
     "AdapterConfig",
     "AdvantageConfig",
+    "CheckpointsConfig",
     "DemonstrationsConfig",
     "KLConfig",
     "MeshConfig",

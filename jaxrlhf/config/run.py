@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxrlhf.config.base import NonNegativeFloat, NonNegativeInt, Overflow, PositiveInt, Settings
+from jaxrlhf.config.base import NonNegativeFloat, NonNegativeInt, Overflow, PositiveFloat, PositiveInt, Settings
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig
 from jaxrlhf.config.rewards import RewardConfig
 from jaxrlhf.config.steps import (
@@ -70,6 +70,22 @@ class MeshConfig(Settings):
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
             raise ValueError(f"axes are at least 1, and one of them may be -1; given {sizes}")
+        return self
+
+
+class CheckpointsConfig(Settings):
+    """What is kept of a run while it goes, for each stage; may change when a run is continued, but for result."""
+
+    keep: PositiveInt = Field(2, description="newest checkpoints that are kept")
+    best: str | None = Field(None, description="metric whose best checkpoint is kept as well, such as reward/gold; null: none")
+    best_is: Literal["highest", "lowest"] = Field("highest", description="which value of best is the best")
+    result: Literal["last", "best"] = Field("last", description="which weights a stage with that metric hands on: of its last step, or of its best checkpoint")
+    grace: PositiveFloat = Field(60.0, description="seconds after SIGTERM or Ctrl-C in which the step under way may end and be saved")
+
+    @model_validator(mode="after")
+    def _of_something(self) -> "CheckpointsConfig":
+        if self.result == "best" and self.best is None:
+            raise ValueError("result is best, but best names no metric; give one, such as best: reward/gold")
         return self
 
 
@@ -161,6 +177,7 @@ class RunConfig(Settings):
     sft: SFTConfig | None = Field(None, description="settings of the sft stage")
     reward_model: RewardModelConfig | None = Field(None, description="settings of the reward_model stage")
     ppo: PPOStageConfig | None = Field(None, description="settings of the ppo stage")
+    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="what is kept of the run while it goes")
 
     @model_validator(mode="after")
     def _sections(self) -> "RunConfig":

@@ -1,57 +1,89 @@
 """What a run tells while it goes: one JSON line per step in a file, one progress line on a terminal."""
 
+import contextlib
+import io
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.run_dir import atomic_write
+from jaxrlhf.errors import Fault, UserError
+from jaxrlhf.runtime.run_dir import atomic_write, reason
 
 
 class MetricsLog:
-    """Appends JSON lines, each with the stage and step that it belongs to; each is on disk when `write` returns.
+    """Appends JSON lines, each with the stage and step that it belongs to; a kill after `write` loses none.
 
     Serves `metrics.jsonl` (`seconds` and slash-named floats) and `samples.jsonl` (text, several lines per step).
     Lines are in the order of the run: within a stage steps never go back, and stages follow one another.
-    On several hosts one process writes; `path` None writes nothing.
+    On several hosts one process writes; `path` None writes nothing. A disk that takes no more is a `Fault`; the file
+    keeps its whole lines.
     """
 
     def __init__(self, path: str | Path | None):
         self._path = None if path is None else Path(path)
         self._file = None
+        self._lines = 0  # of the open file
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """One line. Values may be scalar arrays; floats that are not finite are written as null."""
         if self._path is None:
             return
-        if self._file is None:
-            _drop_half_line(self._path)
-            self._file = open(self._path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115  (stays open until close)
         record = {"stage": stage, "step": int(step), **{key: _plain(value) for key, value in values.items()}}
-        self._file.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        with self._faults():
+            self._append(line.encode("utf-8", errors="replace"))
 
-    def truncate(self, stage: str, step: int) -> None:
+    def _append(self, line: bytes) -> None:
+        file = self._opened()
+        whole = os.fstat(file.fileno()).st_size
+        try:
+            left = memoryview(line)
+            while left:  # a disk that is nearly full may take a part
+                left = left[file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), whole)
+            raise
+        self._lines += 1
+
+    def lines(self) -> int:
+        """How many lines there are."""
+        if self._path is None or not (self._file or self._path.exists()):
+            return 0
+        with self._faults():
+            self._opened()
+        return self._lines
+
+    def sync(self) -> None:
+        """Forces all lines to disk, so that they outlast a failure of power too."""
+        if self._file is not None:
+            with self._faults():
+                os.fsync(self._file.fileno())
+
+    def truncate(self, stage: str, step: int, lines: int | None = None) -> None:
         """Forgets what came after `step` of `stage`, of this stage and of later ones; for a resumed run.
 
-        Where the stage has no line up to `step`, its lines and all that follow go. A last line that a kill cut in
-        half goes too. The file is replaced at once or not at all. Raises `UserError` where a line is not JSON.
+        Where the stage has no line up to `step`, its lines and all that follow go. What is beyond the first `lines`
+        goes as well: a line of that very step that was written later. A last line that a kill cut in half goes too.
+        The file is replaced at once or not at all. Raises `UserError` where a line is not JSON.
         """
         self.close()
         if self._path is None or not self._path.exists():
             return
-        data = self._path.read_bytes()
-        *lines, _ = data.split(b"\n")  # what follows the last newline is no whole line
-        keep = _lines_to_keep([self._parse(line, number) for number, line in enumerate(lines, start=1)], stage, step)
-        kept = b"".join(line + b"\n" for line in lines[:keep])
-        if kept != data:
-            atomic_write(self._path, kept.decode("utf-8"))
+        with self._faults():
+            data = self._path.read_bytes()
+            *found, _ = data.split(b"\n")  # what follows the last newline is no whole line
+            keep = _lines_to_keep([self._parse(line, i) for i, line in enumerate(found, start=1)], stage, step)
+            kept = b"".join(line + b"\n" for line in found[: keep if lines is None else min(keep, lines)])
+            if kept != data:
+                atomic_write(self._path, kept.decode("utf-8"))
 
     def _parse(self, line: bytes, number: int) -> tuple[str, int]:
         try:
@@ -61,6 +93,19 @@ class MetricsLog:
             raise UserError(
                 f"{self._path}:{number}: not a line of this log (JSON with stage and step); remove the line"
             ) from None
+
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
+            self._lines = _drop_half_line(self._path)
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (stays open until close)
+        return self._file
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise Fault(f"{self._path}: cannot be written: {reason(error)}; it keeps the lines before") from error
 
     def close(self) -> None:
         """Closes the file; the next `write` opens it again."""
@@ -78,12 +123,16 @@ def _lines_to_keep(places: list[tuple[str, int]], stage: str, step: int) -> int:
     return of_stage[0] if of_stage else len(places)
 
 
-def _drop_half_line(path: Path) -> None:
-    """Cuts off what follows the last newline: a line that a kill interrupted."""
-    if path.exists():
-        with open(path, "rb+") as file:
-            data = file.read()
-            file.truncate(data.rfind(b"\n") + 1)
+def _drop_half_line(path: Path) -> int:
+    """Cuts off what follows the last newline: a line that a kill interrupted. How many lines there are."""
+    if not path.exists():
+        return 0
+    with open(path, "rb+") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            file.truncate(whole)
+    return data.count(b"\n")
 
 
 def _plain(value: Any) -> Any:

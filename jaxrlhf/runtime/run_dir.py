@@ -5,33 +5,39 @@ hosts one process writes; the others wait for it.
 """
 
 import contextlib
+import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import Fault, UserError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 _ABSENT = "absent"
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+Change = tuple[str, Any, Any]  # key path, old value, new value
 
 
-def open_run(run_dir: str | Path, config_text: str, writes: bool = True) -> Path:
+def open_run(
+    run_dir: str | Path, config_text: str, writes: bool = True, may_change: Callable[[Change], bool] = lambda _: False
+) -> Path:
     """Creates the directory with its `config.yaml`, or finds it there with the same settings.
 
-    `config_text` is YAML. On several hosts all compare, and one `writes`. Raises `UserError` where the directory
-    belongs to a run with other settings (the first key that differs is named), or cannot be written.
+    `config_text` is YAML. On several hosts all compare, and one `writes`. Settings that `may_change` are written anew.
+    Raises `UserError` where the directory belongs to a run with other settings (the first key that differs is
+    named), or cannot be written.
     """
     folder = Path(run_dir)
     file = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            _check_same(folder, file.read_text(encoding="utf-8"), config_text)
-        elif writes:
+        changed = not file.exists() or _changes(folder, file.read_text(encoding="utf-8"), config_text, may_change)
+        if changed and writes:
             atomic_write(file, config_text)
     except OSError as error:
         raise UserError(
@@ -40,8 +46,13 @@ def open_run(run_dir: str | Path, config_text: str, writes: bool = True) -> Path
     return folder
 
 
-def check_run(run_dir: str | Path, config_text: str) -> None:
-    """`UserError` where `run_dir` is a file, cannot be written or holds a run with other settings; writes nothing."""
+def check_run(
+    run_dir: str | Path, config_text: str, may_change: Callable[[Change], bool] = lambda _: False
+) -> list[Change]:
+    """The settings that a run in `run_dir` is continued with and did not begin with; writes nothing.
+
+    `UserError` where `run_dir` is a file, cannot be written, or holds a run with other settings that may not change.
+    """
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir {folder}: is a file; give a folder")
@@ -52,11 +63,12 @@ def check_run(run_dir: str | Path, config_text: str) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"run_dir {folder}: {nearest} cannot be written; give another run_dir, or make it writable")
     file = folder / "config.yaml"
-    if file.is_file():
-        _check_same(folder, file.read_text(encoding="utf-8"), config_text)
+    if not file.is_file():
+        return []
+    return _changes(folder, file.read_text(encoding="utf-8"), config_text, may_change)
 
 
-def _check_same(folder: Path, old_text: str, new_text: str) -> None:
+def _changes(folder: Path, old_text: str, new_text: str, may_change: Callable[[Change], bool]) -> list[Change]:
     try:
         old = yaml.safe_load(old_text)
     except yaml.YAMLError:
@@ -64,16 +76,23 @@ def _check_same(folder: Path, old_text: str, new_text: str) -> None:
     if not isinstance(old, dict):
         raise UserError(f"{folder / 'config.yaml'}: not a run's settings; give another run_dir, or remove this one")
     changed = differences(old, yaml.safe_load(new_text))
-    if changed:
-        key, before, after = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    refused = [change for change in changed if not may_change(change)]
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise UserError(
-            f"run_dir {folder} holds a run with other settings: {key} was {_short(before)}, is now {_short(after)}"
-            f"{more}; give another run_dir, or the same settings to continue that run"
+            f"run_dir {folder} holds a run with other settings: {described(refused[0])}{more}; give another run_dir, "
+            "or the same settings to continue that run"
         )
+    return changed
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> list[tuple[str, Any, Any]]:
+def described(change: Change) -> str:
+    """One change of settings in words."""
+    key, before, after = change
+    return f"{key} was {_short(before)}, is now {_short(after)}"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> list[Change]:
     """(key path, old value, new value) where two trees of settings differ, in the order of `new`.
 
     A key that one side lacks has the value "absent" there; a section on one side only is named as a whole.
@@ -101,12 +120,17 @@ def atomic_write(path: str | Path, text: str) -> None:
     """Writes a text file that appears complete or not at all. Raises `OSError` where it cannot."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # what a kill left behind there is overwritten
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # what a full disk has taken of it
+        raise
 
 
 @contextlib.contextmanager
@@ -115,7 +139,8 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
     Where `path` holds something, `replace` says that it may go: it stays until the new folder is complete, and for
     good where the block raises. Leftovers of an earlier kill are removed. Raises `UserError` where a folder cannot
-    be made there, or `path` is not empty and may not be replaced.
+    be made there, or `path` is not empty and may not be replaced, and `Fault` where the disk refuses what the block
+    writes.
     """
     path = Path(os.path.abspath(path))
     temporary, retired = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
@@ -137,22 +162,55 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for folder, _, files in os.walk(temporary):
             for name in files:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+                sync(Path(folder, name))
+            sync(Path(folder))
         if path.exists():
             os.replace(path, retired)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
+    except Exception as error:
+        if not disk_refuses(error):
+            raise
+        raise Fault(f"{path}: cannot be written: {reason(error)}; what was there before is untouched") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
             shutil.rmtree(retired, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Forces a file's or folder's contents to disk, so that a rename never overtakes what it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def disk_refuses(error: BaseException) -> bool:
+    """Whether an exception, Python's or a library's, comes from a disk that is full, read-only, at fault or gone."""
+    return _system_error(error) in _REFUSALS
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The number of the system's error that lies under an exception; None where none does."""
+    while True:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        # What is written in C++ or Rust gives only text: tensorstore, safetensors.
+        if found := re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error)):
+            return int(found[1] or found[2])
+        if error.__cause__ is None:
+            return None
+        error = error.__cause__
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be written or read, as short as the system says it."""
+    number = _system_error(error)
+    if number is not None:
+        return os.strerror(number)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join((str(error) or type(error).__name__).split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -10,10 +10,15 @@ from typing import Any
 import jax
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.errors import Fault
 from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.runtime.agreement import largest
 from jaxrlhf.runtime.checkpoints import Checkpoints
 from jaxrlhf.runtime.mesh import place
 from jaxrlhf.runtime.metrics import MetricsLog, Progress
+from jaxrlhf.runtime.stopping import Stopped, StopSignals
+
+_FAILED = 1000  # beyond the number of any signal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,12 @@ class Run:
     mesh: jax.sharding.Mesh
     metrics: MetricsLog
     samples: MetricsLog
+    stop: StopSignals | None = None  # whoever may ask the run to stop
+
+    @property
+    def logs(self) -> dict[str, MetricsLog]:
+        """Both logs by name."""
+        return {"metrics": self.metrics, "samples": self.samples}
 
     @property
     def folder(self) -> Path:
@@ -41,27 +52,45 @@ class Loop:
         for step in loop.steps():
             loop.state, metrics = program(loop.state, ...)
             loop.done(step, metrics, shown={...}, tokens=n)
+        adapter = loop.result().adapter
+
+    What else a step logs stands before `done`, which may save the step: a line that came later could be lost.
     """
 
     def __init__(self, run: Run, stage: str, state: Any, total: int, save_every: int):
         self.run, self.stage, self.total, self.save_every = run, stage, total, save_every
-        self.checkpoints = Checkpoints(run.folder / "checkpoints" / stage)
+        self.settings = run.config.checkpoints
+        folder = run.folder / "checkpoints" / stage
+        scored, lowest = self.settings.best or "", self.settings.best_is == "lowest"
+        self.checkpoints = Checkpoints(folder, self.settings.keep, scored, lowest)
         self.state = place(run.mesh, state)
-        self.first = self.checkpoints.latest_step() or 0
-        if self.first:
-            self.state = self.checkpoints.restore(self.first, self.state)
+        found = self.checkpoints.restore_latest(self.state, run.say)
+        self.first, notes = 0, {}
+        if found is not None:
+            self.first, self.state, notes = found.step, found.tree, found.notes
             run.say(f"{stage}: goes on after step {self.first} of {total}")
-        for log in (run.metrics, run.samples):
-            log.truncate(stage, self.first)
+            self._compare_mesh(notes.get("mesh"))
+        for name, log in run.logs.items():
+            log.truncate(stage, self.first, notes.get("lines", {}).get(name))
         self.reached = self.first  # steps done: those that `state` holds
         self.progress = Progress(stage, total, self.first)
         self._began = time.perf_counter()
 
+    def _compare_mesh(self, before: dict[str, int] | None) -> None:
+        now = dict(self.run.mesh.shape)
+        if before not in (None, now):
+            self.run.say(
+                f"{self.stage}: the checkpoint was made on the mesh {_sizes(before)}, this one is {_sizes(now)}: sums "
+                "round otherwise, so what follows is not bit for bit what it would have been"
+            )
+
     def steps(self) -> Iterator[int]:
-        """Steps that are still to be done, counted from 0."""
+        """Steps that are still to be done, counted from 0. Raises `Stopped` between two of them where a signal came."""
         for step in range(self.first, self.total):
+            self._between_steps()
             self._began = time.perf_counter()
             yield step
+        self._between_steps()
 
     def done(self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, str], tokens: int) -> None:
         """Logs a step, and saves where it is due. `shown` maps labels of the progress line to metric names."""
@@ -69,15 +98,70 @@ class Loop:
         self.run.metrics.write(self.stage, step + 1, {"seconds": time.perf_counter() - self._began, **values})
         self.progress.update({label: values[name] for label, name in shown.items()}, tokens)
         self.reached = step + 1
+        if step == self.first and self.settings.best not in (None, *values):
+            self.run.say(f"{self.stage}: has no metric {self.settings.best}: no checkpoint counts as the best")
         if self.reached % self.save_every == 0 or self.reached == self.total:
-            self.checkpoints.save(self.reached, self.state)
+            self._save(values.get(self.settings.best))
+
+    def _save(self, score: float | None = None) -> None:
+        """Only a step at which a checkpoint is due has a score: an interruption must not change which is the best."""
+        lines = {}
+        for name, log in self.run.logs.items():
+            lines[name] = log.lines()
+            log.sync()
+        self.checkpoints.save(self.reached, self.state, score, {"lines": lines, "mesh": dict(self.run.mesh.shape)})
+
+    def _between_steps(self) -> None:
+        """Ends the run where a save has failed, or a signal came to any process: then with what has been done saved."""
+        asked = self.run.stop.requested if self.run.stop is not None else 0
+        news = largest(_FAILED if self.checkpoints.failed else asked)
+        if news == _FAILED:
+            self.checkpoints.wait()
+        if news:
+            if self.reached > self.first:
+                self._save()
+            self.checkpoints.wait()
+            raise self._stopped(news)
+
+    def _stopped(self, number: int) -> Stopped:
+        saved = f"step {self.reached} of {self.total} is saved" if self.reached else "before its first step was done"
+        return Stopped(number, f"{self.stage}: {saved}")
+
+    def result(self) -> Any:
+        """The state that the stage hands on: after the last step, or of the best checkpoint where settings say so."""
+        best = self.checkpoints.best() if self.settings.result == "best" else None
+        if best is None or best.step == self.reached:
+            return self.state
+        self.run.say(f"{self.stage}: hands on step {best.step}, with {self.settings.best} {best.score:.4g} the best")
+        return self.checkpoints.restore(best.step, self.state)
+
+    def _losing(self) -> str:
+        """What would be lost if the process ended now."""
+        saved, under_way = self.checkpoints.on_disk or 0, min(self.reached + 1, self.total)
+        return f"{self.stage}: step {saved} is saved, what came after it is lost (step {under_way} was under way)"
 
     def __enter__(self) -> "Loop":
+        if self.run.stop is not None:
+            self.run.stop.at_work = self._losing
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         """Closes what is open. Where a reward failed, which is before the state is given away, the state is saved."""
         self.progress.close()
-        if kind is not None and issubclass(kind, RewardFault) and self.reached > self.first:
-            self.checkpoints.save(self.reached, self.state)
-        self.checkpoints.close()
+        try:
+            if kind is not None and issubclass(kind, RewardFault) and self.reached > self.first:
+                self._save()
+            self.checkpoints.close()
+        except Fault as fault:
+            if kind is None:
+                raise
+            self.run.say(f"{self.stage}: {fault}")  # what ended the run goes on
+        finally:
+            if self.run.stop is not None:
+                self.run.stop.at_work = None
+        if kind is None and self.run.stop is not None and (asked := largest(self.run.stop.requested)):
+            raise self._stopped(asked)
+
+
+def _sizes(mesh: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.items())

@@ -164,11 +164,11 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
             loop.state["control"] = iteration.fitted(start, inputs.prompts, loop.state["control"])
         for step in loop.steps():
             loop.state, metrics, drawn = iteration(loop.state, step, inputs.prompts)
-            loop.done(step, metrics, SHOWN, tokens=int(metrics["length/mean"] * iteration.rows))
             if (step + 1) % config.sample_every == 0:
                 samples = samples_of(drawn.answers, drawn.scores)[:SAMPLES]
                 run.samples.write("ppo", step + 1, {"samples": samples})
-        ppo = loop.state["ppo"]
+            loop.done(step, metrics, SHOWN, tokens=int(metrics["length/mean"] * iteration.rows))
+        ppo = loop.result()["ppo"]
     trained = _trained(ppo, update_config)
     for name, adapter in trained.items():
         save_role(run.config.run_dir, name, adapter)

@@ -100,7 +100,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
             )
             metrics["compiles/update"] = update.compiles
             loop.done(step, metrics, shown, tokens=int(batch.chosen.size + batch.rejected.size))
-        adapter = loop.state.adapter
+        adapter = loop.result().adapter
     reached = evaluate(run, roles.base, adapter, inputs.heldout)
     save_role(run.config.run_dir, "reward", adapter)
     mark_finished(run.config.run_dir, "reward_model", reached)

@@ -129,6 +129,12 @@ def mark_finished(run_dir: str, stage: str, reached: dict) -> None:
     atomic_write(Path(run_dir) / "roles" / "finished.json", json.dumps(stages, indent=1) + "\n")
 
 
+def mark_unfinished(run_dir: str, stage: str) -> None:
+    """Notes that a stage goes on; what it reached is forgotten."""
+    stages = {name: reached for name, reached in finished_stages(run_dir).items() if name != stage}
+    atomic_write(Path(run_dir) / "roles" / "finished.json", json.dumps(stages, indent=1) + "\n")
+
+
 def _origin(model: ModelConfig) -> str:
     return model.tokenizer or model.path or model.run or "the new model"
 

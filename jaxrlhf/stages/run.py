@@ -3,52 +3,73 @@
 A finished stage is not run again: the same command continues where the run stood.
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
+from jaxrlhf.errors import UserError
+from jaxrlhf.runtime.lock import RunLock
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import check_run, open_run
+from jaxrlhf.runtime.run_dir import check_run, described, open_run
+from jaxrlhf.runtime.stopping import StopSignals
 from jaxrlhf.stages import ppo, reward_model, sft
+from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.roles import Roles, finished_stages, load_roles, save_base
+from jaxrlhf.stages.roles import Roles, finished_stages, load_roles, mark_unfinished, save_base
 
 
-def run_stages(config: RunConfig) -> Roles:
+def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
     """Runs the stages of `config` that have not finished yet; the roles at the end.
 
     Raises `UserError`, before anything is compiled or written, where settings, files, rows or model cannot
-    be used.
+    be used, or where another run is at work in the directory. Where `stop` is asked to, `Stopped` ends the run.
     """
-    check_run(config.run_dir, dump_config(config))
-    mesh = make_mesh(config.mesh)
-    roles = load_roles(config, mesh)
-    folder = Path(config.run_dir)
-    writes = jax.process_index() == 0
+    folder, writes = Path(config.run_dir), jax.process_index() == 0
     run = Run(
         config,
-        mesh,
+        make_mesh(config.mesh),
         MetricsLog(folder / "metrics.jsonl" if writes else None),
         MetricsLog(folder / "samples.jsonl" if writes else None),
+        stop,
     )
+    with RunLock(folder, writes, run.say) as lock, contextlib.closing(run.metrics), contextlib.closing(run.samples):
+        return _run_stages(run, lock, writes)
+
+
+def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
+    config, folder, allowed = run.config, run.folder, may_change(run.config)
+    changes = check_run(folder, dump_config(config), allowed)
+    begun = (folder / "config.yaml").is_file()
+    if begun:
+        lock.take()
+    roles = load_roles(config, run.mesh)
     finished = finished_stages(config.run_dir)
-    todo = [stage for stage in config.stages if stage not in finished]
+    again = {"ppo"} & {*finished} if MORE_ITERATIONS in [key for key, *_ in changes] else set()
+    todo = [stage for stage in config.stages if stage not in finished or stage in again]
     for stage in config.stages:
-        if stage in finished:
+        if stage not in todo:
             run.say(f"{stage}: has finished before")
     inputs = _load_inputs(run, roles, todo)
-    open_run(config.run_dir, dump_config(config), writes)
+    if not begun:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if (folder / "config.yaml").exists():
+            raise UserError(f"run_dir {folder}: another process began a run there meanwhile; give the command again")
+    for change in changes:
+        run.say(f"run_dir {folder}: {described(change)}")
+    for stage in again if writes else ():
+        mark_unfinished(config.run_dir, stage)
+    open_run(folder, dump_config(config), writes, allowed)
     if config.model.new is not None and not (folder / "roles" / "base").is_dir():
         save_base(config.run_dir, roles.base, roles.tokenizer)
-    roles.base = place(mesh, roles.base)
+    roles.base = place(run.mesh, roles.base)
     train = {"sft": sft.train, "reward_model": reward_model.train, "ppo": ppo.train}
     for stage in todo:
         roles = train[stage](run, roles, inputs[stage])
-    run.metrics.close()
-    run.samples.close()
     return roles
 
 

@@ -79,7 +79,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
             )
             metrics["compiles/update"] = update.compiles
             loop.done(step, metrics, {"loss": "sft/loss"}, tokens=int(batch.tokens.size))
-        adapter = loop.state.adapter
+        adapter = loop.result().adapter
     reached = {"heldout_loss": evaluate(run, roles.base, adapter, inputs.heldout)} if inputs.heldout else {}
     return _finish(run, roles, adapter, reached)
 

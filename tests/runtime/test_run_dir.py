@@ -143,7 +143,7 @@ def test_atomic_directory_that_cannot_be_made(tmp_path):
 
 def test_everything_is_synced_before_it_is_named(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(module, "_sync", lambda path: order.append(path.name))
+    monkeypatch.setattr(module, "sync", lambda path: order.append(path.name))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
     with atomic_directory(tmp_path / "out") as folder:

@@ -1,0 +1,291 @@
+"""Kills a run at random moments, again and again, and compares what it becomes with a run that nothing interrupted.
+
+    python benchmarks/kill_trial.py [--kills 100] [--signals KILL] [--seed 0] [--folder DIR]
+
+One tiny run (whole-model SFT, reward model, PPO with groups, a sum of the reward adapter and a function, and all that
+PPO can carry from iteration to iteration) is started with the same command until it ends. Each time it is killed
+(SIGKILL, or SIGTERM where --signals names TERM) at a random moment between the start of Python and the share of the
+steps that this kill may let through. At the end the weights of all roles, what the stages reached, metrics.jsonl
+(without clocks, memory and counts of compilations) and samples.jsonl must be the same to the last bit. Prints where
+the kills landed; exit status 1 where anything differs.
+
+Compiled programs are kept in the folder between starts (JAX's persistent cache), which makes a start cheap.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+FEW = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
+CONFIG = {
+    "model": {
+        "new": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_positions": 64}
+    },
+    "checkpoints": {"keep": 2, "best": "reward/gold"},
+    "sft": {
+        "data": {"path": "builtin:assistant-demonstrations", "limit": 400}, "adapter": {"kind": "full"},
+        "batch_size": 8, "max_length": 64, "heldout": 4, "epochs": 2, "save_every": 3,
+    },
+    "reward_model": {
+        "data": {"path": "builtin:assistant-preferences", "limit": 200}, "adapter": FEW, "batch_size": 8,
+        "max_length": 48, "buckets": 1, "heldout": 4, "epochs": 2, "save_every": 3,
+    },
+    "ppo": {
+        "data": {"path": "builtin:assistant-prompts", "limit": 40}, "iterations": 60, "batch_size": 4,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6, "samples_per_prompt": 2}, "adapter": FEW,
+        "value_adapter": FEW, "resample": 1, "refresh_reference": 7, "kl": {"target": 0.01, "horizon": 100},
+        "score": {"normalise": "running", "clip": 3.0},
+        "reward": {"kind": "sum", "parts": {
+            "liked": {"weight": 1.0, "kind": "model"},
+            "short": {"weight": 0.5, "kind": "function", "function": "jaxrlhf.rewards.library:length",
+                      "options": {"target": 4}},
+        }},
+        "update": {"epochs": 2, "minibatches": 2, "ema_decay": 0.9, "optimizer": {"learning_rate": 0.01}},
+        "gold": "jaxrlhf.data.world:gold_score", "evaluation_prompts": 8, "save_every": 3, "sample_every": 2,
+    },
+}  # fmt: skip
+PASSING = ("seconds", "time/", "tokens_per_second/", "memory/", "compiles/")  # of a process, not of the run
+STOPPED = {signal.SIGKILL: -9, signal.SIGTERM: 143}
+
+
+# ---------------------------------------------------------------- the run that is killed
+
+
+def child(arguments: list[str], phases: Path) -> int:
+    """The command, with notes of what it is doing. They only watch: what runs is what a person runs."""
+    file = os.open(phases, os.O_WRONLY | os.O_CREAT)
+
+    def note(text: str, place: int = 0) -> None:
+        os.pwrite(file, text.ljust(80).encode(), 80 * place)
+
+    note("imports")
+    note("", 1)
+    from jaxrlhf import train
+    from jaxrlhf.runtime.checkpoints import Checkpoints
+    from jaxrlhf.runtime.programs import Program
+    from jaxrlhf.stages import loop, run
+
+    stage = ["start"]
+
+    def watched(owner, name, text, place=0):
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            note(text(args) if callable(text) else text, place)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                note("" if place else f"{stage[0]}: on the host", place)
+
+        setattr(owner, name, wrapped)
+
+    def begin(args):
+        stage[0] = args[2]
+        return f"{stage[0]}: opens its checkpoints"
+
+    def program(args):
+        return f"{stage[0]}: {'runs' if args[0].compiles else 'compiles'} {args[0].name}"
+
+    watched(run, "load_roles", "start: loads the model")
+    watched(run, "_load_inputs", "start: reads rows")
+    watched(loop.Loop, "__init__", begin)
+    watched(Checkpoints, "restore_latest", lambda args: f"{stage[0]}: restores")
+    watched(Checkpoints, "save", lambda args: f"{stage[0]}: begins to save")
+    watched(Checkpoints, "close", lambda args: f"{stage[0]}: ends, waits for the last save")
+    watched(Checkpoints, "_complete", "saving", place=1)
+    watched(Program, "__call__", program)
+    for module in (run.sft, run.reward_model, run.ppo):
+        for name in ("save_role", "save_base", "mark_finished"):
+            if hasattr(module, name):
+                watched(module, name, lambda args: f"{stage[0]}: writes roles")
+    return train.main(arguments)
+
+
+def phase_of(file: Path) -> tuple[str, bool]:
+    """What the process was doing, and whether it was saving meanwhile."""
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        return "Python starts", False
+    return text[:80].strip() or "Python starts", text[80:].strip() == "saving"
+
+
+# ---------------------------------------------------------------- starting and killing
+
+
+class Trial:
+    """One run in its folder, started as often as it takes."""
+
+    def __init__(self, folder: Path, name: str):
+        self.run, self.phases = folder / name, folder / f"{name}.phases"
+        config = folder / f"{name}.json"  # JSON is YAML
+        config.write_text(json.dumps(CONFIG | {"run_dir": str(self.run)}))
+        self.command = [sys.executable, __file__, "--child", str(self.phases), "--config", str(config)]
+        self.environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+        self.said = folder / f"{name}.said"
+
+    def start(self) -> subprocess.Popen:
+        self.phases.unlink(missing_ok=True)
+        with open(self.said, "ab") as said:
+            return subprocess.Popen(self.command, env=self.environment, stdout=said, stderr=said)
+
+    def finish(self) -> float:
+        """Runs to the end; seconds that it took."""
+        began = time.monotonic()
+        status = self.start().wait()
+        if status:
+            sys.exit(f"the run ended with status {status}:\n{self.said.read_text()[-3000:]}")
+        return time.monotonic() - began
+
+    def lines(self, name: str = "metrics.jsonl") -> list[dict]:
+        path = self.run / name
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+    def steps(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_once(
+    trial: Trial, number: signal.Signals, wait: float, limit: int, linger: float
+) -> tuple[str, bool] | None:
+    """Kills after `wait` seconds, or `linger` seconds after there are `limit` steps; where it was then, or None where
+    it ended first."""
+    process, began = trial.start(), time.monotonic()
+    while time.monotonic() - began < wait and trial.steps() < limit:
+        if process.poll() is not None:
+            break
+        time.sleep(0.002)
+    if time.monotonic() - began < wait:
+        time.sleep(linger)
+    process.send_signal(number)
+    phase = phase_of(trial.phases)  # of a killed process, what it was; SIGTERM lets it go on a little
+    status = process.wait()
+    if status == 0:
+        return None
+    early = number == signal.SIGTERM and status == -signal.SIGTERM  # before the command could listen
+    if status != STOPPED[number] and not early:
+        sys.exit(f"the run ended with status {status}:\n{trial.said.read_text()[-3000:]}")
+    return phase
+
+
+def kill_many(trial: Trial, signals: list[signal.Signals], kills: int, total: int, chance: random.Random):
+    """Where each kill landed. The n-th lets at most its share of all steps through, so that the run outlasts them.
+
+    Half of the kills come at a moment drawn over the start of the process (until its first step, as measured so far),
+    the others in the time after it.
+    """
+    landed, starting = [], 10.0
+    for number in range(kills):
+        before, began = trial.steps(), time.monotonic()
+        limit = max(before + 2, int(total * 0.97 * (number + 1) / kills))
+        in_start = chance.random() < 0.5
+        wait = chance.uniform(0, starting) if in_start else starting + chance.uniform(-0.3, 1) * starting
+        phase = kill_once(trial, chance.choice(signals), wait, limit, chance.uniform(0, 0.15))
+        if phase is None:
+            print(f"the run ended after {number} kills")
+            break
+        landed.append(phase)
+        took = time.monotonic() - began
+        if trial.steps() != before:  # it came to its steps: the start is at most this long
+            starting = 0.7 * starting + 0.3 * min(took, 2 * starting)
+        elif not in_start:
+            starting = max(starting, 0.9 * took)
+        place = f"step {trial.steps()} of {total}: {phase[0]}{', saving' * phase[1]}"
+        print(f"{number + 1}: {took:.1f} s, {place}", flush=True)
+    return landed
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def lasting(record: dict) -> dict:
+    return {name: value for name, value in record.items() if not name.startswith(PASSING)}
+
+
+def differences(one: Trial, other: Trial, saved_when_due: bool = True) -> list[str]:
+    """What is not the same at the end of two runs, in words; also of their checkpoints where all were `saved_when_due`,
+    and none because a signal asked."""
+    found = []
+    files = {
+        str(path.relative_to(trial.run))
+        for trial in (one, other)
+        for path in (trial.run / "roles").rglob("*")
+        if path.is_file()
+    }
+    if not any(name.endswith(".safetensors") for name in files):
+        found.append("there are no weights")
+    for name in sorted(files):
+        contents = [path.read_bytes() if path.exists() else None for path in (one.run / name, other.run / name)]
+        if contents[0] != contents[1]:
+            found.append(f"{name} differs")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = [[lasting(record) for record in trial.lines(name)] for trial in (one, other)]
+        if not lines[0]:
+            found.append(f"{name} is empty")
+        places = [[(line["stage"], line["step"]) for line in part] for part in lines]
+        for word, part in (("lost", set(places[0]) - set(places[1])), ("too many", set(places[1]) - set(places[0]))):
+            found += [f"{name}: {word}: {place}" for place in sorted(part)]
+        if len(places[0]) != len(places[1]):
+            found.append(f"{name}: {len(places[0])} lines, {len(places[1])} after the kills")
+        different = [place for place, a, b in zip(places[0], *lines) if a != b]
+        found += [f"{name}: {place} differs" for place in different[:3]]
+    steps = [sorted(p.name for p in (t.run / "checkpoints").rglob("*") if p.name.isdecimal()) for t in (one, other)]
+    if saved_when_due and steps[0] != steps[1]:
+        found.append(f"checkpoints: {steps[0]}, {steps[1]} after the kills")
+    return found
+
+
+def told(landed: list[tuple[str, bool]]) -> str:
+    counts = collections.Counter(phase for phase, _ in landed)
+    lines = [f"  {count:4}  {phase}" for phase, count in counts.most_common()]
+    return "\n".join([*lines, f"  {sum(saving for _, saving in landed):4}  of these while a checkpoint was written"])
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        return child(sys.argv[3:], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="default: 100")
+    parser.add_argument("--signals", default="KILL", help="KILL, TERM or KILL,TERM, drawn each time (default: KILL)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--folder", type=Path, default=None, help="where to run (default: a temporary folder)")
+    arguments = parser.parse_args()
+    signals = [signal.Signals[f"SIG{name}"] for name in arguments.signals.split(",")]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        straight, killed = Trial(folder, "straight"), Trial(folder, "killed")
+        seconds = straight.finish()
+        total = straight.steps()
+        print(f"uninterrupted: {total} steps in {seconds:.0f} s", flush=True)
+        began = time.monotonic()
+        landed = kill_many(killed, signals, arguments.kills, total, random.Random(arguments.seed))
+        killed.finish()
+        print(f"{len(landed)} kills in {time.monotonic() - began:.0f} s; where they landed:\n{told(landed)}")
+        found = differences(straight, killed, signals == [signal.SIGKILL])
+        if len(landed) < arguments.kills:
+            found.append(f"only {len(landed)} of {arguments.kills} kills")
+        for line in found:
+            print(f"DIFFERENT: {line}")
+        names = sorted(str(path.parent.name) for path in (killed.run / "roles").rglob("*.safetensors"))
+        if not found:
+            print(f"bit-identical: {', '.join(names)}, {total} metrics, {len(killed.lines('samples.jsonl'))} samples")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Which settings may change when a run is continued: those that change no step that is still to come.
+
+Everything else is refused by name (`runtime.run_dir.check_run`): a run's weights are what its `config.yaml` says.
+"""
+
+from collections.abc import Callable
+
+from jaxrlhf.config import RunConfig
+from jaxrlhf.runtime.run_dir import Change
+
+# When something is saved or shown, and how long a stop may take.
+_FREE = ("checkpoints.keep", "checkpoints.grace", "ppo.sample_every")
+# Which checkpoints there are to choose from: free as long as nothing is chosen.
+_CHOICE = ("checkpoints.best", "checkpoints.best_is", "sft.save_every", "reward_model.save_every", "ppo.save_every")
+# Devices come and go. Numbers then differ by rounding, which the stage says where it goes on.
+_MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+MORE_ITERATIONS = "ppo.iterations"
+
+
+def may_change(config: RunConfig) -> Callable[[Change], bool]:
+    """Whether a run may be continued with `config` where one of its settings was another; to be asked for each."""
+
+    def free(change: Change) -> bool:
+        key, before, after = change
+        if key in _CHOICE:
+            return config.checkpoints.result == "last"
+        if key == MORE_ITERATIONS:
+            return isinstance(before, int) and after > before and _same_steps_in_longer_runs(config)
+        return key in _FREE or key in _MESH
+
+    return free
+
+
+def _same_steps_in_longer_runs(config: RunConfig) -> bool:
+    """Whether a PPO step is the same however many follow: no learning rate falls towards the end."""
+    update, checkpoints = config.ppo.update, config.checkpoints
+    rates = (update.optimizer, update.value_optimizer)
+    return checkpoints.result == "last" and all(r.schedule == "constant" or r.total_steps is not None for r in rates)

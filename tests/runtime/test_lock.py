@@ -1,0 +1,99 @@
+"""Two runs never share a directory; a killed one leaves no lock behind, not even with a child that lives on."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.runtime import lock as module
+from jaxrlhf.runtime.lock import RunLock
+
+HOLDER = """
+import os, sys, time
+from jaxrlhf.runtime.lock import RunLock
+lock = RunLock(sys.argv[1])
+lock.take()
+if sys.argv[2:] == ["fork"] and os.fork() == 0:
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+else:
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def _holder(folder, *more):
+    return subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), *more], stdout=subprocess.PIPE, text=True)
+
+
+def test_another_process_is_refused_by_name_and_let_in_after_a_kill(tmp_path):
+    holder = _holder(tmp_path)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"process {holder.pid} on \S+, since .* is running there") as error:
+            RunLock(tmp_path).take()
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    finally:
+        holder.kill()
+        holder.communicate()
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        assert lock.held
+
+
+def test_a_child_that_outlives_the_run_holds_nothing(tmp_path):
+    holder = _holder(tmp_path, "fork")
+    said = {holder.stdout.readline(), holder.stdout.readline()}
+    child = int(next(line for line in said if line != "held\n"))
+    try:
+        with pytest.raises(UserError, match="is running there"):
+            RunLock(tmp_path).take()
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # still there
+        with RunLock(tmp_path) as lock:
+            lock.take()
+            assert lock.held
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()
+
+
+def test_one_process_holds_it_once(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        lock.take()  # its own
+        with pytest.raises(UserError, match=f"this process, {os.getpid()}, is running there"):
+            RunLock(tmp_path / "link").take()
+    with RunLock(tmp_path) as lock:
+        lock.take()
+    assert (tmp_path / "lock").read_text() == "", "nobody holds it now"
+
+
+def test_a_process_that_does_not_take_it_writes_nothing(tmp_path):
+    with RunLock(tmp_path, takes=False) as lock:
+        lock.take()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(module.fcntl, "lockf", unsupported)
+    said = []
+    with RunLock(tmp_path, say=said.append) as lock:
+        lock.take()
+        assert lock.held
+    assert len(said) == 1 and "no locks here" in said[0] and str(tmp_path) in said[0]
+
+
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match="lock: cannot be written: Is a directory"):
+        RunLock(tmp_path).take()

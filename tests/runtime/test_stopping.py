@@ -1,0 +1,104 @@
+"""A signal is answered at once, whatever the main thread does, and ends the process within the bound."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+START = """
+import sys, time, threading
+import numpy as np
+from jaxrlhf.runtime.stopping import Stopped, StopSignals
+with StopSignals(grace={grace}) as stop:
+    {work}
+"""
+# Steps of 0.1 s that look for the signal in between.
+STEPS = """
+    stop.at_work = lambda: "step 3 is lost"
+    print("ready", flush=True)
+    try:
+        while True:
+            time.sleep(0.1)
+            if stop.requested:
+                raise Stopped(stop.requested, "all is saved")
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(stopped.status)
+"""
+# One call into C that takes long, gives Python no chance to run a handler, and does not look at signals.
+STUCK = """
+    stop.at_work = lambda: "step 3 is lost"
+    numbers = np.random.default_rng(0).standard_normal(({size}, {size}))
+    print("ready", flush=True)
+    np.linalg.svd(numbers)
+    print("the call ended", flush=True)
+    time.sleep(60)
+"""
+IDLE = """
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def _run(work: str, grace: float, *signals: signal.Signals, pause: float = 0.0, size: int = 0):
+    """(exit status, stdout, stderr, seconds from the first signal to the end)."""
+    source = START.format(grace=grace, work=work.strip().format(size=size))
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        began = time.monotonic()
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(pause)
+        stdout, stderr = process.communicate(timeout=50)
+        return process.returncode, stdout, stderr, time.monotonic() - began
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_work_ends_in_good_order(number, status):
+    returned, stdout, stderr, _ = _run(STEPS, 30, number)
+    assert returned == status
+    assert stdout == f"stopped by {number.name}: all is saved\n"
+    assert stderr == f"{number.name}: the step under way ends and is saved, within 30 s\n"
+
+
+def test_several_sigterms_are_one():
+    returned, stdout, stderr, _ = _run(STEPS, 30, *[signal.SIGTERM] * 5)
+    assert returned == 143 and "all is saved" in stdout and stderr.count("\n") == 1
+
+
+def test_where_nothing_is_to_be_saved_it_ends_at_once():
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        returned, _, stderr, seconds = _run(IDLE, 30, number)
+        assert returned == status and seconds < 10
+        assert stderr == f"stopped by {number.name}; the same command continues\n"
+
+
+def test_the_bound_holds_while_python_cannot_run():
+    returned, stdout, stderr, seconds = _run(STUCK, 0.5, signal.SIGTERM, size=4000)
+    assert returned == 143 and stdout == "" and seconds < 15
+    first, last = stderr.splitlines()
+    assert first == "SIGTERM: the step under way ends and is saved, within 0.5 s"
+    assert last == "stopped by SIGTERM: 0.5 s were not enough; step 3 is lost; the same command continues"
+
+
+def test_a_second_interrupt_ends_at_once():
+    returned, _, stderr, seconds = _run(STUCK, 40, signal.SIGINT, signal.SIGINT, pause=0.3, size=4000)
+    assert returned == 130 and seconds < 15
+    assert stderr.splitlines()[-1] == "interrupted twice; step 3 is lost; the same command continues"
+
+
+def test_handlers_are_put_back():
+    from jaxrlhf.runtime.stopping import StopSignals
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopSignals() as stop:
+        assert signal.getsignal(signal.SIGTERM) not in before and not stop.requested
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1
