@@ -9,6 +9,7 @@ from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, Prompts
 from jaxrlhf.config.rewards import RewardConfig, RewardPart
 from jaxrlhf.config.run import (
     CheckpointsConfig,
+    HealthConfig,
     MeshConfig,
     ModelConfig,
     NewModelConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "AdvantageConfig",
     "CheckpointsConfig",
     "DemonstrationsConfig",
+    "HealthConfig",
     "KLConfig",
     "MeshConfig",
     "ModelConfig",

@@ -89,6 +89,14 @@ class CheckpointsConfig(Settings):
         return self
 
 
+class HealthConfig(Settings):
+    """When a run is not learning any more. A step whose loss or gradient is not finite changes nothing, and is counted."""
+
+    patience: PositiveInt = Field(10, description="steps in a row that were not learnt from stop the run, with the last one's batch saved")
+    max_kl: PositiveFloat | None = Field(None, description="a PPO iteration whose KL to the reference, nats per answer, is above this is not learnt from; null: no limit")
+    max_length: PositiveFloat | None = Field(None, description="the same for tokens per answer, on average; null: no limit")
+
+
 class SFTConfig(Settings):
     """Supervised fine-tuning: cross-entropy on the response only."""
 
@@ -178,6 +186,7 @@ class RunConfig(Settings):
     reward_model: RewardModelConfig | None = Field(None, description="settings of the reward_model stage")
     ppo: PPOStageConfig | None = Field(None, description="settings of the ppo stage")
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="what is kept of the run while it goes")
+    health: HealthConfig = Field(HealthConfig(), description="when a run is not learning any more")
 
     @model_validator(mode="after")
     def _sections(self) -> "RunConfig":

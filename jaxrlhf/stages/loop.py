@@ -14,6 +14,7 @@ from jaxrlhf.errors import Fault
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.runtime.agreement import largest
 from jaxrlhf.runtime.checkpoints import Checkpoints
+from jaxrlhf.runtime.health import Health, stop_with_batch
 from jaxrlhf.runtime.mesh import place
 from jaxrlhf.runtime.metrics import MetricsLog, Progress
 from jaxrlhf.runtime.stopping import Stopped, StopSignals
@@ -72,6 +73,7 @@ class Loop:
             self._compare_mesh(notes.get("mesh"))
         for name, log in run.logs.items():
             log.truncate(stage, self.first, notes.get("lines", {}).get(name))
+        self.health = Health(run.config.health.patience, notes.get("unlearnt", 0))
         self.reached = self.first  # steps done: those that `state` holds
         self.progress = Progress(stage, total, self.first)
         self._began = time.perf_counter()
@@ -92,12 +94,21 @@ class Loop:
             yield step
         self._between_steps()
 
-    def done(self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, str], tokens: int) -> None:
-        """Logs a step, and saves where it is due. `shown` maps labels of the progress line to metric names."""
+    def done(
+        self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, str], tokens: int, batch: Any = None
+    ) -> None:
+        """Logs a step, and saves where it is due. `shown` maps labels of the progress line to metric names.
+
+        Raises `Fault` where too many steps in a row were not learnt from; `batch` is then saved to be looked at.
+        """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self.run.metrics.write(self.stage, step + 1, {"seconds": time.perf_counter() - self._began, **values})
         self.progress.update({label: values[name] for label, name in shown.items()}, tokens)
         self.reached = step + 1
+        reason = self.health.observe(values)
+        if reason is not None:
+            folder = self.run.folder / "inspect"
+            stop_with_batch(folder, self.stage, self.reached, batch, reason, self.health.in_a_row)
         if step == self.first and self.settings.best not in (None, *values):
             self.run.say(f"{self.stage}: has no metric {self.settings.best}: no checkpoint counts as the best")
         if self.reached % self.save_every == 0 or self.reached == self.total:
@@ -109,7 +120,8 @@ class Loop:
         for name, log in self.run.logs.items():
             lines[name] = log.lines()
             log.sync()
-        self.checkpoints.save(self.reached, self.state, score, {"lines": lines, "mesh": dict(self.run.mesh.shape)})
+        notes = {"lines": lines, "mesh": dict(self.run.mesh.shape), "unlearnt": self.health.in_a_row}
+        self.checkpoints.save(self.reached, self.state, score, notes)
 
     def _between_steps(self) -> None:
         """Ends the run where a save has failed, or a signal came to any process: then with what has been done saved."""

@@ -163,11 +163,11 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
         if config.score.normalise == "initial" and not loop.first:
             loop.state["control"] = iteration.fitted(start, inputs.prompts, loop.state["control"])
         for step in loop.steps():
-            loop.state, metrics, drawn = iteration(loop.state, step, inputs.prompts)
+            loop.state, metrics, drawn, experience = iteration(loop.state, step, inputs.prompts)
             if (step + 1) % config.sample_every == 0:
                 samples = samples_of(drawn.answers, drawn.scores)[:SAMPLES]
                 run.samples.write("ppo", step + 1, {"samples": samples})
-            loop.done(step, metrics, SHOWN, tokens=int(metrics["length/mean"] * iteration.rows))
+            loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
         ppo = loop.result()["ppo"]
     trained = _trained(ppo, update_config)
     for name, adapter in trained.items():

@@ -13,7 +13,8 @@ from jaxrlhf.algorithms.running import update_moments
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
-from jaxrlhf.records import Adapter, PPOState, SFTBatch
+from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
+from jaxrlhf.runtime.health import PAUSED
 from jaxrlhf.runtime.mesh import fetch, place, place_batch, replicated, tree_shardings
 from jaxrlhf.runtime.programs import Program, peak_memory_bytes
 from jaxrlhf.runtime.random import key_for
@@ -56,8 +57,8 @@ class Iteration:
         )
         self.programs = (sampler.rollout, self.annotate, self.update)
 
-    def __call__(self, state: dict, step: int, prompts: PromptSet) -> tuple[dict, dict[str, float], Drawn]:
-        """(state, metrics, what was drawn) of the iteration after `step` iterations."""
+    def __call__(self, state: dict, step: int, prompts: PromptSet) -> tuple[dict, dict[str, float], Drawn, Experience]:
+        """(state, metrics, what was drawn, what was made of it) of the iteration after `step` iterations."""
         config, clock, ppo = self.config, Clock(), state["ppo"]
         drawn, draws, metrics = self.sampler.draw(ppo.policy, prompts, int(state["draws"]), clock)
         greedy = self._greedy(ppo.policy, prompts, drawn.chosen)
@@ -65,11 +66,13 @@ class Iteration:
         reference = state.get("reference", self.reference)
         experience, control, noted = self.annotated(ppo.policy, ppo.value, reference, drawn, state["control"], greedy)
         clock.lap("time/annotate", experience)
-        key = key_for(self.run.config.seed, "ppo", step, "update")
-        ppo, updated = self.update(ppo, self.roles.base, experience, key, self.update_config, mix=self._mix(step))
-        clock.lap("time/update", updated)
-        metrics |= drawn.means()
-        metrics |= {name: float(value) for name, value in jax.device_get({**noted, **updated}).items()}
+        metrics |= drawn.means() | _floats(noted)
+        metrics |= self._paused(metrics)
+        if not metrics.get(PAUSED):
+            key = key_for(self.run.config.seed, "ppo", step, "update")
+            ppo, updated = self.update(ppo, self.roles.base, experience, key, self.update_config, mix=self._mix(step))
+            metrics |= _floats(updated)
+        clock.lap("time/update", ppo)
         sampled = metrics["length/mean"] * self.rows
         metrics |= clock.laps | {
             "tokens_per_second/rollout": sampled * metrics.get("groups/draws", 1) / clock.laps["time/rollout"],
@@ -80,7 +83,7 @@ class Iteration:
         state = state | {"ppo": ppo, "control": control, "draws": self.count(draws)}
         if config.refresh_reference and (step + 1) % config.refresh_reference == 0:
             state["reference"] = jax.tree.map(jnp.copy, ppo.policy)  # a copy: the next update gives the policy away
-        return state, metrics, drawn
+        return state, metrics, drawn, experience
 
     def count(self, number: int) -> jax.Array:
         """A number of the state, i32[], where the programs and the checkpoints want it."""
@@ -124,6 +127,14 @@ class Iteration:
         means = {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}
         return Evaluation(means, samples[:SAMPLES])
 
+    def _paused(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Whether this iteration is not to be learnt from, where settings have limits."""
+        health = self.run.config.health
+        limits = {"kl/k1": health.max_kl, "length/mean": health.max_length}
+        if all(limit is None for limit in limits.values()):
+            return {}
+        return {PAUSED: float(any(limit is not None and metrics[name] > limit for name, limit in limits.items()))}
+
     def _greedy(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray):
         """Greedy answers and their scores, where the advantages are measured from them."""
         needed = ADVANTAGES[self.config.advantage.estimator].needs_greedy
@@ -136,3 +147,7 @@ class Iteration:
         steps = self.update_config.epochs * self.update_config.minibatches
         batches = [self.pretraining.batch(step * steps + i) for i in range(steps)]
         return place_batch(self.run.mesh, jax.tree.map(lambda *parts: np.concatenate(parts), *batches))
+
+
+def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}

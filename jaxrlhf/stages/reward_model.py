@@ -99,7 +99,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
                 remat=config.remat,
             )
             metrics["compiles/update"] = update.compiles
-            loop.done(step, metrics, shown, tokens=int(batch.chosen.size + batch.rejected.size))
+            loop.done(step, metrics, shown, int(batch.chosen.size + batch.rejected.size), batch)
         adapter = loop.result().adapter
     reached = evaluate(run, roles.base, adapter, inputs.heldout)
     save_role(run.config.run_dir, "reward", adapter)
