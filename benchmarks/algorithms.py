@@ -14,7 +14,7 @@ The figure needs matplotlib (`pip install -e '.[dev]'`); it is left out with a w
 """
 
 import argparse
-import importlib.metadata
+import dataclasses
 import json
 import os
 import platform
@@ -22,7 +22,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from overoptimisation import CURVES, draw, spread, summary
@@ -38,59 +38,68 @@ ITERATIONS = 70  # those of the quickstart
 COMPILING = 2  # iterations that compile and are left out of the seconds per iteration
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """A row: what it changes of the quickstart, group answers to each of ANSWERS / group prompts."""
+    """A row: what it changes of the quickstart, and `group` answers to each of ANSWERS / group prompts."""
 
     paper: str
-    settings: str = ""  # overrides, split by spaces; a leading ppo. is left out
+    settings: str = ""  # overrides, split by spaces; each is of ppo
     group: int = 1
+    learning_rate: float = 1e-3  # of the policy
 
     @property
     def overrides(self) -> list[str]:
-        group = [
-            f"ppo.batch_size={ANSWERS // self.group}",
-            f"ppo.sampling.samples_per_prompt={self.group}",
-            f"ppo.evaluation_prompts={EVALUATED // self.group}",
+        settings = [
+            f"batch_size={ANSWERS // self.group}",
+            f"sampling.samples_per_prompt={self.group}",
+            f"evaluation_prompts={EVALUATED // self.group}",
+            f"update.optimizer.learning_rate={self.learning_rate}",
+            *self.settings.split(),
         ]
-        return group + [f"ppo.{setting}" for setting in self.settings.split()]
+        return [f"ppo.{setting}" for setting in settings]
 
 
+GROUP = {"group": 4, "learning_rate": 2e-3}
+WHOLE = "update.aggregation=sequence"
 ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm("1707.06347"),
     "ppo-dual-clip": Algorithm("1912.09729", "update.dual_clip=3.0"),
     "reinforce": Algorithm("Williams 1992", "advantage.estimator=reinforce"),
-    "rloo": Algorithm("2402.14740", "advantage.estimator=rloo", group=4),
-    "grpo": Algorithm("2402.03300", "advantage.estimator=grpo update.kl_loss=k3 update.aggregation=sequence", group=4),
-    "dr-grpo": Algorithm("2503.20783", "advantage.estimator=dr_grpo update.aggregation=constant", group=4),
+    "rloo": Algorithm("2402.14740", "advantage.estimator=rloo", **GROUP),
+    "grpo": Algorithm("2402.03300", f"advantage.estimator=grpo update.kl_loss=k3 kl.coef=0.02 {WHOLE}", group=4),
+    "dr-grpo": Algorithm("2503.20783", "advantage.estimator=dr_grpo update.aggregation=constant", **GROUP),
     "reinforce++": Algorithm("2501.03262", "advantage.estimator=reinforce_plus_plus"),
-    "reinforce++-baseline": Algorithm("2501.03262", "advantage.estimator=reinforce_plus_plus_baseline", group=4),
-    "remax": Algorithm("2310.10505", "advantage.estimator=remax"),
+    "reinforce++-baseline": Algorithm("2501.03262", "advantage.estimator=reinforce_plus_plus_baseline", **GROUP),
+    # The greedy answer's return has no KL penalty in it, so the sampled one's must not have one either.
+    "remax": Algorithm("2310.10505", "advantage.estimator=remax update.kl_loss=k3", learning_rate=2e-3),
     "gspo": Algorithm(
         "2507.18071",
-        "advantage.estimator=grpo update.loss=gspo update.clip_low=3e-4 update.clip_high=4e-4"
-        " update.aggregation=sequence",
-        group=4,
+        f"advantage.estimator=grpo update.loss=gspo update.clip_low=3e-4 update.clip_high=4e-4 {WHOLE}",
+        **GROUP,
     ),
     "cispo": Algorithm(
         "2506.13585", "advantage.estimator=grpo update.loss=cispo update.clip_low=1.0 update.clip_high=1.0", group=4
     ),
+    # One step an iteration: without a ratio, later ones would be off-policy.
     "pg": Algorithm(
-        "Williams 1992", "advantage.estimator=rloo update.loss=pg update.epochs=1 update.minibatches=1", group=4
+        "Williams 1992",
+        "advantage.estimator=rloo update.loss=pg update.epochs=1 update.minibatches=1",
+        group=4,
+        learning_rate=3e-3,
     ),
 }
 
 # The over-optimisation runs: a reward model that saw an eighth of the quickstart's pairs, and PPO for longer.
 OVER = "over-optimisation"
 NOISY = ["reward_model.data.limit=3000"]
-PENALTIES = {"no KL penalty": "ppo.kl.coef=0.0", "KL penalty": "ppo.kl.coef=0.1"}
+PENALTIES = {"no KL penalty": "ppo.kl.coef=0.0", "KL penalty": "ppo.kl.coef=0.05"}
 LONGER = 100 / 70  # of the other runs' iterations
 
 
 # ---------------------------------------------------------------- runs
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainingRun:
     """One call of jaxrlhf.train; it has finished when its last stage has."""
 
@@ -129,7 +138,7 @@ class TrainingRun:
             sys.exit(f"{what}: jaxrlhf.train left with {status}; the same command goes on from here")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Which runs there are, by seed."""
 
@@ -195,9 +204,7 @@ def results(plan: Plan) -> dict[str, dict]:
     for name, algorithm in ALGORITHMS.items():
         rows = {seed: row for seed in plan.seeds if (row := measured(plan.algorithm(name, seed))) is not None}
         if rows:
-            found[name] = {
-                "paper": algorithm.paper, "settings": algorithm.settings, "group": algorithm.group, "seeds": rows
-            }  # fmt: skip
+            found[name] = dataclasses.asdict(algorithm) | {"seeds": rows}
     return found
 
 
@@ -205,8 +212,8 @@ def table(found: dict[str, dict]) -> str:
     """A Markdown table: means over the seeds, with least and greatest."""
     lines = [
         "| algorithm | prompts x answers | gold before | gold after | KL, nats per answer | proxy after "
-        "| s per iteration | s in all | what it changes under `ppo` |",
-        "|" + " --- |" * 9,
+        "| s per iteration | s in all | learning rate | other settings under `ppo` |",
+        "|" + " --- |" * 10,
     ]
     for name, row in found.items():
         seeds = list(row["seeds"].values())
@@ -220,19 +227,15 @@ def table(found: dict[str, dict]) -> str:
             spread(columns["proxy after"], 2),
             f"{statistics.mean(columns['seconds per iteration']):.2f}",
             f"{statistics.mean(columns['seconds']):.0f}",
-            f"`{row['settings']}`" if row["settings"] else "nothing",
+            f"{row['learning_rate']:g}",
+            f"`{row['settings']}`" if row["settings"] else "none",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def machine() -> dict[str, str | int]:
-    return {
-        "cores": os.cpu_count() or 0,
-        "devices": os.environ.get("JAX_PLATFORMS", "jax's default"),
-        "python": platform.python_version(),
-        "jax": importlib.metadata.version("jax"),
-    }
+    return {"cores": os.cpu_count() or 0, "python": platform.python_version(), "jax": metadata.version("jax")}
 
 
 def write_table(plan: Plan) -> str:
@@ -278,22 +281,24 @@ def write_figure(plan: Plan) -> str:
 # ---------------------------------------------------------------- the command
 
 
+def integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    chosen, known = text.split(","), [OVER, *ALGORITHMS]
+    if unknown := [name for name in chosen if name not in known]:
+        raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; there are {', '.join(known)}")
+    return chosen
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    names = [OVER, *ALGORITHMS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0,1,2", help="split by commas")
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], metavar="N,...", help="such as 0,1,2, the default")
     parser.add_argument("--to", type=Path, default=Path("runs/algorithms"), metavar="DIR", help="for runs and figures")
-    parser.add_argument("--only", default=",".join(names), metavar="NAME,...", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", type=names, default=[OVER, *ALGORITHMS], metavar="NAME,...", help="rows to run")
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of each algorithm; the figure: 10/7 of it")
-    given = parser.parse_args(arguments)
-    given.only = given.only.split(",")
-    if unknown := [name for name in given.only if name not in names]:
-        parser.error(f"--only: no {unknown[0]!r}; there are {', '.join(names)}")
-    try:
-        given.seeds = [int(seed) for seed in given.seeds.split(",")]
-    except ValueError:
-        parser.error(f"--seeds: {given.seeds!r} is no list of numbers such as 0,1,2")
-    return given
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
