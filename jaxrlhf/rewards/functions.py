@@ -9,6 +9,7 @@ In the package's own functions (`jaxrlhf.rewards.library`) only options fill the
 columns of the same name, and options that they cannot use are found when the reward is made.
 """
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -94,9 +95,10 @@ class FunctionReward:
             )
 
     def __call__(self, answers: Answers) -> np.ndarray:
-        columns = columns_of(answers.rows)
+        # Copies: a function that sorts or pops what it is given must change neither the data, which a run that goes
+        # on later reads anew, nor what the other parts of a sum see.
+        columns = copy.deepcopy(columns_of(answers.rows))
         columns |= {keyword: columns.get(name) for keyword, name in self.columns.items() if name in columns}
-        # Lists of its own: a function that pops or sorts them changes nothing for the other parts of a sum.
         given = columns | {"prompts": list(answers.prompts), "completions": list(answers.completions)}
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}

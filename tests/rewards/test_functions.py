@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 
@@ -109,11 +110,16 @@ def test_what_is_no_score_is_a_fault_that_names_the_function(reward, answers, bo
     assert words in message and score.name in message and "\n" not in message
 
 
-def test_what_a_function_does_to_its_lists_is_its_own_affair(reward, answers):
-    score = reward("def score(prompts, completions):\n    return [float(len(completions.pop())) for _ in prompts]")
+def test_what_a_function_does_to_its_lists_changes_nothing_for_others(reward, answers):
+    rows = [{"names": ["ada", "bo"]} for _ in range(3)]
+    answers = dataclasses.replace(answers, rows=rows)
+    score = reward(
+        "def score(prompts, completions, names):\n"
+        "    return [float(len(completions.pop()) + len(known.pop())) for known in names]"
+    )
     for _ in range(2):
-        np.testing.assert_array_equal(score(answers), np.float32([0, 6, 10]))
-    assert answers.completions == [" red green", " green", ""]
+        np.testing.assert_array_equal(score(answers), np.float32([2, 8, 12]))
+    assert answers.completions == [" red green", " green", ""] and rows == [{"names": ["ada", "bo"]}] * 3
 
 
 def test_ctrl_c_is_no_fault_of_the_function(reward, answers):

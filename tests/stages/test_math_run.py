@@ -1,4 +1,4 @@
-"""Whole runs of configs/gsm8k.yaml on made-up problems: PPO, and GRPO by the overrides that its header gives."""
+"""Whole runs of the GSM8K configs on made-up problems: PPO, and GRPO by the overrides that their headers give."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from jaxrlhf.stages.run import run_stages
 
 pytestmark = pytest.mark.slow
 
-CONFIG = Path(__file__).parent.parent.parent / "configs" / "gsm8k.yaml"
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
 ROWS = 8  # answers of an iteration: as many as samples.jsonl holds of one, so all of them
 ALONE = [f"ppo.batch_size={ROWS}"]
 GROUPS = ["ppo.batch_size=2", f"ppo.sampling.samples_per_prompt={ROWS // 2}"]
@@ -43,9 +43,9 @@ PROBLEMS = [
 ]
 
 
-def header_overrides(algorithm):
-    """The settings that the config's header gives for an algorithm: those of the paragraph that its name begins."""
-    header = "\n".join(line[1:] for line in CONFIG.read_text().splitlines() if line.startswith("#"))
+def header_overrides(config, algorithm):
+    """The settings that a config's header gives for an algorithm: those of the paragraph that its name begins."""
+    header = "\n".join(line[1:] for line in config.read_text().splitlines() if line.startswith("#"))
     paragraph = next(text for text in header.split("\n\n") if text.startswith(f" {algorithm}"))
     return re.findall(r"\b[a-z_.]+=\S+", paragraph)
 
@@ -64,6 +64,7 @@ def made_up(tmp_path_factory):
         f"model.path={folder / 'model'}", f"sft.data.path={folder / 'train.jsonl'}",
         f"ppo.data.path={folder / 'train.jsonl'}", f"ppo.evaluation_data.path={folder / 'test.jsonl'}",
         "sft.batch_size=2", "sft.max_length=64", "sft.epochs=6", "sft.optimizer.learning_rate=1e-2",
+        "sft.adapter={kind: full}", "sft.microbatch_size=null", "ppo.update.microbatch_size=2", "model.dtype=float32",
         "ppo.max_prompt_tokens=16", "ppo.sampling.max_new_tokens=10",
         # Words between blanks know no new line.
         "ppo.reward.parts.format.options={pattern: '#### [0-9]+$', mode: search}",
@@ -90,26 +91,37 @@ def run_checked(config, solutions):
         assert record["reward/format"] == pytest.approx(form.mean(), abs=1e-6)
         scores = parts["right"].weight * right + parts["format"].weight * form
         assert [answer["score"] for answer in sampled["samples"]] == pytest.approx(list(scores), abs=1e-4)
-        assert record["reward/score"] == pytest.approx(scores.mean(), abs=1e-5)
+        unfinished = config.ppo.missing_eos_penalty * (1 - record["length/eos_share"])
+        assert record["reward/score"] == pytest.approx(scores.mean() - unfinished, abs=1e-5)
         assert {record[f"compiles/{name}"] for name in ("rollout", "annotate", "update")} == {1}
         assert record["policy/first_ratio_error"] < 1e-5
     assert len(records) == config.ppo.iterations
     return records
 
 
-@pytest.mark.parametrize("algorithm", ["PPO", "GRPO"])
-def test_made_up_problems(made_up, tmp_path, algorithm):
-    of_algorithm = ALONE if algorithm == "PPO" else header_overrides("GRPO") + GROUPS
-    config = load_config(str(CONFIG), [*made_up, *SHORT, *of_algorithm, f"run_dir={tmp_path / 'run'}"])
+@pytest.mark.parametrize(("name", "algorithm"), [("gsm8k", "PPO"), ("gsm8k_1b", "GRPO")])
+def test_made_up_problems(made_up, tmp_path, name, algorithm):
+    file = CONFIGS / f"{name}.yaml"
+    of_algorithm = ALONE if algorithm == "PPO" else header_overrides(file, "GRPO") + GROUPS
+    config = load_config(str(file), [*made_up, *SHORT, *of_algorithm, f"run_dir={tmp_path / 'run'}"])
     records = run_checked(config, {row["question"]: row["answer"] for row in PROBLEMS})
     assert any(record["reward/right"] for record in records), "SFT teaches sums: some answer is right"
     assert any(record["reward/format"] > record["reward/right"] for record in records), "and some only look right"
     if algorithm == "PPO":
         assert all("value/loss" in record and "policy/kl_loss" not in record for record in records)
     else:
-        assert config.ppo.advantage.estimator == "grpo" and config.ppo.update.aggregation == "sequence"
         assert all("value/loss" not in record and "policy/kl_loss" in record for record in records)
         assert not (tmp_path / "run" / "roles" / "value").exists()
+
+
+def test_the_overrides_for_grpo_are_those_of_the_algorithm():
+    for name in ("gsm8k", "gsm8k_1b"):
+        file = CONFIGS / f"{name}.yaml"
+        ppo, grpo = load_config(str(file)).ppo, load_config(str(file), header_overrides(file, "GRPO")).ppo
+        assert grpo.advantage.estimator == "grpo" and grpo.sampling.samples_per_prompt == 8
+        assert grpo.update.kl_loss == "k3" and grpo.update.aggregation == "sequence"
+        assert grpo.batch_size * grpo.sampling.samples_per_prompt == ppo.batch_size, "as many answers as PPO's"
+        assert grpo.reward == ppo.reward
 
 
 def test_real_problems(tmp_path):
@@ -123,6 +135,6 @@ def test_real_problems(tmp_path):
         f"ppo.evaluation_data.path={test}", "sft.data.limit=100", "ppo.data.limit=200", "ppo.iterations=1",
         "ppo.evaluation_data.limit=100", "ppo.sampling.max_new_tokens=16",
     ]  # fmt: skip
-    config = load_config(str(CONFIG), [*SHORT, *ALONE, *real, f"run_dir={tmp_path / 'run'}"])
+    config = load_config(str(CONFIGS / "gsm8k.yaml"), [*SHORT, *ALONE, *real, f"run_dir={tmp_path / 'run'}"])
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     run_checked(config, {row["question"]: row["answer"] for row in rows})
