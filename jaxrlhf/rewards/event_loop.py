@@ -8,7 +8,7 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 PATIENCE = 0.2  # seconds a loop may take to answer before it counts as blocked
@@ -36,10 +36,38 @@ async def _awaited(awaitable: Awaitable) -> Any:
     return await awaitable
 
 
+class _DaemonThreads(concurrent.futures.ThreadPoolExecutor):
+    """Threads for `asyncio.to_thread` and look-ups of host names; a process that ends does not wait for them.
+
+    It would wait for the standard library's: a call that never returns would keep a run from ending that has given
+    up on it and said so.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._slots = threading.BoundedSemaphore(self._max_workers)
+
+    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future:
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def work() -> None:
+            with self._slots:
+                if not future.set_running_or_notify_cancel():
+                    return
+                try:
+                    future.set_result(function(*args, **kwargs))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=work, name="jaxrlhf-rewards-call", daemon=True).start()
+        return future
+
+
 def _loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if os.getpid() not in _loops:
             loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            loop.set_default_executor(_DaemonThreads())
             threading.Thread(target=_run_forever, args=(loop,), name="jaxrlhf-rewards", daemon=True).start()
         return _loops[os.getpid()]
 

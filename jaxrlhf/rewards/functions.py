@@ -9,6 +9,7 @@ In the package's own functions (`jaxrlhf.rewards.library`) only options fill the
 columns of the same name, and options that they cannot use are found when the reward is made.
 """
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -94,16 +95,20 @@ class FunctionReward:
             )
 
     def __call__(self, answers: Answers) -> np.ndarray:
-        columns = columns_of(answers.rows)
+        # Copies: a function that sorts or pops what it is given must change neither the data, which a run that goes
+        # on later reads anew, nor what the other parts of a sum see.
+        columns = copy.deepcopy(columns_of(answers.rows))
         columns |= {keyword: columns.get(name) for keyword, name in self.columns.items() if name in columns}
-        given = columns | {"prompts": list(answers.prompts), "completions": answers.completions}
+        given = columns | {"prompts": list(answers.prompts), "completions": list(answers.completions)}
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}
         try:
             scores = self.function(**given | self.options)
             if inspect.isawaitable(scores):
                 scores = run_async(scores, self.timeout)
-        except (Exception, SystemExit) as error:  # sys.exit would end the run as if it had succeeded
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit would end the run as if it had succeeded; so may a panic of Rust
             what = f"{type(error).__name__}: {one_line(error)}"
             raise RewardFault(f"reward function {self.name} raised {what}") from error
         return checked_scores(scores, len(answers.prompts), f"reward function {self.name}")
@@ -113,7 +118,7 @@ def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
     """Scores f32[count] of what `source` returned; RewardFault where it is no list of `count` finite numbers."""
     try:
         scores = _numbers(scores)
-    except (TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # torch says with a RuntimeError that a tensor still requires grad
         raise RewardFault(f"{source} returned no list of numbers: {one_line(error)}") from error
     if scores.shape != (count,):
         raise RewardFault(f"{source} returned shape {scores.shape} for {count} answers; want one number each")
@@ -167,6 +172,10 @@ def _load_file(path: str, key_path: str) -> ModuleType:
 def _numbers(scores) -> np.ndarray:
     """float32 of what are numbers already: numpy would also take texts that spell one, and None for NaN."""
     scores = np.asarray(scores)
-    if scores.dtype.kind in "USc" or (scores.dtype.kind == "O" and None in scores.ravel().tolist()):
-        raise TypeError(f"it holds {'None' if scores.dtype.kind == 'O' else 'values of type ' + scores.dtype.name}")
+    if scores.dtype.kind == "O":
+        odd = [value for value in scores.ravel().tolist() if value is None or isinstance(value, (str, bytes))]
+        if odd:
+            raise TypeError(f"it holds {'None' if odd[0] is None else 'values of type ' + type(odd[0]).__name__}")
+    elif scores.dtype.kind in "USmMc":
+        raise TypeError(f"it holds values of type {scores.dtype.name}")
     return scores.astype(np.float32)

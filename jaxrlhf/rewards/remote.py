@@ -94,7 +94,12 @@ class HTTPReward:
         count = len(answers.prompts)
         batches = [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
         requests = [self._request(answers, texts) for texts in batches]
-        return run_async(self._score(requests, [texts.stop - texts.start for texts in batches]))
+        try:
+            return run_async(self._score(requests, [texts.stop - texts.start for texts in batches]))
+        except RewardFault:
+            raise
+        except Exception as error:  # such as a proxy in the environment that is no URL, or a host that is no name
+            raise self._fault(f"{type(error).__name__}: {one_line(error)}") from error
 
     async def _score(self, requests: list[bytes], counts: list[int]) -> np.ndarray:
         import httpx2

@@ -1,7 +1,10 @@
 """Async functions, options and columns of FunctionReward, and its early checks of the library's functions."""
 
+import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +104,28 @@ def test_a_time_out_cancels_the_function():
     while not ended and time.monotonic() < start + 2:
         time.sleep(0.001)
     assert ended
+
+
+def test_a_process_ends_though_a_thread_of_an_async_function_does_not():
+    """A call in `asyncio.to_thread` that never returns, such as a request without a time-out."""
+    code = (
+        "import asyncio, threading\n"
+        "from jaxrlhf.rewards.event_loop import run_async\n"
+        "async def score():\n    return await asyncio.to_thread(threading.Event().wait)\n"
+        "async def fine():\n    return await asyncio.gather(*(asyncio.to_thread(abs, -n) for n in range(100)))\n"
+        "assert run_async(fine(), 30) == list(range(100))\n"
+        "run_async(score(), 0.05)\n"
+    )
+    root = str(Path(__file__).parent.parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "TimeoutError: took longer than 0.05 s"
+
+
+def test_an_error_in_a_thread_of_an_async_function_is_its_own(reward, answers):
+    source = "import asyncio\nasync def score(gold):\n    return await asyncio.to_thread(lambda: [1 / 0])\n"
+    with pytest.raises(RewardFault, match="raised ZeroDivisionError: division by zero"):
+        reward(source)(answers)
 
 
 def test_options_reach_every_call_and_go_before_columns(reward, answers):

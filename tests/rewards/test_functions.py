@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 
@@ -91,17 +92,39 @@ def test_arrays_of_any_number_type_are_scores(reward, answers):
         ("return (x for x in [1.0, 2.0, 3.0])", "no list of numbers"),
         ("return {'a': 1.0}", "no list of numbers"),
         ("return [1j, 2.0, 3.0]", "no list of numbers"),
+        ("return np.array(['0.5', '0.1', '0.2'], object)", "no list of numbers: it holds values of type str"),
+        ("return np.array(['2026-01-01'] * 3, 'datetime64[D]')", "no list of numbers"),
+        ("return torch.ones(3, requires_grad=True)", "no list of numbers: Can't call numpy() on Tensor"),
         ("raise KeyError('gold')", "raised KeyError: 'gold'"),
         ("raise SystemExit(0)", "raised SystemExit: 0"),
         ("raise ValueError('first\\nsecond')", "raised ValueError: first"),
+        ("raise type('PanicException', (BaseException,), {})('of Rust')", "raised PanicException: of Rust"),
     ],
 )
 def test_what_is_no_score_is_a_fault_that_names_the_function(reward, answers, body, words):
-    score = reward(f"def score(prompts, completions):\n    {body}")
+    imports = "import numpy as np\n" + "import torch\n" * ("torch" in body)
+    score = reward(f"{imports}def score(prompts, completions):\n    {body}")
     with pytest.raises(RewardFault) as fault:
         score(answers)
     message = str(fault.value)
     assert words in message and score.name in message and "\n" not in message
+
+
+def test_what_a_function_does_to_its_lists_changes_nothing_for_others(reward, answers):
+    rows = [{"names": ["ada", "bo"]} for _ in range(3)]
+    answers = dataclasses.replace(answers, rows=rows)
+    score = reward(
+        "def score(prompts, completions, names):\n"
+        "    return [float(len(completions.pop()) + len(known.pop())) for known in names]"
+    )
+    for _ in range(2):
+        np.testing.assert_array_equal(score(answers), np.float32([2, 8, 12]))
+    assert answers.completions == [" red green", " green", ""] and rows == [{"names": ["ada", "bo"]}] * 3
+
+
+def test_ctrl_c_is_no_fault_of_the_function(reward, answers):
+    with pytest.raises(KeyboardInterrupt):
+        reward("def score(prompts):\n    raise KeyboardInterrupt")(answers)
 
 
 def test_a_column_that_the_data_has_not_is_a_fault(reward, answers):

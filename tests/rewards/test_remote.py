@@ -238,6 +238,14 @@ def test_an_endless_answer_is_not_read(server):
     assert "longer than" in fault_of(reward_of(server, max_bytes=len(answer) - 1))
 
 
+@pytest.mark.parametrize(("variable", "words"), [("HTTP_PROXY", "nowhere"), ("SSL_CERT_FILE", "FileNotFoundError")])
+def test_what_the_environment_spoils_is_a_fault_that_names_the_server(server, monkeypatch, variable, words):
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv(variable, "ftp://nowhere")
+    assert words in fault_of(reward_of(server))
+    assert not server.requests
+
+
 def test_one_bad_batch_is_a_fault_of_all(server):
     server.behaviours = [scores_of_length, status(400)]
     assert "status 400" in fault_of(reward_of(server, batch_size=1), 5)
