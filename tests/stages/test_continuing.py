@@ -1,0 +1,326 @@
+"""A run that was interrupted goes on to the same weights, or says in one line why it does not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxrlhf import train
+from jaxrlhf.runtime.metrics import MetricsLog
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
+FEW = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
+MODEL = {
+    "new": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_positions": 64}
+}
+CONFIG = {
+    "model": MODEL, "stages": ["sft"], "adapter": FEW,
+    "sft": {
+        "data": {"path": "builtin:assistant-demonstrations", "limit": 250}, "batch_size": 8, "max_length": 64,
+        "heldout": 4, "epochs": 1, "save_every": 2, "optimizer": {"learning_rate": 0.01},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with a run that nothing interrupted, and one that ended after step 7, checkpoints 4 and 6 on disk."""
+    folder = tmp_path_factory.mktemp("continuing")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    assert command(folder, "straight") == 0
+    write = MetricsLog.write
+
+    def interrupt(self, stage, step, values):
+        write(self, stage, step, values)
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "write", interrupt)
+        assert command(folder, "interrupted") == 130
+    assert steps(folder / "interrupted") == list(range(1, 8))
+    assert saved(folder / "interrupted") == [4, 6]
+    return folder
+
+
+@pytest.fixture
+def run(workshop, tmp_path):
+    """A copy of the interrupted run."""
+    shutil.copytree(workshop / "interrupted", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def arguments(folder: Path, run_dir: str | Path, *overrides: str) -> list[str]:
+    return ["--config", str(folder / "config.json"), f"run_dir={folder / run_dir}", *overrides]
+
+
+def command(folder: Path, run_dir: str | Path, *overrides: str) -> int:
+    """The command in this process; its exit status."""
+    return train.main(arguments(folder, run_dir, *overrides))
+
+
+def process(folder: Path, run_dir: str | Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxrlhf.train", *arguments(folder, run_dir, *overrides)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def lines(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    passing = ("seconds", "memory/", "compiles/")
+    return [{name: x for name, x in record.items() if not name.startswith(passing)} for record in records]
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in lines(folder)]
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "checkpoints" / "sft").iterdir() if path.name.isdecimal())
+
+
+def role(folder: Path, name: str = "sft") -> bytes:
+    return (folder / "roles" / name / "adapter.safetensors").read_bytes()
+
+
+def same(workshop: Path, folder: Path) -> bool:
+    """Whether a run became what the uninterrupted one is."""
+    return role(folder) == role(workshop / "straight") and lines(folder) == lines(workshop / "straight")
+
+
+def after(started: subprocess.Popen, folder: Path, count: int) -> None:
+    """Returns when the run has logged `count` steps."""
+    deadline = time.monotonic() + 240
+    while len(lines(folder)) < count:
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()[1]
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_same_weights(workshop, run, capfd):
+    data = max((run / "checkpoints/sft/6").rglob("d/*"), key=lambda path: path.stat().st_size)
+    flipped = bytearray(data.read_bytes())
+    flipped[len(flipped) // 2] ^= 4
+    data.write_bytes(flipped)
+    assert command(workshop, run) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert len(said) == 1 and data.name in said[0] and "goes on from step 4" in said[0]
+    assert same(workshop, run)
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_trained(workshop, run, capfd):
+    for record in run.glob("checkpoints/sft/*/record.json"):
+        record.unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert command(workshop, run) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "every checkpoint is damaged" in errors[0] and "restore one of them" in errors[0]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_that_somebody_removed_are_missed(workshop, run, capfd):
+    for step in saved(run):
+        shutil.rmtree(run / "checkpoints/sft" / str(step))
+    assert command(workshop, run) == 2
+    assert "a checkpoint of step 6 was here, and none is left" in capfd.readouterr().err
+    shutil.rmtree(run / "checkpoints/sft")  # the way out that it names
+    assert command(workshop, run) == 0
+    assert same(workshop, run)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_settings_that_change_no_step_may_change(workshop, run, capfd):
+    changes = ["sft.save_every=3", "checkpoints.keep=1", "checkpoints.best=sft/loss", "checkpoints.grace=5.0"]
+    assert command(workshop, run, *changes) == 0
+    said = capfd.readouterr().err
+    assert "sft.save_every was 2, is now 3" in said and "checkpoints.keep was 2, is now 1" in said
+    assert same(workshop, run)
+    assert "save_every: 3" in (run / "config.yaml").read_text(), "the same command goes on without another word"
+    assert command(workshop, run, *changes) == 0
+    assert "is now" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["seed=1"], "seed was 0, is now 1"),
+        (["sft.optimizer.learning_rate=0.02", "checkpoints.keep=3"], "sft.optimizer.learning_rate was 0.01"),
+        (["sft.epochs=2"], "sft.epochs was 1, is now 2"),
+        (["checkpoints.best=sft/loss", "checkpoints.result=best"], "checkpoints.best was null"),
+    ],
+)
+def test_other_settings_are_refused_by_name(workshop, run, capfd, changes, named):
+    before = (run / "config.yaml").read_text()
+    assert command(workshop, run, *changes) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and named in error and error.count("\n") == 1
+    assert (run / "config.yaml").read_text() == before and steps(run) == list(range(1, 8))
+
+
+def test_the_best_checkpoint_is_handed_on(workshop, tmp_path, capfd):
+    settings = ["checkpoints.best=sft/loss", "checkpoints.best_is=lowest", "checkpoints.result=best"]
+    # Few batches and a high rate: the loss of one step is not the lowest at the end.
+    settings += ["sft.optimizer.learning_rate=0.3", "checkpoints.keep=1"]
+    assert command(workshop, tmp_path / "run", *settings) == 0
+    records = lines(tmp_path / "run")
+    due = [record for record in records if record["step"] % 2 == 0 or record is records[-1]]
+    best = min(due, key=lambda record: record["sft/loss"])
+    assert best is not records[-1], "the test wants a best one before the end"
+    assert saved(tmp_path / "run") == [best["step"], records[-1]["step"]]
+    assert f"sft: hands on step {best['step']}, with sft/loss" in capfd.readouterr().err
+    assert command(workshop, tmp_path / "last", *settings[3:]) == 0
+    assert role(tmp_path / "last") != role(tmp_path / "run")
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_the_step_and_the_same_command_continues(workshop, tmp_path, number):
+    started = process(workshop, tmp_path / "run", "sft.save_every=100")
+    try:
+        after(started, tmp_path / "run", 2)
+        started.send_signal(number)
+        _, stderr = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    assert started.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], stderr
+    done = steps(tmp_path / "run")
+    assert saved(tmp_path / "run") == [done[-1]], "the last step, which was not due"
+    last = stderr.splitlines()[-1]
+    assert last.startswith(f"stopped by {number.name}: sft: step {done[-1]} of ") and last.endswith("command continues")
+    assert "Traceback" not in stderr
+    assert command(workshop, tmp_path / "run", "sft.save_every=100") == 0
+    assert same(workshop, tmp_path / "run")
+
+
+SLOW = """
+import time
+def score(completions):
+    time.sleep({seconds})
+    return [float(len(text)) for text in completions]
+"""
+PPO = {
+    "model": MODEL, "adapter": FEW, "stages": ["ppo"],
+    "ppo": {
+        "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 2, "batch_size": 4,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "evaluation_prompts": 4, "save_every": 1,
+        "advantage": {"estimator": "reinforce"}, "update": {"epochs": 1}, "reward": {"kind": "function"},
+    },
+}  # fmt: skip
+
+
+def test_a_step_that_takes_too_long_is_given_up(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW.format(seconds=600))
+    (tmp_path / "config.json").write_text(json.dumps(PPO))
+    reward = f"ppo.reward.function={tmp_path / 'slow.py'}:score"
+    started = process(tmp_path, "run", reward, "checkpoints.grace=1.0")
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run/checkpoints/ppo").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)  # it compiles, or waits for the reward
+        began = time.monotonic()
+        started.send_signal(signal.SIGTERM)
+        _, stderr = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode == 143 and time.monotonic() - began < 30
+    assert "1 s were not enough; ppo: step 0 is saved, what came after it is lost" in stderr.splitlines()[-1], stderr
+
+
+def test_more_iterations_are_those_of_a_longer_run(tmp_path, capfd):
+    (tmp_path / "quick.py").write_text(SLOW.format(seconds=0))
+    (tmp_path / "config.json").write_text(json.dumps(PPO))
+    reward = f"ppo.reward.function={tmp_path / 'quick.py'}:score"
+    assert command(tmp_path, "run", reward) == 0
+    assert command(tmp_path, "run", reward, "ppo.iterations=1") == 2
+    assert "ppo.iterations was 2, is now 1" in capfd.readouterr().err
+    assert command(tmp_path, "run", reward, "ppo.iterations=4") == 0
+    assert "ppo: goes on after step 2 of 4" in capfd.readouterr().err
+    assert command(tmp_path, "long", reward, "ppo.iterations=4") == 0
+    assert role(tmp_path / "run", "policy") == role(tmp_path / "long", "policy")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    finished = [(tmp_path / name / "roles/finished.json").read_text() for name in ("run", "long")]
+    assert finished[0] == finished[1]
+    scheduled = [reward, "ppo.update.optimizer.schedule=cosine"]
+    assert command(tmp_path, "cosine", *scheduled) == 0
+    assert command(tmp_path, "cosine", *scheduled, "ppo.iterations=4") == 2, "its rate would have fallen otherwise"
+
+
+# ---------------------------------------------------------------- devices, disks, other runs
+
+
+def test_a_run_goes_on_with_other_devices(workshop, tmp_path, capfd):
+    started = process(workshop, tmp_path / "run", "mesh.data=2", "mesh.fsdp=2", devices=4)
+    try:
+        after(started, tmp_path / "run", 3)
+        started.send_signal(signal.SIGTERM)
+        _, stderr = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    assert started.returncode == 143, stderr
+    done = len(steps(tmp_path / "run"))
+    assert command(workshop, tmp_path / "run") == 0
+    said = capfd.readouterr().err
+    assert "mesh.data was 2, is now -1" in said and f"sft: goes on after step {done}" in said
+    assert "was made on the mesh data=2 x fsdp=2 x tensor=1, this one is data=1 x fsdp=1 x tensor=1" in said
+    assert steps(tmp_path / "run") == steps(workshop / "straight")
+    found, wanted = (load_file(f / "roles/sft/adapter.safetensors") for f in (tmp_path / "run", workshop / "straight"))
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(found[name], leaf, atol=2e-4, err_msg=name)
+
+
+def test_two_runs_do_not_share_a_directory(workshop, tmp_path, capfd):
+    started = process(workshop, tmp_path / "run")
+    try:
+        after(started, tmp_path / "run", 1)
+        os.kill(started.pid, signal.SIGSTOP)
+        assert command(workshop, tmp_path / "run") == 2
+        assert f"process {started.pid} on " in capfd.readouterr().err
+    finally:
+        started.kill()
+        started.communicate()
+    assert command(workshop, tmp_path / "run") == 0, "a killed one holds nothing"
+    assert same(workshop, tmp_path / "run")
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(workshop, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for the logs and one checkpoint, and not for two.
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        started = process(workshop, disk / "run", "checkpoints.keep=9")
+        _, stderr = started.communicate(timeout=300)
+        assert started.returncode == 1, stderr
+        last = stderr.splitlines()[-1]
+        assert last.startswith("error: ") and "No space left on device" in last and str(disk / "run") in last
+        assert "the same command goes on" in last and "Traceback" not in stderr
+        assert steps(disk / "run") == list(range(1, len(steps(disk / "run")) + 1))
+        subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
+        assert command(workshop, disk / "run", "checkpoints.keep=9") == 0
+        assert same(workshop, disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
