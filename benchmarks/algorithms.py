@@ -63,6 +63,7 @@ GROUP = {"group": 4, "learning_rate": 2e-3}
 WHOLE = "update.aggregation=sequence"
 ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm("1707.06347"),
+    "ppo-shared-trunk": Algorithm("1707.06347", "update.value_trunk=policy"),
     "ppo-dual-clip": Algorithm("1912.09729", "update.dual_clip=3.0"),
     "reinforce": Algorithm("Williams 1992", "advantage.estimator=reinforce"),
     "rloo": Algorithm("2402.14740", "advantage.estimator=rloo", **GROUP),

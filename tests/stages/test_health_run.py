@@ -66,7 +66,7 @@ def test_an_iteration_beyond_the_limit_is_not_learnt_from(tmp_path):
     (tmp_path / "reward.py").write_text("def score(completions):\n    return [float(len(t)) for t in completions]\n")
     reward = {"kind": "function", "function": f"{tmp_path / 'reward.py'}:score"}
     settings = RUN | {"run_dir": str(tmp_path / "run"), "ppo": RUN["ppo"] | {"reward": reward, "kl": {"coef": 0.0}}}
-    with pytest.raises(Fault, match="2 steps in a row .* KL or length"):
+    with pytest.raises(Fault, match=r"2 steps in a row .* KL or length"):
         run_stages(RunConfig.model_validate(settings | {"health": {"max_kl": 0.2, "patience": 2}}))
     records = lines(tmp_path / "run")
     assert [record["kl/k1"] > 0.2 for record in records] == [bool(record["health/paused"]) for record in records]
