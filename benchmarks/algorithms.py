@@ -118,11 +118,13 @@ class TrainingRun:
     def finished(self, stage: str = "ppo") -> dict | None:
         """What the stage reached; None where it has not finished, or under other settings."""
         path = self.folder / "roles" / "finished.json"
+        if not path.exists():
+            return None
         try:
             self.check()
         except UserError:
             return None
-        return json.loads(path.read_text(encoding="utf-8")).get(stage) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")).get(stage)
 
     def steps(self) -> list[dict]:
         """PPO's lines of metrics.jsonl."""
@@ -325,4 +327,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
