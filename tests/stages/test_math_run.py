@@ -91,8 +91,9 @@ def run_checked(config, solutions):
         assert record["reward/format"] == pytest.approx(form.mean(), abs=1e-6)
         scores = parts["right"].weight * right + parts["format"].weight * form
         assert [answer["score"] for answer in sampled["samples"]] == pytest.approx(list(scores), abs=1e-4)
-        unfinished = config.ppo.missing_eos_penalty * (1 - record["length/eos_share"])
-        assert record["reward/score"] == pytest.approx(scores.mean() - unfinished, abs=1e-5)
+        assert record["reward/score"] == pytest.approx(scores.mean(), abs=1e-5)
+        unfinished = config.ppo.score.missing_eos_penalty * (1 - record["length/eos_share"])
+        assert record["reward/adjusted"] == pytest.approx(scores.mean() - unfinished, abs=1e-5)
         assert {record[f"compiles/{name}"] for name in ("rollout", "annotate", "update")} == {1}
         assert record["policy/first_ratio_error"] < 1e-5
     assert len(records) == config.ppo.iterations
