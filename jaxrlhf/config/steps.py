@@ -27,7 +27,7 @@ class AdapterConfig(Settings):
     alpha: PositiveFloat = Field(32.0, description="LoRA scale: the pair's product is multiplied by alpha / rank")
     rank_stabilised: bool = Field(False, description="alpha / sqrt(rank) instead (rsLoRA, 2312.03732): higher ranks do not learn slower")
     target_modules: tuple[str, ...] = names(
-        ("all-linear",), "modules with a LoRA pair, by last name (q_proj, ...) or path; all-linear: every layer's"
+        ("all-linear",), "modules with a LoRA pair, by last name (q_proj, ...) or path; all-linear: every layer's", min_length=1
     )
 
 
@@ -83,7 +83,7 @@ class PPOConfig(Settings):
     )
     importance_level: Literal["token", "sequence"] = Field("token", description="one such weight per token or per answer")
     kl_loss: Literal["k1", "k2", "k3"] | None = Field(
-        None, description="estimator of a KL term in the loss, weighted by kl.coef; null: the KL is part of the reward"
+        None, description="estimator of a KL term in the loss, weighted by kl.coef (k1's gradient is 0 in expectation: prefer k2 or k3); null: the KL is part of the reward, by kl.estimator"
     )
     value_clip: NonNegativeFloat = Field(0.2, description="values are clipped to the old ones +- this")
     value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss")

@@ -48,10 +48,11 @@ def samples_of(answers: Answers, scores) -> list[dict]:
 
 def comparison(evaluations: Mapping[str, Evaluation], samples: int = 5) -> str:
     """The final table with a column for each policy, and sample answers of the first and the last side by side."""
-    lines = ["", " " * 40 + "".join(f"{f'{name} PPO':>14}" for name in evaluations)]
+    width = max(14, *(len(f"{name} PPO") + 2 for name in evaluations))
+    lines = ["", " " * 40 + "".join(f"{f'{name} PPO':>{width}}" for name in evaluations)]
     for name, label in LABELS.items():
         if all(name in e.numbers for e in evaluations.values()):
-            lines.append(f"{label:40}" + "".join(f"{e.numbers[name]:14.3f}" for e in evaluations.values()))
+            lines.append(f"{label:40}" + "".join(f"{e.numbers[name]:{width}.3f}" for e in evaluations.values()))
     before, after = evaluations["before"], evaluations["after"]
     for old, new in list(zip(before.samples, after.samples))[:samples]:
         lines += ["", *_wrapped("prompt", old["prompt"])]

@@ -110,11 +110,41 @@ def _check_algorithm(config: PPOStageConfig) -> None:
             f"ppo.update.value_warmup: {update.value_warmup} iterations of {config.iterations} leave none for the "
             "policy; give fewer"
         )
+    _check_combinations(config)
     if update.kl_stop is not None and single_step(update):
         raise UserError(
             "ppo.update.kl_stop: an iteration of one optimizer step has none to leave out; set epochs or "
             "minibatches above 1"
         )
+
+
+def _check_combinations(config: PPOStageConfig) -> None:
+    """UserError for a setting that would do nothing, or harm, beside the others."""
+    update, kl, score = config.update, config.kl, config.score
+    rows = config.batch_size * config.sampling.samples_per_prompt
+    shared = update.value_trunk == "policy"
+    faults = (
+        ("update.dual_clip", update.dual_clip is not None and update.loss not in ("clip", "gspo"),
+         f"the losses clip and gspo have it, ppo.update.loss={update.loss} has not; leave it out"),
+        ("update.importance_level", update.importance_level != "token" and update.importance_cap is None,
+         "there are no weights without ppo.update.importance_cap; give one, such as 2.0"),
+        ("update.pretraining_coef", update.pretraining_coef != 1 and config.pretraining is None,
+         "there are no rows to weigh; give ppo.pretraining.data.path"),
+        ("kl.target", kl.target is not None and kl.coef == 0,
+         "an adaptive coefficient is multiplied, and 0 stays 0; give ppo.kl.coef above 0, such as 0.05"),
+        ("kl.horizon", kl.target is not None and rows >= 5 * kl.horizon,
+         f"{kl.horizon:g} answers, but an iteration has {rows}: the coefficient could fall to 0 or below; "
+         f"give more than {rows / 5:g}"),
+        ("score.overlong_buffer", score.overlong_buffer > config.sampling.max_new_tokens,
+         f"{score.overlong_buffer:g} tokens, but an answer has {config.sampling.max_new_tokens} at most; give fewer"),
+        ("advantage.whiten_rewards", config.advantage.whiten_rewards and config.advantage.estimator == "remax",
+         "the greedy answer's score would keep another scale; leave it out, or take ppo.score.normalise=batch"),
+        ("value_adapter", shared and config.value_adapter is not None,
+         "ppo.update.value_trunk=policy has no value adapter, only a head; leave one of them out"),
+    )  # fmt: skip
+    for name, wrong, reason in faults:
+        if wrong:
+            raise UserError(f"ppo.{name}: {reason}")
 
 
 def load(run: Run, roles: Roles) -> PPOInputs:
@@ -242,10 +272,10 @@ def _starting_value(run: Run, roles: Roles) -> Adapter | None:
 
 def _with_total_steps(config: PPOStageConfig) -> PPOConfig:
     update = config.update
-    steps = config.iterations * update.epochs * update.minibatches
+    steps = update.epochs * update.minibatches
     return update.model_copy(
         update={
-            "optimizer": with_total_steps(update.optimizer, steps),
-            "value_optimizer": with_total_steps(update.value_optimizer, steps),
+            "optimizer": with_total_steps(update.optimizer, (config.iterations - update.value_warmup) * steps),
+            "value_optimizer": with_total_steps(update.value_optimizer, config.iterations * steps),
         }
     )

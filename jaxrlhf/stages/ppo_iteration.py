@@ -55,7 +55,9 @@ class Iteration:
         self.update = Program(
             ppo_update, "update", donate_argnums=0, out_shardings=(tree_shardings(run.mesh, state), None)
         )
-        self.programs = (sampler.rollout, self.annotate, self.update)
+        greedy = ADVANTAGES[config.advantage.estimator].needs_greedy and sampler.greedy_rollout is not sampler.rollout
+        more = ((sampler.greedy_rollout,) if greedy else ()) + ((sampler.merge,) if config.resample else ())
+        self.programs = (sampler.rollout, *more, self.annotate, self.update)
 
     def __call__(self, state: dict, step: int, prompts: PromptSet) -> tuple[dict, dict[str, float], Drawn, Experience]:
         """(state, metrics, what was drawn, what was made of it) of the iteration after `step` iterations."""
@@ -74,9 +76,12 @@ class Iteration:
             metrics |= _floats(updated)
         clock.lap("time/update", ppo)
         sampled = metrics["length/mean"] * self.rows
+        steps = self.update_config.epochs * self.update_config.minibatches
+        computed = min(metrics.get("policy/steps", steps) + 1, steps)  # with the step whose KL was too much
+        passes = 0 if metrics.get(PAUSED) else computed / self.update_config.minibatches
         metrics |= clock.laps | {
             "tokens_per_second/rollout": sampled * metrics.get("groups/draws", 1) / clock.laps["time/rollout"],
-            "tokens_per_second/update": sampled * config.update.epochs / clock.laps["time/update"],
+            "tokens_per_second/update": sampled * passes / clock.laps["time/update"],
             "memory/peak_bytes": peak_memory_bytes(),
             **{f"compiles/{p.name}": p.compiles for p in self.programs},
         }

@@ -67,16 +67,22 @@ class Sampler:
         self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
-        self.rollout = Program(rollout, "rollout")
-        self.merge = Program(_merge, "merge", out_shardings=batch_sharding(run.mesh))
+        # All answers lie alike, those of a rollout and those merged: otherwise merging them would compile again.
+        placed = {"out_shardings": batch_sharding(run.mesh)}
+        self.rollout = Program(rollout, "rollout", **placed)
+        # Greedy answers of no group are the same program at another temperature; beside groups they have their own.
+        alone = self.sampling.samples_per_prompt == 1
+        self.greedy_rollout = self.rollout if alone else Program(rollout, "rollout_greedy", **placed)
+        self.merge = Program(_merge, "merge", **placed)
 
     def answer(
         self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray, key: jax.Array, sampling: Sampling | None = None
     ) -> Answers:
         """Samples answers to each of the chosen prompts, given by their numbers; those to one stand side by side."""
         sampling = self.sampling if sampling is None else sampling
+        program = self.greedy_rollout if sampling is self.greedy else self.rollout
         padded, _, _ = prompts.take(chosen)
-        answered = self.rollout(self.roles.base, policy, place_batch(self.run.mesh, padded), key, sampling)
+        answered = program(self.roles.base, policy, place_batch(self.run.mesh, padded), key, sampling)
         return self._answers(answered, prompts, chosen, sampling.samples_per_prompt)
 
     def measured(self, answers: Answers) -> dict[str, np.ndarray]:

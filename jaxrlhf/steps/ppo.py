@@ -131,13 +131,21 @@ def _minibatch_step(
     total, metrics, (policy_grads, value_grads) = accumulate(loss, (state.policy, state.value), minibatch, rows // size)
     if mix is not None:
         policy_grads, metrics["policy/pretraining_loss"] = _with_pretraining(policy_grads, state, base, mix, config)
+    # The policy's schedule begins with its own first step.
+    waiting = config.value_warmup * config.epochs * config.minibatches
     policy, policy_optimizer, noted = optimizer_step(
-        config.optimizer, policy_grads, state.policy_optimizer, state.policy, state.step, total
+        config.optimizer,
+        policy_grads,
+        state.policy_optimizer,
+        state.policy,
+        jnp.maximum(state.step - waiting, 0),
+        total,
     )
-    if config.value_warmup:
-        waits = state.step < config.value_warmup * config.epochs * config.minibatches
+    if waiting:
+        waits = state.step < waiting
         before, after = (state.policy, state.policy_optimizer), (policy, policy_optimizer)
         policy, policy_optimizer = jax.tree.map(lambda old, new: jnp.where(waits, old, new), before, after)
+        noted["learning_rate"] = jnp.where(waits, 0.0, noted["learning_rate"])
     metrics |= {f"optimizer/{k}": v for k, v in noted.items()}
     value, value_optimizer = state.value, state.value_optimizer
     if value:

@@ -72,18 +72,21 @@ def test_a_shared_trunk_wants_a_head_and_an_own_one_an_adapter(tiny, roles):
 
 @pytest.mark.parametrize("trunk", ["own", "policy"])
 def test_in_warm_up_only_the_value_learns(programs, tiny, roles, head, experience, trunk):
-    config = PPOConfig(epochs=2, minibatches=2, value_warmup=2, value_trunk=trunk, ema_decay=0.5, **QUICK)
+    rising = {"optimizer": FAST.model_copy(update={"warmup_steps": 5.0}), "value_optimizer": FAST}
+    config = PPOConfig(epochs=2, minibatches=2, value_warmup=2, value_trunk=trunk, ema_decay=0.5, **rising)
     start = init_ppo(roles.policy, head if trunk == "policy" else roles.value, config)
-    first, _ = programs.update(start, tiny, experience, KEY, config)
+    first, told = programs.update(start, tiny, experience, KEY, config)
+    assert told["optimizer/learning_rate"] == 0
     second, _ = programs.update(first, tiny, experience, KEY, config)
     third, _ = programs.update(second, tiny, experience, KEY, config)
     assert same(second.policy, roles.policy) and same(second.policy_optimizer, start.policy_optimizer)
     assert same(second.average, roles.policy)
     assert not same(first.value, start.value) and not same(second.value, first.value)
     assert not same(third.policy, roles.policy), "after two iterations of four steps the policy moves"
-    # Adam begins then, as if nothing had been before: the first step is not larger than the others.
+    # Adam and the schedule begin then, as if nothing had been before.
     alone = config.model_copy(update={"value_warmup": 0})
-    fresh, _ = programs.update(second.replace(policy_optimizer=start.policy_optimizer), tiny, experience, KEY, alone)
+    anew = second.replace(policy_optimizer=start.policy_optimizer, step=jnp.int32(0))
+    fresh, _ = programs.update(anew, tiny, experience, KEY, alone)
     close(third.policy, fresh.policy)
 
 
