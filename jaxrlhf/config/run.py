@@ -156,7 +156,7 @@ class PPOStageConfig(Settings):
     reward: RewardConfig = Field(RewardConfig(), description="the reward that is maximised")
     gold: str | None = Field(None, description="function that is measured but never trained on: module:function or path.py:function")
     score: ScoreConfig = Field(ScoreConfig(), description="what becomes of a score before it is a reward")
-    resample: NonNegativeInt = Field(0, description="dynamic sampling (2503.14476): groups with equal scores give way to groups of further prompts, in at most so many more rollouts an iteration")
+    resample: NonNegativeInt = Field(0, description="dynamic sampling (2503.14476): groups with equal scores give way to groups of further prompts, in at most so many more rollouts an iteration; metrics are of the groups kept, reward/drawn is of all")
     kl: KLConfig = Field(KLConfig(), description="penalty for leaving the reference")
     refresh_reference: PositiveInt | None = Field(None, description="the policy becomes the reference after every so many iterations; null: never")
     pretraining: PretrainingConfig | None = Field(None, description="rows whose language-model loss is part of every optimizer step (PPO-ptx); null: none")

@@ -92,7 +92,7 @@ class PPOConfig(Settings):
     )
     value_warmup: NonNegativeInt = Field(0, description="first iterations in which only the value model learns")
     kl_stop: PositiveFloat | None = Field(
-        None, description="the rest of an iteration's steps is left out once a minibatch's approximate KL to the old policy is above this; null: off"
+        None, description="the rest of an iteration's steps is left out once a minibatch's approximate KL to the old policy is above this; they do not count for schedules either; null: off"
     )
     pretraining_coef: NonNegativeFloat = Field(1.0, description="weight of the language-model loss on ppo.pretraining's rows (PPO-ptx, 2203.02155), where given")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
@@ -150,5 +150,5 @@ class AdvantageConfig(Settings):
     ] = Field("gae", description="rloo, grpo, dr_grpo and reinforce_plus_plus_baseline compare sampling.samples_per_prompt answers; only gae has a value model")
     gamma: UnitFloat = Field(1.0, description="discount")
     lam: UnitFloat = Field(0.95, description="lambda of generalised advantage estimation")
-    whiten_rewards: bool = Field(False, description="rewards are scaled to deviation 1, over the whole batch, before GAE")
+    whiten_rewards: bool = Field(False, description="gae: rewards are scaled to deviation 1, over the whole batch, before it")
     whiten_advantages: bool | None = Field(None, description="advantages are scaled to mean 0 and deviation 1 over the whole batch; null: gae's and reinforce's are")

@@ -137,8 +137,9 @@ def _check_combinations(config: PPOStageConfig) -> None:
          f"give more than {rows / 5:g}"),
         ("score.overlong_buffer", score.overlong_buffer > config.sampling.max_new_tokens,
          f"{score.overlong_buffer:g} tokens, but an answer has {config.sampling.max_new_tokens} at most; give fewer"),
-        ("advantage.whiten_rewards", config.advantage.whiten_rewards and config.advantage.estimator == "remax",
-         "the greedy answer's score would keep another scale; leave it out, or take ppo.score.normalise=batch"),
+        ("advantage.whiten_rewards", config.advantage.whiten_rewards and config.advantage.estimator != "gae",
+         "an estimator that sums an answer's rewards would pay for its length; leave it out, or take "
+         "ppo.score.normalise=batch"),
         ("value_adapter", shared and config.value_adapter is not None,
          "ppo.update.value_trunk=policy has no value adapter, only a head; leave one of them out"),
     )  # fmt: skip
@@ -164,7 +165,10 @@ def load(run: Run, roles: Roles) -> PPOInputs:
         check_prompts(rewards, given, "ppo.reward")
         if gold is not None:
             gold.check_columns(set().union(*given.columns), "ppo.gold")
-    return PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
+    inputs = PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
+    if "sft" not in run.config.stages:  # else the adapters are not there yet
+        jax.eval_shape(lambda: _starting_reference(run, roles, inputs, _starting_policy(run, roles, inputs)))
+    return inputs
 
 
 def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:

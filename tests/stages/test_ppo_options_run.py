@@ -189,7 +189,7 @@ def test_one_setting_trains_all_roles_whole(tmp_path):
         ({"kl": {"coef": 0.0, "target": 6.0}}, "ppo.kl.target: .*0 stays 0"),
         ({"kl": {"target": 6.0, "horizon": 0.8}}, "ppo.kl.horizon: .*more than 0.8"),
         ({"score": {"overlong_penalty": 1.0, "overlong_buffer": 7.0}}, "overlong_buffer: 7 tokens, .*6 at most"),
-        ({"advantage": {"estimator": "remax", "whiten_rewards": True}}, "whiten_rewards: .*greedy"),
+        ({"advantage": {"estimator": "remax", "whiten_rewards": True}}, "whiten_rewards: .*length"),
         ({"pretraining": {"data": DEMONSTRATIONS, "max_length": 500}}, "ppo.pretraining.max_length: 500 tokens"),
         ({"pretraining": {"data": {"path": "nowhere.jsonl"}, "max_length": 32}}, "nowhere.jsonl"),
         ({"update": {"microbatch_size": 2}, "pretraining": {"data": DEMONSTRATIONS, "batch_size": 3, "max_length": 32}},
