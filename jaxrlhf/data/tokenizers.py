@@ -233,6 +233,8 @@ def load_tokenizer(path: str) -> Tokenizer | None:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # broken files raise whatever the library meets first
         raise UserError(f"{path}: its tokenizer cannot be loaded: {one_line(error)}") from error
+    for name in ("is_local", "local_files_only"):  # how it was read: saved again, it has the same bytes as before
+        tokenizer.init_kwargs.pop(name, None)
     return Tokenizer(tokenizer, path)
 
 

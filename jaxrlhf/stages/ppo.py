@@ -167,7 +167,7 @@ def load(run: Run, roles: Roles) -> PPOInputs:
             gold.check_columns(set().union(*given.columns), "ppo.gold")
     inputs = PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
     if "sft" not in run.config.stages:  # else the adapters are not there yet
-        jax.eval_shape(lambda: _starting_reference(run, roles, inputs, _starting_policy(run, roles, inputs)))
+        jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
     return inputs
 
 
@@ -184,8 +184,8 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     """Runs the stage; the roles with policy and value."""
     config = run.config.ppo
     update_config = _with_total_steps(config)
-    start = place(run.mesh, _starting_policy(run, roles, inputs))
-    reference = place(run.mesh, _starting_reference(run, roles, inputs, start))
+    start = place(run.mesh, starting_policy(run, roles, inputs))
+    reference = place(run.mesh, starting_reference(run, roles, inputs, start))
     reward = compose(inputs.rewards, lambda: ModelReward(roles.base, place(run.mesh, roles.adapters["reward"])))
     sampler = Sampler(run, roles, reward, inputs.gold)
     ppo = init_ppo(start, _starting_value(run, roles), update_config)
@@ -232,7 +232,7 @@ def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter |
         raise UserError(f"{key_path}: {error}") from None
 
 
-def _starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
+def starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
     """A copy, because the update gives away its buffers: of the adapter named, else of the reference; else fresh."""
     config = run.config.adapter_or(run.config.ppo.adapter)
     for adapter in (inputs.policy, inputs.reference, roles.reference):
@@ -241,7 +241,7 @@ def _starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
     return init_adapter(roles.base, config, key_for(run.config.seed, "ppo", 0, "policy"))
 
 
-def _starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapter) -> Adapter | None:
+def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapter) -> Adapter | None:
     """The adapter named, else the SFT adapter, else None: the base itself.
 
     Where the policy is to take its place later, it has the policy's leaves from the start: one compilation.

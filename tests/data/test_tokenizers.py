@@ -197,6 +197,9 @@ def test_word_tokenizer_ids(words):
 @pytest.mark.parametrize("beside", ["nothing", "llama config"])
 def test_word_tokenizer_survives_saving(words, tmp_path, beside):
     words.save(str(tmp_path))
+    load_tokenizer(str(tmp_path)).save(str(tmp_path / "again"))
+    for file in tmp_path.glob("*.json"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), "the place it was read from shows"
     if beside == "llama config":
         config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         (tmp_path / "config.json").write_text(json.dumps(config))

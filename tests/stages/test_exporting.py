@@ -266,11 +266,13 @@ def test_where_policy_and_reference_come_from(given, tmp_path, named, start, ref
     config = RunConfig.model_validate(settings_of(given, tmp_path / "run", **named))
     run = Run(config, make_mesh(config.mesh), MetricsLog(None), MetricsLog(None))
     roles = load_roles(config)
-    iteration = ppo.Iteration(run, roles, ppo.load(run, roles))
-    for found, wanted in ((iteration.start, start), (iteration.reference, reference)):
+    inputs = ppo.load(run, roles)
+    policy = ppo.starting_policy(run, roles, inputs)
+    before = ppo.starting_reference(run, roles, inputs, policy)
+    for found, wanted in ((policy, start), (before, reference)):
         jax.tree.map(np.testing.assert_array_equal, found, adapters[wanted])
-    buffers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(iteration.reference)}
-    assert not buffers & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(iteration.start)}, "given away"
+    buffers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(before)}
+    assert not buffers & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(policy)}, "given away"
 
 
 @pytest.mark.parametrize("setting", ["policy", "reference"])

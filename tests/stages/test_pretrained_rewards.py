@@ -20,8 +20,9 @@ from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.load import load_rewards
 from jaxrlhf.runtime.mesh import MeshConfig, make_mesh
+from jaxrlhf.stages import ppo
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.ppo import Iteration, load
+from jaxrlhf.stages.ppo_sampling import Sampler
 from jaxrlhf.stages.roles import load_roles
 from jaxrlhf.stages.run import run_stages
 
@@ -112,10 +113,10 @@ def test_the_reward_reads_the_chat_and_not_what_the_policy_made_of_it(tmp_path):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     run = Run(settings, mesh, None, None)
     run_roles = load_roles(settings, mesh)
-    inputs = load(run, run_roles)
-    iteration = Iteration(run, run_roles, inputs)
-    answers = iteration.answer(iteration.start, inputs.prompts, np.arange(8), jax.random.key(5))
+    inputs = ppo.load(run, run_roles)
     reward = inputs.rewards[""][0]
+    policy = ppo.starting_policy(run, run_roles, inputs)
+    answers = Sampler(run, run_roles, reward, None).answer(policy, inputs.prompts, np.arange(8), jax.random.key(5))
     scorer = reward.tokenizer
     seen = []
     reward.program = lambda base, adapter, tokens, mask: (seen.append((tokens, mask)), np.zeros(len(tokens)))[1]
