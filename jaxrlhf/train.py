@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from jaxrlhf.command import main_of
+from jaxrlhf.runtime import hosts
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -16,22 +17,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
+    several = parser.add_argument_group(
+        "several processes",
+        "The same command on each; only --process differs. Without these flags the environment says "
+        "(JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS), else SLURM, Open MPI, a TPU host or an indexed job "
+        "of Kubernetes; see launch/README.md.",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: this one alone")
+    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    several.add_argument(
+        "--start-timeout", type=float, default=300.0, metavar="SECONDS", help="to wait for all to come (default: 300)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_args(arguments)
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from jaxrlhf.config_io import load_config
+    from jaxrlhf.config_io import dump_config, load_config
 
-    config = load_config(arguments.config, arguments.overrides)
-    from jaxrlhf.stages.run import run_stages
+    place = hosts.find_place(arguments.coordinator, arguments.processes, arguments.process)
+    with hosts.joined(place, arguments.start_timeout):
+        config = load_config(arguments.config, arguments.overrides)
+        hosts.check_same_settings(dump_config(config))
+        from jaxrlhf.stages.run import run_stages
 
-    run_stages(config)
+        run_stages(config)
 
 
 def main(arguments: list[str] | None = None) -> int:
     afterwards = "; the same command goes on from the last checkpoint, if there is one"
-    return main_of(lambda: train(parse(arguments)), afterwards)
+    return hosts.ended(main_of(lambda: train(parse(arguments)), afterwards))
 
 
 if __name__ == "__main__":

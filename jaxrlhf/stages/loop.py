@@ -11,6 +11,7 @@ import jax
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.checkpoints import Checkpoints
 from jaxrlhf.runtime.mesh import place
 from jaxrlhf.runtime.metrics import MetricsLog, Progress
@@ -30,8 +31,9 @@ class Run:
         return Path(self.config.run_dir)
 
     def say(self, text: str) -> None:
-        """A line for the person at the keyboard."""
-        print(text, file=sys.stderr, flush=True)
+        """A line for the person at the keyboard; on several hosts one process speaks."""
+        if hosts.is_first():
+            print(text, file=sys.stderr, flush=True)
 
 
 class Loop:
@@ -75,9 +77,11 @@ class Loop:
     def __enter__(self) -> "Loop":
         return self
 
-    def __exit__(self, kind: type | None, *exception: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
         """Closes what is open. Where a reward failed, which is before the state is given away, the state is saved."""
         self.progress.close()
+        if error is not None and not isinstance(error, RewardFault):  # that one all processes see, and save alike
+            hosts.failed(error)
         if kind is not None and issubclass(kind, RewardFault) and self.reached > self.first:
             self.checkpoints.save(self.reached, self.state)
         self.checkpoints.close()

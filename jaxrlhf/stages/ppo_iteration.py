@@ -14,7 +14,7 @@ from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
 from jaxrlhf.records import Adapter, SFTBatch
-from jaxrlhf.runtime.mesh import fetch, place, place_batch, replicated
+from jaxrlhf.runtime.mesh import fetch, place, place_batch
 from jaxrlhf.runtime.programs import Program, peak_memory_bytes
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of
@@ -79,7 +79,7 @@ class Iteration:
 
     def count(self, number: int) -> jax.Array:
         """A number of the state, i32[], where the programs and the checkpoints want it."""
-        return jax.device_put(jnp.int32(number), replicated(self.run.mesh))
+        return place_batch(self.run.mesh, np.int32(number))
 
     def annotated(self, policy: Adapter, value: Adapter, reference: Adapter | None, drawn: Drawn, control, greedy):
         """(experience, next control, metrics); see `steps.annotate.annotate_experience`."""

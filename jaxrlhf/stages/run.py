@@ -9,6 +9,7 @@ import jax
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
+from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.runtime.run_dir import check_run, open_run
@@ -23,6 +24,7 @@ def run_stages(config: RunConfig) -> Roles:
     Raises `UserError`, before anything is compiled or written, where settings, files, rows or model cannot
     be used.
     """
+    hosts.check_started()
     check_run(config.run_dir, dump_config(config))
     mesh = make_mesh(config.mesh)
     roles = load_roles(config, mesh)
@@ -40,8 +42,11 @@ def run_stages(config: RunConfig) -> Roles:
         if stage in finished:
             run.say(f"{stage}: has finished before")
     inputs = _load_inputs(run, roles, todo)
+    makes_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
+    hosts.barrier()  # every process has read what is there before process 0 writes more
     open_run(config.run_dir, dump_config(config), writes)
-    if config.model.new is not None and not (folder / "roles" / "base").is_dir():
+    hosts.check_shared(folder / "config.yaml", "run_dir")
+    if makes_base:
         save_base(config.run_dir, roles.base, roles.tokenizer)
     roles.base = place(mesh, roles.base)
     train = {"sft": sft.train, "reward_model": reward_model.train, "ppo": ppo.train}
