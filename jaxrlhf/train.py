@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+import yaml
+
 from jaxrlhf.command import main_of
 from jaxrlhf.runtime import hosts
 
@@ -39,7 +41,8 @@ def train(arguments: argparse.Namespace) -> None:
     place = hosts.find_place(arguments.coordinator, arguments.processes, arguments.process)
     with hosts.joined(place, arguments.start_timeout):
         config = load_config(arguments.config, arguments.overrides)
-        hosts.check_same_settings(dump_config(config))
+        settings = yaml.safe_load(dump_config(config))
+        hosts.check_alike("settings", settings, "start all with the same command and file")
         from jaxrlhf.stages.run import run_stages
 
         run_stages(config)

@@ -10,19 +10,18 @@ reads from a disk, a clock or a server may differ from what the others read: pro
 
 import contextlib
 import dataclasses
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.lifeline import Fault, Hub, Lifeline, flush, join_hub, open_hub
+from jaxrlhf.runtime.lifeline import Lifeline, flush, join_hub, open_hub
 from jaxrlhf.runtime.run_dir import differences
 
 START_TIMEOUT = 300.0  # seconds; clusters start their tasks minutes apart
-HEARTBEAT = 45  # seconds without a sign of a process before jax's coordination service ends all: a frozen process
+HEARTBEAT = 40  # seconds without a sign of a process before jax's coordination service ends all: a frozen process
 SHUTDOWN = 20  # seconds that jax waits for the others at the end
 VARIABLES = {"coordinator": "JAXRLHF_COORDINATOR", "processes": "JAXRLHF_PROCESSES", "process": "JAXRLHF_PROCESS"}
 
@@ -172,7 +171,7 @@ def failed(error: BaseException) -> None:
     """
     if _lifeline is None:
         return
-    own = _lifeline.fault(*_described(error))
+    own = _lifeline.failure(*_described(error))
     verdict = _lifeline.report(own)
     if verdict.process == _lifeline.process:
         return
@@ -188,6 +187,8 @@ def _described(error: BaseException) -> tuple[str, int, bool]:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text, 2, False
+    if isinstance(getattr(error, "status", None), int):  # an exception that knows it, such as of a run asked to stop
+        return text, error.status, False
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130, False
     if isinstance(error, SystemExit) and isinstance(error.code, int):
@@ -276,19 +277,6 @@ def from_first(make: Callable[[], bytes], errors: tuple[type[Exception], ...] = 
     return given[1:]
 
 
-def any_wants(own: bool) -> bool:
-    """Whether any process wants it (such as to stop), on every process alike; all must call it in the same order.
-
-    What another process wants may be known one call later.
-    """
-    if _lifeline is None:
-        return own
-    if own:
-        _lifeline.want_stop()
-    wanted = isinstance(_lifeline, Hub) and _lifeline.stop_wanted
-    return from_first(lambda: bytes([wanted])) == b"\1"
-
-
 def check_started() -> None:
     """`UserError` where jax runs on several processes that do not know each other here."""
     import jax
@@ -297,15 +285,17 @@ def check_started() -> None:
         raise UserError("jax runs on several processes, not started by jaxrlhf.runtime.hosts.joined: let it start them")
 
 
-def check_same_settings(text: str) -> None:
-    """`UserError` where this process was started with other settings, as YAML, than process 0."""
-    first = from_first(text.encode).decode()
-    changed = differences(yaml.safe_load(first), yaml.safe_load(text))
+def check_alike(what: str, own: Mapping[str, Any], remedy: str) -> None:
+    """`UserError` where this process has something else than process 0: `own` is plain data, as JSON has it."""
+    if _lifeline is None:
+        return
+    text = json.dumps(own)
+    changed = differences(json.loads(from_first(text.encode)), json.loads(text))
     if changed:
         key, there, here = changed[0]
         raise UserError(
-            f"process {_lifeline.process} (host {_lifeline.host}) has other settings than process 0: {key} is {here}, "
-            f"there {there}; start all with the same command and file"
+            f"process {_lifeline.process} (host {_lifeline.host}) has other {what} than process 0: {key} is {here}, "
+            f"there {there}; {remedy}"
         )
 
 
@@ -320,12 +310,10 @@ def check_shared(path: str | os.PathLike, what: str) -> None:
 
 
 __all__ = [
-    "Fault",
     "Place",
     "alone",
-    "any_wants",
     "barrier",
-    "check_same_settings",
+    "check_alike",
     "check_shared",
     "check_started",
     "ended",

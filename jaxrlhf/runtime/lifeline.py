@@ -34,8 +34,8 @@ _LARGEST = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
-    """Whose fault it is that a run ends, and what it was."""
+class Failure:
+    """Why a run ends: which process failed, and of what."""
 
     process: int
     processes: int
@@ -114,15 +114,15 @@ class Lifeline:
 
     def __init__(self, process: int, processes: int):
         self.process, self.processes, self.host = process, processes, socket.gethostname()
-        self.verdict: Fault | None = None
+        self.verdict: Failure | None = None
         self._decided, self._lock = threading.Event(), threading.Lock()
         self._failing = self._leaving = self._spoken = False
 
-    def fault(self, text: str, status: int, suspect: bool) -> Fault:
-        """A fault of this process, such as `report` wants."""
-        return Fault(self.process, self.processes, self.host, os.getpid(), text, status, False, suspect)
+    def failure(self, text: str, status: int, suspect: bool) -> Failure:
+        """What `report` wants of this process."""
+        return Failure(self.process, self.processes, self.host, os.getpid(), text, status, False, suspect)
 
-    def report(self, fault: Fault) -> Fault:
+    def report(self, failure: Failure) -> Failure:
         """Tells the others that this process has failed; the fault that ends the run, which may be another one.
 
         Returns within a bounded time. After it the process must end.
@@ -132,11 +132,11 @@ class Lifeline:
             known = self.verdict
         if known is None:
             with contextlib.suppress(OSError):
-                self._tell(fault)
+                self._tell(failure)
             self._decided.wait(SUSPECT_GRACE + GRACE)
-        return self.verdict or fault
+        return self.verdict or failure
 
-    def exit(self, verdict: Fault) -> NoReturn:
+    def exit(self, verdict: Failure) -> NoReturn:
         """Ends this process for the fault, after what there is to be said of it."""
         self._await_others(verdict)
         with self._lock:
@@ -146,7 +146,7 @@ class Lifeline:
             say(verdict.line(self.process))
         os._exit(verdict.status)
 
-    def _settle(self, verdict: Fault) -> bool:
+    def _settle(self, verdict: Failure) -> bool:
         """Notes what ends the run; whether that was still open."""
         with self._lock:
             if self._leaving or self.verdict is not None:
@@ -162,10 +162,10 @@ class Lifeline:
         if not self._leaving:
             self.exit(self.verdict)
 
-    def _tell(self, fault: Fault) -> None:
+    def _tell(self, failure: Failure) -> None:
         raise NotImplementedError
 
-    def _await_others(self, verdict: Fault) -> None:
+    def _await_others(self, verdict: Failure) -> None:
         raise NotImplementedError
 
 
@@ -187,8 +187,7 @@ class Hub(Lifeline):
         self._refused: str | None = None
         self._changed = threading.Condition(self._lock)
         self._arrived = 0
-        self._faults: list[Fault] = []
-        self.stop_wanted = False
+        self._failures: list[Failure] = []
         threading.Thread(target=self._accept, daemon=True, name="lifeline").start()
 
     def gather(self, timeout: float, welcome: Callable[[], dict]) -> None:
@@ -237,16 +236,12 @@ class Hub(Lifeline):
             self._changed.wait_for(lambda: len(self._parted) == len(self._members), patience)
         self._listener.close()
 
-    def want_stop(self) -> None:
-        """Notes that this process was asked to stop."""
-        self.stop_wanted = True
-
-    def _await_others(self, verdict: Fault) -> None:
+    def _await_others(self, verdict: Failure) -> None:
         with self._changed:
             self._changed.wait_for(lambda: len(self._parted) == len(self._members), PARTING)
 
-    def _tell(self, fault: Fault) -> None:
-        self._note(fault)
+    def _tell(self, failure: Failure) -> None:
+        self._note(failure)
 
     # ------------------------------------------------------------ threads
 
@@ -279,7 +274,7 @@ class Hub(Lifeline):
         except (OSError, KeyError, TypeError):
             host, pid = self._names[process]
             self._part(process)
-            self._note(Fault(process, self.processes, host, pid, "lost", died=True))
+            self._note(Failure(process, self.processes, host, pid, "lost", died=True))
             return
         self._part(process)
 
@@ -300,18 +295,21 @@ class Hub(Lifeline):
         for name, version in self._software.items():
             if refused is None and hello["software"].get(name) != version:
                 refused = f"{where} runs {name} {hello['software'].get(name)}, process 0 runs {name} {version}"
-        with self._changed:
-            if refused is not None:  # whoever is missing then, nobody needs to wait for it
-                self._refused = refused = f"{refused}; start all processes alike"
-            elif process in self._members:
-                taken, pid = self._names[process]
-                refused = f"{where}: this number is taken by pid {pid} on host {taken}; give each its own"
-            else:
-                self._members[process] = connection
-                self._names[process] = (host, int(hello["pid"]))
-            self._changed.notify_all()
-        if refused is not None:
+        if refused is not None:  # whoever else is missing, nobody needs to wait
+            refused = f"{refused}; start all processes alike"
             connection.send("refused", text=refused)
+            with self._changed:
+                self._refused = refused
+                self._changed.notify_all()
+            return None
+        with self._changed:
+            taken = self._names.get(process)
+            if taken is None:
+                self._members[process], self._names[process] = connection, (host, int(hello["pid"]))
+                self._changed.notify_all()
+        if taken is not None:
+            where += f": this number is taken by pid {taken[1]} on host {taken[0]}; give each its own"
+            connection.send("refused", text=where)
             return None
         return process
 
@@ -320,20 +318,18 @@ class Hub(Lifeline):
             with self._changed:
                 self._arrived += 1
                 self._changed.notify_all()
-        elif header["kind"] == "stop":
-            self.stop_wanted = True
-        elif header["kind"] == "fault":
+        elif header["kind"] == "failure":
             host, pid = self._names[process]
             given = (str(header["text"]), int(header["status"]), False, bool(header["suspect"]))
-            self._note(Fault(process, self.processes, host, pid, *given))
+            self._note(Failure(process, self.processes, host, pid, *given))
 
-    def _note(self, fault: Fault) -> None:
+    def _note(self, fault: Failure) -> None:
         """Weighs a fault: the first that is no echo ends the run."""
         with self._lock:
             if self._leaving or self.verdict is not None:
                 return
-            self._faults.append(fault)
-            first = len(self._faults) == 1
+            self._failures.append(fault)
+            first = len(self._failures) == 1
             sure = first and (fault.died or (fault.process == 0 and not fault.suspect))
         if sure:
             self._decide()
@@ -346,7 +342,7 @@ class Hub(Lifeline):
 
     def _decide(self) -> None:
         with self._lock:
-            faults = list(self._faults)
+            faults = list(self._failures)
         reported = {fault.process for fault in faults if not fault.died}
         known = [fault for fault in faults if not (fault.died and fault.process in reported)]
         verdict = next((fault for fault in known if not fault.suspect), known[0])
@@ -355,7 +351,7 @@ class Hub(Lifeline):
         if self._settle(verdict):
             for member in list(self._members.values()):
                 with contextlib.suppress(OSError):
-                    member.send("verdict", fault=dataclasses.asdict(verdict))
+                    member.send("verdict", failure=dataclasses.asdict(verdict))
             threading.Thread(target=self._end, daemon=True, name="lifeline").start()
 
 
@@ -367,7 +363,6 @@ class Member(Lifeline):
         self._connection, self._first = connection, first
         self._shared: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._released: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._stop_told = False
         threading.Thread(target=self._listen, daemon=True, name="lifeline").start()
 
     def share(self, payload: bytes | None = None) -> bytes:
@@ -379,26 +374,20 @@ class Member(Lifeline):
         self._send("arrive")
         self._released.get()
 
-    def want_stop(self) -> None:
-        """Tells process 0 that this process was asked to stop."""
-        if not self._stop_told:
-            self._stop_told = True
-            self._send("stop")
-
     def leave(self, patience: float = PARTING) -> None:
         """Parts from the others."""
         with self._lock:
             self._leaving = True
         self._send("bye")
 
-    def _tell(self, fault: Fault) -> None:
-        self._connection.send("fault", text=fault.text, status=fault.status, suspect=fault.suspect)
+    def _tell(self, failure: Failure) -> None:
+        self._connection.send("failure", text=failure.text, status=failure.status, suspect=failure.suspect)
 
     def _send(self, kind: str) -> None:
         with contextlib.suppress(OSError):  # the listening thread notices
             self._connection.send(kind)
 
-    def _await_others(self, verdict: Fault) -> None:
+    def _await_others(self, verdict: Failure) -> None:
         if verdict.process not in (0, self.process):
             time.sleep(0.3)  # whoever watches the processes sees the one that failed end first
 
@@ -411,10 +400,10 @@ class Member(Lifeline):
                 elif header["kind"] == "release":
                     self._released.put(None)
                 elif header["kind"] == "verdict":
-                    verdict = Fault(**header["fault"])
+                    verdict = Failure(**header["failure"])
                     break
             except (OSError, KeyError, TypeError):
-                verdict = Fault(0, self.processes, *self._first, "lost", died=True)
+                verdict = Failure(0, self.processes, *self._first, "lost", died=True)
                 break
         if self._settle(verdict):
             self._end()

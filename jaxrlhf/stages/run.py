@@ -43,7 +43,10 @@ def run_stages(config: RunConfig) -> Roles:
             run.say(f"{stage}: has finished before")
     inputs = _load_inputs(run, roles, todo)
     makes_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
-    hosts.barrier()  # every process has read what is there before process 0 writes more
+    found = {"adapters": sorted(roles.adapters), "finished": sorted(finished), "base to make": makes_base}
+    # Every process has then read what is there before process 0 writes more.
+    hosts.check_alike(f"things in run_dir {folder}", found, "give a folder on a file system that all hosts share")
+    hosts.barrier()
     open_run(config.run_dir, dump_config(config), writes)
     hosts.check_shared(folder / "config.yaml", "run_dir")
     if makes_base:
