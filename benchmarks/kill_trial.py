@@ -1,6 +1,6 @@
 """Kills a run at random moments, again and again, and compares what it becomes with a run that nothing interrupted.
 
-    python benchmarks/kill_trial.py [--kills 100] [--signals KILL] [--seed 0] [--folder DIR]
+    python benchmarks/kill_trial.py [--kills 100] [--signals KILL] [--seed 0] [--short] [--folder DIR]
 
 One tiny run (whole-model SFT, reward model, PPO with groups, a sum of the reward adapter and a function, and all that
 PPO can carry from iteration to iteration) is started with the same command until it ends. Each time it is killed
@@ -121,13 +121,23 @@ def phase_of(file: Path) -> tuple[str, bool]:
 # ---------------------------------------------------------------- starting and killing
 
 
+def shortened(config: dict) -> dict:
+    """The same with a seventh of the steps."""
+    short = json.loads(json.dumps(config))
+    short["ppo"]["iterations"] = 8
+    for stage in ("sft", "reward_model"):
+        short[stage] |= {"epochs": 1}
+        short[stage]["data"]["limit"] //= 4
+    return short
+
+
 class Trial:
     """One run in its folder, started as often as it takes."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, short: bool = False):
         self.run, self.phases = folder / name, folder / f"{name}.phases"
         config = folder / f"{name}.json"  # JSON is YAML
-        config.write_text(json.dumps(CONFIG | {"run_dir": str(self.run)}))
+        config.write_text(json.dumps((shortened(CONFIG) if short else CONFIG) | {"run_dir": str(self.run)}))
         self.command = [sys.executable, __file__, "--child", str(self.phases), "--config", str(config)]
         self.environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
@@ -262,13 +272,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="default: 100")
     parser.add_argument("--signals", default="KILL", help="KILL, TERM or KILL,TERM, drawn each time (default: KILL)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--short", action="store_true", help="a run of a seventh of the steps, for a few kills")
     parser.add_argument("--folder", type=Path, default=None, help="where to run (default: a temporary folder)")
     arguments = parser.parse_args()
     signals = [signal.Signals[f"SIG{name}"] for name in arguments.signals.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        straight, killed = Trial(folder, "straight"), Trial(folder, "killed")
+        straight, killed = (Trial(folder, name, arguments.short) for name in ("straight", "killed"))
         seconds = straight.finish()
         total = straight.steps()
         print(f"uninterrupted: {total} steps in {seconds:.0f} s", flush=True)

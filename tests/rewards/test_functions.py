@@ -102,6 +102,8 @@ def test_arrays_of_any_number_type_are_scores(reward, answers):
     ],
 )
 def test_what_is_no_score_is_a_fault_that_names_the_function(reward, answers, body, words):
+    if "torch" in body:
+        pytest.importorskip("torch")
     imports = "import numpy as np\n" + "import torch\n" * ("torch" in body)
     score = reward(f"{imports}def score(prompts, completions):\n    {body}")
     with pytest.raises(RewardFault) as fault:
