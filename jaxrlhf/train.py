@@ -3,7 +3,10 @@
 import argparse
 import sys
 
+import yaml
+
 from jaxrlhf.command import main_of
+from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.stopping import StopSignals
 
 
@@ -17,24 +20,40 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
+    several = parser.add_argument_group(
+        "several processes",
+        "The same command on each; only --process differs. Without these flags the environment says "
+        "(JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS), else SLURM, Open MPI, a TPU host or an indexed job "
+        "of Kubernetes; see launch/README.md.",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: this one alone")
+    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    several.add_argument(
+        "--start-timeout", type=float, default=300.0, metavar="SECONDS", help="to wait for all to come (default: 300)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_args(arguments)
 
 
 def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
-    from jaxrlhf.config_io import load_config
+    from jaxrlhf.config_io import dump_config, load_config
 
-    config = load_config(arguments.config, arguments.overrides)
-    stop.grace = config.checkpoints.grace
-    from jaxrlhf.stages.run import run_stages
+    place = hosts.find_place(arguments.coordinator, arguments.processes, arguments.process)
+    with hosts.joined(place, arguments.start_timeout):
+        config = load_config(arguments.config, arguments.overrides)
+        stop.grace = config.checkpoints.grace
+        settings = yaml.safe_load(dump_config(config))
+        hosts.check_alike("settings", settings, "start all with the same command and file")
+        from jaxrlhf.stages.run import run_stages
 
-    run_stages(config, stop)
+        run_stages(config, stop)
 
 
 def main(arguments: list[str] | None = None) -> int:
     afterwards = "; the same command goes on from the last checkpoint, if there is one"
     with StopSignals() as stop:
-        return main_of(lambda: train(parse(arguments), stop), afterwards)
+        return hosts.ended(main_of(lambda: train(parse(arguments), stop), afterwards))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrlhf.data.sources import Message
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.records import Rollout
+from jaxrlhf.runtime.mesh import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Answers:
     tokenizer: Tokenizer
     chats: Sequence[list[Message] | None] = ()  # B: the chat that a prompt is, None for text; empty: all are text
 
+    def gather(self) -> None:
+        """Brings what the text needs to this host; on several hosts all call it, and then one can read alone."""
+        _ = self._ids, self.ended
+
     @cached_property
     def completions(self) -> list[str]:
         """The B answers as text, without special tokens, as they follow their prompts; decoded once, on first use."""
@@ -31,13 +36,13 @@ class Answers:
     @cached_property
     def ended(self) -> list[bool]:
         """Whether each of the B answers ended by itself."""
-        return jax.device_get(self.rollout.ended).tolist()
+        return fetch(self.rollout.ended).tolist()
 
     @cached_property
     def _ids(self) -> list[tuple[list[int], list[int]]]:
         """The real tokens of each prompt and its answer."""
         rollout = self.rollout
-        tokens, mask, answered = jax.device_get((rollout.tokens, rollout.mask, rollout.response_mask))
+        tokens, mask, answered = fetch((rollout.tokens, rollout.mask, rollout.response_mask))
         at = tokens.shape[1] - answered.shape[1]
         rows = zip(tokens, mask[:, :at], answered)
         return [(row[:at][real].tolist(), row[at:][answer].tolist()) for row, real, answer in rows]

@@ -4,13 +4,13 @@ import math
 import re
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.answers import Answers, Reward
 from jaxrlhf.rewards.functions import RewardFault, checked_scores
+from jaxrlhf.runtime.mesh import fetch
 
 TAKEN = ("score", "gold", "shaped")  # `reward/NAME` of the metrics that have this name already
 
@@ -61,4 +61,4 @@ def _called(name: str, part: Reward, answers: Answers):
 
 def _fetched(name: str, values, count: int) -> np.ndarray:
     """The part's scores on the host, checked: in the sum nobody can tell whose NaN it is."""
-    return checked_scores(jax.device_get(values), count, f"reward part {name}")
+    return checked_scores(fetch(values), count, f"reward part {name}")

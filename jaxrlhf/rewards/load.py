@@ -10,6 +10,7 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.answers import Reward
 from jaxrlhf.rewards.classifier import TransformersReward
 from jaxrlhf.rewards.composed import ComposedReward
+from jaxrlhf.rewards.from_first import on_first
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
 from jaxrlhf.rewards.remote import HTTPReward
@@ -34,7 +35,8 @@ def load_rewards(config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, s
 
 def compose(rewards: Rewards, own: Callable[[], Reward]) -> Reward:
     """One reward of what `load_rewards` gave; `own` makes the run's own."""
-    whole = {name: (own() if reward is None else reward, weight) for name, (reward, weight) in rewards.items()}
+    called = {name: own() if reward is None else on_first(reward) for name, (reward, _) in rewards.items()}
+    whole = {name: (called[name], weight) for name, (_, weight) in rewards.items()}
     return whole[""][0] if "" in whole else ComposedReward(whole)
 
 

@@ -12,6 +12,7 @@ import jax
 from jaxrlhf.config import RunConfig
 from jaxrlhf.errors import Fault
 from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.agreement import largest
 from jaxrlhf.runtime.checkpoints import Checkpoints
 from jaxrlhf.runtime.health import Health, stop_with_batch
@@ -42,8 +43,9 @@ class Run:
         return Path(self.config.run_dir)
 
     def say(self, text: str) -> None:
-        """A line for the person at the keyboard."""
-        print(text, file=sys.stderr, flush=True)
+        """A line for the person at the keyboard; on several hosts one process speaks."""
+        if hosts.is_first():
+            print(text, file=sys.stderr, flush=True)
 
 
 class Loop:
@@ -157,9 +159,11 @@ class Loop:
             self.run.stop.at_work = self._losing
         return self
 
-    def __exit__(self, kind: type | None, *exception: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
         """Closes what is open. Where a reward failed, which is before the state is given away, the state is saved."""
         self.progress.close()
+        if error is not None and not isinstance(error, RewardFault | Stopped):  # which all see, and save, alike
+            hosts.failed(error)
         try:
             if kind is not None and issubclass(kind, RewardFault) and self.reached > self.first:
                 self._save()

@@ -15,10 +15,12 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, value_head, without_head
 from jaxrlhf.records import Adapter
+from jaxrlhf.rewards.from_first import on_first
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.sampling import truncates
+from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.mesh import check_batch, place
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
@@ -187,7 +189,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     start = place(run.mesh, starting_policy(run, roles, inputs))
     reference = place(run.mesh, starting_reference(run, roles, inputs, start))
     reward = compose(inputs.rewards, lambda: ModelReward(roles.base, place(run.mesh, roles.adapters["reward"])))
-    sampler = Sampler(run, roles, reward, inputs.gold)
+    sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold))
     ppo = init_ppo(start, _starting_value(run, roles), update_config)
     iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)
     state = {"ppo": ppo, "control": Control.start(config.kl.coef), "draws": jnp.int32(0)}
@@ -210,7 +212,8 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     reached = {name: iteration.evaluate(policy, ppo.value, inputs.evaluation) for name, policy in policies.items()}
     run.samples.write("ppo", config.iterations, {name.split()[0]: e.samples for name, e in reached.items()})
     mark_finished(run.config.run_dir, "ppo", {name.split()[0]: e.numbers for name, e in reached.items()})
-    print(comparison(reached))
+    if hosts.is_first():
+        print(comparison(reached))
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
 
 

@@ -92,7 +92,7 @@ class Iteration:
 
     def count(self, number: int) -> jax.Array:
         """A number of the state, i32[], where the programs and the checkpoints want it."""
-        return jax.device_put(jnp.int32(number), replicated(self.run.mesh))
+        return place_batch(self.run.mesh, np.int32(number))
 
     def annotated(self, policy: Adapter, value: Adapter, reference: Adapter | None, drawn: Drawn, control, greedy):
         """(experience, next control, metrics); see `steps.annotate.annotate_experience`."""

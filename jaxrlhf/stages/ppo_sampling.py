@@ -16,7 +16,6 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers, Reward
 from jaxrlhf.rewards.composed import ComposedReward
-from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.runtime.mesh import batch_sharding, fetch, place_batch
 from jaxrlhf.runtime.programs import Program
@@ -62,7 +61,7 @@ class Clock:
 class Sampler:
     """Draws answers and has them scored."""
 
-    def __init__(self, run: Run, roles: Roles, reward: Reward, gold: FunctionReward | None):
+    def __init__(self, run: Run, roles: Roles, reward: Reward, gold: Reward | None):
         config = run.config.ppo
         self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,7 +11,7 @@ from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
-from jaxrlhf.runtime.mesh import check_batch, place_batch, tree_shardings
+from jaxrlhf.runtime.mesh import check_batch, fetch, place_batch, tree_shardings
 from jaxrlhf.runtime.programs import Program
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
@@ -115,7 +114,7 @@ def evaluate(run: Run, base: Decoder, adapter: Adapter, data: PreferenceData) ->
     chosen, rejected = [], []
     for batch in data.all_batches():
         real = batch.weight > 0
-        scores = jax.device_get(program(base, adapter, place_batch(run.mesh, batch)))
+        scores = fetch(program(base, adapter, place_batch(run.mesh, batch)))
         chosen.append(scores[0][real])
         rejected.append(scores[1][real])
     chosen, rejected = np.concatenate(chosen), np.concatenate(rejected)

@@ -125,6 +125,8 @@ def finished_stages(run_dir: str) -> dict[str, dict]:
 
 def mark_finished(run_dir: str, stage: str, reached: dict) -> None:
     """Notes that a stage has finished; its roles must have been written before."""
+    if jax.process_index():
+        return  # one process writes
     stages = finished_stages(run_dir) | {stage: reached}
     atomic_write(Path(run_dir) / "roles" / "finished.json", json.dumps(stages, indent=1) + "\n")
 

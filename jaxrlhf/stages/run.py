@@ -11,6 +11,7 @@ import jax
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.errors import UserError
+from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.lock import RunLock
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
@@ -28,6 +29,7 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
     Raises `UserError`, before anything is compiled or written, where settings, files, rows or model cannot
     be used, or where another run is at work in the directory. Where `stop` is asked to, `Stopped` ends the run.
     """
+    hosts.check_started()
     folder, writes = Path(config.run_dir), jax.process_index() == 0
     run = Run(
         config,
@@ -54,17 +56,23 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         if stage not in todo:
             run.say(f"{stage}: has finished before")
     inputs = _load_inputs(run, roles, todo)
+    makes_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
+    found = {"adapters": sorted(roles.adapters), "finished": sorted(finished), "base to make": makes_base}
+    # Every process has then read what is there before process 0 writes more.
+    hosts.check_alike(f"things in run_dir {folder}", found, "give a folder on a file system that all hosts share")
+    hosts.barrier()
     if not begun:
         folder.mkdir(parents=True, exist_ok=True)
         lock.take()
-        if (folder / "config.yaml").exists():
+        if writes and (folder / "config.yaml").exists():
             raise UserError(f"run_dir {folder}: another process began a run there meanwhile; give the command again")
     for change in changes:
         run.say(f"run_dir {folder}: {described(change)}")
     for stage in again if writes else ():
         mark_unfinished(config.run_dir, stage)
     open_run(folder, dump_config(config), writes, allowed)
-    if config.model.new is not None and not (folder / "roles" / "base").is_dir():
+    hosts.check_shared(folder / "config.yaml", "run_dir")
+    if makes_base:
         save_base(config.run_dir, roles.base, roles.tokenizer)
     roles.base = place(run.mesh, roles.base)
     train = {"sft": sft.train, "reward_model": reward_model.train, "ppo": ppo.train}

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from jaxrlhf.data.order import hold_out
@@ -11,7 +10,7 @@ from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
-from jaxrlhf.runtime.mesh import check_batch, place, place_batch, tree_shardings
+from jaxrlhf.runtime.mesh import check_batch, fetch, place, place_batch, tree_shardings
 from jaxrlhf.runtime.programs import Program
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
@@ -88,7 +87,7 @@ def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) ->
     """Mean cross-entropy per learnt token, in nats."""
     program = Program(sft_evaluate, "sft_evaluate")
     sums = [program(base, adapter, place_batch(run.mesh, batch)) for batch in data.all_batches()]
-    losses, tokens = zip(*jax.device_get(sums))
+    losses, tokens = zip(*fetch(sums))
     return float(sum(losses) / max(sum(tokens), 1))
 
 

@@ -1,17 +1,49 @@
-"""Two processes that play two hosts: a batch is shared out, a checkpoint of both is one, one of them writes."""
+"""Several processes of this machine play several hosts: they find each other, share what they must, end together.
+
+What they run here compiles next to nothing; whole runs are in tests/stages/test_hosts_run.py.
+"""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-HOST = """
-import sys, jax, numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
+import pytest
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.runtime import hosts
+from jaxrlhf.runtime.hosts import Place, find_place
+
+ROOT = Path(__file__).parent.parent.parent
+BOUND = 60  # seconds in which all processes end when one fails
+
+# A process of a run as a command makes it. What the last argument says is done within the block.
+PROCESS = """
+import os, sys, time
+from jaxrlhf.command import main_of
+from jaxrlhf.errors import UserError
+from jaxrlhf.runtime import hosts
+
+place = hosts.find_place(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+first = sys.argv[3] == "0"
+
+def command():
+    with hosts.joined(place, float(sys.argv[4])):
+        print("joined", flush=True)
+        exec(sys.argv[5], globals())
+
+sys.exit(hosts.ended(main_of(command)))
+"""
+
+MESH = """
+import jax, numpy as np
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.runtime.checkpoints import Checkpoints
-from jaxrlhf.runtime.mesh import make_mesh, place, place_batch
+from jaxrlhf.runtime.mesh import fetch, make_mesh, place, place_batch
 
 mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
@@ -20,7 +52,8 @@ placed = place(mesh, {"layers.0.mlp.up_proj": up})
 rows = place_batch(mesh, np.arange(16, dtype=np.float32).reshape(8, 2))
 assert [shard.data.shape for shard in rows.addressable_shards] == [(2, 2), (2, 2)]
 assert float(jax.jit(lambda x: x.sum())(rows)) == 120
-with Checkpoints(sys.argv[3]) as checkpoints:
+np.testing.assert_array_equal(fetch(rows), np.arange(16).reshape(8, 2))
+with Checkpoints(os.environ["FOLDER"]) as checkpoints:
     assert checkpoints.latest_step() is None
     for step in (1, 2):
         checkpoints.save(step, {"up": placed, "position": step})
@@ -31,29 +64,263 @@ with Checkpoints(sys.argv[3]) as checkpoints:
         assert not leaf.is_fully_addressable
         for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(shard.data, whole[shard.index])
-print("ok")
 """
 
 
-def test_two_hosts(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOST, str(rank), address, str(tmp_path)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for host in hosts:
-            stdout, stderr = host.communicate(timeout=120)
-            assert host.returncode == 0 and stdout.endswith("ok\n"), stderr
-    finally:
-        for host in hosts:
-            host.kill()
+class Processes:
+    """`count` processes of one run; those in `absent` are never started."""
+
+    def __init__(self, code, count, absent=(), timeout=30.0, **environment):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        self.running = {
+            i: subprocess.Popen(
+                [sys.executable, "-c", PROCESS, address, str(count), str(i), str(timeout), code],
+                env=os.environ | own | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for i in range(count)
+            if i not in absent
+        }  # fmt: skip
+
+    def wait_until_joined(self):
+        for process in self.running.values():
+            assert process.stdout.readline() == "joined\n"
+
+    def ends(self, seconds=BOUND):
+        """(status, stdout, stderr) by process, all of them within so many seconds."""
+        deadline, found = time.monotonic() + seconds, {}
+        for i, process in self.running.items():
+            out, err = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
+            found[i] = (process.returncode, out, err)
+        return found
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self.running.values():
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+
+
+def last_line(text):
+    return text.rstrip("\n").rpartition("\n")[2]
+
+
+def test_two_hosts_share_a_batch_and_a_checkpoint(tmp_path):
+    flags = "--xla_force_host_platform_device_count=2"
+    with Processes(MESH, 2, FOLDER=str(tmp_path), XLA_FLAGS=flags) as processes:
+        for status, _, err in processes.ends(120).values():
+            assert status == 0, err
+
+
+def test_what_process_0_makes_is_given_to_all():
+    code = """
+made = []
+def make():
+    made.append(1)
+    return os.urandom(100_000)
+for _ in range(3):
+    print(hosts.from_first(make).hex()[-40:])
+hosts.barrier()
+try:
+    hosts.from_first(lambda: [][1], (KeyError, IndexError))
+except IndexError as error:
+    print("all see", error)
+print("called", len(made), "first", hosts.is_first(), "alone", hosts.alone())
+"""
+    with Processes(code, 3) as processes:
+        ends = processes.ends()
+    assert [status for status, _, _ in ends.values()] == [0, 0, 0], ends
+    said = [out.partition("joined\n")[2].splitlines() for _, out, _ in ends.values()]
+    assert said[0][:3] == said[1][:3] == said[2][:3] and len({*said[0][:3]}) == 3
+    assert [lines[3] for lines in said] == ["all see list index out of range"] * 3
+    others = ["called 0 first False alone False"] * 2
+    assert [lines[4] for lines in said] == ["called 3 first True alone False", *others]
+
+
+WAITS = {
+    "on the host": "hosts.barrier()",
+    "in its own work": "time.sleep(100)",
+    "on the devices": "from jax.experimental import multihost_utils as m; m.sync_global_devices('never')",
+}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_killed_process_ends_the_others_who_name_it(wait, victim):
+    code = f"if {victim} == int(sys.argv[3]): time.sleep(100)\n{WAITS[wait]}\ntime.sleep(100)"
+    with Processes(code, 3) as processes:
+        processes.wait_until_joined()
+        time.sleep(0.5)
+        processes.running[victim].send_signal(signal.SIGKILL)
+        ends = processes.ends()
+    pid = processes.running[victim].pid
+    for i, (status, _, err) in ends.items():
+        if i != victim:
+            assert status == 1, err
+            named = rf"stopped: process {victim} of 3 \(host \S+, pid {pid}\) died: .*killed.*"
+            assert re.fullmatch(named, last_line(err)), err
+
+
+def test_an_end_without_a_word_is_noticed():
+    with Processes("if not first: os._exit(0)\nhosts.barrier()\ntime.sleep(100)", 2) as processes:
+        status, _, err = processes.ends()[0]
+    assert status == 1 and last_line(err).startswith("stopped: process 1 of 2 ")
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_a_process_that_fails_says_why_once_and_the_others_name_it(culprit):
+    code = f"if {culprit} == int(sys.argv[3]): raise OSError('the disk is full')\ntime.sleep(100)"
+    with Processes(code, 3) as processes:
+        ends = processes.ends()
+    for i, (status, _, err) in ends.items():
+        assert status == 1
+        assert err.count("Traceback") == (1 if i == culprit else 0)
+        if i == culprit:
+            assert last_line(err) == "error: OSError: the disk is full"
+        elif i == 0:
+            assert re.fullmatch(rf"stopped: process {culprit} of 3 .*: OSError: the disk is full", last_line(err))
+        else:
+            assert re.fullmatch(rf"stopped: process {culprit} of 3 .*: its own output says why", last_line(err))
+
+
+def test_what_all_find_wrong_is_said_by_process_0_alone():
+    code = "time.sleep(0.3 * first)\nraise UserError('config.yaml:3: no such key')"
+    with Processes(code, 3) as processes:
+        ends = processes.ends()
+    assert {i: (status, err) for i, (status, _, err) in ends.items()} == {
+        0: (2, "error: config.yaml:3: no such key\n"), 1: (2, ""), 2: (2, "")
+    }  # fmt: skip
+
+
+def test_other_settings_are_refused():
+    code = "hosts.check_alike('settings', {'ppo': {'epochs': 1 if first else 2}, 'seed': 0}, 'start all alike')"
+    with Processes(code, 2) as processes:
+        ends = processes.ends()
+    assert [status for status, _, _ in ends.values()] == [2, 2]
+    assert re.search(r"process 1 \(host .*\) has other settings .*: ppo.epochs is 2, there 1; start all", ends[1][2])
+    assert "ppo.epochs is 2, there 1" in last_line(ends[0][2])
+
+
+def test_processes_that_do_not_come_are_named():
+    began = time.monotonic()
+    with Processes("pass", 5, absent=(1, 3, 4), timeout=3.0) as processes:
+        ends = processes.ends()
+    assert time.monotonic() - began < 30
+    for status, out, err in ends.values():
+        assert status == 2 and not out
+        assert re.search(r"error: processes 1, 3-4 of 5 did not come within 3 s; here: 0 \(\S+\), 2 \(\S+\);", err), err
+
+
+def test_a_coordinator_that_does_not_come_is_named():
+    with Processes("pass", 2, absent=(0,), timeout=2.0) as processes:
+        status, _, err = processes.ends()[1]
+    assert status == 2
+    assert re.fullmatch(r"error: process 1 of 2: process 0 did not answer at localhost:\d+ within 2 s .*\n", err), err
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"coordinator localhost:{port}: .*(use|permitted)"):
+            hosts.lifeline.open_hub("localhost", port, 2, {})
+
+
+def test_processes_that_were_started_unalike_do_not_wait_for_each_other():
+    """As one of four and one of three; a stranger on the port does no harm."""
+    hub = hosts.lifeline.open_hub("localhost", 0, 3, {"jax": "1"})
+    port = hub._listener.getsockname()[1]
+    with socket.create_connection(("localhost", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100)
+        for number, processes, software, message in (
+            (1, 4, {"jax": "1"}, "process 1 .* as one of 4, process 0 as one of 3"),
+            (2, 3, {"jax": "2"}, "process 2 .* runs jax 2, process 0 runs jax 1"),
+            (3, 3, {"jax": "1"}, "process 3 .* 1 to 2"),
+            (0, 3, {"jax": "1"}, "process 0 .*"),
+        ):
+            with pytest.raises(UserError, match=message):
+                hosts.lifeline.join_hub("localhost", port, number, processes, software, 5.0)
+    with pytest.raises(UserError, match="start all processes alike"):
+        hub.gather(30.0, dict)
+
+
+CLUSTERS = {
+    "SLURM": (
+        {
+            "SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "node[003-004]", "SLURM_NTASKS": "16", "SLURM_PROCID": "9",
+            "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
+        },
+        ("node003", 16, 9, (1,)),
+    ),
+    "a single task of SLURM": (
+        {
+            "SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "node003", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+        },
+        None,
+    ),
+    "Open MPI 4": (
+        {
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_VERSION": "4.1.6",
+        },
+        ("10.96.0.1", 2, 1, (0,)),
+    ),
+    "a Kubernetes pod that is no indexed job": ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+    "nothing": ({}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_clusters_tell_the_processes_apart(cluster, monkeypatch):
+    variables, wanted = CLUSTERS[cluster]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = find_place(environment={})
+    assert (found and (found.coordinator[0], found.processes, found.process, found.local_devices)) == wanted
+    if wanted:
+        assert 1024 < found.coordinator[1] < 65536
+        assert find_place(environment={}, processes=1) is None, "a flag that says so goes before the cluster"
+        assert find_place("here:1", environment={}).coordinator == ("here", 1)
+
+
+def test_flags_go_before_the_environment():
+    environment = {"JAXRLHF_COORDINATOR": "node:1234", "JAXRLHF_PROCESSES": "4", "JAXRLHF_PROCESS": "3"}
+    assert find_place(environment=environment) == Place(("node", 1234), 4, 3)
+    assert find_place("[::1]:99", 5, 0, environment) == Place(("::1", 99), 5, 0)
+    assert find_place(processes=1, process=0, environment=environment) is None
+
+
+UNUSABLE = {
+    "part of it": (("node:1", None, None), "--coordinator: given without --processes .* and --process"),
+    "no port": (("node", 2, 0), "--coordinator: must be HOST:PORT"),
+    "no such process": (("node:1", 2, 2), "--process: 2, but 2 processes are numbered 0 to 1"),
+    "a negative process": (("node:1", 2, -1), "--process: must be a whole number of at least 0"),
+    "no process": (("node:1", 0, 0), "--processes: must be .* at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_makes_no_whole_is_refused(case):
+    given, message = UNUSABLE[case]
+    with pytest.raises(UserError, match=message):
+        find_place(*given, environment={})
+    with pytest.raises(UserError, match="JAXRLHF_PROCESSES: must be a whole number of at least 1, given 'two'"):
+        find_place(environment={"JAXRLHF_PROCESSES": "two"})
+
+
+def test_a_process_alone_does_everything_itself():
+    with hosts.joined(None):
+        assert hosts.from_first(lambda: b"word") == b"word"
+        hosts.barrier()
+        hosts.check_alike("settings", {"a": 1}, "")
+        assert hosts.alone() and hosts.is_first()
+        hosts.failed(OSError())
+    assert hosts.ended(1) == 1
+    with pytest.raises(IndexError):
+        hosts.from_first(lambda: [][1], (IndexError,))

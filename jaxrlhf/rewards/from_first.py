@@ -1,0 +1,34 @@
+"""Rewards that the host computes, in a run of several processes: process 0 scores the whole batch, all get its scores.
+
+A function, a server or a classifier in torch may answer each call differently, keep a count, or see only one host's
+network: called by each process for itself, the processes would learn from different scores and drift apart. One call
+for the whole batch is also what a reward function is promised, whatever the number of processes.
+"""
+
+import numpy as np
+
+from jaxrlhf.rewards.answers import Answers, Reward
+from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rewards.pretrained import PretrainedReward
+from jaxrlhf.runtime.hosts import alone, from_first
+
+
+class FromFirst:
+    """A reward (see `answers.Reward`) that process 0 asks, for all; what it fails with is raised on all."""
+
+    def __init__(self, reward: Reward):
+        self.reward, self.name = reward, reward.name
+
+    def __call__(self, answers: Answers) -> np.ndarray:
+        answers.gather()
+
+        def score() -> bytes:
+            return np.asarray(self.reward(answers), np.float32).tobytes()
+
+        return np.frombuffer(from_first(score, (RewardFault,)), np.float32)
+
+
+def on_first(reward: Reward) -> Reward:
+    """The reward, asked by process 0 alone where there are several and it is no program of all devices."""
+    return reward if alone() or isinstance(reward, (ModelReward, PretrainedReward)) else FromFirst(reward)

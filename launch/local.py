@@ -1,0 +1,188 @@
+"""python launch/local.py --processes N -- --config FILE [key.path=value ...]: one run as N processes of this machine.
+
+Each is `python -m jaxrlhf.train` with what stands behind `--`. Process 0 keeps the terminal, the others write to files.
+When one fails the others end within seconds, and so does this: with the status of the process that failed first, and a
+last line that names it. SIGTERM and Ctrl-C go to all of them; a second one kills.
+
+Needs nothing but Python itself.
+"""
+
+import argparse
+import collections
+import ctypes
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TICK = 0.05  # seconds between looks at the processes
+TOGETHER = 20.0  # seconds in which the others end by themselves when one has failed
+LAST_WORD = 5.0  # seconds between SIGTERM and SIGKILL
+BLAMES = re.compile(r"^stopped: process (\d+) of \d+ ", re.MULTILINE)
+
+
+@dataclasses.dataclass
+class Child:
+    """One of the processes; `log` is None for process 0, which has the terminal."""
+
+    number: int
+    process: subprocess.Popen
+    log: Path | None
+    stuck: bool = False  # neither the end of the others nor SIGTERM ended it
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python launch/local.py", description="One run as several processes of this machine."
+    )
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many")
+    parser.add_argument(
+        "--devices-per-process",
+        type=int,
+        metavar="K",
+        help="accelerators of each: process I gets the K from I x K on (default: all see all, which is right on CPUs)",
+    )
+    parser.add_argument(
+        "--logs", metavar="DIR", help="for the output of processes 1 and up (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=120.0, metavar="SECONDS", help="to save and end after a signal (default: 120)"
+    )
+    parser.add_argument("train", nargs="+", metavar="ARGUMENT", help="behind --: what jaxrlhf.train gets")
+    parsed = parser.parse_args(arguments)
+    if parsed.processes < 1:
+        parser.error(f"--processes: must be at least 1, given {parsed.processes}")
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    logs = Path(given.logs) if given.logs else Path(tempfile.mkdtemp(prefix="jaxrlhf-launch-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: received.append(number))
+    address = f"localhost:{_free_port()}"
+    children = [_start(given, number, address, logs) for number in range(given.processes)]
+    ends = _watch(children, received, given.patience)
+    failed = [(child, status) for child, status in ends if status != 0]
+    if not failed:
+        if not given.logs:
+            shutil.rmtree(logs, ignore_errors=True)
+        return 0
+    child, status = _first_to_fail(failed)
+    where = "above" if child.log is None else child.log
+    who = f"process {child.number} of {given.processes} (pid {child.process.pid})"
+    _say(f"{who} {_how(child, status)}; its output: {where}")
+    return 128 - status if status < 0 else status
+
+
+def _start(given: argparse.Namespace, number: int, address: str, logs: Path) -> Child:
+    environment = os.environ | {
+        "JAXRLHF_COORDINATOR": address,
+        "JAXRLHF_PROCESSES": str(given.processes),
+        "JAXRLHF_PROCESS": str(number),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if given.devices_per_process:
+        first = number * given.devices_per_process
+        environment["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(first, first + given.devices_per_process)))
+    log = logs / f"process-{number}.log" if number else None
+    with open(log, "ab") if log else open(os.devnull) as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxrlhf.train", *given.train],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file if log else None,
+            stderr=subprocess.STDOUT if log else None,
+            start_new_session=True,  # Ctrl-C comes here alone, and is passed on once
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+    return Child(number, process, log)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans where this is killed
+
+
+def _watch(children: list[Child], received: list[int], patience: float) -> list[tuple[Child, int]]:
+    """Each child and its status (negative: the signal that killed it), in the order in which they ended.
+
+    After a failure the others have `TOGETHER` seconds to end, after a signal `patience`; then SIGTERM, then SIGKILL.
+    """
+    ends: list[tuple[Child, int]] = []
+    running, passed_on, deadline, hurried = list(children), 0, float("inf"), False
+    while running:
+        ended = [child for child in running if child.process.poll() is not None]
+        # A process that jax aborts (SIGABRT) in the same moment does so because another one was lost.
+        ended.sort(key=lambda child: child.process.returncode == -signal.SIGABRT)
+        ends += [(child, child.process.returncode) for child in ended]
+        running = [child for child in running if child not in ended]
+        if any(child.process.returncode for child in ended):
+            deadline = min(deadline, time.monotonic() + TOGETHER)
+        for number in received[passed_on:]:
+            _say(f"passing on {signal.Signals(number).name}" if not passed_on else "killing all processes")
+            _signal(running, number if not passed_on else signal.SIGKILL)
+            passed_on += 1
+            deadline = min(deadline, time.monotonic() + patience)
+        if time.monotonic() > deadline:
+            for child in running:
+                child.stuck |= hurried and not passed_on
+            _signal(running, signal.SIGKILL if hurried else signal.SIGTERM)
+            hurried, deadline = True, time.monotonic() + LAST_WORD
+        time.sleep(TICK)
+    return ends
+
+
+def _signal(children: list[Child], number: int) -> None:
+    for child in children:
+        child.process.send_signal(number)  # which does nothing to one that has ended
+
+
+def _first_to_fail(failed: list[tuple[Child, int]]) -> tuple[Child, int]:
+    """The failure that the others ended for: the one they name, else a stuck process, else the first."""
+    named = collections.Counter(number for child, _ in failed for number in _named_by(child))
+    for number, _ in named.most_common():
+        for child, status in failed:
+            if child.number == number:
+                return child, status
+    return next(((child, status) for child, status in failed if child.stuck), failed[0])
+
+
+def _named_by(child: Child) -> list[int]:
+    if child.log is None:
+        return []
+    with open(child.log, "rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
+        return [int(number) for number in BLAMES.findall(file.read().decode(errors="replace"))][-1:]
+
+
+def _how(child: Child, status: int) -> str:
+    if child.stuck:
+        return "was stuck: it had to be killed after the others had ended"
+    if status < 0:
+        return f"was killed by signal {-status} ({signal.Signals(-status).name})"
+    return f"failed with status {status}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _say(text: str) -> None:
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
