@@ -134,9 +134,9 @@ def joined(place: Place | None, timeout: float = START_TIMEOUT) -> Iterator[None
     """The block runs on all processes of the run, as one run: it ends well on all of them, or on none.
 
     Starts jax on all processes, which must come before any jax computation. Where the block raises, the others are
-    told and end with the same status; where another process is to blame, or says the same already, this one ends here
-    and the exception does not come out. Afterwards a process leaves with `ended`. Raises `UserError` where the
-    processes do not find each other within `timeout` seconds.
+    told and end with the same status; where another process is the one to say why, as process 0 is where all find the
+    same wrong, this one ends here and the exception does not come out. Afterwards a process leaves with `ended`. Raises
+    `UserError` where the processes do not find each other within `timeout` seconds.
     """
     if place is None:
         yield
@@ -168,19 +168,13 @@ def ended(status: int) -> int:
 def failed(error: BaseException) -> None:
     """Tells the other processes of this one's exception, before anything that would wait for them.
 
-    Returns where this process is the one to say so; ends it here where another one is to blame, or says the same.
+    Returns where this process is the one to say so; ends it here where another one is.
     """
     if _lifeline is None:
         return
-    own = _lifeline.failure(*_described(error))
-    verdict = _lifeline.report(own)
-    if verdict.process == _lifeline.process:
-        return
-    if verdict.text == own.text:
-        _lifeline.leave()
-        flush()
-        os._exit(verdict.status)
-    _lifeline.exit(verdict)
+    verdict = _lifeline.report(_lifeline.failure(*_described(error)))
+    if verdict.process != _lifeline.process:
+        _lifeline.exit(verdict)
 
 
 def _described(error: BaseException) -> tuple[str, int, bool]:

@@ -193,9 +193,10 @@ def test_what_all_find_wrong_is_said_by_process_0_alone():
     code = "time.sleep(0.3 * first)\nraise UserError('config.yaml:3: no such key')"
     with Processes(code, 3) as processes:
         ends = processes.ends()
-    assert {i: (status, err) for i, (status, _, err) in ends.items()} == {
-        0: (2, "error: config.yaml:3: no such key\n"), 1: (2, ""), 2: (2, "")
-    }  # fmt: skip
+    assert (ends[0][0], ends[0][2]) == (2, "error: config.yaml:3: no such key\n")
+    for i in (1, 2):
+        status, _, err = ends[i]
+        assert status == 2 and re.fullmatch(r"stopped: process 0 of 3 .* failed: its own output says why\n", err)
 
 
 def test_other_settings_are_refused():

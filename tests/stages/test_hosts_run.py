@@ -1,0 +1,208 @@
+"""Whole runs of PPO on one process, on two and on four, through the local launcher; one is killed and continued.
+
+Runs of the same number of processes share their compiled programs on disk, as a restarted run on a cluster may.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from jaxrlhf.config import RunConfig
+from jaxrlhf.stages.run import run_stages
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
+BOUND = 60  # seconds in which all processes end when one is lost
+CONFIG = {
+    "model": {
+        "new": {"hidden_size": 32, "layers": 1, "heads": 1, "kv_heads": 1, "intermediate_size": 32, "max_positions": 32}
+    },
+    "stages": ["ppo"],
+    "ppo": {
+        "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 5, "batch_size": 4,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 4}, "evaluation_prompts": 4, "save_every": 2,
+        "adapter": {"rank": 2, "target_modules": ["q_proj", "down_proj"]}, "sample_every": 1,
+        "update": {"epochs": 1, "minibatches": 2, "optimizer": {"learning_rate": 0.01}},
+    },
+}  # fmt: skip
+# Differs between answers, notes who calls it, and is down where a file says so.
+REWARD = """
+import os
+from pathlib import Path
+
+here = Path(__file__).parent
+
+def score(prompts, completions):
+    (here / "calls").open("a").write(os.environ.get("JAXRLHF_PROCESS", "alone") + " ")
+    if (here / "down").exists():
+        raise ConnectionError("no answer")
+    return [len(text) / 20 + text.count("e") / 3 for text in completions]
+"""
+
+
+def settings(folder, name):
+    reward = {"kind": "function", "function": f"{folder / 'letters.py'}:score"}
+    return CONFIG | {"run_dir": str(folder / name), "ppo": CONFIG["ppo"] | {"reward": reward}}
+
+
+class Launched:
+    """A run under the local launcher."""
+
+    def __init__(self, folder, name, processes):
+        self.run_dir, self.logs, self.processes = folder / name, folder / f"logs-{name}", processes
+        config = folder / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(settings(folder, name)))
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"cache-{processes}")}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes", str(processes)]
+        command += ["--logs", str(self.logs), "--", "--config", str(config)]
+        self._errors = open(folder / f"{name}.err", "w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, env=os.environ | cache | {"JAX_PLATFORMS": "cpu"}, cwd=folder, stdout=self._errors,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def end(self, seconds=600):
+        """(status, what was said)."""
+        try:
+            status = self.process.wait(seconds)
+        finally:
+            self.process.kill()  # and with it its children
+        self._errors.seek(0)
+        said = self._errors.read()
+        self._errors.close()
+        return status, said
+
+    def log(self, number):
+        return (self.logs / f"process-{number}.log").read_text()
+
+    def pid(self, number):
+        """Of the process with that number."""
+        listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        for line in listed.splitlines():
+            pid, parent = map(int, line.split())
+            if parent == self.process.pid:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if f"JAXRLHF_PROCESS={number}".encode() in variables:
+                    return pid
+        raise AssertionError(f"no process {number}")
+
+    def wait_for_step(self, step, saved):
+        """Until a step is logged, and the checkpoint of another on disk."""
+        while not (len(lines(self.run_dir, "metrics.jsonl")) >= step and (self.checkpoint(saved)).exists()):
+            assert self.process.poll() is None, self.end()
+            time.sleep(0.02)
+
+    def checkpoint(self, step):
+        return self.run_dir / "checkpoints" / "ppo" / str(step)
+
+
+def lines(run_dir, name):
+    file = run_dir / name
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def answers(run_dir):
+    return [x.get("samples") or [x["before"], x["after"]] for x in lines(run_dir, "samples.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hosts")
+    (folder / "letters.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """The same run on one process, on two and on four: what was said by each, and who was asked for scores."""
+    said, calls = {}, {}
+    for name, processes in (("two", 2), ("four", 4)):
+        (folder / "calls").write_text("")
+        status, said[name] = Launched(folder, name, processes).end()
+        assert status == 0, said[name]
+        calls[name] = (folder / "calls").read_text().split()
+    (folder / "calls").write_text("")
+    run_stages(RunConfig.model_validate(settings(folder, "one")))
+    calls["one"] = (folder / "calls").read_text().split()
+    return SimpleNamespace(folder=folder, said=said, calls=calls)
+
+
+@pytest.mark.parametrize("name", ["two", "four"])
+def test_several_processes_learn_what_one_does(runs, name):
+    one, other = runs.folder / "one", runs.folder / name
+    assert answers(one) == answers(other), "the same tokens, and scores to the fourth digit"
+    for role in ("policy", "value"):
+        alone, together = (load_file(run / "roles" / role / "adapter.safetensors") for run in (one, other))
+        for leaf, values in alone.items():
+            np.testing.assert_allclose(together[leaf], values, atol=1e-5, rtol=0, err_msg=f"{role} {leaf}")
+    fresh = load_file(runs.folder / "one" / "roles" / "policy" / "adapter.safetensors")
+    assert max(np.abs(values).max() for leaf, values in fresh.items() if leaf.endswith("lora_b")) > 0.01, "it learnt"
+    metrics = [lines(run, "metrics.jsonl") for run in (one, other)]
+    assert len(metrics[0]) == len(metrics[1]) == 5
+    for alone, together in zip(*metrics):
+        for metric in ("kl/k1", "policy/entropy", "gap/logprob_max"):  # logprobs, in sums over an answer
+            assert together[metric] == pytest.approx(alone[metric], abs=1e-5), metric
+        assert {together[f"compiles/{program}"] for program in ("rollout", "annotate", "update")} == {1}
+
+
+def test_rewards_are_asked_once_and_tables_are_printed_once(runs):
+    assert {*runs.calls["one"]} == {"alone"} and {*runs.calls["two"], *runs.calls["four"]} == {"0"}
+    assert len(runs.calls["one"]) == len(runs.calls["two"]) == len(runs.calls["four"])
+    for name, processes in (("two", 2), ("four", 4)):
+        assert runs.said[name].count("before PPO") == 1
+        for number in range(1, processes):
+            text = (runs.folder / f"logs-{name}" / f"process-{number}.log").read_text()
+            assert not [line for line in text.splitlines() if "[Gloo]" not in line], text
+
+
+def test_a_run_of_four_that_loses_one_ends_at_once_and_goes_on_to_the_same_bits(runs):
+    killed = Launched(runs.folder, "killed", 4)
+    killed.wait_for_step(3, saved=2)
+    victim = killed.pid(2)
+    began = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    status, said = killed.end(BOUND)
+    took = time.monotonic() - began
+    assert status == 128 + signal.SIGKILL and took < BOUND
+    last = said.rstrip("\n").splitlines()[-1]
+    assert re.fullmatch(rf"launch: process 2 of 4 \(pid {victim}\) was killed by signal 9 .*process-2\.log", last), said
+    for text in (said, killed.log(1), killed.log(3)):
+        assert re.search(rf"^stopped: process 2 of 4 \(host \S+, pid {victim}\) died: ", text, re.MULTILINE), text
+    assert not (killed.run_dir / "roles" / "finished.json").exists()
+
+    status, said = Launched(runs.folder, "killed", 4).end()
+    assert status == 0 and "goes on after step" in said, said
+    for role in ("policy", "value"):
+        file = Path("roles", role, "adapter.safetensors")
+        assert (killed.run_dir / file).read_bytes() == (runs.folder / "four" / file).read_bytes(), role
+    assert answers(killed.run_dir) == answers(runs.folder / "four")
+
+
+def test_a_reward_that_fails_ends_all_and_loses_no_step(runs):
+    failing = Launched(runs.folder, "failing", 2)
+    failing.wait_for_step(1, saved=2)
+    (runs.folder / "down").touch()
+    try:
+        status, said = failing.end(BOUND)
+    finally:
+        (runs.folder / "down").unlink()
+    assert status == 1
+    assert said.count("Traceback") == 2 and said.count("ConnectionError: no answer") == 3, "the cause and its effect"
+    done = len(lines(failing.run_dir, "metrics.jsonl"))
+    assert failing.checkpoint(done).exists(), "what was learnt until then"
+    assert re.search(r"^(stopped: process 0 of 2|error: RewardFault)", failing.log(1), re.MULTILINE)
+    assert "Traceback" not in failing.log(1)
