@@ -140,7 +140,8 @@ def test_help_lists_every_setting_with_type_default_and_description():
     assert "ppo.update.clip_low  float >= 0 = 0.2  the ratio is clipped below 1 - clip_low" in lines
     assert "run_dir  text, required  directory of the run; the same command continues it" in lines
     assert any(line.startswith("ppo.sampling.top_p  float > 0 and <= 1 or null = null  keep") for line in lines)
-    assert any(line.startswith("adapter.target_modules  non-empty list of text = [all-linear]  modules") for line in lines)
+    modules = "adapter.target_modules  non-empty list of text = [all-linear]  modules"
+    assert any(line.startswith(modules) for line in lines)
     assert any(line.startswith("adapter.kind  lora | full = lora  lora: low-rank") for line in lines)
     assert "sft  section or null = null  settings of the sft stage" in lines
     keys = [line.split("  ")[0] for line in lines]

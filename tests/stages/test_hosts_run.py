@@ -65,7 +65,8 @@ class Launched:
         config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(settings(folder, name)))
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"cache-{processes}")}
-        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
         command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes", str(processes)]
         command += ["--logs", str(self.logs), "--", "--config", str(config)]
         self._errors = open(folder / f"{name}.err", "w+")  # noqa: SIM115
