@@ -152,7 +152,9 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     update_config = _with_total_steps(config)
     start = place(run.mesh, _starting_policy(run, roles, inputs))
     reference = place(run.mesh, _starting_reference(run, roles, inputs, start))
-    reward = compose(inputs.rewards, lambda: ModelReward(roles.base, place(run.mesh, roles.adapters["reward"])))
+    reward = compose(
+        inputs.rewards, lambda: ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]), run.mesh)
+    )
     sampler = Sampler(run, roles, reward, inputs.gold)
     ppo = init_ppo(start, _starting_value(run, roles), update_config)
     iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)

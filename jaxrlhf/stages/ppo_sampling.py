@@ -67,8 +67,8 @@ class Sampler:
         self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
-        self.rollout = Program(rollout, "rollout")
-        self.merge = Program(_merge, "merge", out_shardings=batch_sharding(run.mesh))
+        self.rollout = Program(rollout, "rollout", run.mesh)
+        self.merge = Program(_merge, "merge", run.mesh, out_shardings=batch_sharding(run.mesh))
 
     def answer(
         self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray, key: jax.Array, sampling: Sampling | None = None
