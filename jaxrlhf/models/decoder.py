@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxrlhf.models.attention import attend, causal_mask, operand, positions_of, rotate, within_window
 from jaxrlhf.models.rope import Rope, frequencies
+from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
 
 def _gelu_tanh(x: jax.Array) -> jax.Array:
@@ -300,7 +301,10 @@ class Decoder(nnx.Module):
         values are written at slot `at` (i32[]), and `mask_BTS` spans the whole cache.
         """
         run = jax.checkpoint(Block.__call__) if remat else Block.__call__
-        x_BTD = self.embed_tokens(tokens_BT)
+        # Whole sequences stay where their rows are, and the weights come to them. One token a row is less than the
+        # weights: in decoding it goes where they are.
+        lies = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")
+        x_BTD = laid_out(laid_out(self.embed_tokens(tokens_BT), "data", None, "fsdp"), *lies)  # as the table, then rows
         if self.config.embedding_scale != 1:  # rounded to the model's dtype, as it was in training
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.embed_positions is not None:
@@ -311,6 +315,7 @@ class Decoder(nnx.Module):
         for index, block in enumerate(self.layers):
             mask = masks[self.config.layer_kind(index).window]
             x_BTD, layer_cache = run(block, x_BTD, positions_BT, mask, None if cache is None else cache[index], at)
+            x_BTD = laid_out(x_BTD, *lies)
             caches.append(layer_cache)
         return self.final_norm(x_BTD), caches
 
@@ -323,6 +328,7 @@ class Decoder(nnx.Module):
         # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
         kernel = operand(kernel.astype(hidden_BTD.dtype))
         logits = jnp.matmul(operand(hidden_BTD), kernel, preferred_element_type=jnp.float32)
+        logits = laid_out(logits, BATCH_AXES, None, "tensor")
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -20,9 +20,9 @@ class ModelReward:
 
     name = "reward_model"
 
-    def __init__(self, base: Decoder, adapter: Adapter):
+    def __init__(self, base: Decoder, adapter: Adapter, mesh: jax.sharding.Mesh | None = None):
         self.base, self.adapter = base, adapter
-        self.program = Program(score_rollout, "reward")
+        self.program = Program(score_rollout, "reward", mesh)
 
     def __call__(self, answers: Answers) -> jax.Array:
         return self.program(self.base, self.adapter, answers.rollout)

@@ -41,7 +41,7 @@ class PretrainedReward:
         self.max_length = min(config.max_length, self.base.config.max_positions)
         self._check_tokenizer(key_path)
         self.lengths = _lengths(self.max_length)
-        self.program = Program(score_tokens, "reward", out_shardings=replicated(mesh))
+        self.program = Program(score_tokens, "reward", mesh, out_shardings=replicated(mesh))
 
     def check_prompts(self, prompts: PromptSet) -> None:
         """`UserError` where the chat template refuses a chat."""

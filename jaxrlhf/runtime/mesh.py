@@ -118,6 +118,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def laid_out(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Inside a `Program` on a mesh (or under `jax.set_mesh`): x with each dimension split over these of its axes.
+
+    What flows between layers would else follow the weights that it meets, and each device would compute every row.
+    Dimensions without axes are whole. Axes that do not divide a dimension are left out, the last ones first. Without a
+    mesh, or on one whose axes are not `AxisType.Auto`, x is returned as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+
+    def fitted(size: int, wanted: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+        while wanted and size % math.prod(mesh.shape.get(axis, 1) for axis in wanted):
+            wanted = wanted[:-1]
+        return tuple(axis for axis in wanted if axis in mesh.shape) or None
+
+    spec = PartitionSpec(*(fitted(size, wanted) for size, wanted in zip(x.shape, axes)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
     """Raises `UserError` where `rows`, set by `key_path`, cannot be split evenly over `data` and `fsdp`."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -1,5 +1,6 @@
 """Compiled programs that count how often they were compiled, and the memory that they took."""
 
+import contextlib
 import functools
 import resource
 import sys
@@ -13,18 +14,19 @@ _running: list["Program"] = []  # programs being called, innermost last; dispatc
 
 
 class Program:
-    """`jax.jit` of a function, under a name, that knows how often it was compiled.
+    """`jax.jit` of a function, under a name, that knows how often it was compiled; on `mesh`, see `mesh.laid_out`.
 
     `compiles` stays at 1 as long as every call has the shapes, dtypes, static values and placement of the first.
     A change of placement alone (another sharding, or an array that was not yet committed to its device) compiles
     again without tracing again, so both are counted and the larger number is told.
     """
 
-    def __init__(self, function: Callable, name: str, **jit_options: Any):
+    def __init__(self, function: Callable, name: str, mesh: jax.sharding.Mesh | None = None, **jit_options: Any):
         @functools.wraps(function)  # keeps the signature, which static_argnames needs
         def traced(*args, **kwargs):
             self.traces += 1
-            return function(*args, **kwargs)
+            with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args, **kwargs)
 
         traced.__name__ = traced.__qualname__ = name
         self.name = name

@@ -51,9 +51,9 @@ class Iteration:
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
         # What the next iteration is given lies where the first was given it: otherwise all would compile again.
         whole = replicated(run.mesh)
-        self.annotate = Program(annotate_experience, "annotate", out_shardings=(None, whole, None))
+        self.annotate = Program(annotate_experience, "annotate", run.mesh, out_shardings=(None, whole, None))
         self.update = Program(
-            ppo_update, "update", donate_argnums=0, out_shardings=(tree_shardings(run.mesh, state), None)
+            ppo_update, "update", run.mesh, donate_argnums=0, out_shardings=(tree_shardings(run.mesh, state), None)
         )
         greedy = ADVANTAGES[config.advantage.estimator].needs_greedy and sampler.greedy_rollout is not sampler.rollout
         more = ((sampler.greedy_rollout,) if greedy else ()) + ((sampler.merge,) if config.resample else ())

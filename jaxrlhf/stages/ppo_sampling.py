@@ -67,7 +67,7 @@ class Sampler:
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         # All answers lie alike, those of a rollout and those merged: otherwise merging them would compile again.
-        placed = {"out_shardings": batch_sharding(run.mesh)}
+        placed = {"mesh": run.mesh, "out_shardings": batch_sharding(run.mesh)}
         self.rollout = Program(rollout, "rollout", **placed)
         # Greedy answers of no group are the same program at another temperature; beside groups they have their own.
         alone = self.sampling.samples_per_prompt == 1

@@ -80,6 +80,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
     update = Program(
         reward_model_update,
         "reward_model_update",
+        run.mesh,
         donate_argnums=0,
         static_argnames=("microbatches", "remat"),
         out_shardings=(tree_shardings(run.mesh, state), None),
@@ -110,7 +111,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
 
 def evaluate(run: Run, base: Decoder, adapter: Adapter, data: PreferenceData) -> dict[str, float]:
     """Share of pairs whose chosen answer scores higher (ties count half), and the mean and deviation of scores."""
-    program = Program(pair_scores, "pair_scores")
+    program = Program(pair_scores, "pair_scores", run.mesh)
     chosen, rejected = [], []
     for batch in data.all_batches():
         real = batch.weight > 0

@@ -18,7 +18,8 @@ from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import load_adapter, save_adapter
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Adapter
@@ -145,20 +146,6 @@ def _new_model(config: RunConfig) -> tuple[Decoder, Tokenizer]:
     """A decoder of random weights, and the tokenizer of its vocabulary's words."""
     from jaxrlhf.data.world import VOCABULARY
 
-    new = config.model.new
     tokenizer = build_word_tokenizer(VOCABULARY)
-    shape = DecoderConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=new.hidden_size,
-        intermediate_size=new.intermediate_size,
-        layers=new.layers,
-        heads=new.heads,
-        kv_heads=new.kv_heads,
-        head_dim=new.hidden_size // new.heads,
-        max_positions=new.max_positions,
-        tie_embeddings=True,
-        initializer_range=new.hidden_size**-0.5,
-        stop_tokens=(tokenizer.eos_id,),
-        pad_token=tokenizer.pad_id,
-    )
+    shape = new_decoder_config(config.model.new, tokenizer)
     return Decoder(shape, key_for(config.seed, "model", 0, "weights"), jnp.dtype(config.model.dtype)), tokenizer

@@ -66,6 +66,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     update = Program(
         sft_update,
         "sft_update",
+        run.mesh,
         donate_argnums=0,
         static_argnames=("microbatches", "remat"),
         out_shardings=(tree_shardings(run.mesh, state), None),
@@ -85,7 +86,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
 
 def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) -> float:
     """Mean cross-entropy per learnt token, in nats."""
-    program = Program(sft_evaluate, "sft_evaluate")
+    program = Program(sft_evaluate, "sft_evaluate", run.mesh)
     sums = [program(base, adapter, place_batch(run.mesh, batch)) for batch in data.all_batches()]
     losses, tokens = zip(*fetch(sums))
     return float(sum(losses) / max(sum(tokens), 1))

@@ -18,6 +18,7 @@ from jaxrlhf.models.adapters import SCORE, bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
+from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 from jaxrlhf.steps.microbatches import accumulate, split_rows
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step
 from jaxrlhf.steps.sft import learnt_tokens, sft_loss
@@ -68,7 +69,7 @@ def ppo_update(
 
     def step(state: PPOState, given: tuple[jax.Array, SFTBatch | None]):
         rows_of_step, mix_of_step = given
-        minibatch = jax.tree.map(lambda x: x[rows_of_step], experience)
+        minibatch = jax.tree.map(lambda x: laid_out(x[rows_of_step], BATCH_AXES), experience)
         return _minibatch_step(state, base, minibatch, config, mix_of_step)
 
     if config.kl_stop is not None:

@@ -1,0 +1,70 @@
+"""python -m jaxrlhf.plan --config FILE --devices N [key.path=value ...]: what a run needs, without cards or weights."""
+
+import argparse
+import json
+import sys
+
+from jaxrlhf.command import main_of
+from jaxrlhf.errors import UserError
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxrlhf.plan",
+        description="Memory, arithmetic, exchange and least time of each program of a run on N cards. Needs neither "
+        "cards nor weights: of model.path only config.json is read. The programs are partitioned by XLA for N virtual "
+        "devices with models of one and two layers; the rest is counted and extrapolated, as the output says.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--devices", required=True, type=int, metavar="N", help="number of cards, such as 8 or 512")
+    parser.add_argument("--card", default="h100", help="h100, h200, a100, a100-40, b200, l40s; default h100")
+    parser.add_argument("--memory", metavar="SIZE", help="of each card, such as 80GiB; default: the card's")
+    parser.add_argument("--per-host", type=int, default=8, metavar="N", help="cards of a host; default 8")
+    parser.add_argument(
+        "--compiler",
+        choices=("count", "cuda"),
+        default="count",
+        help="activations: counted (default), or as XLA's compiler for NVIDIA cards lays them out, which needs "
+        "jax's CUDA plugin but no card, and takes longer",
+    )
+    parser.add_argument("--no-largest-batch", action="store_true", help="leaves that out, in half of the time")
+    parser.add_argument("--json", action="store_true", help="prints JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    return parser.parse_intermixed_args(arguments)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.config_io import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from jaxrlhf.planning.cards import find_card, parse_memory, usable_share
+    from jaxrlhf.planning.devices import virtual_devices
+    from jaxrlhf.planning.planner import Asked, make_plan
+    from jaxrlhf.planning.report import as_json, as_text
+
+    for name in ("devices", "per_host"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {getattr(arguments, name)}")
+    card = find_card(arguments.card)
+    memory = parse_memory(arguments.memory) if arguments.memory else card.memory
+    asked = Asked(
+        devices=arguments.devices,
+        card=card,
+        memory=memory * usable_share(),
+        per_host=arguments.per_host,
+        largest_batch=not arguments.no_largest_batch,
+    )
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found = make_plan(config, asked, virtual_devices(arguments.devices), say)
+    print(json.dumps(as_json(found), indent=1) if arguments.json else as_text(found))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return main_of(lambda: plan(parse(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

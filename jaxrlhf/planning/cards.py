@@ -1,0 +1,69 @@
+"""Accelerators by name: peak rates that their makers publish, and what a run can take of their memory.
+
+Peaks are dense (without sparsity) and are not reached: 60 to 80 percent of the arithmetic, 80 to 90 percent of the
+bandwidth are usual. `network` is a card's share of its host's adapters in the maker's own reference system.
+"""
+
+import dataclasses
+import os
+import re
+
+from jaxrlhf.errors import UserError
+
+GIB = 2**30
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+          "TIB": 2**40}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Rates in units per second, per card."""
+
+    name: str
+    memory: float  # bytes
+    flops: float  # bfloat16 matrix products
+    flops32: float  # float32 products as TF32
+    bandwidth: float  # bytes to and from memory
+    link: float  # bytes to other cards of the host, one way
+    network: float  # bytes to other hosts, one way
+    source: str
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("a100", 80 * 10**9, 312e12, 156e12, 2.039e12, 300e9, 25e9, "NVIDIA A100 80GB SXM datasheet; DGX A100"),
+        Card("a100-40", 40 * 10**9, 312e12, 156e12, 1.555e12, 300e9, 25e9, "NVIDIA A100 40GB SXM datasheet; DGX A100"),
+        Card("h100", 80 * 10**9, 989e12, 494e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM datasheet; DGX H100"),
+        Card("h200", 141 * 10**9, 989e12, 494e12, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM datasheet; DGX H200"),
+        Card("b200", 180 * 10**9, 2250e12, 1125e12, 8.0e12, 900e9, 50e9, "NVIDIA DGX B200 datasheet, an eighth of it"),
+        Card("l40s", 48 * 10**9, 362e12, 183e12, 0.864e12, 32e9, 25e9, "NVIDIA L40S datasheet; PCIe 4.0 x16, 200 Gbit/s"),
+    )
+}
+
+
+def find_card(name: str) -> Card:
+    """The card of this name; `UserError` with the list of those known."""
+    if (card := CARDS.get(name.lower())) is None:
+        raise UserError(f"--card: {name!r} is not known; known are {', '.join(CARDS)}")
+    return card
+
+
+def parse_memory(text: str) -> float:
+    """Bytes from text like 80GiB or 141 GB; `UserError` where it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if found is None or (unit := found[2].upper()) not in _UNITS or not float(found[1]):
+        raise UserError(f"--memory: {text!r} is no amount of memory; write a number and a unit, such as 80GiB or 141GB")
+    return float(found[1]) * _UNITS[unit]
+
+
+def usable_share() -> float:
+    """The share of a card's memory that a run may fill: `XLA_PYTHON_CLIENT_MEM_FRACTION` where it is set, else 0.9."""
+    given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    try:
+        share = 0.9 if given is None else float(given)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION: {given!r} is no share; a number above 0 and up to 1 is")
+    return share

@@ -1,0 +1,77 @@
+"""Settings against the mesh and the model, before anything is compiled."""
+
+import math
+
+import jax
+
+from jaxrlhf.config import RunConfig
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import DecoderConfig
+from jaxrlhf.runtime.mesh import BATCH_AXES, check_batch
+
+BATCHES = {"sft": "sft.batch_size", "reward_model": "reward_model.batch_size", "ppo": "ppo.batch_size"}
+
+
+def check(config: RunConfig, mesh: jax.sharding.Mesh, model: DecoderConfig) -> list[str]:
+    """What is worth knowing of how rows fall on the mesh; `UserError` where a run would refuse the settings."""
+    notes = []
+    for stage in config.stages:
+        section = getattr(config, stage)
+        check_batch(mesh, section.batch_size, BATCHES[stage])
+        rows, name = section.batch_size, BATCHES[stage]
+        if stage == "ppo":
+            length = section.max_prompt_tokens + section.sampling.max_new_tokens
+            where = "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens"
+            answers = rows * section.sampling.samples_per_prompt
+            count = section.update.minibatches
+            _check_split(answers, count, f"{count} equal minibatches", "ppo.update.minibatches")
+            rows, name = answers // count, "ppo.update.minibatches"
+            size, key_path = section.update.microbatch_size, "ppo.update.microbatch_size"
+        else:
+            length, where = section.max_length, f"{stage}.max_length"
+            size, key_path = section.microbatch_size, f"{stage}.microbatch_size"
+        if length > model.max_positions:
+            raise UserError(f"{where}: {length} tokens, but the model has {model.max_positions} positions")
+        if size is not None:
+            _check_split(rows, size, f"parts of {size}", key_path)
+            rows, name = size, key_path
+        notes += _uneven(mesh, rows, name)
+    return notes
+
+
+def valid_batches(config: RunConfig, stage: str, shares: int, most: int) -> int | None:
+    """The largest batch of at most `most` rows that splits over the mesh and into the stage's parts; None: none."""
+    section = getattr(config, stage)
+    for batch in range(most - most % shares, 0, -shares):
+        rows, size = batch, None if stage == "ppo" else section.microbatch_size
+        if stage == "ppo":
+            answers = batch * section.sampling.samples_per_prompt
+            if answers % section.update.minibatches:
+                continue
+            rows, size = answers // section.update.minibatches, section.update.microbatch_size
+        if size is None or rows % size == 0:
+            return batch
+    return None
+
+
+def shares_of(mesh: jax.sharding.Mesh) -> int:
+    """Over how many groups of devices rows are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _check_split(rows: int, number: int, wanted: str, key_path: str) -> None:
+    """`UserError` where the number does not divide the rows."""
+    if rows % number:
+        fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise UserError(f"{key_path}: {rows} rows cannot be split into {wanted}; these fit: {fitting}")
+
+
+def _uneven(mesh: jax.sharding.Mesh, rows: int, key_path: str) -> list[str]:
+    """A note where the rows that go through at once are too few for all devices to have some of their own."""
+    shares = shares_of(mesh)
+    if rows % shares == 0:
+        return []
+    return [
+        f"{key_path}: {rows} rows go through at a time, which {shares} groups of devices cannot share evenly: some "
+        f"compute the same; {shares * max(rows // shares, 1)} rows at a time would be shared"
+    ]

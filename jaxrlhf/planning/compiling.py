@@ -1,0 +1,128 @@
+"""Compiles a stage's programs from shapes, for a model of a few layers, and measures what comes out."""
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from jaxrlhf.planning.count import Collective, Count, Layout, count
+from jaxrlhf.planning.hlo import Module, parse
+from jaxrlhf.planning.programs import STAGES, Call
+from jaxrlhf.planning.shapes import Shapes, bytes_per_device
+
+# Machine code is not wanted: what is measured is known before it is made. Names that a version lacks are left out.
+_QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+_PASSES = ("spmd-partitioning", "call-inliner")  # the text is taken after the first of these that ran
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One program: its counts, and what the compiler says of its memory; bytes per device."""
+
+    call: Call
+    count: Count
+    compiled: float  # temporaries as the compiler has laid them out
+    parts: dict[str, float]  # what lies in memory beside temporaries: weights, adapters, optimizer, rows, results
+    cache: float  # keys and values, part of the temporaries
+    layers: int  # of the model that it was compiled for, or that it is extrapolated to
+
+
+def measure(stage: str, shapes: Shapes, layout: Layout, say: Callable[[str], None]) -> dict[str, Measured]:
+    """The stage's programs, compiled one after another, by name."""
+    calls, found, answer = STAGES[stage](shapes), {}, None
+    while True:
+        try:
+            call = calls.send(answer)
+        except StopIteration:
+            return found
+        say(f"{stage}: compiles {call.name} with {shapes.model.layers} layers")
+        lowered = call.program.lower(*call.args, **call.kwargs)
+        compiled, text = _compile(lowered)
+        answer = jax.tree.map(
+            lambda given, sharding: jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=sharding),
+            lowered.out_info,
+            compiled.output_shardings,
+        )
+        module = parse(text)
+        counted = count(module, layout)
+        parts = {name: float(bytes_per_device(tree)) for name, tree in call.lives.items()}
+        parts |= {"rows": float(bytes_per_device(call.rows)), "results": counted.outputs}
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        cache = _cache(module, call.cache) if call.cache else 0.0
+        found[call.name] = Measured(call, counted, temporaries, parts, cache, shapes.model.layers)
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program, and the text of one device's part of it as the partitioner left it."""
+    options = dict(_QUICK)
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "|".join(_PASSES)}
+            try:
+                compiled = lowered.compile(compiler_options=options | dump)
+            except jax.errors.JaxRuntimeError as error:
+                unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+                if unknown is None or options.pop(unknown[1], None) is None:
+                    raise
+                continue
+            return compiled, _partitioned(Path(folder))
+
+
+def _partitioned(folder: Path) -> str:
+    for name in _PASSES:
+        texts = sorted(folder.glob(f"*.after_{name}.*.txt"), key=lambda file: file.stat().st_size)
+        if texts:  # small programs may be compiled on the way: the largest is meant
+            return texts[-1].read_text(encoding="utf-8")
+    raise RuntimeError(f"XLA wrote no text after its passes {' or '.join(_PASSES)}")
+
+
+def _cache(module: Module, positions: int) -> float:
+    """Bytes of keys and values [rows, positions, heads, size] that a loop carries along."""
+    carried = (i.arrays for i in module.main.instructions.values() if i.op == "while")
+    return float(sum(a.bytes for arrays in carried for a in arrays if len(a.shape) == 4 and a.shape[1] == positions))
+
+
+# ---------------------------------------------------------------- a few layers -> all
+
+
+def extrapolated(few: Measured, more: Measured, layers: int) -> Measured:
+    """What a model of `layers` layers has, on the line through two of fewer layers.
+
+    All layers have the same shapes, so that every number is a sum of a part per layer and a part that stays; largest
+    sums may bend, where another moment becomes the fullest.
+    """
+    a, b = few.layers, more.layers
+
+    def line(x: float, y: float) -> float:
+        return max(x + (y - x) * (layers - a) / (b - a), 0.0)
+
+    first, second = few.count, more.count
+    kinds = {_kind(c): c for c in (*first.collectives, *second.collectives)}
+    collectives = []
+    for kind, c in kinds.items():
+        ends = [next((x for x in side.collectives if _kind(x) == kind), None) for side in (first, second)]
+        values = [
+            line(*(0.0 if end is None else getattr(end, field) for end in ends)) for field in ("count", "bytes", "wire")
+        ]
+        collectives.append(dataclasses.replace(c, count=values[0], bytes=values[1], wire=values[2]))
+    numbers = {name: line(getattr(first, name), getattr(second, name)) for name in ("flops", "bytes", "peak", "outputs")}
+    joined = Count(**numbers, collectives=sorted(collectives, key=lambda c: -c.wire), unknown_loops=first.unknown_loops)
+    return Measured(
+        more.call,
+        joined,
+        line(few.compiled, more.compiled),
+        {name: line(few.parts[name], more.parts[name]) for name in more.parts},
+        line(few.cache, more.cache),
+        layers,
+    )
+
+
+def _kind(c: Collective) -> tuple:
+    return c.kind, c.axes, c.size, c.hosts

@@ -1,0 +1,119 @@
+"""A run's arrays as shapes on its mesh: the base, the adapters, their optimizers and the batches. No memory is taken."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.config import AdapterConfig, ModelConfig, RunConfig
+from jaxrlhf.config_io import load_config
+from jaxrlhf.data.tokenizers import build_word_tokenizer
+from jaxrlhf.data.world import VOCABULARY
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapters import init_adapter, target_paths
+from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder
+from jaxrlhf.models.families import read_config
+from jaxrlhf.models.new import new_decoder_config
+from jaxrlhf.models.quantize import abstract_quantized
+from jaxrlhf.models.tensor_files import read_json
+from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Makes the shapes of one run: its settings, its mesh, and a model of `layers` layers."""
+
+    config: RunConfig
+    mesh: jax.sharding.Mesh
+    model: DecoderConfig
+
+    def with_layers(self, layers: int) -> "Shapes":
+        """The same run on a model of so many of its layers."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, layers=layers))
+
+    def base(self, model: DecoderConfig | None = None, dtype: str | None = None) -> Decoder:
+        """The frozen base, or another decoder in a dtype of its own."""
+        if model is not None:
+            return self.placed(abstract_decoder(model, dtype))
+        abstract = abstract_decoder(self.model, self.config.model.dtype)
+        kind = self.config.model.quantize
+        return self.placed(abstract if kind is None else abstract_quantized(abstract, kind))
+
+    def adapter(self, config: AdapterConfig, head: Literal["value", "reward"] | None = None) -> Any:
+        """An adapter on the base; `UserError` where it names modules that the model lacks."""
+        base = self.base()
+        if config.kind == "lora":
+            target_paths(base, config)
+        return self.placed(jax.eval_shape(lambda base: init_adapter(base, config, jax.random.key(0), head), base))
+
+    def placed(self, tree: Any) -> Any:
+        """The tree's shapes where `tree_shardings` puts them."""
+        return jax.tree.map(_shape, tree, tree_shardings(self.mesh, tree))
+
+    def rows(self, tree: Any) -> Any:
+        """The tree's shapes with their rows split over the mesh; scalars are whole."""
+        split, whole = batch_sharding(self.mesh), replicated(self.mesh)
+        return jax.tree.map(lambda leaf: _shape(leaf, split if leaf.shape else whole), tree)
+
+
+def _shape(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def tokens(rows: int, length: int) -> jax.ShapeDtypeStruct:
+    """i32[rows, length]."""
+    return jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+
+def mask(rows: int, length: int) -> jax.ShapeDtypeStruct:
+    """bool[rows, length]."""
+    return jax.ShapeDtypeStruct((rows, length), jnp.bool_)
+
+
+def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+    """f32[...]."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a device's share of every leaf."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def read_model(config: ModelConfig) -> DecoderConfig:
+    """The decoder that the settings name, from its `config.json` alone; `UserError` where it cannot be read."""
+    if config.new is not None:
+        return new_decoder_config(config.new, build_word_tokenizer(VOCABULARY))
+    if config.run is not None:
+        folder = Path(config.run)
+        if (folder / "roles" / "base").is_dir():
+            return read_folder(str(folder / "roles" / "base"))
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{config.run}: not a run directory: it has no config.yaml")
+        return read_model(load_config(folder / "config.yaml").model)
+    return read_folder(config.path)
+
+
+def read_folder(path: str) -> DecoderConfig:
+    """The decoder of a folder's, or hub id's, `config.json`. Of a hub id nothing else is fetched."""
+    folder = Path(path).expanduser()
+    file = folder / "config.json"
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        import huggingface_hub
+
+        try:
+            file = Path(huggingface_hub.hf_hub_download(path, "config.json"))
+        except (OSError, ValueError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"{path}: no such folder here, and not to be had from the hub: {reason}") from None
+    if not file.is_file():
+        raise UserError(f"{path}: no such folder with a config.json, which is all that a plan needs of a model")
+    return read_config(read_json(file), str(file))
