@@ -15,7 +15,7 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
 from jaxrlhf.runtime.health import PAUSED
-from jaxrlhf.runtime.mesh import fetch, place, place_batch, replicated, tree_shardings
+from jaxrlhf.runtime.mesh import batch_sharding, fetch, place, place_batch, replicated, tree_shardings
 from jaxrlhf.runtime.programs import Program, peak_memory_bytes
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of
@@ -50,8 +50,8 @@ class Iteration:
         self.rows = config.batch_size * self.group
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
         # What the next iteration is given lies where the first was given it: otherwise all would compile again.
-        whole = replicated(run.mesh)
-        self.annotate = Program(annotate_experience, "annotate", run.mesh, out_shardings=(None, whole, None))
+        rows, whole = batch_sharding(run.mesh), replicated(run.mesh)
+        self.annotate = Program(annotate_experience, "annotate", run.mesh, out_shardings=(rows, whole, None))
         self.update = Program(
             ppo_update, "update", run.mesh, donate_argnums=0, out_shardings=(tree_shardings(run.mesh, state), None)
         )

@@ -1,0 +1,138 @@
+"""Whole runs of PPO on 1, 2, 4 and 8 virtual devices, split by rows, by weights, within layers and all at once.
+
+All must draw the same tokens and learn the same weights, and no device may hold more than its share of what is split.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.slow
+
+MESHES = {  # (data, fsdp, tensor)
+    1: [(1, 1, 1)],
+    2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)],
+    4: [(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (1, 2, 2)],
+    8: [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)],
+}
+ALONE = (1, 1, 1)
+
+# Run by each process for all its meshes; sizes are multiples of 8, so that every kernel can be split 8 times.
+RUNS = '''
+import json, sys
+import jax
+from jaxrlhf.config import RunConfig
+from jaxrlhf.models.decoder import named_parameters
+from jaxrlhf.stages import ppo
+from jaxrlhf.stages.run import run_stages
+
+def config(folder, data, fsdp, tensor):
+    few = {"rank": 8, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}
+    return RunConfig.model_validate({
+        "run_dir": folder, "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor}, "stages": ["ppo"],
+        "model": {"new": {"hidden_size": 64, "layers": 1, "heads": 8, "kv_heads": 8, "intermediate_size": 64,
+                          "max_positions": 64}},
+        "ppo": {
+            "data": {"path": "builtin:assistant-prompts", "limit": 40}, "iterations": 5, "batch_size": 16,
+            "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "adapter": few, "value_adapter": few,
+            "reward": {"kind": "function", "function": "jaxrlhf.rewards.library:length", "options": {"target": 3}},
+            "update": {"epochs": 1, "minibatches": 2, "optimizer": {"learning_rate": 0.003},
+                       "value_optimizer": {"learning_rate": 0.003}},
+            "evaluation_prompts": 16, "save_every": 100, "sample_every": 1},
+    })
+
+def held(tree):
+    """Bytes by device, and by leaf: (shape, bytes, largest share of a device)."""
+    devices, leaves = {}, []
+    for leaf in jax.tree.leaves(tree):
+        shares = [(shard.device.id, shard.data.nbytes) for shard in leaf.addressable_shards]
+        for device, size in shares:
+            devices[device] = devices.get(device, 0) + size
+        leaves.append((leaf.shape, leaf.nbytes, max(size for _, size in shares)))
+    return {"devices": devices, "leaves": leaves}
+
+class Watched(ppo.Iteration):
+    def __call__(self, state, step, prompts):
+        result = super().__call__(state, step, prompts)
+        trees = {"base": named_parameters(self.roles.base), "state": result[0]["ppo"], "experience": result[3]}
+        found.update({name: held(tree) for name, tree in trees.items()})
+        return result
+
+ppo.Iteration = Watched
+for mesh in json.loads(sys.argv[2]):
+    found = {}
+    folder = f"{sys.argv[1]}/{'x'.join(map(str, mesh))}"
+    run_stages(config(folder, *mesh))
+    json.dump(found, open(f"{folder}/held.json", "w"))
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run directory for each mesh, by its name such as 2x2x1."""
+    folder = tmp_path_factory.mktemp("meshes")
+    for count, meshes in MESHES.items():
+        flags = f"--xla_force_host_platform_device_count={count}"
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", RUNS, str(folder), json.dumps(meshes)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_of(folder, mesh):
+    return folder / "x".join(map(str, mesh))
+
+
+def lines(run, name):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+OTHERS = [mesh for meshes in MESHES.values() for mesh in meshes if mesh != ALONE]
+
+
+@pytest.mark.parametrize("mesh", OTHERS, ids=lambda mesh: "x".join(map(str, mesh)))
+def test_every_mesh_learns_what_one_device_does(folder, mesh):
+    one, other = run_of(folder, ALONE), run_of(folder, mesh)
+    assert lines(one, "samples.jsonl") == lines(other, "samples.jsonl"), "tokens and scores"
+    for role in ("policy", "value"):
+        alone, split = (load_file(run / "roles" / role / "adapter.safetensors") for run in (one, other))
+        assert alone.keys() == split.keys()
+        for leaf, values in alone.items():
+            np.testing.assert_allclose(split[leaf], values, atol=1e-5, rtol=0, err_msg=f"{role} {leaf}")
+        moved = max(np.abs(values).max() for leaf, values in alone.items() if leaf.endswith("lora_b"))
+        assert moved > 0.005, "it learnt"
+    for alone, split in zip(lines(one, "metrics.jsonl"), lines(other, "metrics.jsonl"), strict=True):
+        for metric in ("kl/k1", "gap/logprob_max", "policy/entropy"):  # made of logprobs
+            assert split[metric] == pytest.approx(alone[metric], abs=1e-5), metric
+        assert {split[f"compiles/{program}"] for program in ("rollout", "annotate", "update")} == {1}
+
+
+@pytest.mark.parametrize("mesh", OTHERS, ids=lambda mesh: "x".join(map(str, mesh)))
+def test_no_device_holds_more_than_its_share(folder, mesh):
+    data, fsdp, tensor = mesh
+
+    def parts(name, shape):
+        """In how many parts an array must lie; of a LoRA pair's matrix, whose long side goes with its kernel's, any."""
+        if name == "experience":
+            return {data * fsdp}
+        if len(shape) < 2 or 1 in shape:  # norms, scales, counts, and a value head's one column
+            return {1}
+        if name == "base":
+            return {fsdp * (tensor if shape[0] % tensor == 0 else 1)}  # the vocabulary is no multiple of 4
+        return {fsdp, tensor}
+
+    held = json.loads((run_of(folder, mesh) / "held.json").read_text())
+    assert held.keys() == {"base", "state", "experience"}
+    for name, found in held.items():
+        wrong = [leaf for leaf in found["leaves"] if leaf[1] / leaf[2] not in parts(name, leaf[0])]
+        assert not wrong, name
+        assert len(found["devices"]) == data * fsdp * tensor
+        assert {*found["devices"].values()} == {sum(share for *_, share in found["leaves"])}, "all hold as much"
+    whole, share = (sum(leaf[i] for leaf in held["base"]["leaves"] if leaf[0][0] % tensor == 0) for i in (1, 2))
+    assert share < 1.2 * whole / (fsdp * tensor), "nothing large is whole"
