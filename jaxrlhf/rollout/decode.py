@@ -9,7 +9,7 @@ from flax import struct
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
-from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.adapters import bind, for_decoding
 from jaxrlhf.models.attention import causal_mask, positions_of
 from jaxrlhf.models.decoder import Cache, Decoder, LayerCache
 from jaxrlhf.records import Adapter, Prompts, Rollout
@@ -36,7 +36,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     for nothing. Logprobs are those of the whole distribution at `temperature`, also where top-k, top-p or
     min-p narrow what is sampled; greedy answers (temperature 0) get logprobs at temperature 1.
     """
-    model = bind(base, adapter)
+    model = for_decoding(bind(base, adapter))
     n, P = sampling.samples_per_prompt, prompts.tokens.shape[1]
     B = prompts.tokens.shape[0] * n
     R = sampling.max_new_tokens
@@ -49,8 +49,11 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     def extend(answers: _Answers, logits: jax.Array) -> _Answers:
         """Samples one token per row from logits f32[B,V]."""
         t = answers.length
-        sampled = draw(truncate(logits / temperature, sampling), uniforms[:, t])
-        token = jnp.where(greedy, jnp.argmax(logits, axis=-1).astype(jnp.int32), sampled)
+        token = jax.lax.cond(
+            greedy,
+            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            lambda: draw(truncate(logits / temperature, sampling), uniforms[:, t]),
+        )
         # The same function as when logprobs are recomputed: another order of the same sums would show.
         logprob = token_logprobs(logits[:, None], token[:, None], temperature)[0][:, 0]
         stopped = jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
@@ -100,5 +103,5 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
 
 def _with_room(layer: LayerCache, copies: int, slots: int) -> LayerCache:
     """The prompts' cache, once for each answer, with empty slots for it."""
-    room = ((0, 0), (0, slots), (0, 0), (0, 0))
+    room = ((0, 0), (0, 0), (0, slots), (0, 0))
     return LayerCache(*(jnp.pad(jnp.repeat(x, copies, axis=0), room) for x in layer))
