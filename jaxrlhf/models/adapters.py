@@ -138,7 +138,7 @@ def for_decoding(model: Decoder) -> Decoder:
 
 
 def _join_inputs(attention: Attention) -> None:
-    """q, k and v as one product, where they are plain float32 and not split over devices, which would take them apart."""
+    """q, k and v as one product, where they are plain float32 and not split over devices."""
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
     if split or not all(part.merges and part.lora_a is None for part in parts):

@@ -57,7 +57,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray, 
 
 def attend(
     q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
+    k_BKHS: jax.Array,
     v_BKSH: jax.Array,
     mask_BTS: jax.Array,
     scale: float | None = None,
@@ -65,21 +65,22 @@ def attend(
 ) -> jax.Array:
     """Grouped-query attention with softmax in float32; [B,T,N,H]. A query that sees no key gets finite junk.
 
+    Keys and values lie as the products read them, each head in one piece, as a cache keeps them for decoding.
     `scale` multiplies q k (None: H^-1/2); `softcap` c bends the product to c tanh(product / c) (2408.00118).
     """
     given = q_BTNH.dtype
-    q_BTNH, k_BKSH, v_BKSH = (operand(x) for x in (q_BTNH, k_BKSH, v_BKSH))
-    if softcap is None and jax.default_backend() != "cpu":
-        k_BSKH, v_BSKH = jnp.swapaxes(k_BKSH, 1, 2), jnp.swapaxes(v_BKSH, 1, 2)
+    q_BTNH, k_BKHS, v_BKSH = (operand(x) for x in (q_BTNH, k_BKHS, v_BKSH))
+    if q_BTNH.shape[1] > 1 and softcap is None and jax.default_backend() != "cpu":
+        k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
         attended = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
         return attended.astype(given)
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
+    K = k_BKHS.shape[1]
     G = N // K
     # The queries that share keys stand in one matrix of G T rows: products as large as they can be.
     q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     mask_B1XS = jnp.tile(mask_BTS, (1, G, 1))[:, None]
-    scores = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS, preferred_element_type=jnp.float32)
     scores *= H**-0.5 if scale is None else scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

@@ -88,10 +88,22 @@ class DecoderConfig:
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer, heads before slots: a step of decoding reads each head's in one piece."""
+    """Keys (rotated) and values of one layer, as a step of decoding reads them: each head's in one piece."""
 
-    k: jax.Array  # [B,K,S,H]
+    k: jax.Array  # [B,K,H,S]
     v: jax.Array  # [B,K,S,H]
+
+    def with_new(self, new: "LayerCache", at: jax.Array) -> "LayerCache":
+        """Those of T positions written from slot `at` on."""
+        return LayerCache(
+            jax.lax.dynamic_update_slice_in_dim(self.k, new.k.astype(self.k.dtype), at, axis=3),
+            jax.lax.dynamic_update_slice_in_dim(self.v, new.v.astype(self.v.dtype), at, axis=2),
+        )
+
+    def with_room(self, copies: int, slots: int) -> "LayerCache":
+        """Each row so many times, side by side, with empty slots at the end."""
+        k, v = (jnp.repeat(x, copies, axis=0) for x in self)
+        return LayerCache(jnp.pad(k, ((0, 0),) * 3 + ((0, slots),)), jnp.pad(v, ((0, 0),) * 2 + ((0, slots), (0, 0))))
 
 
 Cache = list[LayerCache]
@@ -175,15 +187,8 @@ class Attention(nnx.Module):
             turns, factor = frequencies(self.kind.rope, config.head_dim)
             q_BTNH = rotate(q_BTNH, positions_BT, turns, factor)
             k_BTKH = rotate(k_BTKH, positions_BT, turns, factor)
-        fresh = LayerCache(jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2))
-        if cache is None:
-            cache = fresh
-        else:
-            written = [
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=2)
-                for old, new in zip(cache, fresh)
-            ]
-            cache = LayerCache(*written)
+        fresh = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
+        cache = fresh if cache is None else cache.with_new(fresh, at)
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
         out_BTNH = attend(q_BTNH, cache.k, cache.v, mask_BTS, scale, config.attention_softcap)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache

@@ -57,7 +57,7 @@ def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _hit(weights: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(place i32[B] where the cumulative sum of weights f32[B,n] passes a threshold f32[B], what is left of that there).
+    """(place i32[B] where the cumulative sum of weights f32[B,n] passes a threshold f32[B], what is left of it there).
 
     Rounding may take a threshold past the end, or to a weight of 0: the place is then the last before with a weight.
     """
