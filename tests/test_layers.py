@@ -1,6 +1,7 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    commands > stages, planning > steps > rollout, rewards > models > data > algorithms > runtime > records, config, errors
+    commands > stages, planning > steps > rollout, rewards > models > data > algorithms > runtime
+        > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `models` stands above `data`
 because a pretrained model comes with its tokenizer. A file at the top of the package is a command unless it is

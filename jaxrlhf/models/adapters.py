@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxrlhf.config import AdapterConfig
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import Decoder, Linear, find_module, linear_shapes, named_parameters
+from jaxrlhf.models.decoder import Attention, Decoder, find_module, linear_shapes, named_parameters
+from jaxrlhf.models.linear import Linear
 from jaxrlhf.models.quantize import dequantize_decoder, quantization
 from jaxrlhf.records import Adapter
 
@@ -116,6 +117,39 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
                 value = value.astype(getattr(module, name)[...].dtype)
             setattr(module, name, nnx.Param(value))
     return model
+
+
+def for_decoding(model: Decoder) -> Decoder:
+    """A bound model that computes the same with fewer products: for a loop of one token a row at a time.
+
+    Layers that may be merged (see `linear.Linear.merges`) have their LoRA pairs in their kernels, and attention's three
+    input projections are one. Takes the memory of a copy of the kernels that change, while the program runs.
+    """
+    leaves, structure = jax.tree.flatten(model)
+    model = jax.tree.unflatten(structure, leaves)
+    for block in model.layers:
+        for room in (block.attention, block.mlp):
+            for name, layer in vars(room).items():
+                if isinstance(layer, Linear) and layer.merges and layer.lora_a is not None:
+                    pair = {name: getattr(layer, name)[...] for name in LORA_LEAVES}
+                    setattr(room, name, Linear(layer.kernel[...] + lora_product(pair), _value(layer.bias)))
+        _join_inputs(block.attention)
+    return model
+
+
+def _join_inputs(attention: Attention) -> None:
+    """q, k and v as one product, where they are plain float32 and not split over devices."""
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+    if split or not all(part.merges and part.lora_a is None for part in parts):
+        return
+    biases = [_value(part.bias) for part in parts]
+    bias = None if biases[0] is None else jnp.concatenate(biases)
+    attention.qkv_proj = Linear(jnp.concatenate([part.kernel[...] for part in parts], axis=1), bias)
+
+
+def _value(parameter: nnx.Param | None) -> jax.Array | None:
+    return None if parameter is None else parameter[...]
 
 
 def merge(base: Decoder, adapter: Adapter | None) -> Decoder:

@@ -1,6 +1,7 @@
 """Attention, rotary positions and the masks that say who sees whom.
 
-B rows, T query positions, S key positions, N query heads, K key-value heads, H head dimension.
+B rows, T query positions, S key positions, N query heads, K key-value heads, G = N / K of the queries to each, H head
+dimension.
 """
 
 import jax
@@ -56,29 +57,36 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray, 
 
 def attend(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
     mask_BTS: jax.Array,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
     """Grouped-query attention with softmax in float32; [B,T,N,H]. A query that sees no key gets finite junk.
 
+    Keys and values lie as the products read them, each head in one piece, as a cache keeps them for decoding.
     `scale` multiplies q k (None: H^-1/2); `softcap` c bends the product to c tanh(product / c) (2408.00118).
     """
     given = q_BTNH.dtype
-    q_BTNH, k_BSKH, v_BSKH = (operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
-    if softcap is None:
+    q_BTNH, k_BKHS, v_BKSH = (operand(x) for x in (q_BTNH, k_BKHS, v_BKSH))
+    if q_BTNH.shape[1] > 1 and softcap is None and jax.default_backend() != "cpu":
+        k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
         attended = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
         return attended.astype(given)
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    logits = softcap * jnp.tanh(logits * (H**-0.5 if scale is None else scale) / softcap)
-    logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H).astype(given)
+    K = k_BKHS.shape[1]
+    G = N // K
+    # The queries that share keys stand in one matrix of G T rows: products as large as they can be.
+    q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    mask_B1XS = jnp.tile(mask_BTS, (1, G, 1))[:, None]
+    scores = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS, preferred_element_type=jnp.float32)
+    scores *= H**-0.5 if scale is None else scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    weights = jax.nn.softmax(jnp.where(mask_B1XS, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights.astype(v_BKSH.dtype), v_BKSH)
+    return out_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(given)
 
 
 def operand(x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrlhf.models.attention import attend, causal_mask, operand, positions_of, rotate, within_window
+from jaxrlhf.models.linear import Linear
 from jaxrlhf.models.rope import Rope, frequencies
 from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
@@ -87,47 +88,25 @@ class DecoderConfig:
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer."""
+    """Keys (rotated) and values of one layer, as a step of decoding reads them: each head's in one piece."""
 
-    k: jax.Array  # [B,S,K,H]
-    v: jax.Array  # [B,S,K,H]
+    k: jax.Array  # [B,K,H,S]
+    v: jax.Array  # [B,K,S,H]
+
+    def with_new(self, new: "LayerCache", at: jax.Array) -> "LayerCache":
+        """Those of T positions written from slot `at` on."""
+        return LayerCache(
+            jax.lax.dynamic_update_slice_in_dim(self.k, new.k.astype(self.k.dtype), at, axis=3),
+            jax.lax.dynamic_update_slice_in_dim(self.v, new.v.astype(self.v.dtype), at, axis=2),
+        )
+
+    def with_room(self, copies: int, slots: int) -> "LayerCache":
+        """Each row so many times, side by side, with empty slots at the end."""
+        k, v = (jnp.repeat(x, copies, axis=0) for x in self)
+        return LayerCache(jnp.pad(k, ((0, 0),) * 3 + ((0, slots),)), jnp.pad(v, ((0, 0),) * 2 + ((0, slots), (0, 0))))
 
 
 Cache = list[LayerCache]
-
-
-class Linear(nnx.Module):
-    """x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where a LoRA pair is attached (2106.09685)."""
-
-    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
-        self.kernel = nnx.Param(kernel)  # [in, out]
-        self.bias = nnx.data(None if bias is None else nnx.Param(bias))  # [out]
-        self.lora_a = nnx.data(None)  # [in, rank]
-        self.lora_b = nnx.data(None)  # [rank, out]
-        self.lora_scale = nnx.data(None)  # []
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in, out)."""
-        return self.kernel.shape
-
-    def float32_kernel(self) -> jax.Array:
-        """f32[in, out]."""
-        return self.kernel[...].astype(jnp.float32)
-
-    def project(self, x: jax.Array) -> jax.Array:
-        """x @ kernel, in the dtype of x."""
-        return x @ self.kernel[...].astype(x.dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.project(x)
-        if self.bias is not None:
-            y += self.bias[...].astype(x.dtype)
-        if self.lora_a is not None:
-            # The scale is a constant of the adapter that travels with it: no gradient.
-            scale = jax.lax.stop_gradient(self.lora_scale[...]).astype(x.dtype)
-            y += ((x @ self.lora_a[...].astype(x.dtype)) * scale) @ self.lora_b[...].astype(x.dtype)
-        return y
 
 
 class RMSNorm(nnx.Module):
@@ -189,6 +168,7 @@ class Attention(nnx.Module):
         self.k_proj = make.linear(D, K * H, config.qkv_bias)
         self.v_proj = make.linear(D, K * H, config.qkv_bias)
         self.o_proj = make.linear(N * H, D, config.output_bias)
+        self.qkv_proj = nnx.data(None)  # q, k and v side by side, where `adapters.for_decoding` has put them
         normed = {"head": (H, H), "projection": (N * H, K * H)}.get(config.qk_norm)
         self.q_norm = nnx.data(normed and make.norm(normed[0]))
         self.k_norm = nnx.data(normed and make.norm(normed[1]))
@@ -197,20 +177,18 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache: LayerCache | None, at):
         B, T, _ = x_BTD.shape
         config = self.config
-        q_BTNH = self._heads(self.q_proj(x_BTD), self.q_norm)
-        k_BTKH = self._heads(self.k_proj(x_BTD), self.k_norm)
-        v_BTKH = self._heads(self.v_proj(x_BTD), None)
+        if self.qkv_proj is None:
+            projected = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        else:
+            N, K, H = config.heads, config.kv_heads, config.head_dim
+            projected = jnp.split(self.qkv_proj(x_BTD), [N * H, (N + K) * H], axis=-1)
+        q_BTNH, k_BTKH, v_BTKH = map(self._heads, projected, (self.q_norm, self.k_norm, None))
         if self.kind.rope is not None:
             turns, factor = frequencies(self.kind.rope, config.head_dim)
             q_BTNH = rotate(q_BTNH, positions_BT, turns, factor)
             k_BTKH = rotate(k_BTKH, positions_BT, turns, factor)
-        if cache is None:
-            cache = LayerCache(k_BTKH, v_BTKH)
-        else:
-            cache = LayerCache(
-                jax.lax.dynamic_update_slice_in_dim(cache.k, k_BTKH.astype(cache.k.dtype), at, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(cache.v, v_BTKH.astype(cache.v.dtype), at, axis=1),
-            )
+        fresh = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
+        cache = fresh if cache is None else cache.with_new(fresh, at)
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
         out_BTNH = attend(q_BTNH, cache.k, cache.v, mask_BTS, scale, config.attention_softcap)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache

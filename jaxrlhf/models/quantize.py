@@ -26,7 +26,8 @@ import numpy as np
 from flax import nnx
 
 from jaxrlhf.models.attention import operand
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, Linear, find_module, linear_shapes, named_parameters
+from jaxrlhf.models.decoder import Decoder, DecoderConfig, find_module, linear_shapes, named_parameters
+from jaxrlhf.models.linear import Linear
 from jaxrlhf.runtime.mesh import parameter_sharding
 
 KINDS = ("int8", "nf4")
@@ -62,6 +63,10 @@ class QuantizedLinear(Linear):
     @property
     def shape(self) -> tuple[int, int]:
         return self.fan_in, self.kernel_scale.shape[1]
+
+    @property
+    def merges(self) -> bool:
+        return False
 
     def project(self, x: jax.Array) -> jax.Array:
         return _product(self.fan_in, x, *self._leaves())

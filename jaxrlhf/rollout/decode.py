@@ -1,6 +1,7 @@
 """The rollout: sample answers to a batch of prompts, in one compiled program.
 
-B rows, P prompt tokens, R response tokens, S = P + R, V vocabulary.
+B rows, P prompt tokens, R response tokens, S = P + R, V vocabulary. Of the rows b are at work: those whose answers have
+ended are left behind when half of them have, again and again (`Sampling.halvings`).
 """
 
 import jax
@@ -9,22 +10,33 @@ from flax import struct
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
-from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.adapters import bind, for_decoding
 from jaxrlhf.models.attention import causal_mask, positions_of
-from jaxrlhf.models.decoder import Cache, Decoder, LayerCache
+from jaxrlhf.models.decoder import Cache, Decoder
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
+from jaxrlhf.runtime.mesh import BATCH_AXES
 
 
 @struct.dataclass
 class _Answers:
-    """The loop's state after `length` tokens."""
+    """All rows: what they have so far."""
 
-    length: jax.Array  # i32[]
     tokens: jax.Array  # i32[B,R]
     logprobs: jax.Array  # f32[B,R]
     mask: jax.Array  # bool[B,R]
     alive: jax.Array  # bool[B]; no stop token yet
+
+
+@struct.dataclass
+class _AtWork:
+    """The rows at work, and what the next step of decoding needs of each."""
+
+    row: jax.Array  # i32[b]; place among all rows
+    alive: jax.Array  # bool[b]
+    token: jax.Array  # i32[b]; the newest
+    prompt_slots: jax.Array  # bool[b,S]; slots with a token of the prompt
+    prompt_length: jax.Array  # i32[b]
     cache: Cache
 
 
@@ -36,7 +48,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     for nothing. Logprobs are those of the whole distribution at `temperature`, also where top-k, top-p or
     min-p narrow what is sampled; greedy answers (temperature 0) get logprobs at temperature 1.
     """
-    model = bind(base, adapter)
+    model = for_decoding(bind(base, adapter))
     n, P = sampling.samples_per_prompt, prompts.tokens.shape[1]
     B = prompts.tokens.shape[0] * n
     R = sampling.max_new_tokens
@@ -46,48 +58,59 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     temperature = jnp.where(greedy, 1.0, sampling.temperature)
     uniforms = row_uniforms(key, B, R)
 
-    def extend(answers: _Answers, logits: jax.Array) -> _Answers:
-        """Samples one token per row from logits f32[B,V]."""
-        t = answers.length
-        sampled = draw(truncate(logits / temperature, sampling), uniforms[:, t])
-        token = jnp.where(greedy, jnp.argmax(logits, axis=-1).astype(jnp.int32), sampled)
+    def extend(t: jax.Array, answers: _Answers, work: _AtWork, logits: jax.Array) -> tuple[_Answers, _AtWork]:
+        """Samples token t of each row at work from logits f32[b,V]."""
+        token = jax.lax.cond(
+            greedy,
+            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            lambda: draw(truncate(logits / temperature, sampling), uniforms[work.row, t]),
+        )
         # The same function as when logprobs are recomputed: another order of the same sums would show.
         logprob = token_logprobs(logits[:, None], token[:, None], temperature)[0][:, 0]
-        stopped = jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
-        return answers.replace(
-            length=t + 1,
-            tokens=answers.tokens.at[:, t].set(jnp.where(answers.alive, token, pad_token)),
-            logprobs=answers.logprobs.at[:, t].set(jnp.where(answers.alive, logprob, 0.0)),
-            mask=answers.mask.at[:, t].set(answers.alive),
-            alive=answers.alive & ~stopped,
+        alive = work.alive & ~jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
+        answers = _Answers(
+            tokens=answers.tokens.at[work.row, t].set(jnp.where(work.alive, token, pad_token)),
+            logprobs=answers.logprobs.at[work.row, t].set(jnp.where(work.alive, logprob, 0.0)),
+            mask=answers.mask.at[work.row, t].set(work.alive),
+            alive=answers.alive.at[work.row].set(alive),
         )
+        return answers, work.replace(alive=alive, token=token)
 
-    prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
-    prompt_lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
     slots = jnp.arange(P + R)
-    prompt_slots = jnp.pad(prompt_mask, ((0, 0), (0, R)))
 
-    def decode(answers: _Answers) -> _Answers:
-        """Runs the model on the newest token, whose slot is P + length - 1, and samples the next."""
-        at = P + answers.length - 1
-        token = jax.lax.dynamic_index_in_dim(answers.tokens, answers.length - 1, axis=1)
-        seen = prompt_slots | ((slots >= P) & (slots <= at))
-        positions = (prompt_lengths + answers.length - 1)[:, None]
-        hidden, cache = model.hidden(token, positions, seen[:, None, :], answers.cache, at)
-        return extend(answers.replace(cache=cache), model.logits(hidden)[:, 0])
+    def decode(state: tuple[jax.Array, _Answers, _AtWork]) -> tuple[jax.Array, _Answers, _AtWork]:
+        """Runs the model on the newest token, t - 1, whose slot is P + t - 1, and samples token t."""
+        t, answers, work = state
+        at = P + t - 1
+        seen = work.prompt_slots | ((slots >= P) & (slots <= at))
+        positions = (work.prompt_length + t - 1)[:, None]
+        hidden, cache = model.hidden(work.token[:, None], positions, seen[:, None, :], work.cache, at)
+        return t + 1, *extend(t, answers, work.replace(cache=cache), model.logits(hidden)[:, 0])
 
     segments = prompts.mask.astype(jnp.int32)
     hidden, prompt_cache = model.hidden(prompts.tokens, positions_of(segments), causal_mask(segments))
+    prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
+    work = _AtWork(
+        row=jnp.arange(B),
+        alive=jnp.ones((B,), bool),
+        token=jnp.zeros((B,), jnp.int32),
+        prompt_slots=jnp.pad(prompt_mask, ((0, 0), (0, R))),
+        prompt_length=jnp.sum(prompt_mask, axis=1, dtype=jnp.int32),
+        cache=[layer.with_room(n, R) for layer in prompt_cache],
+    )
     answers = _Answers(
-        length=jnp.int32(0),
         tokens=jnp.full((B, R), pad_token, jnp.int32),
         logprobs=jnp.zeros((B, R), jnp.float32),
         mask=jnp.zeros((B, R), bool),
-        alive=jnp.ones((B,), bool),
-        cache=[_with_room(layer, n, R) for layer in prompt_cache],
+        alive=work.alive,
     )
-    answers = extend(answers, jnp.repeat(model.logits(hidden[:, -1:])[:, 0], n, axis=0))
-    answers = jax.lax.while_loop(lambda a: (a.length < R) & jnp.any(a.alive), decode, answers)
+    first = jnp.repeat(model.logits(hidden[:, -1:])[:, 0], n, axis=0)
+    state = (jnp.int32(1), *extend(jnp.int32(0), answers, work, first))
+    sizes = _sizes(B, sampling.halvings)
+    for rows, fewer in zip(sizes, (*sizes[1:], 0)):
+        state = (*state[:2], _first_alive(state[2], rows))
+        state = jax.lax.while_loop(lambda s, fewer=fewer: (s[0] < R) & (jnp.sum(s[2].alive) > fewer), decode, state)
+    _, answers, _ = state
     return Rollout(
         tokens=jnp.concatenate([prompt_tokens, answers.tokens], axis=1),
         mask=jnp.concatenate([prompt_mask, answers.mask], axis=1),
@@ -98,7 +121,21 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     )
 
 
-def _with_room(layer: LayerCache, copies: int, slots: int) -> LayerCache:
-    """The prompts' cache, once for each answer, with empty slots for it."""
-    room = ((0, 0), (0, slots), (0, 0), (0, 0))
-    return LayerCache(*(jnp.pad(jnp.repeat(x, copies, axis=0), room) for x in layer))
+def _sizes(rows: int, halvings: int) -> list[int]:
+    """How many rows are at work, from all on: down to 4, where a step takes as long with fewer.
+
+    Rows that lie on several devices stay at work there: to move their caches takes longer.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape.get(axis, 1) > 1 for axis in BATCH_AXES):
+        return [rows]
+    smaller = (-(-rows // 2**i) for i in range(1, halvings + 1))
+    return [rows, *(size for size in smaller if 4 <= size < rows)]
+
+
+def _first_alive(work: _AtWork, rows: int) -> _AtWork:
+    """So many of the rows at work, those first whose answers go on."""
+    if rows == work.row.shape[0]:
+        return work
+    kept = jnp.argsort(~work.alive, stable=True)[:rows]
+    return jax.tree.map(lambda x: x[kept], work)

@@ -41,16 +41,34 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     """Tokens i32[B] distributed as softmax(logits f32[B,V]), by inverting the cumulative distribution.
 
-    `uniform` is f32[B] in [0, 1). One number a row instead of one per token of the vocabulary.
+    `uniform` is f32[B] in [0, 1). One number a row instead of one per token of the vocabulary. The sums go in two
+    levels, over blocks of tokens and then inside the block that is hit: a cumulative sum over the whole vocabulary
+    takes several times as long.
     """
+    B, V = logits.shape
+    size = max(1, round(V**0.5))
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % size))).reshape(B, -1, size)
+    totals = jnp.sum(blocks, axis=-1)
+    block, rest = _hit(totals, uniform * jnp.sum(totals, axis=-1))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    token, _ = _hit(inside, rest)
+    return block * size + token
+
+
+def _hit(weights: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(place i32[B] where the cumulative sum of weights f32[B,n] passes a threshold f32[B], what is left of it there).
+
+    Rounding may take a threshold past the end, or to a weight of 0: the place is then the last before with a weight.
+    """
     cumulative = jnp.cumsum(weights, axis=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    token = jnp.sum(cumulative <= threshold, axis=-1)
-    token = jnp.minimum(token, logits.shape[-1] - 1)
-    # Rounding in a parallel cumulative sum may point at a token of probability 0: take the likeliest then.
-    possible = jnp.take_along_axis(weights, token[:, None], axis=-1)[:, 0] > 0
-    return jnp.where(possible, token, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    possible, places = weights > 0, jnp.arange(weights.shape[-1])
+    passed = jnp.sum(cumulative <= threshold[:, None], axis=-1)
+    last = jnp.max(jnp.where(possible & (places <= passed[:, None]), places, 0), axis=-1)
+    first = jnp.argmax(possible, axis=-1)  # where nothing before has a weight
+    place = jnp.maximum(last, first).astype(jnp.int32)
+    before = jnp.take_along_axis(cumulative - weights, place[:, None], axis=-1)[:, 0]
+    return place, jnp.maximum(threshold - before, 0.0)
 
 
 def row_uniforms(key: jax.Array, rows: int, steps: int) -> jax.Array:

@@ -65,6 +65,12 @@ def test_only_distances_enter_the_products():
     assert abs(product(3, 1) - product(3, 2)) > 1e-2
 
 
+@jax.jit
+def attended(q, k, v, mask, *more):
+    """`attend` of keys and values [B,S,K,H]."""
+    return attend(q, jnp.transpose(k, (0, 2, 3, 1)), jnp.transpose(v, (0, 2, 1, 3)), mask, *more)
+
+
 @pytest.mark.parametrize("N, K", [(6, 2), (3, 1), (5, 5)])
 def test_grouped_attention_equals_numpy(N, K):
     T, S, H = 4, 7, 8
@@ -80,7 +86,7 @@ def test_grouped_attention_equals_numpy(N, K):
             scores = np.where(mask[b], q[b, :, n] @ k[b, :, kv].T / np.sqrt(H), -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             expected[b, :, n] = weights / weights.sum(-1, keepdims=True) @ v[b, :, kv]
-    np.testing.assert_allclose(jax.jit(attend)(q, k, v, mask), expected, atol=1e-5)
+    np.testing.assert_allclose(attended(q, k, v, mask), expected, atol=1e-5)
 
 
 def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():
@@ -89,7 +95,7 @@ def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():
 
     @jax.jit
     def run(q):
-        out, gradient = jax.vjp(lambda q: attend(q, k, v, mask), q)
+        out, gradient = jax.vjp(lambda q: attended(q, k, v, mask), q)
         return out, gradient(jnp.ones_like(out).at[:, 0].set(0))[0]
 
     out, gradient = jax.device_get(run(q))
@@ -100,5 +106,5 @@ def test_softmax_is_float32_in_bfloat16():
     # A sum of 1000 equal weights in bfloat16 would stop growing at 256.
     q, k = np.zeros((2, 1, 1000, 1, 4), jnp.bfloat16)
     v = np.ones((1, 1000, 1, 4), jnp.bfloat16)
-    out = jax.jit(attend)(q[:, :1], k, v, np.ones((1, 1, 1000), bool))
+    out = attended(q[:, :1], k, v, np.ones((1, 1, 1000), bool))
     np.testing.assert_allclose(np.asarray(out).astype(np.float32), 1.0, rtol=0.01)

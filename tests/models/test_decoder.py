@@ -52,8 +52,9 @@ def test_decoding_with_a_cache_equals_the_full_forward(small, batch):
     config = small.config
     positions, seen = np.asarray(positions_of(mask)), np.asarray(causal_mask(mask))
     full = np.asarray(jax.jit(Decoder.encode)(small, tokens, mask.astype(np.int32)))
-    empty = jnp.full((3, S, config.kv_heads, config.head_dim), 9.0)  # slots not yet written must not be seen
-    cache = [LayerCache(empty, empty) for _ in range(config.layers)]
+    K, H = config.kv_heads, config.head_dim
+    empty = LayerCache(jnp.full((3, K, H, S), 9.0), jnp.full((3, K, S, H), 9.0))  # unwritten slots must not be seen
+    cache = [empty] * config.layers
     step = jax.jit(Decoder.hidden)
     first, cache = step(small, tokens[:, :P], positions[:, :P], seen[:, :P], cache, 0)
     parts = [np.asarray(first)]
@@ -69,9 +70,12 @@ def test_a_fresh_cache_holds_what_a_given_one_gets(small, batch):
     positions, seen = np.asarray(positions_of(mask)), np.asarray(causal_mask(mask))
     run = jax.jit(Decoder.hidden)
     _, fresh = run(small, tokens, positions, seen)
-    room = [LayerCache(*(jnp.zeros((3, 11, 1, 8)) for _ in range(2))) for _ in range(2)]
+    room = [LayerCache(jnp.zeros((3, 1, 8, 11)), jnp.zeros((3, 1, 11, 8))) for _ in range(2)]
     _, written = run(small, tokens, positions, np.pad(seen, ((0, 0), (0, 0), (0, 2))), room, 0)
-    for ours, theirs in zip(jax.tree.leaves(jax.device_get(fresh)), jax.tree.leaves(jax.device_get(written))):
+    def by_slot(caches):
+        return [x for k, v in jax.device_get(caches) for x in (k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3))]
+
+    for ours, theirs in zip(by_slot(fresh), by_slot(written)):
         np.testing.assert_allclose(theirs[:, :9][mask], ours[mask], atol=1e-5)
         assert (theirs[:, 9:] == 0).all()
 

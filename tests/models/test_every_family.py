@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.adapters import for_decoding
 from jaxrlhf.models.attention import causal_mask, positions_of
 from jaxrlhf.models.decoder import LayerCache
 from jaxrlhf.models.families import FAMILIES
@@ -119,10 +120,12 @@ def rows():
 
 
 def decoded(model, tokens, mask, prompt):
-    """Logits of a prefill of `prompt` tokens followed by one token at a time, through a cache."""
+    """Logits of a prefill of `prompt` tokens followed by one token at a time, through a cache, as a rollout does."""
+    model = for_decoding(model)
     positions, seen = np.asarray(positions_of(mask)), np.asarray(causal_mask(mask))
-    shape = (len(tokens), T, model.config.kv_heads, model.config.head_dim)
-    cache = [LayerCache(*(np.full(shape, 9.0, np.float32),) * 2) for _ in range(model.config.layers)]
+    B, K, H = len(tokens), model.config.kv_heads, model.config.head_dim
+    shapes = (B, K, H, T), (B, K, T, H)
+    cache = [LayerCache(*(np.full(s, 9.0, np.float32) for s in shapes)) for _ in range(model.config.layers)]
     run = jax.jit(lambda model, *inputs: (lambda out: (model.logits(out[0]), out[1]))(model.hidden(*inputs)))
     parts, at = [], 0
     for width in (prompt, *[1] * (T - prompt)):

@@ -1,0 +1,81 @@
+"""A linear layer with a LoRA pair, and the product that both make without a pass of its own for the pair.
+
+D inputs, F outputs, r the pair's rank.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where a LoRA pair is attached (2106.09685)."""
+
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
+        self.kernel = nnx.Param(kernel)  # [in, out]
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))  # [out]
+        self.lora_a = nnx.data(None)  # [in, rank]
+        self.lora_b = nnx.data(None)  # [rank, out]
+        self.lora_scale = nnx.data(None)  # []
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.kernel.shape
+
+    @property
+    def merges(self) -> bool:
+        """Whether kernel and LoRA pair may be added up: in float32 that rounds no more than the product does.
+
+        In bfloat16 a pair's small change would be lost in its kernel.
+        """
+        return self.kernel.dtype == jnp.float32
+
+    def float32_kernel(self) -> jax.Array:
+        """f32[in, out]."""
+        return self.kernel[...].astype(jnp.float32)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x @ kernel, in the dtype of x."""
+        return x @ self.kernel[...].astype(x.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self._with_pair(x)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def _with_pair(self, x: jax.Array) -> jax.Array:
+        if self.lora_a is None:
+            return self.project(x)
+        # The scale is a constant of the adapter that travels with it: no gradient.
+        scale = jax.lax.stop_gradient(self.lora_scale[...])
+        pair = self.lora_a[...], self.lora_b[...]
+        if self.merges and x.dtype == jnp.float32:
+            return merged_product(x, self.kernel[...], *pair, scale)
+        a, b = (leaf.astype(x.dtype) for leaf in pair)
+        return self.project(x) + ((x @ a) * scale.astype(x.dtype)) @ b
+
+
+@jax.custom_vjp
+def merged_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [...,D] times kernel [D,F] + scale * a [D,r] @ b [r,F].
+
+    One product where the sum of two would write and read [...,F] twice more, forward and backward. What a gradient
+    wants of the pair has r columns: x @ a and dy @ b^T. The scale is a constant.
+    """
+    return x @ (kernel + (scale * a) @ b)
+
+
+def _forward(x, kernel, a, b, scale):
+    return merged_product(x, kernel, a, b, scale), (x, kernel, a, b, scale)
+
+
+def _backward(saved, dy):
+    x, kernel, a, b, scale = saved
+    rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dx = dy @ (kernel + (scale * a) @ b).T  # made again: kept, it would take the memory of the weights
+    da = rows.T @ (scale * (d_rows @ b.T))
+    db = (scale * (rows @ a)).T @ d_rows
+    return dx, rows.T @ d_rows, da, db, jnp.zeros_like(scale)  # the kernel's is computed only where it is asked for
+
+
+merged_product.defvjp(_forward, _backward)
