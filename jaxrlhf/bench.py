@@ -12,10 +12,10 @@ from jaxrlhf.errors import UserError
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jaxrlhf.bench",
-        description="Times each program of a run's stages on this machine, with random weights, prompts and scores, and "
-        "says what share that is of the least possible time: arithmetic at the rate of a large matrix product, or bytes "
-        "at the rate of memory, both measured in the same run. Of model.path only config.json is read; no data is read "
-        "and no reward function called. Then PPO's own iterations, with what the host does in them.",
+        description="Times each program of a run's stages on this machine, with random weights, prompts and scores, "
+        "and says what share that is of the least possible time: arithmetic at the rate of a large matrix product, or "
+        "bytes at the rate of memory, both measured in the same run. Of model.path only config.json is read; no data "
+        "is read and no reward function called. Then PPO's own iterations, with what the host does in them.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
     parser.add_argument(

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from jaxrlhf.benching.lengths import with_lengths
-from jaxrlhf.benching.machine import describe, measure_rates
+from jaxrlhf.benching.machine import describe, forget_peak, measure_rates
 from jaxrlhf.benching.report import Bench
 from jaxrlhf.benching.running import time_stage
 from jaxrlhf.config import RunConfig
@@ -44,6 +44,7 @@ def bench(config: RunConfig, asked: Asked, say: Callable[[str], None] = lambda t
     parameters = sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base()).values())
     say("measures the machine")
     before = measure_rates(config.model.dtype, mesh.size)
+    forget_peak()
     stages = [time_stage(stage, shapes, asked.repeats, asked.iterations, say) for stage in config.stages]
     peak = peak_memory_bytes()
     say("measures the machine again")

@@ -105,8 +105,9 @@ def as_text(bench: Bench) -> str:
         f"{machine['devices']} x {machine['device']} ({machine['backend']}, {machine['cores']} cores), jax "
         f"{machine['jax']}; {bench.model['parameters']:,} parameters in {bench.model['layers']} layers, "
         f"{bench.model['dtype']}; answers of {bench.lengths} length",
-        f"products {_rate(rates.flops)}FLOP/s ({_rate(bench.before.flops)}before, {_rate(bench.after.flops)}after), "
-        f"memory {_rate(rates.bytes)}B/s ({_rate(bench.before.bytes)}before, {_rate(bench.after.bytes)}after)",
+        f"products {_rate(rates.flops)}FLOP/s (before {_rate(bench.before.flops).strip()}, after "
+        f"{_rate(bench.after.flops).strip()}), memory {_rate(rates.bytes)}B/s (before "
+        f"{_rate(bench.before.bytes).strip()}, after {_rate(bench.after.bytes).strip()}); limits are the better ones",
     ]
     for stage in found["stages"]:
         lines += ["", *_stage_text(stage)]
@@ -115,9 +116,9 @@ def as_text(bench: Bench) -> str:
 
 
 _NOTES = (
-    "least: max(FLOP / rate of products, bytes / rate of memory) of each phase, by formula for the lengths at hand; share:",
-    "least by seconds. Seconds are medians. Memory: arguments, results and temporaries as the compiler laid them out.",
-    "A share above 1 means that what is read comes from caches.",
+    "least: max(FLOP / rate of products, bytes / rate of memory) of each phase, by formula for the lengths at hand;",
+    "share: least by seconds. Seconds are medians; MiB are arguments, results and temporaries as the compiler laid",
+    "them out. Where memory binds, a share above 100% means that what is read comes from caches.",
 )
 
 
@@ -131,15 +132,12 @@ def _stage_text(stage: dict[str, Any]) -> list[str]:
             "compile s", "MiB", *(["GFLOP as compiled"] if counted else []))  # fmt: skip
     rows = [head]
     for p in stage["programs"]:
+        times = (f"{p['calls']:g}", _s(p["seconds"]), _s(p["least_seconds"]), f"{p['share']:.0%}", p["bound_by"])
+        rates = (p["flops_per_second"], p["bytes_per_second"])
+        giga = (f"{p['flops'] / 1e9:,.2f}", *(f"{rate / 1e9:,.1f}" for rate in rates))
+        rest = (f"{p['tokens_per_second']:,.0f}", f"{p['compile_seconds']:.1f}", f"{p['memory']['peak'] / MIB:,.0f}")
         more = [f"{p['counted_flops'] / 1e9:,.2f}" if "counted_flops" in p else "-"] if counted else []
-        rows.append(
-            (
-                p["name"], f"{p['calls']:g}", _s(p["seconds"]), _s(p["least_seconds"]), f"{p['share']:.0%}",
-                p["bound_by"], f"{p['flops'] / 1e9:,.2f}", f"{p['flops_per_second'] / 1e9:,.1f}",
-                f"{p['bytes_per_second'] / 1e9:,.1f}", f"{p['tokens_per_second']:,.0f}", f"{p['compile_seconds']:.1f}",
-                f"{p['memory']['peak'] / MIB:,.0f}", *more,
-            )  # fmt: skip
-        )
+        rows.append((p["name"], *times, *giga, *rest, *more))
     what = "iteration" if stage["stage"] == "ppo" else "optimizer step"
     said = [
         stage["stage"],

@@ -132,7 +132,7 @@ class Role:
 
     def cache_bytes(self, keys: float) -> float:
         """Of keys and values, `keys` summed over rows and layers."""
-        itemsize = self.base.embed_tokens.embedding[...].dtype.itemsize
+        itemsize = named_parameters(self.base)["embed_tokens/embedding"].dtype.itemsize
         return 2 * self.config.kv_heads * self.config.head_dim * itemsize * keys
 
 
