@@ -174,6 +174,16 @@ def test_a_step_of_training_is_the_count_by_hand():
     assert shared.flops == 4 * (trunk + 4 * D * V * wanted + 6 * D * wanted)
 
 
+def test_training_the_whole_model_has_the_gradient_of_every_weight():
+    base, lengths = decoder(), np.full(B, S)
+    whole = {path: {"kernel": np.zeros(shape)} for path, shape in (LINEAR | {"lm_head": (D, V)}).items()}
+    tokens, logits, seen = B * S, B * (S - 1), B * S * (S + 1) / 2
+    found = work.train_step(base, whole, lengths, logits, 0.0)
+    assert found.flops == 6 * W * tokens + 6 * D * V * logits + 3 * 4 * N * H * seen
+    pairs = work.train_step(base, lora(LINEAR, head=True), lengths, 0.0, B)
+    assert pairs.flops == (4 * W + 6 * PAIRS - 2 * QKV_IN) * tokens + 6 * D * B + 3 * 4 * N * H * seen
+
+
 def test_a_step_of_decoding_reads_weights_and_what_is_filled():
     base, policy = decoder(), lora(LINEAR)
     found = work.rollout(base, policy, np.full(B, P), np.full(B, R))
