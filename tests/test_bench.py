@@ -95,6 +95,7 @@ def test_shares_fit_their_parts(measured):
         if p["name"] != "rollout":
             assert p["least_seconds"] == pytest.approx(alone)
         assert sorted(p["all_seconds"])[1] == p["seconds"] and len(p["all_seconds"]) == 3
+        assert p["cpu_seconds"] <= 1.5 * measured["machine"]["cores"] * max(p["all_seconds"]) + 0.05
         assert p["memory"]["peak"] == sum(p["memory"][part] for part in ("arguments", "results", "temporaries"))
     assert stage["seconds"] == pytest.approx(sum(p["seconds"] for p in stage["programs"]))
     assert stage["least_seconds"] == pytest.approx(sum(p["least_seconds"] for p in stage["programs"]))

@@ -39,12 +39,14 @@ class Timed:
         self._compiled = call.program.lower(*args, **kwargs).compile()
         self.compile_seconds = time.perf_counter() - start
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []  # of all threads of this process: less of them than cores x seconds wait
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {name: value for name, value in kwargs.items() if name not in _STATIC}
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         result = jax.block_until_ready(self._compiled(*args, **given))
         self.seconds.append(time.perf_counter() - start)
+        self.cpu_seconds.append(time.process_time() - busy)
         return result
 
     def again(self) -> Any:
@@ -75,6 +77,7 @@ class ProgramTimes:
     name: str
     times: float  # calls in an iteration, or an optimizer step
     seconds: list[float]  # of each call, after one to warm up
+    cpu_seconds: list[float]  # that all threads of this process were busy in each
     compile_seconds: float
     work: Work
     memory: dict[str, int]
@@ -126,12 +129,12 @@ def time_stage(
         program = Timed(call, filler.fill(call.args), filler.fill(call.kwargs))
         result = program.again()  # warms up, and is what the next program is given
         work = work_of(call.name, program.args, program.kwargs, result, shapes.config)
-        program.seconds.clear()
+        warm = len(program.seconds)
         for _ in range(repeats):
             program.again()
         timed[call.name] = program
-        memory, alone = program.memory, list(program.seconds)
-        found.append(ProgramTimes(call.name, call.times, alone, program.compile_seconds, work, memory))
+        alone = program.seconds[warm:], program.cpu_seconds[warm:]
+        found.append(ProgramTimes(call.name, call.times, *alone, program.compile_seconds, work, program.memory))
     loop = None
     if stage == "ppo" and iterations:
         say(f"{stage}: {iterations} iterations")
