@@ -1,7 +1,7 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    commands > stages, planning > steps > rollout, rewards > models > data > algorithms > runtime
-        > records, config, errors
+    commands > benching > stages, planning > steps > rollout, rewards > models > data > algorithms > runtime
+    > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `models` stands above `data`
 because a pretrained model comes with its tokenizer. A file at the top of the package is a command unless it is
@@ -26,8 +26,9 @@ RANKS = {
     "steps": 6,
     "config_io": 7,  # for commands and stages
     "stages": 8, "planning": 8,
+    "benching": 9,  # times what planning describes, in the stages' own iterations
 }  # fmt: skip
-COMMANDS = 9
+COMMANDS = 10
 BOTTOM = {"errors", "config", "records"}
 ONLY = {  # rooms that may import less than their rank allows
     "errors": set(),

@@ -1,0 +1,174 @@
+"""Times this package and a peer in turn on the same work: ours, theirs, ours, theirs, ...; prints the ratios.
+
+    python benchmarks/compare.py --peer trl --python peers/bin/python --script trl_ppo.py [--rounds 3]
+        [--script-args "--minibatches 1 --updates 5"] [key.path=value ...]
+
+Key paths go to our side, on top of configs/bench.yaml. The peer's script is any that prints a last line `JSON {...}`
+with seconds per iteration; `PEERS` below says under which keys. A ratio above 1: the peer takes so many times as long.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("whole", "sampling", "scoring", "update", "peak MiB")
+_SCORING = ("reward", "annotate")
+
+
+def _plain(text: str) -> dict[str, float]:
+    """A script that uses our own names for the parts."""
+    found = _last_json(text)
+    return {part: float(found[part]) for part in PARTS if part in found}
+
+
+def _trl(text: str) -> dict[str, float]:
+    found = _last_json(text)
+    split = found["split_median_sec"]
+    return {
+        "whole": found["sec_per_iteration_median"],
+        "sampling": split["generation"],
+        "scoring": split["scoring"],
+        "update": split["update_fwd_bwd_opt"],
+        "peak MiB": found["peak_rss_mib"],
+    }
+
+
+def _generate(text: str) -> dict[str, float]:
+    found = _last_json(text)
+    return {"sampling": found["sec_median"], "peak MiB": found["peak_rss_mib"]}
+
+
+def _tunix(text: str) -> dict[str, float]:
+    """It prints no JSON, but `median s/iter 1.41 | generate 0.31 | old logp 0.1 | ...`."""
+    line = next((line for line in text.splitlines() if line.startswith("median s/iter")), None)
+    peak = re.search(r"peak RSS ([\d.]+) GiB", text)
+    if line is None or peak is None:
+        raise ValueError("no line that begins with 'median s/iter', or none with 'peak RSS'")
+    part = {name.strip(): float(value) for name, value in re.findall(r"([a-z /]+?) ([\d.]+)(?= \||$)", line)}
+    return {
+        "whole": part["median s/iter"],
+        "sampling": part["generate"],
+        "scoring": part["old logp"] + part["ref logp"] + part["values"],
+        "update": part["actor update"] + part["critic update"],
+        "peak MiB": float(peak[1]) * 1024,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    read: Callable[[str], dict[str, float]]  # from what its script prints
+    overrides: tuple[str, ...] = ()  # of ours, so that both do the same work
+    arguments: str = ""
+
+
+PEERS = {
+    "trl": Peer(_trl, arguments="--minibatches 1 --updates 5"),
+    "generate": Peer(_generate),
+    "tunix": Peer(_tunix, ("ppo.update.epochs=1", "ppo.reward={kind: function, function: 'none:none'}")),
+    "other": Peer(_plain),
+}
+
+
+def _last_json(text: str) -> dict[str, Any]:
+    lines = [line for line in text.splitlines() if line.startswith("JSON ")]
+    if not lines:
+        raise ValueError("no line that begins with 'JSON '")
+    return json.loads(lines[-1].removeprefix("JSON "))
+
+
+def ours(found: dict[str, Any]) -> dict[str, float]:
+    """The parts of what `jaxrlhf.bench --json` wrote; the whole is PPO's own iteration, with its host work."""
+    (stage,) = (s for s in found["stages"] if s["stage"] == "ppo")
+    seconds = stage["loop"]["by_program"]
+    return {
+        "whole": stage["loop"]["seconds"],
+        "sampling": seconds["rollout"],
+        "scoring": sum(value for name, value in seconds.items() if name.split()[0] in _SCORING),
+        "update": seconds["update"],
+        "peak MiB": found["peak_bytes"] / 2**20,
+    }
+
+
+def run_ours(overrides: list[str]) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "bench.json"
+        command = [sys.executable, "-m", "jaxrlhf.bench", "--config", "configs/bench.yaml", "--json", str(target)]
+        _output([*command, *overrides])
+        return ours(json.loads(target.read_text(encoding="utf-8")))
+
+
+def run_peer(peer: Peer, python: str, script: Path, arguments: str) -> dict[str, float]:
+    text = _output([python, script.name, *shlex.split(arguments)], script.parent)
+    try:
+        return peer.read(text)
+    except (ValueError, KeyError) as error:
+        raise SystemExit(f"error: {script}: what it printed cannot be read: {error}") from None
+
+
+def _output(command: list[str], folder: Path = ROOT) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
+        raise SystemExit(f"error: {shlex.join(command)} ended with {done.returncode}: {last}")
+    return done.stdout
+
+
+def table(peer: str, mine: list[dict[str, float]], theirs: list[dict[str, float]]) -> str:
+    """Medians of the rounds with (least to greatest); the ratio is of the medians, its spread of the rounds."""
+    lines = ["| part | ours | " + peer + " | ratio |", "| --- | --- | --- | --- |"]
+    for part in PARTS:
+        a, b = ([side[part] for side in sides if part in side] for sides in (mine, theirs))
+        if not a or not b:
+            continue
+        ratios = [y / x for x, y in zip(a, b)]
+        ratio = statistics.median(b) / statistics.median(a)
+        lines.append(f"| {part} | {_spread(a)} | {_spread(b)} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    digits = 0 if max(values) >= 100 else 3
+    low, middle, high = (f"{f(values):,.{digits}f}" for f in (min, statistics.median, max))
+    return f"{middle} ({low} to {high})"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True, choices=sorted(PEERS))
+    parser.add_argument("--python", required=True, help="interpreter of the peer's own environment")
+    parser.add_argument("--script", required=True, type=Path, help="the peer's script; it runs in its own folder")
+    parser.add_argument("--script-args", help="its arguments; default: those of the standard work")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side; default 3")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of our side")
+    given = parser.parse_intermixed_args(arguments)
+    if given.rounds < 1:
+        parser.error(f"--rounds: must be at least 1, not {given.rounds}")
+    if not given.script.is_file():
+        parser.error(f"--script: there is no file {given.script}")
+    return given
+
+
+def main() -> None:
+    given = parse()
+    peer, mine, theirs = PEERS[given.peer], [], []
+    arguments = peer.arguments if given.script_args is None else given.script_args
+    python = str(Path(given.python).absolute()) if "/" in given.python else given.python
+    for number in range(given.rounds):
+        mine.append(run_ours([*peer.overrides, *given.overrides]))
+        theirs.append(run_peer(peer, python, given.script.absolute(), arguments))
+        print(f"round {number + 1}: ours {mine[-1]}, {given.peer} {theirs[-1]}", file=sys.stderr, flush=True)
+    print(table(given.peer, mine, theirs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Whether a program has become slower: its share of what this machine can do, against the share stored.
+
+    python benchmarks/regress.py [--store]
+
+Runs `jaxrlhf.bench` on the standard work, with answers of full length, and compares each program's share of its limit
+(least possible time at the machine's own rates, measured in the same run, by the time of its fastest call) with
+benchmarks/ratios.json. What takes more than 1.2 times as long as stored is named, and the exit status is 1. Shares
+depend on the kind of machine: each kind has its own entry. `--store` writes this machine's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RATIOS = Path(__file__).parent / "ratios.json"
+SLOWER = 1.2
+WORKS = {"ppo": [], "ppo, value head on the policy's trunk": ["ppo.update.value_trunk=policy"]}
+
+
+def kind_of(found: dict[str, Any]) -> str:
+    """What shares of one machine may be compared with those of another by."""
+    machine = found["machine"]
+    cores = f", {machine['cores']} cores" if machine["backend"] == "cpu" else ""
+    return f"{machine['devices']} x {machine['device']}{cores}"
+
+
+def shares(found: dict[str, Any]) -> dict[str, float]:
+    """Program -> share of its limit, in the fastest call: other jobs on the machine disturb that one least."""
+    return {p["name"]: round(p["best_share"], 4) for stage in found["stages"] for p in stage["programs"]}
+
+
+def slower(now: dict[str, dict[str, float]], stored: dict[str, dict[str, float]]) -> list[str]:
+    """One line for each program that takes more than SLOWER times what it took, or that is not measured any more."""
+    lines = []
+    for work, programs in stored.items():
+        for name, share in programs.items():
+            if name not in now.get(work, {}):
+                lines.append(f"{work}: {name} is not there any more; --store if that is meant")
+            elif share > SLOWER * now[work][name]:
+                times = share / now[work][name]
+                limit = f"{now[work][name]:.1%} of its limit, stored {share:.1%}"
+                lines.append(f"{work}: {name} takes {times:.2f} times as long: {limit}")
+    return lines
+
+
+def measure(overrides: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "bench.json"
+        command = [sys.executable, "-m", "jaxrlhf.bench", "--config", "configs/bench.yaml", "--json", str(target)]
+        command += ["--iterations", "0", "--repeats", "10", *overrides]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        return json.loads(target.read_text(encoding="utf-8"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", action="store_true", help="writes this machine's shares instead of comparing")
+    given = parser.parse_args(arguments)
+    found = {work: measure(overrides) for work, overrides in WORKS.items()}
+    kind, now = kind_of(next(iter(found.values()))), {work: shares(one) for work, one in found.items()}
+    stored = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.is_file() else {}
+    if given.store:
+        RATIOS.write_text(json.dumps(stored | {kind: now}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        print(f"{RATIOS.name}: stored for {kind}")
+        return 0
+    if kind not in stored:
+        known = ", ".join(stored) or "none"
+        print(f"error: {RATIOS.name} has no shares for {kind}; known are {known}; --store writes them", file=sys.stderr)
+        return 2
+    for work, programs in now.items():
+        for name, share in programs.items():
+            before = stored[kind].get(work, {}).get(name)
+            print(f"{work}: {name} {share:.1%} of its limit, stored {'none' if before is None else f'{before:.1%}'}")
+    lines = slower(now, stored[kind])
+    print("\n".join(lines) or f"nothing takes more than {SLOWER} times as long")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

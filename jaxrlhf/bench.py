@@ -1,0 +1,72 @@
+"""python -m jaxrlhf.bench --config FILE [key.path=value ...]: how fast a run's programs are, and could be, here."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from jaxrlhf.command import main_of
+from jaxrlhf.errors import UserError
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxrlhf.bench",
+        description="Times each program of a run's stages on this machine, with random weights, prompts and scores, "
+        "and says what share that is of the least possible time: arithmetic at the rate of a large matrix product, or "
+        "bytes at the rate of memory, both measured in the same run. Of model.path only config.json is read; no data "
+        "is read and no reward function called. Then PPO's own iterations, with what the host does in them.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--lengths",
+        choices=("full", "geometric"),
+        default="full",
+        help="answers: all of the full length (default), or of geometric lengths with a mean of about a quarter of it",
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed calls of each program; default 5")
+    parser.add_argument(
+        "--iterations", type=int, default=5, metavar="N", help="iterations of PPO as a whole; default 5, 0: none"
+    )
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="also the arithmetic of the compiled programs, each loop as often as it turns; compiles them once more",
+    )
+    parser.add_argument("--json", metavar="FILE", help="writes JSON; -: to standard output, without the tables")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    return parser.parse_intermixed_args(arguments)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.config_io import load_config
+
+    for name, least in (("repeats", 1), ("iterations", 0)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name}: must be at least {least}, not {getattr(arguments, name)}")
+    if arguments.json not in (None, "-") and not Path(arguments.json).absolute().parent.is_dir():
+        raise UserError(f"--json: no folder {Path(arguments.json).parent} to write in")
+    config = load_config(arguments.config, arguments.overrides)
+    from jaxrlhf.benching.bench import Asked
+    from jaxrlhf.benching.bench import bench as measure
+    from jaxrlhf.benching.report import as_json, as_text
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    asked = Asked(arguments.lengths, arguments.repeats, arguments.iterations, arguments.count)
+    found = measure(config, asked, say)
+    if arguments.json == "-":
+        print(json.dumps(as_json(found), indent=1))
+        return
+    print(as_text(found))
+    if arguments.json is not None:
+        Path(arguments.json).write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return main_of(lambda: bench(parse(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""One measurement of a run: the machine's rates, its stages, and the rates again."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jaxrlhf.benching.lengths import with_lengths
+from jaxrlhf.benching.machine import describe, forget_peak, measure_rates
+from jaxrlhf.benching.report import Bench
+from jaxrlhf.benching.running import time_stage
+from jaxrlhf.config import RunConfig
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import named_parameters
+from jaxrlhf.planning.checks import check
+from jaxrlhf.planning.compiling import measure
+from jaxrlhf.planning.count import Layout
+from jaxrlhf.planning.shapes import Shapes, read_model
+from jaxrlhf.runtime.mesh import make_mesh
+from jaxrlhf.runtime.programs import peak_memory_bytes
+
+LENGTHS = ("full", "geometric")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked, beside the run's settings."""
+
+    lengths: str = "full"
+    repeats: int = 5  # calls of each program
+    iterations: int = 5  # of PPO
+    count: bool = False  # arithmetic as compiled, too
+
+
+def bench(config: RunConfig, asked: Asked, say: Callable[[str], None] = lambda text: None) -> Bench:
+    """Measures on all devices; `UserError` where the settings do not fit them or the model."""
+    mesh = make_mesh(config.mesh)
+    model = read_model(config.model)
+    config = with_lengths(config, asked.lengths, model.vocab_size)
+    for note in check(config, mesh, model):
+        say(note)
+    if "ppo" in config.stages and config.ppo.sampling.temperature == 0:
+        raise UserError("ppo.sampling.temperature: PPO samples; 0 is greedy, give a number above 0 such as 1.0")
+    shapes = Shapes(config, mesh, model)
+    parameters = sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base()).values())
+    say("measures the machine")
+    before = measure_rates(config.model.dtype, mesh.size)
+    forget_peak()
+    stages = [time_stage(stage, shapes, asked.repeats, asked.iterations, say) for stage in config.stages]
+    peak = peak_memory_bytes()
+    say("measures the machine again")
+    after = measure_rates(config.model.dtype, mesh.size)
+    counted = {}
+    if asked.count:
+        layout = Layout(dict(mesh.shape))
+        for stage in config.stages:
+            programs = measure(stage, shapes, layout, say)
+            counted[stage] = {name: found.count.flops * mesh.size for name, found in programs.items()}
+    about = {"parameters": parameters, "layers": model.layers, "dtype": config.model.dtype}
+    return Bench(describe(mesh.size), before, after, about, asked.lengths, stages, counted, peak)

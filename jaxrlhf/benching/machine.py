@@ -1,0 +1,99 @@
+"""What this machine can do at most: the rate of its matrix products and of its memory, measured with XLA.
+
+Random data everywhere: products of zeros take less power, and run faster on some cards.
+"""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+_REPEATS = 7
+# (rows of a square product, bytes of one array that is beyond all caches) by backend; the rest as on a GPU
+_SIZES = {"cpu": (2048, 2**27)}
+_LARGE = (8192, 2**29)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Per second, of all devices of the mesh together."""
+
+    flops: float  # of matrix products, a multiplication and an addition each count
+    bytes: float  # read from and written to memory
+
+    def most(self, other: "Rates") -> "Rates":
+        return Rates(max(self.flops, other.flops), max(self.bytes, other.bytes))
+
+
+def measure_rates(dtype: str, devices: int) -> Rates:
+    """The best of several products and of several passes over memory.
+
+    Measured on one device; others are taken to do the same, but for virtual devices of one processor.
+    """
+    size, length = _SIZES.get(jax.default_backend(), _LARGE)
+    alike = 1 if jax.default_backend() == "cpu" else devices
+    return Rates(_product_rate(size, jnp.dtype(dtype)) * alike, _memory_rate(length) * alike)
+
+
+def describe(devices: int) -> dict[str, str | int]:
+    """Which machine this is, as plain values."""
+    device = jax.devices()[0]
+    return {
+        "backend": jax.default_backend(),
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "devices": devices,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "jax": jax.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it (Linux)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def forget_peak() -> None:
+    """Has the kernel count this process' peak memory anew, where it can (Linux): what the rates took is not a run's."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _product_rate(size: int, dtype: jnp.dtype) -> float:
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.float32).astype(dtype) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    return 2.0 * size**3 / _best(lambda: product(a, b))
+
+
+def _memory_rate(length: int) -> float:
+    """y <- a x + y, in place: two arrays are read and one is written."""
+    x, y = (jax.random.normal(jax.random.key(i), (length // 4,), jnp.float32) for i in range(2))
+    axpy = jax.jit(lambda a, x, y: a * x + y, donate_argnums=2)
+    held = [y]
+    del y
+
+    def once() -> jax.Array:
+        held[0] = axpy(1e-3, x, held[0])
+        return held[0]
+
+    return 3.0 * length / _best(once)
+
+
+def _best(call: Callable[[], jax.Array]) -> float:
+    """Seconds of the fastest call after one to warm up."""
+    call().block_until_ready()
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        call().block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

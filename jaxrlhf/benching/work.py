@@ -1,0 +1,300 @@
+"""The least that a program has to do: multiplications and additions of matrix products, and bytes it has to read.
+
+By formula, from shapes and from the lengths of the answers, not from what was compiled: a program that does less than
+before comes nearer to its limit. Counted per pass of one role, with W the weights of a layer's linear maps, A those of
+its LoRA pairs, D x V the head, a multiplication and an addition each as one:
+
+    forward    2 (W + A) per real token, 4 heads x head size per (query, key) that sees each other, 2 D V per position
+               whose logits are wanted. In float32 pairs are added to their kernels: 2 W per token, and W x rank once
+    backward   2 W + 4 A per token where LoRA is trained (no gradient of the base), 4 W where W is; twice the forward
+               of attention; 2 D V of the head, 4 where it is trained
+    decoding   weights, adapter and the filled cache are read once a step, by the rows that have not ended
+
+Nobody wants the gradient of the embedding under LoRA: the first layer's part of it is left out. Elementwise work,
+activations that leave the caches, and what `remat` computes twice are no part of the least.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.benching.machine import Rates
+from jaxrlhf.config import RunConfig
+from jaxrlhf.models.adapters import SCORE
+from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
+from jaxrlhf.records import Rollout
+from jaxrlhf.steps.ppo import single_step
+
+_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+_READS_INPUT = (*_QKV, "mlp.gate_proj", "mlp.up_proj")  # of a block whose attention and MLP read the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of a program that cannot overlap with its others, such as a step of decoding."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, rates: Rates) -> float:
+        return max(self.flops / rates.flops, self.bytes / rates.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """All phases of one call of a program, and the tokens that it is about."""
+
+    phases: tuple[Phase, ...]
+    tokens: float  # sampled ones, in an update once for each epoch; of other stages all
+
+    @property
+    def flops(self) -> float:
+        return sum(phase.flops for phase in self.phases)
+
+    @property
+    def bytes(self) -> float:
+        return sum(phase.bytes for phase in self.phases)
+
+    def least_seconds(self, rates: Rates) -> float:
+        """No less is possible at these rates."""
+        return sum(phase.seconds(rates) for phase in self.phases)
+
+    def bound_by(self, rates: Rates) -> str:
+        """What most of the least time goes by."""
+        arithmetic = sum(p.seconds(rates) for p in self.phases if p.flops / rates.flops >= p.bytes / rates.bytes)
+        return "arithmetic" if 2 * arithmetic >= self.least_seconds(rates) else "memory"
+
+
+class Role:
+    """The base with one adapter: what a pass through it takes. Trees may hold arrays or shapes."""
+
+    def __init__(self, base: Decoder, adapter: Any):
+        self.base, self.config, self.adapter = base, base.config, adapter or {}
+        config = self.config
+        self.merged = False
+        self.plain = self.trained = self.pairs = 0.0  # weights: of the base, trained ones of them, of LoRA pairs
+        self.unwanted = 0.0  # weights through which no gradient need go
+        self.merging = self.unwanted_merging = 0.0  # to add up kernels and pairs; of those with unwanted gradients
+        whole = any(name != SCORE and "lora_a" not in leaves for name, leaves in self.adapter.items())
+        reads = _READS_INPUT if config.parallel_residual else _QKV
+        for path, (fan_in, fan_out) in linear_shapes(base).items():
+            leaves = self.adapter.get(path, {})
+            self.plain += fan_in * fan_out
+            self.trained += fan_in * fan_out if "kernel" in leaves else 0
+            pair = (leaves["lora_a"].size, leaves["lora_b"].size) if "lora_a" in leaves else (0, 0)
+            self.pairs += sum(pair)
+            unwanted = not whole and path.removeprefix("layers.0.") in reads
+            if pair[0] and find_module(base, path).merges:
+                self.merged = True
+                self.merging += 2 * pair[0] * fan_out
+                self.unwanted_merging += 2 * pair[0] * fan_out if unwanted else 0
+                self.unwanted += fan_in * fan_out if unwanted else 0
+            elif unwanted:
+                self.unwanted += fan_in * fan_out + pair[0]
+        self.head = config.hidden_size * config.vocab_size
+        self.trains_head = any(name in self.adapter for name in ("lm_head", "embed_tokens"))
+
+    def forward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0) -> float:
+        """Of real tokens, pairs that see each other (summed over layers), logits and scalar-head positions."""
+        trunk = 2 * (self.plain + (0 if self.merged else self.pairs)) * tokens + self._attention(seen)
+        return trunk + 2 * self.head * logits + 2 * self.config.hidden_size * scalars
+
+    def backward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0) -> float:
+        """Of the same pass, with the gradient of what the adapter trains."""
+        weights = 2 * self.plain + 2 * self.trained + 4 * self.pairs - 2 * self.unwanted
+        head = (4 if self.trains_head else 2) * self.head * logits
+        return weights * tokens + 2 * self._attention(seen) + head + 4 * self.config.hidden_size * scalars
+
+    def both(self, *counts: float, parts: int = 1) -> float:
+        """Of both passes, in so many microbatches and steps: each adds up kernels and pairs anew."""
+        merging = parts * (2 * self.merging - self.unwanted_merging)
+        return self.forward(*counts) + self.backward(*counts) + merging
+
+    def _attention(self, seen: float) -> float:
+        return 4 * self.config.heads * self.config.head_dim * seen
+
+    def seen(self, lengths: np.ndarray) -> float:
+        """Pairs (query, key) of causal attention in rows of these lengths, summed over layers."""
+        return sum(float(np.sum(_causal_pairs(lengths, w))) for w in self._windows())
+
+    def seen_by_next(self, lengths: np.ndarray) -> float:
+        """The same for one more token per row, whose query sees so many keys, its own included."""
+        return sum(float(np.sum(lengths if w is None else np.minimum(lengths, w))) for w in self._windows())
+
+    def _windows(self) -> list[int | None]:
+        return [self.config.layer_kind(i).window for i in range(self.config.layers)]
+
+    def weight_bytes(self, logits: bool, tokens: float) -> float:
+        """Of the base and the adapter as a pass reads them: of the embedding only the tokens' rows, unless it is the
+        head too."""
+        total = _bytes(self.adapter)
+        for name, leaf in named_parameters(self.base).items():
+            if name.startswith(("embed_tokens", "embed_positions")) and not (
+                logits and self.config.tie_embeddings and name.startswith("embed_tokens")
+            ):
+                total += min(tokens * leaf.shape[1], leaf.size) * leaf.dtype.itemsize
+            elif logits or not name.startswith("lm_head"):
+                total += leaf.size * leaf.dtype.itemsize
+        return total
+
+    def cache_bytes(self, keys: float) -> float:
+        """Of keys and values, `keys` summed over rows and layers."""
+        itemsize = named_parameters(self.base)["embed_tokens/embedding"].dtype.itemsize
+        return 2 * self.config.kv_heads * self.config.head_dim * itemsize * keys
+
+
+def _causal_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """Pairs in rows of these lengths: 1 + 2 + ..., but no more than the window each."""
+    lengths = np.asarray(lengths, np.float64)
+    if window is None:
+        return lengths * (lengths + 1) / 2
+    short = np.minimum(lengths, window)
+    return short * (short + 1) / 2 + (lengths - short) * window
+
+
+def _bytes(tree: Any) -> float:
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def _optimizer_bytes(adapter: Any) -> float:
+    """Parameters and both moments, read and written."""
+    return 6 * _bytes(adapter)
+
+
+# ---------------------------------------------------------------- programs
+
+
+def rollout(base: Decoder, policy: Any, prompts: np.ndarray, answers: np.ndarray) -> Work:
+    """Prompts of these lengths, each read once, and answers of these lengths, i[B n]."""
+    role, group = Role(base, policy), len(answers) // len(prompts)
+    read = role.forward(prompts.sum(), role.seen(prompts), len(prompts)) + role.merging
+    phases = [Phase(read, role.weight_bytes(True, prompts.sum()))]
+    before = np.repeat(prompts, group)
+    for t in range(1, int(answers.max())):  # the token at t is sampled by a step that reads the one before it
+        filled = before[answers > t] + t
+        keys = role.seen_by_next(filled)
+        flops = role.forward(len(filled), keys, len(filled))
+        phases.append(Phase(flops, role.weight_bytes(True, len(filled)) + role.cache_bytes(keys)))
+    return Work(tuple(phases), float(answers.sum()))
+
+
+def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> Work:
+    """One scalar for each row of these lengths."""
+    role = Role(base, adapter)
+    flops = role.forward(lengths.sum(), role.seen(lengths), 0, len(lengths)) + role.merging
+    return Work((Phase(flops, role.weight_bytes(False, lengths.sum())),), tokens)
+
+
+def annotate(
+    base: Decoder, policy: Any, value: Any, reference: Any, lengths: np.ndarray, answers: np.ndarray, update: Any
+) -> Work:
+    """Logprobs of the policy, unless the update makes its own, and of the reference; values, where there are any."""
+    total, wanted = lengths.sum(), float(answers.sum())
+    passes = [(Role(base, reference), wanted, 0.0)]
+    shared, needs_policy = update.value_trunk == "policy" and bool(value), not single_step(update)
+    if shared:
+        passes.append((Role(base, {**policy, **value}), wanted if needs_policy else 0.0, wanted))
+    else:
+        passes += [(Role(base, policy), wanted, 0.0)] if needs_policy else []
+        passes += [(Role(base, value), 0.0, wanted)] if value else []
+    flops = sum(role.forward(total, role.seen(lengths), logits, scalars) for role, logits, scalars in passes)
+    # The base is read once for all roles, each adapter besides.
+    size = Role(base, None).weight_bytes(True, total) + sum(_bytes(role.adapter) for role, _, _ in passes)
+    return Work((Phase(flops, size),), wanted)
+
+
+def update(
+    base: Decoder, policy: Any, value: Any, lengths: np.ndarray, answers: np.ndarray, update: Any, mix: Any = None
+) -> Work:
+    """Epochs of forward and backward passes of policy and value, and an optimizer step for each minibatch."""
+    total, wanted = lengths.sum(), float(answers.sum())
+    if value and update.value_trunk == "policy":
+        passes = [(Role(base, {**policy, **value}), wanted, wanted)]
+    else:
+        passes = [(Role(base, policy), wanted, 0.0)] + ([(Role(base, value), 0.0, wanted)] if value else [])
+    flops = sum(role.both(total, role.seen(lengths), logits, scalars) for role, logits, scalars in passes)
+    flops *= update.epochs
+    if mix is not None:
+        role, (rows, length) = Role(base, policy), mix.tokens.shape
+        flops += role.both(rows * length, role.seen(np.full(rows, length)), rows * (length - 1))
+    steps = update.epochs * update.minibatches
+    size = 2 * Role(base, None).weight_bytes(True, total / update.minibatches) + sum(
+        2 * _bytes(role.adapter) + _optimizer_bytes(role.adapter) for role, _, _ in passes
+    )
+    return Work((Phase(flops, steps * size),), wanted * update.epochs)
+
+
+def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, scalars: float) -> Work:
+    """One optimizer step of the stages sft and reward_model."""
+    role = Role(base, adapter)
+    flops = role.both(lengths.sum(), role.seen(lengths), logits, scalars)
+    size = 2 * role.weight_bytes(logits > 0, lengths.sum()) + _optimizer_bytes(adapter)
+    return Work((Phase(flops, size),), float(lengths.sum()))
+
+
+# ---------------------------------------------------------------- from what a program is given
+
+
+def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config: RunConfig) -> Work:
+    """The least work of a call of one of `planning.programs`' programs; `result` is what it gave."""
+    kind = name.split()[0]
+    if name not in _BY_NAME and kind != "reward":
+        raise ValueError(f"no formula for the program {name!r}")
+    return _BY_NAME.get(name, _reward_model)(args, kwargs, result, config)
+
+
+def _lengths(mask: jax.Array) -> np.ndarray:
+    return np.asarray(mask).sum(1)
+
+
+def _rollout(args: tuple, kwargs: dict, result: Rollout, config: RunConfig) -> Work:
+    base, policy, prompts, *_ = args
+    return rollout(base, policy, _lengths(prompts.mask), _lengths(result.response_mask))
+
+
+def _own_reward(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
+    base, adapter, answers = args
+    return reward(base, adapter, _lengths(answers.mask), float(_lengths(answers.response_mask).sum()))
+
+
+def _reward_model(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
+    base, head, _, mask = args
+    return reward(base, head, _lengths(mask), float(_lengths(mask).sum()))
+
+
+def _annotate(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
+    base, policy, value, reference, answers, *_ = args
+    lengths, wanted = _lengths(answers.mask), _lengths(answers.response_mask)
+    return annotate(base, policy, value, reference, lengths, wanted, config.ppo.update)
+
+
+def _update(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
+    state, base, experience, *_ = args
+    lengths, wanted = _lengths(experience.mask), _lengths(experience.response_mask)
+    return update(base, state.policy, state.value, lengths, wanted, config.ppo.update, kwargs.get("mix"))
+
+
+def _sft(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
+    state, base, batch, *_ = args
+    rows, length = batch.tokens.shape
+    return train_step(base, state.adapter, np.full(rows, length), rows * (length - 1.0), 0.0)
+
+
+def _pairs(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
+    state, base, batch, *_ = args
+    lengths = np.concatenate([_lengths(batch.chosen_mask), _lengths(batch.rejected_mask)])
+    return train_step(base, state.adapter, lengths, 0.0, float(len(lengths)))
+
+
+_BY_NAME: dict[str, Callable[[tuple, dict, Any, RunConfig], Work]] = {
+    "rollout": _rollout,
+    "greedy": _rollout,
+    "reward": _own_reward,
+    "annotate": _annotate,
+    "update": _update,
+    "sft_update": _sft,
+    "reward_model_update": _pairs,
+}

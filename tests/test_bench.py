@@ -1,0 +1,309 @@
+"""The bench: figures that fit together, arithmetic that equals a count by hand and what the compiler was given."""
+
+import importlib
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import bench
+from jaxrlhf.benching import work
+from jaxrlhf.benching.filling import Filler
+from jaxrlhf.benching.lengths import stop_tokens, with_lengths
+from jaxrlhf.benching.machine import Rates
+from jaxrlhf.config import PPOConfig, Sampling
+from jaxrlhf.config_io import load_config
+from jaxrlhf.models.decoder import DecoderConfig, LayerKind, abstract_decoder
+from jaxrlhf.planning.shapes import Shapes
+from jaxrlhf.runtime.mesh import make_mesh
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "configs" / "bench.yaml")
+V, D, F, N, K, H, L = 64, 16, 24, 2, 1, 8, 1
+B, P, R, S = 4, 4, 8, 12
+RANK = 2
+TINY = [f"ppo.batch_size={B}", f"ppo.max_prompt_tokens={P}", f"ppo.sampling.max_new_tokens={R}", "adapter.rank=2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a config.json and no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    given = json.loads((ROOT / "configs" / "bench" / "config.json").read_text())
+    given |= {"vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L}
+    given |= {"num_attention_heads": N, "num_key_value_heads": K, "max_position_embeddings": 32}
+    (folder / "config.json").write_text(json.dumps(given))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_machine():
+    """Rates are measured on small arrays: what they are does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrlhf.benching.machine._SIZES", {"cpu": (128, 2**16)})
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(model, small_machine, tmp_path_factory):
+    """What the command wrote of the tiny work, and what it printed."""
+    target = tmp_path_factory.mktemp("bench") / "bench.json"
+    arguments = ["--config", CONFIG, "--json", str(target), "--repeats", "3", "--iterations", "2", "--count"]
+    assert bench.main([*arguments, f"model.path={model}", "ppo.update.epochs=2", *TINY]) == 0
+    return json.loads(target.read_text())
+
+
+def numbers_in(value, where=""):
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from numbers_in(inner, f"{where}/{name}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from numbers_in(inner, f"{where}/{i}")
+    elif isinstance(value, int | float):
+        yield where, value
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_every_program_of_an_iteration_is_there_with_finite_positive_figures(measured):
+    (stage,) = measured["stages"]
+    assert [p["name"] for p in stage["programs"]] == ["rollout", "reward", "annotate", "update"]
+    assert measured["model"]["parameters"] == 2 * V * D + L * (2 * D * N * H + 2 * D * K * H + 3 * D * F + 2 * D) + D
+    for where, value in numbers_in(measured):
+        assert math.isfinite(value) and (value > 0 or where.endswith("results")), where
+    tokens = {p["name"]: p["tokens"] for p in stage["programs"]}
+    assert tokens == {"rollout": B * R, "reward": B * R, "annotate": B * R, "update": 2 * B * R}
+
+
+def test_shares_fit_their_parts(measured):
+    (stage,) = measured["stages"]
+    rates = measured["machine"]
+    for side in ("before", "after"):
+        assert rates[side]["flops"] <= rates["flops_per_second"] and rates[side]["bytes"] <= rates["bytes_per_second"]
+    for p in stage["programs"]:
+        assert p["share"] == pytest.approx(p["least_seconds"] / p["seconds"])
+        alone = max(p["flops"] / rates["flops_per_second"], p["bytes"] / rates["bytes_per_second"])
+        assert p["least_seconds"] >= alone * (1 - 1e-9), "phases cannot overlap"
+        if p["name"] != "rollout":
+            assert p["least_seconds"] == pytest.approx(alone)
+        assert sorted(p["all_seconds"])[1] == p["seconds"] and len(p["all_seconds"]) == 3
+        assert p["cpu_seconds"] <= 1.5 * measured["machine"]["cores"] * max(p["all_seconds"]) + 0.05
+        assert p["memory"]["peak"] == sum(p["memory"][part] for part in ("arguments", "results", "temporaries"))
+    assert stage["seconds"] == pytest.approx(sum(p["seconds"] for p in stage["programs"]))
+    assert stage["least_seconds"] == pytest.approx(sum(p["least_seconds"] for p in stage["programs"]))
+    loop = stage["loop"]
+    assert len(loop["all_seconds"]) == 2 and loop["programs_seconds"] < loop["seconds"]
+    assert set(loop["by_program"]) == {p["name"] for p in stage["programs"]}
+
+
+def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured):
+    """The programs compute attention with all keys of a row and mask some; the least has only those seen."""
+    counted = {p["name"]: (p["counted_flops"], p["flops"]) for p in measured["stages"][0]["programs"]}
+    per_pair = 4 * N * H * L * B
+    unseen = S * S - S * (S + 1) // 2
+    steps = sum(S - (P + t) for t in range(1, R))
+    expected = {
+        "rollout": per_pair * (P * P - P * (P + 1) // 2 + steps),
+        "reward": per_pair * unseen,
+        "annotate": 3 * per_pair * unseen,
+        "update": 2 * 2 * 3 * per_pair * unseen,  # epochs x roles x (forward and twice it)
+    }
+    assert {name: compiled - least for name, (compiled, least) in counted.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--repeats", "0"], "--repeats: must be at least 1, not 0"),
+        (["--json", "nowhere/at/all.json"], "--json: no folder nowhere/at"),
+        (["model.path=./absent"], "./absent: no such folder with a config.json"),
+        (["ppo.update.minibatches=7"], "ppo.update.minibatches"),
+        (["ppo.sampling.max_new_tokens=1000"], "192 positions"),
+        (["ppo.sampling.temperature=0"], "ppo.sampling.temperature"),
+        (["ppo.bach_size=3"], "ppo.batch_size"),
+    ],
+    ids=["repeats", "json", "model", "minibatches", "positions", "greedy", "key"],
+)
+def test_bad_input_stops_with_one_line(arguments, complaint, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("jaxrlhf.benching.bench.measure_rates", lambda *_: pytest.fail("stopped too late"))
+    assert bench.main(["--config", CONFIG, *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and complaint in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- arithmetic and bytes
+
+
+def lora(paths, head=False):
+    leaf = {(i, o): {"lora_a": np.zeros((i, RANK)), "lora_b": np.zeros((RANK, o))} for i, o in set(paths.values())}
+    score = {"score": {"kernel": np.zeros((D, 1))}} if head else {}
+    return {path: leaf[shape] for path, shape in paths.items()} | score
+
+
+LINEAR = {
+    "layers.0.attention.q_proj": (D, N * H), "layers.0.attention.k_proj": (D, K * H),
+    "layers.0.attention.v_proj": (D, K * H), "layers.0.attention.o_proj": (N * H, D),
+    "layers.0.mlp.gate_proj": (D, F), "layers.0.mlp.up_proj": (D, F), "layers.0.mlp.down_proj": (F, D),
+}  # fmt: skip
+W = 2 * D * N * H + 2 * D * K * H + 3 * D * F
+PAIRS = RANK * sum(i + o for i, o in LINEAR.values())
+QKV_IN = D * (N + 2 * K) * H + 3 * D * RANK  # what the gradient of the embedding would go through
+
+
+def decoder(**more):
+    return abstract_decoder(DecoderConfig(V, D, F, L, N, K, H, 64, **more))
+
+
+def test_a_step_of_training_is_the_count_by_hand():
+    base, policy, value = decoder(), lora(LINEAR), lora(LINEAR, head=True)
+    lengths, answers = np.full(B, S), np.full(B, R)
+    tokens, wanted, seen = B * S, B * R, B * S * (S + 1) / 2
+    trunk = 6 * (W + PAIRS) * tokens - 2 * W * tokens - 2 * QKV_IN * tokens + 3 * 4 * N * H * seen
+    hand = 2 * trunk + 4 * D * V * wanted + 6 * D * wanted
+    found = work.update(base, policy, value, lengths, answers, PPOConfig(epochs=3))
+    assert found.flops == 3 * hand and found.tokens == 3 * wanted
+    shared = work.update(base, policy, {"score": value["score"]}, lengths, answers, PPOConfig(value_trunk="policy"))
+    assert shared.flops == 4 * (trunk + 4 * D * V * wanted + 6 * D * wanted)
+
+
+def test_training_the_whole_model_has_the_gradient_of_every_weight():
+    base, lengths = decoder(), np.full(B, S)
+    whole = {path: {"kernel": np.zeros(shape)} for path, shape in (LINEAR | {"lm_head": (D, V)}).items()}
+    tokens, logits, seen = B * S, B * (S - 1), B * S * (S + 1) / 2
+    found = work.train_step(base, whole, lengths, logits, 0.0)
+    assert found.flops == 6 * W * tokens + 6 * D * V * logits + 3 * 4 * N * H * seen
+    pairs = work.train_step(base, lora(LINEAR, head=True), lengths, 0.0, B)
+    assert pairs.flops == (4 * W + 6 * PAIRS - 2 * QKV_IN) * tokens + 6 * D * B + 3 * 4 * N * H * seen
+
+
+def test_a_step_of_decoding_reads_weights_and_what_is_filled():
+    base, policy = decoder(), lora(LINEAR)
+    found = work.rollout(base, policy, np.full(B, P), np.full(B, R))
+    assert len(found.phases) == R, "one for the prompts, and one for each token but the first"
+    first = found.phases[1]
+    assert first.flops == 2 * (W + PAIRS + D * V) * B + 4 * N * H * (P + 1) * B
+    pairs_bytes = 8 * PAIRS  # of float64 arrays
+    weights = 4 * (W + 2 * D + D + D * V + B * D) + pairs_bytes
+    assert first.bytes == weights + 2 * K * H * 4 * (P + 1) * B
+    later = [after.bytes - before.bytes for before, after in zip(found.phases[1:], found.phases[2:])]
+    assert later == [2 * K * H * 4 * B] * (R - 2), "the cache grows by a token of each row"
+
+
+def test_rows_that_ended_cost_nothing_and_the_longest_says_when_to_stop():
+    base, policy, prompts = decoder(), lora(LINEAR), np.full(B, P)
+    full = work.rollout(base, policy, prompts, np.full(B, 5))
+    ragged = work.rollout(base, policy, prompts, np.array([5, 1, 1, 1]))
+    assert len(ragged.phases) == len(full.phases) == 5
+    assert ragged.phases[0] == full.phases[0] and ragged.phases[1].flops == full.phases[1].flops / B
+    assert ragged.tokens == 8 and ragged.bytes < full.bytes
+
+
+def test_a_window_and_a_group_see_and_read_less():
+    policy, prompts = lora(LINEAR), np.full(B, P)
+    wide = work.rollout(decoder(), policy, prompts, np.full(B, R))
+    narrow = work.rollout(decoder(layer_kinds=(LayerKind(window=3),)), policy, prompts, np.full(B, R))
+    assert narrow.phases[-1].flops - wide.phases[-1].flops == -4 * N * H * B * (P + R - 1 - 3)
+    group = work.rollout(decoder(), policy, prompts, np.full(3 * B, R))
+    assert group.phases[0] == wide.phases[0], "prompts are read once"
+    assert group.phases[1].flops == 3 * wide.phases[1].flops
+
+
+def test_what_binds_is_the_larger_of_both():
+    phases = (work.Phase(10.0, 1.0), work.Phase(1.0, 8.0))
+    made = work.Work(phases, 1.0)
+    assert made.least_seconds(Rates(1.0, 1.0)) == 18.0 and made.bound_by(Rates(1.0, 1.0)) == "arithmetic"
+    assert made.least_seconds(Rates(10.0, 1.0)) == 9.0 and made.bound_by(Rates(10.0, 1.0)) == "memory"
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_full_and_geometric_answers_come_from_stop_tokens_alone(model):
+    config = load_config(CONFIG, [f"model.path={model}"])
+    assert with_lengths(config, "full", V).ppo.sampling.stop_tokens == ()
+    geometric = with_lengths(config, "geometric", 4096).ppo.sampling
+    assert len(geometric.stop_tokens) == len(set(geometric.stop_tokens)) == 4 * 4096 // 64
+    assert max(geometric.stop_tokens) < 4096
+    assert stop_tokens(Sampling(max_new_tokens=10**6), 8) == (0,), "an answer can always end"
+    assert len(stop_tokens(Sampling(max_new_tokens=1), 8)) == 7, "and need not"
+
+
+def test_shapes_become_arrays_once_and_hold_what_their_names_say(model):
+    config = load_config(CONFIG, [f"model.path={model}", *TINY])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    shapes = Shapes(config, mesh, decoder().config)
+    filler, adapter = Filler(shapes.model, 0), shapes.adapter(config.adapter, "value")
+    made, again = filler.fill(adapter), filler.fill({"again": adapter})["again"]
+    for given, one, two in zip(*map(jax.tree.leaves, (adapter, made, again))):
+        assert one is two and one.shape == given.shape and one.dtype == given.dtype and one.sharding == given.sharding
+        assert np.isfinite(one).all() and np.asarray(one).any()
+    with pytest.raises(ValueError, match="wurzel"):
+        filler.fill({"wurzel": jax.ShapeDtypeStruct((2,), np.float32)})
+
+
+# ---------------------------------------------------------------- benchmarks/
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield SimpleNamespace(compare=importlib.import_module("compare"), regress=importlib.import_module("regress"))
+
+
+def test_a_program_that_became_slower_is_named(scripts):
+    stored = {"ppo": {"rollout": 0.5, "update": 0.3}}
+    assert scripts.regress.slower({"ppo": {"rollout": 0.45, "update": 0.4}}, stored) == []
+    (line,) = scripts.regress.slower({"ppo": {"rollout": 0.3, "update": 0.3}}, stored)
+    assert "rollout" in line and "1.67 times" in line
+    (line,) = scripts.regress.slower({"ppo": {"update": 0.3}}, stored)
+    assert "rollout" in line and "not there" in line
+
+
+def test_regress_stores_and_compares_per_machine(scripts, measured, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(scripts.regress, "RATIOS", tmp_path / "ratios.json")
+    monkeypatch.setattr(scripts.regress, "measure", lambda overrides: measured)
+    assert scripts.regress.main([]) == 2 and "--store" in capsys.readouterr().err
+    assert scripts.regress.main(["--store"]) == 0 and scripts.regress.main([]) == 0
+    slow = json.loads(json.dumps(measured))
+    slow["stages"][0]["programs"][0]["best_share"] /= 2
+    monkeypatch.setattr(scripts.regress, "measure", lambda overrides: slow)
+    capsys.readouterr()
+    assert scripts.regress.main([]) == 1
+    named = [line for line in capsys.readouterr().out.splitlines() if "times as long" in line]
+    assert len(named) == 2 and all("rollout takes 2.00" in line for line in named), "of both works"
+
+
+def test_peers_are_read_and_set_beside_ours(scripts, measured, tmp_path):
+    compare, mine = scripts.compare, scripts.compare.ours(measured)
+    assert set(mine) == set(compare.PARTS)
+    assert mine["sampling"] + mine["scoring"] + mine["update"] <= mine["whole"] * 1.5
+    split = {"generation": 2.0, "scoring": 3.0, "update_fwd_bwd_opt": 4.0}
+    trl = {"sec_per_iteration_median": 10.0, "split_median_sec": split, "peak_rss_mib": 100}
+    line = ("median s/iter 1.410 | generate 0.310 | old logp 0.100 | ref logp 0.090 | values 0.080 | "
+            "experience total 0.300 | actor update 0.400 | critic update 0.500\npeak RSS 1.50 GiB")  # fmt: skip
+    printed = {"trl": "noise\nJSON " + json.dumps(trl), "tunix": line, "other": 'JSON {"whole": 3.0}'}
+    read = {name: compare.PEERS[name].read(text) for name, text in printed.items()}
+    assert read["trl"]["update"] == 4.0 and read["other"] == {"whole": 3.0}
+    assert read["tunix"]["scoring"] == pytest.approx(0.27) and read["tunix"]["update"] == pytest.approx(0.9)
+    text = compare.table("trl", [{"whole": 2.0}, {"whole": 4.0}], [{"whole": 6.0}, {"whole": 9.0}])
+    assert "| whole | 3.000 (2.000 to 4.000) | 7.500 (6.000 to 9.000) | 2.50 (2.25 to 3.00) |" in text
+    script = tmp_path / "peer.py"
+    script.write_text("import sys\nprint('JSON {\"whole\": %s}' % sys.argv[1])\n")
+    assert compare.run_peer(compare.PEERS["other"], sys.executable, script, "7") == {"whole": 7.0}
+    script.write_text("print('nothing')\n")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        compare.run_peer(compare.PEERS["other"], sys.executable, script, "")
+    shutil.copy(script, tmp_path / "fails.py")
+    (tmp_path / "fails.py").write_text("raise SystemExit('no such device')\n")
+    with pytest.raises(SystemExit, match="no such device"):
+        compare.run_peer(compare.PEERS["other"], sys.executable, tmp_path / "fails.py", "")
