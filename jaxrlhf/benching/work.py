@@ -5,13 +5,14 @@ before comes nearer to its limit. Counted per pass of one role, with W the weigh
 its LoRA pairs, D x V the head, a multiplication and an addition each as one:
 
     forward    2 (W + A) per real token, 4 heads x head size per (query, key) that sees each other, 2 D V per position
-               whose logits are wanted. In float32 pairs are added to their kernels: 2 W per token, and W x rank once
+               whose logits are wanted
     backward   2 W + 4 A per token where LoRA is trained (no gradient of the base), 4 W where W is; twice the forward
                of attention; 2 D V of the head, 4 where it is trained
     decoding   weights, adapter and the filled cache are read once a step, by the rows that have not ended
 
 Nobody wants the gradient of the embedding under LoRA: the first layer's part of it is left out. Elementwise work,
-activations that leave the caches, and what `remat` computes twice are no part of the least.
+activations that leave the caches, and what `remat` computes twice are no part of the least. In float32 programs add pairs
+to kernels first (`models.linear`), and do the 2 A per token forward in less.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import numpy as np
 from jaxrlhf.benching.machine import Rates
 from jaxrlhf.config import RunConfig
 from jaxrlhf.models.adapters import SCORE
-from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
+from jaxrlhf.models.decoder import Decoder, linear_shapes, named_parameters
 from jaxrlhf.records import Rollout
 from jaxrlhf.steps.ppo import single_step
 
@@ -74,10 +75,8 @@ class Role:
     def __init__(self, base: Decoder, adapter: Any):
         self.base, self.config, self.adapter = base, base.config, adapter or {}
         config = self.config
-        self.merged = False
         self.plain = self.trained = self.pairs = 0.0  # weights: of the base, trained ones of them, of LoRA pairs
         self.unwanted = 0.0  # weights through which no gradient need go
-        self.merging = self.unwanted_merging = 0.0  # to add up kernels and pairs; of those with unwanted gradients
         whole = any(name != SCORE and "lora_a" not in leaves for name, leaves in self.adapter.items())
         reads = _READS_INPUT if config.parallel_residual else _QKV
         for path, (fan_in, fan_out) in linear_shapes(base).items():
@@ -86,20 +85,14 @@ class Role:
             self.trained += fan_in * fan_out if "kernel" in leaves else 0
             pair = (leaves["lora_a"].size, leaves["lora_b"].size) if "lora_a" in leaves else (0, 0)
             self.pairs += sum(pair)
-            unwanted = not whole and path.removeprefix("layers.0.") in reads
-            if pair[0] and find_module(base, path).merges:
-                self.merged = True
-                self.merging += 2 * pair[0] * fan_out
-                self.unwanted_merging += 2 * pair[0] * fan_out if unwanted else 0
-                self.unwanted += fan_in * fan_out if unwanted else 0
-            elif unwanted:
+            if not whole and path.removeprefix("layers.0.") in reads:
                 self.unwanted += fan_in * fan_out + pair[0]
         self.head = config.hidden_size * config.vocab_size
         self.trains_head = any(name in self.adapter for name in ("lm_head", "embed_tokens"))
 
     def forward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0) -> float:
         """Of real tokens, pairs that see each other (summed over layers), logits and scalar-head positions."""
-        trunk = 2 * (self.plain + (0 if self.merged else self.pairs)) * tokens + self._attention(seen)
+        trunk = 2 * (self.plain + self.pairs) * tokens + self._attention(seen)
         return trunk + 2 * self.head * logits + 2 * self.config.hidden_size * scalars
 
     def backward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0) -> float:
@@ -108,10 +101,8 @@ class Role:
         head = (4 if self.trains_head else 2) * self.head * logits
         return weights * tokens + 2 * self._attention(seen) + head + 4 * self.config.hidden_size * scalars
 
-    def both(self, *counts: float, parts: int = 1) -> float:
-        """Of both passes, in so many microbatches and steps: each adds up kernels and pairs anew."""
-        merging = parts * (2 * self.merging - self.unwanted_merging)
-        return self.forward(*counts) + self.backward(*counts) + merging
+    def both(self, *counts: float) -> float:
+        return self.forward(*counts) + self.backward(*counts)
 
     def _attention(self, seen: float) -> float:
         return 4 * self.config.heads * self.config.head_dim * seen
@@ -170,7 +161,7 @@ def _optimizer_bytes(adapter: Any) -> float:
 def rollout(base: Decoder, policy: Any, prompts: np.ndarray, answers: np.ndarray) -> Work:
     """Prompts of these lengths, each read once, and answers of these lengths, i[B n]."""
     role, group = Role(base, policy), len(answers) // len(prompts)
-    read = role.forward(prompts.sum(), role.seen(prompts), len(prompts)) + role.merging
+    read = role.forward(prompts.sum(), role.seen(prompts), len(prompts))
     phases = [Phase(read, role.weight_bytes(True, prompts.sum()))]
     before = np.repeat(prompts, group)
     for t in range(1, int(answers.max())):  # the token at t is sampled by a step that reads the one before it
@@ -184,7 +175,7 @@ def rollout(base: Decoder, policy: Any, prompts: np.ndarray, answers: np.ndarray
 def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> Work:
     """One scalar for each row of these lengths."""
     role = Role(base, adapter)
-    flops = role.forward(lengths.sum(), role.seen(lengths), 0, len(lengths)) + role.merging
+    flops = role.forward(lengths.sum(), role.seen(lengths), 0, len(lengths))
     return Work((Phase(flops, role.weight_bytes(False, lengths.sum())),), tokens)
 
 
