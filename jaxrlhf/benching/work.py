@@ -11,8 +11,8 @@ its LoRA pairs, D x V the head, a multiplication and an addition each as one:
     decoding   weights, adapter and the filled cache are read once a step, by the rows that have not ended
 
 Nobody wants the gradient of the embedding under LoRA: the first layer's part of it is left out. Elementwise work,
-activations that leave the caches, and what `remat` computes twice are no part of the least. In float32 programs add pairs
-to kernels first (`models.linear`), and do the 2 A per token forward in less.
+activations that leave the caches, and what `remat` computes twice are no part of the least. In float32 programs add
+pairs to kernels first (`models.linear`), and do the 2 A per token forward in less.
 """
 
 import dataclasses

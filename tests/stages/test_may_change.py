@@ -33,6 +33,7 @@ def _with(path: str, value) -> RunConfig:
         (("checkpoints.keep", 2, 5), {}, True),
         (("checkpoints.grace", 60.0, 20.0), {}, True),
         (("ppo.sample_every", 10, 1), {}, True),
+        (("ppo.sampling.halvings", None, 3), {}, True),
         (("mesh.data", 8, 4), {}, True),
         (("ppo.save_every", 10, 5), {}, True),
         (("ppo.save_every", 10, 5), {"checkpoints": BEST}, False),  # other checkpoints to choose from
