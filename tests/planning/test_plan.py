@@ -87,8 +87,10 @@ def plans(answers):
 
 def test_shares_of_eight(plans):
     one = plans["one"]
-    for name in ("data", "fsdp", "tensor"):
+    for name in ("data", "fsdp"):
         assert plans[name]["flops"] == pytest.approx(one["flops"] / 8, rel=0.05), name
+    # the head, with a vocabulary that 8 does not divide, is computed whole by each, and so are the pairs' first halves
+    assert one["flops"] / 8 < plans["tensor"]["flops"] < one["flops"] / 8 * 1.35
     assert plans["data"]["parts"]["weights"] == one["parts"]["weights"]
     for name in ("fsdp", "tensor"):
         # norms, and a vocabulary that 8 does not divide, stay whole along an axis

@@ -5,6 +5,7 @@ takes beside it, in the schedule that XLA makes where memory counts (on a CPU it
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -55,8 +56,7 @@ def noting(self, *args, **kwargs):
     if self.name not in seen:
         held = {a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays()
                 if not jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key)}
-        small = self.lower(*args, **kwargs).compile({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
-        found = small.memory_analysis()
+        found = self.lower(*args, **kwargs).compile().memory_analysis()
         seen[self.name] = {
             "arrays": arrays((args, kwargs)), "live": sum(held.values()), "temporaries": found.temp_size_in_bytes,
             "results": found.output_size_in_bytes - found.alias_size_in_bytes,
@@ -69,12 +69,21 @@ json.dump(seen, open(sys.argv[2], "w"))
 """
 
 
+# Memory counts, and machine code may be slow.
+FLAGS = (
+    "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     config = CONFIG | {"run_dir": str(folder / "run"), "stages": ["sft", "reward_model", "ppo"]}
     command = [sys.executable, "-c", RUN, json.dumps(config), str(folder / "seen.json")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    env = {**os.environ, "XLA_FLAGS": " ".join(FLAGS), "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads((folder / "seen.json").read_text())
 
