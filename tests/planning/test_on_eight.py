@@ -56,7 +56,7 @@ def gathered(x, y):
     return jax.lax.scan(lambda a, k: (jnp.tanh(a @ k), None), x, y)[0]
 found = of(gathered, ((64, 128), P()), ((9, 128, 128), P(None, "fsdp")), out=P())
 assert 9 * 2 * 64 * 128 * 128 / found.flops in (1, 2, 4, 8), found.flops
-assert found.collectives and sum(c.count for c in found.collectives) % 9 == 0, found.collectives
+assert 9 in {c.count for c in found.collectives} <= {1, 9}, found.collectives
 
 # the shares that are summed are those of arrays that are placed
 shape = DecoderConfig(vocab_size=96, hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2, head_dim=8,

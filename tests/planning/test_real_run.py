@@ -121,9 +121,8 @@ def _arrays(tree) -> list:
 
 def test_the_programs_of_a_run_are_those_of_its_plan(measured, config):
     calls = _calls(config)
-    beside = {name for name in measured if name not in calls}
-    assert {name for name in calls if name not in measured} == set()
-    assert all("eval" in name or name in ("comparison", "values") for name in beside), beside
+    assert set(measured) - set(calls) <= {"sft_evaluate", "pair_scores"}  # measure now and then, and take less
+    assert set(calls) <= set(measured)
     for name, call in calls.items():
         assert _arrays((call.args, call.kwargs)) == measured[name]["arrays"], name
 
@@ -142,7 +141,7 @@ def test_temporaries_are_those_of_a_compiler_but_for_what_a_card_fuses(measured,
     programs = [program for stage in planned.stages for program in stage.programs]
     compared = {p.name: p.counted / measured[p.name]["temporaries"] for p in programs}
     print({name: round(ratio, 3) for name, ratio in compared.items()})
-    assert all(0.4 < ratio < 1.1 for ratio in compared.values()), compared
+    assert all(0.5 < ratio < 1.25 for ratio in compared.values()), compared
 
 
 def test_parts_are_what_they_say(planned, config):
