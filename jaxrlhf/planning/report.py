@@ -77,7 +77,8 @@ def _method(plan: Plan) -> list[str]:
     ]
     notes.append(
         "activations: counted by a greedy schedule of those kernels, not laid out by a compiler for the card "
-        f"(XLA's compiler for this CPU takes up to {_gib(compiled)} GiB of temporaries, with float32 products)"
+        f"(XLA's compiler for this CPU takes up to {_gib(compiled)} GiB of temporaries: it has products in float32, "
+        "keeps what remat would compute again, and prefers speed)"
     )
     notes.append(
         f"least time: the largest of the three at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s in "
