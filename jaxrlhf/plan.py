@@ -13,20 +13,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m jaxrlhf.plan",
         description="Memory, arithmetic, exchange and least time of each program of a run on N cards. Needs neither "
         "cards nor weights: of model.path only config.json is read. The programs are partitioned by XLA for N virtual "
-        "devices with models of one and two layers; the rest is counted and extrapolated, as the output says.",
+        "devices with models of two and three layers; the rest is counted and extrapolated, as the output says.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--devices", required=True, type=int, metavar="N", help="number of cards, such as 8 or 512")
     parser.add_argument("--card", default="h100", help="h100, h200, a100, a100-40, b200, l40s; default h100")
     parser.add_argument("--memory", metavar="SIZE", help="of each card, such as 80GiB; default: the card's")
     parser.add_argument("--per-host", type=int, default=8, metavar="N", help="cards of a host; default 8")
-    parser.add_argument(
-        "--compiler",
-        choices=("count", "cuda"),
-        default="count",
-        help="activations: counted (default), or as XLA's compiler for NVIDIA cards lays them out, which needs "
-        "jax's CUDA plugin but no card, and takes longer",
-    )
     parser.add_argument("--no-largest-batch", action="store_true", help="leaves that out, in half of the time")
     parser.add_argument("--json", action="store_true", help="prints JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")

@@ -37,7 +37,7 @@ CARDS = {
         Card("h100", 80 * 10**9, 989e12, 494e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM datasheet; DGX H100"),
         Card("h200", 141 * 10**9, 989e12, 494e12, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM datasheet; DGX H200"),
         Card("b200", 180 * 10**9, 2250e12, 1125e12, 8.0e12, 900e9, 50e9, "NVIDIA DGX B200 datasheet, an eighth of it"),
-        Card("l40s", 48 * 10**9, 362e12, 183e12, 0.864e12, 32e9, 25e9, "NVIDIA L40S datasheet; PCIe 4.0 x16, 200 Gbit/s"),
+        Card("l40s", 48 * 10**9, 362e12, 183e12, 0.864e12, 32e9, 25e9, "NVIDIA L40S datasheet; PCIe 4.0 x16; 200 Gb/s"),
     )
 }
 

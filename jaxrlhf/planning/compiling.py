@@ -112,7 +112,8 @@ def extrapolated(few: Measured, more: Measured, layers: int) -> Measured:
             line(*(0.0 if end is None else getattr(end, field) for end in ends)) for field in ("count", "bytes", "wire")
         ]
         collectives.append(dataclasses.replace(c, count=values[0], bytes=values[1], wire=values[2]))
-    numbers = {name: line(getattr(first, name), getattr(second, name)) for name in ("flops", "bytes", "peak", "outputs")}
+    summed = ("flops", "bytes", "peak", "outputs")
+    numbers = {name: line(getattr(first, name), getattr(second, name)) for name in summed}
     joined = Count(**numbers, collectives=sorted(collectives, key=lambda c: -c.wire), unknown_loops=first.unknown_loops)
     return Measured(
         more.call,

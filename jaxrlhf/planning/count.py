@@ -158,23 +158,28 @@ class _Memory:
         return min((self._run(greedy) for greedy in (True, False)), default=0.0)
 
     def _run(self, greedy: bool) -> float:
-        waits = [len({self.maker[key] for key in self._needs(i) if key in self.maker}) for i in range(len(self.kernels))]
         users: dict[int, set[int]] = {}
-        for i in range(len(self.kernels)):
-            for key in self._needs(i):
-                if key in self.maker:
-                    users.setdefault(self.maker[key], set()).add(i)
+        waits = []
+        for i, kernel in enumerate(self.kernels):
+            makers = {self.maker[key] for key in self._needs(i) | kernel.after if key in self.maker}
+            waits.append(len(makers))
+            for maker in makers:
+                users.setdefault(maker, set()).add(i)
         left = {key: len(readers) for key, readers in self.readers.items()}
         self.taken: dict[Key, float] = {}  # bytes by value, of those that lie in memory of their own
         now = peak = 0.0
         ready = [(self._rank(i, left, greedy), i) for i, n in enumerate(waits) if n == 0]
         heapq.heapify(ready)
+        done: set[int] = set()
         while ready:
             rank, i = heapq.heappop(ready)
+            if i in done:
+                continue
             current = self._rank(i, left, greedy)
             if current > rank:  # what it frees has changed since it was put there
                 heapq.heappush(ready, (current, i))
                 continue
+            done.add(i)
             for key, old in self._taken_over(i, left).items():
                 self.taken[key] = self.taken.pop(old)
             made = self._made(i, left)
@@ -185,6 +190,10 @@ class _Memory:
                 left[key] -= 1
                 if left[key] == 0 and key not in self.kept:
                     now -= self.taken.pop(key, 0.0)
+                elif left[key] == 1:  # its last reader frees it now
+                    for reader in self.readers[key]:
+                        if waits[reader] == 0 and reader not in done:
+                            heapq.heappush(ready, (self._rank(reader, left, greedy), reader))
             for key in self.kernels[i].writes:
                 if not self.readers.get(key) and key not in self.kept:
                     now -= self.taken.pop(key, 0.0)
@@ -236,9 +245,8 @@ class _Memory:
         if result.op != "tuple":
             return False
         last = body.instructions[result.operands[key[1]]]
-        return last.op == "get-tuple-element" and last.numbers("index") == (key[1],) and (
-            last.operands[0] == body.parameters[0]
-        )
+        same = last.op == "get-tuple-element" and last.numbers("index") == (key[1],)
+        return same and last.operands[0] == body.parameters[0]
 
     def _parameter(self, key: Key) -> bool:
         return self.graph.instruction(key[0]).op == "parameter"

@@ -18,7 +18,8 @@ Key = tuple[str, int]  # an instruction's name and the number of the leaf of its
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 LOOPS = ("while", "conditional", "call")
-_VIEWS = ("bitcast", "reshape", "copy", "opt-barrier", "optimization-barrier")
+_BARRIERS = ("opt-barrier", "optimization-barrier")
+_VIEWS = ("bitcast", "reshape", "copy", *_BARRIERS)
 _WRITES = (
     "dot", "convolution", "reduce", "reduce-window", "sort", "scatter", "dynamic-update-slice", "custom-call", "fft",
     "cholesky", "triangular-solve", "rng-bit-generator", "topk", *COLLECTIVES, *LOOPS,
@@ -38,6 +39,7 @@ class Kernel:
     writes: dict[Key, int]  # bytes of each result, as it lies in memory
     written: int  # bytes that are written; fewer than the results have where one is updated in place
     in_place: dict[Key, Key]  # results that may take the memory of what they are made from
+    after: frozenset[Key]  # what must be there first without being read: behind an optimization barrier
     order: int  # place in the text
 
 
@@ -171,7 +173,8 @@ class Graph:
         if instruction.op not in _WRITES:  # fused work that is written
             reads = self._reads(instruction)
             same = [s for s in reads if self.instruction(s[0]).op == "parameter" and self.bytes(s) == writes[keys[0]]]
-            return Kernel(instruction, reads, writes, instruction.bytes, {keys[0]: s for s in same[:1]}, self.order[name])
+            in_place = dict(zip(keys, same))
+            return Kernel(instruction, reads, writes, instruction.bytes, in_place, self._after(name), self.order[name])
         reads, in_place, written = {}, {}, instruction.bytes
         if instruction.op in ("dynamic-update-slice", "scatter"):
             target, *rest = (self.origin((operand, 0)) for operand in instruction.operands)
@@ -190,7 +193,27 @@ class Graph:
             reads = self._reads(instruction)
             if instruction.op in ("conditional", "call"):
                 reads, written = dict.fromkeys(reads, 0), 0
-        return Kernel(instruction, reads, writes, written, in_place, self.order[name])
+        return Kernel(instruction, reads, writes, written, in_place, self._after(name), self.order[name])
+
+    def _after(self, name: str) -> frozenset[Key]:
+        """What the barriers between the kernel and its sources hold it back for.
+
+        `jax.checkpoint` ties what a layer computes again to the gradient that arrives there: without this, all layers
+        could be computed again at once.
+        """
+        barriers = {b for operand in self.instruction(name).operands for b in self._barriers(operand)}
+        return frozenset(source for b in barriers for leaf in self.leaves(b) for source in self.sources(leaf))
+
+    @functools.cache  # noqa: B019
+    def _barriers(self, name: str) -> frozenset[str]:
+        """The nearest barriers that the value of this name lies behind."""
+        instruction = self.instruction(name)
+        if instruction.op in _BARRIERS:
+            return frozenset([name])
+        through = instruction.op in ("tuple", "get-tuple-element", *_VIEWS) or self._marker(instruction)
+        if instruction.op in ("parameter", "constant") or (not through and self.written((name, 0))):
+            return frozenset()
+        return frozenset(b for operand in instruction.operands for b in self._barriers(operand))
 
     def _reads(self, instruction: Instruction) -> dict[Key, int]:
         found: dict[Key, int] = {}

@@ -16,7 +16,7 @@ from jaxrlhf.planning.count import Collective, Layout
 from jaxrlhf.planning.shapes import Shapes, read_model
 from jaxrlhf.runtime.mesh import make_mesh
 
-DEPTHS = (1, 2)  # layers of the models that are compiled
+DEPTHS = (2, 3)  # layers of the models that are compiled; with one the fullest moment may lie elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Asked:
     memory: float  # bytes of a card that a run may fill
     per_host: int = 8
     largest_batch: bool = True
-    cards_compiler: bool = False  # temporaries are those of XLA's compiler for the card, not counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +161,7 @@ def _whole(by_depth: list[dict[str, Measured]], layers: int) -> dict[str, Measur
 
 def _program_plan(stage: str, m: Measured, asked: Asked, dtype: str) -> ProgramPlan:
     counted, card = m.count.temporaries, asked.card
-    temporaries = m.compiled if asked.cards_compiler else counted
+    temporaries = counted
     parts = {name: m.parts[name] for name in ("weights", "adapters", "optimizer")}
     parts["rows"] = m.parts["rows"] + m.parts["results"]
     parts["cache"] = min(m.cache, temporaries)

@@ -69,22 +69,20 @@ def _method(plan: Plan) -> list[str]:
     compiled = max((p.compiled for s in plan.stages for p in s.programs), default=0.0)
     notes = [f"partitioned by XLA for all {asked.devices} devices with {layers}, from shapes; nothing was run"]
     if plan.compiled_layers != (plan.layers,):
-        notes.append(f"extrapolated on the line through {depths} layers to {plan.layers}: every number but the mesh's")
+        notes.append(f"extrapolated on the line through {depths} layers to {plan.layers}: all figures of the programs")
     notes += [
         "weights, adapters, optimizer, rows and cache: exact sums of each device's shares",
         "arithmetic: matrix products in the partitioned program; moved: what its kernels read and write, as drawn by "
         "rules of fusion; sent: by ring algorithms; each loop as often as it turns, answers at full length",
     ]
-    if asked.cards_compiler:
-        notes.append(f"activations: temporaries as XLA's compiler for {card.name} laid them out, without a card")
-    else:
-        notes.append(
-            "activations: counted by a greedy schedule of those kernels, not laid out by a compiler for the card "
-            f"(XLA's compiler for this CPU takes up to {_gib(compiled)} GiB of temporaries, with float32 products)"
-        )
     notes.append(
-        f"least time: the largest of the three at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s bfloat16, "
-        f"{card.bandwidth / 1e12:.2f} TB/s, {card.link / 1e9:.0f} GB/s within a host of {asked.per_host}, "
+        "activations: counted by a greedy schedule of those kernels, not laid out by a compiler for the card "
+        f"(XLA's compiler for this CPU takes up to {_gib(compiled)} GiB of temporaries: it has products in float32, "
+        "keeps what remat would compute again, and prefers speed)"
+    )
+    notes.append(
+        f"least time: the largest of the three at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s in "
+        f"bfloat16, {card.bandwidth / 1e12:.2f} TB/s, {card.link / 1e9:.0f} GB/s within a host of {asked.per_host}, "
         f"{card.network / 1e9:.0f} GB/s between hosts; {card.source}); no run reaches it"
     )
     return notes
@@ -118,7 +116,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "layers": plan.layers,
         "compiled_layers": list(plan.compiled_layers),
-        "activations": "cuda" if asked.cards_compiler else "counted",
         "stages": [
             {
                 "stage": stage.stage,

@@ -1,4 +1,4 @@
-"""A run's arrays as shapes on its mesh: the base, the adapters, their optimizers and the batches. No memory is taken."""
+"""A run's arrays as shapes on its mesh: base, adapters, optimizers and batches. No memory is taken."""
 
 import dataclasses
 import math

@@ -1,0 +1,174 @@
+"""A plan against a run: the same programs with the same arguments, and memory as the run has it.
+
+Measured is, before each program's first call, what `jax.live_arrays` has, and what XLA's own layout of the very program
+takes beside it, in the schedule that XLA makes where memory counts (on a CPU it prefers speed unless told).
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxrlhf.config import RunConfig
+from jaxrlhf.planning.cards import CARDS
+from jaxrlhf.planning.planner import Asked, make_plan
+from jaxrlhf.planning.programs import STAGES
+from jaxrlhf.planning.shapes import Shapes, read_model
+from jaxrlhf.runtime.mesh import make_mesh
+
+LORA = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
+CONFIG = {
+    "model": {
+        "new": {"hidden_size": 512, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate_size": 1024,
+                "max_positions": 64}
+    },
+    "adapter": LORA,
+    "sft": {
+        "data": {"path": "builtin:assistant-demonstrations", "limit": 12}, "batch_size": 4, "max_length": 48,
+        "microbatch_size": 2,
+    },
+    "reward_model": {
+        "data": {"path": "builtin:assistant-preferences", "limit": 8}, "batch_size": 4, "max_length": 32, "buckets": 1,
+    },
+    "ppo": {
+        "data": {"path": "builtin:assistant-prompts", "limit": 8}, "iterations": 1, "batch_size": 4,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 8, "samples_per_prompt": 2},
+        "update": {"epochs": 1, "minibatches": 2, "microbatch_size": 2}, "evaluation_prompts": 4,
+    },
+}  # fmt: skip
+
+RUN = """
+import json, sys
+import jax
+from jaxrlhf.config import RunConfig
+from jaxrlhf.runtime.programs import Program
+from jaxrlhf.stages.run import run_stages
+
+seen, call = {}, Program.__call__
+
+def arrays(tree):
+    return [[list(x.shape), str(x.dtype)] for x in jax.tree.leaves(tree) if getattr(x, "shape", ())]
+
+def noting(self, *args, **kwargs):
+    if self.name not in seen:
+        held = {a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays()
+                if not jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key)}
+        found = self.lower(*args, **kwargs).compile().memory_analysis()
+        seen[self.name] = {
+            "arrays": arrays((args, kwargs)), "live": sum(held.values()), "temporaries": found.temp_size_in_bytes,
+            "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+        }
+    return call(self, *args, **kwargs)
+
+Program.__call__ = noting
+run_stages(RunConfig.model_validate(json.loads(sys.argv[1])))
+json.dump(seen, open(sys.argv[2], "w"))
+"""
+
+
+# Memory counts, and machine code may be slow.
+FLAGS = (
+    "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """The run, in a process of its own while the plan is made in this one."""
+    folder = tmp_path_factory.mktemp("plan")
+    config = CONFIG | {"run_dir": str(folder / "run"), "stages": ["sft", "reward_model", "ppo"]}
+    env = {**os.environ, "XLA_FLAGS": " ".join(FLAGS), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", RUN, json.dumps(config), str(folder / "seen.json")]
+    with open(folder / "output", "w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
+        yield process, folder
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def measured(running, planned):
+    process, folder = running
+    assert process.wait() == 0, (folder / "output").read_text()[-2000:]
+    return json.loads((folder / "seen.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def config():
+    return RunConfig.model_validate(CONFIG | {"run_dir": "run", "stages": ["sft", "reward_model", "ppo"]})
+
+
+@pytest.fixture(scope="module")
+def planned(config, running):
+    asked = Asked(1, CARDS["h100"], memory=2.0**30, largest_batch=False)
+    return make_plan(config, asked, jax.devices()[:1])
+
+
+def _calls(config) -> dict:
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    shapes, found = Shapes(config, mesh, read_model(config.model)), {}
+    for stage in STAGES.values():
+        calls, answer = stage(shapes), None
+        while True:
+            try:
+                call = calls.send(answer)
+            except StopIteration:
+                break
+            found[call.program.name] = call
+            out = call.program.lower(*call.args, **call.kwargs).out_info
+            answer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)
+    return found
+
+
+def _arrays(tree) -> list:
+    return [[list(x.shape), str(x.dtype)] for x in jax.tree.leaves(tree) if getattr(x, "shape", ())]
+
+
+def test_the_programs_of_a_run_are_those_of_its_plan(measured, config):
+    calls = _calls(config)
+    assert set(measured) - set(calls) <= {"sft_evaluate", "pair_scores"}  # measure now and then, and take less
+    assert set(calls) <= set(measured)
+    for name, call in calls.items():
+        assert _arrays((call.args, call.kwargs)) == measured[name]["arrays"], name
+
+
+def test_memory_is_that_of_the_run_within_15_percent(measured, planned):
+    compared = {}
+    for stage in planned.stages:
+        for program in stage.programs:
+            own = measured[program.name]
+            compared[program.name] = program.peak / (own["live"] + own["temporaries"] + own["results"])
+    print({name: round(ratio, 3) for name, ratio in compared.items()})
+    assert all(0.85 < ratio < 1.15 for ratio in compared.values()), compared
+
+
+def test_temporaries_are_those_of_a_compiler_but_for_what_a_card_fuses(measured, planned):
+    programs = [program for stage in planned.stages for program in stage.programs]
+    compared = {p.name: p.counted / measured[p.name]["temporaries"] for p in programs}
+    print({name: round(ratio, 3) for name, ratio in compared.items()})
+    assert all(0.5 < ratio < 1.5 for ratio in compared.values()), compared
+
+
+def test_parts_are_what_they_say(planned, config):
+    model = read_model(config.model)
+    D, F, L, V = model.hidden_size, model.intermediate_size, model.layers, model.vocab_size
+    K = model.kv_heads * model.head_dim
+    kernels = L * (2 * D * D + 2 * D * K + 3 * D * F)
+    lora = 4 * L * (2 * D + F + D)
+    ppo = planned.stages[-1]
+    for program in ppo.programs:
+        assert program.parts["weights"] == 4 * (kernels + V * D + (2 * L + 1) * D)
+        moments = program.parts["optimizer"] / (4 * lora)
+        assert moments == pytest.approx(4, rel=0.01)  # two of Adam for policy and value
+    rollout = ppo.programs[0]
+    B, S = 4 * 2, 16 + 8
+    assert rollout.parts["cache"] == 2 * 4 * L * B * S * K
+    forward = 2 * kernels * (4 * 16 + B * 7) + 2 * V * D * (4 + 7 * B)
+    assert rollout.flops == pytest.approx(forward + 2 * lora * (4 * 16 + B * 7), rel=0.02)
+    annotate, update = (next(p for p in ppo.programs if p.name == name) for name in ("annotate", "update"))
+    assert annotate.flops == pytest.approx(3 * 2 * kernels * B * S, rel=0.06)
+    assert update.flops == pytest.approx(2 * 4 * kernels * B * S, rel=0.12)  # LoRA: forward, and gradients of inputs
