@@ -1,6 +1,7 @@
 """python -m jaxrlhf.train --config FILE [key.path=value ...]: runs the stages that the config names."""
 
 import argparse
+import math
 import sys
 
 import yaml
@@ -8,6 +9,16 @@ import yaml
 from jaxrlhf.command import main_of
 from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.stopping import StopSignals
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, given {text}")
+    return seconds
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -30,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     several.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: this one alone")
     several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     several.add_argument(
-        "--start-timeout", type=float, default=300.0, metavar="SECONDS", help="to wait for all to come (default: 300)"
+        "--start-timeout", type=_seconds, default=300, metavar="SECONDS", help="to wait for all to come (default: 300)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_args(arguments)

@@ -60,13 +60,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.processes < 1:
         parser.error(f"--processes: must be at least 1, given {parsed.processes}")
+    if not 0 <= parsed.patience < float("inf"):
+        parser.error(f"--patience: must be a number of seconds, given {parsed.patience}")
     return parsed
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     logs = Path(given.logs) if given.logs else Path(tempfile.mkdtemp(prefix="jaxrlhf-launch-"))
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _say(f"--logs {logs}: cannot be written: {error.strerror}; give another folder")
+        return 2
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: received.append(number))
@@ -169,6 +175,8 @@ def _named_by(child: Child) -> list[int]:
 def _how(child: Child, status: int) -> str:
     if child.stuck:
         return "was stuck: it had to be killed after the others had ended"
+    if status in (130, 143):
+        return f"was asked to stop, saved what there was and ended with status {status}"
     if status < 0:
         return f"was killed by signal {-status} ({signal.Signals(-status).name})"
     return f"failed with status {status}"

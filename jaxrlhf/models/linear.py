@@ -49,7 +49,9 @@ class Linear(nnx.Module):
         # The scale is a constant of the adapter that travels with it: no gradient.
         scale = jax.lax.stop_gradient(self.lora_scale[...])
         pair = self.lora_a[...], self.lora_b[...]
-        if self.merges and x.dtype == jnp.float32:
+        # XLA may make the sums of all layers early. Beside the activations of many tokens they are small.
+        many = x.size // x.shape[-1] >= 4 * max(self.shape)
+        if self.merges and many and x.dtype == jnp.float32:
             return merged_product(x, self.kernel[...], *pair, scale)
         a, b = (leaf.astype(x.dtype) for leaf in pair)
         return self.project(x) + ((x @ a) * scale.astype(x.dtype)) @ b

@@ -7,7 +7,7 @@ import jax
 from jaxrlhf.config import RunConfig
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import DecoderConfig
-from jaxrlhf.runtime.mesh import BATCH_AXES, check_batch
+from jaxrlhf.runtime.mesh import BATCH_AXES, check_batch, uneven_rows
 
 BATCHES = {"sft": "sft.batch_size", "reward_model": "reward_model.batch_size", "ppo": "ppo.batch_size"}
 
@@ -35,7 +35,8 @@ def check(config: RunConfig, mesh: jax.sharding.Mesh, model: DecoderConfig) -> l
         if size is not None:
             _check_split(rows, size, f"parts of {size}", key_path)
             rows, name = size, key_path
-        notes += _uneven(mesh, rows, name)
+        if note := uneven_rows(mesh, rows, name):
+            notes.append(note)
     return notes
 
 
@@ -64,14 +65,3 @@ def _check_split(rows: int, number: int, wanted: str, key_path: str) -> None:
     if rows % number:
         fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise UserError(f"{key_path}: {rows} rows cannot be split into {wanted}; these fit: {fitting}")
-
-
-def _uneven(mesh: jax.sharding.Mesh, rows: int, key_path: str) -> list[str]:
-    """A note where the rows that go through at once are too few for all devices to have some of their own."""
-    shares = shares_of(mesh)
-    if rows % shares == 0:
-        return []
-    return [
-        f"{key_path}: {rows} rows go through at a time, which {shares} groups of devices cannot share evenly: some "
-        f"compute the same; {shares * max(rows // shares, 1)} rows at a time would be shared"
-    ]

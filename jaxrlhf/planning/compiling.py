@@ -84,9 +84,9 @@ def _partitioned(folder: Path) -> str:
 
 
 def _cache(module: Module, positions: int) -> float:
-    """Bytes of keys and values [rows, positions, heads, size] that a loop carries along."""
+    """Bytes of keys [rows, heads, size, positions] and values [rows, heads, positions, size] that a loop carries."""
     carried = (i.arrays for i in module.main.instructions.values() if i.op == "while")
-    return float(sum(a.bytes for arrays in carried for a in arrays if len(a.shape) == 4 and a.shape[1] == positions))
+    return float(sum(a.bytes for arrays in carried for a in arrays if len(a.shape) == 4 and positions in a.shape[2:]))
 
 
 # ---------------------------------------------------------------- a few layers -> all

@@ -113,6 +113,7 @@ def make_plan(
     config: RunConfig, asked: Asked, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
 ) -> Plan:
     """Plans the run's stages on `devices`, which stand for the cards; `UserError` where the settings do not fit."""
+    config = _at_full_length(config)
     mesh = make_mesh(config.mesh, devices)
     model = read_model(config.model)
     notes = check(config, mesh, model)
@@ -125,6 +126,14 @@ def make_plan(
         notes.append(f"loops of unknown length were counted once in {', '.join(sorted(unknown))}")
     parameters = sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base()).values())
     return Plan(asked, dict(mesh.shape), parameters, model.layers, depths, stages, notes)
+
+
+def _at_full_length(config: RunConfig) -> RunConfig:
+    """The same run with answers that all have their full length: then no rows are left behind while decoding."""
+    if config.ppo is None:
+        return config
+    sampling = config.ppo.sampling.model_copy(update={"halvings": 0})
+    return config.model_copy(update={"ppo": config.ppo.model_copy(update={"sampling": sampling})})
 
 
 def _stage_plan(

@@ -227,8 +227,11 @@ class Checkpoints:
         else:
             self._check_none_lost(damaged)
             return None
-        if not damaged and (last := self._last_saved()) is not None and last > step:
+        last = self._last_saved()
+        if not damaged and last is not None and last > step:
             say(f"{self._directory}: the checkpoint of step {last} is gone; goes on from step {step}")
+        if last == 0:
+            say(f"{self._directory / _LATEST}: damaged: later checkpoints may be gone; goes on from step {step}")
         for number, what in damaged.items():
             folder = self._directory / str(number)
             say(f"{folder}: damaged: {what}; set aside as {number}.damaged; goes on from step {step}")
@@ -248,7 +251,7 @@ class Checkpoints:
         if last is None and not damaged:
             return
         what = "; ".join(f"step {step}: {what}" for step, what in damaged.items())
-        gone = f"a checkpoint of step {last} was here, and none is left"
+        gone = f"a checkpoint {f'of step {last} ' if last else ''}was here, and none is left"
         found = f"every checkpoint is damaged ({what})" if damaged else gone
         raise UserError(
             f"{self._directory}: {found}; restore one of them from a copy, or remove this directory to begin the stage "
@@ -262,7 +265,7 @@ class Checkpoints:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
-            return 0  # something was
+            return 0  # something was, and nobody knows what
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """(tree, record). Every process reads a share of the files, and all come to the same end.

@@ -56,6 +56,8 @@ class Failure:
             return f"error: {self.text}"
         if self.died:
             return f"stopped: {self.who} died: it was killed, ran out of memory, or its host was lost"
+        if self.status in (130, 143):
+            return f"stopped: {self.who} was asked to stop"
         return f"stopped: {self.who} failed: {self.text if reader == 0 else 'its own output says why'}"
 
 

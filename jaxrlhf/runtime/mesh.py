@@ -139,6 +139,17 @@ def laid_out(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def uneven_rows(mesh: Mesh, rows: int, key_path: str) -> str | None:
+    """What to know where `rows` that go through at a time cannot be shared by all devices; None where they can."""
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if rows % shares == 0:
+        return None
+    return (
+        f"{key_path}: {rows} rows go through at a time, which {shares} groups of devices cannot share evenly: some "
+        f"compute the same; {shares * max(rows // shares, 1)} rows at a time would be shared"
+    )
+
+
 def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
     """Raises `UserError` where `rows`, set by `key_path`, cannot be split evenly over `data` and `fsdp`."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)

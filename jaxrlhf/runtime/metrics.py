@@ -67,16 +67,19 @@ class MetricsLog:
             with self._faults():
                 os.fsync(self._file.fileno())
 
-    def truncate(self, stage: str, step: int, lines: int | None = None) -> None:
+    def truncate(self, stage: str, step: int, lines: int | None = None) -> int:
         """Forgets what came after `step` of `stage`, of this stage and of later ones; for a resumed run.
 
         Where the stage has no line up to `step`, its lines and all that follow go. What is beyond the first `lines`
         goes as well: a line of that very step that was written later. A last line that a kill cut in half goes too.
-        The file is replaced at once or not at all. Raises `UserError` where a line is not JSON.
+        The file is replaced at once or not at all. Raises `UserError` where a line is not JSON. Returns how many of the
+        first `lines` are gone.
         """
         self.close()
-        if self._path is None or not self._path.exists():
-            return
+        if self._path is None:
+            return 0
+        if not self._path.exists():
+            return lines or 0
         with self._faults():
             data = self._path.read_bytes()
             *found, _ = data.split(b"\n")  # what follows the last newline is no whole line
@@ -84,11 +87,15 @@ class MetricsLog:
             kept = b"".join(line + b"\n" for line in found[: keep if lines is None else min(keep, lines)])
             if kept != data:
                 atomic_write(self._path, kept.decode("utf-8"))
+        return 0 if lines is None else max(lines - keep, 0)
 
     def _parse(self, line: bytes, number: int) -> tuple[str, int]:
         try:
             record = json.loads(line)
-            return record["stage"], record["step"]
+            stage, step = record["stage"], record["step"]
+            if not isinstance(stage, str) or not isinstance(step, int):
+                raise TypeError
+            return stage, step
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{self._path}:{number}: not a line of this log (JSON with stage and step); remove the line"

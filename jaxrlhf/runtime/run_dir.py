@@ -34,16 +34,28 @@ def open_run(
     """
     folder = Path(run_dir)
     file = folder / "config.yaml"
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        changed = not file.exists() or _changes(folder, file.read_text(encoding="utf-8"), config_text, may_change)
+        changed = not file.exists() or _changes(folder, config_text, may_change)
         if changed and writes:
             atomic_write(file, config_text)
     except OSError as error:
-        raise UserError(
-            f"run_dir {folder}: cannot be written: {error.strerror}; give another run_dir, or make this one writable"
-        ) from None
+        raise _unwritable(folder, error) from None
     return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the run's folder; `UserError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run_dir {folder}: cannot be written: {error.strerror}; give another run_dir, or make this one writable"
+    )
 
 
 def check_run(
@@ -62,16 +74,21 @@ def check_run(
     nearest = next(above for above in (folder, *folder.absolute().parents) if above.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"run_dir {folder}: {nearest} cannot be written; give another run_dir, or make it writable")
-    file = folder / "config.yaml"
-    if not file.is_file():
+    if not (folder / "config.yaml").is_file():
+        left = next((name for name in ("checkpoints", "roles", *LOGS) if (folder / name).exists()), None)
+        if left is not None:
+            raise UserError(
+                f"run_dir {folder}: has {left} of a run, but no config.yaml that says which; restore that, or give "
+                "another run_dir"
+            )
         return []
-    return _changes(folder, file.read_text(encoding="utf-8"), config_text, may_change)
+    return _changes(folder, config_text, may_change)
 
 
-def _changes(folder: Path, old_text: str, new_text: str, may_change: Callable[[Change], bool]) -> list[Change]:
+def _changes(folder: Path, new_text: str, may_change: Callable[[Change], bool]) -> list[Change]:
     try:
-        old = yaml.safe_load(old_text)
-    except yaml.YAMLError:
+        old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
         old = None
     if not isinstance(old, dict):
         raise UserError(f"{folder / 'config.yaml'}: not a run's settings; give another run_dir, or remove this one")

@@ -74,7 +74,9 @@ class Loop:
             run.say(f"{stage}: goes on after step {self.first} of {total}")
             self._compare_mesh(notes.get("mesh"))
         for name, log in run.logs.items():
-            log.truncate(stage, self.first, notes.get("lines", {}).get(name))
+            lines = notes.get("lines", {}).get(name)
+            if gone := log.truncate(stage, self.first, lines):
+                run.say(f"{stage}: {gone} of the first {lines} lines of {name}.jsonl are gone; the run goes on without")
         self.health = Health(run.config.health.patience, notes.get("unlearnt", 0))
         self.reached = self.first  # steps done: those that `state` holds
         self.progress = Progress(stage, total, self.first)

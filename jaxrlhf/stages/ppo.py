@@ -21,7 +21,7 @@ from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, 
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.runtime import hosts
-from jaxrlhf.runtime.mesh import check_batch, place
+from jaxrlhf.runtime.mesh import check_batch, place, uneven_rows
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
 from jaxrlhf.stages.loop import Loop, Run
@@ -72,6 +72,8 @@ def check(run: Run, roles: Roles) -> None:
     rows = answers // config.update.minibatches
     size = config.update.microbatch_size
     check_microbatches(rows, size, "ppo.update.microbatch_size")
+    if note := uneven_rows(run.mesh, size or rows, f"ppo.update.{'microbatch_size' if size else 'minibatches'}"):
+        run.say(note)
     if mix is not None:
         check_length(roles.base, mix.max_length, "ppo.pretraining.max_length")
         check_batch(run.mesh, mix.batch_size, "ppo.pretraining.batch_size")

@@ -2,11 +2,14 @@
 
     RUN/roles/base/          Hugging Face folder, where the run made or changed its base; else config's model
     RUN/roles/NAME/          adapter: sft, reward, policy, value, average
+    RUN/roles/*/record.json  sizes and checksums of a role's files: a damaged one is not trained on
     RUN/roles/finished.json  what each finished stage reached
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,6 +26,7 @@ from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Adapter
+from jaxrlhf.runtime.checksums import RECORD, Damaged, check_files, read_record, seal
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.runtime.run_dir import atomic_write
 
@@ -46,6 +50,7 @@ class Roles:
 def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Roles:
     """The roles as a run with this config finds them: its own where it has left any, else its model's."""
     folder = Path(config.run_dir) / "roles"
+    _check_roles(config, folder)
     inherited: dict[str, Adapter] = {}
     kept = (config.model.dtype, mesh, config.model.quantize)
     if (folder / "base").is_dir():
@@ -68,6 +73,40 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
         )
     own = {name: load_adapter(str(folder / name), base) for name in ADAPTERS if (folder / name).is_dir()}
     return Roles(base, tokenizer, inherited | own)
+
+
+def _check_roles(config: RunConfig, folder: Path) -> None:
+    """`UserError` where a role that this run has left is gone, or not as it was written."""
+    left_by = {"sft": "base" if config.sft_trains_base else "sft", "reward_model": "reward", "ppo": "policy"}
+    wanted = {left_by[stage]: f"the stage {stage} has left it" for stage in finished_stages(config.run_dir)}
+    if config.model.new is not None and (folder.parent / "checkpoints").is_dir():
+        wanted.setdefault("base", "the run has made it")
+    for name, why in wanted.items():
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: is gone, and {why}; restore it from a copy, or give another run_dir")
+    for name in ("base", *ADAPTERS):
+        if not (folder / name / RECORD).is_file():
+            continue  # nothing is there, or a kill came before the record
+        try:
+            files, _ = read_record(folder / name)
+            what = check_files(folder / name, files, jax.process_index(), jax.process_count())
+        except Damaged as error:
+            what = str(error)
+        except OSError as error:
+            what = f"cannot be read: {one_line(error)}"
+        if what:
+            raise UserError(f"{folder / name}: {what}; restore it from a copy, or give another run_dir")
+
+
+@contextlib.contextmanager
+def _sealed(folder: Path) -> Iterator[None]:
+    """What the block writes there is put under seal, so that damage is found before it is trained on."""
+    writes = jax.process_index() == 0
+    if writes:
+        (folder / RECORD).unlink(missing_ok=True)
+    yield
+    if writes:
+        seal(folder, {})
 
 
 def load_origin(config: RunConfig) -> Decoder:
@@ -102,12 +141,16 @@ def save_base(run_dir: str, base: Decoder, tokenizer: Tokenizer) -> None:
     """Writes the run's own base; UserError where it is quantised: codes are no weights to go on from."""
     if (kind := quantization(base)) is not None:
         raise UserError(f"model.quantize: a base in {kind} codes is not saved as a run's own; leave quantize out")
-    save_pretrained(str(Path(run_dir) / "roles" / "base"), base, tokenizer=tokenizer)
+    folder = Path(run_dir) / "roles" / "base"
+    with _sealed(folder):
+        save_pretrained(str(folder), base, tokenizer=tokenizer)
 
 
 def save_role(run_dir: str, name: str, adapter: Adapter) -> None:
     """Writes an adapter of the run."""
-    save_adapter(str(Path(run_dir) / "roles" / name), adapter)
+    folder = Path(run_dir) / "roles" / name
+    with _sealed(folder):
+        save_adapter(str(folder), adapter)
 
 
 def finished_stages(run_dir: str) -> dict[str, dict]:

@@ -15,7 +15,7 @@ from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.lock import RunLock
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import check_run, described, open_run
+from jaxrlhf.runtime.run_dir import check_run, described, make_folder, open_run
 from jaxrlhf.runtime.stopping import StopSignals
 from jaxrlhf.stages import ppo, reward_model, sft
 from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change
@@ -62,7 +62,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     hosts.check_alike(f"things in run_dir {folder}", found, "give a folder on a file system that all hosts share")
     hosts.barrier()
     if not begun:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.take()
         if writes and (folder / "config.yaml").exists():
             raise UserError(f"run_dir {folder}: another process began a run there meanwhile; give the command again")
