@@ -1,6 +1,7 @@
 """The command: its errors are one line, its figures scale as they must. One process plays up to 512 devices."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from jaxrlhf.config_io import load_config
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import abstract_decoder, named_parameters
 from jaxrlhf.planning.cards import CARDS, find_card, parse_memory
 from jaxrlhf.planning.count import Collective
 from jaxrlhf.planning.planner import exchange_seconds
+from jaxrlhf.planning.shapes import read_folder
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = """
@@ -138,3 +142,16 @@ def test_exchange_takes_the_slower_of_link_and_network():
     assert exchange_seconds(across, card) == pytest.approx(max(size * 15 / 16 / card.link, size / 2 / 8 / card.network))
     alone = Collective("all-gather", "data", 2, 2, 1.0, size, size / 2)
     assert exchange_seconds(alone, card) == pytest.approx(size / 2 / card.network)
+
+
+# As their model cards have them.
+PARAMETERS = {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "qwen2.5-32b": 32_763_876_352}
+
+
+@pytest.mark.parametrize("name", list(PARAMETERS))
+def test_plans_of_large_models_are_of_those_models(name):
+    config = load_config(ROOT / "configs" / "plans" / f"{name}.yaml")
+    assert config.model.path == f"configs/plans/{name}"
+    model = read_folder(str(ROOT / config.model.path))
+    leaves = named_parameters(abstract_decoder(model, config.model.dtype)).values()
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == PARAMETERS[name]
