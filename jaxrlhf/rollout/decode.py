@@ -15,7 +15,7 @@ from jaxrlhf.models.attention import causal_mask, positions_of
 from jaxrlhf.models.decoder import Cache, Decoder
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
-from jaxrlhf.runtime.mesh import BATCH_AXES
+from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
 
 @struct.dataclass
@@ -32,7 +32,7 @@ class _Answers:
 class _AtWork:
     """The rows at work, and what the next step of decoding needs of each."""
 
-    row: jax.Array  # i32[b]; place among all rows
+    row: jax.Array | None  # i32[b]; place among all rows; None: all of them are at work
     alive: jax.Array  # bool[b]
     token: jax.Array  # i32[b]; the newest
     prompt_slots: jax.Array  # bool[b,S]; slots with a token of the prompt
@@ -56,23 +56,24 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     pad_token = (base.config.pad_token or 0) if sampling.pad_token is None else sampling.pad_token
     greedy = jnp.asarray(sampling.temperature) == 0
     temperature = jnp.where(greedy, 1.0, sampling.temperature)
-    uniforms = row_uniforms(key, B, R)
+    uniforms = laid_out(row_uniforms(key, B, R), BATCH_AXES)
 
     def extend(t: jax.Array, answers: _Answers, work: _AtWork, logits: jax.Array) -> tuple[_Answers, _AtWork]:
         """Samples token t of each row at work from logits f32[b,V]."""
         token = jax.lax.cond(
             greedy,
             lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            lambda: draw(truncate(logits / temperature, sampling), uniforms[work.row, t]),
+            lambda: draw(truncate(logits / temperature, sampling), uniforms[_rows(work), t]),
         )
         # The same function as when logprobs are recomputed: another order of the same sums would show.
         logprob = token_logprobs(logits[:, None], token[:, None], temperature)[0][:, 0]
         alive = work.alive & ~jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
+        rows = _rows(work)
         answers = _Answers(
-            tokens=answers.tokens.at[work.row, t].set(jnp.where(work.alive, token, pad_token)),
-            logprobs=answers.logprobs.at[work.row, t].set(jnp.where(work.alive, logprob, 0.0)),
-            mask=answers.mask.at[work.row, t].set(work.alive),
-            alive=answers.alive.at[work.row].set(alive),
+            tokens=answers.tokens.at[rows, t].set(jnp.where(work.alive, token, pad_token)),
+            logprobs=answers.logprobs.at[rows, t].set(jnp.where(work.alive, logprob, 0.0)),
+            mask=answers.mask.at[rows, t].set(work.alive),
+            alive=answers.alive.at[rows].set(alive),
         )
         return answers, work.replace(alive=alive, token=token)
 
@@ -91,7 +92,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     hidden, prompt_cache = model.hidden(prompts.tokens, positions_of(segments), causal_mask(segments))
     prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
     work = _AtWork(
-        row=jnp.arange(B),
+        row=None,
         alive=jnp.ones((B,), bool),
         token=jnp.zeros((B,), jnp.int32),
         prompt_slots=jnp.pad(prompt_mask, ((0, 0), (0, R))),
@@ -135,7 +136,14 @@ def _sizes(rows: int, halvings: int) -> list[int]:
 
 def _first_alive(work: _AtWork, rows: int) -> _AtWork:
     """So many of the rows at work, those first whose answers go on."""
-    if rows == work.row.shape[0]:
+    if rows == work.alive.shape[0]:
         return work
+    if work.row is None:
+        work = work.replace(row=jnp.arange(work.alive.shape[0]))
     kept = jnp.argsort(~work.alive, stable=True)[:rows]
     return jax.tree.map(lambda x: x[kept], work)
+
+
+def _rows(work: _AtWork) -> jax.Array | slice:
+    """Where the rows at work stand among all. All are a slice, which leaves each row on its own device."""
+    return slice(None) if work.row is None else work.row
