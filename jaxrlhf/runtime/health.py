@@ -47,5 +47,5 @@ def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str
     times = f"{in_a_row} steps in a row were" if in_a_row > 1 else "a step was"
     raise Fault(
         f"{stage}: {times} not learnt from, because {reason}; the batch of step {step} is {target}/batch.safetensors "
-        "(health.patience says how many may be)"
+        "(health.patience says how many may be; where a setting is the cause, begin anew with another in a new run_dir)"
     )

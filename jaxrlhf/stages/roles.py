@@ -50,7 +50,7 @@ class Roles:
 def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Roles:
     """The roles as a run with this config finds them: its own where it has left any, else its model's."""
     folder = Path(config.run_dir) / "roles"
-    _check_roles(config, folder)
+    _check_seals(folder)
     inherited: dict[str, Adapter] = {}
     kept = (config.model.dtype, mesh, config.model.quantize)
     if (folder / "base").is_dir():
@@ -75,8 +75,9 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
     return Roles(base, tokenizer, inherited | own)
 
 
-def _check_roles(config: RunConfig, folder: Path) -> None:
-    """`UserError` where a role that this run has left is gone, or not as it was written."""
+def check_none_gone(config: RunConfig) -> None:
+    """`UserError` where a role is gone that this run has left: to go on, it would be made anew, and be another."""
+    folder = Path(config.run_dir) / "roles"
     left_by = {"sft": "base" if config.sft_trains_base else "sft", "reward_model": "reward", "ppo": "policy"}
     wanted = {left_by[stage]: f"the stage {stage} has left it" for stage in finished_stages(config.run_dir)}
     if config.model.new is not None and (folder.parent / "checkpoints").is_dir():
@@ -84,6 +85,10 @@ def _check_roles(config: RunConfig, folder: Path) -> None:
     for name, why in wanted.items():
         if not (folder / name).is_dir():
             raise UserError(f"{folder / name}: is gone, and {why}; restore it from a copy, or give another run_dir")
+
+
+def _check_seals(folder: Path) -> None:
+    """`UserError` where a role is not as it was written."""
     for name in ("base", *ADAPTERS):
         if not (folder / name / RECORD).is_file():
             continue  # nothing is there, or a kill came before the record

@@ -20,7 +20,7 @@ from jaxrlhf.runtime.stopping import StopSignals
 from jaxrlhf.stages import ppo, reward_model, sft
 from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.roles import Roles, finished_stages, load_roles, mark_unfinished, save_base
+from jaxrlhf.stages.roles import Roles, check_none_gone, finished_stages, load_roles, mark_unfinished, save_base
 
 
 def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
@@ -48,6 +48,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     begun = (folder / "config.yaml").is_file()
     if begun:
         lock.take()
+    check_none_gone(config)
     roles = load_roles(config, run.mesh)
     finished = finished_stages(config.run_dir)
     again = {"ppo"} & {*finished} if MORE_ITERATIONS in [key for key, *_ in changes] else set()
