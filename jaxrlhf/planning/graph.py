@@ -149,15 +149,8 @@ class Graph:
         """What is read from memory to have the value: bytes by written value."""
         if self.written(key):
             return {key: self.bytes(key)}
-        instruction, found = self.instruction(key[0]), {}
-        if instruction.op in ("constant", "iota"):
-            return {}
-        for operand in self.operands(instruction):
-            for source, count in self.sources(operand).items():
-                if instruction.op in _SLICES:
-                    count = min(count, instruction.bytes)
-                found[source] = max(found.get(source, 0), count)
-        return found
+        instruction = self.instruction(key[0])
+        return {} if instruction.op in ("constant", "iota") else self._reads(instruction)
 
     # ------------------------------------------------------------ kernels
 
@@ -216,6 +209,7 @@ class Graph:
         return frozenset(b for operand in instruction.operands for b in self._barriers(operand))
 
     def _reads(self, instruction: Instruction) -> dict[Key, int]:
+        """What an instruction has read from memory for its operands: bytes by written value."""
         found: dict[Key, int] = {}
         for operand in self.operands(instruction):
             for source, count in self.sources(operand).items():
