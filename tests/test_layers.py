@@ -1,6 +1,6 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    commands > benching > stages, planning > steps > rollout, rewards > models > data > algorithms > runtime
+    commands > benching > planning > stages > steps > rollout, rewards > models > data > algorithms > runtime
     > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `models` stands above `data`
@@ -25,10 +25,11 @@ RANKS = {
     "rollout": 5, "rewards": 5,
     "steps": 6,
     "config_io": 7,  # for commands and stages
-    "stages": 8, "planning": 8,
-    "benching": 9,  # times what planning describes, in the stages' own iterations
+    "stages": 8,
+    "planning": 9,  # with the checks that stages make
+    "benching": 10,  # times what planning describes, in the stages' own iterations
 }  # fmt: skip
-COMMANDS = 10
+COMMANDS = 11
 BOTTOM = {"errors", "config", "records"}
 ONLY = {  # rooms that may import less than their rank allows
     "errors": set(),

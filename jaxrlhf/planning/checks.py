@@ -5,9 +5,9 @@ import math
 import jax
 
 from jaxrlhf.config import RunConfig
-from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import DecoderConfig
 from jaxrlhf.runtime.mesh import BATCH_AXES, check_batch, uneven_rows
+from jaxrlhf.stages.settings import check_length, check_microbatches, check_minibatches
 
 BATCHES = {"sft": "sft.batch_size", "reward_model": "reward_model.batch_size", "ppo": "ppo.batch_size"}
 
@@ -24,16 +24,15 @@ def check(config: RunConfig, mesh: jax.sharding.Mesh, model: DecoderConfig) -> l
             where = "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens"
             answers = rows * section.sampling.samples_per_prompt
             count = section.update.minibatches
-            _check_split(answers, count, f"{count} equal minibatches", "ppo.update.minibatches")
+            check_minibatches(answers, count, "ppo.update.minibatches")
             rows, name = answers // count, "ppo.update.minibatches"
             size, key_path = section.update.microbatch_size, "ppo.update.microbatch_size"
         else:
             length, where = section.max_length, f"{stage}.max_length"
             size, key_path = section.microbatch_size, f"{stage}.microbatch_size"
-        if length > model.max_positions:
-            raise UserError(f"{where}: {length} tokens, but the model has {model.max_positions} positions")
+        check_length(model, length, where)
+        check_microbatches(rows, size, key_path)
         if size is not None:
-            _check_split(rows, size, f"parts of {size}", key_path)
             rows, name = size, key_path
         if note := uneven_rows(mesh, rows, name):
             notes.append(note)
@@ -58,10 +57,3 @@ def valid_batches(config: RunConfig, stage: str, shares: int, most: int) -> int 
 def shares_of(mesh: jax.sharding.Mesh) -> int:
     """Over how many groups of devices rows are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def _check_split(rows: int, number: int, wanted: str, key_path: str) -> None:
-    """`UserError` where the number does not divide the rows."""
-    if rows % number:
-        fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-        raise UserError(f"{key_path}: {rows} rows cannot be split into {wanted}; these fit: {fitting}")

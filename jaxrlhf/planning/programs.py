@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
-from jaxrlhf.config import OptimizerConfig, PPOConfig, RewardConfig
+from jaxrlhf.config import PPOConfig, RewardConfig
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import DecoderConfig
 from jaxrlhf.planning.shapes import Shapes, mask, numbers, read_folder, tokens
@@ -22,11 +22,14 @@ from jaxrlhf.rewards.pretrained import score_tokens
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
 from jaxrlhf.runtime.programs import Program
+from jaxrlhf.stages.settings import with_total_steps
 from jaxrlhf.steps.annotate import Control, ExperienceSettings, annotate_experience
 from jaxrlhf.steps.optimizer import init_optimizer
 from jaxrlhf.steps.ppo import init_ppo, ppo_update
 from jaxrlhf.steps.reward_model import reward_model_update
 from jaxrlhf.steps.sft import sft_update
+
+STEPS = 1000  # of an optimizer, which schedules need; the number changes no shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _update(shapes: Shapes, step: Callable, name: str, state: TrainState, batch:
         static_argnames=("microbatches", "remat"),
         out_shardings=(tree_shardings(shapes.mesh, state), None),
     )
-    base, optimizer = shapes.base(), _with_total(config.optimizer)
+    base, optimizer = shapes.base(), with_total_steps(config.optimizer, STEPS)
     static = {"microbatches": config.batch_size // (config.microbatch_size or config.batch_size), "remat": config.remat}
     lives = {"weights": base, "adapters": state.adapter, "optimizer": state.optimizer}
     return Call(name, program, (state, base, batch, optimizer, *more), static, batch, lives)
@@ -191,10 +194,5 @@ def _mix(shapes: Shapes) -> SFTBatch | None:
 
 
 def _with_steps(update: PPOConfig) -> PPOConfig:
-    both = {name: _with_total(getattr(update, name)) for name in ("optimizer", "value_optimizer")}
+    both = {name: with_total_steps(getattr(update, name), STEPS) for name in ("optimizer", "value_optimizer")}
     return update.model_copy(update=both)
-
-
-def _with_total(optimizer: OptimizerConfig) -> OptimizerConfig:
-    """With a number of steps, which schedules need; it changes no shape."""
-    return optimizer.model_copy(update={"total_steps": optimizer.total_steps or 1000.0})

@@ -2,7 +2,7 @@
 
 Process 0 listens, the others hold one connection to it each. A process that is killed loses its connections at once,
 because its kernel closes them; a host that is lost is noticed by TCP's own probes. Neither needs a thread of Python to
-be answered, so a process that is busy is never taken for a dead one. What goes over a connection is JSON and raw bytes.
+be answered, so a process that is busy is never taken for a dead one.
 
 Not here: arrays that programs exchange (XLA's collectives), and jax's coordination service, whose heartbeats notice a
 process that is there and frozen.
@@ -10,11 +10,9 @@ process that is there and frozen.
 
 import contextlib
 import dataclasses
-import json
 import os
 import queue
 import socket
-import struct
 import sys
 import threading
 import time
@@ -22,15 +20,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from jaxrlhf.errors import UserError
+from jaxrlhf.runtime.connection import Connection
 
 HELLO = "jaxrlhf processes 1"
 GRACE = 1.0  # seconds from the first report of a fault to the verdict: others may know better
 SUSPECT_GRACE = 4.0  # the same where the first report may be an echo of a death that is not known yet
 PARTING = 5.0  # seconds that process 0 waits for the others to leave before it does
 STUCK = 15.0  # seconds that a process may take to end itself after its fault
-PROBE_IDLE, PROBE_EVERY, PROBES = 10, 5, 4  # TCP keepalive, seconds: a lost host is noticed after 30
-_SIZES = struct.Struct(">II")  # of a frame: bytes of its JSON header, bytes of its payload
-_LARGEST = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,52 +55,6 @@ class Failure:
         if self.status in (130, 143):
             return f"stopped: {self.who} was asked to stop"
         return f"stopped: {self.who} failed: {self.text if reader == 0 else 'its own output says why'}"
-
-
-class Connection:
-    """One end of a TCP connection that carries frames; any thread may send."""
-
-    def __init__(self, sock: socket.socket):
-        self._socket, self._lock = sock, threading.Lock()
-        sock.settimeout(None)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": PROBE_IDLE, "TCP_KEEPINTVL": PROBE_EVERY, "TCP_KEEPCNT": PROBES}
-        options["TCP_USER_TIMEOUT"] = 1000 * (PROBE_IDLE + PROBE_EVERY * PROBES)
-        for name, value in options.items():
-            if hasattr(socket, name):  # not every system has each
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def send(self, kind: str, payload: bytes = b"", **header: object) -> None:
-        """Sends a frame; raises `OSError` where the other end is gone."""
-        head = json.dumps({"kind": kind, **header}).encode()
-        with self._lock:
-            self._socket.sendall(_SIZES.pack(len(head), len(payload)) + head + payload)
-
-    def receive(self, timeout: float | None = None) -> tuple[dict, bytes]:
-        """(header, payload) of the next frame; `OSError` where the other end is gone, silent or no end of ours."""
-        self._socket.settimeout(timeout)
-        head, payload = _SIZES.unpack(self._exactly(_SIZES.size))
-        if head > 1 << 20 or payload > _LARGEST:
-            raise ConnectionError("not a frame")
-        try:
-            header = json.loads(self._exactly(head))
-            return {"kind": None, **header}, self._exactly(payload)
-        except (ValueError, TypeError):
-            raise ConnectionError("not a frame") from None
-
-    def _exactly(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            part = self._socket.recv(min(size - len(data), 1 << 20))
-            if not part:
-                raise ConnectionError("closed")
-            data += part
-        return bytes(data)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
 
 class Lifeline:

@@ -65,7 +65,7 @@ def check(run: Run, roles: Roles) -> None:
     check_adapter(roles.base, run.config.adapter_or(config.value_adapter), "ppo.value_adapter")
     check_tokens(roles.base, config.sampling, "ppo.sampling")
     length = config.max_prompt_tokens + config.sampling.max_new_tokens
-    check_length(roles.base, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
+    check_length(roles.base.config, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
     check_batch(run.mesh, config.batch_size, "ppo.batch_size")
     answers = config.batch_size * config.sampling.samples_per_prompt
     check_minibatches(answers, config.update.minibatches, "ppo.update.minibatches")
@@ -75,7 +75,7 @@ def check(run: Run, roles: Roles) -> None:
     if note := uneven_rows(run.mesh, size or rows, f"ppo.update.{'microbatch_size' if size else 'minibatches'}"):
         run.say(note)
     if mix is not None:
-        check_length(roles.base, mix.max_length, "ppo.pretraining.max_length")
+        check_length(roles.base.config, mix.max_length, "ppo.pretraining.max_length")
         check_batch(run.mesh, mix.batch_size, "ppo.pretraining.batch_size")
         if size is not None and mix.batch_size > size:
             check_microbatches(mix.batch_size, size, "ppo.update.microbatch_size for ppo.pretraining.batch_size")

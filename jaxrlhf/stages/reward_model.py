@@ -35,7 +35,7 @@ def check(run: Run, roles: Roles) -> None:
     for source in filter(None, (config.data, config.test_data)):
         check_source(source)
     check_adapter(roles.base, run.config.adapter_or(config.adapter), "reward_model.adapter")
-    check_length(roles.base, config.max_length, "reward_model.max_length")
+    check_length(roles.base.config, config.max_length, "reward_model.max_length")
     check_batch(run.mesh, config.batch_size, "reward_model.batch_size")
     check_microbatches(config.batch_size, config.microbatch_size, "reward_model.microbatch_size")
 

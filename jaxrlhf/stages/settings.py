@@ -4,7 +4,7 @@ from jaxrlhf.config import AdapterConfig, OptimizerConfig, Sampling
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import check_kind, target_paths
-from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.decoder import Decoder, DecoderConfig
 
 
 def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
@@ -12,10 +12,10 @@ def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
     return config if config.total_steps is not None else config.model_copy(update={"total_steps": float(steps)})
 
 
-def check_length(base: Decoder, length: int, key_path: str) -> None:
+def check_length(model: DecoderConfig, length: int, key_path: str) -> None:
     """UserError where sequences would be longer than the model's positions."""
-    if length > base.config.max_positions:
-        raise UserError(f"{key_path}: {length} tokens, but the model has {base.config.max_positions} positions")
+    if length > model.max_positions:
+        raise UserError(f"{key_path}: {length} tokens, but the model has {model.max_positions} positions")
 
 
 def check_minibatches(rows: int, count: int, key_path: str) -> None:

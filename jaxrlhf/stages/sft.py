@@ -33,7 +33,7 @@ def check(run: Run, roles: Roles) -> None:
     config = run.config.sft
     check_source(config.data)
     check_adapter(roles.base, run.config.adapter_or(config.adapter), "sft.adapter")
-    check_length(roles.base, config.max_length, "sft.max_length")
+    check_length(roles.base.config, config.max_length, "sft.max_length")
     check_batch(run.mesh, config.batch_size, "sft.batch_size")
     check_microbatches(config.batch_size, config.microbatch_size, "sft.microbatch_size")
 
