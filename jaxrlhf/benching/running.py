@@ -22,10 +22,10 @@ from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo_iteration import Iteration
 from jaxrlhf.stages.ppo_sampling import Sampler
+from jaxrlhf.stages.programs import STATIC
 from jaxrlhf.stages.roles import Roles
 
 _CHAINED = ("update", "sft_update", "reward_model_update")  # give the next state, and take over the memory of theirs
-_STATIC = ("microbatches", "remat")  # part of a compiled program, not given to it
 
 
 class Timed:
@@ -42,7 +42,7 @@ class Timed:
         self.cpu_seconds: list[float] = []  # of all threads of this process: less of them than cores x seconds wait
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {name: value for name, value in kwargs.items() if name not in _STATIC}
+        given = {name: value for name, value in kwargs.items() if name not in STATIC}  # part of what is compiled
         start, busy = time.perf_counter(), time.process_time()
         result = jax.block_until_ready(self._compiled(*args, **given))
         self.seconds.append(time.perf_counter() - start)

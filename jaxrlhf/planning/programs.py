@@ -1,7 +1,8 @@
 """The programs that a run's stages compile, each with the shapes of what it is given.
 
 A stage is a generator: it yields a `Call` and is sent the shapes of that program's results, which the next one takes.
-What stands here is what `stages` does with arrays; a test holds the two together.
+The programs are the stages' own (`stages.programs`); what they are given is what the stages give them, as shapes, and
+a test holds the two together.
 """
 
 import dataclasses
@@ -17,17 +18,22 @@ from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import DecoderConfig
 from jaxrlhf.planning.shapes import Shapes, mask, numbers, read_folder, tokens
 from jaxrlhf.records import PreferenceBatch, Prompts, SFTBatch, TrainState
-from jaxrlhf.rewards.model import score_rollout
-from jaxrlhf.rewards.pretrained import score_tokens
-from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
+from jaxrlhf.rewards.model import score_program
+from jaxrlhf.rewards.pretrained import token_score_program
 from jaxrlhf.runtime.programs import Program
+from jaxrlhf.stages.programs import (
+    annotate_program,
+    greedy_program,
+    reward_model_program,
+    rollout_program,
+    sft_program,
+    static_arguments,
+    update_program,
+)
 from jaxrlhf.stages.settings import with_total_steps
-from jaxrlhf.steps.annotate import Control, ExperienceSettings, annotate_experience
+from jaxrlhf.steps.annotate import Control, ExperienceSettings
 from jaxrlhf.steps.optimizer import init_optimizer
-from jaxrlhf.steps.ppo import init_ppo, ppo_update
-from jaxrlhf.steps.reward_model import reward_model_update
-from jaxrlhf.steps.sft import sft_update
+from jaxrlhf.steps.ppo import init_ppo
 
 STEPS = 1000  # of an optimizer, which schedules need; the number changes no shape
 
@@ -54,7 +60,7 @@ def sft(shapes: Shapes) -> Calls:
     config = shapes.config.sft
     state = _train_state(shapes, shapes.adapter(shapes.config.adapter_or(config.adapter)))
     batch = shapes.rows(_sft_batch(config.batch_size, config.max_length))
-    yield _update(shapes, sft_update, "sft_update", state, batch, config, ())
+    yield _update(shapes, sft_program(shapes.mesh, state), state, batch, config, ())
 
 
 def reward_model(shapes: Shapes) -> Calls:
@@ -64,7 +70,8 @@ def reward_model(shapes: Shapes) -> Calls:
     B, L = config.batch_size, config.max_length
     sides = (tokens(B, L), mask(B, L))
     batch = shapes.rows(PreferenceBatch(*sides, *sides, margin=numbers(B), weight=numbers(B)))
-    yield _update(shapes, reward_model_update, "reward_model_update", state, batch, config, (config.centring,))
+    program = reward_model_program(shapes.mesh, state)
+    yield _update(shapes, program, state, batch, config, (config.centring,))
 
 
 def ppo(shapes: Shapes) -> Calls:
@@ -84,47 +91,35 @@ def ppo(shapes: Shapes) -> Calls:
     n, S = sampling.samples_per_prompt, P + sampling.max_new_tokens
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = shapes.rows(Prompts(tokens(B, P), mask(B, P)))
-    sample = Program(rollout, "rollout", mesh, out_shardings=batch_sharding(mesh))
+    sample = rollout_program(mesh)
     answers = yield Call("rollout", sample, (base, state.policy, prompts, key, sampling), {}, prompts, lives, cache=S)
     greedy = None
     if ADVANTAGES[config.advantage.estimator].needs_greedy:
         alone = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
-        best = yield Call("greedy", sample, (base, state.policy, prompts, key, alone), {}, prompts, lives, cache=S)
+        program = greedy_program(mesh, sample, n)
+        best = yield Call("greedy", program, (base, state.policy, prompts, key, alone), {}, prompts, lives, cache=S)
         greedy = (best, shapes.rows(numbers(B)))
     if scorer is not None:
-        score = Program(score_rollout, "reward", mesh)
-        yield Call("reward", score, (base, scorer, answers), {}, answers, lives)
+        yield Call("reward", score_program(mesh), (base, scorer, answers), {}, answers, lives)
     for model in models:
         yield dataclasses.replace(model, lives=lives)
-    annotate = Program(annotate_experience, "annotate", mesh, out_shardings=(None, replicated(mesh), None))
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
     control = shapes.placed(jax.eval_shape(lambda: Control.start(0.0)))
     rows = (answers, shapes.rows(numbers(B * n)), greedy)
     args = (base, state.policy, state.value, reference, *rows, control, settings)
-    experience, _, _ = yield Call("annotate", annotate, args, {}, rows, lives)
-    change = Program(
-        ppo_update, "update", mesh, donate_argnums=0, out_shardings=(tree_shardings(mesh, state), None)
-    )
-    rows = (experience, _mix(shapes))
+    experience, _, _ = yield Call("annotate", annotate_program(mesh), args, {}, rows, lives)
+    rows, change = (experience, _mix(shapes)), update_program(mesh, state)
     yield Call("update", change, (state, base, experience, key, update), {"mix": rows[1]}, rows, lives)
 
 
 STAGES: dict[str, Callable[[Shapes], Calls]] = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 
 
-def _update(shapes: Shapes, step: Callable, name: str, state: TrainState, batch: Any, config, more: tuple) -> Call:
-    program = Program(
-        step,
-        name,
-        shapes.mesh,
-        donate_argnums=0,
-        static_argnames=("microbatches", "remat"),
-        out_shardings=(tree_shardings(shapes.mesh, state), None),
-    )
+def _update(shapes: Shapes, program: Program, state: TrainState, batch: Any, config, more: tuple) -> Call:
     base, optimizer = shapes.base(), with_total_steps(config.optimizer, STEPS)
-    static = {"microbatches": config.batch_size // (config.microbatch_size or config.batch_size), "remat": config.remat}
     lives = {"weights": base, "adapters": state.adapter, "optimizer": state.optimizer}
-    return Call(name, program, (state, base, batch, optimizer, *more), static, batch, lives)
+    args = (state, base, batch, optimizer, *more)
+    return Call(program.name, program, args, static_arguments(config), batch, lives)
 
 
 def _train_state(shapes: Shapes, adapter: Any) -> TrainState:
@@ -181,7 +176,7 @@ def _reward_models(shapes: Shapes) -> list[Call]:
         head = shapes.placed(jax.eval_shape(value_head, base))
         size, length = min(part.batch_size, rows), min(part.max_length, model.max_positions)
         batch = shapes.rows((tokens(size, length), mask(size, length)))
-        program = Program(score_tokens, "reward", shapes.mesh, out_shardings=replicated(shapes.mesh))
+        program = token_score_program(shapes.mesh)
         calls.append(Call(f"reward {part.path}", program, (base, head, *batch), {}, batch, {}, -(-rows // size)))
     return calls
 

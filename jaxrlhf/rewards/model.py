@@ -15,6 +15,11 @@ def score_rollout(base: Decoder, adapter: Adapter, rollout: Rollout) -> jax.Arra
     return sequence_scores(bind(base, adapter), rollout.tokens, rollout.mask)
 
 
+def score_program(mesh: jax.sharding.Mesh | None) -> Program:
+    """`score_rollout`, as plans and benchmarks take it too."""
+    return Program(score_rollout, "reward", mesh)
+
+
 class ModelReward:
     """A reward (see `answers.Reward`) that never leaves the device."""
 
@@ -22,7 +27,7 @@ class ModelReward:
 
     def __init__(self, base: Decoder, adapter: Adapter, mesh: jax.sharding.Mesh | None = None):
         self.base, self.adapter = base, adapter
-        self.program = Program(score_rollout, "reward", mesh)
+        self.program = score_program(mesh)
 
     def __call__(self, answers: Answers) -> jax.Array:
         return self.program(self.base, self.adapter, answers.rollout)

@@ -29,6 +29,11 @@ def score_tokens(base: Decoder, adapter: Adapter, tokens: jax.Array, mask: jax.A
     return sequence_scores(bind(base, adapter), tokens, mask)
 
 
+def token_score_program(mesh: jax.sharding.Mesh) -> Program:
+    """`score_tokens`, as plans and benchmarks take it too; every device has all scores."""
+    return Program(score_tokens, "reward", mesh, out_shardings=replicated(mesh))
+
+
 class PretrainedReward:
     """A reward (see `answers.Reward`) from a folder or hub id that `load_sequence_classifier` reads."""
 
@@ -41,7 +46,7 @@ class PretrainedReward:
         self.max_length = min(config.max_length, self.base.config.max_positions)
         self._check_tokenizer(key_path)
         self.lengths = _lengths(self.max_length)
-        self.program = Program(score_tokens, "reward", mesh, out_shardings=replicated(mesh))
+        self.program = token_score_program(mesh)
 
     def check_prompts(self, prompts: PromptSet) -> None:
         """`UserError` where the chat template refuses a chat."""

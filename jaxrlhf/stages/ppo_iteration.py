@@ -15,15 +15,15 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
 from jaxrlhf.runtime.health import PAUSED
-from jaxrlhf.runtime.mesh import batch_sharding, fetch, place, place_batch, replicated, tree_shardings
-from jaxrlhf.runtime.programs import Program, peak_memory_bytes
+from jaxrlhf.runtime.mesh import fetch, place, place_batch
+from jaxrlhf.runtime.programs import peak_memory_bytes
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo_sampling import Clock, Drawn, Sampler
+from jaxrlhf.stages.programs import annotate_program, update_program
 from jaxrlhf.stages.roles import Roles
-from jaxrlhf.steps.annotate import Control, ExperienceSettings, annotate_experience
-from jaxrlhf.steps.ppo import ppo_update
+from jaxrlhf.steps.annotate import Control, ExperienceSettings
 
 
 class Iteration:
@@ -49,12 +49,7 @@ class Iteration:
         self.group = config.sampling.samples_per_prompt
         self.rows = config.batch_size * self.group
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
-        # What the next iteration is given lies where the first was given it: otherwise all would compile again.
-        rows, whole = batch_sharding(run.mesh), replicated(run.mesh)
-        self.annotate = Program(annotate_experience, "annotate", run.mesh, out_shardings=(rows, whole, None))
-        self.update = Program(
-            ppo_update, "update", run.mesh, donate_argnums=0, out_shardings=(tree_shardings(run.mesh, state), None)
-        )
+        self.annotate, self.update = annotate_program(run.mesh), update_program(run.mesh, state)
         greedy = ADVANTAGES[config.advantage.estimator].needs_greedy and sampler.greedy_rollout is not sampler.rollout
         more = ((sampler.greedy_rollout,) if greedy else ()) + ((sampler.merge,) if config.resample else ())
         self.programs = (sampler.rollout, *more, self.annotate, self.update)

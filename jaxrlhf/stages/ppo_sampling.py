@@ -7,7 +7,6 @@ import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.algorithms.shaping import informative_groups
@@ -16,11 +15,10 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers, Reward
 from jaxrlhf.rewards.composed import ComposedReward
-from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.runtime.mesh import batch_sharding, fetch, place_batch
-from jaxrlhf.runtime.programs import Program
+from jaxrlhf.runtime.mesh import fetch, place_batch
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Run
+from jaxrlhf.stages.programs import greedy_program, merge_program, rollout_program
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.stages.settings import with_stop_tokens
 
@@ -66,13 +64,9 @@ class Sampler:
         self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
         self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
-        # All answers lie alike, those of a rollout and those merged: otherwise merging them would compile again.
-        placed = {"mesh": run.mesh, "out_shardings": batch_sharding(run.mesh)}
-        self.rollout = Program(rollout, "rollout", **placed)
-        # Greedy answers of no group are the same program at another temperature; beside groups they have their own.
-        alone = self.sampling.samples_per_prompt == 1
-        self.greedy_rollout = self.rollout if alone else Program(rollout, "rollout_greedy", **placed)
-        self.merge = Program(_merge, "merge", **placed)
+        self.rollout = rollout_program(run.mesh)
+        self.greedy_rollout = greedy_program(run.mesh, self.rollout, self.sampling.samples_per_prompt)
+        self.merge = merge_program(run.mesh)
 
     def answer(
         self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray, key: jax.Array, sampling: Sampling | None = None
@@ -157,8 +151,3 @@ class Sampler:
         asked = np.repeat(chosen, group)
         texts, rows, chats = ([kind[i] for i in asked] for kind in (prompts.texts, prompts.columns, prompts.chats))
         return Answers(answered, texts, rows, self.roles.tokenizer, chats)
-
-
-def _merge(first: Rollout, second: Rollout, source: jax.Array) -> Rollout:
-    """Rows i32[B] of both rollouts, one after the other."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[source], first, second)

@@ -11,14 +11,15 @@ from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
-from jaxrlhf.runtime.mesh import check_batch, fetch, place_batch, tree_shardings
+from jaxrlhf.runtime.mesh import check_batch, fetch, place_batch
 from jaxrlhf.runtime.programs import Program
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.stages.programs import reward_model_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
 from jaxrlhf.stages.settings import check_adapter, check_length, check_microbatches, with_total_steps
 from jaxrlhf.steps.optimizer import init_optimizer
-from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
+from jaxrlhf.steps.reward_model import pair_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,29 +76,13 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
         adapter = init_adapter(roles.base, wanted, key, head="reward")
     total = config.epochs * len(inputs.train)
     optimizer = with_total_steps(config.optimizer, total)
-    microbatches = config.batch_size // (config.microbatch_size or config.batch_size)
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
-    update = Program(
-        reward_model_update,
-        "reward_model_update",
-        run.mesh,
-        donate_argnums=0,
-        static_argnames=("microbatches", "remat"),
-        out_shardings=(tree_shardings(run.mesh, state), None),
-    )
+    update, static = reward_model_program(run.mesh, state), static_arguments(config)
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
     with Loop(run, "reward_model", state, total, config.save_every) as loop:
         for step in loop.steps():
             batch = place_batch(run.mesh, inputs.train.batch(step))
-            loop.state, metrics = update(
-                loop.state,
-                roles.base,
-                batch,
-                optimizer,
-                config.centring,
-                microbatches=microbatches,
-                remat=config.remat,
-            )
+            loop.state, metrics = update(loop.state, roles.base, batch, optimizer, config.centring, **static)
             metrics["compiles/update"] = update.compiles
             loop.done(step, metrics, shown, int(batch.chosen.size + batch.rejected.size), batch)
         adapter = loop.result().adapter

@@ -10,14 +10,15 @@ from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
-from jaxrlhf.runtime.mesh import check_batch, fetch, place, place_batch, tree_shardings
+from jaxrlhf.runtime.mesh import check_batch, fetch, place, place_batch
 from jaxrlhf.runtime.programs import Program
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.stages.programs import sft_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
 from jaxrlhf.stages.settings import check_adapter, check_length, check_microbatches, with_total_steps
 from jaxrlhf.steps.optimizer import init_optimizer
-from jaxrlhf.steps.sft import sft_evaluate, sft_update
+from jaxrlhf.steps.sft import sft_evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +62,12 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     adapter = init_adapter(roles.base, run.config.adapter_or(config.adapter), key)
     total = config.epochs * len(inputs.train)
     optimizer = with_total_steps(config.optimizer, total)
-    microbatches = config.batch_size // (config.microbatch_size or config.batch_size)
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
-    update = Program(
-        sft_update,
-        "sft_update",
-        run.mesh,
-        donate_argnums=0,
-        static_argnames=("microbatches", "remat"),
-        out_shardings=(tree_shardings(run.mesh, state), None),
-    )
+    update, static = sft_program(run.mesh, state), static_arguments(config)
     with Loop(run, "sft", state, total, config.save_every) as loop:
         for step in loop.steps():
             batch = place_batch(run.mesh, inputs.train.batch(step))
-            loop.state, metrics = update(
-                loop.state, roles.base, batch, optimizer, microbatches=microbatches, remat=config.remat
-            )
+            loop.state, metrics = update(loop.state, roles.base, batch, optimizer, **static)
             metrics["compiles/update"] = update.compiles
             loop.done(step, metrics, {"loss": "sft/loss"}, int(batch.tokens.size), batch)
         adapter = loop.result().adapter

@@ -1,0 +1,87 @@
+"""The programs that the stages compile: what each is called, what it gives away, and where its results lie.
+
+The stages run them, plans take them with shapes in place of arrays, and benchmarks time them: all take them from here.
+The programs of rewards stand beside their rewards (`rewards.model`, `rewards.pretrained`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.config import RewardModelConfig, SFTConfig
+from jaxrlhf.records import PPOState, Rollout, TrainState
+from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
+from jaxrlhf.runtime.programs import Program
+from jaxrlhf.steps.annotate import annotate_experience
+from jaxrlhf.steps.ppo import ppo_update
+from jaxrlhf.steps.reward_model import reward_model_update
+from jaxrlhf.steps.sft import sft_update
+
+Mesh = jax.sharding.Mesh
+STATIC = ("microbatches", "remat")  # arguments of the steps of sft and reward_model that are part of what is compiled
+
+
+def sft_program(mesh: Mesh, state: TrainState) -> Program:
+    """`sft_update`; it takes over the memory of its state, arrays or shapes as in `state`."""
+    return _training(sft_update, mesh, state)
+
+
+def reward_model_program(mesh: Mesh, state: TrainState) -> Program:
+    """`reward_model_update`; it takes over the memory of its state."""
+    return _training(reward_model_update, mesh, state)
+
+
+def static_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
+    """What the settings say of the arguments `STATIC`."""
+    size = config.microbatch_size or config.batch_size
+    return {"microbatches": config.batch_size // size, "remat": config.remat}
+
+
+def rollout_program(mesh: Mesh) -> Program:
+    """Answers, by rows over the mesh."""
+    return _rows(rollout, "rollout", mesh)
+
+
+def greedy_program(mesh: Mesh, samples: Program, group: int) -> Program:
+    """Greedy answers: of no group they are the program `samples` at another temperature; beside groups its own."""
+    return samples if group == 1 else _rows(rollout, "rollout_greedy", mesh)
+
+
+def merge_program(mesh: Mesh) -> Program:
+    """Chosen rows of two rollouts. They lie as those of a rollout: what is given either is compiled once."""
+    return _rows(_merge, "merge", mesh)
+
+
+def annotate_program(mesh: Mesh) -> Program:
+    """`annotate_experience`; what the next iteration is given lies where the first was given it."""
+    return Program(
+        annotate_experience, "annotate", mesh, out_shardings=(batch_sharding(mesh), replicated(mesh), None)
+    )
+
+
+def update_program(mesh: Mesh, state: PPOState) -> Program:
+    """`ppo_update`; it takes over the memory of its state, arrays or shapes as in `state`."""
+    return Program(ppo_update, "update", mesh, donate_argnums=0, out_shardings=(tree_shardings(mesh, state), None))
+
+
+def _training(step: Callable, mesh: Mesh, state: TrainState) -> Program:
+    return Program(
+        step,
+        step.__name__,
+        mesh,
+        donate_argnums=0,
+        static_argnames=STATIC,
+        out_shardings=(tree_shardings(mesh, state), None),
+    )
+
+
+def _rows(function: Callable, name: str, mesh: Mesh) -> Program:
+    return Program(function, name, mesh, out_shardings=batch_sharding(mesh))
+
+
+def _merge(first: Rollout, second: Rollout, source: jax.Array) -> Rollout:
+    """Rows i32[B] of both rollouts, one after the other."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[source], first, second)
