@@ -57,7 +57,8 @@ def response_logprobs_and_values(
 def _before_answers(model: Decoder, tokens, mask, response_mask, remat: bool) -> jax.Array:
     """Hidden states at the positions before each response token: [B,R,D]."""
     R = response_mask.shape[1]
-    return model.encode(tokens, mask.astype(jnp.int32), remat)[:, -R - 1 : -1]
+    first = tokens.shape[1] - R - 1
+    return model.encode(tokens, mask.astype(jnp.int32), remat, first)[:, :-1]
 
 
 def _logprobs(model: Decoder, hidden, tokens, response_mask, temperature) -> tuple[jax.Array, jax.Array]:
