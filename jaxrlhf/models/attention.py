@@ -58,13 +58,24 @@ def turns_of(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, facto
     return Turns(*((factor * f(angle_SF))[positions_BT][:, :, None] for f in (jnp.cos, jnp.sin)))
 
 
+@jax.custom_vjp
 def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
-    """Rotary positions (2104.09864), halves paired as in Hugging Face's Llama: the first 2F <= H dimensions turn."""
+    """Rotary positions (2104.09864), halves paired as in Hugging Face's Llama: the first 2F <= H dimensions turn.
+
+    The gradient turns back; that of what was split and joined would be padded and summed. None reaches the turns.
+    """
     cos, sin = turns
     F = cos.shape[-1]
     first, second = jnp.split(x_BTNH[..., : 2 * F].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x_BTNH.dtype), x_BTNH[..., 2 * F :]], axis=-1)
+
+
+def _rotate_back(turns: Turns, d_BTNH: jax.Array) -> tuple[jax.Array, Turns]:
+    return rotate(d_BTNH, Turns(turns.cos_BT1F, -turns.sin_BT1F)), jax.tree.map(jnp.zeros_like, turns)
+
+
+rotate.defvjp(lambda x, turns: (rotate(x, turns), turns), _rotate_back)
 
 
 def attend(
