@@ -313,18 +313,19 @@ class Decoder(nnx.Module):
             caches.append(layer_cache)
         return self.final_norm(x_BTD), caches
 
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Language-model logits f32[B,T,V] of hidden states."""
-        if self.lm_head is None:
-            kernel = self.embed_tokens.embedding[...].T
-        else:
-            kernel = self.lm_head.kernel[...]
+    def logits(self, hidden_BTD: jax.Array, kernel_DV: jax.Array | None = None) -> jax.Array:
+        """Language-model logits f32[B,T,V] of hidden states; `kernel_DV` is `head_kernel()`, where it is at hand."""
+        kernel = self.head_kernel() if kernel_DV is None else kernel_DV
         # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
         kernel = operand(kernel.astype(hidden_BTD.dtype))
         logits = jnp.matmul(operand(hidden_BTD), kernel, preferred_element_type=jnp.float32)
         logits = laid_out(logits, BATCH_AXES, None, "tensor")
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def head_kernel(self) -> jax.Array:
+        """Of the language-model head: [D,V]."""
+        return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scalar head f32[B,T] of hidden states, computed in float32."""
