@@ -283,7 +283,14 @@ class Decoder(nnx.Module):
         return self.hidden(*given, remat=remat, first=first)[0]
 
     def hidden(
-        self, tokens_BT, positions_BT, mask_BTS, cache: Cache | None = None, at=None, remat: bool = False, first: int = 0
+        self,
+        tokens_BT,
+        positions_BT,
+        mask_BTS,
+        cache: Cache | None = None,
+        at=None,
+        remat: bool = False,
+        first: int = 0,
     ) -> tuple[jax.Array, Cache]:
         """Normed hidden states [B,T-first,D] from slot `first` on, and the cache of all slots.
 

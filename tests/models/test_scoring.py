@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models.adapters import SCORE, bind
 from jaxrlhf.algorithms.losses import token_logprobs
+from jaxrlhf.models.adapters import SCORE, bind
 from jaxrlhf.models.scoring import from_logits, response_logprobs, response_values, sequence_scores
 
 
