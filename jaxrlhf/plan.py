@@ -13,7 +13,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m jaxrlhf.plan",
         description="Memory, arithmetic, exchange and least time of each program of a run on N cards. Needs neither "
         "cards nor weights: of model.path only config.json is read. The programs are partitioned by XLA for N virtual "
-        "devices with models of two and three layers; the rest is counted and extrapolated, as the output says.",
+        "devices with models of two to four layers; the rest is counted and extrapolated, as the output says.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--devices", required=True, type=int, metavar="N", help="number of cards, such as 8 or 512")
@@ -21,6 +21,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", metavar="SIZE", help="of each card, such as 80GiB; default: the card's")
     parser.add_argument("--per-host", type=int, default=8, metavar="N", help="cards of a host; default 8")
     parser.add_argument("--no-largest-batch", action="store_true", help="leaves that out, in half of the time")
+    parser.add_argument(
+        "--remat",
+        action="store_true",
+        help="also tries an update that fits with less that is computed again (none, then dots), which takes up to "
+        "twice the time; one that does not fit is tried with more (dots, then full) in any case",
+    )
     parser.add_argument("--json", action="store_true", help="prints JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
@@ -46,6 +52,7 @@ def plan(arguments: argparse.Namespace) -> None:
         memory=memory * usable_share(),
         per_host=arguments.per_host,
         largest_batch=not arguments.no_largest_batch,
+        less_remat=arguments.remat,
     )
 
     def say(text: str) -> None:

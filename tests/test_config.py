@@ -72,6 +72,9 @@ def test_file_and_defaults(write):
         ("ppo.iterations=1_000", lambda c: c.ppo.iterations, 1000),
         ("seed=012", lambda c: c.seed, 12),
         ("sft.packing=false", lambda c: c.sft.packing, False),
+        ("sft.remat=dots", lambda c: c.sft.remat, "dots"),
+        ("sft.remat=true", lambda c: c.sft.remat, "full"),  # as it was once spelled
+        ("ppo.update.remat=false", lambda c: c.ppo.update.remat, "none"),
         ("ppo.sampling.top_p=0.9", lambda c: c.ppo.sampling.top_p, 0.9),
         ("stages=[sft]", lambda c: c.stages, ("sft",)),
         ("sft.adapter.target_modules=[q_proj, v_proj]", lambda c: c.sft.adapter.target_modules, ("q_proj", "v_proj")),
@@ -183,6 +186,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("run_dir=1e5", "run_dir must be text; given 100000.0; text that looks like a number is written in quotes"),
         ("sft=3", "sft must be a section with keys of its own or null; given 3"),
         ("sft.optimizer=[1]", "sft.optimizer must be a section with keys of its own; given the list [1]"),
+        ("sft.remat=1", "sft.remat must be none | dots | full; given 1"),
         ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo; given the text "sft"'),
         ("stages=[]", "stages must be non-empty list of sft | reward_model | ppo; given the list []"),
         ("stages=[dpo]", 'stages must be non-empty list of sft | reward_model | ppo; given the text "dpo"'),

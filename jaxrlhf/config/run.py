@@ -4,7 +4,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from jaxrlhf.config.base import NonNegativeFloat, NonNegativeInt, Overflow, PositiveFloat, PositiveInt, Settings
+from jaxrlhf.config.base import (
+    REMAT,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Overflow,
+    PositiveFloat,
+    PositiveInt,
+    Remat,
+    Settings,
+)
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig
 from jaxrlhf.config.rewards import RewardConfig
 from jaxrlhf.config.steps import (
@@ -110,7 +119,7 @@ class SFTConfig(Settings):
     max_length: PositiveInt = Field(512, description="tokens per sequence")
     overflow: Overflow = Field("cut", description="rows longer than max_length: cut their end, drop them, or stop")
     packing: bool = Field(True, description="several rows share a sequence, each attending to itself; false: length buckets")
-    remat: bool = Field(False, description="recompute each layer in the backward pass")
+    remat: Remat = Field("none", description=REMAT)
     save_every: PositiveInt = Field(100, description="steps between checkpoints")
 
 
@@ -130,7 +139,7 @@ class RewardModelConfig(Settings):
     overflow: Overflow = Field("cut", description="sequences longer than max_length: cut the prompt's start, drop the pair, or stop")
     buckets: PositiveInt = Field(4, description="sequence lengths that batches are padded to, each compiled once")
     centring: NonNegativeFloat = Field(0.01, description="weight of (chosen + rejected)^2, which keeps scores around 0")
-    remat: bool = Field(False, description="recompute each layer in the backward pass")
+    remat: Remat = Field("none", description=REMAT)
     save_every: PositiveInt = Field(100, description="steps between checkpoints")
 
 

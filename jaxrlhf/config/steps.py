@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from jaxrlhf.config.base import (
+    REMAT,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Remat,
     Settings,
     UnitFloat,
     names,
@@ -105,7 +107,7 @@ class PPOConfig(Settings):
     aggregation: Literal["token", "sequence", "constant"] = Field(
         "token", description="mean over tokens; mean of the answers' means; or sum over response length x rows"
     )
-    remat: bool = Field(False, description="recompute each layer in the backward pass: less memory, more time")
+    remat: Remat = Field("none", description=REMAT)
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the policy")
     value_optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the value model")
 

@@ -25,7 +25,7 @@ from jaxrlhf.models.attention import (
     turns_of,
     within_window,
 )
-from jaxrlhf.models.linear import Linear
+from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.rope import Rope, frequencies
 from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
@@ -46,6 +46,15 @@ ACTIVATIONS = {
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "relu": jax.nn.relu,
+}
+
+
+# What the backward pass finds of a layer beside its input, which is always kept; by the names of the setting `remat`.
+# The products are known by name: jax's own policy for them sees neither inside of a custom gradient, which merged and
+# quantised products have, nor that of a product and its LoRA pair's only the sum is wanted.
+REMAT = {
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -276,7 +285,7 @@ class Decoder(nnx.Module):
         return self.logits(self.encode(tokens, segments))
 
     def encode(
-        self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: bool = False, first: int = 0
+        self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: str = "none", first: int = 0
     ) -> jax.Array:
         """Normed hidden states [B,T-first,D] of whole sequences from slot `first` on, without a cache."""
         given = tokens_BT, positions_of(segments_BT), causal_mask(segments_BT)
@@ -289,16 +298,18 @@ class Decoder(nnx.Module):
         mask_BTS,
         cache: Cache | None = None,
         at=None,
-        remat: bool = False,
+        remat: str = "none",
         first: int = 0,
     ) -> tuple[jax.Array, Cache]:
         """Normed hidden states [B,T-first,D] from slot `first` on, and the cache of all slots.
 
         Without `cache`, S = T and the fresh keys and values are returned as the cache; `mask_BTS` is causal. With it,
         keys and values are written at slot `at` (i32[]), and `mask_BTS` spans the whole cache. What the last layer
-        would say of slots before `first` is not computed: nobody reads it.
+        would say of slots before `first` is not computed: nobody reads it. `remat` is none, or a key of `REMAT`.
         """
-        run = jax.checkpoint(Block.__call__, static_argnums=6) if remat else Block.__call__
+        run = Block.__call__
+        if remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[remat], static_argnums=6)
         # Whole sequences stay where their rows are, and the weights come to them. One token a row is less than the
         # weights: in decoding it goes where they are.
         lies = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")

@@ -6,6 +6,9 @@ D inputs, F outputs, r the pair's rank.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT = "weight_product"  # the name of what a layer gives, for policies of rematerialisation
 
 
 class Linear(nnx.Module):
@@ -41,7 +44,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self._with_pair(x)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), PRODUCT)
 
     def _with_pair(self, x: jax.Array) -> jax.Array:
         if self.lora_a is None:

@@ -19,7 +19,7 @@ _HELD = {"cpu": 2**22}
 _HELD_ELSEWHERE = 2**27
 
 
-def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
+def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: str = "none") -> jax.Array:
     """Scalar head at the last real token, f32[B]; padding may stand on either side."""
     S = tokens.shape[1]
     last = jnp.maximum(S - 1 - jnp.argmax(mask[:, ::-1], axis=1), 0)
@@ -33,7 +33,7 @@ def response_logprobs(
     mask: jax.Array,
     response_mask: jax.Array,
     temperature: jax.Array,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """Logprob of each response token and entropy of its distribution, f32[B,R]; 0 past the end.
 
@@ -44,7 +44,7 @@ def response_logprobs(
 
 
 def response_values(
-    model: Decoder, tokens: jax.Array, mask: jax.Array, response_mask: jax.Array, remat: bool = False
+    model: Decoder, tokens: jax.Array, mask: jax.Array, response_mask: jax.Array, remat: str = "none"
 ) -> jax.Array:
     """Value of the state before each response token, f32[B,R]; 0 past the end."""
     return _values(model, _before_answers(model, tokens, mask, response_mask, remat), response_mask)
@@ -56,14 +56,14 @@ def response_logprobs_and_values(
     mask: jax.Array,
     response_mask: jax.Array,
     temperature: jax.Array,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(logprobs, entropy, values) of a model with both heads, f32[B,R] each, from one pass through its trunk."""
     hidden = _before_answers(model, tokens, mask, response_mask, remat)
     return *_logprobs(model, hidden, tokens, response_mask, temperature), _values(model, hidden, response_mask)
 
 
-def _before_answers(model: Decoder, tokens, mask, response_mask, remat: bool) -> jax.Array:
+def _before_answers(model: Decoder, tokens, mask, response_mask, remat: str) -> jax.Array:
     """Hidden states at the positions before each response token: [B,R,D]."""
     R = response_mask.shape[1]
     first = tokens.shape[1] - R - 1

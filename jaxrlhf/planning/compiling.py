@@ -3,8 +3,11 @@
 import dataclasses
 import re
 import tempfile
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -32,31 +35,52 @@ class Measured:
     parts: dict[str, float]  # what lies in memory beside temporaries: weights, adapters, optimizer, rows, results
     cache: float  # keys and values, part of the temporaries
     layers: int  # of the model that it was compiled for, or that it is extrapolated to
+    results: Any  # shapes of what it gives, where that lies
 
 
-def measure(stage: str, shapes: Shapes, layout: Layout, say: Callable[[str], None]) -> dict[str, Measured]:
-    """The stage's programs, compiled one after another, by name."""
+def measure(
+    stage: str,
+    shapes: Shapes,
+    layout: Layout,
+    say: Callable[[str], None],
+    wanted: Callable[[Call], bool] = lambda call: True,
+    known: Mapping[str, Measured] = types.MappingProxyType({}),
+) -> dict[str, Measured]:
+    """The stage's programs that are wanted, compiled one after another, by name.
+
+    `known` are those of another number of layers: where a program that is not wanted stands before one that is, the
+    results are taken from there, as their shapes do not depend on it.
+    """
     calls, found, answer = STAGES[stage](shapes), {}, None
     while True:
         try:
             call = calls.send(answer)
         except StopIteration:
             return found
-        say(f"{stage}: compiles {call.name} with {shapes.model.layers} layers")
-        lowered = call.program.lower(*call.args, **call.kwargs)
-        compiled, text = _compile(lowered)
-        answer = jax.tree.map(
-            lambda given, sharding: jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=sharding),
-            lowered.out_info,
-            compiled.output_shardings,
-        )
-        module = parse(text)
-        counted = count(module, layout)
-        parts = {name: float(bytes_per_device(tree)) for name, tree in call.lives.items()}
-        parts |= {"rows": float(bytes_per_device(call.rows)), "results": counted.outputs}
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
-        cache = _cache(module, call.cache) if call.cache else 0.0
-        found[call.name] = Measured(call, counted, temporaries, parts, cache, shapes.model.layers)
+        if wanted(call):
+            say(f"{stage}: compiles {call.name} with {shapes.model.layers} layers")
+            found[call.name] = measure_call(call, shapes.model.layers, layout)
+        elif call.name not in known:
+            return found
+        answer = (found if wanted(call) else known)[call.name].results
+
+
+def measure_call(call: Call, layers: int, layout: Layout) -> Measured:
+    """One program of a model of so many layers."""
+    lowered = call.program.lower(*call.args, **call.kwargs)
+    compiled, text = _compile(lowered)
+    results = jax.tree.map(
+        lambda given, sharding: jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+    module = parse(text)
+    counted = count(module, layout)
+    parts = {name: float(bytes_per_device(tree)) for name, tree in call.lives.items()}
+    parts |= {"rows": float(bytes_per_device(call.rows)), "results": counted.outputs}
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    cache = _cache(module, call.cache) if call.cache else 0.0
+    return Measured(call, counted, temporaries, parts, cache, layers, results)
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
@@ -91,13 +115,64 @@ def _cache(module: Module, positions: int) -> float:
 
 # ---------------------------------------------------------------- a few layers -> all
 
+# Layers of the models that are compiled. The first layer and the last are unlike the others (nobody wants the gradient
+# of the embedding, nor what the last would say of the prompt): what an update holds at its fullest moment grows evenly
+# from three layers on. Programs without gradients grow evenly from two on.
+DEPTHS, UPDATE_DEPTHS = (2, 3), (3, 4)
 
-def extrapolated(few: Measured, more: Measured, layers: int) -> Measured:
-    """What a model of `layers` layers has, on the line through two of fewer layers.
+
+def depths_of(layers: int) -> tuple[int, ...]:
+    """How many layers the models have that are compiled for one of so many."""
+    return (layers,) if layers <= UPDATE_DEPTHS[-1] else (*DEPTHS, UPDATE_DEPTHS[-1])
+
+
+def measure_depths(
+    stage: str, shapes: Shapes, layout: Layout, sizes: Sequence[int], say: Callable[[str], None]
+) -> dict[int, dict[str, list[Measured]]]:
+    """By batch size and name, each program of models of one or two numbers of layers, the fewer first."""
+
+    def run(size: int, depth: int, *which: Any) -> dict[str, Measured]:
+        section = getattr(shapes.config, stage).model_copy(update={"batch_size": size})
+        config = shapes.config.model_copy(update={stage: section})
+        return measure(stage, dataclasses.replace(shapes, config=config).with_layers(depth), layout, say, *which)
+
+    fewest, *more = depths_of(shapes.model.layers)
+    common = more[0] if more else fewest
+    with ThreadPoolExecutor(2) as threads:
+        first = dict(zip(sizes, threads.map(lambda size: run(size, common), sizes)))
+        found = {size: {name: [m] for name, m in programs.items()} for size, programs in first.items()}
+        if not more:
+            return found
+        others = [(fewest, lambda call: call.remat is None), (more[-1], lambda call: call.remat is not None)]
+        asked = [(size, threads.submit(run, size, *other, first[size])) for size in sizes for other in others]
+        for size, programs in asked:
+            for name, m in programs.result().items():
+                found[size][name] = sorted([*found[size][name], m], key=lambda m: m.layers)
+    return found
+
+
+def measure_with(
+    policy: str, update: Sequence[Measured], layout: Layout, say: Callable[[str], None]
+) -> list[Measured]:
+    """The same update under another policy of rematerialisation."""
+
+    def run(m: Measured) -> Measured:
+        say(f"compiles {m.call.name} with {m.layers} layers and remat={policy}")
+        return measure_call(m.call.with_remat(policy), m.layers, layout)
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(run, update))
+
+
+def extrapolated(found: Sequence[Measured], layers: int) -> Measured:
+    """What a model of `layers` layers has, on the line through two of fewer layers; the one itself where there is one.
 
     All layers have the same shapes, so that every number is a sum of a part per layer and a part that stays; largest
     sums may bend, where another moment becomes the fullest.
     """
+    if len(found) == 1:
+        return found[0]
+    few, more = found
     a, b = few.layers, more.layers
 
     def line(x: float, y: float) -> float:
@@ -122,6 +197,7 @@ def extrapolated(few: Measured, more: Measured, layers: int) -> Measured:
         {name: line(few.parts[name], more.parts[name]) for name in more.parts},
         line(few.cache, more.cache),
         layers,
+        more.results,
     )
 
 

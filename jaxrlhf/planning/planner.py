@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
@@ -11,12 +10,11 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.planning.cards import Card
 from jaxrlhf.planning.checks import check, shares_of, valid_batches
-from jaxrlhf.planning.compiling import Measured, extrapolated, measure
+from jaxrlhf.planning.compiling import Measured, depths_of, extrapolated, measure_depths, measure_with
 from jaxrlhf.planning.count import Collective, Layout
+from jaxrlhf.planning.remat import Remat, search
 from jaxrlhf.planning.shapes import Shapes, read_model
 from jaxrlhf.runtime.mesh import make_mesh
-
-DEPTHS = (2, 3)  # layers of the models that are compiled; with one the fullest moment may lie elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +26,7 @@ class Asked:
     memory: float  # bytes of a card that a run may fill
     per_host: int = 8
     largest_batch: bool = True
+    less_remat: bool = False  # whether an update that fits is tried with less that is computed again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +82,7 @@ class StagePlan:
     programs: list[ProgramPlan]
     largest_batch: int | None  # None: not asked; 0: none fits
     held_back_by: str | None  # the program that the largest batch fills
+    remat: Remat
 
     @property
     def peak(self) -> float:
@@ -118,14 +118,13 @@ def make_plan(
     model = read_model(config.model)
     notes = check(config, mesh, model)
     shapes = Shapes(config, mesh, model)
-    depths = (model.layers,) if model.layers <= DEPTHS[-1] else DEPTHS
     layout = Layout(dict(mesh.shape), asked.per_host)
-    stages = [_stage_plan(stage, shapes, depths, layout, asked, say) for stage in config.stages]
+    stages = [_stage_plan(stage, shapes, layout, asked, say) for stage in config.stages]
     unknown = {p.name for s in stages for p in s.programs if p.counted < 0}
     if unknown:
         notes.append(f"loops of unknown length were counted once in {', '.join(sorted(unknown))}")
     parameters = sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base()).values())
-    return Plan(asked, dict(mesh.shape), parameters, model.layers, depths, stages, notes)
+    return Plan(asked, dict(mesh.shape), parameters, model.layers, depths_of(model.layers), stages, notes)
 
 
 def _at_full_length(config: RunConfig) -> RunConfig:
@@ -137,35 +136,31 @@ def _at_full_length(config: RunConfig) -> RunConfig:
 
 
 def _stage_plan(
-    stage: str, shapes: Shapes, depths: tuple[int, ...], layout: Layout, asked: Asked, say: Callable[[str], None]
+    stage: str, shapes: Shapes, layout: Layout, asked: Asked, say: Callable[[str], None]
 ) -> StagePlan:
     batch = getattr(shapes.config, stage).batch_size
     sizes = (batch, 2 * batch) if asked.largest_batch else (batch,)
-    jobs = [(size, depth) for size in sizes for depth in depths]
+    measured = measure_depths(stage, shapes, layout, sizes, say)
+    layers, dtype = shapes.model.layers, shapes.config.model.dtype
 
-    def run(job: tuple[int, int]) -> dict[str, Measured]:
-        size, depth = job
-        section = getattr(shapes.config, stage).model_copy(update={"batch_size": size})
-        config = shapes.config.model_copy(update={stage: section})
-        return measure(stage, dataclasses.replace(shapes, config=config).with_layers(depth), layout, say)
+    def planned(found: list[Measured]) -> ProgramPlan:
+        return _program_plan(stage, extrapolated(found, layers), asked, dtype)
 
-    with ThreadPoolExecutor(2) as threads:
-        measured = dict(zip(jobs, threads.map(run, jobs)))
-    by_size = {size: _whole([measured[size, depth] for depth in depths], shapes.model.layers) for size in sizes}
-    programs = [_program_plan(stage, m, asked, shapes.config.model.dtype) for m in by_size[batch].values()]
+    programs = [planned(found) for found in measured[batch].values()]
     largest = held = None
     if asked.largest_batch:
-        double = [_program_plan(stage, m, asked, shapes.config.model.dtype) for m in by_size[2 * batch].values()]
+        double = [planned(found) for found in measured[2 * batch].values()]
         largest, held = _largest_batch(stage, shapes, batch, programs, double, asked.memory)
-    return StagePlan(stage, batch, programs, largest, held)
+    (update,) = (found for found in measured[batch].values() if found[0].call.remat is not None)
 
+    def planned_with(policy: str) -> ProgramPlan:
+        if policy == update[0].call.remat:
+            return planned(update)
+        return planned(measure_with(policy, update, layout, lambda text: say(f"{stage}: {text}")))
 
-def _whole(by_depth: list[dict[str, Measured]], layers: int) -> dict[str, Measured]:
-    """The programs of the whole model from those of a few layers."""
-    if len(by_depth) == 1:
-        return by_depth[0]
-    few, more = by_depth
-    return {name: extrapolated(few[name], more[name], layers) for name in more}
+    setting = "ppo.update.remat" if stage == "ppo" else f"{stage}.remat"
+    remat = search(setting, update[0].call.remat, planned_with, asked.memory, asked.less_remat)
+    return StagePlan(stage, batch, programs, largest, held, remat)
 
 
 def _program_plan(stage: str, m: Measured, asked: Asked, dtype: str) -> ProgramPlan:

@@ -51,6 +51,19 @@ class Call:
     times: float = 1.0  # how often an iteration, or an optimizer step, runs it
     cache: int = 0  # positions of keys and values that each row keeps
 
+    @property
+    def remat(self) -> str | None:
+        """What an update computes again, as the settings have it; None: the program is no update."""
+        last = self.args[-1]
+        return last.remat if isinstance(last, PPOConfig) else self.kwargs.get("remat")
+
+    def with_remat(self, policy: str) -> "Call":
+        """The same update under another policy."""
+        if "remat" in self.kwargs:
+            return dataclasses.replace(self, kwargs=self.kwargs | {"remat": policy})
+        update = self.args[-1].model_copy(update={"remat": policy})
+        return dataclasses.replace(self, args=(*self.args[:-1], update))
+
 
 Calls = Generator[Call, Any, None]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxrlhf.planning.cards import GIB
 from jaxrlhf.planning.planner import Plan, ProgramPlan, StagePlan
+from jaxrlhf.planning.remat import POLICIES, Remat
 
 PARTS = ("weights", "adapters", "optimizer", "rows", "cache", "activations")
 _SHOWN_COLLECTIVES = 6
@@ -48,7 +49,7 @@ def _stage(stage: StagePlan, plan: Plan) -> list[str]:
         if len(p.collectives) > _SHOWN_COLLECTIVES:
             rest = p.collectives[_SHOWN_COLLECTIVES:]
             lines.append(f"  {p.name}: {len(rest)} more kinds, {_gib(sum(c.wire for c in rest))} GiB sent")
-    return [*lines, *_largest(stage)]
+    return [*lines, *_largest(stage), *remat_lines(stage.remat)]
 
 
 def _largest(stage: StagePlan) -> list[str]:
@@ -61,15 +62,50 @@ def _largest(stage: StagePlan) -> list[str]:
     return [f"largest batch: {name}={stage.largest_batch:,}{held}"]
 
 
+def remat_lines(remat: Remat) -> list[str]:
+    """Which policy of rematerialisation the update fits with, where there is a choice to tell of."""
+
+    def size(policy: str) -> str:
+        return f"{_gib(remat.peaks[policy])} GiB"
+
+    def instead(policy: str) -> str:
+        seconds = remat.seconds
+        return f"{size(policy)}, at least {_seconds(seconds[policy])} s in place of {_seconds(seconds[remat.given])} s"
+
+    given, cheapest, start = remat.given, remat.cheapest, f"{remat.setting}={remat.given}"
+    others = [policy for policy in remat.peaks if policy != given]
+    failed = " and ".join(f"{policy} ({size(policy)})" for policy in others if policy != cheapest)
+    if cheapest == given:
+        if given == POLICIES[0]:
+            return []
+        if not remat.complete:
+            return [f"{start} fits; --remat finds out whether less need be computed again"]
+        return [f"{start} fits ({size(given)}); {failed} would not"]
+    if cheapest is not None and POLICIES.index(cheapest) < POLICIES.index(given):
+        but = f", {failed} would not" if failed else ""
+        return [f"{remat.setting}={cheapest} fits ({instead(cheapest)}){but}; {given} is not needed"]
+    if cheapest is not None:
+        but = f", nor would {failed}" if failed else ""
+        return [f"{start} does not fit ({size(given)}){but}; {cheapest} would ({instead(cheapest)})"]
+    if others:
+        return [f"{start} does not fit ({size(given)}), nor would {failed}"]
+    if given == POLICIES[-1]:
+        return [f"{start} does not fit ({size(given)}), and keeps least of all"]
+    return [f"{start} does not fit, nor would another: what it does not change takes {_gib(remat.fixed)} GiB"]
+
+
 def _method(plan: Plan) -> list[str]:
     """What was measured, counted and extrapolated."""
-    depths = " and ".join(map(str, plan.compiled_layers))
-    layers = f"{depths} layers" if plan.compiled_layers != (1,) else "1 layer"
+    depths = plan.compiled_layers
+    layers = "1 layer" if depths == (1,) else f"{depths[0]} layers"
+    if len(depths) > 1:
+        first, both, last = depths
+        layers = f"{first} and {both} layers, updates with {both} and {last}"
     asked, card = plan.asked, plan.asked.card
     compiled = max((p.compiled for s in plan.stages for p in s.programs), default=0.0)
     notes = [f"partitioned by XLA for all {asked.devices} devices with {layers}, from shapes; nothing was run"]
-    if plan.compiled_layers != (plan.layers,):
-        notes.append(f"extrapolated on the line through {depths} layers to {plan.layers}: all figures of the programs")
+    if len(depths) > 1:
+        notes.append(f"extrapolated on the line through the two to {plan.layers} layers: all figures of the programs")
     notes += [
         "weights, adapters, optimizer, rows and cache: exact sums of each device's shares",
         "arithmetic: matrix products in the partitioned program; moved: what its kernels read and write, as drawn by "
@@ -126,6 +162,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "sent": stage.wire,
                 "largest_batch": stage.largest_batch,
                 "held_back_by": stage.held_back_by,
+                "remat": dataclasses.asdict(stage.remat),
                 "programs": [_program(program, asked.memory) for program in stage.programs],
             }
             for stage in plan.stages

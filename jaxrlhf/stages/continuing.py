@@ -6,14 +6,18 @@ Everything else is refused by name (`runtime.run_dir.check_run`): a run's weight
 from collections.abc import Callable
 
 from jaxrlhf.config import RunConfig
-from jaxrlhf.runtime.run_dir import Change
+from jaxrlhf.config.base import remat_policy
+from jaxrlhf.runtime.run_dir import Change, described
 
 # Where the run lies (it may be moved), when something is saved or shown, how long a stop may take, what is borne.
 _FREE = ("run_dir", "checkpoints.keep", "checkpoints.grace", "health.patience", "ppo.sample_every")
 # How rows go through the processor, and not what is computed of them.
 _ROUNDING = ("ppo.sampling.halvings",)
+# What is kept of a forward pass, and what is computed again: the same numbers, but for rounding.
+_REMAT = ("sft.remat", "reward_model.remat", "ppo.update.remat")
 # Which checkpoints there are to choose from: free as long as nothing is chosen.
 _CHOICE = ("checkpoints.best", "checkpoints.best_is", "sft.save_every", "reward_model.save_every", "ppo.save_every")
+_SAID = "sums may round otherwise, so what follows need not be bit for bit what it would have been"
 # Devices come and go. Numbers then differ by rounding, which the stage says where it goes on.
 _MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 MORE_ITERATIONS = "ppo.iterations"
@@ -28,9 +32,19 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
             return config.checkpoints.result == "last"
         if key == MORE_ITERATIONS:
             return isinstance(before, int) and after > before and _same_steps_in_longer_runs(config)
-        return key in (*_FREE, *_ROUNDING, *_MESH)
+        return key in (*_FREE, *_ROUNDING, *_REMAT, *_MESH)
 
     return free
+
+
+def told(change: Change) -> str | None:
+    """What a person is told of a change that is allowed; None where only its spelling is another."""
+    key, before, after = change
+    if key not in _REMAT:
+        return described(change)
+    if remat_policy(before) == after:
+        return None
+    return f"{described(change)}: {_SAID}"
 
 
 def _same_steps_in_longer_runs(config: RunConfig) -> bool:

@@ -15,10 +15,10 @@ from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.lock import RunLock
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import check_run, described, make_folder, open_run
+from jaxrlhf.runtime.run_dir import check_run, make_folder, open_run
 from jaxrlhf.runtime.stopping import StopSignals
 from jaxrlhf.stages import ppo, reward_model, sft
-from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change
+from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change, told
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, check_none_gone, finished_stages, load_roles, mark_unfinished, save_base
 
@@ -67,8 +67,8 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         lock.take()
         if writes and (folder / "config.yaml").exists():
             raise UserError(f"run_dir {folder}: another process began a run there meanwhile; give the command again")
-    for change in changes:
-        run.say(f"run_dir {folder}: {described(change)}")
+    for text in filter(None, map(told, changes)):
+        run.say(f"run_dir {folder}: {text}")
     for stage in again if writes else ():
         mark_unfinished(config.run_dir, stage)
     open_run(folder, dump_config(config), writes, allowed)

@@ -17,7 +17,7 @@ from jaxrlhf.steps.optimizer import optimizer_step
 
 
 def pair_scores(
-    base: Decoder, adapter: Adapter, batch: PreferenceBatch, remat: bool = False
+    base: Decoder, adapter: Adapter, batch: PreferenceBatch, remat: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
     """Scores (chosen, rejected) f32[B] at the last real tokens; both sides share one forward pass."""
     tokens = jnp.concatenate([batch.chosen, batch.rejected])
@@ -34,7 +34,7 @@ def reward_model_update(
     config: OptimizerConfig,
     centring: jax.Array | float,
     microbatches: int = 1,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the pairwise loss, averaged over pairs by weight."""
     weight = jnp.maximum(jnp.sum(batch.weight), 1e-6)

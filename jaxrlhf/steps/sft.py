@@ -16,7 +16,7 @@ from jaxrlhf.steps.microbatches import accumulate
 from jaxrlhf.steps.optimizer import optimizer_step
 
 
-def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: bool = False) -> jax.Array:
+def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str = "none") -> jax.Array:
     """Summed cross-entropy f32[] in nats over the learnt tokens, each predicted from those before it."""
     model = bind(base, adapter)
     hidden = model.encode(batch.tokens, batch.segments, remat)
@@ -37,7 +37,7 @@ def sft_update(
     batch: SFTBatch,
     config: OptimizerConfig,
     microbatches: int = 1,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss per learnt token; rows may be split into microbatches."""
     tokens = jnp.maximum(jnp.sum(learnt_tokens(batch)), 1)

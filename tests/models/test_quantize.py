@@ -235,7 +235,7 @@ def test_merging_rounds_once(small, lora):
     np.testing.assert_allclose(np.asarray(merged, np.float32), exact, rtol=2**-8)
 
 
-@pytest.mark.parametrize("kind, remat", [("int8", False), ("nf4", True)])
+@pytest.mark.parametrize("kind, remat", [("int8", "none"), ("nf4", "full")])
 def test_the_gradient_of_an_adapter_is_that_on_the_plain_form(kind, remat, small, lora, batch):
     quantised, (tokens, mask) = quantize_decoder(small, kind), batch
 

@@ -38,7 +38,7 @@ def test_response_logprobs_equal_numpy(small, batch, forward):
     mask = np.concatenate([mask[:, :-R], answer], 1)
     mask[2, 4] = True  # a prompt of one token
     temperature = np.array([1.0, 0.7, 2.0], np.float32)
-    logprobs, entropy = jax.jit(response_logprobs, static_argnums=5)(small, tokens, mask, answer, temperature, False)
+    logprobs, entropy = jax.jit(response_logprobs, static_argnums=5)(small, tokens, mask, answer, temperature, "none")
     logits = forward(small, tokens, mask)[:, -R - 1 : -1].astype(np.float64) / temperature[:, None, None]
     distribution = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     taken = np.take_along_axis(distribution, tokens[:, -R:, None], -1)[..., 0]

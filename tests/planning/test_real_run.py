@@ -22,7 +22,7 @@ from jaxrlhf.runtime.mesh import make_mesh
 LORA = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
 CONFIG = {
     "model": {
-        "new": {"hidden_size": 512, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate_size": 1024,
+        "new": {"hidden_size": 512, "layers": 5, "heads": 4, "kv_heads": 2, "intermediate_size": 1024,
                 "max_positions": 64}
     },
     "adapter": LORA,

@@ -3,7 +3,9 @@
 import pytest
 
 from jaxrlhf.config import RunConfig
-from jaxrlhf.stages.continuing import may_change
+from jaxrlhf.config_io import dump_config
+from jaxrlhf.runtime.run_dir import check_run, open_run
+from jaxrlhf.stages.continuing import may_change, told
 
 CONFIG = {
     "run_dir": "run",
@@ -34,6 +36,8 @@ def _with(path: str, value) -> RunConfig:
         (("checkpoints.grace", 60.0, 20.0), {}, True),
         (("ppo.sample_every", 10, 1), {}, True),
         (("ppo.sampling.halvings", None, 3), {}, True),
+        (("sft.remat", "none", "full"), {}, True),
+        (("ppo.update.remat", False, "none"), {}, True),  # as it was once spelled
         (("mesh.data", 8, 4), {}, True),
         (("ppo.save_every", 10, 5), {}, True),
         (("ppo.save_every", 10, 5), {"checkpoints": BEST}, False),  # other checkpoints to choose from
@@ -59,3 +63,19 @@ def _with(path: str, value) -> RunConfig:
 def test_a_change_is_allowed_or_not(change, settings, allowed):
     (path, value), *_ = [*settings.items(), ("run_dir", "run")]
     assert may_change(_with(path, value))(change) is allowed
+
+
+@pytest.mark.parametrize(("before", "after", "said"), [("false", "none", False), ("true", "full", False),
+                                                       ("false", "full", True), ("none", "dots", True)])  # fmt: skip
+def test_a_run_from_before_remat_had_policies_goes_on(tmp_path, before, after, said):
+    """Its `config.yaml` says true or false: that is no change, and is written anew as it is called now."""
+    config = _with("ppo.update", {"remat": after}).model_copy(update={"run_dir": str(tmp_path)})
+    text = dump_config(config)
+    assert text.count(f"remat: {after}") == 1
+    (tmp_path / "config.yaml").write_text(text.replace(f"remat: {after}", f"remat: {before}"))
+    changes = check_run(tmp_path, text, may_change(config))
+    lines = [line for line in map(told, changes) if line]
+    assert len(changes) == 1 and len(lines) == said
+    assert all("ppo.update.remat was" in line and "bit for bit" in line for line in lines)
+    open_run(tmp_path, text, may_change=may_change(config))
+    assert (tmp_path / "config.yaml").read_text() == text

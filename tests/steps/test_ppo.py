@@ -44,7 +44,7 @@ def test_gradients_of_microbatches_sum_to_that_of_the_whole(tiny, roles, drifted
 
 def test_microbatches_and_recomputed_layers_change_no_update(programs, start, tiny, drifted):
     whole = PPOConfig(epochs=1, minibatches=1)
-    parts = whole.model_copy(update={"microbatch_size": 2, "remat": True})
+    parts = whole.model_copy(update={"microbatch_size": 2, "remat": "dots"})
     old, new = (programs.update(start, tiny, drifted, KEY, config) for config in (whole, parts))
     assert_close(new[1], old[1], 1e-5)
     assert_close((new[0].policy, new[0].value), (old[0].policy, old[0].value), 1e-6)

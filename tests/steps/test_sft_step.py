@@ -86,7 +86,7 @@ def test_microbatches_equal_the_whole_and_learning_lowers_the_loss(tiny, adapter
     config = OptimizerConfig(learning_rate=3e-3)
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
     whole, noted = update_jit(state, tiny, batch, config)
-    parts, same = update_jit(state, tiny, batch, config, microbatches=3, remat=True)
+    parts, same = update_jit(state, tiny, batch, config, microbatches=3, remat="full")
     assert len({int(n) for n in learnt_tokens(batch).reshape(3, -1).sum(1)}) > 1
     for a, b in zip(jax.tree.leaves(parts.adapter), jax.tree.leaves(whole.adapter)):
         np.testing.assert_allclose(a, b, atol=1e-6)
