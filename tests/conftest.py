@@ -1,6 +1,16 @@
 """A tiny decoder with weights that hide no mistake, unevenly padded prompts, and the programs, each compiled once."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from types import SimpleNamespace
+
+# Before jax is imported: whatever the tests compile stays out of the home folder, and what two of them compile, also in
+# processes of their own, is compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done so
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxrlhf-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import jax.numpy as jnp

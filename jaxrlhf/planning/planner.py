@@ -14,6 +14,7 @@ from jaxrlhf.planning.checks import check, shares_of, valid_batches
 from jaxrlhf.planning.compiling import Measured, extrapolated, measure
 from jaxrlhf.planning.count import Collective, Layout
 from jaxrlhf.planning.shapes import Shapes, read_model
+from jaxrlhf.runtime.compilation_cache import compiled_anew
 from jaxrlhf.runtime.mesh import make_mesh
 
 DEPTHS = (2, 3)  # layers of the models that are compiled; with one the fullest moment may lie elsewhere
@@ -113,7 +114,11 @@ def make_plan(
     config: RunConfig, asked: Asked, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
 ) -> Plan:
     """Plans the run's stages on `devices`, which stand for the cards; `UserError` where the settings do not fit."""
-    config = _at_full_length(config)
+    with compiled_anew():  # what a compiler tells of its programs is what is wanted
+        return _make_plan(_at_full_length(config), asked, devices, say)
+
+
+def _make_plan(config: RunConfig, asked: Asked, devices: Sequence[jax.Device], say: Callable[[str], None]) -> Plan:
     mesh = make_mesh(config.mesh, devices)
     model = read_model(config.model)
     notes = check(config, mesh, model)

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from jaxrlhf.config import RunConfig
 from jaxrlhf.runtime.run_dir import Change
 
-# Where the run lies (it may be moved), when something is saved or shown, how long a stop may take, what is borne.
-_FREE = ("run_dir", "checkpoints.keep", "checkpoints.grace", "health.patience", "ppo.sample_every")
+# Where the run lies (it may be moved), where compiled programs are kept, when something is saved or shown, how long a
+# stop may take, what is borne.
+_FREE = (
+    "run_dir", "compilation_cache", "checkpoints.keep", "checkpoints.grace", "health.patience", "ppo.sample_every",
+)  # fmt: skip
 # How rows go through the processor, and not what is computed of them.
 _ROUNDING = ("ppo.sampling.halvings",)
 # Which checkpoints there are to choose from: free as long as nothing is chosen.
