@@ -11,7 +11,7 @@ from jaxrlhf.runtime.run_dir import Change
 # Where the run lies (it may be moved), when something is saved or shown, how long a stop may take, what is borne.
 _FREE = ("run_dir", "checkpoints.keep", "checkpoints.grace", "health.patience", "ppo.sample_every")
 # How rows go through the processor, and not what is computed of them.
-_ROUNDING = ("ppo.sampling.halvings",)
+_ROUNDING = ("ppo.sampling.halvings", "ppo.update.buckets")
 # Which checkpoints there are to choose from: free as long as nothing is chosen.
 _CHOICE = ("checkpoints.best", "checkpoints.best_is", "sft.save_every", "reward_model.save_every", "ppo.save_every")
 # Devices come and go. Numbers then differ by rounding, which the stage says where it goes on.
