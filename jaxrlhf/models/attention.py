@@ -4,9 +4,13 @@ B rows, T query positions, S key positions, N query heads, K key-value heads, G 
 dimension.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_BLOCKS, _LEAST_QUERIES = 4, 32  # more or smaller blocks of attention save less than they cost
 
 
 def positions_of(segments_BT: jax.Array) -> jax.Array:
@@ -40,19 +44,38 @@ def within_window(mask_BTS: jax.Array, window: int, at: jax.Array | int = 0) -> 
     return mask_BTS & (at + jnp.arange(T)[:, None] - jnp.arange(S) < window)
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray, factor: float = 1.0) -> jax.Array:
-    """Rotary positions (2104.09864), halves paired as in Hugging Face's Llama; angles in float32.
+class Turns(NamedTuple):
+    """Cosine and sine of each position's angles, for all layers and heads that turn alike; float32."""
 
-    `frequencies` is f32[F], radians per position: the first 2F <= H dimensions turn. `factor` multiplies them.
+    cos_BT1F: jax.Array
+    sin_BT1F: jax.Array
+
+
+def turns_of(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, factor: float = 1.0) -> Turns:
+    """Of positions below `slots`; `frequencies` is f32[F], radians per position, and `factor` multiplies both."""
+    angle_SF = jnp.arange(slots, dtype=jnp.float32)[:, None] * frequencies
+    # Looked up in a table: XLA would compute a cosine anew for every head that it turns, in every layer.
+    return Turns(*((factor * f(angle_SF))[positions_BT][:, :, None] for f in (jnp.cos, jnp.sin)))
+
+
+@jax.custom_vjp
+def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
+    """Rotary positions (2104.09864), halves paired as in Hugging Face's Llama: the first 2F <= H dimensions turn.
+
+    The gradient turns back; that of what was split and joined would be padded and summed. None reaches the turns.
     """
-    F = frequencies.shape[0]
-    angle_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
-    if factor != 1:
-        cos, sin = cos * factor, sin * factor
+    cos, sin = turns
+    F = cos.shape[-1]
     first, second = jnp.split(x_BTNH[..., : 2 * F].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x_BTNH.dtype), x_BTNH[..., 2 * F :]], axis=-1)
+
+
+def _rotate_back(turns: Turns, d_BTNH: jax.Array) -> tuple[jax.Array, Turns]:
+    return rotate(d_BTNH, Turns(turns.cos_BT1F, -turns.sin_BT1F)), jax.tree.map(jnp.zeros_like, turns)
+
+
+rotate.defvjp(lambda x, turns: (rotate(x, turns), turns), _rotate_back)
 
 
 def attend(
@@ -87,6 +110,32 @@ def attend(
     weights = jax.nn.softmax(jnp.where(mask_B1XS, scores, jnp.finfo(jnp.float32).min), axis=-1)
     out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights.astype(v_BKSH.dtype), v_BKSH)
     return out_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(given)
+
+
+def attend_causal(
+    q_BTNH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    mask_BTS: jax.Array,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`attend` where the queries are the last T of S slots, and none sees a slot behind its own.
+
+    On a CPU in blocks of queries, each with the keys up to its end: of the products above the diagonal, which the mask
+    throws away, few are computed.
+    """
+    T, S = mask_BTS.shape[1:]
+    if jax.default_backend() != "cpu":
+        return attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, softcap)
+    size = max(_LEAST_QUERIES, -(-T // _BLOCKS))
+    blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        seen = S - T + end
+        given = q_BTNH[:, start:end], k_BKHS[..., :seen], v_BKSH[:, :, :seen], mask_BTS[:, start:end, :seen]
+        blocks.append(attend(*given, scale, softcap))
+    return jnp.concatenate(blocks, axis=1)
 
 
 def operand(x: jax.Array) -> jax.Array:

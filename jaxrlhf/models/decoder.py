@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrlhf.models.attention import attend, causal_mask, operand, positions_of, rotate, within_window
+from jaxrlhf.models.attention import (
+    Turns,
+    attend,
+    attend_causal,
+    causal_mask,
+    operand,
+    positions_of,
+    rotate,
+    turns_of,
+    within_window,
+)
 from jaxrlhf.models.linear import Linear
 from jaxrlhf.models.rope import Rope, frequencies
 from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
@@ -174,24 +184,24 @@ class Attention(nnx.Module):
         self.k_norm = nnx.data(normed and make.norm(normed[1]))
         self.config, self.kind = config, kind
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache: LayerCache | None, at):
-        B, T, _ = x_BTD.shape
+    def __call__(self, x_BTD, turns: Turns | None, mask_BTS, cache: LayerCache | None, at, first: int):
         config = self.config
         if self.qkv_proj is None:
-            projected = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+            projected = self.q_proj(x_BTD[:, first:]), self.k_proj(x_BTD), self.v_proj(x_BTD)
         else:
             N, K, H = config.heads, config.kv_heads, config.head_dim
-            projected = jnp.split(self.qkv_proj(x_BTD), [N * H, (N + K) * H], axis=-1)
+            q_BTX, *projected = jnp.split(self.qkv_proj(x_BTD), [N * H, (N + K) * H], axis=-1)
+            projected = q_BTX[:, first:], *projected
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, projected, (self.q_norm, self.k_norm, None))
-        if self.kind.rope is not None:
-            turns, factor = frequencies(self.kind.rope, config.head_dim)
-            q_BTNH = rotate(q_BTNH, positions_BT, turns, factor)
-            k_BTKH = rotate(k_BTKH, positions_BT, turns, factor)
+        if turns is not None:
+            q_BTNH = rotate(q_BTNH, Turns(*(x[:, first:] for x in turns)))
+            k_BTKH = rotate(k_BTKH, turns)
         fresh = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
+        run = attend_causal if cache is None else attend
         cache = fresh if cache is None else cache.with_new(fresh, at)
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
-        out_BTNH = attend(q_BTNH, cache.k, cache.v, mask_BTS, scale, config.attention_softcap)
-        return self.o_proj(out_BTNH.reshape(B, T, -1)), cache
+        out_BTNH = run(q_BTNH, cache.k, cache.v, mask_BTS[:, first:], scale, config.attention_softcap)
+        return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
 
     def _heads(self, x_BTX: jax.Array, norm: nnx.Module | None) -> jax.Array:
         """A projection cut into heads, normed where the model does that."""
@@ -227,10 +237,10 @@ class Block(nnx.Module):
         self.mlp_post_norm = nnx.data(make.norm(size) if post else None)
         self.parallel = config.parallel_residual
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache, at):
-        attended, cache = self.attention(
-            _normed(self.attention_norm, x_BTD), positions_BT, mask_BTS, cache, at
-        )
+    def __call__(self, x_BTD, turns: Turns | None, mask_BTS, cache: LayerCache | None, at, first: int):
+        """(states [B,T-first,D] from slot `first` on, cache of all slots)."""
+        attended, cache = self.attention(_normed(self.attention_norm, x_BTD), turns, mask_BTS, cache, at, first)
+        x_BTD = x_BTD[:, first:]
         middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
         read_BTD = x_BTD if self.parallel else middle_BTD
         mlp_BTD = self.mlp(_normed(self.mlp_norm, read_BTD))
@@ -265,20 +275,30 @@ class Decoder(nnx.Module):
         segments = jnp.ones(tokens.shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
         return self.logits(self.encode(tokens, segments))
 
-    def encode(self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: bool = False) -> jax.Array:
-        """Normed hidden states [B,T,D] of whole sequences, without a cache."""
-        hidden, _ = self.hidden(tokens_BT, positions_of(segments_BT), causal_mask(segments_BT), remat=remat)
-        return hidden
+    def encode(
+        self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: bool = False, first: int = 0
+    ) -> jax.Array:
+        """Normed hidden states [B,T-first,D] of whole sequences from slot `first` on, without a cache."""
+        given = tokens_BT, positions_of(segments_BT), causal_mask(segments_BT)
+        return self.hidden(*given, remat=remat, first=first)[0]
 
     def hidden(
-        self, tokens_BT, positions_BT, mask_BTS, cache: Cache | None = None, at=None, remat: bool = False
+        self,
+        tokens_BT,
+        positions_BT,
+        mask_BTS,
+        cache: Cache | None = None,
+        at=None,
+        remat: bool = False,
+        first: int = 0,
     ) -> tuple[jax.Array, Cache]:
-        """Normed hidden states [B,T,D] and the cache.
+        """Normed hidden states [B,T-first,D] from slot `first` on, and the cache of all slots.
 
-        Without `cache`, S = T and the fresh keys and values are returned as the cache. With it, keys and
-        values are written at slot `at` (i32[]), and `mask_BTS` spans the whole cache.
+        Without `cache`, S = T and the fresh keys and values are returned as the cache; `mask_BTS` is causal. With it,
+        keys and values are written at slot `at` (i32[]), and `mask_BTS` spans the whole cache. What the last layer
+        would say of slots before `first` is not computed: nobody reads it.
         """
-        run = jax.checkpoint(Block.__call__) if remat else Block.__call__
+        run = jax.checkpoint(Block.__call__, static_argnums=6) if remat else Block.__call__
         # Whole sequences stay where their rows are, and the weights come to them. One token a row is less than the
         # weights: in decoding it goes where they are.
         lies = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")
@@ -289,26 +309,30 @@ class Decoder(nnx.Module):
             x_BTD += self.embed_positions(positions_BT)
         windows = {kind.window for kind in self.config.layer_kinds}
         masks = {w: mask_BTS if w is None else within_window(mask_BTS, w, 0 if at is None else at) for w in windows}
+        ropes = {kind.rope for kind in self.config.layer_kinds} - {None}
+        turned = {r: turns_of(positions_BT, mask_BTS.shape[2], *frequencies(r, self.config.head_dim)) for r in ropes}
         caches = []
         for index, block in enumerate(self.layers):
-            mask = masks[self.config.layer_kind(index).window]
-            x_BTD, layer_cache = run(block, x_BTD, positions_BT, mask, None if cache is None else cache[index], at)
+            kind, before = self.config.layer_kind(index), None if cache is None else cache[index]
+            skipped = first if index == self.config.layers - 1 else 0
+            x_BTD, layer_cache = run(block, x_BTD, turned.get(kind.rope), masks[kind.window], before, at, skipped)
             x_BTD = laid_out(x_BTD, *lies)
             caches.append(layer_cache)
         return self.final_norm(x_BTD), caches
 
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Language-model logits f32[B,T,V] of hidden states."""
-        if self.lm_head is None:
-            kernel = self.embed_tokens.embedding[...].T
-        else:
-            kernel = self.lm_head.kernel[...]
+    def logits(self, hidden_BTD: jax.Array, kernel_DV: jax.Array | None = None) -> jax.Array:
+        """Language-model logits f32[B,T,V] of hidden states; `kernel_DV` is `head_kernel()`, where it is at hand."""
+        kernel = self.head_kernel() if kernel_DV is None else kernel_DV
         # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
         kernel = operand(kernel.astype(hidden_BTD.dtype))
         logits = jnp.matmul(operand(hidden_BTD), kernel, preferred_element_type=jnp.float32)
         logits = laid_out(logits, BATCH_AXES, None, "tensor")
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def head_kernel(self) -> jax.Array:
+        """Of the language-model head: [D,V]."""
+        return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scalar head f32[B,T] of hidden states, computed in float32."""

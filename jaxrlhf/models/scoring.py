@@ -3,11 +3,20 @@
 B rows, S tokens, R of them the answer at the end (prompts are left-padded, answers start at S - R).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
+
+# Logits that are held at a time, on each device: on a CPU 16 MiB, which its cache may keep; elsewhere 512 MiB, so that
+# the products stay large.
+_HELD = {"cpu": 2**22}
+_HELD_ELSEWHERE = 2**27
 
 
 def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
@@ -57,12 +66,50 @@ def response_logprobs_and_values(
 def _before_answers(model: Decoder, tokens, mask, response_mask, remat: bool) -> jax.Array:
     """Hidden states at the positions before each response token: [B,R,D]."""
     R = response_mask.shape[1]
-    return model.encode(tokens, mask.astype(jnp.int32), remat)[:, -R - 1 : -1]
+    first = tokens.shape[1] - R - 1
+    return model.encode(tokens, mask.astype(jnp.int32), remat, first)[:, :-1]
+
+
+def from_logits(
+    model: Decoder,
+    hidden: jax.Array,
+    given: Any,
+    reduce: Callable[[jax.Array, Any], Any],
+    held: int | None = None,
+) -> Any:
+    """reduce(logits f32[B,r,V], given [B,r,...]) -> tree of [B,r,...], over all positions of hidden states [B,R,D].
+
+    Logits of few positions are held at a time, at most `held` on each device, and are computed again in the backward
+    pass: [B,R,V] of a large vocabulary would be the largest array of all. `given` is a tree of [B,R,...].
+    """
+    B, R, _ = hidden.shape
+    if held is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        held = _HELD.get(jax.default_backend(), _HELD_ELSEWHERE) * max(1, mesh.size)
+    size = max(1, held // (B * model.config.vocab_size))
+    if size >= R:
+        return reduce(model.logits(hidden), given)
+    parts = -(-R // size)
+    size = -(-R // parts)  # as equal as can be
+    kernel = laid_out(model.head_kernel(), None, "tensor")  # brought together once, not in each part
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, parts * size - R)) + ((0, 0),) * (x.ndim - 2))
+        split = padded.reshape(B, parts, size, *x.shape[2:]).swapaxes(0, 1)
+        return laid_out(split, None, BATCH_AXES)
+
+    def joined(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(B, parts * size, *x.shape[3:])[:, :R]
+
+    part = jax.checkpoint(lambda x: reduce(model.logits(x[0], kernel), x[1]))
+    return jax.tree.map(joined, jax.lax.map(part, jax.tree.map(cut, (hidden, given))))
 
 
 def _logprobs(model: Decoder, hidden, tokens, response_mask, temperature) -> tuple[jax.Array, jax.Array]:
     R = response_mask.shape[1]
-    logprobs, entropy = token_logprobs(model.logits(hidden), tokens[:, -R:], temperature)
+    logprobs, entropy = from_logits(
+        model, hidden, tokens[:, -R:], lambda logits, tokens: token_logprobs(logits, tokens, temperature)
+    )
     return jnp.where(response_mask, logprobs, 0.0), jnp.where(response_mask, entropy, 0.0)
 
 

@@ -134,11 +134,14 @@ def _make_plan(config: RunConfig, asked: Asked, devices: Sequence[jax.Device], s
 
 
 def _at_full_length(config: RunConfig) -> RunConfig:
-    """The same run with answers that all have their full length: then no rows are left behind while decoding."""
+    """The same run with answers that all have their full length: no rows are left behind in decoding, or cut after."""
     if config.ppo is None:
         return config
-    sampling = config.ppo.sampling.model_copy(update={"halvings": 0})
-    return config.model_copy(update={"ppo": config.ppo.model_copy(update={"sampling": sampling})})
+    full = {
+        "sampling": config.ppo.sampling.model_copy(update={"halvings": 0}),
+        "update": config.ppo.update.model_copy(update={"buckets": 1}),
+    }
+    return config.model_copy(update={"ppo": config.ppo.model_copy(update=full)})
 
 
 def _stage_plan(

@@ -89,7 +89,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
         return t + 1, *extend(t, answers, work.replace(cache=cache), model.logits(hidden)[:, 0])
 
     segments = prompts.mask.astype(jnp.int32)
-    hidden, prompt_cache = model.hidden(prompts.tokens, positions_of(segments), causal_mask(segments))
+    hidden, prompt_cache = model.hidden(prompts.tokens, positions_of(segments), causal_mask(segments), first=P - 1)
     prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
     work = _AtWork(
         row=None,
@@ -105,7 +105,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
         mask=jnp.zeros((B, R), bool),
         alive=work.alive,
     )
-    first = jnp.repeat(model.logits(hidden[:, -1:])[:, 0], n, axis=0)
+    first = jnp.repeat(model.logits(hidden)[:, 0], n, axis=0)
     state = (jnp.int32(1), *extend(jnp.int32(0), answers, work, first))
     sizes = _sizes(B, sampling.halvings)
     for rows, fewer in zip(sizes, (*sizes[1:], 0)):

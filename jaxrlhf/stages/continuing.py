@@ -14,7 +14,7 @@ _FREE = (
     "run_dir", "compilation_cache", "checkpoints.keep", "checkpoints.grace", "health.patience", "ppo.sample_every",
 )  # fmt: skip
 # How rows go through the processor, and not what is computed of them.
-_ROUNDING = ("ppo.sampling.halvings",)
+_ROUNDING = ("ppo.sampling.halvings", "ppo.update.buckets")
 # Which checkpoints there are to choose from: free as long as nothing is chosen.
 _CHOICE = ("checkpoints.best", "checkpoints.best_is", "sft.save_every", "reward_model.save_every", "ppo.save_every")
 # Devices come and go. Numbers then differ by rounding, which the stage says where it goes on.

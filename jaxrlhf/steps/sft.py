@@ -10,6 +10,7 @@ from jaxrlhf.algorithms.losses import cross_entropy
 from jaxrlhf.config import OptimizerConfig
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.scoring import from_logits
 from jaxrlhf.records import Adapter, SFTBatch, TrainState
 from jaxrlhf.steps.microbatches import accumulate
 from jaxrlhf.steps.optimizer import optimizer_step
@@ -20,8 +21,8 @@ def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: boo
     model = bind(base, adapter)
     hidden = model.encode(batch.tokens, batch.segments, remat)
     # The first token of a sequence is predicted by nothing; data never marks it as learnt.
-    logits = model.logits(hidden[:, :-1])
-    return jnp.sum(cross_entropy(logits, batch.tokens[:, 1:], learnt_tokens(batch)))
+    targets = batch.tokens[:, 1:], learnt_tokens(batch)
+    return jnp.sum(from_logits(model, hidden[:, :-1], targets, lambda logits, target: cross_entropy(logits, *target)))
 
 
 def learnt_tokens(batch: SFTBatch) -> jax.Array:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models.attention import attend, causal_mask, positions_of, rotate
+from jaxrlhf.models.attention import attend, attend_causal, causal_mask, positions_of, rotate, turns_of
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,8 @@ def test_rotation_is_one_of_complex_numbers():
     positions = np.array([[0, 1, 2, 3, 4], [0, 0, 7, 8, 900]])
     frequencies = 10000.0 ** -(np.arange(4) / 4)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * frequencies)
-    rotated = np.asarray(jax.jit(rotate)(x, positions, frequencies.astype(np.float32)))
+    turns = turns_of(positions, 901, frequencies.astype(np.float32))
+    rotated = np.asarray(jax.jit(rotate)(x, turns))
     np.testing.assert_allclose(rotated, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
     np.testing.assert_array_equal(rotated[:, 0], x[:, 0])  # position 0 turns nothing
 
@@ -58,11 +59,26 @@ def test_only_distances_enter_the_products():
 
     @jax.jit
     def product(i, j):
-        positions_q, positions_k = jnp.full((1, 1), i), jnp.full((1, 1), j)
-        return jnp.sum(rotate(q, positions_q, frequencies) * rotate(k, positions_k, frequencies))
+        turns_q, turns_k = (turns_of(jnp.full((1, 1), position), 50, frequencies) for position in (i, j))
+        return jnp.sum(rotate(q, turns_q) * rotate(k, turns_k))
 
     np.testing.assert_allclose(product(3, 1), product(41, 39), atol=1e-4)
     assert abs(product(3, 1) - product(3, 2)) > 1e-2
+
+
+def test_a_rotation_s_gradient_turns_back():
+    generator = np.random.default_rng(2)
+    x, d = generator.standard_normal((2, 2, 5, 3, 10)).astype(np.float32)  # of 10 dimensions 8 turn
+    turns = turns_of(generator.integers(0, 9, (2, 5)), 9, (10000.0 ** -(np.arange(4) / 4)).astype(np.float32), 1.3)
+
+    def plain(x):
+        first, second = x[..., :4], x[..., 4:8]
+        cos, sin = turns
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, x[..., 8:]], axis=-1)
+
+    rotated, back = jax.vjp(lambda x: rotate(x, turns), x)
+    np.testing.assert_allclose(rotated, plain(x), atol=1e-6)
+    np.testing.assert_allclose(back(d)[0], jax.vjp(plain, x)[1](d)[0], atol=1e-6)
 
 
 @jax.jit
@@ -87,6 +103,24 @@ def test_grouped_attention_equals_numpy(N, K):
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             expected[b, :, n] = weights / weights.sum(-1, keepdims=True) @ v[b, :, kv]
     np.testing.assert_allclose(attended(q, k, v, mask), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("T, S", [(40, 40), (130, 130), (70, 131)])
+def test_attention_in_blocks_equals_attention_at_once(T, S):
+    """Values and gradients, of rows with padding, several segments and a query that sees nothing."""
+    generator = np.random.default_rng(0)
+    q = generator.standard_normal((2, T, 4, 8)).astype(np.float32)
+    k, v = generator.standard_normal((2, 2, S, 2, 8)).astype(np.float32)
+    segments = np.sort(generator.integers(0, 3, (2, S)))
+    mask = causal_mask(segments)[:, S - T :]
+    weight = generator.standard_normal(q.shape).astype(np.float32) * np.asarray(mask.any(-1))[..., None, None]
+
+    def loss(run, q, k, v):
+        return jnp.sum(run(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask) * weight)
+
+    both = [jax.value_and_grad(lambda *x, run=run: loss(run, *x), (0, 1, 2)) for run in (attend, attend_causal)]
+    gradients = [jax.jit(compute)(q, k, v) for compute in both]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *gradients)
 
 
 def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():

@@ -1,9 +1,11 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.models.adapters import SCORE, bind
-from jaxrlhf.models.scoring import response_logprobs, response_values, sequence_scores
+from jaxrlhf.models.scoring import from_logits, response_logprobs, response_values, sequence_scores
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,23 @@ def test_a_value_belongs_to_the_state_before_its_token(scored, batch, all_scores
     changed = np.asarray(jax.jit(response_values)(scored, other, mask, mask[:, -3:]))
     np.testing.assert_allclose(changed[0, :2], values[0, :2], atol=1e-5)
     assert abs(changed[0, 2] - all_scores[0, -2]) > 1e-3
+
+
+@pytest.mark.parametrize("held", [1, 3 * 31 * 2, 3 * 31 * 5])  # logits: of one position, of two, of five of seven
+def test_logits_in_parts_give_the_same(small, held):
+    """Values and gradients, of the hidden states and of the head."""
+    generator = np.random.default_rng(0)
+    hidden = generator.standard_normal((3, 7, small.config.hidden_size)).astype(np.float32)
+    tokens = generator.integers(0, 31, (3, 7))
+    weights = generator.standard_normal((2, 3, 7)).astype(np.float32)
+    temperature = np.array([1.0, 0.5, 2.0], np.float32)
+
+    def loss(model, hidden, held):
+        both = from_logits(model, hidden, tokens, lambda x, tokens: token_logprobs(x, tokens, temperature), held)
+        return jnp.sum(jnp.stack(both) * weights), both
+
+    compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    parts, whole = compute(small, hidden, held), compute(small, hidden, 10**9)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), parts, whole)
+    lowered = compute.lower(small, hidden, held).as_text()
+    assert "3x7x31xf32" not in lowered and "3x7x31xf32" in compute.lower(small, hidden, 10**9).as_text()
