@@ -30,6 +30,7 @@ V, D, F, N, K, H, L = 64, 16, 24, 2, 1, 8, 1
 B, P, R, S = 4, 4, 8, 12
 RANK = 2
 TINY = [f"ppo.batch_size={B}", f"ppo.max_prompt_tokens={P}", f"ppo.sampling.max_new_tokens={R}", "adapter.rank=2"]
+TINY += ["ppo.update.microbatch_size=null"]
 
 
 @pytest.fixture(scope="module")
