@@ -77,12 +77,14 @@ def numbers_in(value, where=""):
 
 def test_every_program_of_an_iteration_is_there_with_finite_positive_figures(measured):
     (stage,) = measured["stages"]
-    assert [p["name"] for p in stage["programs"]] == ["rollout", "reward", "annotate", "update"]
+    assert [p["name"] for p in stage["programs"]] == ["rollout", "reward", "annotate", "experience", "update"]
     assert measured["model"]["parameters"] == 2 * V * D + L * (2 * D * N * H + 2 * D * K * H + 3 * D * F + 2 * D) + D
     for where, value in numbers_in(measured):
-        assert math.isfinite(value) and (value > 0 or where.endswith("results")), where
+        assert math.isfinite(value) and (value > 0 or where.endswith(("results", "flops"))), where
     tokens = {p["name"]: p["tokens"] for p in stage["programs"]}
-    assert tokens == {"rollout": B * R, "reward": B * R, "annotate": B * R, "update": 2 * B * R}
+    assert tokens == dict.fromkeys(("rollout", "reward", "annotate", "experience"), B * R) | {"update": 2 * B * R}
+    without_products = [p["name"] for p in stage["programs"] if not p["flops"]]
+    assert without_products == ["experience"]
 
 
 def test_shares_fit_their_parts(measured):
@@ -123,6 +125,7 @@ def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured)
         "rollout": per_pair * steps,
         "reward": per_pair * (S * S - S * (S + 1) // 2),
         "annotate": 3 * (per_pair * unseen + forward) - B * 2 * pairs,  # the reference has no adapter
+        "experience": 0,
         "update": 2 * 2 * (3 * per_pair * unseen + forward + backward),  # epochs x roles
     }
     assert {name: compiled - least for name, (compiled, least) in counted.items()} == expected

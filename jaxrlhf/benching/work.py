@@ -295,9 +295,15 @@ def _reward_model(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> 
 
 
 def _annotate(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    base, policy, value, reference, answers, *_ = args
+    base, policy, value, reference, answers, _ = args
     lengths, wanted = _lengths(answers.mask), _lengths(answers.response_mask)
     return annotate(base, policy, value, reference, lengths, wanted, config.ppo.update)
+
+
+def _experience(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
+    """Has no products: what it is given is read, what it gives is written."""
+    answers, *_ = args
+    return Work((Phase(0.0, _bytes(args[:-1]) + _bytes(result)),), float(_lengths(answers.response_mask).sum()))
 
 
 def _update(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
@@ -323,6 +329,7 @@ _BY_NAME: dict[str, Callable[[tuple, dict, Any, RunConfig], Work]] = {
     "greedy": _rollout,
     "reward": _own_reward,
     "annotate": _annotate,
+    "experience": _experience,
     "update": _update,
     "sft_update": _sft,
     "reward_model_update": _pairs,

@@ -23,6 +23,7 @@ from jaxrlhf.rewards.pretrained import token_score_program
 from jaxrlhf.runtime.programs import Program
 from jaxrlhf.stages.programs import (
     annotate_program,
+    experience_program,
     greedy_program,
     reward_model_program,
     rollout_program,
@@ -103,11 +104,12 @@ def ppo(shapes: Shapes) -> Calls:
         yield Call("reward", score_program(mesh), (base, scorer, answers), {}, answers, lives)
     for model in models:
         yield dataclasses.replace(model, lives=lives)
+    args = (base, state.policy, state.value, reference, answers, update)
+    annotated = yield Call("annotate", annotate_program(mesh), args, {}, answers, lives)
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
     control = shapes.placed(jax.eval_shape(lambda: Control.start(0.0)))
-    rows = (answers, shapes.rows(numbers(B * n)), greedy)
-    args = (base, state.policy, state.value, reference, *rows, control, settings)
-    experience, _, _ = yield Call("annotate", annotate_program(mesh), args, {}, rows, lives)
+    rows = (answers, annotated, shapes.rows(numbers(B * n)), greedy)
+    experience, _, _ = yield Call("experience", experience_program(mesh), (*rows, control, settings), {}, rows, lives)
     rows, change = (experience, _mix(shapes)), update_program(mesh, state)
     yield Call("update", change, (state, base, experience, key, update), {"mix": rows[1]}, rows, lives)
 

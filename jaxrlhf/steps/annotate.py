@@ -164,14 +164,22 @@ def annotate_experience(
     control: Control,
     settings: ExperienceSettings,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
-    """`annotate`, `adjust_scores` and `build_experience` in one program; (experience, next control, metrics).
+    """`annotate_for_update` and `score_experience` in one program; (experience, next control, metrics)."""
+    annotated = annotate_for_update(base, policy, value, reference, rollout, settings.update)
+    return score_experience(rollout, annotated, scores, greedy, control, settings)
 
-    `scores` f32[B] are those of the reward; `greedy` holds one greedy answer to each prompt with its score, where
-    the advantages are measured from them.
-    """
-    kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
-    rows = scores.shape[0]
-    annotated = annotate(
+
+def annotate_for_update(
+    base: Decoder,
+    policy: Adapter | None,
+    value: Adapter | None,
+    reference: Adapter | None,
+    rollout: Rollout,
+    update: PPOConfig,
+) -> Annotated:
+    """`annotate` as an update with these settings wants it. Needs no scores: it may run while they are come by."""
+    rows = rollout.tokens.shape[0]
+    return annotate(
         base,
         policy,
         value,
@@ -183,6 +191,22 @@ def annotate_experience(
         value_trunk=update.value_trunk,
         buckets=update.buckets,
     )
+
+
+def score_experience(
+    rollout: Rollout,
+    annotated: Annotated,
+    scores: jax.Array,
+    greedy: tuple[Rollout, jax.Array] | None,
+    control: Control,
+    settings: ExperienceSettings,
+) -> tuple[Experience, Control, dict[str, jax.Array]]:
+    """`adjust_scores` and `build_experience`: all that waits for the scores; (experience, next control, metrics).
+
+    `scores` f32[B] are those of the reward; `greedy` holds one greedy answer to each prompt with its score, where
+    the advantages are measured from them.
+    """
+    kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
     moments = score_moments(control.moments, scores, settings.score)
     adjusted = adjust_scores(scores, rollout, moments, settings.score)
     baseline = None
@@ -205,7 +229,7 @@ def annotate_experience(
     )
     kl_coef = control.kl_coef
     if kl.target is not None:
-        kl_coef = adapt_kl_coef(kl_coef, metrics["kl/k1"], kl.target, rows, kl.horizon)
+        kl_coef = adapt_kl_coef(kl_coef, metrics["kl/k1"], kl.target, scores.shape[0], kl.horizon)
     metrics |= {
         "kl/coef": control.kl_coef,
         "reward/adjusted": metrics["reward/score"],
