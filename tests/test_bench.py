@@ -80,7 +80,7 @@ def test_every_program_of_an_iteration_is_there_with_finite_positive_figures(mea
     assert [p["name"] for p in stage["programs"]] == ["rollout", "reward", "annotate", "experience", "update"]
     assert measured["model"]["parameters"] == 2 * V * D + L * (2 * D * N * H + 2 * D * K * H + 3 * D * F + 2 * D) + D
     for where, value in numbers_in(measured):
-        assert math.isfinite(value) and (value > 0 or where.endswith(("results", "flops"))), where
+        assert math.isfinite(value) and (value > 0 or where.endswith(("results", "flops", "flops_per_second"))), where
     tokens = {p["name"]: p["tokens"] for p in stage["programs"]}
     assert tokens == dict.fromkeys(("rollout", "reward", "annotate", "experience"), B * R) | {"update": 2 * B * R}
     without_products = [p["name"] for p in stage["programs"] if not p["flops"]]
