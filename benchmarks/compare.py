@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("whole", "sampling", "scoring", "update", "peak MiB")
-_SCORING = ("reward", "annotate")
+_SCORING = ("reward", "annotate", "experience")
 
 
 def _plain(text: str) -> dict[str, float]:

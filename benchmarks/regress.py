@@ -30,8 +30,12 @@ def kind_of(found: dict[str, Any]) -> str:
 
 
 def shares(found: dict[str, Any]) -> dict[str, float]:
-    """Program -> share of its limit, in the fastest call: other jobs on the machine disturb that one least."""
-    return {p["name"]: round(p["best_share"], 4) for stage in found["stages"] for p in stage["programs"]}
+    """Program -> share of its limit, in the fastest call: other jobs on the machine disturb that one least.
+
+    What has no products takes no time that is worth a comparison.
+    """
+    programs = [p for stage in found["stages"] for p in stage["programs"] if p["flops"]]
+    return {p["name"]: round(p["best_share"], 4) for p in programs}
 
 
 def slower(now: dict[str, dict[str, float]], stored: dict[str, dict[str, float]]) -> list[str]:

@@ -1,6 +1,16 @@
 """A tiny decoder with weights that hide no mistake, unevenly padded prompts, and the programs, each compiled once."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from types import SimpleNamespace
+
+# Before jax is imported: whatever the tests compile stays out of the home folder, and what two of them compile, also in
+# processes of their own, is compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done so
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxrlhf-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +97,7 @@ def programs():
     """The package's functions under `jax.jit`, shared so that equal shapes compile once."""
     return SimpleNamespace(
         rollout=jax.jit(rollout),
-        annotate=jax.jit(annotate, static_argnames=("microbatches", "recompute_policy")),
+        annotate=jax.jit(annotate, static_argnames=("microbatches", "recompute_policy", "value_trunk", "buckets")),
         experience=jax.jit(build_experience, static_argnames=("estimator", "whiten_rewards", "whiten_advantages")),
         update=jax.jit(ppo_update),
         logprobs=jax.jit(response_logprobs),

@@ -30,6 +30,7 @@ V, D, F, N, K, H, L = 64, 16, 24, 2, 1, 8, 1
 B, P, R, S = 4, 4, 8, 12
 RANK = 2
 TINY = [f"ppo.batch_size={B}", f"ppo.max_prompt_tokens={P}", f"ppo.sampling.max_new_tokens={R}", "adapter.rank=2"]
+TINY += ["ppo.update.microbatch_size=null"]
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +77,14 @@ def numbers_in(value, where=""):
 
 def test_every_program_of_an_iteration_is_there_with_finite_positive_figures(measured):
     (stage,) = measured["stages"]
-    assert [p["name"] for p in stage["programs"]] == ["rollout", "reward", "annotate", "update"]
+    assert [p["name"] for p in stage["programs"]] == ["rollout", "reward", "annotate", "experience", "update"]
     assert measured["model"]["parameters"] == 2 * V * D + L * (2 * D * N * H + 2 * D * K * H + 3 * D * F + 2 * D) + D
     for where, value in numbers_in(measured):
-        assert math.isfinite(value) and (value > 0 or where.endswith("results")), where
+        assert math.isfinite(value) and (value > 0 or where.endswith(("results", "flops", "flops_per_second"))), where
     tokens = {p["name"]: p["tokens"] for p in stage["programs"]}
-    assert tokens == {"rollout": B * R, "reward": B * R, "annotate": B * R, "update": 2 * B * R}
+    assert tokens == dict.fromkeys(("rollout", "reward", "annotate", "experience"), B * R) | {"update": 2 * B * R}
+    without_products = [p["name"] for p in stage["programs"] if not p["flops"]]
+    assert without_products == ["experience"]
 
 
 def test_shares_fit_their_parts(measured):
@@ -106,16 +109,24 @@ def test_shares_fit_their_parts(measured):
 
 
 def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured):
-    """The programs compute attention with all keys of a row and mask some; the least has only those seen."""
+    """The programs compute attention with all keys of a row and mask some; the least has only those seen.
+
+    In the one layer, the last, they compute the answers' last positions as well, whose state nobody reads.
+    """
     counted = {p["name"]: (p["counted_flops"], p["flops"]) for p in measured["stages"][0]["programs"]}
     per_pair = 4 * N * H * L * B
-    unseen = S * S - S * (S + 1) // 2
+    queries, weights, pairs = R + 1, LATE, LATE_PAIRS
+    unseen = queries * S - (S * (S - 1) // 2 - P * (P - 1) // 2)
+    forward = B * 2 * (weights + pairs)
+    # no gradient goes through the queries to the embedding
+    backward = B * (2 * weights + 4 * pairs - 2 * D * N * H - 2 * D * RANK)
     steps = sum(S - (P + t) for t in range(1, R))
     expected = {
-        "rollout": per_pair * (P * P - P * (P + 1) // 2 + steps),
-        "reward": per_pair * unseen,
-        "annotate": 3 * per_pair * unseen,
-        "update": 2 * 2 * 3 * per_pair * unseen,  # epochs x roles x (forward and twice it)
+        "rollout": per_pair * steps,
+        "reward": per_pair * (S * S - S * (S + 1) // 2),
+        "annotate": 3 * (per_pair * unseen + forward) - B * 2 * pairs,  # the reference has no adapter
+        "experience": 0,
+        "update": 2 * 2 * (3 * per_pair * unseen + forward + backward),  # epochs x roles
     }
     assert {name: compiled - least for name, (compiled, least) in counted.items()} == expected
 
@@ -157,6 +168,8 @@ LINEAR = {
 }  # fmt: skip
 W = 2 * D * N * H + 2 * D * K * H + 3 * D * F
 PAIRS = RANK * sum(i + o for i, o in LINEAR.values())
+LATE = 2 * D * N * H + 3 * D * F  # what only a position itself reads: q, o, MLP
+LATE_PAIRS = RANK * sum(i + o for path, (i, o) in LINEAR.items() if path[-6:] not in ("k_proj", "v_proj"))
 QKV_IN = D * (N + 2 * K) * H + 3 * D * RANK  # what the gradient of the embedding would go through
 
 
@@ -167,8 +180,10 @@ def decoder(**more):
 def test_a_step_of_training_is_the_count_by_hand():
     base, policy, value = decoder(), lora(LINEAR), lora(LINEAR, head=True)
     lengths, answers = np.full(B, S), np.full(B, R)
-    tokens, wanted, seen = B * S, B * R, B * S * (S + 1) / 2
+    tokens, wanted, seen = B * S, B * R, B * (S * (S - 1) / 2 - (S - R) * (S - R - 1) / 2)
+    late, q_in = LATE * (tokens - wanted), (D * N * H + D * RANK) * (tokens - wanted)
     trunk = 6 * (W + PAIRS) * tokens - 2 * W * tokens - 2 * QKV_IN * tokens + 3 * 4 * N * H * seen
+    trunk -= 4 * late + 6 * LATE_PAIRS * (tokens - wanted) - 2 * q_in  # of the prompts the last layer is not read
     hand = 2 * trunk + 4 * D * V * wanted + 6 * D * wanted
     found = work.update(base, policy, value, lengths, answers, PPOConfig(epochs=3))
     assert found.flops == 3 * hand and found.tokens == 3 * wanted

@@ -89,19 +89,19 @@ def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
     return jnp.where(varies, 1.0 - left / jnp.where(varies, total, 1.0), 0.0)
 
 
-def _by_token(loss: Array, mask: Array, total_tokens: Array, total_rows: Array) -> Array:
+def _by_token(loss: Array, mask: Array, total_tokens: Array, total_rows: Array, length: int) -> Array:
     return masked_sum(loss, mask) / jnp.maximum(total_tokens, 1)
 
 
-def _by_sequence(loss: Array, mask: Array, total_tokens: Array, total_rows: Array) -> Array:
+def _by_sequence(loss: Array, mask: Array, total_tokens: Array, total_rows: Array, length: int) -> Array:
     return jnp.sum(masked_mean(loss, mask, axis=-1)) / jnp.maximum(total_rows, 1)
 
 
-def _by_constant(loss: Array, mask: Array, total_tokens: Array, total_rows: Array) -> Array:
-    return masked_sum(loss, mask) / (jnp.maximum(total_rows, 1) * loss.shape[-1])
+def _by_constant(loss: Array, mask: Array, total_tokens: Array, total_rows: Array, length: int) -> Array:
+    return masked_sum(loss, mask) / (jnp.maximum(total_rows, 1) * length)
 
 
-AGGREGATIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
+AGGREGATIONS: dict[str, Callable[[Array, Array, Array, Array, int], Array]] = {
     "token": _by_token,
     "sequence": _by_sequence,
     "constant": _by_constant,
@@ -109,7 +109,12 @@ AGGREGATIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 
 
 def aggregate(
-    loss: Array, mask: Array, how: str, total_tokens: Array | float, total_rows: Array | float
+    loss: Array,
+    mask: Array,
+    how: str,
+    total_tokens: Array | float,
+    total_rows: Array | float,
+    length: int | None = None,
 ) -> Array:
     """One microbatch's share of a minibatch's loss: the shares of all microbatches sum to the loss of the whole.
 
@@ -125,9 +130,10 @@ def aggregate(
       how: "token", "sequence" or "constant"; another name is a KeyError.
       total_tokens: real tokens of the whole minibatch, over all microbatches and devices.
       total_rows: rows of the whole minibatch. 0 of either gives a loss of 0.
+      length: the R of "constant", where these rows were cut to the length of their longest answer; None: the loss's.
 
     Returns:
       f32[].
     """
     chex.assert_rank(loss, 2)
-    return AGGREGATIONS[how](loss, mask, total_tokens, total_rows)
+    return AGGREGATIONS[how](loss, mask, total_tokens, total_rows, loss.shape[1] if length is None else length)

@@ -148,8 +148,8 @@ def time_stage(
 def _loop(shapes: Shapes, timed: dict[str, Timed], iterations: int) -> LoopTimes:
     """The stage's own `Iteration` over the programs that are compiled already."""
     config = shapes.config.ppo
-    annotate, update = timed["annotate"], timed["update"]
-    base, control = annotate.args[0], annotate.args[7]
+    annotate, experience, update = timed["annotate"], timed["experience"], timed["update"]
+    base, control = annotate.args[0], experience.args[4]
     state, reference = update.args[0], annotate.args[3]
     run = Run(shapes.config, shapes.mesh, MetricsLog(None), MetricsLog(None))
     sampler = Sampler(run, Roles(base, None), _RandomReward(shapes, timed), None)
@@ -159,7 +159,7 @@ def _loop(shapes: Shapes, timed: dict[str, Timed], iterations: int) -> LoopTimes
     iteration = Iteration(
         run, sampler.roles, sampler, update.args[-1], state, reference, None if mix is None else _Mix(mix, config)
     )
-    iteration.annotate, iteration.update = annotate, update
+    iteration.annotate, iteration.experience, iteration.update = annotate, experience, update
     prompts = _prompts(shapes)
     carried = {"ppo": state, "control": control, "draws": iteration.count(0)}
     if config.refresh_reference:

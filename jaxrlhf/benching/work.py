@@ -10,7 +10,9 @@ its LoRA pairs, D x V the head, a multiplication and an addition each as one:
                of attention; 2 D V of the head, 4 where it is trained
     decoding   weights, adapter and the filled cache are read once a step, by the rows that have not ended
 
-Nobody wants the gradient of the embedding under LoRA: the first layer's part of it is left out. Elementwise work,
+Nobody wants the gradient of the embedding under LoRA: the first layer's part of it is left out. Nobody reads what the
+last layer says of a prompt but for its last token: its queries, MLP and what joins them are left out there (the reward
+model's, which reads one token of each row, counts in full). Elementwise work,
 activations that leave the caches, and what `remat` computes twice are no part of the least. In float32 programs add
 pairs to kernels first (`models.linear`), and do the 2 A per token forward in less.
 """
@@ -31,6 +33,23 @@ from jaxrlhf.steps.ppo import single_step
 
 _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _READS_INPUT = (*_QKV, "mlp.gate_proj", "mlp.up_proj")  # of a block whose attention and MLP read the same
+_FOR_OTHERS = ("attention.k_proj", "attention.v_proj")  # what later positions read of a position
+
+
+@dataclasses.dataclass
+class _Weights:
+    """Counts of a role's weights."""
+
+    plain: float = 0.0  # of the base
+    trained: float = 0.0  # of them, those that are trained
+    pairs: float = 0.0  # of LoRA pairs
+    unwanted: float = 0.0  # through which no gradient need go
+
+    def forward(self, tokens: float) -> float:
+        return 2 * (self.plain + self.pairs) * tokens
+
+    def backward(self, tokens: float) -> float:
+        return (2 * self.plain + 2 * self.trained + 4 * self.pairs - 2 * self.unwanted) * tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,31 +94,36 @@ class Role:
     def __init__(self, base: Decoder, adapter: Any):
         self.base, self.config, self.adapter = base, base.config, adapter or {}
         config = self.config
-        self.plain = self.trained = self.pairs = 0.0  # weights: of the base, trained ones of them, of LoRA pairs
-        self.unwanted = 0.0  # weights through which no gradient need go
+        self.all, self.late = _Weights(), _Weights()  # late: of the last layer, what only its own position reads
         whole = any(name != SCORE and "lora_a" not in leaves for name, leaves in self.adapter.items())
         reads = _READS_INPUT if config.parallel_residual else _QKV
+        last = f"layers.{config.layers - 1}."
         for path, (fan_in, fan_out) in linear_shapes(base).items():
             leaves = self.adapter.get(path, {})
-            self.plain += fan_in * fan_out
-            self.trained += fan_in * fan_out if "kernel" in leaves else 0
             pair = (leaves["lora_a"].size, leaves["lora_b"].size) if "lora_a" in leaves else (0, 0)
-            self.pairs += sum(pair)
-            if not whole and path.removeprefix("layers.0.") in reads:
-                self.unwanted += fan_in * fan_out + pair[0]
+            late = path.startswith(last) and path.removeprefix(last) not in _FOR_OTHERS
+            for counts in (self.all, self.late) if late else (self.all,):
+                counts.plain += fan_in * fan_out
+                counts.trained += fan_in * fan_out if "kernel" in leaves else 0
+                counts.pairs += sum(pair)
+                if not whole and path.removeprefix("layers.0.") in reads:
+                    counts.unwanted += fan_in * fan_out + pair[0]
         self.head = config.hidden_size * config.vocab_size
         self.trains_head = any(name in self.adapter for name in ("lm_head", "embed_tokens"))
 
-    def forward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0) -> float:
-        """Of real tokens, pairs that see each other (summed over layers), logits and scalar-head positions."""
-        trunk = 2 * (self.plain + self.pairs) * tokens + self._attention(seen)
+    def forward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0, unread: float = 0) -> float:
+        """Of real tokens, pairs that see each other (summed over layers), logits and scalar-head positions.
+
+        `unread` counts the tokens of whose last state nobody wants anything.
+        """
+        trunk = self.all.forward(tokens) - self.late.forward(unread) + self._attention(seen)
         return trunk + 2 * self.head * logits + 2 * self.config.hidden_size * scalars
 
-    def backward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0) -> float:
+    def backward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0, unread: float = 0) -> float:
         """Of the same pass, with the gradient of what the adapter trains."""
-        weights = 2 * self.plain + 2 * self.trained + 4 * self.pairs - 2 * self.unwanted
+        trunk = self.all.backward(tokens) - self.late.backward(unread) + 2 * self._attention(seen)
         head = (4 if self.trains_head else 2) * self.head * logits
-        return weights * tokens + 2 * self._attention(seen) + head + 4 * self.config.hidden_size * scalars
+        return trunk + head + 4 * self.config.hidden_size * scalars
 
     def both(self, *counts: float) -> float:
         return self.forward(*counts) + self.backward(*counts)
@@ -107,9 +131,15 @@ class Role:
     def _attention(self, seen: float) -> float:
         return 4 * self.config.heads * self.config.head_dim * seen
 
-    def seen(self, lengths: np.ndarray) -> float:
-        """Pairs (query, key) of causal attention in rows of these lengths, summed over layers."""
-        return sum(float(np.sum(_causal_pairs(lengths, w))) for w in self._windows())
+    def seen(self, lengths: np.ndarray, read: tuple[np.ndarray, np.ndarray] | None = None) -> float:
+        """Pairs (query, key) of causal attention in rows of these lengths, summed over layers.
+
+        In the last layer only queries from read[0] up to read[1] of each row; None: all.
+        """
+        *windows, last = self._windows()
+        first, end = (0 * lengths, lengths) if read is None else read
+        before = sum(float(np.sum(_causal_pairs(lengths, w))) for w in windows)
+        return before + float(np.sum(_causal_pairs(end, last) - _causal_pairs(first, last)))
 
     def seen_by_next(self, lengths: np.ndarray) -> float:
         """The same for one more token per row, whose query sees so many keys, its own included."""
@@ -161,7 +191,8 @@ def _optimizer_bytes(adapter: Any) -> float:
 def rollout(base: Decoder, policy: Any, prompts: np.ndarray, answers: np.ndarray) -> Work:
     """Prompts of these lengths, each read once, and answers of these lengths, i[B n]."""
     role, group = Role(base, policy), len(answers) // len(prompts)
-    read = role.forward(prompts.sum(), role.seen(prompts), len(prompts))
+    seen = role.seen(prompts, (prompts - 1, prompts))
+    read = role.forward(prompts.sum(), seen, len(prompts), 0, prompts.sum() - len(prompts))
     phases = [Phase(read, role.weight_bytes(True, prompts.sum()))]
     before = np.repeat(prompts, group)
     for t in range(1, int(answers.max())):  # the token at t is sampled by a step that reads the one before it
@@ -191,9 +222,10 @@ def annotate(
     else:
         passes += [(Role(base, policy), wanted, 0.0)] if needs_policy else []
         passes += [(Role(base, value), 0.0, wanted)] if value else []
-    flops = sum(role.forward(total, role.seen(lengths), logits, scalars) for role, logits, scalars in passes)
+    read = _before(lengths, answers)
+    flops = sum(role.forward(total, role.seen(lengths, read), *heads, total - wanted) for role, *heads in passes)
     # The base is read once for all roles, each adapter besides.
-    size = Role(base, None).weight_bytes(True, total) + sum(_bytes(role.adapter) for role, _, _ in passes)
+    size = Role(base, None).weight_bytes(True, total) + sum(_bytes(role.adapter) for role, *_ in passes)
     return Work((Phase(flops, size),), wanted)
 
 
@@ -206,7 +238,8 @@ def update(
         passes = [(Role(base, {**policy, **value}), wanted, wanted)]
     else:
         passes = [(Role(base, policy), wanted, 0.0)] + ([(Role(base, value), 0.0, wanted)] if value else [])
-    flops = sum(role.both(total, role.seen(lengths), logits, scalars) for role, logits, scalars in passes)
+    read = _before(lengths, answers)
+    flops = sum(role.both(total, role.seen(lengths, read), *heads, total - wanted) for role, *heads in passes)
     flops *= update.epochs
     if mix is not None:
         role, (rows, length) = Role(base, policy), mix.tokens.shape
@@ -216,6 +249,11 @@ def update(
         2 * _bytes(role.adapter) + _optimizer_bytes(role.adapter) for role, _, _ in passes
     )
     return Work((Phase(flops, steps * size),), wanted * update.epochs)
+
+
+def _before(lengths: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions before each token of the answers, which rows end with: from and up to."""
+    return lengths - answers - 1, lengths - 1
 
 
 def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, scalars: float) -> Work:
@@ -257,9 +295,15 @@ def _reward_model(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> 
 
 
 def _annotate(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    base, policy, value, reference, answers, *_ = args
+    base, policy, value, reference, answers, _ = args
     lengths, wanted = _lengths(answers.mask), _lengths(answers.response_mask)
     return annotate(base, policy, value, reference, lengths, wanted, config.ppo.update)
+
+
+def _experience(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
+    """Has no products: what it is given is read, what it gives is written."""
+    answers, *_ = args
+    return Work((Phase(0.0, _bytes(args[:-1]) + _bytes(result)),), float(_lengths(answers.response_mask).sum()))
 
 
 def _update(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
@@ -285,6 +329,7 @@ _BY_NAME: dict[str, Callable[[tuple, dict, Any, RunConfig], Work]] = {
     "greedy": _rollout,
     "reward": _own_reward,
     "annotate": _annotate,
+    "experience": _experience,
     "update": _update,
     "sft_update": _sft,
     "reward_model_update": _pairs,

@@ -14,6 +14,7 @@ from jaxrlhf.planning.compiling import Measured, depths_of, extrapolated, measur
 from jaxrlhf.planning.count import Collective, Layout
 from jaxrlhf.planning.remat import Remat, search
 from jaxrlhf.planning.shapes import Shapes, read_model
+from jaxrlhf.runtime.compilation_cache import compiled_anew
 from jaxrlhf.runtime.mesh import make_mesh
 
 
@@ -113,7 +114,11 @@ def make_plan(
     config: RunConfig, asked: Asked, devices: Sequence[jax.Device], say: Callable[[str], None] = lambda text: None
 ) -> Plan:
     """Plans the run's stages on `devices`, which stand for the cards; `UserError` where the settings do not fit."""
-    config = _at_full_length(config)
+    with compiled_anew():  # what a compiler tells of its programs is what is wanted
+        return _make_plan(_at_full_length(config), asked, devices, say)
+
+
+def _make_plan(config: RunConfig, asked: Asked, devices: Sequence[jax.Device], say: Callable[[str], None]) -> Plan:
     mesh = make_mesh(config.mesh, devices)
     model = read_model(config.model)
     notes = check(config, mesh, model)
@@ -128,11 +133,14 @@ def make_plan(
 
 
 def _at_full_length(config: RunConfig) -> RunConfig:
-    """The same run with answers that all have their full length: then no rows are left behind while decoding."""
+    """The same run with answers that all have their full length: no rows are left behind in decoding, or cut after."""
     if config.ppo is None:
         return config
-    sampling = config.ppo.sampling.model_copy(update={"halvings": 0})
-    return config.model_copy(update={"ppo": config.ppo.model_copy(update={"sampling": sampling})})
+    full = {
+        "sampling": config.ppo.sampling.model_copy(update={"halvings": 0}),
+        "update": config.ppo.update.model_copy(update={"buckets": 1}),
+    }
+    return config.model_copy(update={"ppo": config.ppo.model_copy(update=full)})
 
 
 def _stage_plan(

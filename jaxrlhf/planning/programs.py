@@ -23,6 +23,7 @@ from jaxrlhf.rewards.pretrained import token_score_program
 from jaxrlhf.runtime.programs import Program
 from jaxrlhf.stages.programs import (
     annotate_program,
+    experience_program,
     greedy_program,
     reward_model_program,
     rollout_program,
@@ -50,19 +51,16 @@ class Call:
     lives: dict[str, Any]  # what the stage holds while it runs, by part: weights, adapters, optimizer
     times: float = 1.0  # how often an iteration, or an optimizer step, runs it
     cache: int = 0  # positions of keys and values that each row keeps
-
-    @property
-    def remat(self) -> str | None:
-        """What an update computes again, as the settings have it; None: the program is no update."""
-        last = self.args[-1]
-        return last.remat if isinstance(last, PPOConfig) else self.kwargs.get("remat")
+    remat: str | None = None  # what an update computes again; None: it is no update
 
     def with_remat(self, policy: str) -> "Call":
-        """The same update under another policy."""
-        if "remat" in self.kwargs:
-            return dataclasses.replace(self, kwargs=self.kwargs | {"remat": policy})
-        update = self.args[-1].model_copy(update={"remat": policy})
-        return dataclasses.replace(self, args=(*self.args[:-1], update))
+        """The same update under another policy: of PPO its last argument has it, of other stages an argument's name."""
+        args, kwargs = self.args, self.kwargs
+        if "remat" in kwargs:
+            kwargs = kwargs | {"remat": policy}
+        else:
+            args = (*args[:-1], args[-1].model_copy(update={"remat": policy}))
+        return dataclasses.replace(self, args=args, kwargs=kwargs, remat=policy)
 
 
 Calls = Generator[Call, Any, None]
@@ -116,13 +114,15 @@ def ppo(shapes: Shapes) -> Calls:
         yield Call("reward", score_program(mesh), (base, scorer, answers), {}, answers, lives)
     for model in models:
         yield dataclasses.replace(model, lives=lives)
+    args = (base, state.policy, state.value, reference, answers, update)
+    annotated = yield Call("annotate", annotate_program(mesh), args, {}, answers, lives)
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
     control = shapes.placed(jax.eval_shape(lambda: Control.start(0.0)))
-    rows = (answers, shapes.rows(numbers(B * n)), greedy)
-    args = (base, state.policy, state.value, reference, *rows, control, settings)
-    experience, _, _ = yield Call("annotate", annotate_program(mesh), args, {}, rows, lives)
+    rows = (answers, annotated, shapes.rows(numbers(B * n)), greedy)
+    experience, _, _ = yield Call("experience", experience_program(mesh), (*rows, control, settings), {}, rows, lives)
     rows, change = (experience, _mix(shapes)), update_program(mesh, state)
-    yield Call("update", change, (state, base, experience, key, update), {"mix": rows[1]}, rows, lives)
+    args = (state, base, experience, key, update)
+    yield Call("update", change, args, {"mix": rows[1]}, rows, lives, remat=update.remat)
 
 
 STAGES: dict[str, Callable[[Shapes], Calls]] = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
@@ -132,7 +132,7 @@ def _update(shapes: Shapes, program: Program, state: TrainState, batch: Any, con
     base, optimizer = shapes.base(), with_total_steps(config.optimizer, STEPS)
     lives = {"weights": base, "adapters": state.adapter, "optimizer": state.optimizer}
     args = (state, base, batch, optimizer, *more)
-    return Call(program.name, program, args, static_arguments(config), batch, lives)
+    return Call(program.name, program, args, static_arguments(config), batch, lives, remat=config.remat)
 
 
 def _train_state(shapes: Shapes, adapter: Any) -> TrainState:

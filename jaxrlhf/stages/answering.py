@@ -1,6 +1,7 @@
 """Answers to prompts from a run's roles or from a model, for the generate command."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.weights import load_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.runtime.compilation_cache import AUTO, kept_programs
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.roles import Roles, load_origin, load_run
 from jaxrlhf.stages.settings import check_tokens, with_stop_tokens
@@ -41,14 +43,23 @@ def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
     sampling = _sampling(arguments, config, roles)
     prompts, ids = _prompts(arguments, roles, sampling)
     program = jax.jit(rollout)
+    with kept_programs(AUTO if config is None else config.compilation_cache, _say):
+        yield from _records(program, chosen, roles.tokenizer, prompts, ids, sampling, arguments.seed)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _records(
+    program, chosen: dict, tokenizer: Tokenizer, prompts: list, ids: list, sampling: Sampling, seed: int
+) -> Iterator[dict]:
     for start in range(0, len(prompts), BATCH):
         part = ids[start : start + BATCH]
         # Rows that fill up the last batch repeat its first prompt, so that it has the other batches' shape.
         part = part + [part[0]] * (BATCH - len(part) if len(ids) > 1 else 0)
-        key = key_for(arguments.seed, "generate", start, "rollout")
-        answers = {
-            role: _answers(program, *model, roles.tokenizer, part, sampling, key) for role, model in chosen.items()
-        }
+        key = key_for(seed, "generate", start, "rollout")
+        answers = {role: _answers(program, *model, tokenizer, part, sampling, key) for role, model in chosen.items()}
         for i, prompt in enumerate(prompts[start : start + BATCH]):
             yield {"prompt": prompt, "answers": {role: texts[i] for role, texts in answers.items()}}
 

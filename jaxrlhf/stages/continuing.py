@@ -9,10 +9,13 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.config.base import remat_policy
 from jaxrlhf.runtime.run_dir import Change, described
 
-# Where the run lies (it may be moved), when something is saved or shown, how long a stop may take, what is borne.
-_FREE = ("run_dir", "checkpoints.keep", "checkpoints.grace", "health.patience", "ppo.sample_every")
+# Where the run lies (it may be moved), where compiled programs are kept, when something is saved or shown, how long a
+# stop may take, what is borne.
+_FREE = (
+    "run_dir", "compilation_cache", "checkpoints.keep", "checkpoints.grace", "health.patience", "ppo.sample_every",
+)  # fmt: skip
 # How rows go through the processor, and not what is computed of them.
-_ROUNDING = ("ppo.sampling.halvings",)
+_ROUNDING = ("ppo.sampling.halvings", "ppo.update.buckets")
 # What is kept of a forward pass, and what is computed again: the same numbers, but for rounding.
 _REMAT = ("sft.remat", "reward_model.remat", "ppo.update.remat")
 # Which checkpoints there are to choose from: free as long as nothing is chosen.

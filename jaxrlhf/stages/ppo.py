@@ -1,6 +1,7 @@
 """The ppo stage: sample, score, update, again; then a table of what it changed."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo_iteration import Iteration
-from jaxrlhf.stages.ppo_sampling import Sampler
+from jaxrlhf.stages.ppo_sampling import Drawn, Sampler
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
 from jaxrlhf.stages.settings import (
     check_adapter,
@@ -203,10 +204,8 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
         if config.score.normalise == "initial" and not loop.first:
             loop.state["control"] = iteration.fitted(start, inputs.prompts, loop.state["control"])
         for step in loop.steps():
-            loop.state, metrics, drawn, experience = iteration(loop.state, step, inputs.prompts)
-            if (step + 1) % config.sample_every == 0:
-                samples = samples_of(drawn.answers, drawn.scores)[:SAMPLES]
-                run.samples.write("ppo", step + 1, {"samples": samples})
+            noting = functools.partial(_note_samples, run, step + 1)
+            loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, noting)
             loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
         ppo = loop.result()["ppo"]
     trained = _trained(ppo, update_config)
@@ -219,6 +218,12 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     if hosts.is_first():
         print(comparison(reached))
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
+
+
+def _note_samples(run: Run, number: int, drawn: Drawn) -> None:
+    """A line of samples.jsonl where iteration `number` is to have one."""
+    if number % run.config.ppo.sample_every == 0:
+        run.samples.write("ppo", number, {"samples": samples_of(drawn.answers, drawn.scores)[:SAMPLES]})
 
 
 def _trained(ppo, config: PPOConfig) -> dict[str, Adapter]:

@@ -1,8 +1,12 @@
 """One PPO iteration, and the final evaluation, with the programs that the ppo stage compiles.
 
-Per iteration three programs run (rollout, annotate with GAE, update), and a fourth where the reward is an adapter or a
-model of its own. The host does only what must be text: decode for a reward that reads it, log, save.
+Per iteration four programs run (rollout, annotate, experience, update), and a fifth where the reward is an adapter or a
+model of its own. The host does only what must be text, and beside the devices where it can: it decodes answers and
+asks the reward while `annotate` has its passes over them, and writes samples and pads the next prompts while `update`
+runs.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +17,16 @@ from jaxrlhf.algorithms.running import update_moments
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
-from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
+from jaxrlhf.records import Adapter, Annotated, Experience, PPOState, Rollout, SFTBatch
+from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.runtime.health import PAUSED
 from jaxrlhf.runtime.mesh import fetch, place, place_batch
 from jaxrlhf.runtime.programs import peak_memory_bytes
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.ppo_sampling import Clock, Drawn, Sampler
-from jaxrlhf.stages.programs import annotate_program, update_program
+from jaxrlhf.stages.ppo_sampling import Asked, Clock, Drawn, Sampler
+from jaxrlhf.stages.programs import annotate_program, experience_program, update_program
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
 
@@ -49,27 +54,43 @@ class Iteration:
         self.group = config.sampling.samples_per_prompt
         self.rows = config.batch_size * self.group
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
-        self.annotate, self.update = annotate_program(run.mesh), update_program(run.mesh, state)
+        self.annotate, self.experience = annotate_program(run.mesh), experience_program(run.mesh)
+        self.update = update_program(run.mesh, state)
         greedy = ADVANTAGES[config.advantage.estimator].needs_greedy and sampler.greedy_rollout is not sampler.rollout
         more = ((sampler.greedy_rollout,) if greedy else ()) + ((sampler.merge,) if config.resample else ())
-        self.programs = (sampler.rollout, *more, self.annotate, self.update)
+        self.programs = (sampler.rollout, *more, self.annotate, self.experience, self.update)
+        self._mix_ahead: tuple[int, SFTBatch | None] = (-1, None)  # of which step
 
-    def __call__(self, state: dict, step: int, prompts: PromptSet) -> tuple[dict, dict[str, float], Drawn, Experience]:
-        """(state, metrics, what was drawn, what was made of it) of the iteration after `step` iterations."""
-        config, clock, ppo = self.config, Clock(), state["ppo"]
-        drawn, draws, metrics = self.sampler.draw(ppo.policy, prompts, int(state["draws"]), clock)
-        greedy = self._greedy(ppo.policy, prompts, drawn.chosen)
+    def __call__(
+        self, state: dict, step: int, prompts: PromptSet, meanwhile: Callable[[Drawn], None] = lambda drawn: None
+    ) -> tuple[dict, dict[str, float], Experience]:
+        """(state, metrics, experience) of the iteration after `step` iterations.
+
+        `meanwhile` is called while the update runs, with what was drawn. Times are of the wall clock and add up to the
+        iteration: time/rollout until the answers are there, time/reward from then until their scores are,
+        time/annotate what was waited from then for logprobs, values and advantages, time/update the rest.
+        """
+        config, clock, ppo, draws = self.config, Clock(), state["ppo"], int(state["draws"])
+        models = (ppo.policy, ppo.value, state.get("reference", self.reference))
+        asked = self.sampler.ask(ppo.policy, prompts, draws)
+        # Where groups may give way to others, nothing is known of the answers before their scores.
+        begun = None if config.resample else self._begun(models, prompts, asked)
+        drawn, draws, metrics = self.sampler.draw(asked, ppo.policy, prompts, draws, clock)
+        annotated, greedy = self._begun(models, prompts, drawn) if begun is None else begun
+        greedy = None if greedy is None else self.sampler.scores(greedy)
         clock.lap("time/reward", greedy)
-        reference = state.get("reference", self.reference)
-        experience, control, noted = self.annotated(ppo.policy, ppo.value, reference, drawn, state["control"], greedy)
+        experience, control, noted = self._experience(drawn, annotated, greedy, state["control"])
         clock.lap("time/annotate", experience)
-        metrics |= drawn.means() | _floats(noted)
-        metrics |= self._paused(metrics)
-        if not metrics.get(PAUSED):
+        paused, updated = self._paused(noted), {}
+        if not paused.get(PAUSED):
             key = key_for(self.run.config.seed, "ppo", step, "update")
             ppo, updated = self.update(ppo, self.roles.base, experience, key, self.update_config, mix=self._mix(step))
-            metrics |= _floats(updated)
+        meanwhile(drawn)
+        if step + 1 < config.iterations:
+            self.sampler.look_ahead(prompts, draws)
+            self._mix_ahead = (step + 1, self._made_mix(step + 1))
         clock.lap("time/update", ppo)
+        metrics |= drawn.means() | _floats(noted) | paused | _floats(updated)
         sampled = metrics["length/mean"] * self.rows
         steps = self.update_config.epochs * self.update_config.minibatches
         computed = min(metrics.get("policy/steps", steps) + 1, steps)  # with the step whose KL was too much
@@ -83,19 +104,28 @@ class Iteration:
         state = state | {"ppo": ppo, "control": control, "draws": self.count(draws)}
         if config.refresh_reference and (step + 1) % config.refresh_reference == 0:
             state["reference"] = jax.tree.map(jnp.copy, ppo.policy)  # a copy: the next update gives the policy away
-        return state, metrics, drawn, experience
+        return state, metrics, experience
 
     def count(self, number: int) -> jax.Array:
         """A number of the state, i32[], where the programs and the checkpoints want it."""
         return place_batch(self.run.mesh, np.int32(number))
 
-    def annotated(self, policy: Adapter, value: Adapter, reference: Adapter | None, drawn: Drawn, control, greedy):
-        """(experience, next control, metrics); see `steps.annotate.annotate_experience`."""
+    def _begun(
+        self, models: tuple[Adapter, Adapter, Adapter | None], prompts: PromptSet, asked: Asked
+    ) -> tuple[Annotated, Answers | None]:
+        """What needs no scores, given to the devices: the passes of (policy, value, reference) over the answers, and
+        greedy answers where the advantages are measured from them.
+        """
+        needed = ADVANTAGES[self.config.advantage.estimator].needs_greedy
+        greedy = self.sampler.ask_greedy(models[0], prompts, asked.chosen) if needed else None
+        return self.annotate(self.roles.base, *models, asked.answers.rollout, self.update_config), greedy
+
+    def _experience(
+        self, drawn: Drawn, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control
+    ) -> tuple[Experience, Control, dict[str, jax.Array]]:
+        """(experience, next control, metrics); see `steps.annotate.score_experience`."""
         scores = place_batch(self.run.mesh, drawn.scores)
-        answered = drawn.answers.rollout
-        return self.annotate(
-            self.roles.base, policy, value, reference, answered, scores, greedy, control, self.settings
-        )
+        return self.experience(drawn.answers.rollout, annotated, scores, greedy, control, self.settings)
 
     def fitted(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
         """The control with the moments of scores before the first iteration, for `score.normalise` initial."""
@@ -118,29 +148,31 @@ class Iteration:
             chosen = np.arange(start, start + size) % len(prompts)
             key = key_for(self.run.config.seed, "evaluation", start, "rollout")
             answers = self.sampler.answer(policy, prompts, chosen, key)
+            annotated, greedy = self._begun((policy, value, self.reference), prompts, Asked(answers, chosen))
             drawn = Drawn(answers, chosen, self.sampler.measured(answers))
-            greedy = self._greedy(policy, prompts, chosen)
-            experience = self.annotated(policy, value, self.reference, drawn, control, greedy)[0]
+            greedy = None if greedy is None else self.sampler.scores(greedy)
+            experience = self._experience(drawn, annotated, greedy, control)[0]
             for name, values in (drawn.rows | rows_measured(fetch(experience), fetch(answers.rollout.ended))).items():
                 rows_of.setdefault(name, []).append(values[: (wanted - start) * self.group])
             samples += samples_of(answers, drawn.scores)
         means = {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}
         return Evaluation(means, samples[:SAMPLES])
 
-    def _paused(self, metrics: dict[str, float]) -> dict[str, float]:
+    def _paused(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Whether this iteration is not to be learnt from, where settings have limits."""
         health = self.run.config.health
-        limits = {"kl/k1": health.max_kl, "length/mean": health.max_length}
-        if all(limit is None for limit in limits.values()):
+        given = {"kl/k1": health.max_kl, "length/mean": health.max_length}
+        limits = {name: limit for name, limit in given.items() if limit is not None}
+        if not limits:
             return {}
-        return {PAUSED: float(any(limit is not None and metrics[name] > limit for name, limit in limits.items()))}
-
-    def _greedy(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray):
-        """Greedy answers and their scores, where the advantages are measured from them."""
-        needed = ADVANTAGES[self.config.advantage.estimator].needs_greedy
-        return self.sampler.greedy_scores(policy, prompts, chosen) if needed else None
+        return {PAUSED: float(any(float(metrics[name]) > limit for name, limit in limits.items()))}
 
     def _mix(self, step: int) -> SFTBatch | None:
+        """The iteration's rows of the language-model mix, made ready before where there was an iteration before."""
+        (ready, mix), self._mix_ahead = self._mix_ahead, (-1, None)
+        return mix if ready == step else self._made_mix(step)
+
+    def _made_mix(self, step: int) -> SFTBatch | None:
         """Rows of the language-model mix for each optimizer step of an iteration, one step after another."""
         if self.pretraining is None:
             return None

@@ -1,6 +1,7 @@
 """Sampling and scoring within the ppo stage: answers to prompts, what is measured of each, and dynamic sampling.
 
-A draw is one rollout: `batch_size` prompts with `samples_per_prompt` answers each, B rows.
+A draw is one rollout: `batch_size` prompts with `samples_per_prompt` answers each, B rows. Sampling is under way when a
+function here returns its answers: what the devices are to do next can be given to them while the host reads text.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import numpy as np
 from jaxrlhf.algorithms.shaping import informative_groups
 from jaxrlhf.config import Sampling
 from jaxrlhf.data.prompts import PromptSet
-from jaxrlhf.records import Adapter, Rollout
+from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rewards.answers import Answers, Reward
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.runtime.mesh import fetch, place_batch
@@ -24,11 +25,17 @@ from jaxrlhf.stages.settings import with_stop_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """Answers with what is measured of each."""
+class Asked:
+    """Answers, and whose they are."""
 
     answers: Answers
     chosen: np.ndarray  # i64[prompts]; numbers of the prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn(Asked):
+    """Answers with what is measured of each."""
+
     rows: dict[str, np.ndarray]  # f32[B] each, by metric name
 
     @property
@@ -37,7 +44,7 @@ class Drawn:
         return self.rows["reward/score"]
 
     def means(self) -> dict[str, float]:
-        """Of what is measured, but the score, which the annotate program tells."""
+        """Of what is measured, but the score, which the experience program tells."""
         return {name: float(np.mean(values)) for name, values in self.rows.items() if name != "reward/score"}
 
 
@@ -67,16 +74,47 @@ class Sampler:
         self.rollout = rollout_program(run.mesh)
         self.greedy_rollout = greedy_program(run.mesh, self.rollout, self.sampling.samples_per_prompt)
         self.merge = merge_program(run.mesh)
+        self._ahead: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # whose prompts, draw, numbers, tokens
 
     def answer(
-        self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray, key: jax.Array, sampling: Sampling | None = None
+        self,
+        policy: Adapter,
+        prompts: PromptSet,
+        chosen: np.ndarray,
+        key: jax.Array,
+        sampling: Sampling | None = None,
+        placed: Prompts | None = None,
     ) -> Answers:
-        """Samples answers to each of the chosen prompts, given by their numbers; those to one stand side by side."""
+        """Samples answers to each of the chosen prompts, given by their numbers; those to one stand side by side.
+
+        `placed` are the prompts as the program wants them, where they are ready.
+        """
         sampling = self.sampling if sampling is None else sampling
         program = self.greedy_rollout if sampling is self.greedy else self.rollout
-        padded, _, _ = prompts.take(chosen)
-        answered = program(self.roles.base, policy, place_batch(self.run.mesh, padded), key, sampling)
+        placed = self._placed(prompts, chosen) if placed is None else placed
+        answered = program(self.roles.base, policy, placed, key, sampling)
         return self._answers(answered, prompts, chosen, sampling.samples_per_prompt)
+
+    def ask(self, policy: Adapter, prompts: PromptSet, draw: int) -> Asked:
+        """Samples the answers of a draw."""
+        if self._ahead is None or self._ahead[0] is not prompts or self._ahead[1] != draw:
+            self.look_ahead(prompts, draw)
+        (_, _, chosen, placed), self._ahead = self._ahead, None
+        key = key_for(self.run.config.seed, "ppo", draw, "rollout")
+        return Asked(self.answer(policy, prompts, chosen, key, placed=placed), chosen)
+
+    def look_ahead(self, prompts: PromptSet, draw: int) -> None:
+        """Makes the prompts of a draw ready, while the devices do something else."""
+        chosen = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
+        self._ahead = prompts, draw, chosen, self._placed(prompts, chosen)
+
+    def ask_greedy(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> Answers:
+        """One greedy answer to each of the chosen prompts."""
+        return self.answer(policy, prompts, chosen, jax.random.key(0), self.greedy)
+
+    def _placed(self, prompts: PromptSet, chosen: np.ndarray) -> Prompts:
+        padded, _, _ = prompts.take(chosen)
+        return place_batch(self.run.mesh, padded)
 
     def measured(self, answers: Answers) -> dict[str, np.ndarray]:
         """f32[B] by metric name: the score that is maximised, its parts, and the gold score."""
@@ -90,20 +128,19 @@ class Sampler:
             scores = self.reward(answers)
         return rows | {"reward/score": np.asarray(fetch(scores), np.float32)}
 
-    def greedy_scores(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> tuple[Rollout, jax.Array]:
-        """One greedy answer to each prompt, and its score f32[prompts]."""
-        answers = self.answer(policy, prompts, chosen, jax.random.key(0), self.greedy)
+    def scores(self, answers: Answers) -> tuple[Rollout, jax.Array]:
+        """The answers with their scores f32[B], of the reward alone."""
         return answers.rollout, place_batch(self.run.mesh, np.asarray(fetch(self.reward(answers)), np.float32))
 
     def draw(
-        self, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
+        self, asked: Asked, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
     ) -> tuple[Drawn, int, dict[str, float]]:
-        """(answers, draws so far, metrics) of an iteration that begins after `draws` draws.
+        """(answers, draws so far, metrics) of an iteration that begins after `draws` draws with what was `asked`.
 
         With `resample`, groups whose scores are all equal, which teach group baselines nothing, give way to groups of
         the next prompts, in at most so many further draws (2503.14476); what is left after that stays as it is.
         """
-        drawn, metrics = self._once(policy, prompts, draws, clock), {}
+        drawn, metrics = self._scored(asked, clock), {}
         if not self.config.resample:
             return drawn, draws + 1, metrics
         group, count, scores = self.sampling.samples_per_prompt, 1, [drawn.scores]
@@ -113,7 +150,7 @@ class Sampler:
         # Also where nothing gives way: what follows gets its rows from one program, and is compiled once.
         drawn = self._merged(drawn, drawn, keep, prompts)
         while not teaches.all() and count <= self.config.resample:
-            more = self._once(policy, prompts, draws + count, clock)
+            more = self._scored(self.ask(policy, prompts, draws + count), clock)
             count += 1
             scores.append(more.scores)
             found = np.flatnonzero(np.array(informative_groups(more.scores, group)))
@@ -129,14 +166,11 @@ class Sampler:
         }
         return drawn, draws + count, metrics
 
-    def _once(self, policy: Adapter, prompts: PromptSet, draw: int, clock: Clock) -> Drawn:
-        seed = self.run.config.seed
-        chosen = prompts.rows(seed, draw, self.config.batch_size)
-        answers = self.answer(policy, prompts, chosen, key_for(seed, "ppo", draw, "rollout"))
-        clock.lap("time/rollout", answers.rollout)
-        rows = self.measured(answers)
+    def _scored(self, asked: Asked, clock: Clock) -> Drawn:
+        clock.lap("time/rollout", asked.answers.rollout)
+        rows = self.measured(asked.answers)
         clock.lap("time/reward", ())
-        return Drawn(answers, chosen, rows)
+        return Drawn(asked.answers, asked.chosen, rows)
 
     def _merged(self, first: Drawn, second: Drawn, source: np.ndarray, prompts: PromptSet) -> Drawn:
         """Groups by number: below the count of groups those of the first, from there on those of the second."""

@@ -15,7 +15,7 @@ from jaxrlhf.records import PPOState, Rollout, TrainState
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
 from jaxrlhf.runtime.programs import Program
-from jaxrlhf.steps.annotate import annotate_experience
+from jaxrlhf.steps.annotate import annotate_for_update, score_experience
 from jaxrlhf.steps.ppo import ppo_update
 from jaxrlhf.steps.reward_model import reward_model_update
 from jaxrlhf.steps.sft import sft_update
@@ -56,10 +56,14 @@ def merge_program(mesh: Mesh) -> Program:
 
 
 def annotate_program(mesh: Mesh) -> Program:
-    """`annotate_experience`; what the next iteration is given lies where the first was given it."""
-    return Program(
-        annotate_experience, "annotate", mesh, out_shardings=(batch_sharding(mesh), replicated(mesh), None)
-    )
+    """`annotate_for_update`: the passes over a rollout, which need no scores."""
+    return _rows(annotate_for_update, "annotate", mesh)
+
+
+def experience_program(mesh: Mesh) -> Program:
+    """`score_experience`; what the next iteration is given lies where the first was given it."""
+    placed = (batch_sharding(mesh), replicated(mesh), None)
+    return Program(score_experience, "experience", mesh, out_shardings=placed)
 
 
 def update_program(mesh: Mesh, state: PPOState) -> Program:

@@ -12,6 +12,7 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.errors import UserError
 from jaxrlhf.runtime import hosts
+from jaxrlhf.runtime.compilation_cache import kept_programs
 from jaxrlhf.runtime.lock import RunLock
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
@@ -38,7 +39,11 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
         MetricsLog(folder / "samples.jsonl" if writes else None),
         stop,
     )
-    with RunLock(folder, writes, run.say) as lock, contextlib.closing(run.metrics), contextlib.closing(run.samples):
+    with contextlib.ExitStack() as open_things:
+        lock = open_things.enter_context(RunLock(folder, writes, run.say))
+        for log in run.logs.values():
+            open_things.enter_context(contextlib.closing(log))
+        open_things.enter_context(kept_programs(config.compilation_cache, run.say))
         return _run_stages(run, lock, writes)
 
 

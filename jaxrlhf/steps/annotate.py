@@ -18,7 +18,8 @@ from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
-from jaxrlhf.steps.microbatches import split_rows
+from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
+from jaxrlhf.steps.microbatches import by_longest, shortest_first, split_rows
 from jaxrlhf.steps.ppo import single_step
 from jaxrlhf.steps.scores import adjust_scores, score_moments
 
@@ -59,18 +60,22 @@ def annotate(
     microbatches: int = 1,
     recompute_policy: bool = True,
     value_trunk: Literal["own", "policy"] = "own",
+    buckets: int = 1,
 ) -> Annotated:
     """What policy, reference and value say of the answers; see `records.Annotated`.
 
     `value` None or empty gives values of 0; with `value_trunk` "policy" it is a head on the policy's trunk.
     `temperature` None takes the rollout's own. With `microbatches` the rows go through in equal parts, one after
     another, at the shapes of the update's own forward pass. `recompute_policy=False` takes the sampling logprobs for
-    the policy's, where the update makes no use of old ones (one step an iteration).
+    the policy's, where the update makes no use of old ones (one step an iteration). `buckets` as in `PPOConfig`: each
+    part is cut to the length of its longest answer, rows of like length together.
     """
     if temperature is not None:
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
 
-    def part(rows: Rollout) -> Annotated:
+    R = rollout.response_mask.shape[1]
+
+    def passes(rows: Rollout) -> Annotated:
         given = (rows.tokens, rows.mask, rows.response_mask)
         ref_logprobs, _ = response_logprobs(bind(base, reference), *given, rows.temperature)
         logprobs, values = rows.sample_logprobs, jnp.zeros(rows.response_mask.shape, jnp.float32)
@@ -82,12 +87,21 @@ def annotate(
                 logprobs, _ = response_logprobs(bind(base, policy), *given, rows.temperature)
             if value:
                 values = response_values(bind(base, value), *given)
-        return Annotated(logprobs, ref_logprobs, values)
+        annotated = Annotated(logprobs, ref_logprobs, values)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, R - x.shape[1]))), annotated)
 
     if microbatches == 1:
-        return part(rollout)
-    parts = jax.lax.map(part, split_rows(rollout, microbatches))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+        return by_longest(passes, rollout, buckets)
+    order = None
+    if buckets > 1:
+        order = shortest_first(rollout)
+        rollout = jax.tree.map(lambda x: laid_out(x[order], BATCH_AXES), rollout)
+    parts = jax.lax.map(lambda rows: by_longest(passes, rows, buckets), split_rows(rollout, microbatches))
+    annotated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+    if order is None:
+        return annotated
+    back = jnp.argsort(order)
+    return jax.tree.map(lambda x: laid_out(x[back], BATCH_AXES), annotated)
 
 
 def build_experience(
@@ -150,14 +164,22 @@ def annotate_experience(
     control: Control,
     settings: ExperienceSettings,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
-    """`annotate`, `adjust_scores` and `build_experience` in one program; (experience, next control, metrics).
+    """`annotate_for_update` and `score_experience` in one program; (experience, next control, metrics)."""
+    annotated = annotate_for_update(base, policy, value, reference, rollout, settings.update)
+    return score_experience(rollout, annotated, scores, greedy, control, settings)
 
-    `scores` f32[B] are those of the reward; `greedy` holds one greedy answer to each prompt with its score, where
-    the advantages are measured from them.
-    """
-    kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
-    rows = scores.shape[0]
-    annotated = annotate(
+
+def annotate_for_update(
+    base: Decoder,
+    policy: Adapter | None,
+    value: Adapter | None,
+    reference: Adapter | None,
+    rollout: Rollout,
+    update: PPOConfig,
+) -> Annotated:
+    """`annotate` as an update with these settings wants it. Needs no scores: it may run while they are come by."""
+    rows = rollout.tokens.shape[0]
+    return annotate(
         base,
         policy,
         value,
@@ -167,7 +189,24 @@ def annotate_experience(
         microbatches=rows // (update.microbatch_size or rows // update.minibatches),
         recompute_policy=not single_step(update),
         value_trunk=update.value_trunk,
+        buckets=update.buckets,
     )
+
+
+def score_experience(
+    rollout: Rollout,
+    annotated: Annotated,
+    scores: jax.Array,
+    greedy: tuple[Rollout, jax.Array] | None,
+    control: Control,
+    settings: ExperienceSettings,
+) -> tuple[Experience, Control, dict[str, jax.Array]]:
+    """`adjust_scores` and `build_experience`: all that waits for the scores; (experience, next control, metrics).
+
+    `scores` f32[B] are those of the reward; `greedy` holds one greedy answer to each prompt with its score, where
+    the advantages are measured from them.
+    """
+    kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
     moments = score_moments(control.moments, scores, settings.score)
     adjusted = adjust_scores(scores, rollout, moments, settings.score)
     baseline = None
@@ -190,7 +229,7 @@ def annotate_experience(
     )
     kl_coef = control.kl_coef
     if kl.target is not None:
-        kl_coef = adapt_kl_coef(kl_coef, metrics["kl/k1"], kl.target, rows, kl.horizon)
+        kl_coef = adapt_kl_coef(kl_coef, metrics["kl/k1"], kl.target, scores.shape[0], kl.horizon)
     metrics |= {
         "kl/coef": control.kl_coef,
         "reward/adjusted": metrics["reward/score"],

@@ -19,7 +19,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
 from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
-from jaxrlhf.steps.microbatches import accumulate, split_rows
+from jaxrlhf.steps.microbatches import accumulate, shortest_first, split_rows
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step
 from jaxrlhf.steps.sft import learnt_tokens, sft_loss
 
@@ -124,12 +124,17 @@ def _minibatch_step(
     size = config.microbatch_size or rows
     if rows % size:
         raise ValueError(f"a minibatch of {rows} rows cannot be split into microbatches of {size}")
-    tokens = jnp.maximum(jnp.sum(minibatch.response_mask), 1)
+    tokens, length = jnp.maximum(jnp.sum(minibatch.response_mask), 1), minibatch.response_mask.shape[1]
+    if config.buckets > 1 and size < rows:
+        order = shortest_first(minibatch)
+        minibatch = jax.tree.map(lambda x: laid_out(x[order], BATCH_AXES), minibatch)
 
     def loss(trees: tuple[Adapter, Adapter], part: Experience):
-        return ppo_loss(*trees, base, part, config, tokens, rows)
+        return ppo_loss(*trees, base, part, config, tokens, rows, length)
 
-    total, metrics, (policy_grads, value_grads) = accumulate(loss, (state.policy, state.value), minibatch, rows // size)
+    total, metrics, (policy_grads, value_grads) = accumulate(
+        loss, (state.policy, state.value), minibatch, rows // size, config.buckets
+    )
     if mix is not None:
         policy_grads, metrics["policy/pretraining_loss"] = _with_pretraining(policy_grads, state, base, mix, config)
     # The policy's schedule begins with its own first step.
@@ -181,10 +186,12 @@ def ppo_loss(
     config: PPOConfig,
     total_tokens: jax.Array | int,
     total_rows: int,
+    length: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """These rows' share of a minibatch's loss, and their shares of its metrics.
 
-    `total_tokens` and `total_rows` are the whole minibatch's, so that shares of microbatches add up to it. An empty
+    `total_tokens`, `total_rows` and `length` (response tokens of a row; None: these rows') are the whole minibatch's,
+    so that shares of microbatches add up to it. An empty
     `value` stands for no value model; a shared one is a head on the policy's trunk, and its loss reaches the policy.
     """
     mask = experience.response_mask
@@ -205,7 +212,7 @@ def ppo_loss(
         return masked_sum(x.astype(jnp.float32), mask) / total_tokens
 
     def aggregated(x: jax.Array) -> jax.Array:
-        return aggregate(x, mask, config.aggregation, total_tokens, total_rows)
+        return aggregate(x, mask, config.aggregation, total_tokens, total_rows, length)
 
     metrics = {}
     if config.importance_cap is not None:

@@ -325,3 +325,38 @@ def test_a_process_alone_does_everything_itself():
     assert hosts.ended(1) == 1
     with pytest.raises(IndexError):
         hosts.from_first(lambda: [][1], (IndexError,))
+
+
+CACHE = """
+from jaxrlhf.runtime.compilation_cache import kept_programs
+import jax, numpy as np
+from jaxrlhf.config import MeshConfig
+from jaxrlhf.runtime.mesh import make_mesh, place_batch
+rows = place_batch(make_mesh(MeshConfig()), np.arange(4, dtype=np.float32))
+found = []
+jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
+setting = os.environ["FOLDERS"].split(":")[0 if first else -1]
+with kept_programs(setting, lambda text: print("said", text)) as folder:
+    print("folder", folder)
+    del found[:]
+    jax.jit(lambda x: (x * 11.5).sum())(rows)
+print("hits", "/jax/compilation_cache/cache_hits" in found)
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one", "two"])
+def test_programs_are_kept_in_a_folder_of_all_hosts_or_nowhere(tmp_path, shared):
+    folders = [str(tmp_path / "a")] if shared else [str(tmp_path / "a"), str(tmp_path / "b")]
+    for start in ("cold", "warm"):
+        with Processes(CACHE, 2, FOLDERS=":".join(folders)) as processes:
+            ends = processes.ends()
+        assert [status for status, _, _ in ends.values()] == [0, 0], ends
+        said = [out.partition("joined\n")[2].splitlines() for _, out, _ in ends.values()]
+        assert f"folder {folders[0] if shared else 'None'}" in said[0][-2]
+        assert said[0][-2] == said[1][-2], "one folder, or none"
+        complaints = [line for lines in said for line in lines if line.startswith("said")]
+        assert len(complaints) == (0 if shared else 2) and all("not all processes see" in line for line in complaints)
+        if start == "warm":
+            # On CPUs jax has other keys on each process, and only the first one writes: only that one is warm.
+            assert said[0][-1] == f"hits {shared}" and (shared or said[1][-1] == "hits False")
+    assert not list(tmp_path.rglob(".seen-*"))

@@ -157,7 +157,7 @@ def test_several_processes_learn_what_one_does(runs, name):
     for alone, together in zip(*metrics):
         for metric in ("kl/k1", "policy/entropy", "gap/logprob_max"):  # logprobs, in sums over an answer
             assert together[metric] == pytest.approx(alone[metric], abs=1e-5), metric
-        assert {together[f"compiles/{program}"] for program in ("rollout", "annotate", "update")} == {1}
+        assert {together[f"compiles/{program}"] for program in ("rollout", "annotate", "experience", "update")} == {1}
 
 
 def test_rewards_are_asked_once_and_tables_are_printed_once(runs):

@@ -94,7 +94,7 @@ def run_checked(config, solutions):
         assert record["reward/score"] == pytest.approx(scores.mean(), abs=1e-5)
         unfinished = config.ppo.score.missing_eos_penalty * (1 - record["length/eos_share"])
         assert record["reward/adjusted"] == pytest.approx(scores.mean() - unfinished, abs=1e-5)
-        assert {record[f"compiles/{name}"] for name in ("rollout", "annotate", "update")} == {1}
+        assert {record[f"compiles/{name}"] for name in ("rollout", "annotate", "experience", "update")} == {1}
         assert record["policy/first_ratio_error"] < 1e-5
     assert len(records) == config.ppo.iterations
     return records

@@ -32,6 +32,8 @@ def _with(path: str, value) -> RunConfig:
     ("change", "settings", "allowed"),
     [
         (("run_dir", "old", "run"), {}, True),
+        (("compilation_cache", "auto", None), {}, True),
+        (("compilation_cache", "absent", "auto"), {}, True),  # a run that was begun before there was such a setting
         (("checkpoints.keep", 2, 5), {}, True),
         (("checkpoints.grace", 60.0, 20.0), {}, True),
         (("ppo.sample_every", 10, 1), {}, True),

@@ -57,9 +57,9 @@ def held(tree):
     return {"devices": devices, "leaves": leaves}
 
 class Watched(ppo.Iteration):
-    def __call__(self, state, step, prompts):
-        result = super().__call__(state, step, prompts)
-        trees = {"base": named_parameters(self.roles.base), "state": result[0]["ppo"], "experience": result[3]}
+    def __call__(self, *given):
+        result = super().__call__(*given)
+        trees = {"base": named_parameters(self.roles.base), "state": result[0]["ppo"], "experience": result[2]}
         found.update({name: held(tree) for name, tree in trees.items()})
         return result
 
@@ -110,7 +110,7 @@ def test_every_mesh_learns_what_one_device_does(folder, mesh):
     for alone, split in zip(lines(one, "metrics.jsonl"), lines(other, "metrics.jsonl"), strict=True):
         for metric in ("kl/k1", "gap/logprob_max", "policy/entropy"):  # made of logprobs
             assert split[metric] == pytest.approx(alone[metric], abs=1e-5), metric
-        assert {split[f"compiles/{program}"] for program in ("rollout", "annotate", "update")} == {1}
+        assert {split[f"compiles/{program}"] for program in ("rollout", "annotate", "experience", "update")} == {1}
 
 
 @pytest.mark.parametrize("mesh", OTHERS, ids=lambda mesh: "x".join(map(str, mesh)))

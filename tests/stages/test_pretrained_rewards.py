@@ -88,7 +88,7 @@ def test_ppo_on_a_pretrained_reward(kind, tmp_path):
     records = lines(tmp_path, "metrics.jsonl")
     assert len(records) == 2 and all(np.isfinite(record["reward/score"]) for record in records)
     assert records[0]["optimizer/grad_norm"] > 0
-    assert all(records[-1][f"compiles/{name}"] == 1 for name in ("rollout", "annotate", "update"))
+    assert all(records[-1][f"compiles/{name}"] == 1 for name in ("rollout", "annotate", "experience", "update"))
     samples = lines(tmp_path, "samples.jsonl")[0]["samples"]
     assert len({sample["score"] for sample in samples}) > 2
     again = load_rewards(settings.ppo.reward, make_mesh(MeshConfig(), jax.devices()[:1]), "ppo.reward")[""][0]

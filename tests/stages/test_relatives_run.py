@@ -53,7 +53,7 @@ def test_grpo_with_a_sum_of_rewards(tmp_path):
         assert record["reward/score"] == pytest.approx(whole, abs=1e-5)
         assert record["reward/gold"] == pytest.approx(record["reward/right"], abs=1e-6)
         assert "policy/kl_loss" in record and "value/loss" not in record
-        assert {record[f"compiles/{name}"] for name in ("rollout", "annotate", "update")} == {1}
+        assert {record[f"compiles/{name}"] for name in ("rollout", "annotate", "experience", "update")} == {1}
         assert record["policy/first_ratio_error"] < 1e-5
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len({sample["prompt"] for sample in samples[0]["samples"][:4]}) == 1, "a group stands side by side"

@@ -127,7 +127,7 @@ def test_no_line_of_the_logs_is_lost_or_doubled(runs):
 def test_every_program_is_compiled_once(runs):
     for record in [*runs.broken, *lines(runs.straight, "metrics.jsonl"), *lines(runs.killed, "metrics.jsonl")]:
         counts = {name: x for name, x in record.items() if name.startswith("compiles/")}
-        wanted = {"rollout", "annotate", "update"} if record["stage"] == "ppo" else {"update"}
+        wanted = {"rollout", "annotate", "experience", "update"} if record["stage"] == "ppo" else {"update"}
         assert counts == {f"compiles/{name}": 1 for name in wanted}, record
 
 
@@ -141,8 +141,8 @@ def test_the_metrics_of_ppo_are_those_of_the_contract(runs):
             "policy/approx_kl", "policy/clip_low", "policy/clip_high", "policy/first_ratio_error", "value/loss",
             "value/clip", "value/explained_variance", "length/mean", "length/eos_share", "gap/logprob_max",
             "gap/logprob_mean", "time/rollout", "time/reward", "time/annotate", "time/update",
-            "tokens_per_second/rollout", "compiles/rollout", "compiles/annotate", "compiles/update",
-            "memory/peak_bytes", "optimizer/grad_norm",
+            "tokens_per_second/rollout", "compiles/rollout", "compiles/annotate", "compiles/experience",
+            "compiles/update", "memory/peak_bytes", "optimizer/grad_norm",
         }  # fmt: skip
         assert record["policy/first_ratio_error"] < 1e-5 and record["gap/logprob_max"] < 1e-5
     coefficients = [x["kl/coef"] for x in lines(runs.straight, "metrics.jsonl") if x["stage"] == "ppo"]

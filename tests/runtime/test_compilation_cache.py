@@ -1,0 +1,184 @@
+"""Programs that are kept: the next process loads them; a folder that is no good, or a damaged file, stops nothing."""
+
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrlhf.runtime import compilation_cache as module
+from jaxrlhf.runtime.compilation_cache import AUTO, compiled_anew, kept_programs
+from jaxrlhf.runtime.programs import Program
+
+ROOT = Path(__file__).parent.parent.parent
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from jaxrlhf.runtime.compilation_cache import kept_programs
+from jaxrlhf.runtime.programs import Program
+
+found = []
+jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
+setting = None if sys.argv[1] == "null" else sys.argv[1]
+with kept_programs(setting, print):
+    program = Program(lambda x: jnp.sin(x) @ x.T, "program")
+    values = [float(program(jnp.ones((n, 8))).sum()) for n in (4, 4, 6)]
+hits = found.count("/jax/compilation_cache/cache_hits")
+print(values, program.compiles, hits)
+"""
+
+
+def start(setting, **environment):
+    """What a fresh process prints, and says."""
+    own = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    own |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run([sys.executable, "-c", PROGRAM, setting], env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+def entries(folder):
+    return sorted(Path(folder).rglob("*-cache"))
+
+
+@pytest.fixture
+def events():
+    """Names of jax's events while the test runs."""
+    found = []
+
+    def note(event, **_):
+        found.append(event)
+
+    jax.monitoring.register_event_listener(note)
+    yield found
+    jax.monitoring.unregister_event_listener(note)
+
+
+@pytest.fixture
+def no_cache_of_jax(monkeypatch):
+    """jax's own setting is not there, as for a person who knows nothing of it."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def compiled(factor):
+    """Compiles a program that no other test has, whose constant is `factor`."""
+    jax.clear_caches()
+    return Program(lambda x: x * factor + 1, f"times_{factor}")(jnp.ones(3))
+
+
+def test_the_next_process_loads_what_this_one_compiled_and_counts_the_same(tmp_path):
+    (cold,), said = start(str(tmp_path / "kept"))
+    assert said == "" and cold.endswith(" 2 0")
+    (warm,), said = start(str(tmp_path / "kept"))
+    assert said == ""
+    values, compiles, hits = warm.rsplit(" ", 2)
+    assert (values, compiles) == tuple(cold.rsplit(" ", 2)[:2]), "the same numbers, and as many compilations told"
+    assert int(hits) == len(entries(tmp_path)) > 2
+    (off,), _ = start("null", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "kept"))
+    assert off == cold, "null: nothing is loaded, whatever jax is told"
+
+
+@pytest.mark.parametrize("named", ["JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
+def test_auto_keeps_where_the_environment_says(tmp_path, named):
+    _, said = start(AUTO, **{"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": "", named: str(tmp_path / "own")})
+    assert said == ""
+    below = {"JAX_COMPILATION_CACHE_DIR": "own", "XDG_CACHE_HOME": "own/jaxrlhf/xla", "HOME": "own/.cache/jaxrlhf/xla"}
+    folder = tmp_path / below[named]
+    assert entries(folder) == entries(tmp_path) != []
+    if named != "JAX_COMPILATION_CACHE_DIR":
+        (own,) = folder.iterdir()
+        assert own.name == module._machine()
+        assert own.stat().st_mode & 0o077 == 0, "what lies there is run: it is the owner's alone"
+
+
+def test_a_folder_that_cannot_be_used_is_said_in_one_line(tmp_path, no_cache_of_jax, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    said = []
+    with kept_programs(str(tmp_path / "file" / "kept"), said.append) as folder:
+        assert folder is None
+        assert compiled(2.5).tolist() == [3.5] * 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with kept_programs(AUTO, said.append) as folder:
+        assert folder is None
+    assert len(said) == 2 and all("\n" not in line and "compilation_cache=FOLDER" in line for line in said), said
+    assert f"{tmp_path / 'file' / 'kept'}: Not a directory" in said[0] and "user's cache folder" in said[1]
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_settings_of_jax_are_as_before_afterwards(tmp_path, monkeypatch):
+    names = (module._DIRECTORY, module._ENABLED, *module._KEEP_ALL)
+    before = {name: getattr(jax.config, name) for name in names}
+    with kept_programs(str(tmp_path), print) as folder:
+        assert Path(folder).parent == tmp_path and jax.config.jax_compilation_cache_dir == folder
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+        with compiled_anew():
+            compiled(3.5)
+            with kept_programs(str(tmp_path), print) as inner:
+                assert inner is None, "whoever compiles anew does so in all that it calls"
+        assert entries(tmp_path) == []
+        compiled(3.5)
+        assert entries(tmp_path) != []
+    assert {name: getattr(jax.config, name) for name in names} == before
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "5")
+    with kept_programs(str(tmp_path), print):
+        kept = jax.config.jax_persistent_cache_min_compile_time_secs
+        assert kept == before["jax_persistent_cache_min_compile_time_secs"], "what a person has set stays"
+
+
+def test_what_a_kill_cut_off_goes_and_is_made_again(tmp_path, events, recwarn):
+    with kept_programs(str(tmp_path), print):
+        expected = compiled(4.5)
+    whole = {file: file.read_bytes() for file in entries(tmp_path)}
+    damaged, *others = entries(tmp_path)
+    damaged.write_bytes(whole[damaged][:-5])
+    if others:
+        others[0].write_bytes(b"")
+    with kept_programs(str(tmp_path), print):
+        assert set(entries(tmp_path)) == set(others[1:])
+        del events[:]
+        assert compiled(4.5).tolist() == expected.tolist()
+    assert {file.name for file in entries(tmp_path)} == {file.name for file in whole}
+    assert all(zlib.decompress(file.read_bytes()) for file in entries(tmp_path))
+    with kept_programs(str(tmp_path), print):
+        del events[:]
+        compiled(4.5)
+        assert events.count("/jax/compilation_cache/cache_hits") == len(whole)
+    assert not recwarn.list
+
+
+def test_a_file_that_is_damaged_while_the_run_goes_costs_a_compilation_only(tmp_path, recwarn):
+    with kept_programs(str(tmp_path), print):
+        expected = compiled(5.5)
+        for file in entries(tmp_path):
+            file.write_bytes(file.read_bytes()[:20])
+        assert compiled(5.5).tolist() == expected.tolist()
+    assert not recwarn.list, "nothing that a person has to know"
+
+
+def test_beyond_the_limit_what_was_used_longest_ago_goes(tmp_path, monkeypatch):
+    with kept_programs(str(tmp_path), print):
+        for factor in (6.5, 7.5, 8.5):
+            compiled(factor)
+    found = sorted(entries(tmp_path), key=lambda file: "times" not in file.name)
+    for age, file in enumerate(found):
+        os.utime(file, (10**9 - age, 10**9 - age))
+    sizes = [file.stat().st_size for file in found]
+    monkeypatch.setattr(module, "LIMIT", sum(sizes[:2]))
+    with kept_programs(str(tmp_path), print):
+        assert set(entries(tmp_path)) == set(found[:2])
+
+
+def test_another_kind_of_machine_has_a_folder_of_its_own(tmp_path, monkeypatch, events):
+    with kept_programs(str(tmp_path), print) as here:
+        compiled(9.5)
+    monkeypatch.setattr(module, "_machine", lambda: "other")
+    with kept_programs(str(tmp_path), print) as there:
+        compiled(9.5)
+    assert here != there and not events.count("/jax/compilation_cache/cache_hits")
