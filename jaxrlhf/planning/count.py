@@ -85,8 +85,19 @@ class _Counter:
             total.collectives += one.collectives
             total.unknown_loops += one.unknown_loops
         total.peak = _Memory(graph, inner, self._reusable(graph, donated)).peak()
+        if computation is self.module.main:
+            copied = self._copied(graph)
+            total.peak += copied
+            total.bytes += 2 * copied
         self._done[computation.name] = total
         return total
+
+    def _copied(self, graph: Graph) -> int:
+        """Bytes of results that are an argument, or another result, as it is: each has memory of its own."""
+        own = [key for leaf, key in enumerate(graph.outputs) if leaf not in self.module.aliases]
+        given = [key for key in own if graph.instruction(key[0]).op == "parameter"]
+        again = [key for key in set(own) - set(given) for _ in range(own.count(key) - 1)]
+        return sum(graph.bytes(key) for key in (*given, *again))
 
     def _kernel(self, graph: Graph, kernel: Kernel) -> Count:
         instruction = kernel.instruction

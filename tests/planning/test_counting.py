@@ -118,6 +118,13 @@ def test_what_is_given_away_is_taken_over():
     assert (given.outputs, given.peak) == (0, 0)
 
 
+def test_what_is_given_back_as_it_came_is_copied():
+    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # without, jax itself hands it through
+    found = _counted(lambda x, y: (x, y + 1.0), X, X, out_shardings=placed)
+    assert (found.peak, found.outputs, found.temporaries) == (2 * 4 * N * N, 2 * 4 * N * N, 0)
+    assert found.bytes == 4 * 4 * N * N
+
+
 def test_a_row_written_into_a_cache_moves_the_row():
     cache, row = jax.ShapeDtypeStruct((4096, 256), jnp.float32), jax.ShapeDtypeStruct((1, 256), jnp.float32)
     write = lambda c, r: jax.lax.dynamic_update_slice(c, r, (7, 0))  # noqa: E731
