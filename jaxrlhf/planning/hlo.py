@@ -17,6 +17,7 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _LINE = re.compile(r"^\s*(ROOT\s+)?%?([\w.-]+) = ")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.-]+)\s*\(.*->.*\{\s*$")
 _CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
+_LITERAL = ("constant", "parameter")  # what stands in their parentheses is no name
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -102,7 +103,11 @@ def parse(text: str) -> Module:
             name, root, instructions = header[2], "", {}
             entry = name if header[1] else entry
         elif match := _LINE.match(line):
-            instructions[match[2]] = _instruction(match[2], line[match.end() :])
+            instruction = _instruction(match[2], line[match.end() :])
+            for operand in instruction.operands if instruction.op not in _LITERAL else ():
+                if "#" in operand and operand not in instructions:
+                    instructions[operand] = _element(operand, instructions)
+            instructions[match[2]] = instruction
             root = match[2] if match[1] else root
     if not entry:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
@@ -115,7 +120,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     kind, rest = _until_closed(rest) if rest.startswith("(") else rest.split(" ", 1)
     op, rest = rest.strip().split("(", 1)
     given, attributes = _until_closed("(" + rest)
-    if op in ("constant", "parameter"):
+    if op in _LITERAL:
         operands: tuple[str, ...] = (given[1:-1],)
     else:
         operands = tuple(part.split()[-1].lstrip("%") for part in _split(given[1:-1]))
@@ -123,6 +128,13 @@ def _instruction(name: str, rest: str) -> Instruction:
         Array(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(kind)
     )
     return Instruction(name, op, arrays, operands, attributes)
+
+
+def _element(name: str, instructions: dict[str, Instruction]) -> Instruction:
+    """`tuple.3#1`, as newer texts write the element of a tuple where it is used: as if it had a line of its own."""
+    whole, index = name.split("#")
+    array = instructions[whole].arrays[int(index)]
+    return Instruction(name, "get-tuple-element", (array,), (whole,), f", index={index}")
 
 
 def _until_closed(text: str) -> tuple[str, str]:
