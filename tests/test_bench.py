@@ -57,7 +57,8 @@ def measured(model, small_machine, tmp_path_factory):
     """What the command wrote of the tiny work, in bfloat16, where LoRA pairs are products of their own."""
     target = tmp_path_factory.mktemp("bench") / "bench.json"
     arguments = ["--config", CONFIG, "--json", str(target), "--repeats", "3", "--iterations", "2", "--count"]
-    assert bench.main([*arguments, f"model.path={model}", "model.dtype=bfloat16", "ppo.update.epochs=2", *TINY]) == 0
+    arguments += [f"model.path={model}", "model.dtype=bfloat16", "ppo.update.epochs=2", *TINY]
+    assert bench.main([*arguments, f"compiler_options.experience.xla_dump_to={target.parent / 'dump'}"]) == 0
     return json.loads(target.read_text())
 
 
@@ -85,6 +86,12 @@ def test_every_program_of_an_iteration_is_there_with_finite_positive_figures(mea
     assert tokens == dict.fromkeys(("rollout", "reward", "annotate", "experience"), B * R) | {"update": 2 * B * R}
     without_products = [p["name"] for p in stage["programs"] if not p["flops"]]
     assert without_products == ["experience"]
+
+
+def test_a_program_is_timed_with_the_options_of_its_name(measured):
+    (options,) = measured["model"]["compiler_options"].values()
+    dumped = {file.name.split(".")[1] for file in Path(options["xla_dump_to"]).glob("*jit_*")}
+    assert dumped == {"jit__probe", "jit_experience"}  # the first asks XLA whether it knows the option
 
 
 def test_shares_fit_their_parts(measured):
@@ -140,9 +147,10 @@ def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured)
         (["ppo.update.minibatches=7"], "ppo.update.minibatches"),
         (["ppo.sampling.max_new_tokens=1000"], "192 positions"),
         (["ppo.sampling.temperature=0"], "ppo.sampling.temperature"),
+        (["compiler_options.rollout.xla_no=1"], "compiler_options.rollout.xla_no"),
         (["ppo.bach_size=3"], "ppo.batch_size"),
     ],
-    ids=["repeats", "json", "model", "minibatches", "positions", "greedy", "key"],
+    ids=["repeats", "json", "model", "minibatches", "positions", "greedy", "option", "key"],
 )
 def test_bad_input_stops_with_one_line(arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

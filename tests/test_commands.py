@@ -84,6 +84,7 @@ BAD = {
     "reward function without signature": ([*PPO, "ppo.reward.function='builtins:max'"], r"builtins:max"),
     "greedy PPO": ([*PPO, "ppo.sampling.temperature=0"], r"temperature"),
     "mesh does not fit": ([*SFT, "mesh.data=3"], r"mesh"),
+    "option that XLA lacks": (["compiler_options.update.xla_no=1"], r"compiler_options\.update\.xla_no: .*no such"),
     "batch does not parse": (["seed=[1"], r"seed"),
 }
 

@@ -80,6 +80,9 @@ def test_file_and_defaults(write):
         ("sft.adapter.target_modules=[q_proj, v_proj]", lambda c: c.sft.adapter.target_modules, ("q_proj", "v_proj")),
         ("ppo.sampling.stop_tokens=[1, 2]", lambda c: c.ppo.sampling.stop_tokens, (1, 2)),
         ("ppo.gold=my.module:function", lambda c: c.ppo.gold, "my.module:function"),
+        ("compiler_options.all.xla_a=true", lambda c: c.compiler_options, {"all": {"xla_a": True}}),
+        ("compiler_options={merge: {xla_a: B}}", lambda c: c.compiler_options, {"merge": {"xla_a": "B"}}),
+        ("compiler_options=null", lambda c: c.compiler_options, {}),
         ("run_dir=a=b", lambda c: c.run_dir, "a=b"),
         ("run_dir=2024-01-01", lambda c: c.run_dir, "2024-01-01"),
         ("run_dir=no", lambda c: c.run_dir, "no"),
@@ -112,7 +115,8 @@ def test_sections_that_share_an_anchor_are_overridden_apart(write):
 
 def test_dump_loads_back_to_an_equal_config(write):
     odd = ["run_dir='1e-4'", "model.tokenizer='no'", "sft.optimizer.learning_rate=1e-5", "ppo.gold='null'",
-           "sft.data.text_field='12:30'", "sft.data.split='é: # x'", "ppo.kl.horizon=1e16"]  # fmt: skip
+           "sft.data.text_field='12:30'", "sft.data.split='é: # x'", "ppo.kl.horizon=1e16",
+           "compiler_options={all: {xla_a: true}, update: {xla_b: '1'}}"]  # fmt: skip
     config = load_config(write(FULL), odd)
     text = dump_config(config)
     assert load_config(write(text)) == config
@@ -205,6 +209,11 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("stages=[ppo, sft]", "stages run in the order sft, reward_model, ppo, each once; given ['ppo', 'sft']"),
         ("model.new.heads=3", "model.new: heads (3) must be a multiple of kv_heads (2)"),
         ("mesh.tensor=-1", "mesh: axes are at least 1, and one of them may be -1; given"),
+        ("compiler_options.rolout.xla_a=1", "compiler_options: there is no program rolout; the nearest is rollout"),
+        ("compiler_options={zzz: {xla_a: 1}}", "compiler_options: there is no program zzz; known ones: all, rollout, "),
+        ("compiler_options.update=fast", "compiler_options: update takes options by name, such as {"),
+        ("compiler_options.update.xla_a=[1]", "compiler_options: update.xla_a must be true, false, a number or text"),
+        ("compiler_options=fast", 'compiler_options must be mapping of names; given the text "fast"'),
         # the value
         ("seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed=!!python/object:os.system x", "not valid YAML: could not determine a constructor"),

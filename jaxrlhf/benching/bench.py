@@ -16,6 +16,7 @@ from jaxrlhf.planning.compiling import measure
 from jaxrlhf.planning.count import Layout
 from jaxrlhf.planning.shapes import Shapes, read_model
 from jaxrlhf.runtime.compilation_cache import compiled_anew
+from jaxrlhf.runtime.compiler_options import compiled_with
 from jaxrlhf.runtime.mesh import make_mesh
 from jaxrlhf.runtime.programs import peak_memory_bytes
 
@@ -51,7 +52,8 @@ def _bench(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> Bench
     say("measures the machine")
     before = measure_rates(config.model.dtype, mesh.size)
     forget_peak()
-    stages = [time_stage(stage, shapes, asked.repeats, asked.iterations, say) for stage in config.stages]
+    with compiled_with(config.compiler_options):
+        stages = [time_stage(stage, shapes, asked.repeats, asked.iterations, say) for stage in config.stages]
     peak = peak_memory_bytes()
     say("measures the machine again")
     after = measure_rates(config.model.dtype, mesh.size)
@@ -62,4 +64,5 @@ def _bench(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> Bench
             programs = measure(stage, shapes, layout, say)
             counted[stage] = {name: found.count.flops * mesh.size for name, found in programs.items()}
     about = {"parameters": parameters, "layers": model.layers, "dtype": config.model.dtype}
+    about["compiler_options"] = config.compiler_options
     return Bench(describe(mesh.size), before, after, about, asked.lengths, stages, counted, peak)

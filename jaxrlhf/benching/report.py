@@ -17,7 +17,7 @@ class Bench:
     machine: dict[str, Any]
     before: Rates
     after: Rates
-    model: dict[str, Any]  # parameters, layers, dtype
+    model: dict[str, Any]  # parameters, layers, dtype, compiler_options
     lengths: str
     stages: list[StageTimes]
     counted: dict[str, dict[str, float]]  # stage -> program -> flops as compiled; empty: not asked
@@ -110,6 +110,8 @@ def as_text(bench: Bench) -> str:
         f"{_rate(bench.after.flops).strip()}), memory {_rate(rates.bytes)}B/s (before "
         f"{_rate(bench.before.bytes).strip()}, after {_rate(bench.after.bytes).strip()}); limits are the better ones",
     ]
+    for program, options in bench.model["compiler_options"].items():
+        lines.append(f"compiler_options.{program}: {', '.join(f'{name}={value}' for name, value in options.items())}")
     for stage in found["stages"]:
         lines += ["", *_stage_text(stage)]
     lines += ["", f"peak memory {bench.peak_bytes / MIB:,.0f} MiB" + _whose(machine["backend"]), "", *_NOTES]

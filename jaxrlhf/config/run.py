@@ -1,8 +1,9 @@
 """A whole run: the model, the mesh, and one section per stage."""
 
-from typing import Literal
+import difflib
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jaxrlhf.config.base import (
     REMAT,
@@ -25,6 +26,12 @@ from jaxrlhf.config.steps import (
     Sampling,
     ScoreConfig,
 )
+
+# What `compiler_options` may name: the programs that runs compile, each under the name that it is made with.
+PROGRAMS = (
+    "all", "rollout", "rollout_greedy", "merge", "annotate", "experience", "update", "reward", "sft_update",
+    "sft_evaluate", "reward_model_update", "pair_scores",
+)  # fmt: skip
 
 
 class NewModelConfig(Settings):
@@ -195,8 +202,24 @@ class RunConfig(Settings):
     reward_model: RewardModelConfig | None = Field(None, description="settings of the reward_model stage")
     ppo: PPOStageConfig | None = Field(None, description="settings of the ppo stage")
     compilation_cache: str | None = Field("auto", min_length=1, description="folder where compiled programs are kept for the next start; auto: JAX_COMPILATION_CACHE_DIR, else jaxrlhf/xla in the user's cache folder; null: nowhere")
+    compiler_options: dict[str, Any] = Field({}, description=f"program -> option of XLA -> value, such as {{rollout: {{xla_gpu_enable_command_buffer: WHILE}}}}; programs: {', '.join(PROGRAMS)}")
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="what is kept of the run while it goes")
     health: HealthConfig = Field(HealthConfig(), description="when a run is not learning any more")
+
+    @field_validator("compiler_options")
+    @classmethod
+    def _options_of_programs(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for program, options in given.items():
+            if program not in PROGRAMS:
+                near = difflib.get_close_matches(program, PROGRAMS, n=1)
+                known = f"the nearest is {near[0]}" if near else f"known ones: {', '.join(PROGRAMS)}"
+                raise ValueError(f"there is no program {program}; {known}")
+            if not isinstance(options, dict):
+                raise ValueError(f"{program} takes options by name, such as {{xla_gpu_triton_gemm_any: true}}")
+            for option, value in options.items():
+                if not isinstance(value, bool | int | float | str):
+                    raise ValueError(f"{program}.{option} must be true, false, a number or text")
+        return given
 
     @model_validator(mode="after")
     def _sections(self) -> "RunConfig":

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from jaxrlhf.runtime.compiler_options import options_of
+
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 _running: list["Program"] = []  # programs being called, innermost last; dispatch is on the main thread
 
@@ -18,7 +20,8 @@ class Program:
 
     `compiles` stays at 1 as long as every call has the shapes, dtypes, static values and placement of the first.
     A change of placement alone (another sharding, or an array that was not yet committed to its device) compiles
-    again without tracing again, so both are counted and the larger number is told.
+    again without tracing again, so both are counted and the larger number is told. XLA gets the options that stand
+    under its name where it is made: `compiler_options.compiled_with`.
     """
 
     def __init__(self, function: Callable, name: str, mesh: jax.sharding.Mesh | None = None, **jit_options: Any):
@@ -32,7 +35,7 @@ class Program:
         self.name = name
         self.traces = 0
         self._backend_compiles = 0
-        self._jitted = jax.jit(traced, **jit_options)
+        self._jitted = jax.jit(traced, compiler_options=options_of(name), **jit_options)
 
     @property
     def compiles(self) -> int:

@@ -18,6 +18,7 @@ _FREE = (
 _ROUNDING = ("ppo.sampling.halvings", "ppo.update.buckets")
 # What is kept of a forward pass, and what is computed again: the same numbers, but for rounding.
 _REMAT = ("sft.remat", "reward_model.remat", "ppo.update.remat")
+_OPTIONS = "compiler_options"  # what XLA makes of the same operations; a section by program
 # Which checkpoints there are to choose from: free as long as nothing is chosen.
 _CHOICE = ("checkpoints.best", "checkpoints.best_is", "sft.save_every", "reward_model.save_every", "ppo.save_every")
 _SAID = "sums may round otherwise, so what follows need not be bit for bit what it would have been"
@@ -35,7 +36,7 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
             return config.checkpoints.result == "last"
         if key == MORE_ITERATIONS:
             return isinstance(before, int) and after > before and _same_steps_in_longer_runs(config)
-        return key in (*_FREE, *_ROUNDING, *_REMAT, *_MESH)
+        return key in (*_FREE, *_ROUNDING, *_REMAT, *_MESH) or key.split(".")[0] == _OPTIONS
 
     return free
 
@@ -43,9 +44,9 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
 def told(change: Change) -> str | None:
     """What a person is told of a change that is allowed; None where only its spelling is another."""
     key, before, after = change
-    if key not in _REMAT:
+    if key not in _REMAT and key.split(".")[0] != _OPTIONS:
         return described(change)
-    if remat_policy(before) == after:
+    if remat_policy(before) == after or (key == _OPTIONS and not after):  # a run from before there were any
         return None
     return f"{described(change)}: {_SAID}"
 

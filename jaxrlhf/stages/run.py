@@ -13,6 +13,7 @@ from jaxrlhf.config_io import dump_config
 from jaxrlhf.errors import UserError
 from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.compilation_cache import kept_programs
+from jaxrlhf.runtime.compiler_options import compiled_with
 from jaxrlhf.runtime.lock import RunLock
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
@@ -40,6 +41,7 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
         stop,
     )
     with contextlib.ExitStack() as open_things:
+        open_things.enter_context(compiled_with(config.compiler_options))
         lock = open_things.enter_context(RunLock(folder, writes, run.say))
         for log in run.logs.values():
             open_things.enter_context(contextlib.closing(log))

@@ -48,6 +48,7 @@ ERRORS = {
     "microbatch": (["--devices", "1", "sft.microbatch_size=5"], "sft.microbatch_size: 16 rows cannot be split"),
     "length": (["--devices", "1", "sft.max_length=300"], "sft.max_length: 300 tokens, but the model has 256 positions"),
     "no-model": (["--devices", "1", "model={path: nowhere/at all}"], "nowhere/at all: no such folder with a config"),
+    "option": (["--devices", "1", "compiler_options.all.xla_no=1"], "compiler_options.all.xla_no: .*no such option"),
     "key": (["--devices", "1", "sft.batchsize=12"], "sft.batchsize"),
 }
 PLANS = {

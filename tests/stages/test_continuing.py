@@ -339,3 +339,11 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(workshop, tmp_path):
         assert same(workshop, disk / "run")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_goes_on_with_other_compiler_options_and_says_so(workshop, run, tmp_path, capsys):
+    dump = tmp_path / "dump"
+    options = [f"compiler_options.sft_update.xla_dump_to={dump}", "compilation_cache=null"]
+    assert command(workshop, run, *options) == 0
+    assert "compiler_options.sft_update was absent, is now a section: sums may round" in capsys.readouterr().err
+    assert {file.name.split(".")[1] for file in dump.glob("*jit_*")} == {"jit__probe", "jit_sft_update"}

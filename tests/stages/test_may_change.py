@@ -40,6 +40,9 @@ def _with(path: str, value) -> RunConfig:
         (("ppo.sampling.halvings", None, 3), {}, True),
         (("sft.remat", "none", "full"), {}, True),
         (("ppo.update.remat", False, "none"), {}, True),  # as it was once spelled
+        (("compiler_options", "absent", {}), {}, True),
+        (("compiler_options.update", "absent", {"xla_a": 1}), {}, True),
+        (("compiler_options.update.xla_a", 1, 2), {}, True),
         (("mesh.data", 8, 4), {}, True),
         (("ppo.save_every", 10, 5), {}, True),
         (("ppo.save_every", 10, 5), {"checkpoints": BEST}, False),  # other checkpoints to choose from
@@ -81,3 +84,19 @@ def test_a_run_from_before_remat_had_policies_goes_on(tmp_path, before, after, s
     assert all("ppo.update.remat was" in line and "bit for bit" in line for line in lines)
     open_run(tmp_path, text, may_change=may_change(config))
     assert (tmp_path / "config.yaml").read_text() == text
+
+
+def test_a_run_from_before_compiler_options_goes_on_and_other_ones_are_told(tmp_path):
+    config = _with("run_dir", str(tmp_path))
+    text = dump_config(config)
+    (tmp_path / "config.yaml").write_text(text.replace("compiler_options: {}\n", ""))
+    changes = check_run(tmp_path, text, may_change(config))
+    assert len(changes) == 1 and told(changes[0]) is None
+    open_run(tmp_path, text, may_change=may_change(config))
+    config = config.model_copy(update={"compiler_options": {"update": {"xla_gpu_triton_gemm_any": True}}})
+    changes = check_run(tmp_path, dump_config(config), may_change(config))
+    (line,) = map(told, changes)
+    assert line.startswith("compiler_options.update was absent") and "bit for bit" in line
+    open_run(tmp_path, dump_config(config), may_change=may_change(config))
+    (line,) = map(told, check_run(tmp_path, text, may_change(config)))  # and back
+    assert line.startswith("compiler_options.update was a section, is now absent") and "bit for bit" in line
