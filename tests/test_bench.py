@@ -147,10 +147,11 @@ def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured)
         (["ppo.update.minibatches=7"], "ppo.update.minibatches"),
         (["ppo.sampling.max_new_tokens=1000"], "192 positions"),
         (["ppo.sampling.temperature=0"], "ppo.sampling.temperature"),
+        (["model.attention=cudnn", "model.dtype=bfloat16"], "model.attention: cudnn is for NVIDIA GPUs"),
         (["compiler_options.rollout.xla_no=1"], "compiler_options.rollout.xla_no"),
         (["ppo.bach_size=3"], "ppo.batch_size"),
     ],
-    ids=["repeats", "json", "model", "minibatches", "positions", "greedy", "option", "key"],
+    ids=["repeats", "json", "model", "minibatches", "positions", "greedy", "attention", "option", "key"],
 )
 def test_bad_input_stops_with_one_line(arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

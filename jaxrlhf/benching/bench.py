@@ -11,6 +11,7 @@ from jaxrlhf.benching.running import time_stage
 from jaxrlhf.config import RunConfig
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters
+from jaxrlhf.models.fused_attention import check_device
 from jaxrlhf.planning.checks import check
 from jaxrlhf.planning.compiling import measure
 from jaxrlhf.planning.count import Layout
@@ -47,7 +48,9 @@ def _bench(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> Bench
         say(note)
     if "ppo" in config.stages and config.ppo.sampling.temperature == 0:
         raise UserError("ppo.sampling.temperature: PPO samples; 0 is greedy, give a number above 0 such as 1.0")
-    shapes = Shapes(config, mesh, model)
+    if config.model.attention == "cudnn":
+        check_device(model, config.model.dtype)
+    shapes = Shapes(config, mesh, dataclasses.replace(model, attention=config.model.attention))
     parameters = sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base()).values())
     say("measures the machine")
     before = measure_rates(config.model.dtype, mesh.size)
@@ -61,8 +64,8 @@ def _bench(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> Bench
     if asked.count:
         layout = Layout(dict(mesh.shape))
         for stage in config.stages:
-            programs = measure(stage, shapes, layout, say)
+            programs = measure(stage, dataclasses.replace(shapes, model=model), layout, say)  # with XLA's attention
             counted[stage] = {name: found.count.flops * mesh.size for name, found in programs.items()}
     about = {"parameters": parameters, "layers": model.layers, "dtype": config.model.dtype}
-    about["compiler_options"] = config.compiler_options
+    about |= {"attention": config.model.attention, "compiler_options": config.compiler_options}
     return Bench(describe(mesh.size), before, after, about, asked.lengths, stages, counted, peak)

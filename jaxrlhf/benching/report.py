@@ -17,7 +17,7 @@ class Bench:
     machine: dict[str, Any]
     before: Rates
     after: Rates
-    model: dict[str, Any]  # parameters, layers, dtype, compiler_options
+    model: dict[str, Any]  # parameters, layers, dtype, attention, compiler_options
     lengths: str
     stages: list[StageTimes]
     counted: dict[str, dict[str, float]]  # stage -> program -> flops as compiled; empty: not asked
@@ -105,7 +105,7 @@ def as_text(bench: Bench) -> str:
     lines = [
         f"{machine['devices']} x {machine['device']} ({machine['backend']}, {machine['cores']} cores), jax "
         f"{machine['jax']}; {bench.model['parameters']:,} parameters in {bench.model['layers']} layers, "
-        f"{bench.model['dtype']}; answers of {bench.lengths} length",
+        f"{bench.model['dtype']}, attention by {bench.model['attention']}; answers of {bench.lengths} length",
         f"products {_rate(rates.flops)}FLOP/s (before {_rate(bench.before.flops).strip()}, after "
         f"{_rate(bench.after.flops).strip()}), memory {_rate(rates.bytes)}B/s (before "
         f"{_rate(bench.before.bytes).strip()}, after {_rate(bench.after.bytes).strip()}); limits are the better ones",

@@ -62,6 +62,7 @@ class ModelConfig(Settings):
     new: NewModelConfig | None = Field(None, description="make a new decoder from random weights")
     tokenizer: str | None = Field(None, description="tokenizer folder or hub id; null: the model's own")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the base in memory")
+    attention: Literal["xla", "cudnn"] = Field("xla", description="what computes attention over whole sequences; cudnn: fused, on NVIDIA GPUs, in bfloat16 or float16")
     quantize: Literal["int8", "nf4"] | None = Field(None, description="keep the base's linear layers as 8-bit or 4-bit codes, under LoRA adapters; null: no, or as in run")
 
     @model_validator(mode="after")
@@ -69,6 +70,8 @@ class ModelConfig(Settings):
         given = [name for name in ("path", "run", "new") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, run, new; given: {', '.join(given) or 'none'}")
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise ValueError("attention is cudnn, which takes no float32; give dtype bfloat16 or float16, or attention xla")
         if self.quantize is not None and self.new is not None:
             raise ValueError("quantize is for a base that stays as it is; one made with new is to be trained whole")
         return self

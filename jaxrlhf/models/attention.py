@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.fused_attention import attend_fused
+
 _BLOCKS, _LEAST_QUERIES = 4, 32  # more or smaller blocks of attention save less than they cost
 
 
@@ -119,13 +121,17 @@ def attend_causal(
     mask_BTS: jax.Array,
     scale: float | None = None,
     softcap: float | None = None,
+    implementation: str = "xla",
 ) -> jax.Array:
     """`attend` where the queries are the last T of S slots, and none sees a slot behind its own.
 
-    On a CPU in blocks of queries, each with the keys up to its end: of the products above the diagonal, which the mask
-    throws away, few are computed.
+    `implementation` is xla, or cudnn, which has no soft cap (`fused_attention`). XLA's on a CPU goes in blocks of
+    queries, each with the keys up to its end: of the products above the diagonal, which the mask throws away, few are
+    computed.
     """
     T, S = mask_BTS.shape[1:]
+    if implementation == "cudnn" and T > 1 and softcap is None:
+        return attend_fused(q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3), mask_BTS, scale)
     if jax.default_backend() != "cpu":
         return attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, softcap)
     size = max(_LEAST_QUERIES, -(-T // _BLOCKS))

@@ -8,6 +8,7 @@ B rows, T positions, S cache positions, D hidden, V vocabulary, N query heads, K
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -97,6 +98,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     initializer_range: float = 0.02
+    attention: str = "xla"  # what computes that of whole sequences: xla or cudnn; no part of what the model is
     family: str = "llama"
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
@@ -206,7 +208,7 @@ class Attention(nnx.Module):
             q_BTNH = rotate(q_BTNH, Turns(*(x[:, first:] for x in turns)))
             k_BTKH = rotate(k_BTKH, turns)
         fresh = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
-        run = attend_causal if cache is None else attend
+        run = attend if cache is not None else functools.partial(attend_causal, implementation=config.attention)
         cache = fresh if cache is None else cache.with_new(fresh, at)
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
         out_BTNH = run(q_BTNH, cache.k, cache.v, mask_BTS[:, first:], scale, config.attention_softcap)
@@ -373,6 +375,16 @@ class _Initializer:
 def abstract_decoder(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Decoder:
     """A decoder of `jax.ShapeDtypeStruct`s: the shapes, without the memory."""
     return jax.eval_shape(lambda: Decoder(config, jax.random.key(0), dtype))
+
+
+def with_attention(model: Decoder, implementation: str) -> Decoder:
+    """The same model, same arrays, whose attention over whole sequences that implementation computes."""
+    leaves, structure = jax.tree.flatten(model)
+    model = jax.tree.unflatten(structure, leaves)
+    model.config = dataclasses.replace(model.config, attention=implementation)
+    for block in model.layers:
+        block.attention.config = model.config
+    return model
 
 
 def named_parameters(tree) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ import jax
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.models.decoder import DecoderConfig
+from jaxrlhf.models.fused_attention import check_model
 from jaxrlhf.runtime.compiler_options import check_options
 from jaxrlhf.runtime.mesh import BATCH_AXES, check_batch, uneven_rows
 from jaxrlhf.stages.settings import check_length, check_microbatches, check_minibatches
@@ -16,6 +17,8 @@ BATCHES = {"sft": "sft.batch_size", "reward_model": "reward_model.batch_size", "
 def check(config: RunConfig, mesh: jax.sharding.Mesh, model: DecoderConfig) -> list[str]:
     """What is worth knowing of how rows fall on the mesh; `UserError` where a run would refuse the settings."""
     check_options(config.compiler_options)
+    if config.model.attention == "cudnn":
+        check_model(model, mesh.shape["tensor"])
     notes = []
     for stage in config.stages:
         section = getattr(config, stage)

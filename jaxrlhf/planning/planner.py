@@ -122,6 +122,8 @@ def _make_plan(config: RunConfig, asked: Asked, devices: Sequence[jax.Device], s
     mesh = make_mesh(config.mesh, devices)
     model = read_model(config.model)
     notes = check(config, mesh, model)
+    if config.model.attention != "xla":
+        notes.append(f"attention is planned as XLA computes it, not {config.model.attention}, which may hold less")
     shapes = Shapes(config, mesh, model)
     layout = Layout(dict(mesh.shape), asked.per_host)
     stages = [_stage_plan(stage, shapes, layout, asked, say) for stage in config.stages]

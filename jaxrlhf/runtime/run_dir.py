@@ -18,7 +18,7 @@ import yaml
 from jaxrlhf.errors import Fault, UserError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-_ABSENT = "absent"
+ABSENT = "absent"  # what a key has that was not there
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 Change = tuple[str, Any, Any]  # key path, old value, new value
 
@@ -117,7 +117,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> li
     found = []
     for key in [*new, *(key for key in old if key not in new)]:
         path = f"{above}.{key}" if above else str(key)
-        before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        before, after = old.get(key, ABSENT), new.get(key, ABSENT)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, path)
         # 1 and True, or 1 and 1.0, are equal in Python and yet different settings.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.base import remat_policy
-from jaxrlhf.runtime.run_dir import Change, described
+from jaxrlhf.runtime.run_dir import ABSENT, Change, described
 
 # Where the run lies (it may be moved), where compiled programs are kept, when something is saved or shown, how long a
 # stop may take, what is borne.
@@ -18,7 +18,9 @@ _FREE = (
 _ROUNDING = ("ppo.sampling.halvings", "ppo.update.buckets")
 # What is kept of a forward pass, and what is computed again: the same numbers, but for rounding.
 _REMAT = ("sft.remat", "reward_model.remat", "ppo.update.remat")
-_OPTIONS = "compiler_options"  # what XLA makes of the same operations; a section by program
+# What computes attention, and what XLA makes of the same operations (a section by program).
+_ATTENTION, _OPTIONS = "model.attention", "compiler_options"
+_DEFAULTS = {_ATTENTION: "xla", _OPTIONS: {}}  # which is how runs went that were begun before there was a choice
 # Which checkpoints there are to choose from: free as long as nothing is chosen.
 _CHOICE = ("checkpoints.best", "checkpoints.best_is", "sft.save_every", "reward_model.save_every", "ppo.save_every")
 _SAID = "sums may round otherwise, so what follows need not be bit for bit what it would have been"
@@ -36,7 +38,7 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
             return config.checkpoints.result == "last"
         if key == MORE_ITERATIONS:
             return isinstance(before, int) and after > before and _same_steps_in_longer_runs(config)
-        return key in (*_FREE, *_ROUNDING, *_REMAT, *_MESH) or key.split(".")[0] == _OPTIONS
+        return key in (*_FREE, *_ROUNDING, *_REMAT, _ATTENTION, *_MESH) or key.split(".")[0] == _OPTIONS
 
     return free
 
@@ -44,9 +46,9 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
 def told(change: Change) -> str | None:
     """What a person is told of a change that is allowed; None where only its spelling is another."""
     key, before, after = change
-    if key not in _REMAT and key.split(".")[0] != _OPTIONS:
+    if key not in (*_REMAT, _ATTENTION) and key.split(".")[0] != _OPTIONS:
         return described(change)
-    if remat_policy(before) == after or (key == _OPTIONS and not after):  # a run from before there were any
+    if after == (_DEFAULTS.get(key) if before == ABSENT else remat_policy(before)):
         return None
     return f"{described(change)}: {_SAID}"
 

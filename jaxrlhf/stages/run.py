@@ -11,6 +11,8 @@ import jax
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import with_attention
+from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.compilation_cache import kept_programs
 from jaxrlhf.runtime.compiler_options import compiled_with
@@ -57,6 +59,10 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         lock.take()
     check_none_gone(config)
     roles = load_roles(config, run.mesh)
+    if config.model.attention == "cudnn":
+        check_model(roles.base.config, run.mesh.shape["tensor"])
+        check_device(roles.base.config, config.model.dtype)
+        roles.base = with_attention(roles.base, "cudnn")
     finished = finished_stages(config.run_dir)
     again = {"ppo"} & {*finished} if MORE_ITERATIONS in [key for key, *_ in changes] else set()
     todo = [stage for stage in config.stages if stage not in finished or stage in again]

@@ -48,6 +48,10 @@ ERRORS = {
     "microbatch": (["--devices", "1", "sft.microbatch_size=5"], "sft.microbatch_size: 16 rows cannot be split"),
     "length": (["--devices", "1", "sft.max_length=300"], "sft.max_length: 300 tokens, but the model has 256 positions"),
     "no-model": (["--devices", "1", "model={path: nowhere/at all}"], "nowhere/at all: no such folder with a config"),
+    "attention": (
+        ["--devices", "16", "mesh.tensor=16", "model.attention=cudnn", "model.dtype=bfloat16"],
+        "model.attention: cudnn .* 8 and 8 heads cannot both be split over mesh.tensor=16",
+    ),
     "option": (["--devices", "1", "compiler_options.all.xla_no=1"], "compiler_options.all.xla_no: .*no such option"),
     "key": (["--devices", "1", "sft.batchsize=12"], "sft.batchsize"),
 }
