@@ -51,7 +51,7 @@ class Sampling(Settings):
     pad_token: NonNegativeInt | None = Field(None, description="token id after the end; null: the model's own")
     samples_per_prompt: PositiveInt = Field(1, description="answers to each prompt: a group, from one prefill")
     halvings: NonNegativeInt = Field(
-        3, description="how often the rows that decoding computes are halved, down to 4, as answers end; each compiles the step once more; 0: off"
+        4, description="how often the rows that decoding computes are halved as answers end; each compiles the step once more; 0: off"
     )
 
 

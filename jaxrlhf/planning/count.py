@@ -289,14 +289,17 @@ def groups_of(attributes: str, devices: int) -> np.ndarray:
         moved = found[found[:, 0] != found[:, 1]]
         return moved if len(moved) else np.arange(devices)[:, None]
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))?\s*\{(.*?)\}", attributes):
-        sizes = [int(n) for n in re.findall(r"=(\d+)", mesh[1])]
-        ids = _iota(mesh[2], math.prod(sizes)) if mesh[2] else np.arange(math.prod(sizes))
-        return _along(ids.reshape(sizes), re.findall(r"'axis_(\d+)'(?::\((\d+)\)(\d+))?", mesh[3]))
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        ids = _iota(mesh[2], math.prod(axes.values())) if mesh[2] else np.arange(math.prod(axes.values()))
+        along = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh[3])
+        return _along(ids.reshape(*axes.values()), [(list(axes).index(name), *part) for name, *part in along])
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         shape = [int(n) for n in iota[1].split(",")]
         return _iota(iota[2], math.prod(shape)).reshape(shape)
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
         return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+    if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
+        raise ValueError(f"groups of devices in a spelling that is not known: {attributes[:200]}")
     return np.arange(devices)[None]  # no groups given: all devices
 
 
@@ -307,10 +310,10 @@ def _iota(text: str, size: int) -> np.ndarray:
     return (numbers.transpose([int(n) for n in shape[2].split(",")]) if shape[2] else numbers).reshape(-1)
 
 
-def _along(ids: np.ndarray, axes: list[tuple[str, str, str]]) -> np.ndarray:
+def _along(ids: np.ndarray, axes: list[tuple[int, str, str]]) -> np.ndarray:
     """Groups that run along these axes; an axis may be cut in (before, size, after) and taken in part."""
     sizes, taken = [], []
-    cuts = {int(axis): (int(before or 1), int(size or ids.shape[int(axis)])) for axis, before, size in axes}
+    cuts = {axis: (int(before or 1), int(size or ids.shape[axis])) for axis, before, size in axes}
     for axis, size in enumerate(ids.shape):
         before, part = cuts.get(axis, (1, 1))
         taken.append(len(sizes) + 1)

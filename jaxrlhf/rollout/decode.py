@@ -123,7 +123,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
 
 
 def _sizes(rows: int, halvings: int) -> list[int]:
-    """How many rows are at work, from all on: down to 4, where a step takes as long with fewer.
+    """How many rows are at work, from all on.
 
     Rows that lie on several devices stay at work there: to move their caches takes longer.
     """
@@ -131,7 +131,7 @@ def _sizes(rows: int, halvings: int) -> list[int]:
     if any(mesh.shape.get(axis, 1) > 1 for axis in BATCH_AXES):
         return [rows]
     smaller = (-(-rows // 2**i) for i in range(1, halvings + 1))
-    return [rows, *(size for size in smaller if 4 <= size < rows)]
+    return [rows, *dict.fromkeys(size for size in smaller if size < rows)]
 
 
 def _first_alive(work: _AtWork, rows: int) -> _AtWork:

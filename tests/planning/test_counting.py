@@ -139,13 +139,22 @@ def test_a_row_written_into_a_cache_moves_the_row():
         ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['data'=2,'tensor'=2] {'tensor'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['data'=2,'tensor'=2], device_ids=([2,2]T(1,0)) {'data'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['data'=4] {'data':(2)2}", [[0, 1], [2, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
         ("channel_id=1", [[0, 1, 2, 3]]),
         ("source_target_pairs={{0,1},{1,0},{2,2}}", [[0, 1], [1, 0]]),
     ],
-    ids=["listed", "iota", "transposed", "first-axis", "second-axis", "none", "pairs"],
+    ids=["listed", "iota", "transposed", "first-axis", "second-axis", "named", "renumbered", "part", "empty", "none", "pairs"],
 )
 def test_groups_in_each_spelling(text, groups):
     assert groups_of(text, 4).tolist() == groups
+
+
+def test_groups_in_an_unknown_spelling_are_no_guess():
+    with pytest.raises(ValueError, match="not known"):
+        groups_of("replica_groups=@everyone", 4)
 
 
 def test_text_that_is_no_module():

@@ -110,17 +110,16 @@ def test_neither_pad_nor_the_limit_changes_what_is_real(answer):
     np.testing.assert_allclose(long.sample_logprobs[:, :6], short.sample_logprobs, atol=2e-6)
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-def test_rows_that_are_left_behind_change_nothing(answer, samples):
-    """Eight rows go on as four, or 24 as twelve, six and then four, in another order than they stand in."""
-    settings = {"stop_tokens": STOPS, "samples_per_prompt": samples, "max_new_tokens": 6 if samples == 1 else 9}
-    whole, halved = (answer(halvings=halvings, **settings) for halvings in (0, 3))
+@pytest.mark.parametrize(("samples", "length", "sizes"), [(1, 6, [4]), (3, 9, [12, 6]), (3, 11, [12, 6, 3, 2, 1])])
+def test_rows_that_are_left_behind_change_nothing(answer, samples, length, sizes):
+    """Eight rows go on as four, or 24 as twelve, six and so on, in another order than they stand in."""
+    settings = {"stop_tokens": STOPS, "samples_per_prompt": samples, "max_new_tokens": length}
+    whole, halved = (answer(halvings=halvings, **settings) for halvings in (0, len(sizes)))
     for name in FIELDS:
         if name != "sample_logprobs":
             np.testing.assert_array_equal(getattr(whole, name), getattr(halved, name), err_msg=name)
     np.testing.assert_allclose(whole.sample_logprobs, halved.sample_logprobs, atol=2e-6)
     alive = whole.response_mask.sum(0)
-    sizes = {1: [4], 3: [12, 6, 4]}[samples]
     assert all((alive <= size).any() for size in sizes) and 0 < alive[-1] <= sizes[-1], "all sizes are come to"
     kept = np.flatnonzero(whole.response_mask[:, -1])
     assert kept.max() >= sizes[-1], "the last at work are not the first"
