@@ -205,7 +205,7 @@ class RunConfig(Settings):
     reward_model: RewardModelConfig | None = Field(None, description="settings of the reward_model stage")
     ppo: PPOStageConfig | None = Field(None, description="settings of the ppo stage")
     compilation_cache: str | None = Field("auto", min_length=1, description="folder where compiled programs are kept for the next start; auto: JAX_COMPILATION_CACHE_DIR, else jaxrlhf/xla in the user's cache folder; null: nowhere")
-    compiler_options: dict[str, Any] = Field({}, description=f"program -> option of XLA -> value, such as {{rollout: {{xla_gpu_enable_command_buffer: WHILE}}}}; programs: {', '.join(PROGRAMS)}")
+    compiler_options: dict[str, Any] = Field({}, description=f"program -> option of XLA -> value, such as {{update: {{xla_gpu_triton_gemm_any: true}}}}; programs: {', '.join(PROGRAMS)}")
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="what is kept of the run while it goes")
     health: HealthConfig = Field(HealthConfig(), description="when a run is not learning any more")
 

@@ -1,12 +1,14 @@
 """Options reach the program under whose name they stand, and no other; one that XLA does not know is one line."""
 
 import ast
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from jaxrlhf.config.run import PROGRAMS
+from jaxrlhf.config_io import load_config
 from jaxrlhf.errors import UserError
 from jaxrlhf.runtime.compiler_options import ALL, check_options, compiled_with, options_of
 from jaxrlhf.runtime.programs import Program
@@ -61,7 +63,7 @@ def test_what_xla_does_not_take_is_one_line(options, said):
 
 def test_options_that_the_readme_names_are_known_and_take_such_values():
     """XLA's table of options is the same on every backend; what they do on a GPU is not tested here."""
-    check_options({"all": {
+    values = {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_all_reduce_combine_threshold_bytes": 1 << 27,
         "xla_gpu_all_gather_combine_threshold_bytes": 1 << 27,
@@ -69,7 +71,13 @@ def test_options_that_the_readme_names_are_known_and_take_such_values():
         "xla_gpu_triton_gemm_any": True,
         "xla_gpu_deterministic_ops": True,
         "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE",
-    }})  # fmt: skip
+    }
+    check_options({"all": values})
+    section = re.search(r"^## On a GPU$(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    assert set(re.findall(r"\bxla_\w+", section)) == set(values)
+    (command,) = re.findall(r"'(compiler_options\S+=.*)'", section)
+    config = load_config(ROOT / "configs" / "bench.yaml", [command])
+    assert config.compiler_options == {"rollout": {k: v for k, v in values.items() if k in command}}
 
 
 def test_the_setting_knows_every_program_of_the_package():
