@@ -15,6 +15,7 @@ from jaxrlhf.models.fused_attention import check_device
 from jaxrlhf.planning.checks import check
 from jaxrlhf.planning.compiling import measure
 from jaxrlhf.planning.count import Layout
+from jaxrlhf.planning.planner import at_full_length
 from jaxrlhf.planning.shapes import Shapes, read_model
 from jaxrlhf.runtime.compilation_cache import compiled_anew
 from jaxrlhf.runtime.compiler_options import compiled_with
@@ -64,7 +65,8 @@ def _bench(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> Bench
     if asked.count:
         layout = Layout(dict(mesh.shape))
         for stage in config.stages:
-            programs = measure(stage, dataclasses.replace(shapes, model=model), layout, say)  # with XLA's attention
+            whole = dataclasses.replace(shapes, config=at_full_length(config), model=model)  # with XLA's attention
+            programs = measure(stage, whole, layout, say)
             counted[stage] = {name: found.count.flops * mesh.size for name, found in programs.items()}
     about = {"parameters": parameters, "layers": model.layers, "dtype": config.model.dtype}
     about |= {"attention": config.model.attention, "compiler_options": config.compiler_options}

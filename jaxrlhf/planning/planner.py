@@ -115,7 +115,7 @@ def make_plan(
 ) -> Plan:
     """Plans the run's stages on `devices`, which stand for the cards; `UserError` where the settings do not fit."""
     with compiled_anew():  # what a compiler tells of its programs is what is wanted
-        return _make_plan(_at_full_length(config), asked, devices, say)
+        return _make_plan(at_full_length(config), asked, devices, say)
 
 
 def _make_plan(config: RunConfig, asked: Asked, devices: Sequence[jax.Device], say: Callable[[str], None]) -> Plan:
@@ -134,7 +134,7 @@ def _make_plan(config: RunConfig, asked: Asked, devices: Sequence[jax.Device], s
     return Plan(asked, dict(mesh.shape), parameters, model.layers, depths_of(model.layers), stages, notes)
 
 
-def _at_full_length(config: RunConfig) -> RunConfig:
+def at_full_length(config: RunConfig) -> RunConfig:
     """The same run with answers that all have their full length: no rows are left behind in decoding, or cut after."""
     if config.ppo is None:
         return config
