@@ -146,8 +146,11 @@ def test_a_row_written_into_a_cache_moves_the_row():
         ("channel_id=1", [[0, 1, 2, 3]]),
         ("source_target_pairs={{0,1},{1,0},{2,2}}", [[0, 1], [1, 0]]),
     ],
-    ids="listed iota transposed first-axis second-axis named renumbered part empty none pairs".split(),
-)
+    ids=[
+        "listed", "iota", "transposed", "first-axis", "second-axis", "named", "renumbered", "part", "empty", "none",
+        "pairs",
+    ],
+)  # fmt: skip
 def test_groups_in_each_spelling(text, groups):
     assert groups_of(text, 4).tolist() == groups
 
