@@ -20,7 +20,7 @@ MODEL = ROOT / "configs" / "bench" / "config.json"
 # What changes: entries of the model's config.json, and settings of the run.
 WORKS: dict[str, tuple[dict[str, int], list[str]]] = {
     "standard": ({}, []),
-    "rows": ({}, ["ppo.batch_size=64", "ppo.update.microbatch_size=32"]),
+    "rows": ({}, ["ppo.batch_size=64"]),
     "tokens": ({}, ["ppo.max_prompt_tokens=64", "ppo.sampling.max_new_tokens=128"]),
     "layers": ({"num_hidden_layers": 8}, []),
     "vocabulary": ({"vocab_size": 8192}, []),
@@ -28,7 +28,7 @@ WORKS: dict[str, tuple[dict[str, int], list[str]]] = {
 
 
 def measure(model: dict[str, int], overrides: list[str]) -> dict[str, tuple[float, float]]:
-    """(seconds of the fastest call, multiplications and additions) of each program."""
+    """(seconds of the fastest call, multiplications and additions) of each program that has any."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "bench.json"
         given = json.loads(MODEL.read_text(encoding="utf-8")) | model
@@ -40,7 +40,7 @@ def measure(model: dict[str, int], overrides: list[str]) -> dict[str, tuple[floa
             raise SystemExit(done.returncode)
         found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     programs = found["stages"][0]["programs"]
-    return {p["name"]: (p["best_seconds"], p["flops"]) for p in programs}
+    return {p["name"]: (p["best_seconds"], p["flops"]) for p in programs if p["flops"]}
 
 
 def table(rounds: dict[str, list[dict[str, tuple[float, float]]]]) -> str:

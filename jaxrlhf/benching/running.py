@@ -22,7 +22,6 @@ from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo_iteration import Iteration
 from jaxrlhf.stages.ppo_sampling import Sampler
-from jaxrlhf.stages.programs import STATIC
 from jaxrlhf.stages.roles import Roles
 
 _CHAINED = ("update", "sft_update", "reward_model_update")  # give the next state, and take over the memory of theirs
@@ -35,6 +34,7 @@ class Timed:
 
     def __init__(self, call: Call, args: tuple, kwargs: dict[str, Any]):
         self.name, self.times, self.args, self.kwargs = call.name, call.times, args, kwargs
+        self._static = call.program.static
         start = time.perf_counter()
         self._compiled = call.program.lower(*args, **kwargs).compile()
         self.compile_seconds = time.perf_counter() - start
@@ -42,7 +42,7 @@ class Timed:
         self.cpu_seconds: list[float] = []  # of all threads of this process: less of them than cores x seconds wait
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {name: value for name, value in kwargs.items() if name not in STATIC}  # part of what is compiled
+        given = {name: value for name, value in kwargs.items() if name not in self._static}
         start, busy = time.perf_counter(), time.process_time()
         result = jax.block_until_ready(self._compiled(*args, **given))
         self.seconds.append(time.perf_counter() - start)

@@ -74,7 +74,7 @@ class PPOConfig(Settings):
 
     epochs: PositiveInt = Field(4, description="passes over the samples of an iteration")
     minibatches: PositiveInt = Field(1, description="optimizer steps per pass")
-    microbatch_size: PositiveInt | None = Field(None, description="rows per forward and backward pass; null: a whole minibatch")
+    microbatch_size: PositiveInt | None = Field(None, description="rows per forward and backward pass, in scoring too; null: a whole minibatch")
     loss: Literal["clip", "gspo", "cispo", "pg"] = Field(
         "clip", description="clip: PPO; gspo: one ratio per answer; cispo: clipped weights; pg: plain policy gradient"
     )

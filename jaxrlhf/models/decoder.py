@@ -27,6 +27,7 @@ from jaxrlhf.models.attention import (
     within_window,
 )
 from jaxrlhf.models.linear import PRODUCT, Linear
+from jaxrlhf.models.norms import NORMS
 from jaxrlhf.models.rope import Rope, frequencies
 from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
@@ -80,7 +81,7 @@ class DecoderConfig:
     head_dim: int
     max_positions: int
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # repeated to the last layer
-    norm: str = "rms"  # a key of NORMS
+    norm: str = "rms"  # a key of norms.NORMS
     norm_eps: float = 1e-6
     pre_norms: bool = True  # before attention and MLP
     post_norms: bool = False  # after them, before the residual sum
@@ -128,50 +129,6 @@ class LayerCache(NamedTuple):
 
 
 Cache = list[LayerCache]
-
-
-class RMSNorm(nnx.Module):
-    """1910.07467, in float32."""
-
-    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((size,), dtype))  # [D]
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.scale[...].astype(x.dtype) * self.normed(x).astype(x.dtype)
-
-    def normed(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-
-
-class RMSNormPlusOne(RMSNorm):
-    """Gemma's: the scale is what is added to 1, and is applied in float32."""
-
-    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
-        super().__init__(size, epsilon, dtype)
-        self.scale = nnx.Param(jnp.zeros((size,), dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return (self.normed(x) * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """1607.06450, in float32."""
-
-    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((size,), dtype))  # [D]
-        self.bias = nnx.Param(jnp.zeros((size,), dtype))  # [D]
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
-        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
-
-
-NORMS = {"rms": RMSNorm, "rms_plus_one": RMSNormPlusOne, "layer": LayerNorm}
 
 
 class Embedding(nnx.Module):

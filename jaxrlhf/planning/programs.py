@@ -111,7 +111,8 @@ def ppo(shapes: Shapes) -> Calls:
         best = yield Call("greedy", program, (base, state.policy, prompts, key, alone), {}, prompts, lives, cache=S)
         greedy = (best, shapes.rows(numbers(B)))
     if scorer is not None:
-        yield Call("reward", score_program(mesh), (base, scorer, answers), {}, answers, lives)
+        size = {"microbatch_size": update.microbatch_size}
+        yield Call("reward", score_program(mesh), (base, scorer, answers), size, answers, lives)
     for model in models:
         yield dataclasses.replace(model, lives=lives)
     args = (base, state.policy, state.value, reference, answers, update)

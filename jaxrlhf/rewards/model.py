@@ -7,17 +7,28 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 from jaxrlhf.runtime.programs import Program
 
 
-def score_rollout(base: Decoder, adapter: Adapter, rollout: Rollout) -> jax.Array:
-    """Scores f32[B] at the last real token: the stop token, or the last one of an unfinished answer."""
-    return sequence_scores(bind(base, adapter), rollout.tokens, rollout.mask)
+def score_rollout(
+    base: Decoder, adapter: Adapter, rollout: Rollout, microbatch_size: int | None = None
+) -> jax.Array:
+    """Scores f32[B] at the last real token: the stop token, or the last one of an unfinished answer.
+
+    With `microbatch_size` rows go through so many at a time, where they divide: what lies in memory is theirs.
+    """
+    model, given = bind(base, adapter), (rollout.tokens, rollout.mask)
+    B = rollout.tokens.shape[0]
+    if microbatch_size is None or microbatch_size >= B or B % microbatch_size:
+        return sequence_scores(model, *given)
+    parts = [laid_out(x.reshape(-1, microbatch_size, x.shape[1]), None, BATCH_AXES) for x in given]
+    return jax.lax.map(lambda rows: sequence_scores(model, *rows), parts).reshape(B)
 
 
 def score_program(mesh: jax.sharding.Mesh | None) -> Program:
     """`score_rollout`, as plans and benchmarks take it too."""
-    return Program(score_rollout, "reward", mesh)
+    return Program(score_rollout, "reward", mesh, static_argnames=("microbatch_size",))
 
 
 class ModelReward:
@@ -25,9 +36,15 @@ class ModelReward:
 
     name = "reward_model"
 
-    def __init__(self, base: Decoder, adapter: Adapter, mesh: jax.sharding.Mesh | None = None):
-        self.base, self.adapter = base, adapter
+    def __init__(
+        self,
+        base: Decoder,
+        adapter: Adapter,
+        mesh: jax.sharding.Mesh | None = None,
+        microbatch_size: int | None = None,
+    ):
+        self.base, self.adapter, self.microbatch_size = base, adapter, microbatch_size
         self.program = score_program(mesh)
 
     def __call__(self, answers: Answers) -> jax.Array:
-        return self.program(self.base, self.adapter, answers.rollout)
+        return self.program(self.base, self.adapter, answers.rollout, microbatch_size=self.microbatch_size)

@@ -33,6 +33,7 @@ class Program:
 
         traced.__name__ = traced.__qualname__ = name
         self.name = name
+        self.static = tuple(jit_options.get("static_argnames", ()))  # arguments that are part of what is compiled
         self.traces = 0
         self._backend_compiles = 0
         self._jitted = jax.jit(traced, compiler_options=options_of(name), **jit_options)

@@ -191,9 +191,12 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     update_config = _with_total_steps(config)
     start = place(run.mesh, starting_policy(run, roles, inputs))
     reference = place(run.mesh, starting_reference(run, roles, inputs, start))
-    reward = compose(
-        inputs.rewards, lambda: ModelReward(roles.base, place(run.mesh, roles.adapters["reward"]), run.mesh)
-    )
+
+    def model_reward() -> ModelReward:
+        adapter = place(run.mesh, roles.adapters["reward"])
+        return ModelReward(roles.base, adapter, run.mesh, update_config.microbatch_size)
+
+    reward = compose(inputs.rewards, model_reward)
     sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold))
     ppo = init_ppo(start, _starting_value(run, roles), update_config)
     iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)

@@ -21,7 +21,7 @@ from jaxrlhf.steps.reward_model import reward_model_update
 from jaxrlhf.steps.sft import sft_update
 
 Mesh = jax.sharding.Mesh
-STATIC = ("microbatches", "remat")  # arguments of the steps of sft and reward_model that are part of what is compiled
+_STATIC = ("microbatches", "remat")  # of the steps of sft and reward_model: part of what is compiled
 
 
 def sft_program(mesh: Mesh, state: TrainState) -> Program:
@@ -35,7 +35,7 @@ def reward_model_program(mesh: Mesh, state: TrainState) -> Program:
 
 
 def static_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
-    """What the settings say of the arguments `STATIC`."""
+    """What the settings say of the arguments that are part of what is compiled."""
     size = config.microbatch_size or config.batch_size
     return {"microbatches": config.batch_size // size, "remat": config.remat}
 
@@ -77,7 +77,7 @@ def _training(step: Callable, mesh: Mesh, state: TrainState) -> Program:
         step.__name__,
         mesh,
         donate_argnums=0,
-        static_argnames=STATIC,
+        static_argnames=_STATIC,
         out_shardings=(tree_shardings(mesh, state), None),
     )
 

@@ -5,7 +5,7 @@ import pytest
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.rewards.answers import Answers
-from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rewards.model import ModelReward, score_rollout
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,14 @@ def test_scores_are_those_of_whole_sequences(tiny, reward, sampled):
     want = jax.jit(sequence_scores)(bind(tiny, reward.adapter), sampled.tokens, sampled.mask)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert got.shape == (8,) and got.dtype == np.float32 and got.std() > 0.1
+
+
+@pytest.mark.parametrize(("size", "loops"), [(2, 1), (4, 1), (8, 0), (3, 0)], ids=["2", "4", "whole", "uneven"])
+def test_rows_go_through_so_many_at_a_time(tiny, reward, sampled, size, loops):
+    parted = ModelReward(tiny, reward.adapter, microbatch_size=size)
+    np.testing.assert_allclose(scored(parted, sampled), scored(reward, sampled), atol=1e-5)
+    jaxpr = jax.make_jaxpr(score_rollout, static_argnums=3)(tiny, reward.adapter, sampled, size)
+    assert sum(equation.primitive.name == "scan" for equation in jaxpr.eqns) == loops
 
 
 def test_the_score_stands_at_the_last_real_token(tiny, reward, sampled):
