@@ -4,7 +4,7 @@
         [--script-args "--minibatches 1 --updates 5"] [key.path=value ...]
 
 Key paths go to our side, on top of configs/bench.yaml. The peer's script is any that prints a last line `JSON {...}`
-with seconds per iteration; `PEERS` below says under which keys. A ratio above 1: the peer takes so many times as long.
+with seconds per iteration; README.md here says under which keys. A ratio above 1: the peer takes so many times as long.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -79,11 +80,18 @@ PEERS = {
 }
 
 
+class Unusable(Exception):
+    """What cannot be compared, in a line for a person."""
+
+
 def _last_json(text: str) -> dict[str, Any]:
     lines = [line for line in text.splitlines() if line.startswith("JSON ")]
     if not lines:
         raise ValueError("no line that begins with 'JSON '")
-    return json.loads(lines[-1].removeprefix("JSON "))
+    found = json.loads(lines[-1].removeprefix("JSON "))
+    if not isinstance(found, dict):
+        raise ValueError("after 'JSON ' there is no {...}")
+    return found
 
 
 def ours(found: dict[str, Any]) -> dict[str, float]:
@@ -110,16 +118,22 @@ def run_ours(overrides: list[str]) -> dict[str, float]:
 def run_peer(peer: Peer, python: str, script: Path, arguments: str) -> dict[str, float]:
     text = _output([python, script.name, *shlex.split(arguments)], script.parent)
     try:
-        return peer.read(text)
-    except (ValueError, KeyError) as error:
-        raise SystemExit(f"error: {script}: what it printed cannot be read: {error}") from None
+        found = peer.read(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unusable(f"{script}: what it printed cannot be read: {error}") from None
+    if not found or not all(value > 0 for value in found.values()):
+        raise Unusable(f"{script}: it printed {found or 'none of ' + ', '.join(PARTS)}; each must be above 0")
+    return found
 
 
 def _output(command: list[str], folder: Path = ROOT) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise Unusable(f"{command[0]} cannot be run: {error.strerror}") from None
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
-        raise SystemExit(f"error: {shlex.join(command)} ended with {done.returncode}: {last}")
+        raise Unusable(f"{shlex.join(command)} ended with {done.returncode}: {last}")
     return done.stdout
 
 
@@ -155,20 +169,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
     if not given.script.is_file():
         parser.error(f"--script: there is no file {given.script}")
+    if shutil.which(given.python) is None:
+        parser.error(f"--python: {given.python} is no program that can be run")
+    try:
+        shlex.split(given.script_args or "")
+    except ValueError as error:
+        parser.error(f"--script-args: {error}")
     return given
 
 
-def main() -> None:
+def main() -> int:
     given = parse()
     peer, mine, theirs = PEERS[given.peer], [], []
     arguments = peer.arguments if given.script_args is None else given.script_args
     python = str(Path(given.python).absolute()) if "/" in given.python else given.python
     for number in range(given.rounds):
-        mine.append(run_ours([*peer.overrides, *given.overrides]))
-        theirs.append(run_peer(peer, python, given.script.absolute(), arguments))
+        try:
+            mine.append(run_ours([*peer.overrides, *given.overrides]))
+            theirs.append(run_peer(peer, python, given.script.absolute(), arguments))
+        except Unusable as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         print(f"round {number + 1}: ours {mine[-1]}, {given.peer} {theirs[-1]}", file=sys.stderr, flush=True)
     print(table(given.peer, mine, theirs))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

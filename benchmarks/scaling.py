@@ -67,6 +67,10 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     if given.rounds < 1:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
+    own = {"model.path", *(text.split("=")[0] for _, settings in WORKS.values() for text in settings)}
+    for text in given.overrides:
+        if text.split("=")[0] in own:
+            parser.error(f"{text}: {', '.join(sorted(own))} are what the table compares, and are not for you to set")
     rounds: dict[str, list] = {work: [] for work in WORKS}
     for number in range(given.rounds):
         for work, (model, overrides) in WORKS.items():

@@ -49,9 +49,11 @@ def launch(folder: Path, cache: Path, settings: list[str]) -> tuple[float, list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--rounds", type=int, default=3, help="cold and warm starts of each; default 3")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of all runs")
     given = parser.parse_intermixed_args()
+    if given.rounds < 1:
+        parser.error(f"--rounds: must be at least 1, not {given.rounds}")
     found: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(given.rounds):

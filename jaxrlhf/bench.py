@@ -46,6 +46,8 @@ def bench(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name}: must be at least {least}, not {getattr(arguments, name)}")
     if arguments.json not in (None, "-") and not Path(arguments.json).absolute().parent.is_dir():
         raise UserError(f"--json: no folder {Path(arguments.json).parent} to write in")
+    if arguments.json not in (None, "-") and Path(arguments.json).is_dir():
+        raise UserError(f"--json: {arguments.json} is a folder; name a file")
     config = load_config(arguments.config, arguments.overrides)
     from jaxrlhf.benching.bench import Asked
     from jaxrlhf.benching.bench import bench as measure

@@ -143,6 +143,7 @@ def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured)
     [
         (["--repeats", "0"], "--repeats: must be at least 1, not 0"),
         (["--json", "nowhere/at/all.json"], "--json: no folder nowhere/at"),
+        (["--json", "tests"], "--json: tests is a folder"),
         (["model.path=./absent"], "./absent: no such folder with a config.json"),
         (["ppo.update.minibatches=7"], "ppo.update.minibatches"),
         (["ppo.sampling.max_new_tokens=1000"], "192 positions"),
@@ -151,7 +152,7 @@ def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured)
         (["compiler_options.rollout.xla_no=1"], "compiler_options.rollout.xla_no"),
         (["ppo.bach_size=3"], "ppo.batch_size"),
     ],
-    ids=["repeats", "json", "model", "minibatches", "positions", "greedy", "attention", "option", "key"],
+    ids=["repeats", "json", "folder", "model", "minibatches", "positions", "greedy", "attention", "option", "key"],
 )
 def test_bad_input_stops_with_one_line(arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -327,9 +328,15 @@ def test_peers_are_read_and_set_beside_ours(scripts, measured, tmp_path):
     script.write_text("import sys\nprint('JSON {\"whole\": %s}' % sys.argv[1])\n")
     assert compare.run_peer(compare.PEERS["other"], sys.executable, script, "7") == {"whole": 7.0}
     script.write_text("print('nothing')\n")
-    with pytest.raises(SystemExit, match="cannot be read"):
+    with pytest.raises(compare.Unusable, match="cannot be read"):
         compare.run_peer(compare.PEERS["other"], sys.executable, script, "")
     shutil.copy(script, tmp_path / "fails.py")
     (tmp_path / "fails.py").write_text("raise SystemExit('no such device')\n")
-    with pytest.raises(SystemExit, match="no such device"):
+    with pytest.raises(compare.Unusable, match="no such device"):
         compare.run_peer(compare.PEERS["other"], sys.executable, tmp_path / "fails.py", "")
+    for line in ("JSON [1, 2]", 'JSON {"whole": null}', 'JSON {"wholes": 1}', 'JSON {"whole": 0}'):
+        (tmp_path / "odd.py").write_text(f"print({line!r})\n")
+        with pytest.raises(compare.Unusable, match=r"odd\.py"):
+            compare.run_peer(compare.PEERS["other"], sys.executable, tmp_path / "odd.py", "")
+    with pytest.raises(compare.Unusable, match="cannot be run"):
+        compare.run_peer(compare.PEERS["other"], str(tmp_path / "absent"), script, "")

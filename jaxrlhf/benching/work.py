@@ -14,7 +14,8 @@ Nobody wants the gradient of the embedding under LoRA: the first layer's part of
 last layer says of a prompt but for its last token: its queries, MLP and what joins them are left out there (the reward
 model's, which reads one token of each row, counts in full). Elementwise work,
 activations that leave the caches, and what `remat` computes twice are no part of the least. In float32 programs add
-pairs to kernels first (`models.linear`), and do the 2 A per token forward in less.
+pairs to kernels first (`models.linear`) and do the 2 A per token forward in less: there the least is too high by up to
+that part, A beside W.
 """
 
 import dataclasses
@@ -79,7 +80,7 @@ class Work:
         return sum(phase.bytes for phase in self.phases)
 
     def least_seconds(self, rates: Rates) -> float:
-        """No less is possible at these rates."""
+        """The sum over phases of what binds each at these rates."""
         return sum(phase.seconds(rates) for phase in self.phases)
 
     def bound_by(self, rates: Rates) -> str:

@@ -107,8 +107,8 @@ class PPOConfig(Settings):
     aggregation: Literal["token", "sequence", "constant"] = Field(
         "token", description="mean over tokens; mean of the answers' means; or sum over response length x rows"
     )
-    buckets: PositiveInt = Field(
-        1, description="lengths that answers are cut to, in scoring and in the update: a microbatch goes through at the least of them that holds its longest answer, rows of like length together; each compiles the passes once more; 1: all at full length"
+    buckets: Annotated[int, Field(ge=1, le=8)] = Field(
+        1, description="lengths that answers are cut to, in scoring and in the update: a microbatch goes through at the least of them that holds its longest answer, rows of like length together; each, at most 8, compiles the passes once more; 1: all at full length"
     )
     remat: Remat = Field("none", description=REMAT)
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the policy")

@@ -51,7 +51,7 @@ def kept_programs(setting: str | None, say: Say) -> Iterator[str | None]:
         folder = folder if hosts.alone() else _common(folder, say)
     given = {name: value for name, value in _KEEP_ALL.items() if name.upper() not in os.environ}
     settings = {_ENABLED: False} if folder is None else {_DIRECTORY: folder, **given}
-    # A file that was cut off, or a disk that is full, costs a compilation: nothing that a person has to know.
+    # A file that cannot be read, or a disk that is full, costs a compilation in each start: nothing computed changes.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     with _configured(settings):
         yield folder

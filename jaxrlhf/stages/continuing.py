@@ -20,7 +20,8 @@ _ROUNDING = ("ppo.sampling.halvings", "ppo.update.buckets")
 _REMAT = ("sft.remat", "reward_model.remat", "ppo.update.remat")
 # What computes attention, and what XLA makes of the same operations (a section by program).
 _ATTENTION, _OPTIONS = "model.attention", "compiler_options"
-_DEFAULTS = {_ATTENTION: "xla", _OPTIONS: {}}  # which is how runs went that were begun before there was a choice
+# How runs went that were begun before there was a choice.
+_DEFAULTS = {_ATTENTION: "xla", _OPTIONS: {}, "ppo.update.buckets": 1}
 # Which checkpoints there are to choose from: free as long as nothing is chosen.
 _CHOICE = ("checkpoints.best", "checkpoints.best_is", "sft.save_every", "reward_model.save_every", "ppo.save_every")
 _SAID = "sums may round otherwise, so what follows need not be bit for bit what it would have been"
@@ -46,7 +47,7 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
 def told(change: Change) -> str | None:
     """What a person is told of a change that is allowed; None where only its spelling is another."""
     key, before, after = change
-    if key not in (*_REMAT, _ATTENTION) and key.split(".")[0] != _OPTIONS:
+    if key not in (*_ROUNDING, *_REMAT, _ATTENTION) and key.split(".")[0] != _OPTIONS:
         return described(change)
     if after == (_DEFAULTS.get(key) if before == ABSENT else remat_policy(before)):
         return None

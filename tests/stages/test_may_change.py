@@ -38,6 +38,7 @@ def _with(path: str, value) -> RunConfig:
         (("checkpoints.grace", 60.0, 20.0), {}, True),
         (("ppo.sample_every", 10, 1), {}, True),
         (("ppo.sampling.halvings", None, 3), {}, True),
+        (("ppo.update.buckets", 1, 4), {}, True),
         (("sft.remat", "none", "full"), {}, True),
         (("ppo.update.remat", False, "none"), {}, True),  # as it was once spelled
         (("compiler_options", "absent", {}), {}, True),
@@ -70,6 +71,20 @@ def _with(path: str, value) -> RunConfig:
 def test_a_change_is_allowed_or_not(change, settings, allowed):
     (path, value), *_ = [*settings.items(), ("run_dir", "run")]
     assert may_change(_with(path, value))(change) is allowed
+
+
+@pytest.mark.parametrize(
+    ("change", "rounds"),
+    [
+        (("ppo.sampling.halvings", 4, 0), True),
+        (("ppo.update.buckets", 1, 4), True),
+        (("ppo.update.buckets", "absent", 1), False),  # as all runs went before there was a choice
+        (("checkpoints.keep", 2, 5), False),
+    ],
+    ids=["halvings", "buckets", "of-old", "keep"],
+)
+def test_what_may_round_otherwise_is_said(change, rounds):
+    assert ("round otherwise" in (told(change) or "")) is rounds
 
 
 @pytest.mark.parametrize(("before", "after", "said"), [("false", "none", False), ("true", "full", False),
