@@ -7,7 +7,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
+from jaxrlhf.runtime.mesh import split_rows
 from jaxrlhf.runtime.programs import Program
 
 
@@ -22,7 +22,7 @@ def score_rollout(
     B = rollout.tokens.shape[0]
     if microbatch_size is None or microbatch_size >= B or B % microbatch_size:
         return sequence_scores(model, *given)
-    parts = [laid_out(x.reshape(-1, microbatch_size, x.shape[1]), None, BATCH_AXES) for x in given]
+    parts = split_rows(given, B // microbatch_size)
     return jax.lax.map(lambda rows: sequence_scores(model, *rows), parts).reshape(B)
 
 

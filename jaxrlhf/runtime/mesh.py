@@ -139,6 +139,14 @@ def laid_out(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def split_rows(batch: Any, parts: int) -> Any:
+    """A tree of [B, ...] as a tree of [parts, B / parts, ...]; raises ValueError where B does not divide."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % parts:
+        raise ValueError(f"{rows} rows cannot be split into {parts} equal parts")
+    return jax.tree.map(lambda x: laid_out(x.reshape(parts, rows // parts, *x.shape[1:]), None, BATCH_AXES), batch)
+
+
 def uneven_rows(mesh: Mesh, rows: int, key_path: str) -> str | None:
     """What to know where `rows` that go through at a time cannot be shared by all devices; None where they can."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -18,8 +18,8 @@ from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
-from jaxrlhf.steps.microbatches import by_longest, shortest_first, split_rows
+from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out, split_rows
+from jaxrlhf.steps.microbatches import by_longest, shortest_first
 from jaxrlhf.steps.ppo import single_step
 from jaxrlhf.steps.scores import adjust_scores, score_moments
 

@@ -9,15 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
-
-
-def split_rows(batch: Any, parts: int) -> Any:
-    """A tree of [B, ...] as a tree of [parts, B / parts, ...]; raises ValueError where B does not divide."""
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    if rows % parts:
-        raise ValueError(f"{rows} rows cannot be split into {parts} equal parts")
-    return jax.tree.map(lambda x: laid_out(x.reshape(parts, rows // parts, *x.shape[1:]), None, BATCH_AXES), batch)
+from jaxrlhf.runtime.mesh import split_rows
 
 
 def shortest_first(rows: Any) -> jax.Array:

@@ -18,8 +18,8 @@ from jaxrlhf.models.adapters import SCORE, bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
-from jaxrlhf.steps.microbatches import accumulate, shortest_first, split_rows
+from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out, split_rows
+from jaxrlhf.steps.microbatches import accumulate, shortest_first
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step
 from jaxrlhf.steps.sft import learnt_tokens, sft_loss
 

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.steps.microbatches import accumulate, split_rows
+from jaxrlhf.runtime.mesh import split_rows
+from jaxrlhf.steps.microbatches import accumulate
 
 
 def test_rows_keep_their_order_and_must_divide():
