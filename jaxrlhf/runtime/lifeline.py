@@ -91,11 +91,11 @@ class Lifeline:
     def exit(self, verdict: Failure) -> NoReturn:
         """Ends this process for the fault, after what there is to be said of it."""
         self._await_others(verdict)
-        with self._lock:
-            spoken, self._spoken = self._spoken, True
         flush()
-        if not spoken:
-            say(verdict.line(self.process))
+        with self._lock:  # two threads may end here at once: neither may end the process before the word is out
+            if not self._spoken:
+                say(verdict.line(self.process))
+            self._spoken = True
         os._exit(verdict.status)
 
     def _settle(self, verdict: Failure) -> bool:

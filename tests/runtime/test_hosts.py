@@ -167,6 +167,32 @@ def test_a_killed_process_ends_the_others_who_name_it(wait, victim):
             assert re.fullmatch(named, last_line(err)), err
 
 
+def test_who_killed_it_is_said_where_the_work_breaks_off_in_the_same_moment():
+    """The thread that was told of the death is slow to say so; the main thread, with the echo, must not end before."""
+    code = """
+from jaxrlhf.runtime import lifeline
+import threading
+flush = lifeline.flush
+def slow():
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(1)
+    flush()
+lifeline.flush = slow
+while hosts._lifeline.verdict is None:
+    time.sleep(0.01)
+time.sleep(0.3)
+raise RuntimeError("Gloo: connection closed by peer")
+"""
+    with Processes(code, 3) as processes:
+        processes.wait_until_joined()
+        time.sleep(0.5)
+        processes.running[2].send_signal(signal.SIGKILL)
+        ends = processes.ends()
+    for i in (0, 1):
+        status, _, err = ends[i]
+        assert status == 1 and re.fullmatch(r"stopped: process 2 of 3 \(.*\) died: .*\n", err), err
+
+
 def test_an_end_without_a_word_is_noticed():
     with Processes("if not first: os._exit(0)\nhosts.barrier()\ntime.sleep(100)", 2) as processes:
         status, _, err = processes.ends()[0]
