@@ -138,6 +138,16 @@ def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured)
     assert {name: compiled - least for name, (compiled, least) in counted.items()} == expected
 
 
+def test_no_program_in_float32_multiplies_less_than_its_least(model, small_machine, tmp_path):
+    target = tmp_path / "bench.json"
+    arguments = ["--config", CONFIG, "--json", str(target), "--repeats", "1", "--iterations", "0", "--count"]
+    assert bench.main([*arguments, f"model.path={model}", *TINY]) == 0
+    (stage,) = json.loads(target.read_text())["stages"]
+    share = {p["name"]: p["flops"] / p["counted_flops"] for p in stage["programs"] if p["flops"]}
+    assert set(share) == {"rollout", "reward", "annotate", "update"}
+    assert all(0.75 < part <= 1 for part in share.values()), share
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -146,7 +156,7 @@ def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured)
         (["--json", "tests"], "--json: tests is a folder"),
         (["model.path=./absent"], "./absent: no such folder with a config.json"),
         (["ppo.update.minibatches=7"], "ppo.update.minibatches"),
-        (["ppo.sampling.max_new_tokens=1000"], "192 positions"),
+        (["ppo.sampling.max_new_tokens=1000"], "512 positions"),
         (["ppo.sampling.temperature=0"], "ppo.sampling.temperature"),
         (["model.attention=cudnn", "model.dtype=bfloat16"], "model.attention: cudnn is for NVIDIA GPUs"),
         (["compiler_options.rollout.xla_no=1"], "compiler_options.rollout.xla_no"),
@@ -183,8 +193,9 @@ LATE_PAIRS = RANK * sum(i + o for path, (i, o) in LINEAR.items() if path[-6:] no
 QKV_IN = D * (N + 2 * K) * H + 3 * D * RANK  # what the gradient of the embedding would go through
 
 
-def decoder(**more):
-    return abstract_decoder(DecoderConfig(V, D, F, L, N, K, H, 64, **more))
+def decoder(dtype="bfloat16", **more):
+    """In bfloat16 LoRA pairs are products of their own."""
+    return abstract_decoder(DecoderConfig(V, D, F, L, N, K, H, 64, **more), dtype)
 
 
 def test_a_step_of_training_is_the_count_by_hand():
@@ -218,10 +229,34 @@ def test_a_step_of_decoding_reads_weights_and_what_is_filled():
     first = found.phases[1]
     assert first.flops == 2 * (W + PAIRS + D * V) * B + 4 * N * H * (P + 1) * B
     pairs_bytes = 8 * PAIRS  # of float64 arrays
-    weights = 4 * (W + 2 * D + D + D * V + B * D) + pairs_bytes
-    assert first.bytes == weights + 2 * K * H * 4 * (P + 1) * B
+    weights = 2 * (W + 2 * D + D + D * V + B * D) + pairs_bytes
+    assert first.bytes == weights + 2 * K * H * 2 * (P + 1) * B
     later = [after.bytes - before.bytes for before, after in zip(found.phases[1:], found.phases[2:])]
-    assert later == [2 * K * H * 4 * B] * (R - 2), "the cache grows by a token of each row"
+    assert later == [2 * K * H * 2 * B] * (R - 2), "the cache grows by a token of each row"
+
+
+def test_in_float32_a_pair_is_added_to_its_kernel_where_that_is_less():
+    lengths, answers, minibatches, policy = np.full(B, S), np.full(B, R), 2, lora(LINEAR)
+    tokens, wanted = B * S, B * R
+    own, merged, saved = 0, 0, 0
+    for path, (i, o) in LINEAR.items():
+        of = tokens if path[-6:] in ("k_proj", "v_proj") else wanted
+        own += 2 * RANK * (i + o) * of
+        less = i * o * minibatches < (i + o) * of
+        merged += 2 * RANK * (i * o * minibatches if less else (i + o) * of)
+        saved += 2 * RANK * i * of if less and path[-6:] in ("q_proj", "k_proj", "v_proj") else 0
+    assert merged < own, "or the sizes show nothing"
+    settings = PPOConfig(epochs=3, minibatches=minibatches)
+    found = {
+        kind: work.update(decoder(kind), policy, None, lengths, answers, settings) for kind in ("bfloat16", "float32")
+    }
+    # What goes into the first layer wants no gradient: of a pair on its own that spares a product.
+    assert found["float32"].flops - found["bfloat16"].flops == 3 * (merged - own + saved)
+    few = work.train_step(decoder("float32"), policy, np.array([2]), 0.0, 1.0)
+    assert few.flops == work.train_step(decoder(), policy, np.array([2]), 0.0, 1.0).flops
+    step = work.rollout(decoder("float32"), policy, np.full(B, P), np.full(B, R)).phases[1]
+    assert step.flops == 2 * (W + D * V) * B + 4 * N * H * (P + 1) * B
+    assert step.bytes == 4 * (W + 2 * D + D + D * V + B * D) + 2 * K * H * 4 * (P + 1) * B
 
 
 def test_rows_that_ended_cost_nothing_and_the_longest_says_when_to_stop():

@@ -54,11 +54,18 @@ def describe(devices: int) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it (Linux)."""
+    """The processor's name, and its family and model where the system tells them (Linux).
+
+    The name alone does not say which processor it is: virtual machines shorten it.
+    """
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+        told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        if "model name" in told:
+            exactly = [
+                f"{word} {told[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in told
+            ]
+            return f"{told['model name']} ({', '.join(exactly)})" if exactly else told["model name"]
     return platform.machine()
 
 

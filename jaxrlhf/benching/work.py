@@ -12,10 +12,12 @@ its LoRA pairs, D x V the head, a multiplication and an addition each as one:
 
 Nobody wants the gradient of the embedding under LoRA: the first layer's part of it is left out. Nobody reads what the
 last layer says of a prompt but for its last token: its queries, MLP and what joins them are left out there (the reward
-model's, which reads one token of each row, counts in full). Elementwise work,
-activations that leave the caches, and what `remat` computes twice are no part of the least. In float32 programs add
-pairs to kernels first (`models.linear`) and do the 2 A per token forward in less: there the least is too high by up to
-that part, A beside W.
+model's, which reads one token of each row, counts in full). Elementwise work, activations that leave the caches, and
+what `remat` computes twice are no part of the least.
+
+In float32 a pair may be added to its kernel (`models.linear`), with 2 r in out once for each value that the adapter has
+in a pass, instead of 2 A per token forward: the smaller one counts. Backward is 4 A either way. Decoding then has
+kernels alone.
 """
 
 import dataclasses
@@ -28,7 +30,7 @@ import numpy as np
 from jaxrlhf.benching.machine import Rates
 from jaxrlhf.config import RunConfig
 from jaxrlhf.models.adapters import SCORE
-from jaxrlhf.models.decoder import Decoder, linear_shapes, named_parameters
+from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
 from jaxrlhf.records import Rollout
 from jaxrlhf.steps.ppo import single_step
 
@@ -43,14 +45,34 @@ class _Weights:
 
     plain: float = 0.0  # of the base
     trained: float = 0.0  # of them, those that are trained
-    pairs: float = 0.0  # of LoRA pairs
+    pairs: float = 0.0  # of LoRA pairs whose products are their own
     unwanted: float = 0.0  # through which no gradient need go
+    mergeable: list["_Pair"] = dataclasses.field(default_factory=list)  # the other pairs
 
-    def forward(self, tokens: float) -> float:
-        return 2 * (self.plain + self.pairs) * tokens
+    def forward(self, tokens: float, values: int) -> float:
+        return 2 * (self.plain + self.pairs) * tokens + sum(pair.forward(tokens, values) for pair in self.mergeable)
 
-    def backward(self, tokens: float) -> float:
-        return (2 * self.plain + 2 * self.trained + 4 * self.pairs - 2 * self.unwanted) * tokens
+    def backward(self, tokens: float, values: int) -> float:
+        own = 2 * self.plain + 2 * self.trained + 4 * self.pairs - 2 * self.unwanted
+        return own * tokens + sum(pair.backward(tokens, values) for pair in self.mergeable)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """Counts of a LoRA pair that may be added to its kernel once for each of its `values`, where that is less."""
+
+    weights: float
+    product: float  # rank x in x out
+    unwanted: float  # weights through which no gradient need go; added to a kernel they make no product of their own
+
+    def _merged(self, tokens: float, values: int) -> bool:
+        return self.product * values < self.weights * tokens
+
+    def forward(self, tokens: float, values: int) -> float:
+        return 2 * (self.product * values if self._merged(tokens, values) else self.weights * tokens)
+
+    def backward(self, tokens: float, values: int) -> float:
+        return (4 * self.weights - (0 if self._merged(tokens, values) else 2 * self.unwanted)) * tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,39 +117,51 @@ class Role:
     def __init__(self, base: Decoder, adapter: Any):
         self.base, self.config, self.adapter = base, base.config, adapter or {}
         config = self.config
-        self.all, self.late = _Weights(), _Weights()  # late: of the last layer, what only its own position reads
+        self.early, self.late = _Weights(), _Weights()  # late: of the last layer, what only its own position reads
         whole = any(name != SCORE and "lora_a" not in leaves for name, leaves in self.adapter.items())
         reads = _READS_INPUT if config.parallel_residual else _QKV
         last = f"layers.{config.layers - 1}."
         for path, (fan_in, fan_out) in linear_shapes(base).items():
             leaves = self.adapter.get(path, {})
-            pair = (leaves["lora_a"].size, leaves["lora_b"].size) if "lora_a" in leaves else (0, 0)
             late = path.startswith(last) and path.removeprefix(last) not in _FOR_OTHERS
-            for counts in (self.all, self.late) if late else (self.all,):
-                counts.plain += fan_in * fan_out
-                counts.trained += fan_in * fan_out if "kernel" in leaves else 0
-                counts.pairs += sum(pair)
-                if not whole and path.removeprefix("layers.0.") in reads:
-                    counts.unwanted += fan_in * fan_out + pair[0]
+            counts = self.late if late else self.early
+            counts.plain += fan_in * fan_out
+            counts.trained += fan_in * fan_out if "kernel" in leaves else 0
+            first = not whole and path.removeprefix("layers.0.") in reads
+            counts.unwanted += fan_in * fan_out if first else 0
+            if "lora_a" not in leaves:
+                continue
+            down, up = leaves["lora_a"].size, leaves["lora_b"].size
+            if self._in_kernel(path):
+                counts.mergeable.append(_Pair(down + up, down * fan_out, down if first else 0))
+            else:
+                counts.pairs += down + up
+                counts.unwanted += down if first else 0
         self.head = config.hidden_size * config.vocab_size
         self.trains_head = any(name in self.adapter for name in ("lm_head", "embed_tokens"))
 
-    def forward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0, unread: float = 0) -> float:
+    def forward(
+        self, tokens: float, seen: float, logits: float = 0, scalars: float = 0, unread: float = 0, values: int = 1
+    ) -> float:
         """Of real tokens, pairs that see each other (summed over layers), logits and scalar-head positions.
 
-        `unread` counts the tokens of whose last state nobody wants anything.
+        `unread` counts the tokens of whose last state nobody wants anything, `values` those that the adapter has in
+        turn while the tokens pass; 0: it is in the kernels already.
         """
-        trunk = self.all.forward(tokens) - self.late.forward(unread) + self._attention(seen)
-        return trunk + 2 * self.head * logits + 2 * self.config.hidden_size * scalars
+        trunk = self.early.forward(tokens, values) + self.late.forward(tokens - unread, values)
+        return trunk + self._attention(seen) + 2 * self.head * logits + 2 * self.config.hidden_size * scalars
 
-    def backward(self, tokens: float, seen: float, logits: float = 0, scalars: float = 0, unread: float = 0) -> float:
+    def backward(
+        self, tokens: float, seen: float, logits: float = 0, scalars: float = 0, unread: float = 0, values: int = 1
+    ) -> float:
         """Of the same pass, with the gradient of what the adapter trains."""
-        trunk = self.all.backward(tokens) - self.late.backward(unread) + 2 * self._attention(seen)
+        trunk = self.early.backward(tokens, values) + self.late.backward(tokens - unread, values)
+        trunk += 2 * self._attention(seen)
         head = (4 if self.trains_head else 2) * self.head * logits
         return trunk + head + 4 * self.config.hidden_size * scalars
 
-    def both(self, *counts: float) -> float:
-        return self.forward(*counts) + self.backward(*counts)
+    def both(self, *counts: float, values: int = 1) -> float:
+        return self.forward(*counts, values=values) + self.backward(*counts, values=values)
 
     def _attention(self, seen: float) -> float:
         return 4 * self.config.heads * self.config.head_dim * seen
@@ -149,10 +183,12 @@ class Role:
     def _windows(self) -> list[int | None]:
         return [self.config.layer_kind(i).window for i in range(self.config.layers)]
 
-    def weight_bytes(self, logits: bool, tokens: float) -> float:
+    def weight_bytes(self, logits: bool, tokens: float, merged: bool = False) -> float:
         """Of the base and the adapter as a pass reads them: of the embedding only the tokens' rows, unless it is the
-        head too."""
-        total = _bytes(self.adapter)
+        head too. `merged`: pairs that may be are in the kernels."""
+        total = _bytes(
+            {path: leaves for path, leaves in self.adapter.items() if not (merged and self._in_kernel(path))}
+        )
         for name, leaf in named_parameters(self.base).items():
             if name.startswith(("embed_tokens", "embed_positions")) and not (
                 logits and self.config.tie_embeddings and name.startswith("embed_tokens")
@@ -164,8 +200,16 @@ class Role:
 
     def cache_bytes(self, keys: float) -> float:
         """Of keys and values, `keys` summed over rows and layers."""
-        itemsize = named_parameters(self.base)["embed_tokens/embedding"].dtype.itemsize
-        return 2 * self.config.kv_heads * self.config.head_dim * itemsize * keys
+        return 2 * self.config.kv_heads * self.config.head_dim * self._dtype().itemsize * keys
+
+    def _dtype(self) -> np.dtype:
+        """Of activations."""
+        return named_parameters(self.base)["embed_tokens/embedding"].dtype
+
+    def _in_kernel(self, path: str) -> bool:
+        """Whether a program may add what the adapter has of this path, as a LoRA pair, to a kernel."""
+        pair = path != SCORE and "lora_a" in self.adapter[path]
+        return pair and self._dtype() == np.float32 and find_module(self.base, path).merges
 
 
 def _causal_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
@@ -199,8 +243,8 @@ def rollout(base: Decoder, policy: Any, prompts: np.ndarray, answers: np.ndarray
     for t in range(1, int(answers.max())):  # the token at t is sampled by a step that reads the one before it
         filled = before[answers > t] + t
         keys = role.seen_by_next(filled)
-        flops = role.forward(len(filled), keys, len(filled))
-        phases.append(Phase(flops, role.weight_bytes(True, len(filled)) + role.cache_bytes(keys)))
+        flops = role.forward(len(filled), keys, len(filled), values=0)
+        phases.append(Phase(flops, role.weight_bytes(True, len(filled), merged=True) + role.cache_bytes(keys)))
     return Work(tuple(phases), float(answers.sum()))
 
 
@@ -240,8 +284,10 @@ def update(
     else:
         passes = [(Role(base, policy), wanted, 0.0)] + ([(Role(base, value), 0.0, wanted)] if value else [])
     read = _before(lengths, answers)
-    flops = sum(role.both(total, role.seen(lengths, read), *heads, total - wanted) for role, *heads in passes)
-    flops *= update.epochs
+    values = update.minibatches  # each one's step gives the adapters others
+    flops = update.epochs * sum(
+        role.both(total, role.seen(lengths, read), *heads, total - wanted, values=values) for role, *heads in passes
+    )
     if mix is not None:
         role, (rows, length) = Role(base, policy), mix.tokens.shape
         flops += role.both(rows * length, role.seen(np.full(rows, length)), rows * (length - 1))
