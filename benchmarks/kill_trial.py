@@ -169,9 +169,7 @@ class Trial:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_once(
-    trial: Trial, number: signal.Signals, wait: float, limit: int, linger: float
-) -> tuple[str, bool] | None:
+def kill_once(trial: Trial, number: signal.Signals, wait: float, limit: int, linger: float) -> tuple[str, bool] | None:
     """Kills after `wait` seconds, or `linger` seconds after there are `limit` steps; where it was then, or None where
     it ended first."""
     process, began = trial.start(), time.monotonic()
