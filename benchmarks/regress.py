@@ -3,11 +3,11 @@
     python benchmarks/regress.py [--store] [--rounds 2]
 
 Runs `jaxrlhf.bench` on the standard work, with answers of full length, and compares each program's share of its limit
-(least possible time at the machine's own rates, measured in the same run, by the time of its fastest call) with
+(least possible time at the machine's own rates, measured beside it, by the time of its fastest call) with
 benchmarks/ratios.json. What takes more than 1.2 times as long as stored is named, and the exit status is 1. Each work
-is measured in `--rounds` processes, and the best round of each program counts: other jobs on a machine can take that
-much from a single one. Shares depend on the kind of machine: each kind has its own entry. `--store` writes this
-machine's.
+is measured in `--rounds` processes; of all of them the fastest call and the best rates count, since other jobs on a
+machine can take that much from a single one. Shares depend on the kind of machine: each kind has its own entry.
+`--store` writes this machine's.
 """
 
 import argparse
@@ -31,18 +31,23 @@ def kind_of(found: dict[str, Any]) -> str:
     return f"{machine['devices']} x {machine['device']}{cores}"
 
 
-def shares(found: dict[str, Any]) -> dict[str, float]:
-    """Program -> share of its limit, in the fastest call: other jobs on the machine disturb that one least.
+def shares(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Work -> program -> share of its limit, in the fastest call of all rounds, at the best rates of all rounds.
 
-    What has no products takes no time that is worth a comparison.
+    Other jobs on the machine disturb those least. What has no products takes no time that is worth a comparison.
     """
-    programs = [p for stage in found["stages"] for p in stage["programs"] if p["flops"]]
-    return {p["name"]: round(p["best_share"], 4) for p in programs}
-
-
-def best(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Each program's largest share."""
-    return {name: max(one[name] for one in rounds) for name in rounds[0]}
+    machines = [found["machine"] for one in rounds for found in one.values()]
+    binding = {"arithmetic": "flops_per_second", "memory": "bytes_per_second"}
+    limits = {rate: max(machine[rate] for machine in machines) for rate in binding.values()}
+    best: dict[str, dict[str, float]] = {}
+    for one in rounds:
+        for work, found in one.items():
+            for program in (p for stage in found["stages"] for p in stage["programs"] if p["flops"]):
+                rate = binding[program["bound_by"]]
+                share = round(program["best_share"] * found["machine"][rate] / limits[rate], 4)
+                programs = best.setdefault(work, {})
+                programs[program["name"]] = max(share, programs.get(program["name"], 0.0))
+    return best
 
 
 def slower(now: dict[str, dict[str, float]], stored: dict[str, dict[str, float]]) -> list[str]:
@@ -79,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
     found = [{work: measure(overrides) for work, overrides in WORKS.items()} for _ in range(given.rounds)]
     kind = kind_of(next(iter(found[0].values())))
-    now = {work: best([shares(one[work]) for one in found]) for work in WORKS}
+    now = shares(found)
     stored = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.is_file() else {}
     if given.store:
         RATIOS.write_text(json.dumps(stored | {kind: now}, indent=1, sort_keys=True) + "\n", encoding="utf-8")

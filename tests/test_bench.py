@@ -330,6 +330,20 @@ def test_a_program_that_became_slower_is_named(scripts):
     assert "rollout" in line and "not there" in line
 
 
+def test_shares_are_of_the_best_rates_and_the_fastest_call_of_all_rounds(scripts):
+    def found(flops_rate, share):
+        programs = [
+            {"name": "update", "flops": 1.0, "bound_by": "arithmetic", "best_share": share},
+            {"name": "rollout", "flops": 1.0, "bound_by": "memory", "best_share": share},
+            {"name": "experience", "flops": 0.0, "bound_by": "memory", "best_share": share},
+        ]
+        machine = {"flops_per_second": flops_rate, "bytes_per_second": 10.0}
+        return {"machine": machine, "stages": [{"programs": programs}]}
+
+    rounds = [{"ppo": found(100.0, 0.8)}, {"ppo": found(200.0, 0.5)}]
+    assert scripts.regress.shares(rounds) == {"ppo": {"update": 0.5, "rollout": 0.8}}
+
+
 def test_regress_stores_and_compares_per_machine(scripts, measured, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scripts.regress, "RATIOS", tmp_path / "ratios.json")
     monkeypatch.setattr(scripts.regress, "measure", lambda overrides: measured)
