@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime import lifeline
+from jaxrlhf.runtime import roll_call
 from jaxrlhf.runtime.lifeline import Lifeline, flush
 from jaxrlhf.runtime.run_dir import differences
 
@@ -200,13 +200,13 @@ def _start(place: Place, timeout: float) -> None:
     host, port = place.coordinator
     software = {"jax": jax.__version__}
     if place.process == 0:
-        hub = lifeline.open_hub(host, port, place.processes, software)
+        hub = roll_call.open_hub(host, port, place.processes, software)
         # jax's own service gets a port that is free now: the one that was given is taken by the roll call.
         free = _free_port()
         hub.gather(timeout, lambda: {"port": free, "host": hub.host, "pid": os.getpid()})
         _lifeline = hub
     else:
-        _lifeline, welcome = lifeline.join_hub(host, port, place.process, place.processes, software, timeout)
+        _lifeline, welcome = roll_call.join_hub(host, port, place.process, place.processes, software, timeout)
         free = int(welcome["port"])
     address = f"[{host}]:{free}" if ":" in host else f"{host}:{free}"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -22,7 +22,7 @@ from typing import NoReturn
 from jaxrlhf.errors import UserError
 from jaxrlhf.runtime.connection import Connection
 
-HELLO = "jaxrlhf processes 1"
+HELLO = "jaxrlhf processes 1"  # the first word of a process that joins (`runtime.roll_call`)
 GRACE = 1.0  # seconds from the first report of a fault to the verdict: others may know better
 SUSPECT_GRACE = 4.0  # the same where the first report may be an echo of a death that is not known yet
 PARTING = 5.0  # seconds that process 0 waits for the others to leave before it does
@@ -359,49 +359,6 @@ class Member(Lifeline):
                 break
         if self._settle(verdict):
             self._end()
-
-
-def open_hub(host: str, port: int, processes: int, software: dict[str, str]) -> Hub:
-    """Process 0's end, listening; on the loopback alone where `host` is this machine's own name for itself."""
-    local = host in ("localhost", "127.0.0.1", "::1")
-    try:
-        if not local and socket.has_dualstack_ipv6():
-            listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-        else:
-            family = socket.AF_INET6 if host == "::1" else socket.AF_INET
-            listener = socket.create_server((host if local else "", port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"coordinator {host}:{port}: process 0 cannot listen there: {reason}; give another port, such as "
-            f"{host}:{20000 + os.getpid() % 10000}, to all processes"
-        ) from None
-    return Hub(listener, processes, software)
-
-
-def join_hub(host: str, port: int, process: int, processes: int, software: dict[str, str], timeout: float):
-    """(member, what process 0 sent as welcome); `UserError` where it does not answer, or the roll call fails."""
-    deadline = time.monotonic() + timeout
-    reason: object = "nothing was tried"
-    while time.monotonic() < deadline:
-        try:
-            connection = Connection(socket.create_connection((host, port), timeout=5))
-            own = {"process": process, "processes": processes, "host": socket.gethostname(), "pid": os.getpid()}
-            connection.send(HELLO, **own, software=software)
-            # Process 0 began to wait earlier or later than this one: it is the one that says who is missing.
-            header, _ = connection.receive(timeout=2 * timeout + 10)
-        except OSError as error:
-            reason = getattr(error, "strerror", None) or error
-            time.sleep(0.3)
-            continue
-        if header["kind"] == "refused":
-            raise UserError(header["text"])
-        first = (header["host"], header["pid"])
-        return Member(connection, process, processes, first), header
-    raise UserError(
-        f"process {process} of {processes}: process 0 did not answer at {host}:{port} within {timeout:g} s ({reason}); "
-        "start process 0 there, or correct the coordinator's address"
-    )
 
 
 def _ranges(numbers: list[int]) -> str:

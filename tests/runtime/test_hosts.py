@@ -255,12 +255,12 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"coordinator localhost:{port}: .*(use|permitted)"):
-            hosts.lifeline.open_hub("localhost", port, 2, {})
+            hosts.roll_call.open_hub("localhost", port, 2, {})
 
 
 def test_processes_that_were_started_unalike_do_not_wait_for_each_other():
     """As one of four and one of three; a stranger on the port does no harm."""
-    hub = hosts.lifeline.open_hub("localhost", 0, 3, {"jax": "1"})
+    hub = hosts.roll_call.open_hub("localhost", 0, 3, {"jax": "1"})
     port = hub._listener.getsockname()[1]
     with socket.create_connection(("localhost", port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100)
@@ -271,7 +271,7 @@ def test_processes_that_were_started_unalike_do_not_wait_for_each_other():
             (0, 3, {"jax": "1"}, "process 0 .*"),
         ):
             with pytest.raises(UserError, match=message):
-                hosts.lifeline.join_hub("localhost", port, number, processes, software, 5.0)
+                hosts.roll_call.join_hub("localhost", port, number, processes, software, 5.0)
     with pytest.raises(UserError, match="start all processes alike"):
         hub.gather(30.0, dict)
 
