@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxrlhf.errors import UserError
 from jaxrlhf.runtime import roll_call
-from jaxrlhf.runtime.lifeline import Lifeline, flush
+from jaxrlhf.runtime.lifeline import Lifeline, flush, hold_up_aborts
 from jaxrlhf.runtime.run_dir import differences
 
 START_TIMEOUT = 300.0  # seconds; clusters start their tasks minutes apart
@@ -208,6 +208,7 @@ def _start(place: Place, timeout: float) -> None:
     else:
         _lifeline, welcome = roll_call.join_hub(host, port, place.process, place.processes, software, timeout)
         free = int(welcome["port"])
+    hold_up_aborts()
     address = f"[{host}]:{free}" if ":" in host else f"{host}:{free}"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM for itself, so that a process asked to stop would not.

@@ -9,9 +9,11 @@ process that is there and frozen.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -370,6 +372,18 @@ def _ranges(numbers: list[int]) -> str:
         else:
             found.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+
+
+def hold_up_aborts() -> None:
+    """An abort of native code waits for some seconds, in its own thread, before it ends this process.
+
+    Gloo aborts a process whose peer was killed at a bad moment, and what it says then is wrong ("collective mismatch").
+    The lifeline knows better and needs a moment to say so.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    # A handler that needs no interpreter: sleep(3), whose seconds are then the signal's number, 6.
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def flush() -> None:

@@ -167,11 +167,18 @@ def test_a_killed_process_ends_the_others_who_name_it(wait, victim):
             assert re.fullmatch(named, last_line(err)), err
 
 
-def test_who_killed_it_is_said_where_the_work_breaks_off_in_the_same_moment():
-    """The thread that was told of the death is slow to say so; the main thread, with the echo, must not end before."""
-    code = """
+BREAKS_OFF = {
+    "an exception": "raise RuntimeError('Gloo: connection closed by peer')",
+    "an abort of native code": "threading.Thread(target=ctypes.CDLL(None).abort).start()\ntime.sleep(100)",
+}
+
+
+@pytest.mark.parametrize("how", BREAKS_OFF)
+def test_who_was_killed_is_said_where_the_work_breaks_off_in_the_same_moment(how):
+    """The thread that was told of the death is slow to say so; the process must not end before it has."""
+    code = f"""
 from jaxrlhf.runtime import lifeline
-import threading
+import ctypes, threading
 flush = lifeline.flush
 def slow():
     if threading.current_thread() is not threading.main_thread():
@@ -181,7 +188,7 @@ lifeline.flush = slow
 while hosts._lifeline.verdict is None:
     time.sleep(0.01)
 time.sleep(0.3)
-raise RuntimeError("Gloo: connection closed by peer")
+{BREAKS_OFF[how]}
 """
     with Processes(code, 3) as processes:
         processes.wait_until_joined()
@@ -191,6 +198,14 @@ raise RuntimeError("Gloo: connection closed by peer")
     for i in (0, 1):
         status, _, err = ends[i]
         assert status == 1 and re.fullmatch(r"stopped: process 2 of 3 \(.*\) died: .*\n", err), err
+
+
+def test_an_abort_ends_its_process_and_the_others_name_it():
+    code = "import ctypes\nif not first: ctypes.CDLL(None).abort()\ntime.sleep(100)"
+    with Processes(code, 2) as processes:
+        ends = processes.ends(30)
+    assert ends[1][0] == -signal.SIGABRT
+    assert ends[0][0] == 1 and last_line(ends[0][2]).startswith("stopped: process 1 of 2 "), ends[0][2]
 
 
 def test_an_end_without_a_word_is_noticed():
