@@ -112,7 +112,10 @@ def run_ours(overrides: list[str]) -> dict[str, float]:
         target = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "jaxrlhf.bench", "--config", "configs/bench.yaml", "--json", str(target)]
         _output([*command, *overrides])
-        return ours(json.loads(target.read_text(encoding="utf-8")))
+        found = json.loads(target.read_text(encoding="utf-8"))
+        if [stage["stage"] for stage in found["stages"]] != ["ppo"]:
+            raise Unusable("stages: PPO alone is compared; leave them as configs/bench.yaml has them")
+        return ours(found)
 
 
 def run_peer(peer: Peer, python: str, script: Path, arguments: str) -> dict[str, float]:
@@ -121,9 +124,13 @@ def run_peer(peer: Peer, python: str, script: Path, arguments: str) -> dict[str,
         found = peer.read(text)
     except (ValueError, KeyError, TypeError) as error:
         raise Unusable(f"{script}: what it printed cannot be read: {error}") from None
-    if not found or not all(value > 0 for value in found.values()):
-        raise Unusable(f"{script}: it printed {found or 'none of ' + ', '.join(PARTS)}; each must be above 0")
+    if not found or not all(_is_measured(value) for value in found.values()):
+        raise Unusable(f"{script}: it printed {found or 'none of ' + ', '.join(PARTS)}; each must be a number above 0")
     return found
+
+
+def _is_measured(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _output(command: list[str], folder: Path = ROOT) -> str:

@@ -82,10 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.rounds < 1:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
+    try:
+        stored = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.is_file() else {}
+    except ValueError as error:
+        print(f"error: {RATIOS}: {error}; take it from the repository again", file=sys.stderr)
+        return 2
     found = [{work: measure(overrides) for work, overrides in WORKS.items()} for _ in range(given.rounds)]
     kind = kind_of(next(iter(found[0].values())))
     now = shares(found)
-    stored = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.is_file() else {}
     if given.store:
         RATIOS.write_text(json.dumps(stored | {kind: now}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         print(f"{RATIOS.name}: stored for {kind}")
@@ -97,7 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     for work, programs in now.items():
         for name, share in programs.items():
             before = stored[kind].get(work, {}).get(name)
-            print(f"{work}: {name} {share:.1%} of its limit, stored {'none' if before is None else f'{before:.1%}'}")
+            known = "not stored: --store does" if before is None else f"stored {before:.1%}"
+            print(f"{work}: {name} {share:.1%} of its limit, {known}")
     lines = slower(now, stored[kind])
     print("\n".join(lines) or f"nothing takes more than {SLOWER} times as long")
     return 1 if lines else 0

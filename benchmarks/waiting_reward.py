@@ -53,7 +53,8 @@ def run(folder: Path, wait: float, overrides: list[str]) -> dict[str, float]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"error: the run ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+        print(done.stderr.strip().splitlines()[-1] if done.returncode == 2 else done.stderr[-2000:], file=sys.stderr)
+        raise SystemExit(done.returncode)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if len(lines) <= WARM_UP:
         raise SystemExit(f"error: ppo.iterations: must be above {WARM_UP}, which are to warm up, not {len(lines)}")
@@ -68,6 +69,9 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     if given.rounds < 1:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
+    for override in given.overrides:
+        if override.startswith(("run_dir", "ppo.reward", "compilation_cache", "stages")):
+            parser.error(f"{override}: this script sets it itself")
     if not 0 < given.wait < 3600:
         parser.error(f"--wait: must be seconds above 0 and below 3600, not {given.wait}")
     found: dict[float, list[dict[str, float]]] = {0.0: [], given.wait: []}

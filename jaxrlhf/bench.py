@@ -31,7 +31,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--count",
         action="store_true",
-        help="also the arithmetic of the compiled programs, each loop as often as it turns; compiles them once more",
+        help="also the arithmetic of the compiled programs for answers of full length, each loop as often as it turns; "
+        "compiles them once more",
     )
     parser.add_argument("--json", metavar="FILE", help="writes JSON; -: to standard output, without the tables")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
@@ -44,10 +45,8 @@ def bench(arguments: argparse.Namespace) -> None:
     for name, least in (("repeats", 1), ("iterations", 0)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name}: must be at least {least}, not {getattr(arguments, name)}")
-    if arguments.json not in (None, "-") and not Path(arguments.json).absolute().parent.is_dir():
-        raise UserError(f"--json: no folder {Path(arguments.json).parent} to write in")
-    if arguments.json not in (None, "-") and Path(arguments.json).is_dir():
-        raise UserError(f"--json: {arguments.json} is a folder; name a file")
+    if arguments.json not in (None, "-"):
+        _check_target(arguments.json)
     config = load_config(arguments.config, arguments.overrides)
     from jaxrlhf.benching.bench import Asked
     from jaxrlhf.benching.bench import bench as measure
@@ -64,6 +63,22 @@ def bench(arguments: argparse.Namespace) -> None:
     print(as_text(found))
     if arguments.json is not None:
         Path(arguments.json).write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+
+
+def _check_target(file: str) -> None:
+    """`UserError` where the file cannot be written: better said before measuring than after."""
+    if not file or Path(file).is_dir():
+        raise UserError(f"--json: {file or 'nothing'} is {'a folder' if file else 'given'}; name a file")
+    if not Path(file).absolute().parent.is_dir():
+        raise UserError(f"--json: no folder {Path(file).parent} to write in")
+    existed = Path(file).exists()
+    try:
+        with open(file, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UserError(f"--json: {file} cannot be written: {error.strerror}; name another file") from None
+    if not existed:
+        Path(file).unlink()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -158,11 +158,15 @@ def test_no_program_in_float32_multiplies_less_than_its_least(model, small_machi
         (["ppo.update.minibatches=7"], "ppo.update.minibatches"),
         (["ppo.sampling.max_new_tokens=1000"], "512 positions"),
         (["ppo.sampling.temperature=0"], "ppo.sampling.temperature"),
+        (["ppo.advantage.estimator=rloo"], "ppo.sampling.samples_per_prompt"),
+        (["ppo.sampling.pad_token=99999"], "ids from 0 to 4095"),
+        (["--json", "/proc/version"], "--json: /proc/version cannot be written"),
         (["model.attention=cudnn", "model.dtype=bfloat16"], "model.attention: cudnn is for NVIDIA GPUs"),
         (["compiler_options.rollout.xla_no=1"], "compiler_options.rollout.xla_no"),
         (["ppo.bach_size=3"], "ppo.batch_size"),
     ],
-    ids=["repeats", "json", "folder", "model", "minibatches", "positions", "greedy", "attention", "option", "key"],
+    ids=["repeats", "json", "folder", "model", "minibatches", "positions", "greedy", "group", "token", "unwritable",
+         "attention", "option", "key"],
 )
 def test_bad_input_stops_with_one_line(arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -210,6 +214,19 @@ def test_a_step_of_training_is_the_count_by_hand():
     assert found.flops == 3 * hand and found.tokens == 3 * wanted
     shared = work.update(base, policy, {"score": value["score"]}, lengths, answers, PPOConfig(value_trunk="policy"))
     assert shared.flops == 4 * (trunk + 4 * D * V * wanted + 6 * D * wanted)
+
+
+@pytest.mark.parametrize(("steps", "part"), [(0.0, 1 / 6), (2.0, 3 / 6), (6.0, 1)])
+def test_steps_that_are_left_out_are_no_part_of_the_least(steps, part):
+    """`kl_stop` ends an update after the step whose KL was too much."""
+    mask = np.ones((B, S), bool)
+    rows = SimpleNamespace(mask=mask, response_mask=mask)
+    given = (SimpleNamespace(policy=lora(LINEAR), value=None), decoder(), rows)
+    config = SimpleNamespace(ppo=SimpleNamespace(update=PPOConfig(epochs=3, minibatches=2, kl_stop=0.1)))
+    found = work.work_of("update", given, {}, (None, {"policy/steps": steps}), config)
+    config.ppo.update = PPOConfig(epochs=3, minibatches=2)
+    whole = work.work_of("update", given, {}, (None, {"policy/steps": steps}), config)
+    assert found.flops == pytest.approx(part * whole.flops) and found.tokens == pytest.approx(part * whole.tokens)
 
 
 def test_training_the_whole_model_has_the_gradient_of_every_weight():

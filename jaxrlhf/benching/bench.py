@@ -9,7 +9,6 @@ from jaxrlhf.benching.machine import describe, forget_peak, measure_rates
 from jaxrlhf.benching.report import Bench
 from jaxrlhf.benching.running import time_stage
 from jaxrlhf.config import RunConfig
-from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device
 from jaxrlhf.planning.checks import check
@@ -47,8 +46,6 @@ def _bench(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> Bench
     config = with_lengths(config, asked.lengths, model.vocab_size)
     for note in check(config, mesh, model):
         say(note)
-    if "ppo" in config.stages and config.ppo.sampling.temperature == 0:
-        raise UserError("ppo.sampling.temperature: PPO samples; 0 is greedy, give a number above 0 such as 1.0")
     if config.model.attention == "cudnn":
         check_device(model, config.model.dtype)
     shapes = Shapes(config, mesh, dataclasses.replace(model, attention=config.model.attention))

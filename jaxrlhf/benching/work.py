@@ -356,7 +356,14 @@ def _experience(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Wo
 def _update(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
     state, base, experience, *_ = args
     lengths, wanted = _lengths(experience.mask), _lengths(experience.response_mask)
-    return update(base, state.policy, state.value, lengths, wanted, config.ppo.update, kwargs.get("mix"))
+    whole = update(base, state.policy, state.value, lengths, wanted, config.ppo.update, kwargs.get("mix"))
+    if config.ppo.update.kl_stop is None:
+        return whole
+    # The steps after the one whose KL was too much are left out.
+    steps = config.ppo.update.epochs * config.ppo.update.minibatches
+    part = min(float(result[1]["policy/steps"]) + 1, steps) / steps
+    phases = tuple(Phase(phase.flops * part, phase.bytes * part) for phase in whole.phases)
+    return Work(phases, whole.tokens * part)
 
 
 def _sft(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:

@@ -9,7 +9,8 @@ from jaxrlhf.models.decoder import DecoderConfig
 from jaxrlhf.models.fused_attention import check_model
 from jaxrlhf.runtime.compiler_options import check_options
 from jaxrlhf.runtime.mesh import BATCH_AXES, check_batch, uneven_rows
-from jaxrlhf.stages.settings import check_length, check_microbatches, check_minibatches
+from jaxrlhf.stages.ppo_settings import check_algorithm
+from jaxrlhf.stages.settings import check_length, check_microbatches, check_minibatches, check_tokens
 
 BATCHES = {"sft": "sft.batch_size", "reward_model": "reward_model.batch_size", "ppo": "ppo.batch_size"}
 
@@ -25,6 +26,8 @@ def check(config: RunConfig, mesh: jax.sharding.Mesh, model: DecoderConfig) -> l
         check_batch(mesh, section.batch_size, BATCHES[stage])
         rows, name = section.batch_size, BATCHES[stage]
         if stage == "ppo":
+            check_tokens(model, section.sampling, "ppo.sampling")
+            check_algorithm(section)
             length = section.max_prompt_tokens + section.sampling.max_new_tokens
             where = "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens"
             answers = rows * section.sampling.samples_per_prompt

@@ -28,6 +28,7 @@ HELLO = "jaxrlhf processes 1"  # the first word of a process that joins (`runtim
 GRACE = 1.0  # seconds from the first report of a fault to the verdict: others may know better
 SUSPECT_GRACE = 4.0  # the same where the first report may be an echo of a death that is not known yet
 PARTING = 5.0  # seconds that process 0 waits for the others to leave before it does
+SAYING = 2.0  # seconds for the last word, which a full pipe or a stopped terminal may hold up
 STUCK = 15.0  # seconds that a process may take to end itself after its fault
 
 
@@ -69,7 +70,7 @@ class Lifeline:
     def __init__(self, process: int, processes: int):
         self.process, self.processes, self.host = process, processes, socket.gethostname()
         self.verdict: Failure | None = None
-        self._decided, self._lock = threading.Event(), threading.Lock()
+        self._decided, self._lock, self._speaking = threading.Event(), threading.Lock(), threading.Lock()
         self._failing = self._leaving = self._spoken = False
 
     def failure(self, text: str, status: int, suspect: bool) -> Failure:
@@ -94,11 +95,17 @@ class Lifeline:
         """Ends this process for the fault, after what there is to be said of it."""
         self._await_others(verdict)
         flush()
-        with self._lock:  # two threads may end here at once: neither may end the process before the word is out
+        # Two threads may end here at once: neither may end the process before the word is out, or has got stuck.
+        speaking = threading.Thread(target=self._say_once, args=(verdict,), daemon=True)
+        speaking.start()
+        speaking.join(SAYING)
+        os._exit(verdict.status)
+
+    def _say_once(self, verdict: Failure) -> None:
+        with self._speaking:
             if not self._spoken:
                 say(verdict.line(self.process))
             self._spoken = True
-        os._exit(verdict.status)
 
     def _settle(self, verdict: Failure) -> bool:
         """Notes what ends the run; whether that was still open."""

@@ -102,7 +102,7 @@ def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Ro
         fault = error.errors()[0]
         option = str(fault["loc"][0]).replace("_", "-")
         raise UserError(f"--{option}: {fault['msg']}, given {fault['input']}") from None
-    check_tokens(roles.base, sampling, "ppo.sampling of the run")
+    check_tokens(roles.base.config, sampling, "ppo.sampling of the run")
     return with_stop_tokens(sampling, roles.base, roles.tokenizer)
 
 

@@ -28,6 +28,7 @@ from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo_iteration import Iteration
 from jaxrlhf.stages.ppo_sampling import Drawn, Sampler
+from jaxrlhf.stages.ppo_settings import check_algorithm
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
 from jaxrlhf.stages.settings import (
     check_adapter,
@@ -38,7 +39,7 @@ from jaxrlhf.stages.settings import (
     with_total_steps,
 )
 from jaxrlhf.steps.annotate import Control
-from jaxrlhf.steps.ppo import init_ppo, single_step
+from jaxrlhf.steps.ppo import init_ppo
 
 SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 
@@ -64,7 +65,7 @@ def check(run: Run, roles: Roles) -> None:
         check_source(source)
     check_adapter(roles.base, run.config.adapter_or(config.adapter), "ppo.adapter")
     check_adapter(roles.base, run.config.adapter_or(config.value_adapter), "ppo.value_adapter")
-    check_tokens(roles.base, config.sampling, "ppo.sampling")
+    check_tokens(roles.base.config, config.sampling, "ppo.sampling")
     length = config.max_prompt_tokens + config.sampling.max_new_tokens
     check_length(roles.base.config, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
     check_batch(run.mesh, config.batch_size, "ppo.batch_size")
@@ -80,7 +81,7 @@ def check(run: Run, roles: Roles) -> None:
         check_batch(run.mesh, mix.batch_size, "ppo.pretraining.batch_size")
         if size is not None and mix.batch_size > size:
             check_microbatches(mix.batch_size, size, "ppo.update.microbatch_size for ppo.pretraining.batch_size")
-    _check_algorithm(config)
+    check_algorithm(config)
     if truncates(config.sampling):
         run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
     reward_adapter = "reward" in roles.adapters or "reward_model" in run.config.stages
@@ -90,67 +91,6 @@ def check(run: Run, roles: Roles) -> None:
             "(model.run), or give a reward model (ppo.reward.path=FOLDER) or a function "
             "(ppo.reward.kind=function ppo.reward.function=path.py:name)"
         )
-
-
-def _check_algorithm(config: PPOStageConfig) -> None:
-    """UserError where settings of sampling, advantages and update contradict each other."""
-    estimator, group, update = config.advantage.estimator, config.sampling.samples_per_prompt, config.update
-    if ADVANTAGES[estimator].needs_group and group == 1:
-        raise UserError(
-            f"ppo.advantage.estimator: {estimator} compares the answers to one prompt; "
-            "give ppo.sampling.samples_per_prompt at least 2, such as 8"
-        )
-    if config.resample and group == 1:
-        raise UserError(
-            "ppo.resample: it draws groups with equal scores again; give ppo.sampling.samples_per_prompt at least 2"
-        )
-    if config.sampling.temperature == 0:
-        raise UserError("ppo.sampling.temperature: PPO samples; 0 is greedy, give a number above 0 such as 1.0")
-    if not ADVANTAGES[estimator].needs_value:
-        for name, given in (("value_trunk", update.value_trunk != "own"), ("value_warmup", update.value_warmup)):
-            if given:
-                raise UserError(f"ppo.update.{name}: ppo.advantage.estimator={estimator} has no value model; gae has")
-    if update.value_warmup >= config.iterations:
-        raise UserError(
-            f"ppo.update.value_warmup: {update.value_warmup} iterations of {config.iterations} leave none for the "
-            "policy; give fewer"
-        )
-    _check_combinations(config)
-    if update.kl_stop is not None and single_step(update):
-        raise UserError(
-            "ppo.update.kl_stop: an iteration of one optimizer step has none to leave out; set epochs or "
-            "minibatches above 1"
-        )
-
-
-def _check_combinations(config: PPOStageConfig) -> None:
-    """UserError for a setting that would do nothing, or harm, beside the others."""
-    update, kl, score = config.update, config.kl, config.score
-    rows = config.batch_size * config.sampling.samples_per_prompt
-    shared = update.value_trunk == "policy"
-    faults = (
-        ("update.dual_clip", update.dual_clip is not None and update.loss not in ("clip", "gspo"),
-         f"the losses clip and gspo have it, ppo.update.loss={update.loss} has not; leave it out"),
-        ("update.importance_level", update.importance_level != "token" and update.importance_cap is None,
-         "there are no weights without ppo.update.importance_cap; give one, such as 2.0"),
-        ("update.pretraining_coef", update.pretraining_coef != 1 and config.pretraining is None,
-         "there are no rows to weigh; give ppo.pretraining.data.path"),
-        ("kl.target", kl.target is not None and kl.coef == 0,
-         "an adaptive coefficient is multiplied, and 0 stays 0; give ppo.kl.coef above 0, such as 0.05"),
-        ("kl.horizon", kl.target is not None and rows >= 5 * kl.horizon,
-         f"{kl.horizon:g} answers, but an iteration has {rows}: the coefficient could fall to 0 or below; "
-         f"give more than {rows / 5:g}"),
-        ("score.overlong_buffer", score.overlong_buffer > config.sampling.max_new_tokens,
-         f"{score.overlong_buffer:g} tokens, but an answer has {config.sampling.max_new_tokens} at most; give fewer"),
-        ("advantage.whiten_rewards", config.advantage.whiten_rewards and config.advantage.estimator != "gae",
-         "an estimator that sums an answer's rewards would pay for its length; leave it out, or take "
-         "ppo.score.normalise=batch"),
-        ("value_adapter", shared and config.value_adapter is not None,
-         "ppo.update.value_trunk=policy has no value adapter, only a head; leave one of them out"),
-    )  # fmt: skip
-    for name, wrong, reason in faults:
-        if wrong:
-            raise UserError(f"ppo.{name}: {reason}")
 
 
 def load(run: Run, roles: Roles) -> PPOInputs:

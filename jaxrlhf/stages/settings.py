@@ -42,10 +42,10 @@ def check_adapter(base: Decoder, config: AdapterConfig, key_path: str) -> None:
         raise UserError(f"{key_path}.{error}") from None
 
 
-def check_tokens(base: Decoder, sampling: Sampling, key_path: str) -> None:
+def check_tokens(model: DecoderConfig, sampling: Sampling, key_path: str) -> None:
     """UserError where a stop or pad token is no id of the vocabulary."""
     tokens = [*(sampling.stop_tokens or ()), sampling.pad_token or 0]
-    largest = base.config.vocab_size - 1
+    largest = model.vocab_size - 1
     if min(tokens) < 0 or max(tokens) > largest:
         raise UserError(f"{key_path}: stop_tokens and pad_token are ids from 0 to {largest}, given {tokens}")
 

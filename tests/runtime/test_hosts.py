@@ -164,7 +164,7 @@ def test_a_killed_process_ends_the_others_who_name_it(wait, victim):
         if i != victim:
             assert status == 1, err
             named = rf"stopped: process {victim} of 3 \(host \S+, pid {pid}\) died: .*killed.*"
-            assert re.fullmatch(named, last_line(err)), err
+            assert re.search(f"^{named}$", err, re.MULTILINE), err  # jax may have its say in the same moment
 
 
 BREAKS_OFF = {
