@@ -200,6 +200,15 @@ time.sleep(0.3)
         assert status == 1 and re.fullmatch(r"stopped: process 2 of 3 \(.*\) died: .*\n", err), err
 
 
+def test_nobody_who_reads_does_not_keep_a_process_that_ends():
+    """As a stopped terminal, or a pipe to a program that hangs."""
+    with Processes("os.write(2, b'x' * 65536)\ntime.sleep(100)", 3) as processes:
+        processes.wait_until_joined()
+        time.sleep(0.5)
+        processes.running[2].send_signal(signal.SIGKILL)
+        assert [processes.running[i].wait(BOUND) for i in (0, 1)] == [1, 1]
+
+
 def test_an_abort_ends_its_process_and_the_others_name_it():
     code = "import ctypes\nif not first: ctypes.CDLL(None).abort()\ntime.sleep(100)"
     with Processes(code, 2) as processes:
