@@ -32,7 +32,7 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
 from jaxrlhf.records import Rollout
-from jaxrlhf.steps.ppo import single_step
+from jaxrlhf.steps.ppo import computed_steps, single_step
 
 _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _READS_INPUT = (*_QKV, "mlp.gate_proj", "mlp.up_proj")  # of a block whose attention and MLP read the same
@@ -357,11 +357,7 @@ def _update(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
     state, base, experience, *_ = args
     lengths, wanted = _lengths(experience.mask), _lengths(experience.response_mask)
     whole = update(base, state.policy, state.value, lengths, wanted, config.ppo.update, kwargs.get("mix"))
-    if config.ppo.update.kl_stop is None:
-        return whole
-    # The steps after the one whose KL was too much are left out.
-    steps = config.ppo.update.epochs * config.ppo.update.minibatches
-    part = min(float(result[1]["policy/steps"]) + 1, steps) / steps
+    part = computed_steps(result[1], config.ppo.update) / (config.ppo.update.epochs * config.ppo.update.minibatches)
     phases = tuple(Phase(phase.flops * part, phase.bytes * part) for phase in whole.phases)
     return Work(phases, whole.tokens * part)
 

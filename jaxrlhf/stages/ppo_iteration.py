@@ -29,6 +29,7 @@ from jaxrlhf.stages.ppo_sampling import Asked, Clock, Drawn, Sampler
 from jaxrlhf.stages.programs import annotate_program, experience_program, update_program
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
+from jaxrlhf.steps.ppo import computed_steps
 
 
 class Iteration:
@@ -92,8 +93,7 @@ class Iteration:
         clock.lap("time/update", ppo)
         metrics |= drawn.means() | _floats(noted) | paused | _floats(updated)
         sampled = metrics["length/mean"] * self.rows
-        steps = self.update_config.epochs * self.update_config.minibatches
-        computed = min(metrics.get("policy/steps", steps) + 1, steps)  # with the step whose KL was too much
+        computed = computed_steps(metrics, self.update_config)
         passes = 0 if metrics.get(PAUSED) else computed / self.update_config.minibatches
         metrics |= clock.laps | {
             "tokens_per_second/rollout": sampled * metrics.get("groups/draws", 1) / clock.laps["time/rollout"],

@@ -3,7 +3,7 @@
 B rows, R response tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,12 @@ def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOSt
 def single_step(config: PPOConfig) -> bool:
     """Whether an iteration takes one optimizer step: then the old policy is the new one, exactly."""
     return config.epochs * config.minibatches == 1
+
+
+def computed_steps(metrics: Mapping[str, float], config: PPOConfig) -> float:
+    """How many optimizer steps an update computed: those it took, and the one whose KL was too much (`kl_stop`)."""
+    steps = config.epochs * config.minibatches
+    return min(float(metrics.get("policy/steps", steps)) + 1, steps)
 
 
 def ppo_update(
