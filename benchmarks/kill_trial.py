@@ -33,10 +33,12 @@ CONFIG = {
     "sft": {
         "data": {"path": "builtin:assistant-demonstrations", "limit": 400}, "adapter": {"kind": "full"},
         "batch_size": 8, "max_length": 64, "heldout": 4, "epochs": 2, "save_every": 3,
+        "optimizer": {"learning_rate": 1e-4},
     },
     "reward_model": {
         "data": {"path": "builtin:assistant-preferences", "limit": 200}, "adapter": FEW, "batch_size": 8,
         "max_length": 48, "buckets": 1, "heldout": 4, "epochs": 2, "save_every": 3,
+        "optimizer": {"learning_rate": 1e-4},
     },
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 40}, "iterations": 60, "batch_size": 4,
@@ -48,7 +50,10 @@ CONFIG = {
             "short": {"weight": 0.5, "kind": "function", "function": "jaxrlhf.rewards.library:length",
                       "options": {"target": 4}},
         }},
-        "update": {"epochs": 2, "minibatches": 2, "ema_decay": 0.9, "optimizer": {"learning_rate": 0.01}},
+        "update": {
+            "epochs": 2, "minibatches": 2, "ema_decay": 0.9, "optimizer": {"learning_rate": 0.01},
+            "value_optimizer": {"learning_rate": 1e-4},
+        },
         "gold": "jaxrlhf.data.world:gold_score", "evaluation_prompts": 8, "save_every": 3, "sample_every": 2,
     },
 }  # fmt: skip

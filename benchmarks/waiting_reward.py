@@ -35,7 +35,10 @@ CONFIG = {
     "ppo": {
         "data": {"path": "builtin:assistant-prompts"}, "iterations": 10, "batch_size": 32, "evaluation_prompts": 4,
         "max_prompt_tokens": 32, "sampling": {"max_new_tokens": 64}, "save_every": 1000,
-        "update": {"epochs": 4, "minibatches": 1, "microbatch_size": 16},
+        "update": {
+            "epochs": 4, "minibatches": 1, "microbatch_size": 16, "remat": "none",
+            "optimizer": {"learning_rate": 1e-4}, "value_optimizer": {"learning_rate": 1e-4},
+        },
     },
 }  # fmt: skip
 PARTS = ("seconds", "time/rollout", "time/reward", "time/annotate", "time/update")
