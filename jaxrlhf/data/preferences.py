@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrlhf.config import Overflow, PreferencesConfig
+from jaxrlhf.data.chats import Prompt, Response, as_messages
 from jaxrlhf.data.order import Buckets, bucket_lengths
 from jaxrlhf.data.sources import (
     LoadReport,
@@ -17,7 +18,7 @@ from jaxrlhf.data.sources import (
     read_rows,
     text_or_messages_field,
 )
-from jaxrlhf.data.tokenizers import Prompt, Response, Tokenizer, as_messages
+from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import PreferenceBatch
 

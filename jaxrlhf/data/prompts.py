@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config import Overflow, PromptsConfig
+from jaxrlhf.data.chats import Prompt
 from jaxrlhf.data.order import batch_rows
 from jaxrlhf.data.sources import (
     LoadReport,
@@ -18,7 +19,7 @@ from jaxrlhf.data.sources import (
     text_field,
     text_or_messages_field,
 )
-from jaxrlhf.data.tokenizers import Prompt, Tokenizer
+from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import Prompts
 

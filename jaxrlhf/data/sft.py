@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrlhf.config import DemonstrationsConfig, Overflow
+from jaxrlhf.data.chats import Prompt, Response
 from jaxrlhf.data.order import Buckets, bucket_lengths
 from jaxrlhf.data.sources import (
     LoadReport,
@@ -20,7 +21,7 @@ from jaxrlhf.data.sources import (
     text_field,
     text_or_messages_field,
 )
-from jaxrlhf.data.tokenizers import Prompt, Response, Tokenizer
+from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import SFTBatch
 

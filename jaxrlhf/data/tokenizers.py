@@ -10,11 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxrlhf.data.chats import ChatTemplate, Prompt, Response
 from jaxrlhf.data.sources import HUB_ID, Message, one_line
 from jaxrlhf.errors import UserError
-
-Prompt = str | list[Message]
-Response = str | Message | list[Message]
 
 VOCABULARY_FILES = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json",
@@ -40,6 +38,7 @@ class Tokenizer:
             raise UserError(f"{name}: no fast tokenizer; save one with a tokenizer.json")
         self._tokenizer = tokenizer
         self.name = name
+        self.chats = ChatTemplate(tokenizer, name)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.pad_id: int | None = tokenizer.pad_token_id
         self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -47,7 +46,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return self.chats.exists
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: text behind BOS (if the tokenizer has it, and never a trailing EOS), or chat
@@ -67,10 +66,7 @@ class Tokenizer:
         """`encode_prompt` of many; `where` names their places in messages."""
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
-            texts = [
-                p if isinstance(p, str) else self._render(p, True, _place(where, start + i))
-                for i, p in enumerate(part)
-            ]
+            texts = [self.chats.prompt_text(prompt, _place(where, start + i)) for i, prompt in enumerate(part)]
             for prompt, encoding in zip(part, self._encode(texts)):
                 yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
@@ -78,7 +74,7 @@ class Tokenizer:
         """Ids of whole chats through the chat template, which ends them; `where` names their places in messages."""
         for start in range(0, len(chats), CHUNK):
             part = chats[start : start + CHUNK]
-            texts = [self._render(chat, False, _place(where, start + i)) for i, chat in enumerate(part)]
+            texts = [self.chats.whole_text(chat, _place(where, start + i)) for i, chat in enumerate(part)]
             yield from (encoding.ids for encoding in self._encode(texts))
 
     def encode_pairs(
@@ -89,7 +85,7 @@ class Tokenizer:
             raise UserError(f"{self.name}: the tokenizer has no EOS token, so answers could not end; set eos_token")
         for start in range(0, len(pairs), CHUNK):
             part = pairs[start : start + CHUNK]
-            texts = [self._pair_texts(*pair, _place(where, start + i)) for i, pair in enumerate(part)]
+            texts = [self.chats.pair_texts(*pair, _place(where, start + i)) for i, pair in enumerate(part)]
             prompts = self._encode_once([prompt for prompt, _ in texts])
             joints = self._encode([prompt + response for prompt, response in texts])
             splits = [_splits(prompts[text], joint, len(text)) for (text, _), joint in zip(texts, joints)]
@@ -187,33 +183,6 @@ class Tokenizer:
                 return ids[: last + 1]
         return [*ids, self.eos_id]
 
-    def _pair_texts(self, prompt: Prompt, response: Response, place: str) -> tuple[str, str]:
-        """The prompt as text, and the text that follows it."""
-        if isinstance(prompt, str) and isinstance(response, str):
-            return prompt, response
-        opening, answer = as_messages(prompt, "user"), as_messages(response, "assistant")
-        before = self._render(opening, True, place)
-        whole = self._render(opening + answer, False, place)
-        if whole.startswith(before):
-            return before, whole[len(before) :]
-        # Some templates open the assistant's turn with more than they write into a finished one.
-        return before, "".join(message["content"] for message in answer)
-
-    def _render(self, messages: list[Message], open_turn: bool, place: str) -> str:
-        if not self.has_chat_template:
-            raise UserError(
-                f"{place}chat messages, but the tokenizer {self.name} has no chat template; "
-                "give prompt and answer as text, or a tokenizer with one"
-            )
-        if not messages:
-            raise UserError(f"{place}a chat without a message before the answer; want at least one")
-        try:
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False)
-        except ImportError as error:
-            raise UserError(f"{self.name}: chat templates need jinja2: pip install jinja2") from error
-        except Exception as error:  # a template is a program, and raises what it likes
-            raise UserError(f"{place}the chat template of {self.name} refuses this chat: {one_line(error)}") from error
-
 
 def load_tokenizer(path: str) -> Tokenizer | None:
     """The tokenizer of a local folder or hub id; None where there are no tokenizer files.
@@ -282,13 +251,6 @@ def build_word_tokenizer(
     )  # fmt: skip
     fast.chat_template = chat_template
     return Tokenizer(fast, "word tokenizer")
-
-
-def as_messages(value: str | Message | list[Message], role: str) -> list[Message]:
-    """Chat messages as they are; text as one turn of `role`."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [value] if isinstance(value, dict) else list(value)
 
 
 def _splits(first: Any, joint: Any, border: int) -> bool:

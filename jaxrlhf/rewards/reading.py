@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrlhf.config import RewardConfig
+from jaxrlhf.data.chats import Prompt, as_messages
 from jaxrlhf.data.sources import Message
-from jaxrlhf.data.tokenizers import Prompt, as_messages
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.functions import RewardFault
 

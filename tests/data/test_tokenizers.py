@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxrlhf.data.tokenizers import Tokenizer, as_messages, build_word_tokenizer, load_tokenizer
+from jaxrlhf.data.chats import as_messages
+from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 
 USER = [{"role": "user", "content": "hello there"}]
