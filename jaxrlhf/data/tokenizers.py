@@ -5,21 +5,15 @@ tokens (a pad token that the model was not trained with would need a new embeddi
 remote code.
 """
 
-import copy
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxrlhf.data.chats import ChatTemplate, Prompt, Response
-from jaxrlhf.data.sources import HUB_ID, Message, one_line
+from jaxrlhf.data.sources import Message
+from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
 from jaxrlhf.errors import UserError
 
-VOCABULARY_FILES = (
-    "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json",
-    "tokenizer_config.json",
-)  # fmt: skip
-HUB_FILES = ("tokenizer*", "*.model", "vocab*", "merges*", "tekken.json", "special_tokens_map.json",
-             "added_tokens.json", "chat_template*", "config.json")  # fmt: skip
 # A response that is tokenized without its prompt stands behind one of these, the first that does not merge
 # with it, so that tokenizers which put a space before a text put it there.
 ANCHORS = ("\n", ".", "a")
@@ -33,12 +27,14 @@ class Tokenizer:
     `prefix_ids` is what it puts before every text (BOS, mostly); `vocab_size` is its largest id + 1.
     """
 
-    def __init__(self, tokenizer: Any, name: str):
+    def __init__(self, tokenizer: Any, name: str, file: bytes | None = None):
+        """`file` is the `tokenizer.json` that it was read from."""
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{name}: no fast tokenizer; save one with a tokenizer.json")
         self._tokenizer = tokenizer
         self.name = name
         self.chats = ChatTemplate(tokenizer, name)
+        self._file = file
         self.eos_id: int | None = tokenizer.eos_token_id
         self.pad_id: int | None = tokenizer.pad_token_id
         self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -136,11 +132,7 @@ class Tokenizer:
 
         `pad_id` is the token that the folder's readers shall pad with; None: the tokenizer's own, if it has one.
         """
-        tokenizer = self._tokenizer
-        if pad_id not in (None, self.pad_id):
-            tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-        tokenizer.save_pretrained(path)
+        write_files(self._tokenizer, self._file, path, None if pad_id == self.pad_id else pad_id)
 
     def _encode(self, texts: list[str]) -> list[Any]:
         """A `tokenizers.Encoding` per text, without special tokens, padding and truncation."""
@@ -189,34 +181,11 @@ def load_tokenizer(path: str) -> Tokenizer | None:
 
     UserError where the folder is missing or its files cannot be used. Remote code is never run.
     """
-    # Without torch the library advises on every import that it is missing; nothing here needs it.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    folder = os.path.expanduser(path)
-    if not os.path.isdir(folder):
-        folder = _download(path)
-    if not any(os.path.exists(os.path.join(folder, name)) for name in VOCABULARY_FILES):
+    folder = find_folder(path)
+    if folder is None:
         return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # broken files raise whatever the library meets first
-        raise UserError(f"{path}: its tokenizer cannot be loaded: {one_line(error)}") from error
-    for name in ("is_local", "local_files_only"):  # how it was read: saved again, it has the same bytes as before
-        tokenizer.init_kwargs.pop(name, None)
-    return Tokenizer(tokenizer, path)
-
-
-def _download(path: str) -> str:
-    """The local copy of a hub id's tokenizer files."""
-    if os.path.exists(path) or not HUB_ID.fullmatch(path):
-        raise UserError(f"{path}: no such folder; want one with a tokenizer, or a hub id such as owner/name")
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES))
-    except Exception as error:  # not found, gated, offline, refused: all the same to the person who asked
-        raise UserError(f"{path}: no such folder here, and not to be had from the hub: {one_line(error)}") from error
+    tokenizer, file = read_files(folder, path)
+    return Tokenizer(tokenizer, path, file)
 
 
 def build_word_tokenizer(
