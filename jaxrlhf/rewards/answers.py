@@ -49,8 +49,29 @@ class Answers:
 
 
 class Reward(Protocol):
-    """Scores f32[B] of B answers; higher is better."""
+    """Scores f32[B] of B answers; higher is better.
+
+    A reward that may abstain has the attribute `may_abstain`. It returns a masked array where it does, of 0 there: see
+    `with_abstained`.
+    """
 
     name: str
 
     def __call__(self, answers: Answers) -> np.ndarray | jax.Array: ...
+
+
+def may_abstain(reward: Reward) -> bool:
+    """Whether there may be answers that the reward gives no score."""
+    return getattr(reward, "may_abstain", False)
+
+
+def with_abstained(scores: np.ndarray, abstained: np.ndarray) -> np.ndarray:
+    """The scores f32[B], 0 and masked where `abstained` bool[B]; a plain array where no row is."""
+    if not abstained.any():
+        return scores
+    return np.ma.MaskedArray(np.where(abstained, np.float32(0), scores), abstained)
+
+
+def abstained_rows(scores: np.ndarray) -> np.ndarray:
+    """Where a reward has abstained, bool[B]."""
+    return np.ma.getmaskarray(scores)

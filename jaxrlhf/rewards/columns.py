@@ -1,11 +1,37 @@
 """What the library of rewards asks of a column and of an option; a misfit is a ValueError of one line."""
 
+import functools
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from jaxrlhf.errors import UserError
+
+
+def abstains_without(column: str) -> Callable[[Callable[..., list[float]]], Callable[..., list[float | None]]]:
+    """A reward function that gives None where a row's `column` is None, as in mixed data where some rows have none."""
+
+    def wrap(function: Callable[..., list[float]]) -> Callable[..., list[float | None]]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def score(*args: Any, **kwargs: Any) -> list[float | None]:
+            given = signature.bind(*args, **kwargs)
+            values = list(given.arguments[column])
+            known = [value for value in values if value is not None]
+            if len(known) == len(values):
+                return function(*given.args, **given.kwargs)
+            # Rows keep their numbers, for messages: one without a reference is scored by another's, and thrown away.
+            given.arguments[column] = [known[0] if value is None else value for value in values] if known else []
+            given.arguments["completions"] = list(given.arguments["completions"]) if known else []
+            scores = function(*given.args, **given.kwargs)  # of no rows: options are checked all the same
+            return [None if value is None else scores[i] for i, value in enumerate(values)]
+
+        return score
+
+    return wrap
 
 
 def references(column: str, values: Sequence[Any], several: bool = True) -> list[list[str]]:

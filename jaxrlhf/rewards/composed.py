@@ -8,15 +8,18 @@ import numpy as np
 
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers, Reward
+from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.functions import RewardFault, checked_scores
 from jaxrlhf.runtime.mesh import fetch
 
-TAKEN = ("score", "gold", "shaped")  # `reward/NAME` of the metrics that have this name already
+# `reward/NAME` of the metrics that have this name already, and the ending of those that tell where a part abstained.
+TAKEN, ABSTAINED = ("score", "gold", "shaped", "adjusted", "score_std", "drawn", "abstained"), "_abstained"
 
 
 class ComposedReward:
-    """A reward (see `answers.Reward`): the sum of weight times part.
+    """A reward (see `answers.Reward`): the sum of weight times part, where a part that abstains counts 0.
+
+    It abstains itself where all parts do that have a weight.
 
     `parts`: name -> (reward, weight). A name becomes the metric `reward/NAME`; a part of weight 0 is only measured.
     Raises UserError for a name or a weight that cannot be used, and `RewardFault`, which names the part, when called.
@@ -26,14 +29,16 @@ class ComposedReward:
         if not parts:
             raise UserError("reward parts: there are none; want at least one")
         for name, (_, weight) in parts.items():
-            if not re.fullmatch(r"[\w.-]+", name) or name in TAKEN:
+            if not re.fullmatch(r"[\w.-]+", name) or name in TAKEN or name.endswith(ABSTAINED):
                 raise UserError(
-                    f"reward part {name!r}: want a name of letters, digits, _ . and -, not {', '.join(TAKEN)}"
+                    f"reward part {name!r}: want a name of letters, digits, _ . and -, not {', '.join(TAKEN)} and none "
+                    f"that ends in {ABSTAINED}"
                 )
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise UserError(f"reward part {name}: its weight is {weight!r}; want a finite number")
         self.parts = dict(parts)
         self.name = " + ".join(f"{weight:g} {name}" for name, (_, weight) in self.parts.items())
+        self.may_abstain = any(may_abstain(part) for part, _ in self.parts.values())
 
     def __call__(self, answers: Answers) -> np.ndarray:
         return self.scores_and_parts(answers)[0]
@@ -44,8 +49,10 @@ class ComposedReward:
         given = {name: _called(name, part, answers) for name, (part, _) in self.parts.items()}
         count = len(answers.prompts)
         scores = {name: _fetched(name, values, count) for name, values in given.items()}
-        total = sum(np.float64(weight) * scores[name] for name, (_, weight) in self.parts.items())
-        return total.astype(np.float32), scores
+        total = sum(np.float64(weight) * np.asarray(scores[name]) for name, (_, weight) in self.parts.items())
+        weighed = [name for name, (_, weight) in self.parts.items() if weight] or list(self.parts)
+        abstained = np.logical_and.reduce([abstained_rows(scores[name]) for name in weighed])
+        return with_abstained(total.astype(np.float32), abstained), scores
 
 
 def _called(name: str, part: Reward, answers: Answers):
@@ -61,4 +68,5 @@ def _called(name: str, part: Reward, answers: Answers):
 
 def _fetched(name: str, values, count: int) -> np.ndarray:
     """The part's scores on the host, checked: in the sum nobody can tell whose NaN it is."""
-    return checked_scores(fetch(values), count, f"reward part {name}")
+    values = values if isinstance(values, np.ndarray) else fetch(values)  # which would lose where a part abstained
+    return checked_scores(values, count, f"reward part {name}")

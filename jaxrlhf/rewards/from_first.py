@@ -7,7 +7,7 @@ for the whole batch is also what a reward function is promised, whatever the num
 
 import numpy as np
 
-from jaxrlhf.rewards.answers import Answers, Reward
+from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
@@ -18,15 +18,17 @@ class FromFirst:
     """A reward (see `answers.Reward`) that process 0 asks, for all; what it fails with is raised on all."""
 
     def __init__(self, reward: Reward):
-        self.reward, self.name = reward, reward.name
+        self.reward, self.name, self.may_abstain = reward, reward.name, may_abstain(reward)
 
     def __call__(self, answers: Answers) -> np.ndarray:
         answers.gather()
 
         def score() -> bytes:
-            return np.asarray(self.reward(answers), np.float32).tobytes()
+            scores = self.reward(answers)
+            return np.stack([np.asarray(scores, np.float32), abstained_rows(scores).astype(np.float32)]).tobytes()
 
-        return np.frombuffer(from_first(score, (RewardFault,)), np.float32)
+        scores, abstained = np.frombuffer(from_first(score, (RewardFault,)), np.float32).reshape(2, -1)
+        return with_abstained(scores, abstained > 0)
 
 
 def on_first(reward: Reward) -> Reward:

@@ -1,9 +1,10 @@
 """Rewards from Python functions: `module:function` or `path.py:function`.
 
 A function is called once per batch with keywords `prompts` and `completions` (lists of str) and one list
-per other column of the data, and returns one finite number per answer, as TRL's reward functions do. A
-function without `**kwargs` gets only the keywords that it names. It may be `async def`; `options` are keywords
-that every call gets, such as a target length.
+per other column of the data, and returns one finite number per answer, as TRL's reward functions do, or None
+for an answer that it does not score: it abstains there, and counts 0. A function without `**kwargs` gets only
+the keywords that it names. It may be `async def`; `options` are keywords that every call gets, such as a target
+length.
 
 In the package's own functions (`jaxrlhf.rewards.library`) only options fill the keyword-only parameters, never
 columns of the same name, and options that they cannot use are found when the reward is made.
@@ -24,7 +25,7 @@ import numpy as np
 
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.answers import Answers, with_abstained
 from jaxrlhf.rewards.event_loop import run_async
 
 
@@ -40,6 +41,8 @@ class FunctionReward:
     ended. `key_path` is the setting that names the function, for messages. Raises UserError where there is no
     such function or it takes no such option.
     """
+
+    may_abstain = True
 
     def __init__(
         self,
@@ -115,17 +118,21 @@ class FunctionReward:
 
 
 def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
-    """Scores f32[count] of what `source` returned; RewardFault where it is no list of `count` finite numbers."""
+    """Scores f32[count] of what `source` returned, masked and 0 where that is None (see `answers.with_abstained`).
+
+    RewardFault where it is no list of `count` finite numbers and None.
+    """
     try:
-        scores = _numbers(scores)
+        scores, abstained = _numbers(scores)
     except Exception as error:  # torch says with a RuntimeError that a tensor still requires grad
         raise RewardFault(f"{source} returned no list of numbers: {one_line(error)}") from error
     if scores.shape != (count,):
         raise RewardFault(f"{source} returned shape {scores.shape} for {count} answers; want one number each")
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
-        raise RewardFault(f"{source} returned {scores[bad[0]]} for answer {bad[0]} of {count}")
-    return scores
+        hint = "; None abstains" if np.isnan(scores[bad[0]]) else ""
+        raise RewardFault(f"{source} returned {scores[bad[0]]} for answer {bad[0]} of {count}{hint}")
+    return with_abstained(scores, abstained)
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
@@ -169,13 +176,18 @@ def _load_file(path: str, key_path: str) -> ModuleType:
     return module
 
 
-def _numbers(scores) -> np.ndarray:
-    """float32 of what are numbers already: numpy would also take texts that spell one, and None for NaN."""
+def _numbers(scores: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 of what are numbers already, where there was None): numpy would also take texts that spell a number."""
+    if scores is None:
+        raise TypeError("it is None; want a list, with None for each answer that is not scored")
+    abstained = np.ma.getmaskarray(scores) if isinstance(scores, np.ma.MaskedArray) else False
     scores = np.asarray(scores)
+    abstained = np.broadcast_to(abstained, scores.shape)
     if scores.dtype.kind == "O":
-        odd = [value for value in scores.ravel().tolist() if value is None or isinstance(value, (str, bytes))]
-        if odd:
-            raise TypeError(f"it holds {'None' if odd[0] is None else 'values of type ' + type(odd[0]).__name__}")
+        none = np.reshape([value is None for value in scores.ravel()], scores.shape).astype(bool)
+        scores, abstained = np.where(none, 0.0, scores), abstained | none
+        if odd := [value for value in scores.ravel().tolist() if isinstance(value, (str, bytes))]:
+            raise TypeError(f"it holds values of type {type(odd[0]).__name__}")
     elif scores.dtype.kind in "USmMc":
         raise TypeError(f"it holds values of type {scores.dtype.name}")
-    return scores.astype(np.float32)
+    return scores.astype(np.float32), abstained

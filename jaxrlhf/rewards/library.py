@@ -3,7 +3,8 @@
 Each is given `completions`, the columns that its signature names, and options, which are its keyword-only
 parameters; it returns one float per completion, without a network. What an answer cannot be read as scores
 lowest and never raises: answers come from a model. A column or an option that cannot be used is a ValueError of
-one line, since it comes from a person. Most columns may hold a list of acceptable texts: the best one counts.
+one line, since it comes from a person; a row whose column is None gets None: the function abstains there. Most
+columns may hold a list of acceptable texts: the best one counts.
 """
 
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from decimal import Context, Decimal
 from typing import Any
 
-from jaxrlhf.rewards.columns import check_choice, check_number, check_texts, reference, references
+from jaxrlhf.rewards.columns import abstains_without, check_choice, check_number, check_texts, reference, references
 from jaxrlhf.rewards.structured import json_validity, span_f1
 from jaxrlhf.rewards.text_overlap import bleu, chrf, rouge
 
@@ -35,6 +36,7 @@ __all__ = [
 # ---------------------------------------------------------------- the same text
 
 
+@abstains_without("answer")
 def exact_match(completions: Sequence[str], answer: Sequence[Any], *, normalize: str = "strip") -> list[float]:
     """1 where the completion is the column `answer`, or one of its list; else 0.
 
@@ -71,6 +73,7 @@ MARKED = re.compile(r"####[\s*_(\\]*?(?=[-+\u2212$€£¥.0-9])")
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 
 
+@abstains_without("answer")
 def numeric_answer(
     completions: Sequence[str], answer: Sequence[Any], *, tolerance: float = 0.0, strict: bool = False
 ) -> list[float]:
@@ -147,6 +150,7 @@ def _decimal(match: re.Match) -> Decimal:
 # ---------------------------------------------------------------- a choice
 
 
+@abstains_without("answer")
 def multiple_choice(completions: Sequence[str], answer: Sequence[Any], *, letters: str = "ABCDE") -> list[float]:
     r"""1 where the letter that the completion chooses is that of the column `answer`; else 0.
 
@@ -191,6 +195,7 @@ def _chosen(text: str, patterns: list[re.Pattern]) -> str | None:
     return None
 
 
+@abstains_without("label")
 def label_accuracy(
     completions: Sequence[str], label: Sequence[Any], *, labels: Sequence[str] | None = None, pick: str = "first"
 ) -> list[float]:

@@ -5,9 +5,9 @@ Per batch of answers the server is sent one POST request, with content type appl
     {"prompts": ["..."], "completions": ["..."], "columns": {"NAME": [...], ...}}
 
 All lists are equally long; `columns` holds the rows' other columns, null where a row has none. It answers with
-status 200 and a number per answer, in the same order:
+status 200 and a number per answer, in the same order, or null where it abstains:
 
-    {"scores": [0.25, ...]}
+    {"scores": [0.25, null, ...]}
 
 Tried again, after a growing pause, are a failed connection, a time-out and the statuses 429 and 5xx, whose
 Retry-After is kept up to `max_wait` seconds. Everything else is a `RewardFault` at once: another status, a redirect
@@ -30,7 +30,7 @@ import numpy as np
 
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.answers import Answers, abstained_rows, with_abstained
 from jaxrlhf.rewards.event_loop import run_async
 from jaxrlhf.rewards.functions import RewardFault, checked_scores, columns_of
 
@@ -54,6 +54,8 @@ class HTTPReward:
     Messages name the URL without user, password and query. Raises UserError for a URL or a variable that cannot be
     used, and `RewardFault` when called.
     """
+
+    may_abstain = True
 
     def __init__(
         self,
@@ -120,7 +122,8 @@ class HTTPReward:
 
             tasks = [asyncio.ensure_future(batch(*pair)) for pair in zip(requests, counts)]
             try:
-                return np.concatenate([np.zeros(0, np.float32), *await asyncio.gather(*tasks)])
+                parts = [np.zeros(0, np.float32), *await asyncio.gather(*tasks)]
+                return with_abstained(np.concatenate(parts), np.concatenate([abstained_rows(part) for part in parts]))
             finally:
                 for task in tasks:  # after a fault nobody waits for the others
                     task.cancel()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrlhf.rewards.columns import check_choice, check_texts
+from jaxrlhf.rewards.columns import abstains_without, check_choice, check_texts
 
 FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
 KINDS = {"any": object, "object": dict, "array": list}
@@ -47,6 +47,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
+@abstains_without("entities")
 def span_f1(completions: Sequence[str], entities: Sequence[Any], *, ignore_case: bool = False) -> list[float]:
     """F1 of the named entities that the completion lists against those of the column `entities`.
 

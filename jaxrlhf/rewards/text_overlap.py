@@ -6,13 +6,14 @@ Both come with the optional extra `rewards`, and neither needs a network as used
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrlhf.rewards.columns import check_choice, check_number, optional_package, references
+from jaxrlhf.rewards.columns import abstains_without, check_choice, check_number, optional_package, references
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # sacrebleu's other tokenizers download a model or need a package of their own.
 TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 
 
+@abstains_without("reference")
 def rouge(
     completions: Sequence[str], reference: Sequence[Any], *, metric: str = "rougeL", stem: bool = False
 ) -> list[float]:
@@ -27,6 +28,7 @@ def rouge(
     return [float(scorer.score_multi(texts, text)[metric].fmeasure) for text, texts in zip(completions, wanted)]
 
 
+@abstains_without("reference")
 def bleu(
     completions: Sequence[str], reference: Sequence[Any], *, tokenize: str = "13a", lowercase: bool = False
 ) -> list[float]:
@@ -41,6 +43,7 @@ def bleu(
     return _sentences(scorer, completions, reference)
 
 
+@abstains_without("reference")
 def chrf(
     completions: Sequence[str],
     reference: Sequence[Any],

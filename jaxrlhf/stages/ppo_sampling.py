@@ -14,8 +14,8 @@ from jaxrlhf.algorithms.shaping import informative_groups
 from jaxrlhf.config import Sampling
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.records import Adapter, Prompts, Rollout
-from jaxrlhf.rewards.answers import Answers, Reward
-from jaxrlhf.rewards.composed import ComposedReward
+from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain
+from jaxrlhf.rewards.composed import ABSTAINED, ComposedReward
 from jaxrlhf.runtime.mesh import fetch, place_batch
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Run
@@ -75,6 +75,7 @@ class Sampler:
         self.greedy_rollout = greedy_program(run.mesh, self.rollout, self.sampling.samples_per_prompt)
         self.merge = merge_program(run.mesh)
         self._ahead: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # whose prompts, draw, numbers, tokens
+        self._silent: set[str] = set()  # metrics of rewards that were said to have abstained throughout
 
     def answer(
         self,
@@ -117,16 +118,31 @@ class Sampler:
         return place_batch(self.run.mesh, padded)
 
     def measured(self, answers: Answers) -> dict[str, np.ndarray]:
-        """f32[B] by metric name: the score that is maximised, its parts, and the gold score."""
-        rows = {}
+        """f32[B] by metric name: the score that is maximised, its parts, and the gold score; 0 where one abstained.
+
+        Beside each that may abstain stands where it did: its share is then a metric.
+        """
+        rows: dict[str, np.ndarray] = {}
         if self.gold is not None:
-            rows["reward/gold"] = np.asarray(self.gold(answers))
+            rows |= self._noted("reward/gold", self.gold, self.gold(answers))
         if isinstance(self.reward, ComposedReward):
             scores, parts = self.reward.scores_and_parts(answers)
-            rows |= {f"reward/{name}": values for name, values in parts.items()}
+            for name, values in parts.items():
+                rows |= self._noted(f"reward/{name}", self.reward.parts[name][0], values)
         else:
             scores = self.reward(answers)
-        return rows | {"reward/score": np.asarray(fetch(scores), np.float32)}
+        return rows | self._noted("reward/score", self.reward, scores, f"reward/{ABSTAINED[1:]}")
+
+    def _noted(self, metric: str, reward: Reward, scores, named: str | None = None) -> dict[str, np.ndarray]:
+        """Scores f32[B], and where there is something to tell, the rows f32[B] in which the reward abstained."""
+        if not may_abstain(reward):
+            return {metric: np.asarray(fetch(scores), np.float32)}
+        named, abstained = named or f"{metric}{ABSTAINED}", abstained_rows(scores)
+        if abstained.all() and named not in self._silent:
+            self._silent.add(named)
+            count = len(abstained)
+            self.run.say(f"ppo: {reward.name} abstained on all {count} answers of a batch and counts 0 there ({named})")
+        return {metric: np.asarray(scores, np.float32), named: abstained.astype(np.float32)}
 
     def scores(self, answers: Answers) -> tuple[Rollout, jax.Array]:
         """The answers with their scores f32[B], of the reward alone."""

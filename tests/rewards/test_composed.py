@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.answers import Answers, abstained_rows, may_abstain
 from jaxrlhf.rewards.composed import ComposedReward
-from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 
 
 class Fixed:
@@ -107,3 +107,24 @@ def test_names_and_weights_that_cannot_be(parts, words):
 def test_parts_stay_on_the_host():
     scores, parts = ComposedReward({"a": (Fixed(jnp.ones(3)), 2.0)}).scores_and_parts(ANSWERS)
     assert not any(isinstance(values, jax.Array) for values in (scores, *parts.values()))
+
+
+def test_a_part_that_abstains_counts_0_and_the_others_stay():
+    first = np.ma.MaskedArray(np.float32([0, 2, 0]), [True, False, True])
+    second = np.ma.MaskedArray(np.float32([3, 0, 0]), [False, True, True])
+    parts = {"a": (Fixed(first), 2.0), "b": (Fixed(second), -1.0), "seen": (Fixed(np.float32([5, 5, 5])), 0)}
+    scores, by_name = ComposedReward(parts).scores_and_parts(ANSWERS)
+    np.testing.assert_array_equal(np.asarray(scores), np.float32([-3, 4, 0]))
+    # A part that is only measured does not make up for those that abstain.
+    np.testing.assert_array_equal(abstained_rows(scores), [False, False, True])
+    for name, given in (("a", first), ("b", second)):
+        np.testing.assert_array_equal(abstained_rows(by_name[name]), given.mask)
+    assert not may_abstain(ComposedReward(parts))
+    asked = FunctionReward("jaxrlhf.rewards.library:exact_match", "here")
+    assert may_abstain(ComposedReward({"asked": (asked, 1.0), "seen": (Fixed(first), 0)}))
+
+
+@pytest.mark.parametrize("name", ["abstained", "a_abstained", "score_std"])
+def test_no_part_takes_the_name_of_another_metric(name):
+    with pytest.raises(UserError, match=rf"reward part '{name}': want a name"):
+        ComposedReward({name: (Fixed([1.0]), 1.0)})

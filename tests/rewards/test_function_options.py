@@ -1,5 +1,6 @@
 """Async functions, options and columns of FunctionReward, and its early checks of the library's functions."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.answers import Answers, abstained_rows
 from jaxrlhf.rewards.event_loop import run_async
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 
@@ -206,10 +207,12 @@ def test_a_package_that_is_missing_is_named_before_anything_runs(monkeypatch, na
         FunctionReward(f"{LIBRARY}:{name}", "ppo.gold")
 
 
-def test_a_row_without_its_column_is_named(answers):
-    odd = Answers(None, answers.prompts, [{"answer": "4"}, {}], None)
+def test_a_row_whose_column_holds_nothing_of_use_is_named_and_one_without_has_no_score(answers):
+    reward = FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")
+    odd = Answers(None, answers.prompts, [{"answer": "4"}, {"answer": "four"}], None)
     odd.__dict__["completions"] = answers.completions
-    with pytest.raises(
-        RewardFault, match=r"numeric_answer raised ValueError: column answer, row 1 holds nothing \(None\)"
-    ):
-        FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")(odd)
+    with pytest.raises(RewardFault, match=r"numeric_answer raised ValueError: column answer, row 1 holds no number"):
+        reward(odd)
+    without = dataclasses.replace(odd, rows=[{"answer": "4"}, {}])
+    without.__dict__["completions"] = answers.completions
+    np.testing.assert_array_equal(abstained_rows(reward(without)), [False, True])

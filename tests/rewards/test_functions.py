@@ -8,7 +8,8 @@ import pytest
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import Rollout
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.answers import Answers, abstained_rows
+from jaxrlhf.rewards.from_first import FromFirst
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault, load_function
 
 WORDS = ["red", "green", "blue", "one", "two"]
@@ -82,9 +83,10 @@ def test_arrays_of_any_number_type_are_scores(reward, answers):
         ("return [[1.0], [2.0], [3.0]]", "shape (3, 1) for 3 answers"),
         ("return 1.0", "shape () for 3 answers"),
         ("return None", "no list of numbers"),
-        ("return [1.0, float('nan'), 2.0]", "nan for answer 1 of 3"),
+        ("return [1.0, float('nan'), 2.0]", "nan for answer 1 of 3; None abstains"),
+        ("return [None, float('nan'), 2.0]", "nan for answer 1 of 3"),
+        ("return [None, None]", "shape (2,) for 3 answers"),
         ("return [1.0, 2.0, -float('inf')]", "-inf for answer 2 of 3"),
-        ("return [1.0, None, 2.0]", "no list of numbers"),
         ("return ['good', 'bad', 'good']", "no list of numbers"),
         ("return ['0.5', '0.1', '0.2']", "no list of numbers"),
         ("return '123'", "no list of numbers"),
@@ -110,6 +112,35 @@ def test_what_is_no_score_is_a_fault_that_names_the_function(reward, answers, bo
         score(answers)
     message = str(fault.value)
     assert words in message and score.name in message and "\n" not in message
+
+
+@pytest.mark.parametrize("how", ["def", "async def"])
+@pytest.mark.parametrize(
+    ("body", "abstained"),
+    [
+        ("[0.5, None, 2]", [1]),
+        ("[None] * 3", [0, 1, 2]),
+        ("np.array([0.5, None, 2], object)", [1]),
+        ("np.ma.array([0.5, 7.0, 2.0], mask=[0, 1, 0])", [1]),
+        ("[0.5, 0.0, 2.0]", []),
+    ],
+)
+def test_a_function_abstains_with_none_and_counts_0_there(reward, answers, how, body, abstained):
+    scores = reward(f"import numpy as np\n{how} score(prompts):\n    return {body}")(answers)
+    np.testing.assert_array_equal(np.flatnonzero(abstained_rows(scores)), abstained)
+    expected = np.float32([0.5, 0, 2])
+    expected[abstained] = 0
+    np.testing.assert_array_equal(np.asarray(scores), expected)  # also for those who know nothing of masks
+    assert scores.dtype == np.float32 and isinstance(scores, np.ma.MaskedArray) == bool(abstained)
+
+
+def test_process_0_tells_the_others_where_a_reward_abstained(reward, answers):
+    score = reward("def score(prompts):\n    return [0.5, None, 2]")
+    shared = FromFirst(score)
+    assert shared.may_abstain and shared.name == score.name
+    for got, expected in zip((shared(answers), score(answers)), (score(answers),) * 2):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+        np.testing.assert_array_equal(abstained_rows(got), [False, True, False])
 
 
 def test_what_a_function_does_to_its_lists_changes_nothing_for_others(reward, answers):

@@ -367,16 +367,30 @@ def test_no_completion_raises(texts):
 @pytest.mark.parametrize(
     ("score", "column", "good", "bad"),
     [
-        (exact_match, "answer", "a", (None, [], [None], {"a": 1}, b"a")),
-        (numeric_answer, "answer", "4", (None, "none", "4 or 5", "#### x", ["4"], float("nan"), "")),
-        (multiple_choice, "answer", "A", (None, "F", "AB", "", 5, -1, True, ["A"])),
-        (label_accuracy, "label", "a", (None, ["a"])),
-        (lambda c, v: label_accuracy(c, v, labels=["a", "b"]), "label", "b", (None, "c", 2, True, ["a"])),
-        (span_f1, "entities", "a: b", (None, "no entity", 3, [["a"]], ["a"], [{"type": "a"}], [None], "[1]")),
+        (exact_match, "answer", "a", ([], [None], {"a": 1}, b"a")),
+        (numeric_answer, "answer", "4", ("none", "4 or 5", "#### x", ["4"], float("nan"), "")),
+        (multiple_choice, "answer", "A", ("F", "AB", "", 5, -1, True, ["A"])),
+        (label_accuracy, "label", "a", (["a"],)),
+        (lambda c, v: label_accuracy(c, v, labels=["a", "b"]), "label", "b", ("c", 2, True, ["a"])),
+        (span_f1, "entities", "a: b", ("no entity", 3, [["a"]], ["a"], [{"type": "a"}], [None], "[1]")),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(score, column, good, bad):
     assert len(score(["x", "x"], [good, good])) == 2
     for value in bad:
-        with pytest.raises(ValueError, match=rf"\Acolumn {column}, row 1 [^\n]*\Z"):
-            score(["x", "x"], [good, value])
+        for before in (good, None):
+            with pytest.raises(ValueError, match=rf"\Acolumn {column}, row 2 [^\n]*\Z"):
+                score(["x", "x", "x"], [good, before, value])
+
+
+@pytest.mark.parametrize(
+    ("score", "right"),
+    [(exact_match, "a"), (numeric_answer, "4"), (multiple_choice, "A"), (label_accuracy, "a"), (span_f1, "a: b")],
+)
+def test_a_row_without_a_reference_has_no_score_and_changes_no_other(score, right):
+    texts, answers = [right, "what", right, "?"], [None, right, right, None]
+    (wrong,), (one,) = score(["what"], [right]), score([right], [right])
+    assert score(texts, answers) == [None, wrong, one, None] and wrong < one == 1.0
+    assert score(texts, [None] * 4) == [None] * 4
+    with pytest.raises((TypeError, ValueError)):  # options are checked all the same
+        score(texts, [None] * 4, no_such_option=1)

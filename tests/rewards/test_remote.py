@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.answers import Answers, abstained_rows
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.remote import HTTPReward, _seconds, retry_delay
 
@@ -125,6 +125,17 @@ def test_what_is_sent_and_what_comes_back(server):
     assert server.headers_seen[0]["Content-Type"] == "application/json"
 
 
+def test_null_abstains_whatever_batch_it_is_in(server):
+    def none_of_two(handler, request):
+        lengths = [len(text) for text in request["completions"]]
+        body({"scores": [None if n == 2 else n for n in lengths]})(handler, request)
+
+    server.behaviours = [none_of_two]
+    scores = reward_of(server, batch_size=2)(answers_of(["x" * n for n in (2, 3, 1, 5, 2)]))
+    np.testing.assert_array_equal(np.asarray(scores), np.float32([0, 3, 1, 5, 0]))
+    np.testing.assert_array_equal(abstained_rows(scores), [True, False, False, False, True])
+
+
 def test_batches_keep_their_order_however_fast_each_is(server):
     def first_is_last(handler, request):
         time.sleep(0.05 if request["prompts"][0] == "prompt 0" else 0.0)
@@ -214,7 +225,6 @@ def test_a_server_that_is_down(server):
         (body({"scores": [1.0, 2.0, float("-inf")]}), "returned -inf for answer 2 of 3"),
         (body(b'{"scores": [1, 2, 1' + b"0" * 400 + b"]}"), "no list of numbers"),
         (body({"scores": ["1", "2", "3"]}), "no list of numbers"),
-        (body({"scores": [1.0, None, 3.0]}), "no list of numbers"),
         (body({"scores": [1.0, {}, 3.0]}), "no list of numbers"),
         (body(b"{}", Content_Encoding="gzip"), "encoded as 'gzip'"),
     ],

@@ -114,6 +114,7 @@ def test_options():
 
 @pytest.mark.parametrize("score", [rouge, bleu, chrf])
 def test_a_row_without_its_reference_is_named(score):
-    for bad in (None, [], [None], {"a": 1}):
+    assert score(["x", "x", "y"], ["x", None, "x"]) == [score(["x"], ["x"])[0], None, score(["y"], ["x"])[0]]
+    for bad in ([], [None], {"a": 1}):
         with pytest.raises(ValueError, match=r"\Acolumn reference, row 1 [^\n]*\Z"):
             score(["x", "x"], ["x", bad])
