@@ -13,3 +13,9 @@ class UserError(Exception):
 
 class Fault(Exception):
     """Something outside the program stopped it midway: one line with what and where."""
+
+
+def short(value: object) -> str:
+    """A value in a message, cut at 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

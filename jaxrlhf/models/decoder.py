@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.attention import (
     Turns,
     attend,
@@ -30,26 +31,6 @@ from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.norms import NORMS
 from jaxrlhf.models.rope import Rope, frequencies
 from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
-
-
-def _gelu_tanh(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-# By the names that config.json uses.
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": _gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "relu": jax.nn.relu,
-}
-
 
 # What the backward pass finds of a layer beside its input, which is always kept; by the names of the setting `remat`.
 # The products are known by name: jax's own policy for them sees neither inside of a custom gradient, which merged and
@@ -88,7 +69,7 @@ class DecoderConfig:
     qk_norm: str | None = None  # norm on queries and keys: "head" each head, "projection" all heads at once
     parallel_residual: bool = False  # attention and MLP read the same input
     learned_positions: bool = False
-    activation: str = "silu"  # a key of ACTIVATIONS
+    activation: str = "silu"  # a key of activations.ACTIVATIONS
     gated_mlp: bool = True
     qkv_bias: bool = False
     output_bias: bool = False  # of attention's output projection
@@ -259,12 +240,14 @@ class Decoder(nnx.Module):
         at=None,
         remat: str = "none",
         first: int = 0,
+        slots: int | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Normed hidden states [B,T-first,D] from slot `first` on, and the cache of all slots.
 
         Without `cache`, S = T and the fresh keys and values are returned as the cache; `mask_BTS` is causal. With it,
         keys and values are written at slot `at` (i32[]), and `mask_BTS` spans the whole cache. What the last layer
         would say of slots before `first` is not computed: nobody reads it. `remat` is none, or a key of `REMAT`.
+        `slots` is the length that the rows will have, None: S; longrope turns by it.
         """
         run = Block.__call__
         if remat != "none":
@@ -280,7 +263,8 @@ class Decoder(nnx.Module):
         windows = {kind.window for kind in self.config.layer_kinds}
         masks = {w: mask_BTS if w is None else within_window(mask_BTS, w, 0 if at is None else at) for w in windows}
         ropes = {kind.rope for kind in self.config.layer_kinds} - {None}
-        turned = {r: turns_of(positions_BT, mask_BTS.shape[2], *frequencies(r, self.config.head_dim)) for r in ropes}
+        S, H = mask_BTS.shape[2], self.config.head_dim
+        turned = {r: turns_of(positions_BT, S, *frequencies(r, H, S if slots is None else slots)) for r in ropes}
         caches = []
         for index, block in enumerate(self.layers):
             kind, before = self.config.layer_kind(index), None if cache is None else cache[index]

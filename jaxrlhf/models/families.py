@@ -16,7 +16,6 @@ from jaxrlhf.models.family import (
     Module,
     Part,
     Place,
-    Ropes,
     Windows,
     count,
     family_document,
@@ -26,6 +25,7 @@ from jaxrlhf.models.family import (
     token_entry,
     token_ids,
 )
+from jaxrlhf.models.family_ropes import Ropes
 
 __all__ = ["FAMILIES", "config_document", "is_ignored", "place", "read_config", "token_entry", "token_ids"]
 
@@ -309,7 +309,12 @@ GPT_NEOX = Family(
 PHI3 = dataclasses.replace(
     LLAMA,
     architecture="Phi3",
-    ropes=Ropes(share_entry="partial_rotary_factor", types=("default",)),
+    ropes=Ropes(
+        share_entry="partial_rotary_factor",
+        types=("default", "longrope"),
+        aliases={"su": "longrope", "yarn": "longrope"},
+        trained_length=4096,
+    ),
     windows=Windows(slides=lambda document, layer: True, default=None, typed=False),
     fields=_fields(
         vocab_size=Field("vocab_size", "vocab_size", "size", 32064),

@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import ACTIVATIONS, DecoderConfig, LayerKind
-from jaxrlhf.models.rope import SCALINGS, Rope, read_rope, rope_entry
+from jaxrlhf.errors import UserError, short
+from jaxrlhf.models.activations import ACTIVATIONS
+from jaxrlhf.models.decoder import DecoderConfig, LayerKind
+from jaxrlhf.models.family_ropes import FULL, SLIDING, Ropes, read_ropes, rope_entries
+from jaxrlhf.models.rope import Rope
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # ours -> the checkpoint's
-SLIDING, FULL = "sliding_attention", "full_attention"  # names in `layer_types`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +58,6 @@ class Windows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ropes:
-    """Rotary positions of a family, and where older files keep their numbers."""
-
-    theta: float = 10000.0  # transformers' default
-    theta_entry: str = "rope_theta"
-    share: float = 1.0  # of a head's dimensions that turn, by default
-    share_entry: str | None = None  # None: all must turn
-    local_theta: float | None = None  # of layers with a window, where they have their own
-    types: tuple[str, ...] = tuple(SCALINGS)
-    skipped: Callable[[dict[str, Any], int], bool] | None = None  # (config.json, layer): a layer without
-
-
-@dataclasses.dataclass(frozen=True)
 class Family:
     """All that is particular to a `model_type`."""
 
@@ -77,7 +65,7 @@ class Family:
     fields: tuple[Field, ...]
     modules: tuple[Module, ...]
     prefix: str  # of the tensors' names; checkpoints of the bare model lack it
-    ropes: Ropes | None = Ropes()  # None: learned positions
+    ropes: Ropes | None = dataclasses.field(default_factory=Ropes)  # None: learned positions
     windows: Windows | None = None
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in DecoderConfig; or a function of fields
     ignored: tuple[str, ...] = ()  # expressions for tensors that old checkpoints carry and nobody needs
@@ -104,7 +92,7 @@ def read_family_config(family: Family, model_type: str, document: dict[str, Any]
     """
     for entry, value in (("quantization_config", None), *family.fixed):
         if document.get(entry) not in (None, value):
-            raise UserError(f"{where}: {entry} {_short(document[entry])} is not supported; it must be {value}")
+            raise UserError(f"{where}: {entry} {short(document[entry])} is not supported; it must be {value}")
     read: dict[str, Any] = {}
     for field in family.fields:
         value = document.get(field.theirs)
@@ -114,7 +102,7 @@ def read_family_config(family: Family, model_type: str, document: dict[str, Any]
                 value = field.default(read) if callable(field.default) else field.default
             read[field.ours] = KINDS[field.kind](value)
         except ValueError as error:
-            given = _short(document.get(field.theirs))
+            given = short(document.get(field.theirs))
             raise UserError(f"{where}: {field.theirs} must be {error}, not {given}") from None
     for name, value in family.constants.items():
         read[name] = value(read) if callable(value) else value
@@ -135,7 +123,7 @@ def family_document(family: Family, config: DecoderConfig, dtype: str) -> dict[s
     if family.windows is not None:
         document |= _window_entries(family.windows, kinds)
     if family.ropes is not None:
-        document |= _rope_entries(family, kinds)
+        document |= rope_entries(family.ropes, kinds)
     document["dtype"] = document["torch_dtype"] = dtype
     return document
 
@@ -148,7 +136,7 @@ def _layer_kinds(family: Family, document: dict[str, Any], read: dict[str, Any],
         window, sliding = _windows(family.windows, document, layers, where)
     ropes: dict[bool, Rope | None] = {True: None, False: None}
     if family.ropes is not None:
-        ropes = {local: _rope(family.ropes, document, read, local, where) for local in (False, True)}
+        ropes = {local: read_ropes(family.ropes, document, read, local, where) for local in (False, True)}
     skipped = family.ropes.skipped if family.ropes is not None and family.ropes.skipped is not None else None
     try:
         unturned = [bool(skipped and skipped(document, i)) for i in range(layers)]
@@ -166,12 +154,12 @@ def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str
     if windows.switch is not None:
         switched = document.get(windows.switch) or False
         if not isinstance(switched, bool):
-            raise UserError(f"{where}: {windows.switch} must be true or false, not {_short(switched)}")
+            raise UserError(f"{where}: {windows.switch} must be true or false, not {short(switched)}")
         window = window if switched else None
     if window is None:
         return None, [False] * layers
     if not _is_int(window) or window < 1:
-        raise UserError(f"{where}: sliding_window must be a whole number, at least 1, or null, not {_short(window)}")
+        raise UserError(f"{where}: sliding_window must be a whole number, at least 1, or null, not {short(window)}")
     types = document.get("layer_types") if windows.typed else None
     if types is None:
         try:
@@ -179,44 +167,8 @@ def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
     if not isinstance(types, list) or len(types) != layers or any(kind not in (SLIDING, FULL) for kind in types):
-        raise UserError(f"{where}: layer_types must be {layers} of {SLIDING} and {FULL}, not {_short(types)}")
+        raise UserError(f"{where}: layer_types must be {layers} of {SLIDING} and {FULL}, not {short(types)}")
     return window, [name == SLIDING for name in types]
-
-
-def _rope(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], local: bool, where: str) -> Rope:
-    """Rotary positions, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    # Where both stand, transformers lets rope_scaling win.
-    entry = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
-    given = document.get(entry) or {}
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: {entry} must be an object with rope_theta and rope_type, not {_short(given)}")
-    theta = document.get(ropes.theta_entry)
-    theta = ropes.theta if theta is None else theta
-    if ropes.local_theta is not None:  # one rope for each type of layer
-        parameters = document.get("rope_parameters") or {}
-        scaling = document.get("rope_scaling") or {}
-        given = (isinstance(parameters, dict) and parameters.get(SLIDING if local else FULL)) or {}
-        if not all(isinstance(part, dict) for part in (parameters, scaling, given)):
-            raise UserError(f"{where}: rope_parameters must be an object with one for each of {SLIDING} and {FULL}")
-        given = given if local else given | scaling
-        local_theta = document.get("rope_local_base_freq")
-        if local:
-            theta = ropes.local_theta if local_theta is None else local_theta
-    share = document.get(ropes.share_entry or "partial_rotary_factor")
-    defaults = {
-        "rope_theta": theta,
-        "partial_rotary_factor": ropes.share if share is None else share,
-        "original_max_position_embeddings": document.get("original_max_position_embeddings", read["max_positions"]),
-    }
-    try:
-        rope = read_rope(given, defaults)
-        if rope.kind not in ropes.types:
-            raise ValueError(f"rope_type {rope.kind!r} is not supported; known: {', '.join(ropes.types)}")
-        if rope.share != 1 and ropes.share_entry is None:
-            raise ValueError("partial_rotary_factor is not supported in this family; every dimension must turn")
-    except ValueError as error:
-        raise UserError(f"{where}: {entry if given else ropes.theta_entry}: {error}") from None
-    return rope
 
 
 def _window_entries(windows: Windows, kinds: list[LayerKind]) -> dict[str, Any]:
@@ -226,27 +178,6 @@ def _window_entries(windows: Windows, kinds: list[LayerKind]) -> dict[str, Any]:
         entries["layer_types"] = [FULL if kind.window is None else SLIDING for kind in kinds]
     if windows.switch is not None:
         entries[windows.switch] = window is not None
-    return entries
-
-
-def _rope_entries(family: Family, kinds: list[LayerKind]) -> dict[str, Any]:
-    """Rope in the newer style and the older one; a family without layers of one kind has its default there."""
-    ropes = family.ropes
-    turned = next((k.rope for k in kinds if k.window is None and k.rope), None)
-    local = next((k.rope for k in kinds if k.window is not None and k.rope), None)
-    main = turned or (local if ropes.local_theta is None else None) or Rope(ropes.theta, ropes.share)
-    entries: dict[str, Any] = {"rope_parameters": rope_entry(main), ropes.theta_entry: main.theta}
-    if main.kind != "default":
-        entries["rope_scaling"] = rope_entry(main)
-    if ropes.share_entry is not None:
-        entries[ropes.share_entry] = main.share
-        entries["rope_parameters"]["partial_rotary_factor"] = main.share
-    if ropes.local_theta is not None:
-        local = local or Rope(ropes.local_theta)
-        entries["rope_parameters"] = {FULL: rope_entry(main), SLIDING: rope_entry(local)}
-        entries["rope_local_base_freq"] = local.theta
-    if ropes.skipped is not None:
-        entries["no_rope_layers"] = [int(kind.rope is not None) for kind in kinds]
     return entries
 
 
@@ -292,7 +223,7 @@ def count(document: dict[str, Any], entry: str, default: int, least: int = 1) ->
     value = document.get(entry)
     value = default if value is None else value
     if not _is_int(value) or value < least:
-        raise ValueError(f"{entry} must be a whole number, at least {least}, not {_short(value)}")
+        raise ValueError(f"{entry} must be a whole number, at least {least}, not {short(value)}")
     return value
 
 
@@ -359,8 +290,3 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "activation": _activation,
 }
 NULLABLE = ("token", "tokens", "cap")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -4,6 +4,9 @@ A checkpoint is checked as a whole from its headers before anything is built. Th
 file straight to its devices: no host or device holds what it does not keep.
 """
 
+import dataclasses
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,32 +31,83 @@ from jaxrlhf.models.quantize import abstract_quantized, kind_of, load_quantized
 from jaxrlhf.models.tensor_files import Pending, StoredTensor
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.mesh import parameter_sharding
+from jaxrlhf.runtime.notices import notice
 
 
 def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """The stored tensor of each of our parameters; `UserError` where one is missing, misshapen or left over."""
-    matched = {}
-    prefix = FAMILIES[config.family].prefix
-    bare = not any(name.startswith(prefix) for name in tensors)  # a checkpoint of the model without its head
+    """The stored tensor of each of our parameters; `UserError` where one is missing or misshapen.
+
+    Tensors that the decoder has no place for are left out with a notice, as transformers leaves them out with a
+    warning: a value head, a vision tower, biases and layers that `config.json` does not call for.
+    """
+    matched, used = {}, set()
     for name, wanted in named_parameters(abstract_decoder(config)).items():
         where = place(config, name)
-        theirs = where.tensor.removeprefix(prefix) if bare else where.tensor
+        theirs = _name_in(tensors, config, where.tensor)
         if theirs not in tensors:
-            raise UserError(f"{folder}: tensor {theirs} is missing, which {folder / 'config.json'} calls for")
+            hint = ""
+            if name == "lm_head/kernel":
+                hint = "; if the embedding is the head too, config.json must say tie_word_embeddings: true"
+            raise UserError(f"{folder}: tensor {theirs} is missing, which {folder / 'config.json'} calls for{hint}")
         tensor = matched[name] = tensors[theirs]
+        used.add(theirs)
         tensor.check_dtype()
         shape = _stored_shape(wanted.shape, config, where)
         if tensor.shape != shape:
             raise UserError(
                 f"{tensor.file}: tensor {theirs} has shape {list(tensor.shape)}; config.json calls for {list(shape)}"
             )
-    known = {tensor.name for tensor in matched.values()}
-    for tensor in tensors.values():
-        if tensor.name not in known and not is_ignored(config, tensor.name):
-            raise UserError(
-                f"{tensor.file}: tensor {tensor.name} has no place in a {config.family} decoder with this config.json"
-            )
+    left = [name for name in tensors if name not in used and not is_ignored(config, name)]
+    if left:
+        why = f"as a {config.family} decoder with this config.json has no place for them"
+        notice(f"{folder}: left out, {why}: {_summary(left)}")
     return matched
+
+
+def tied_as_stored(
+    config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path
+) -> tuple[DecoderConfig, dict[str, StoredTensor]]:
+    """Config and tensors after the tensors have decided whether embedding and head are one, as in transformers 5.
+
+    Tied, with a head that differs from the embedding: they are two. Tied, with the head alone: it is the embedding.
+    """
+    head, embedding = (
+        _name_in(tensors, config, place(config, name).tensor) for name in ("lm_head/kernel", "embed_tokens/embedding")
+    )
+    if not config.tie_embeddings or head not in tensors:
+        return config, tensors
+    if embedding not in tensors:
+        return config, {name: tensor for name, tensor in tensors.items() if name != head} | {embedding: tensors[head]}
+    if _equal(tensors[head], tensors[embedding]):
+        return config, tensors
+    notice(f"{folder}: config.json ties the embedding to the head, but {embedding} and {head} differ: both are read")
+    return dataclasses.replace(config, tie_embeddings=False), tensors
+
+
+def _name_in(tensors: dict[str, StoredTensor], config: DecoderConfig, tensor: str) -> str:
+    """The name of a family's tensor in this checkpoint: that of a model saved without its head lacks the prefix."""
+    prefix = FAMILIES[config.family].prefix
+    bare = not any(name.startswith(prefix) for name in tensors)
+    return tensor.removeprefix(prefix) if bare else tensor
+
+
+def _equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
+    """Whether two tensors hold the same numbers, read a few rows at a time."""
+    for tensor in (one, other):
+        tensor.check_dtype()
+    if one.shape != other.shape:
+        return False
+    a, b = one.view(), other.view()
+    parts = range(0, len(a), rows)
+    return all(np.array_equal(a[i : i + rows].astype(np.float32), b[i : i + rows].astype(np.float32)) for i in parts)
+
+
+def _summary(names: list[str], shown: int = 4) -> str:
+    """Tensors by the module that they stand in, with counts: "v_head.summary (2 tensors) and 7 more"."""
+    groups = Counter(re.split(r"\.\d+\.|\.[^.]+$", name)[0] for name in names).most_common()
+    listed = [f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in groups[:shown]]
+    rest = sum(count for _, count in groups[shown:])
+    return ", ".join(listed) + (f" and {rest} more" if rest else "")
 
 
 def read_decoder(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, short
 
 HEADS = {"score", "classifier"}  # what PEFT lists in modules_to_save for task_type SEQ_CLS; our families have `score`
 
@@ -72,7 +72,7 @@ def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
         unsupported.append("modules_to_save")
     if unsupported:
         entry = unsupported[0]
-        raise UserError(f"{file}: {entry} {_short(document[entry])} is not supported; {MERGE_IT}")
+        raise UserError(f"{file}: {entry} {short(document[entry])} is not supported; {MERGE_IT}")
     settings = PeftConfig(
         rank=_number(document.get("r"), "r", int, file),
         alpha=_number(document.get("lora_alpha"), "lora_alpha", float, file),
@@ -92,7 +92,7 @@ def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
 def _number(value: Any, entry: str, kind: type, file: Path) -> Any:
     allowed = int if kind is int else int | float
     if isinstance(value, bool) or not isinstance(value, allowed) or not abs(value) < float("inf"):
-        raise UserError(f"{file}: {entry} must be a {'whole ' if kind is int else ''}number, not {_short(value)}")
+        raise UserError(f"{file}: {entry} must be a {'whole ' if kind is int else ''}number, not {short(value)}")
     if kind is int and value < 1:
         raise UserError(f"{file}: {entry} must be at least 1, not {value}")
     return value
@@ -101,7 +101,7 @@ def _number(value: Any, entry: str, kind: type, file: Path) -> Any:
 def _patterns(document: dict[str, Any], entry: str, kind: type, file: Path) -> dict[str, Any]:
     value = document.get(entry) or {}
     if not isinstance(value, dict):
-        raise UserError(f"{file}: {entry} must be an object of module names and numbers, not {_short(value)}")
+        raise UserError(f"{file}: {entry} must be an object of module names and numbers, not {short(value)}")
     for pattern, number in value.items():
         _check_expression(pattern, entry, file)
         _number(number, f"{entry}: {pattern}", kind, file)
@@ -112,7 +112,7 @@ def _strings(document: dict[str, Any], entry: str, file: Path) -> str | list[str
     value = document.get(entry)
     listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
     if not (value is None or listed or (isinstance(value, str) and entry != "modules_to_save")):
-        raise UserError(f"{file}: {entry} must be a list of module names, not {_short(value)}")
+        raise UserError(f"{file}: {entry} must be a list of module names, not {short(value)}")
     return value
 
 
@@ -120,7 +120,7 @@ def _layer_numbers(document: dict[str, Any], file: Path) -> list[int]:
     value = document.get("layers_to_transform")
     numbers = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-        raise UserError(f"{file}: layers_to_transform must be layer numbers, not {_short(value)}")
+        raise UserError(f"{file}: layers_to_transform must be layer numbers, not {short(value)}")
     return numbers
 
 
@@ -128,7 +128,7 @@ def _check_expression(pattern: str, entry: str, file: Path) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{file}: {entry}: {_short(pattern)} is no regular expression ({error})") from None
+        raise UserError(f"{file}: {entry}: {short(pattern)} is no regular expression ({error})") from None
 
 
 def _by_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
@@ -195,8 +195,3 @@ def _by_name(values: dict[str, Any], modules: list[str]) -> dict[str, Any]:
                 named[end] = value
                 break
     return named
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,11 +1,13 @@
 """Rotary positions: radians per position of each pair of dimensions, by rope type.
 
-Not here: types whose angles depend on the length of the sequence at hand (dynamic, longrope).
+longrope turns by the length of the sequence at hand. Here that is the length of the array, padding included: prompt
+and answer together in sampling, scoring and update. The same token is then turned alike in all three, whatever else
+is in the batch. transformers goes by the longest row of the batch.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,34 +23,26 @@ class Rope:
     numbers: tuple[tuple[str, Any], ...] = ()
 
 
-def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Radians per position of each rotated pair, f32[F], and the factor on cosine and sine.
+def frequencies(rope: Rope, head_dim: int, slots: int) -> tuple[np.ndarray, float]:
+    """Radians per position of each rotated pair, f32[F], and the factor on cosine and sine, in rows of `slots` tokens.
 
     The first 2F <= head_dim dimensions of a head turn, halves paired.
     """
     rotated = int(head_dim * rope.share)
     exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
     plain = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
-    scaled, factor = SCALINGS[rope.kind].apply(plain, rope.theta, rotated, dict(rope.numbers))
+    scaled, factor = SCALINGS[rope.kind].apply(plain, rope.theta, rotated, dict(rope.numbers), slots)
     return scaled.astype(np.float32), factor
 
 
-def read_rope(entry: dict[str, Any], defaults: dict[str, Any]) -> Rope:
-    """The rope that an object of `config.json` describes; `ValueError` says what is wrong with it.
+def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rope:
+    """The rope of that type which an object of `config.json` describes; `ValueError` says what is wrong with it.
 
-    `defaults` are values for entries that are absent: rope_theta, partial_rotary_factor and
-    original_max_position_embeddings.
+    `defaults` are values for entries that are absent: rope_theta, partial_rotary_factor,
+    original_max_position_embeddings; and max_position_embeddings, of which longrope's factor is a share.
     """
-    kind = entry.get("rope_type", entry.get("type", "default"))
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(sorted(SCALINGS))}")
     scaling = SCALINGS[kind]
     given = {name: value for name, value in entry.items() if value is not None}
-    if "rope_type" not in entry or any(isinstance(value, dict) for value in entry.values()):
-        # Where transformers is not told the type in its newer style, a number that it would not read is a mistake.
-        extra = set(given) - {"rope_theta", "partial_rotary_factor", "rope_type", "type", *scaling.numbers}
-        if extra:
-            raise ValueError(f"{', '.join(sorted(extra))} is not supported with rope_type {kind!r}")
     numbers = {name: given.get(name, defaults.get(name)) for name in scaling.numbers}
     missing = [name for name in scaling.required if numbers[name] is None]
     if missing:
@@ -59,22 +53,55 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any]) -> Rope:
     share = _positive("partial_rotary_factor", given.get("partial_rotary_factor", defaults["partial_rotary_factor"]))
     if share > 1:
         raise ValueError(f"partial_rotary_factor must be at most 1, not {share}")
-    checked = {
-        name: value if isinstance(value, bool) and name == "truncate" else _positive(name, value)
-        for name, value in numbers.items()
-        if value is not None
-    }
-    rope = Rope(theta, share, kind, tuple(sorted(checked.items())))
+    checked = {name: _number(name, value) for name, value in numbers.items() if value is not None}
+    if kind == "longrope":
+        length = checked["original_max_position_embeddings"]
+        if length < 2:
+            raise ValueError("original_max_position_embeddings must be at least 2 with rope_type 'longrope'")
+        checked.setdefault("factor", defaults["max_position_embeddings"] / length)
     low, high = checked.get("low_freq_factor"), checked.get("high_freq_factor")
     if low is not None and low >= high:
         raise ValueError(f"low_freq_factor ({low:g}) must be below high_freq_factor ({high:g})")
-    return rope
+    return Rope(theta, share, kind, tuple(sorted(checked.items())))
+
+
+def rope_kind(entry: dict[str, Any], aliases: Mapping[str, str]) -> str:
+    """The rope type of an object of `config.json`, by its newer or older name; `ValueError` for an unknown one."""
+    kind = entry.get("rope_type", entry.get("type", "default"))
+    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(sorted(SCALINGS))}")
+    return kind
+
+
+def unread(entry: dict[str, Any], kind: str) -> list[str]:
+    """Names in such an object that say something, but nothing to this rope type."""
+    known = {"rope_theta", "partial_rotary_factor", "rope_type", "type", *SAY_NOTHING, *SCALINGS[kind].numbers}
+    return sorted(name for name, value in entry.items() if value is not None and name not in known)
 
 
 def rope_entry(rope: Rope) -> dict[str, Any]:
     """The object of `config.json` that `read_rope` reads back."""
     partial = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
-    return {"rope_type": rope.kind, "rope_theta": rope.theta, **partial, **dict(rope.numbers)}
+    numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.numbers}
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, **partial, **numbers}
+
+
+def factor_count(rope: Rope) -> int | None:
+    """How many pairs of dimensions longrope's lists are for, None for other types; `ValueError` where they differ."""
+    counts = {len(value) for _, value in rope.numbers if isinstance(value, tuple)}
+    if len(counts) > 1:
+        raise ValueError(f"short_factor and long_factor must be equally long, not {min(counts)} and {max(counts)}")
+    return next(iter(counts), None)
+
+
+def _number(name: str, value: Any) -> Any:
+    """A number of a scaling, checked; longrope's lists become tuples."""
+    if name in ("short_factor", "long_factor"):
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"{name} must be a list of numbers, not {value!r}")
+        return tuple(_positive(name, item) for item in value)
+    return value if isinstance(value, bool) and name == "truncate" else _positive(name, value)
 
 
 def _positive(name: str, value: Any) -> float:
@@ -83,16 +110,16 @@ def _positive(name: str, value: Any) -> float:
     return value if isinstance(value, int) and name.startswith("original") else float(value)
 
 
-def _default(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple[np.ndarray, float]:
+def _default(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
     return plain, 1.0
 
 
-def _linear(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple[np.ndarray, float]:
+def _linear(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
     """Position interpolation (2306.15595)."""
     return plain / np.float32(numbers["factor"]), 1.0
 
 
-def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple[np.ndarray, float]:
+def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
     """Llama 3.1 (2407.21783): long waves are stretched, short ones are not, those between in part."""
     turns = numbers["original_max_position_embeddings"] * plain / np.float32(2 * math.pi)  # over the trained length
     low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
@@ -100,7 +127,7 @@ def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tup
     return (1.0 - kept) * plain / np.float32(numbers["factor"]) + kept * plain, 1.0
 
 
-def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple[np.ndarray, float]:
+def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
     """YaRN (2309.00071): a ramp from kept to stretched over the dimensions, and a factor on the attention."""
     length = numbers["original_max_position_embeddings"]
     factor = numbers["factor"]
@@ -124,6 +151,18 @@ def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict) -> tuple
     return scaled, attention
 
 
+def _longrope(
+    plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int
+) -> tuple[np.ndarray, float]:
+    """LongRoPE (2402.13753): each pair has a stretch of its own, and another one in rows past the trained length."""
+    length, factor = numbers["original_max_position_embeddings"], numbers["factor"]
+    stretch = numbers["long_factor" if slots > length else "short_factor"]
+    attention = numbers.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+    return plain / np.asarray(stretch, np.float32), attention
+
+
 def _yarn_scale(factor: float, scale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
@@ -132,7 +171,7 @@ def _yarn_scale(factor: float, scale: float = 1.0) -> float:
 class Scaling:
     """A rope type: how it changes the plain frequencies, and which numbers it reads."""
 
-    apply: Callable[[np.ndarray, float, int, dict], tuple[np.ndarray, float]]
+    apply: Callable[[np.ndarray, float, int, dict, int], tuple[np.ndarray, float]]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
@@ -144,6 +183,8 @@ class Scaling:
 SCALINGS: dict[str, Scaling] = {
     "default": Scaling(_default),
     "linear": Scaling(_linear, ("factor",)),
+    # Stretches only rows longer than max_position_embeddings (its factor), and none are longer here.
+    "dynamic": Scaling(_default, ("factor",)),
     "llama3": Scaling(
         _llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     ),
@@ -152,4 +193,10 @@ SCALINGS: dict[str, Scaling] = {
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": Scaling(
+        _longrope,
+        ("short_factor", "long_factor", "original_max_position_embeddings"),
+        ("factor", "attention_factor"),
+    ),
 }
+SAY_NOTHING = ("finetuned", "mrope_section")  # a note of Yarn-Llama-2's; of images, whose axes are one in text

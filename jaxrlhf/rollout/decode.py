@@ -89,7 +89,8 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
         return t + 1, *extend(t, answers, work.replace(cache=cache), model.logits(hidden)[:, 0])
 
     segments = prompts.mask.astype(jnp.int32)
-    hidden, prompt_cache = model.hidden(prompts.tokens, positions_of(segments), causal_mask(segments), first=P - 1)
+    given = prompts.tokens, positions_of(segments), causal_mask(segments)
+    hidden, prompt_cache = model.hidden(*given, first=P - 1, slots=P + R)
     prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
     work = _AtWork(
         row=None,

@@ -24,11 +24,21 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 WITHOUT_LENGTH = {entry: value for entry, value in LLAMA3.items() if not entry.startswith("original")}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
 MULTI_HEAD = dict(hidden_size=40, num_attention_heads=5, num_key_value_heads=5)
 GROUPED = dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
 ONE_KV_TIED = dict(hidden_size=24, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True)
 UNTIED = dict(tie_word_embeddings=False)
+
+
+
+def longrope(pairs, length=None):
+    """Every pair has a stretch of its own, in short rows and in long ones."""
+    stretches = {"short_factor": [1.0 + 0.1 * i for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
+    trained = {} if length is None else {"original_max_position_embeddings": length, "factor": 4.0}
+    return {"rope_type": "longrope", "rope_theta": 100.0} | stretches | trained
+
 
 CASES = {
     "llama": [
@@ -40,6 +50,9 @@ CASES = {
         ),
         GROUPED | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.5)),
         GROUPED | dict(max_position_embeddings=64, rope_parameters=WITHOUT_LENGTH),
+        GROUPED | dict(max_position_embeddings=T, rope_parameters=DYNAMIC, hidden_act="gelu_fast"),
+        GROUPED | dict(rope_parameters=longrope(4, 32)),  # the rows are shorter than the trained length
+        GROUPED | dict(rope_parameters=longrope(4, 16)),  # and longer
     ],
     "mistral": [
         MULTI_HEAD | dict(sliding_window=7),
@@ -91,6 +104,11 @@ CASES = {
         MULTI_HEAD | dict(sliding_window=6),
         GROUPED | dict(partial_rotary_factor=0.5),
         ONE_KV_TIED | dict(rope_parameters={"rope_type": "default", "rope_theta": 70.0}),
+        GROUPED | dict(
+            rope_parameters=longrope(3), original_max_position_embeddings=8, partial_rotary_factor=0.75,
+            max_position_embeddings=64,
+        ),
+        GROUPED | dict(rope_parameters=longrope(4), original_max_position_embeddings=32, max_position_embeddings=64),
     ],
     "olmo2": [
         MULTI_HEAD,
@@ -126,7 +144,7 @@ def decoded(model, tokens, mask, prompt):
     B, K, H = len(tokens), model.config.kv_heads, model.config.head_dim
     shapes = (B, K, H, T), (B, K, T, H)
     cache = [LayerCache(*(np.full(s, 9.0, np.float32) for s in shapes)) for _ in range(model.config.layers)]
-    run = jax.jit(lambda model, *inputs: (lambda out: (model.logits(out[0]), out[1]))(model.hidden(*inputs)))
+    run = jax.jit(lambda model, *inputs: (lambda out: (model.logits(out[0]), out[1]))(model.hidden(*inputs, slots=T)))
     parts, at = [], 0
     for width in (prompt, *[1] * (T - prompt)):
         now = slice(at, at + width)

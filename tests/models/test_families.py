@@ -14,6 +14,7 @@ from jaxrlhf.models.families import (
 from jaxrlhf.models.rope import Rope
 
 MINIMAL = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 FULL = DecoderConfig(
     vocab_size=61, hidden_size=48, intermediate_size=44, layers=2, heads=6, kv_heads=2, head_dim=16, max_positions=99,
     norm_eps=1e-5, tie_embeddings=True, qkv_bias=True, output_bias=True, mlp_bias=True, initializer_range=0.3,
@@ -63,7 +64,7 @@ def test_rope_theta_in_both_styles(rope, theta):
         ({"model_type": "mamba"}, ["model_type", "'mamba'", "llama"]),
         ({"model_type": None}, ["model_type", "llama"]),
         ({"model_type": ["llama"]}, ["model_type", "llama"]),
-        ({"hidden_act": "gelu_10"}, ["hidden_act", "silu", "'gelu_10'"]),
+        ({"hidden_act": "xielu"}, ["hidden_act", "silu", "'xielu'"]),
         ({"hidden_size": "32"}, ["hidden_size", "whole number", "'32'"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
         ({"vocab_size": True}, ["vocab_size", "True"]),
@@ -74,7 +75,11 @@ def test_rope_theta_in_both_styles(rope, theta):
         ({"num_key_value_heads": 3}, ["num_attention_heads (4)", "num_key_value_heads (3)"]),
         ({"head_dim": 7}, ["head_dim (7)", "pairs"]),
         ({"hidden_size": 33}, ["head_dim", "hidden_size"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, ["rope_scaling", "'dynamic'", "linear, llama3"]),
+        ({"rope_scaling": {"type": "ntk", "factor": 2}}, ["rope_scaling", "'ntk'", "dynamic, linear, llama3"]),
+        ({"rope_scaling": LONGROPE | {"long_factor": 2.0}}, ["rope_scaling", "long_factor", "list"]),
+        ({"rope_scaling": LONGROPE | {"long_factor": [2.0]}}, ["short_factor and long_factor", "1 and 4"]),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1], "long_factor": [2]}}, ["rope_scaling", "must have 4", "1"]),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1] * 4}}, ["rope_scaling", "long_factor"]),
         ({"rope_scaling": {"factor": 2.0}}, ["rope_scaling", "factor"]),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, ["rope_parameters", "low_freq_factor"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope_parameters", "full_attention"]),
@@ -91,6 +96,37 @@ def test_what_cannot_be_used_is_named_in_one_line(change, words):
     message = str(caught.value)
     assert "\n" not in message and message.startswith("models/mine/config.json: ")
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "scaling, kind",
+    [
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "finetuned": True}, "yarn"),
+        ({"type": "yarn", "factor": 4.0, "attn_factor": 1.0}, "yarn"),
+        ({"type": "dynamic", "factor": 2.0, "alpha": 1000}, "dynamic"),
+        ({"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, "longrope"),
+        ({"rope_type": "default", "mrope_section": [2, 1, 1], "type": "default"}, "default"),
+    ],
+)
+def test_entries_of_a_rope_that_say_nothing_are_left_out(scaling, kind, capsys):
+    config = read_config(MINIMAL | {"rope_scaling": scaling}, f"{kind}-{len(scaling)}/config.json")
+    rope = config.layer_kinds[0].rope
+    assert rope.kind == kind
+    said = capsys.readouterr().err
+    unread = {"attn_factor", "alpha"} & set(scaling)
+    assert all(name in said for name in unread) and bool(said) == bool(unread) and said.count("\n") <= 1
+
+
+def test_the_trained_length_beside_the_rope_wins():
+    """As in transformers: Phi-3 keeps it there, with a default of 4096."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    document = MINIMAL | {"rope_scaling": yarn, "original_max_position_embeddings": 32}
+    for given, length in ((document, 32), (MINIMAL | {"rope_scaling": yarn}, 16)):
+        rope = read_config(given, "config.json").layer_kinds[0].rope
+        assert dict(rope.numbers)["original_max_position_embeddings"] == length
+    phi = MINIMAL | {"model_type": "phi3", "rope_scaling": LONGROPE, "max_position_embeddings": 8192}
+    numbers = dict(read_config(phi, "config.json").layer_kinds[0].rope.numbers)
+    assert (numbers["original_max_position_embeddings"], numbers["factor"]) == (4096, 2.0)
 
 
 def test_written_and_read_again_is_the_same():

@@ -250,8 +250,6 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     [
         (edit(lambda t: t.pop(Q)), [f"tensor {Q} is missing", "config.json"]),
         (edit(lambda t: t.update({Q: t[Q][:8]})), [SINGLE, f"tensor {Q}", "[8, 24]", "[24, 24]"]),
-        (edit(lambda t: t.update({"score.weight": t[Q]})), [SINGLE, "tensor score.weight", "no place"]),
-        (edit(lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[Q]})), ["layers.2.mlp", "no place"]),
         (edit(lambda t: t.update({Q: t[Q].astype(np.int32)})), [SINGLE, f"tensor {Q}", "I32"]),
         (lambda f: os.truncate(f / SINGLE, (f / SINGLE).stat().st_size - 1), [SINGLE, "tensor", "truncated"]),
         (lambda f: (f / SINGLE).unlink(), ["no weights"]),
