@@ -19,7 +19,7 @@ from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.models.families import FAMILIES, config_document, place, read_config
 from jaxrlhf.models.folders import check_dtype, check_replaceable, find_folder, written_once
-from jaxrlhf.models.layout import in_dtype, load_parameter, match, merged_tensors, pending, read_decoder
+from jaxrlhf.models.layout import in_dtype, load_parameter, match, merged_tensors, pending, plain_tensors, read_decoder
 from jaxrlhf.models.tensor_files import StoredTensor, read_checkpoint, read_json, write_checkpoint, write_json
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.mesh import parameter_sharding
@@ -48,7 +48,7 @@ def load_sequence_classifier(
     document = read_json(folder / "config.json")
     config = dataclasses.replace(read_config(document, str(folder / "config.json")), tie_embeddings=True)
     _check_labels(document, config, folder / "config.json")
-    tensors = read_checkpoint(folder)
+    tensors = plain_tensors(read_checkpoint(folder))
     head = _head(tensors, config, folder)
     stored = match(config, {name: tensor for name, tensor in tensors.items() if tensor is not head}, folder)
     tokenizer = load_tokenizer(str(folder))

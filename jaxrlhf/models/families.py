@@ -26,6 +26,7 @@ from jaxrlhf.models.family import (
     token_ids,
 )
 from jaxrlhf.models.family_ropes import Ropes
+from jaxrlhf.models.wrappers import WRAPPERS, text_document
 
 __all__ = ["FAMILIES", "config_document", "is_ignored", "place", "read_config", "token_entry", "token_ids"]
 
@@ -407,10 +408,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_config(document: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder that a `config.json` describes; see `family.read_family_config`."""
+    """The decoder that a `config.json` describes, of a multimodal one its text part; see `read_family_config`."""
+    document = text_document(document, where)
     model_type = document.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"{where}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+        known = f"{', '.join(sorted(FAMILIES))}; or the text part of {', '.join(sorted(WRAPPERS))}"
+        raise UserError(f"{where}: model_type {model_type!r} is not supported; known: {known}")
     return read_family_config(FAMILIES[model_type], model_type, document, where)
 
 

@@ -29,6 +29,7 @@ from jaxrlhf.models.families import FAMILIES, is_ignored, place
 from jaxrlhf.models.family import Part, Place
 from jaxrlhf.models.quantize import abstract_quantized, kind_of, load_quantized
 from jaxrlhf.models.tensor_files import Pending, StoredTensor
+from jaxrlhf.models.wrappers import plain_name
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.mesh import parameter_sharding
 from jaxrlhf.runtime.notices import notice
@@ -57,11 +58,16 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
             raise UserError(
                 f"{tensor.file}: tensor {theirs} has shape {list(tensor.shape)}; config.json calls for {list(shape)}"
             )
-    left = [name for name in tensors if name not in used and not is_ignored(config, name)]
+    left = [tensor.name for name, tensor in tensors.items() if name not in used and not is_ignored(config, name)]
     if left:
         why = f"as a {config.family} decoder with this config.json has no place for them"
         notice(f"{folder}: left out, {why}: {_summary(left)}")
     return matched
+
+
+def plain_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A checkpoint's tensors by the names of the plain text model, where a multimodal one is around it."""
+    return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 
 def tied_as_stored(

@@ -14,7 +14,7 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.models.families import config_document, read_config, token_entry, token_ids
 from jaxrlhf.models.folders import check_dtype, check_replaceable, find_folder, written_once
-from jaxrlhf.models.layout import match, merged_tensors, read_decoder, tied_as_stored
+from jaxrlhf.models.layout import match, merged_tensors, plain_tensors, read_decoder, tied_as_stored
 from jaxrlhf.models.quantize import KINDS
 from jaxrlhf.models.tensor_files import read_checkpoint, read_json, write_checkpoint, write_json
 from jaxrlhf.records import Adapter
@@ -43,7 +43,7 @@ def load_pretrained(
         raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
     folder = find_folder(path)
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    config, tensors = tied_as_stored(config, read_checkpoint(folder), folder)
+    config, tensors = tied_as_stored(config, plain_tensors(read_checkpoint(folder)), folder)
     stored = match(config, tensors, folder)
     tokenizer = load_tokenizer(str(folder))
     return read_decoder(_with_tokens(config, folder, tokenizer), stored, dtype, mesh, quantize), tokenizer

@@ -1,0 +1,100 @@
+"""Multimodal folders whose text part is a known family: its entries and its tensors, under the plain family's names.
+
+Text alone goes through such a model as through the plain one: axes of multimodal positions are one in text. What is
+trained and exported is the plain text model.
+
+Not here: wrappers whose text attention reads the image (Llama 3.2 Vision, PaliGemma) or whose text part is no family
+of the table (Llama 4, Qwen3-VL).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrlhf.errors import UserError, short
+from jaxrlhf.runtime.notices import notice
+
+TIED = "tie_word_embeddings"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """A multimodal `model_type`, with transformers' defaults."""
+
+    text: str  # the family of its text part, where text_config names none
+    tied: bool = False  # TIED beside text_config; what stands inside says nothing,
+    inner_tied: bool = False  # except here, where true inside is true
+    flat: bool = False  # older files have the text's entries outside
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that differ from the family's
+
+
+QWEN_VL = Wrapper(
+    "qwen2",
+    inner_tied=True,
+    flat=True,
+    defaults={
+        "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_window_layers": 80,
+        "rope_theta": 1e6, "bos_token_id": 151643, "eos_token_id": 151645,
+    },
+)  # fmt: skip
+WRAPPERS: dict[str, Wrapper] = {
+    "gemma3": Wrapper("gemma3_text", tied=True),  # Gemma 3 4B to 27B
+    "mistral3": Wrapper("mistral", tied=True),  # Mistral Small 3.1 and 3.2
+    "qwen2_vl": QWEN_VL,
+    "qwen2_5_vl": QWEN_VL,
+    "llava": Wrapper("llama", inner_tied=True),
+    "llava_next": Wrapper("llama"),
+    "llava_onevision": Wrapper("qwen2", inner_tied=True),
+    "internvl": Wrapper("qwen2", tied=True),
+    "idefics3": Wrapper("llama"),
+    "smolvlm": Wrapper("llama"),
+}
+SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}  # text parts that are a family but for their name
+INNER = (  # where a wrapper keeps the text part's tensors, and their plain names
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("model.text_model.", "model."),
+    ("language_model.", "model."),
+)
+
+
+def text_document(document: dict[str, Any], where: str) -> dict[str, Any]:
+    """The `config.json` of the text part, as the plain family would have it; any other document as it is."""
+    model_type = document.get("model_type")
+    wrapper = WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+    if wrapper is None:
+        return document
+    text = document.get("text_config")
+    if text is None and wrapper.flat:
+        text = {key: value for key, value in document.items() if key not in ("model_type", TIED)}
+    if not isinstance(text, dict):
+        raise UserError(f"{where}: text_config must be an object with the text model's entries, not {short(text)}")
+    text = dict(wrapper.defaults) | text
+    family = text.get("model_type", wrapper.text)
+    text["model_type"] = SAME_AS.get(family, family) if isinstance(family, str) else family
+    for entry in ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config"):
+        if document.get(entry) is not None:
+            text.setdefault(entry, document[entry])
+    outer, inner = document.get(TIED), text.pop(TIED, None)
+    text[TIED] = wrapper.tied if outer is None else outer
+    if wrapper.inner_tied and not text[TIED]:
+        text[TIED] = inner  # None: the family's default
+    for entry in ("rope_parameters", "rope_scaling"):
+        rope = text.get(entry)
+        if isinstance(rope, dict) and "mrope" in (rope.get("rope_type"), rope.get("type")):
+            text[entry] = rope | {"rope_type": "default"}
+    notice(
+        f"{where}: of this {model_type} model its text part alone is read; what is trained and exported is a plain "
+        f"{text['model_type']} model"
+    )
+    return text
+
+
+def plain_name(tensor: str) -> str:
+    """A tensor's or module's name without the wrapper around the text part."""
+    for start, plain in INNER:
+        if tensor.startswith(start):
+            return plain + tensor.removeprefix(start)
+    return tensor
