@@ -5,7 +5,7 @@ What the step functions take stands in `steps.py`, where rows come from in `data
 """
 
 from jaxrlhf.config.base import Overflow, Settings
-from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
+from jaxrlhf.config.data import ChatSourceConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
 from jaxrlhf.config.rewards import RewardConfig, RewardPart
 from jaxrlhf.config.run import (
     CheckpointsConfig,
@@ -32,6 +32,7 @@ from jaxrlhf.config.steps import (
 __all__ = [
     "AdapterConfig",
     "AdvantageConfig",
+    "ChatSourceConfig",
     "CheckpointsConfig",
     "DemonstrationsConfig",
     "HealthConfig",

@@ -7,17 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrlhf.config import Overflow, PreferencesConfig
-from jaxrlhf.data.chats import Prompt, Response, as_messages
+from jaxrlhf.data.chats import Prompt, Response, as_messages, content_text
+from jaxrlhf.data.fields import answer_field, chat_of, has_field, number_field, text_or_messages_field
 from jaxrlhf.data.order import Buckets, bucket_lengths
-from jaxrlhf.data.sources import (
-    LoadReport,
-    Message,
-    Row,
-    has_field,
-    number_field,
-    read_rows,
-    text_or_messages_field,
-)
+from jaxrlhf.data.sources import LoadReport, Message, Row, drops_unusable, read_rows
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import PreferenceBatch
@@ -45,22 +38,29 @@ def load_preferences(
     """Reads, checks and tokenizes all pairs; no sequence is longer than `max_length` tokens.
 
     Without a prompt field, chosen and rejected are whole dialogues, as texts in hh-rlhf's form or as chats,
-    and the prompt is what they begin with alike, up to an answer. A longer pair: `cut` takes the same tokens
+    and the prompt is what they begin with alike, up to an answer. So it is where they are chats that hold the prompt
+    field's turns, whatever stands around those. A longer pair: `cut` takes the same tokens
     off the start of both prompts, BOS excepted (the score stands at the answer's end; a pair is dropped
     where an answer leaves no room for a prompt), `drop` leaves it out, `stop` raises. Pairs of equal answers
-    teach nothing and are dropped. UserError for a row that cannot be used, with its place.
+    teach nothing and are dropped. UserError for a row that cannot be used, with its place, unless the settings
+    say that such rows are dropped.
     """
     rows = read_rows(config)
-    split = [_split(row, config) for row in rows]
-    margins = [number_field(row, config.margin_field, 0.0) for row in rows]
     report = LoadReport(config.path, len(rows))
+    template = tokenizer.chats
+
+    def rendered(row: Row) -> tuple[float, list[tuple[Prompt, Response]]]:
+        prompt, *answers = _split(row, config)
+        place = f"{row.where}: "
+        return number_field(row, config.margin_field, 0.0), [
+            template.rendered_pair(prompt, answer, place) for answer in answers
+        ]
+
+    usable = list(report.usable(rows, rendered, drops_unusable(config, overflow)))
     # Side by side: the tokenizer sees a prompt twice in a row, and tokenizes it once.
-    sides = tokenizer.encode_pairs(
-        [(prompt, answer) for prompt, *answers in split for answer in answers],
-        where=[row.where for row in rows for _ in range(2)],
-    )
+    sides = tokenizer.encode_pairs([pair for _, (_, both) in usable for pair in both])
     pairs = []
-    for row, margin, (prompt, chosen), (_, rejected) in zip(rows, margins, sides, sides):
+    for (row, (margin, _)), (prompt, chosen), (_, rejected) in zip(usable, sides, sides):
         answer = max(len(chosen), len(rejected))
         total = len(prompt) + answer
         if total > max_length and overflow == "stop":
@@ -90,28 +90,46 @@ def load_preferences(
 
 def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Response]:
     """Prompt, chosen answer, rejected answer."""
-    if not has_field(row, config.prompt_field):
-        chosen = text_or_messages_field(row, config.chosen_field)
-        rejected = text_or_messages_field(row, config.rejected_field)
-        if isinstance(chosen, str) != isinstance(rejected, str):
-            raise UserError(f"{row.where}: one of chosen and rejected is text and the other a chat; want two alike")
-        if isinstance(chosen, str):
-            return _split_texts(row, config, chosen, rejected)
-        return _split_chats(row, chosen, rejected)
-
-    prompt = text_or_messages_field(row, config.prompt_field, empty=True)
-    chosen = text_or_messages_field(row, config.chosen_field)
-    rejected = text_or_messages_field(row, config.rejected_field)
+    has_prompt = has_field(row, config.prompt_field)
+    prompt = text_or_messages_field(row, config.prompt_field, empty=True) if has_prompt else ""
+    chosen, rejected = answer_field(row, config.chosen_field), answer_field(row, config.rejected_field)
     opening = as_messages(prompt, "user")
-    if all(isinstance(side, list) and _begins(side, opening) for side in (chosen, rejected)):
-        return _split_chats(row, chosen, rejected)  # whole chats that begin with the prompt, as in ultrafeedback
-    return prompt, chosen, rejected
+    if not prompt and not isinstance(chosen, str) and not isinstance(rejected, str):
+        has_prompt = False  # an empty text before chats says nothing
+    if has_prompt:
+        whole = [not isinstance(side, str) and _holds(side[:-1], opening) for side in (chosen, rejected)]
+        if not any(whole):
+            for name, side in ((config.chosen_field, chosen), (config.rejected_field, rejected)):
+                if not isinstance(side, str) and side[0]["role"] != "assistant":
+                    raise UserError(
+                        f"{row.where}: field {name!r} is a chat that begins with a turn of {side[0]['role']} and does "
+                        f"not hold the turns of {config.prompt_field!r}; want one that does, or the answer alone"
+                    )
+            return chat_of(row, config, prompt), chosen, rejected
+        if not all(whole):
+            raise UserError(f"{row.where}: one of chosen and rejected holds the prompt, the other not; want two alike")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise UserError(f"{row.where}: one of chosen and rejected is text and the other a chat; want two alike")
+    if isinstance(chosen, str):
+        return _split_texts(row, config, chosen, rejected)
+    common, *answers = _split_chats(row, chosen, rejected)
+    if has_prompt and not _holds(common, opening):
+        raise UserError(
+            f"{row.where}: chosen and rejected differ before the turns of {config.prompt_field!r} end; want them alike"
+        )
+    return chat_of(row, config, common, begun=False), *answers
 
 
-def _begins(chat: list[Message], opening: list[Message]) -> bool:
-    return len(chat) > len(opening) and all(
-        (m["role"], m["content"]) == (o["role"], o["content"]) for m, o in zip(chat, opening)
-    )
+def _holds(chat: list[Message], opening: list[Message]) -> bool:
+    """Whether a chat has the prompt's turns in it, one after the other; blanks around what they say do not count."""
+    turns, wanted = [[(m["role"], content_text(m).strip()) for m in messages] for messages in (chat, opening)]
+    return any(turns[i : i + len(wanted)] == wanted for i in range(len(turns) - len(wanted) + 1))
+
+
+def _alike(one: Message, other: Message) -> bool:
+    """Whether two messages are the same, but for blanks around what they say and how that is cut into parts."""
+    first, second = ({**message, "content": content_text(message).strip()} for message in (one, other))
+    return first == second
 
 
 def _split_texts(row: Row, config: PreferencesConfig, chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -131,7 +149,7 @@ def _split_texts(row: Row, config: PreferencesConfig, chosen: str, rejected: str
 def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tuple[Prompt, Response, Response]:
     """Two chats: the prompt is the turns that they have in common, up to an answer of the assistant."""
     end = 0
-    while end < min(len(chosen), len(rejected)) and chosen[end] == rejected[end]:
+    while end < min(len(chosen), len(rejected)) and _alike(chosen[end], rejected[end]):
         end += 1
     # Equal chats, or one that goes on where the other ends: step back to the last answer of both.
     while end and (end == min(len(chosen), len(rejected)) or chosen[end]["role"] != "assistant"):

@@ -7,18 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config import Overflow, PromptsConfig
-from jaxrlhf.data.chats import Prompt
+from jaxrlhf.data.chats import Chat, Prompt
+from jaxrlhf.data.fields import chat_of, has_field, messages_field, text_field, text_or_messages_field
 from jaxrlhf.data.order import batch_rows
-from jaxrlhf.data.sources import (
-    LoadReport,
-    Message,
-    Row,
-    has_field,
-    messages_field,
-    read_rows,
-    text_field,
-    text_or_messages_field,
-)
+from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import Prompts
@@ -43,7 +35,7 @@ class PromptSet:
 
     ids: list[np.ndarray]  # i32[p] each
     texts: list[str]  # as the reward function sees it
-    chats: list[list[Message] | None]  # the whole chat, also of a prompt that was cut; None where a prompt is text
+    chats: list[Chat | None]  # the whole chat, also of a prompt that was cut; None where a prompt is text
     columns: list[dict[str, Any]]  # the row's other fields
     max_prompt_tokens: int
     pad_id: int | None
@@ -75,8 +67,8 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
     this order. UserError for a row that cannot be used, with its place.
     """
     rows = read_rows(config)
-    key, read = _form(config, rows[0])
-    return rows, [read(row, getattr(config, key)) for row in rows], key
+    key, read = _form(config, rows[:1])
+    return rows, [read(row, config) for row in rows], key
 
 
 def load_prompts(
@@ -86,18 +78,30 @@ def load_prompts(
 
     Of plain text the first `text_tokens` tokens (BOS not counted) are the prompt. A longer prompt: `cut` takes off
     its start, BOS excepted, `drop` leaves it out, `stop` raises. UserError for a row that cannot be used, with
-    its place.
+    its place, unless the settings say that such rows are dropped; most rows then decide the form.
     """
-    rows, prompts, key = read_prompts(config)
+    rows = read_rows(config)
+    drop = drops_unusable(config, overflow)
+    key, read = _form(config, rows if drop else rows[:1])
     name = getattr(config, key)
     report = LoadReport(config.path, len(rows))
+
+    def rendered(row: Row) -> tuple[Prompt, Prompt]:
+        prompt = read(row, config)
+        return prompt, tokenizer.chats.rendered_prompt(prompt, f"{row.where}: ")
+
+    usable = list(report.usable(rows, rendered, drop))
     kept_ids, texts, chats, columns = [], [], [], []
-    for row, prompt, ids in zip(rows, prompts, tokenizer.encode_prompts(prompts, [row.where for row in rows])):
+    for (row, (prompt, _)), ids in zip(usable, tokenizer.encode_prompts([text for _, (_, text) in usable])):
         whole = len(ids)
         if key == "text_field":
             whole = min(whole, len(tokenizer.prefix_ids) + config.text_tokens)
         if not whole:
-            raise UserError(f"{row.where}: an empty prompt, and the tokenizer has no BOS to begin with; want text")
+            message = f"{row.where}: an empty prompt, and the tokenizer has no BOS to begin with; want text"
+            if not drop:
+                raise UserError(message)
+            report.refuse(row, message)
+            continue
         if whole > max_prompt_tokens and overflow == "stop":
             raise UserError(
                 f"{row.where}: prompt of {whole} tokens, but max_prompt_tokens is {max_prompt_tokens}; "
@@ -117,28 +121,35 @@ def load_prompts(
     return PromptSet(kept_ids, texts, chats, columns, max_prompt_tokens, tokenizer.pad_id, report)
 
 
-def _prompt(row: Row, name: str) -> Prompt:
-    return text_or_messages_field(row, name, empty=True)
+Reader = Callable[[Row, PromptsConfig], Prompt]
 
 
-def _chat(row: Row, name: str) -> Prompt:
-    messages = messages_field(row, name)
+def _prompt(row: Row, config: PromptsConfig) -> Prompt:
+    return chat_of(row, config, text_or_messages_field(row, config.prompt_field, empty=True))
+
+
+def _chat(row: Row, config: PromptsConfig) -> Prompt:
+    messages = messages_field(row, config.messages_field)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
-        raise UserError(f"{row.where}: field {name!r} has no message before the assistant's; want one")
-    return messages
+        raise UserError(f"{row.where}: field {config.messages_field!r} has no message before the assistant's; want one")
+    return chat_of(row, config, messages, begun=False)
 
 
-def _form(config: PromptsConfig, row: Row) -> tuple[str, Callable[[Row, str], Prompt]]:
-    """The settings key of the field that holds the prompts, and its reader, chosen by the first row's fields."""
-    forms = [("prompt_field", _prompt), ("messages_field", _chat), ("text_field", text_field)]
+def _text(row: Row, config: PromptsConfig) -> Prompt:
+    return text_field(row, config.text_field)
+
+
+def _form(config: PromptsConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
+    """The settings key of the field that holds the prompts in most of the given rows, and its reader."""
+    forms = [("prompt_field", _prompt), ("messages_field", _chat), ("text_field", _text)]
     forms.sort(key=lambda form: form[0] not in config.model_fields_set)
-    for key, read in forms:
-        if has_field(row, getattr(config, key)):
-            return key, read
+    counts = [sum(has_field(row, getattr(config, key)) for row in rows) for key, _ in forms]
+    if any(counts):
+        return forms[counts.index(max(counts))]
     raise UserError(
-        f"{row.where}: want field {config.prompt_field!r}, {config.messages_field!r} or {config.text_field!r}; "
-        f"the row has {', '.join(row.values) or 'no fields'} "
+        f"{rows[0].where}: want field {config.prompt_field!r}, {config.messages_field!r} or {config.text_field!r}; "
+        f"the row has {', '.join(rows[0].values) or 'no fields'} "
         "(prompt_field, messages_field and text_field name them)"
     )

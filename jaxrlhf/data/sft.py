@@ -11,20 +11,22 @@ import numpy as np
 
 from jaxrlhf.config import DemonstrationsConfig, Overflow
 from jaxrlhf.data.chats import Prompt, Response
-from jaxrlhf.data.order import Buckets, bucket_lengths
-from jaxrlhf.data.sources import (
-    LoadReport,
-    Row,
+from jaxrlhf.data.fields import (
+    answer_field,
+    chat_of,
+    check_answer,
     has_field,
     messages_field,
-    read_rows,
     text_field,
     text_or_messages_field,
 )
+from jaxrlhf.data.order import Buckets, bucket_lengths
+from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import SFTBatch
 
+COMPLETION = "completion"  # the response where a row has no field of the default name: TRL's name for it
 LENGTH_BUCKETS = 4  # lengths that unpacked sequences are padded to, each compiled once
 
 
@@ -48,14 +50,20 @@ def load_demonstrations(
     The first row's fields decide the form of all rows: prompt and response, a chat, or plain text; where
     several are there, the one whose field names the settings name, then in this order. Longer rows: `cut`
     takes off their end (a row is dropped where its prompt leaves no room for the response), `drop` leaves
-    them out, `stop` raises. UserError for a row that cannot be used, with its place.
+    them out, `stop` raises. UserError for a row that cannot be used, with its place, unless the settings say
+    that such rows are dropped; most rows then decide the form.
     """
     rows = read_rows(config)
-    read = _form(config, rows[0])
-    pairs = [read(row, config) for row in rows]
+    drop = drops_unusable(config, overflow)
+    read = _form(config, rows if drop else rows[:1])
     report = LoadReport(config.path, len(rows))
+
+    def rendered(row: Row) -> tuple[Prompt, Response]:
+        return tokenizer.chats.rendered_pair(*read(row, config), f"{row.where}: ")
+
+    usable = list(report.usable(rows, rendered, drop))
     examples = []
-    for row, (prompt, response) in zip(rows, tokenizer.encode_pairs(pairs, where=[row.where for row in rows])):
+    for (row, _), (prompt, response) in zip(usable, tokenizer.encode_pairs([pair for _, pair in usable])):
         total = len(prompt) + len(response)
         if total > max_length and overflow == "stop":
             raise UserError(
@@ -77,9 +85,15 @@ def load_demonstrations(
 # ---------------------------------------------------------------- forms of a row
 
 
-def _prompt_and_response(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
-    prompt = text_or_messages_field(row, config.prompt_field, empty=True)
-    return prompt, text_or_messages_field(row, config.response_field)
+Form = Callable[[Row, DemonstrationsConfig], tuple[Prompt, Response]]
+
+
+def _prompt_and(response_field: str) -> Form:
+    def read(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
+        prompt = text_or_messages_field(row, config.prompt_field, empty=True)
+        return chat_of(row, config, prompt), answer_field(row, response_field)
+
+    return read
 
 
 def _chat(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
@@ -90,31 +104,32 @@ def _chat(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
             f"{row.where}: field {config.messages_field!r} has no assistant turn to learn after another one; "
             f"its roles are {', '.join(m['role'] for m in messages)}"
         )
-    return messages[: turns[-1]], messages[turns[-1]]
+    check_answer(row, config.messages_field, messages[turns[-1]])
+    return chat_of(row, config, messages[: turns[-1]], begun=False), messages[turns[-1]]
 
 
 def _plain_text(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
     return "", text_field(row, config.text_field)
 
 
-def _form(
-    config: DemonstrationsConfig, row: Row
-) -> Callable[[Row, DemonstrationsConfig], tuple[Prompt, Response]]:
-    """The reader of all rows, chosen by the first one's fields."""
-    forms = [
-        (("prompt_field", "response_field"), _prompt_and_response),
-        (("messages_field",), _chat),
-        (("text_field",), _plain_text),
-    ]
-    forms.sort(key=lambda form: not config.model_fields_set.intersection(form[0]))
-    for keys, read in forms:
-        if all(has_field(row, getattr(config, key)) for key in keys):
-            return read
-    if any(has_field(row, getattr(config, key)) for key in forms[0][0]):
-        return forms[0][1]  # says which of its fields is missing
+def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
+    """The reader of all rows: of the form that most of the given ones have."""
+    named = config.model_fields_set
+    forms = [((config.prompt_field, config.response_field), {"prompt_field", "response_field"})]
+    if "response_field" not in named:
+        forms.append(((config.prompt_field, COMPLETION), {"prompt_field"}))
+    readers = [(fields, keys, _prompt_and(fields[1])) for fields, keys in forms]
+    readers += [((config.messages_field,), {"messages_field"}, _chat)]
+    readers += [((config.text_field,), {"text_field"}, _plain_text)]
+    readers.sort(key=lambda form: not named.intersection(form[1]))
+    counts = [sum(all(has_field(row, field) for field in fields) for row in rows) for fields, _, _ in readers]
+    if any(counts):
+        return readers[counts.index(max(counts))][2]
+    if any(has_field(row, field) for row in rows for field in forms[0][0]):
+        return _prompt_and(config.response_field)  # says which of its fields is missing
     raise UserError(
-        f"{row.where}: want fields {config.prompt_field!r} and {config.response_field!r}, or "
-        f"{config.messages_field!r}, or {config.text_field!r}; the row has {', '.join(row.values) or 'no fields'} "
+        f"{rows[0].where}: want fields {config.prompt_field!r} and {config.response_field!r}, or "
+        f"{config.messages_field!r}, or {config.text_field!r}; the row has {', '.join(rows[0].values) or 'no fields'} "
         "(prompt_field, response_field, messages_field and text_field name them)"
     )
 

@@ -1,21 +1,19 @@
-"""Rows from JSON, JSON Lines, Parquet, the datasets library and the builtin sets; and their fields, checked.
+"""Rows from JSON, JSON Lines, Parquet, the datasets library and the builtin sets, and what becomes of them.
 
 `read_rows` gives every row with the place where it stands, so that whatever is wrong with it later can be
-reported as file and line. The field functions below it are the only place that looks at a row's types.
+reported as file and line. A file that cannot be read as rows always stops; a row that cannot be used may be dropped.
 """
 
-import difflib
 import gzip
 import json
-import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from jaxrlhf.config import SourceConfig
+from jaxrlhf.config import Overflow, SourceConfig
 from jaxrlhf.errors import UserError
 
 Message = dict[str, Any]
@@ -24,6 +22,8 @@ Message = dict[str, Any]
 ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_SPLITS = ("train", "test")
+REASONS = 6  # that a report names; what is rarer counts as "other reasons"
+T = TypeVar("T")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -43,9 +43,28 @@ class LoadReport:
     rows: int
     cut: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row dropped for it, where known
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, where: str | None = None) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        if where is not None:
+            self.first.setdefault(reason, where)
+
+    def usable(self, rows: Sequence[Row], read: Callable[[Row], T], drop: bool) -> Iterator[tuple[Row, T]]:
+        """Each row with what `read` makes of it. A row that it refuses is dropped, or raises its UserError."""
+        for row in rows:
+            try:
+                made = read(row)
+            except UserError as error:
+                if not drop:
+                    raise
+                self.refuse(row, str(error))
+            else:
+                yield row, made
+
+    def refuse(self, row: Row, message: str) -> None:
+        """Drops a row for what an error said of it: without its place, and without what would be right."""
+        self.drop(message.removeprefix(f"{row.where}: ").split("; ")[0], row.where)
 
     @property
     def kept(self) -> int:
@@ -54,14 +73,27 @@ class LoadReport:
     def check(self) -> None:
         """Raises UserError where no row is left."""
         if not self.kept:
-            reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            reasons = "; ".join(self._reasons("{} {}"))
             raise UserError(f"{self.path}: none of its {self.rows} rows can be used: {reasons}")
 
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kept} of {self.rows} rows"]
         parts += [f"{self.cut} cut to length"] if self.cut else []
-        parts += [f"{count} dropped ({reason})" for reason, count in self.dropped.items()]
-        return ", ".join(parts)
+        return ", ".join(parts + self._reasons("{} dropped ({})"))
+
+    def _reasons(self, form: str) -> list[str]:
+        """How many rows were dropped and why, the most frequent reasons first."""
+        ordered = sorted(self.dropped.items(), key=lambda item: -item[1])
+        said = [form.format(n, why + (f"; first {self.first[why]}" if why in self.first else "")) for why, n in ordered]
+        if len(said) > REASONS:
+            rest = ordered[REASONS - 1 :]
+            said[REASONS - 1 :] = [form.format(sum(n for _, n in rest), f"{len(rest)} other reasons")]
+        return said
+
+
+def drops_unusable(source: SourceConfig, overflow: Overflow) -> bool:
+    """Whether rows that cannot be used are left out: as `unusable` says, or else where too long ones are."""
+    return (source.unusable or ("drop" if overflow == "drop" else "stop")) == "drop"
 
 
 def check_source(source: SourceConfig) -> None:
@@ -238,88 +270,6 @@ def _builtin(source: SourceConfig) -> list[Row]:
         raise UserError(f"{source.path}: no split {source.split!r}; it has {', '.join(BUILTIN_SPLITS)}")
     rows = BUILTIN[name](source.split, source.limit)
     return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(rows, 1)]
-
-
-# ---------------------------------------------------------------- fields
-
-
-def has_field(row: Row, name: str) -> bool:
-    """Whether the row has the field; null counts as absent, for tables give every row every column."""
-    return row.values.get(name) is not None
-
-
-def text_field(row: Row, name: str, empty: bool = False) -> str:
-    """The field's text. UserError where it is absent, not text or, unless `empty`, blank."""
-    return _text(_present(row, name), row.where, f"field {name!r}", empty)
-
-
-def messages_field(row: Row, name: str) -> list[Message]:
-    """The field's chat messages, in order; at least one."""
-    return _messages(_present(row, name), row.where, f"field {name!r}")
-
-
-def text_or_messages_field(row: Row, name: str, empty: bool = False) -> str | list[Message]:
-    """Text, or a list of chat messages; a single message (an object) becomes a list of one."""
-    value = _present(row, name)
-    what = f"field {name!r}"
-    if isinstance(value, str):
-        return _text(value, row.where, what, empty)
-    if isinstance(value, list | dict):
-        return _messages([value] if isinstance(value, dict) else value, row.where, what)
-    raise UserError(f"{row.where}: {what} is {describe(value)}; want text or a list of chat messages")
-
-
-def number_field(row: Row, name: str, default: float) -> float:
-    """The field's finite number, or `default` where the field is absent."""
-    if not has_field(row, name):
-        return default
-    value = row.values[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{row.where}: field {name!r} is {describe(value)}; want a finite number")
-    return float(value)
-
-
-def _present(row: Row, name: str) -> Any:
-    if not has_field(row, name):
-        problem = f"field {name!r} is null" if name in row.values else f"no field {name!r}"
-        near = difflib.get_close_matches(name, [n for n in row.values if n != name], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        has = ", ".join(row.values) or "no fields"
-        raise UserError(f"{row.where}: {problem}; the row has {has}{hint} (set the data section's field keys)")
-    return row.values[name]
-
-
-def _text(value: Any, where: str, what: str, empty: bool) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {what} is {describe(value)}; want text")
-    if not empty and not value.strip():
-        raise UserError(f"{where}: {what} is empty; want text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
-        raise UserError(f"{where}: {what} holds half a surrogate pair at character {error.start}") from error
-    return value
-
-
-def _messages(value: Any, where: str, what: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {what} is {describe(value)}; want a list of chat messages")
-    messages = []
-    for number, message in enumerate(value, 1):
-        turn = f"{what}, message {number}"
-        if not isinstance(message, dict):
-            raise UserError(f"{where}: {turn} is {describe(message)}; want an object with role and content")
-        missing = [key for key in ("role", "content") if message.get(key) is None]
-        if missing:
-            raise UserError(
-                f"{where}: {turn} has no {' and no '.join(missing)}; "
-                f"want role and content, it has {', '.join(message) or 'no fields'}"
-            )
-        for key in ("role", "content"):
-            _text(message[key], where, f"{turn}, {key}", empty=key == "content")
-        # Tables give every message every key; templates ask `is defined`, so null ones go.
-        messages.append({key: v for key, v in message.items() if v is not None})
-    return messages
 
 
 def describe(value: Any) -> str:

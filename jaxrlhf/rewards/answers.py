@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxrlhf.data.sources import Message
+from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.records import Rollout
 from jaxrlhf.runtime.mesh import fetch
@@ -22,7 +22,7 @@ class Answers:
     prompts: Sequence[str]  # B texts, as the data gave them
     rows: Sequence[dict[str, Any]]  # B rows: the data's other columns
     tokenizer: Tokenizer
-    chats: Sequence[list[Message] | None] = ()  # B: the chat that a prompt is, None for text; empty: all are text
+    chats: Sequence[Chat | None] = ()  # B: the chat that a prompt is, None for text; empty: all are text
 
     def gather(self) -> None:
         """Brings what the text needs to this host; on several hosts all call it, and then one can read alone."""

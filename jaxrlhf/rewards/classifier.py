@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config import RewardConfig
+from jaxrlhf.data.chats import Chat, ChatTemplate
 from jaxrlhf.data.prompts import PromptSet
-from jaxrlhf.data.sources import HUB_ID, Message, one_line
+from jaxrlhf.data.sources import HUB_ID, one_line
 from jaxrlhf.data.tokenizers import load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.functions import RewardFault
-from jaxrlhf.rewards.reading import Reading, batches, chats_read, finished, finite, readings
+from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
 
 
 class TransformersReward:
@@ -34,27 +35,23 @@ class TransformersReward:
         self.config, self.name = config, str(config.path)
         self.model = _load_model(self.name, key_path)
         self.tokenizer = _load_tokenizer(self.name, self.model, key_path)
+        self.chats = ChatTemplate(self.tokenizer, self.name)
         self.inputs = set(inspect.signature(self.model.forward).parameters)
         self.label = _label(config, self.model.config, key_path)
         limits = [self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
         self.max_length = min([config.max_length, *(limit for limit in limits if limit is not None and limit > 0)])
-        if config.input == "chat" and not self.tokenizer.chat_template:
+        if config.input == "chat" and not self.chats.exists:
             raise UserError(f"{key_path}.input: chat, but the tokenizer of {self.name} has no chat template; try text")
         self._check_forward(key_path)
 
     def check_prompts(self, prompts: PromptSet) -> None:
         """`UserError` where the chat template refuses a chat."""
-        chats = chats_read(prompts.texts, prompts.chats, self.config, bool(self.tokenizer.chat_template))
+        chats = chats_read(prompts.texts, prompts.chats, self.config, self.chats.exists)
         for number, chat in enumerate(chats, start=1):
-            try:
-                self._rendered(chat, "a")
-            except Exception as error:  # a template is a program, and raises what it likes
-                raise UserError(
-                    f"prompt {number}: the chat template of {self.name} refuses this chat: {one_line(error)}"
-                ) from error
+            self.chats.whole_text(chat.followed_by("a"), f"prompt {number}: ")
 
     def __call__(self, answers: Answers) -> np.ndarray:
-        return finite(self.name, self.scores(readings(answers, self.config, bool(self.tokenizer.chat_template))))
+        return finite(self.name, self.scores(readings(answers, self.config, self.chats.exists)))
 
     def scores(self, read: list[Reading]) -> np.ndarray:
         """Scores f32[B] of B readings."""
@@ -69,12 +66,12 @@ class TransformersReward:
             raise RewardFault(f"reward {self.name}: {type(error).__name__}: {one_line(error)}") from error
         return scores
 
-    def _encode(self, prompt: str | list[Message] | None, text: str) -> dict[str, list[int]]:
+    def _encode(self, prompt: str | Chat | None, text: str) -> dict[str, list[int]]:
         """Ids of one reading, and what else the model takes, one number per token."""
         first, second = (text, None) if prompt is None else (prompt, text)
         is_chat = not isinstance(first, str)
         if is_chat:
-            first, second = self._rendered(first, text), None
+            first, second = self.chats.whole_text(first.followed_by(text), ""), None
         # The template has written a chat's special tokens.
         limits = {"truncation": True, "max_length": self.max_length, "add_special_tokens": not is_chat}
         given = self.tokenizer(first, second, **limits)
@@ -83,9 +80,6 @@ class TransformersReward:
         if not encoded["input_ids"]:  # an empty text, and no special tokens: something must be read
             encoded = {name: [int(name == "attention_mask")] for name in encoded}
         return encoded
-
-    def _rendered(self, chat: list[Message], completion: str) -> str:
-        return self.tokenizer.apply_chat_template(finished(chat, completion), tokenize=False)
 
     def _forward(self, encoded: list[dict[str, list[int]]]) -> np.ndarray:
         """Scores f32[B] of one batch."""

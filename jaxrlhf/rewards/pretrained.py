@@ -17,7 +17,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.answers import Answers
-from jaxrlhf.rewards.reading import Reading, batches, chats_read, finished, finite, readings
+from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
 from jaxrlhf.runtime.mesh import check_batch, place, place_batch, replicated
 from jaxrlhf.runtime.programs import Program
 
@@ -52,7 +52,7 @@ class PretrainedReward:
         """`UserError` where the chat template refuses a chat."""
         chats = chats_read(prompts.texts, prompts.chats, self.config, self.tokenizer.has_chat_template)
         where = [f"prompt {number}" for number in range(1, len(chats) + 1)]
-        for _ in self.tokenizer.encode_chats([finished(chat, "a") for chat in chats], where):
+        for _ in self.tokenizer.encode_chats([chat.followed_by("a") for chat in chats], where):
             pass
 
     def __call__(self, answers: Answers) -> np.ndarray:
@@ -74,7 +74,7 @@ class PretrainedReward:
         for i, ids in zip(texts, self.tokenizer.encode_prompts([read[i][1] for i in texts])):
             found[i] = [*ids, self.tokenizer.eos_id] if end_texts and ended[i] else ids
         chats = [i for i, (prompt, _) in enumerate(read) if prompt is not None]
-        for i, ids in zip(chats, self.tokenizer.encode_chats([finished(*read[i]) for i in chats])):
+        for i, ids in zip(chats, self.tokenizer.encode_chats([read[i][0].followed_by(read[i][1]) for i in chats])):
             found[i] = ids
         if self.config.end_at_eos:
             chats = [i for i in chats if ended[i]]

@@ -9,59 +9,56 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrlhf.config import RewardConfig
-from jaxrlhf.data.chats import Prompt, as_messages
-from jaxrlhf.data.sources import Message
+from jaxrlhf.data.chats import Chat, as_chat, content_text
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.functions import RewardFault
 
-Reading = tuple[Prompt | None, str]
-"""(None, text), (prompt, completion) as two segments, or (messages, completion) as a chat."""
+Reading = tuple[str | Chat | None, str]
+"""(None, text), (prompt, completion) as two segments, or (chat, completion) as a chat."""
 
 
 def readings(answers: Answers, config: RewardConfig, has_chat_template: bool) -> list[Reading]:
     """One reading per answer, as `config.input` says; `has_chat_template` is of the scorer's tokenizer.
 
     In a text, a text prompt stands as the data gave it with the answer right behind it, and a chat's prompt is what
-    its messages say, a line each, with the answer on the next. A template puts them as it likes.
+    its messages say, a line each, with the answer on the next, or right behind the beginning that it goes on from. A
+    template puts them as it likes.
     """
     chats = answers.chats or [None] * len(answers.prompts)
     rows = zip(answers.prompts, chats, answers.completions)
     found: list[Reading] = []
     for text, chat, continuation in rows:
-        completion = continuation.lstrip(" ")  # the blank belongs between prompt and answer, and only there
-        prompt = text if chat is None else "\n".join(message["content"] for message in chat)
+        begun = chat is not None and chat.begun
+        # The blank belongs between prompt and answer, and only there.
+        completion = continuation if begun else continuation.lstrip(" ")
+        prompt = text if chat is None else "\n".join(content_text(message) for message in chat.messages)
         if reads_chat(config, chat, has_chat_template):
-            found.append((as_messages(chat or text, "user"), completion))
+            found.append((as_chat(chat or text), completion))
         elif config.input == "pair":
             found.append((prompt, completion))
         elif config.input == "completion":
             found.append((None, completion))
         elif config.template is not None:
             found.append((None, spell(config.template, prompt, completion)))
-        elif chat is not None:
+        elif chat is not None and not begun:
             found.append((None, f"{prompt}\n{completion}"))
         else:
             found.append((None, prompt + continuation))
     return found
 
 
-def reads_chat(config: RewardConfig, chat: list[Message] | None, has_chat_template: bool) -> bool:
+def reads_chat(config: RewardConfig, chat: Chat | None, has_chat_template: bool) -> bool:
     """Whether a prompt, a chat or (None) a text, is read through the scorer's chat template."""
     wanted = config.input == "auto" and config.template is None and chat is not None and has_chat_template
     return config.input == "chat" or wanted
 
 
 def chats_read(
-    prompts: Sequence[str], chats: Sequence[list[Message] | None], config: RewardConfig, has_chat_template: bool
-) -> list[list[Message]]:
+    prompts: Sequence[str], chats: Sequence[Chat | None], config: RewardConfig, has_chat_template: bool
+) -> list[Chat]:
     """The prompts that are read through the scorer's chat template, as chats: to see beforehand that it takes them."""
     rows = zip(prompts, chats)
-    return [as_messages(c or text, "user") for text, c in rows if reads_chat(config, c, has_chat_template)]
-
-
-def finished(chat: list[Message], completion: str) -> list[Message]:
-    """The chat with the answer as the assistant's turn."""
-    return [*chat, {"role": "assistant", "content": completion}]
+    return [as_chat(c or text) for text, c in rows if reads_chat(config, c, has_chat_template)]
 
 
 def spell(template: str, prompt: str, completion: str) -> str:

@@ -9,6 +9,7 @@ import pydantic
 
 from jaxrlhf.config import PromptsConfig, RunConfig, Sampling
 from jaxrlhf.config_io import load_config
+from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
@@ -61,7 +62,8 @@ def _records(
         key = key_for(seed, "generate", start, "rollout")
         answers = {role: _answers(program, *model, tokenizer, part, sampling, key) for role, model in chosen.items()}
         for i, prompt in enumerate(prompts[start : start + BATCH]):
-            yield {"prompt": prompt, "answers": {role: texts[i] for role, texts in answers.items()}}
+            given = prompt.messages if isinstance(prompt, Chat) else prompt
+            yield {"prompt": given, "answers": {role: texts[i] for role, texts in answers.items()}}
 
 
 def _answers(

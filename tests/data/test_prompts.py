@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import PromptsConfig
+from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, load_prompts
 from jaxrlhf.data.tokenizers import load_tokenizer
 from jaxrlhf.errors import UserError
@@ -47,9 +48,9 @@ def test_chats_leave_out_the_last_answer(jsonl, chat):
         assert prompts.ids[0].tolist() == want
         assert prompts.texts == [chat.decode(want)]
         assert prompts.columns == rows  # a reward function sees the chat as it is
-        assert prompts.chats == [turns[:1]]
+        assert prompts.chats == [Chat(turns[:1])]
     cut = load(jsonl([{"prompt": [{"role": "user", "content": "a " * 30}]}]), chat, overflow="cut")
-    assert cut.chats[0][0]["content"] == "a " * 30 and len(cut.ids[0]) == 16
+    assert cut.chats[0].messages[0]["content"] == "a " * 30 and len(cut.ids[0]) == 16
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*no message before"):
         load(jsonl([{"messages": turns[1:]}]), chat)
 

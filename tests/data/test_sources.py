@@ -8,15 +8,7 @@ import types
 import pytest
 
 from jaxrlhf.config import SourceConfig
-from jaxrlhf.data.sources import (
-    LoadReport,
-    Row,
-    messages_field,
-    number_field,
-    read_rows,
-    text_field,
-    text_or_messages_field,
-)
+from jaxrlhf.data.sources import LoadReport, read_rows
 from jaxrlhf.errors import UserError
 
 ROWS = [{"prompt": f"p{i} ä\u2028", "chosen": "yes", "score": i} for i in range(5)]
@@ -208,74 +200,6 @@ def test_broken_files(write, name, data, parts):
 def test_missing_files(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fails(path, "no such file", path=path)
-
-
-# ---------------------------------------------------------------- fields
-
-
-ROW = Row(
-    {
-        "prompt": "hello", "blank": " \n", "none": None, "number": 3, "nan": float("nan"), "flag": True,
-        "half": "a\ud83d", "list": [], "chat": [{"role": "user", "content": "hi", "name": None}],
-        "turn": {"role": "user", "content": ""},
-    },
-    "pairs.jsonl:12",
-)  # fmt: skip
-
-
-def test_fields_as_they_are():
-    assert text_field(ROW, "prompt") == "hello"
-    assert text_field(ROW, "blank", empty=True) == " \n"
-    assert messages_field(ROW, "chat") == [{"role": "user", "content": "hi"}]
-    assert text_or_messages_field(ROW, "chat") == messages_field(ROW, "chat")
-    assert text_or_messages_field(ROW, "prompt") == "hello"
-    assert text_or_messages_field(ROW, "turn") == [{"role": "user", "content": ""}]
-    assert number_field(ROW, "number", 0.0) == 3.0
-    assert number_field(ROW, "none", 0.5) == number_field(ROW, "absent", 0.5) == 0.5
-
-
-@pytest.mark.parametrize(
-    ("reader", "name", "parts"),
-    [
-        (text_field, "promt", ("no field 'promt'", "the row has prompt, blank", "did you mean 'prompt'?")),
-        (text_field, "none", ("field 'none' is null",)),
-        (text_field, "number", ("'number' is the number 3; want text",)),
-        (text_field, "flag", ("truth value true",)),
-        (text_field, "blank", ("'blank' is empty",)),
-        (text_field, "half", ("half a surrogate pair at character 1",)),
-        (text_field, "chat", ("a list of 1; want text",)),
-        (messages_field, "prompt", ("the text 'hello'; want a list of chat messages",)),
-        (messages_field, "list", ("an empty list",)),
-        (text_or_messages_field, "number", ("the number 3; want text or a list",)),
-        (lambda row, name: number_field(row, name, 0.0), "prompt", ("the text 'hello'; want a finite number",)),
-        (lambda row, name: number_field(row, name, 0.0), "nan", ("want a finite number",)),
-        (lambda row, name: number_field(row, name, 0.0), "flag", ("want a finite number",)),
-    ],
-)
-def test_fields_that_cannot_be_used(reader, name, parts):
-    with pytest.raises(UserError) as caught:
-        reader(ROW, name)
-    message = str(caught.value)
-    assert message.startswith("pairs.jsonl:12: ") and "\n" not in message
-    for part in parts:
-        assert part in message, message
-
-
-@pytest.mark.parametrize(
-    ("message", "part"),
-    [
-        ("hi", "message 2 is the text 'hi'"),
-        ({"role": "user"}, "message 2 has no content; want role and content, it has role"),
-        ({"from": "human", "value": "hi"}, "has no role and no content"),
-        ({"role": 1, "content": "hi"}, "message 2, role is the number 1"),
-        ({"role": "user", "content": [{"type": "text"}]}, "message 2, content is a list of 1; want text"),
-    ],
-)
-def test_messages_that_cannot_be_used(message, part):
-    row = Row({"messages": [{"role": "user", "content": "a"}, message]}, "x.jsonl:1")
-    with pytest.raises(UserError, match=r"x\.jsonl:1: ") as caught:
-        messages_field(row, "messages")
-    assert part in str(caught.value)
 
 
 def test_report_counts_and_refuses_nothing_left():

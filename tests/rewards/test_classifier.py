@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import RewardConfig
+from jaxrlhf.data.chats import Chat
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.classifier import TransformersReward
 from jaxrlhf.rewards.functions import RewardFault
@@ -149,7 +150,7 @@ TEMPLATE = (
 
 
 def test_a_chat_goes_through_the_template_where_there_is_one(folders, answered, tmp_path):
-    chat = [{"role": "user", "content": "is it bad"}, {"role": "assistant", "content": "so so"}]
+    chat = Chat([{"role": "user", "content": "is it bad"}, {"role": "assistant", "content": "so so"}])
     answers = answered([("is it bad so so", "not good", True), ("is it", "good", True)], chats=[chat, None])
     plain = [direct(folders["bert"], "is it bad so so not good")[1], direct(folders["bert"], "is it good")[1]]
     np.testing.assert_allclose(make(folders["bert"], label=1)(answers), plain, atol=1e-5)
@@ -171,7 +172,7 @@ def test_prompts_that_the_template_refuses_are_found_beforehand(folders, tmp_pat
 
     save_model(tmp_path, "bert")
     tokenizer_of(TEMPLATE).save_pretrained(tmp_path)
-    good, bad = [{"role": "user", "content": "is it"}], [{"role": "tool", "content": "is it"}]
+    good, bad = (Chat([{"role": role, "content": "is it"}]) for role in ("user", "tool"))
     reward = make(tmp_path, label=1)
     reward.check_prompts(SimpleNamespace(texts=["is it"] * 2, chats=[good, None]))
     with pytest.raises(UserError, match=r"prompt 2: the chat template of .* no tools"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.tokenizers import build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.classifiers import save_sequence_classifier
@@ -106,7 +107,7 @@ def test_another_tokenizer_reads_the_text(make, folder, answered, rows):
 
 
 def test_a_chat_goes_through_the_models_own_template(make, folder, answered):
-    chat = [{"role": "user", "content": "is it bad"}]
+    chat = Chat([{"role": "user", "content": "is it bad"}])
     rows = [("is it bad", "not bad", True), ("is it bad", "not", False), ("is it", "good", True)]
     answers = answered(rows, chats=[chat, chat, None])
     texts = ["<user> is it bad <eos> <assistant> not bad <eos>", "<user> is it bad <eos> <assistant> not <eos>"]
@@ -124,7 +125,7 @@ def test_a_template_that_writes_on_after_the_eos(make, answered, tmp_path):
     written = CHAT.replace("<eos>\n", "<eos> ?\n").replace("'<assistant> '", "'<assistant> so '")
     tokenizer = build_word_tokenizer(OTHER, chat_template=written)
     save_sequence_classifier(tmp_path / "out", make_base(tokenizer), head(), tokenizer)
-    answers = answered([("is it", "good", True)], chats=[[{"role": "user", "content": "is it"}]])
+    answers = answered([("is it", "good", True)], chats=[Chat([{"role": "user", "content": "is it"}])])
     whole = direct(tmp_path / "out", "<user> is it <eos> ? <assistant> good <eos> ?")
     np.testing.assert_allclose(make(tmp_path / "out")(answers), [whole], atol=1e-4)
     tokenizer = build_word_tokenizer(OTHER, chat_template=written.replace(" ?", ""))
@@ -135,7 +136,7 @@ def test_a_template_that_writes_on_after_the_eos(make, answered, tmp_path):
 
 
 def test_prompts_that_the_template_refuses_are_found_beforehand(make, folder):
-    good, bad = [{"role": "user", "content": "is it"}], [{"role": "tool", "content": "is it"}]
+    good, bad = (Chat([{"role": role, "content": "is it"}]) for role in ("user", "tool"))
     prompts = SimpleNamespace(texts=["is it"] * 3, chats=[good, None, bad])
     with pytest.raises(UserError, match=r"prompt 2: the chat template of .* no tools"):
         make(folder).check_prompts(prompts)

@@ -1,0 +1,188 @@
+"""A row's fields, checked: the only place that looks at a row's types.
+
+Whatever is wrong with a field is a `UserError` with the row's place. Null counts as absent everywhere: tables give
+every row every column, and every struct in them every key, at every depth. So keys that are null are taken out of
+messages, tools and template arguments; null as an item of a list (an enum with null) stays.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrlhf.config import ChatSourceConfig
+from jaxrlhf.config.data import check_template_arguments
+from jaxrlhf.data.chats import Chat, Prompt, content_text
+from jaxrlhf.data.sources import Message, Row, describe, one_line
+from jaxrlhf.errors import UserError
+
+
+def has_field(row: Row, name: str) -> bool:
+    """Whether the row has the field, and not null."""
+    return row.values.get(name) is not None
+
+
+def text_field(row: Row, name: str, empty: bool = False) -> str:
+    """The field's text. UserError where it is absent, not text or, unless `empty`, blank."""
+    return _text(_present(row, name), row.where, f"field {name!r}", empty)
+
+
+def messages_field(row: Row, name: str) -> list[Message]:
+    """The field's chat messages, in order; at least one."""
+    return _messages(_present(row, name), row.where, f"field {name!r}")
+
+
+def text_or_messages_field(row: Row, name: str, empty: bool = False) -> str | list[Message]:
+    """Text, or a list of chat messages; a single message (an object) becomes a list of one."""
+    value = _present(row, name)
+    what = f"field {name!r}"
+    if isinstance(value, str):
+        return _text(value, row.where, what, empty)
+    if isinstance(value, list | dict):
+        return _messages([value] if isinstance(value, dict) else value, row.where, what)
+    raise UserError(f"{row.where}: {what} is {describe(value)}; want text or a list of chat messages")
+
+
+def answer_field(row: Row, name: str) -> str | list[Message]:
+    """Text or chat messages that say something at their end."""
+    value = text_or_messages_field(row, name)
+    if not isinstance(value, str):
+        check_answer(row, name, value[-1])
+    return value
+
+
+def check_answer(row: Row, name: str, message: Message) -> None:
+    """UserError where the message that is to be learnt is empty."""
+    if not content_text(message).strip() and not message.get("tool_calls"):
+        raise UserError(f"{row.where}: field {name!r} has an empty answer; want text")
+
+
+def number_field(row: Row, name: str, default: float) -> float:
+    """The field's finite number, or `default` where the field is absent."""
+    if not has_field(row, name):
+        return default
+    value = row.values[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{row.where}: field {name!r} is {describe(value)}; want a finite number")
+    return float(value)
+
+
+def chat_of(row: Row, config: ChatSourceConfig, prompt: str | list[Message], begun: bool | None = None) -> Prompt:
+    """A prompt of messages as a chat, with the tools and template arguments of row and settings; a text as it is.
+
+    `begun` says whether the last message is the assistant's beginning (see `Chat`); None: where it is the assistant's.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    begun = prompt[-1]["role"] == "assistant" if begun is None else begun
+    return Chat(prompt, _tools(row, config), _template_arguments(row, config), begun)
+
+
+def _tools(row: Row, config: ChatSourceConfig) -> list[dict[str, Any]] | None:
+    """The row's tools, or those of the settings; None where there are none."""
+    name = config.tools_field
+    if not has_field(row, name):
+        return config.tools
+    tools = _parsed(row, name)
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(
+            f"{row.where}: field {name!r} is {describe(tools)}; want a list of tools as objects, also as JSON text "
+            "(tools_field names another column, or '' for none)"
+        )
+    return _without_nulls(tools) or None
+
+
+def _template_arguments(row: Row, config: ChatSourceConfig) -> dict[str, Any]:
+    """Template arguments of the settings, and those of the row, which win."""
+    name = config.chat_template_kwargs_field
+    if not has_field(row, name):
+        return config.chat_template_kwargs
+    given = _parsed(row, name)
+    if not isinstance(given, dict):
+        raise UserError(
+            f"{row.where}: field {name!r} is {describe(given)}; want an object of template arguments, such as "
+            '{"enable_thinking": false} (chat_template_kwargs_field names another column, or '' for none)'
+        )
+    try:
+        check_template_arguments(given)
+    except ValueError as error:
+        raise UserError(f"{row.where}: field {name!r}: {error}") from None
+    return config.chat_template_kwargs | _without_nulls(given)
+
+
+def _parsed(row: Row, name: str) -> Any:
+    """The field's value; what JSON text spells, as tables that cannot hold such objects store it."""
+    value = row.values[name]
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{row.where}: field {name!r} is text that is not JSON ({one_line(error)})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that are null, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _present(row: Row, name: str) -> Any:
+    if not has_field(row, name):
+        problem = f"field {name!r} is null" if name in row.values else f"no field {name!r}"
+        near = difflib.get_close_matches(name, [n for n in row.values if n != name], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        has = ", ".join(row.values) or "no fields"
+        raise UserError(f"{row.where}: {problem}; the row has {has}{hint} (set the data section's field keys)")
+    return row.values[name]
+
+
+def _text(value: Any, where: str, what: str, empty: bool) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {what} is {describe(value)}; want text")
+    if not empty and not value.strip():
+        raise UserError(f"{where}: {what} is empty; want text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
+        raise UserError(f"{where}: {what} holds half a surrogate pair at character {error.start}") from error
+    return value
+
+
+def _messages(value: Any, where: str, what: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {what} is {describe(value)}; want a list of chat messages")
+    messages = []
+    for number, message in enumerate(value, 1):
+        turn = f"{what}, message {number}"
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: {turn} is {describe(message)}; want an object with role and content")
+        # A call of a tool has no content in OpenAI's form.
+        needed = ("role",) if message.get("tool_calls") else ("role", "content")
+        missing = [key for key in needed if message.get(key) is None]
+        if missing:
+            raise UserError(
+                f"{where}: {turn} has no {' and no '.join(missing)}; "
+                f"want role and content, it has {', '.join(message) or 'no fields'}"
+            )
+        _text(message["role"], where, f"{turn}, role", empty=False)
+        if isinstance(message.get("content"), list):
+            _check_parts(message["content"], where, f"{turn}, content")
+        elif message.get("content") is not None:
+            _text(message["content"], where, f"{turn}, content", empty=True)
+        messages.append(_without_nulls(message))
+    return messages
+
+
+def _check_parts(parts: list[Any], where: str, what: str) -> None:
+    """UserError unless all parts of a content are text: `{"type": "text", "text": ...}`."""
+    for number, part in enumerate(parts, 1):
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind != "text":
+            found = f"of type {kind!r}" if kind else describe(part)
+            raise UserError(f"{where}: {what}, part {number} is {found}; want text or parts of type text")
+        _text(part.get("text"), where, f"{what}, part {number}, text", empty=True)
