@@ -1,0 +1,62 @@
+"""Tiny hub folders, each written once, as a run finds them."""
+
+import functools
+import json
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("torch", reason="transformers' models are the reference")
+
+import tokenizers
+import transformers
+from hub_folders import FOLDERS, make
+
+from jaxrlhf.config import RunConfig, Sampling
+from jaxrlhf.stages.roles import load_roles
+from jaxrlhf.stages.settings import with_stop_tokens
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """`hub(name)`: path; file (the `tokenizers.Tokenizer` of its tokenizer.json); what a run loads from it (base,
+    tokenizer, stops: the token ids that end its answers); theirs, transformers' tokenizer; and whether it has chats."""
+
+    @functools.cache
+    def opened(name):
+        path = make(name, tmp_path_factory.mktemp("hub") / name)
+        settings = {"run_dir": str(path.parent / "run"), "stages": ["sft"], "model": {"path": str(path)},
+                    "sft": {"data": {"path": "builtin:assistant-demonstrations"}}}  # fmt: skip
+        roles = load_roles(RunConfig.model_validate(settings))
+        sampling = with_stop_tokens(Sampling(), roles.base, roles.tokenizer)
+        file = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        return SimpleNamespace(
+            name=name, path=path, file=file, base=roles.base, tokenizer=roles.tokenizer, about=FOLDERS[name],
+            stops=set(sampling.stop_tokens or roles.base.config.stop_tokens),
+            theirs=transformers.AutoTokenizer.from_pretrained(str(path)),
+        )  # fmt: skip
+
+    return opened
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(hub, request):
+    return hub(request.param)
+
+
+@pytest.fixture(params=[name for name, about in FOLDERS.items() if about.template is not None])
+def chatting(hub, request):
+    """A folder with a chat template."""
+    return hub(request.param)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """`rows(name, items)`: the path of a JSON Lines file with these rows."""
+
+    def write(name, items):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+        return str(path)
+
+    return write
