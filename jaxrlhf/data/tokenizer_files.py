@@ -7,6 +7,7 @@ special tokens, added tokens, chat templates) with transformers' plain fast clas
 Not here: slow tokenizers and remote code. Without a `tokenizer.json` transformers converts what there is.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 from jaxrlhf.data.sources import HUB_ID, one_line
 from jaxrlhf.errors import UserError
 
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 VOCABULARY_FILES = (
     FILE, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", CONFIG,
 )  # fmt: skip
@@ -89,6 +90,8 @@ def _as_the_file_says(folder: str, data: bytes) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+    if not (_says(folder, "eos_token") or _says(folder, "eos_token", SPECIAL)):
+        _name_as_the_class_does(tokenizer, folder)
     backend = _backend(data)
     known = _added(backend)
     for _, token in sorted(tokenizer.added_tokens_decoder.items()):
@@ -98,6 +101,17 @@ def _as_the_file_says(folder: str, data: bytes) -> Any:
     tokenizer._tokenizer = backend  # transformers has changed its own copy's added tokens and post-processor
     tokenizer.split_special_tokens = False
     return tokenizer
+
+
+def _name_as_the_class_does(tokenizer: Any, folder: str) -> None:
+    """Names BOS, EOS and the unknown token where the files do not, as GPT-2's: transformers' class knows them."""
+    from transformers import AutoTokenizer
+
+    with contextlib.suppress(ValueError, OSError, KeyError):  # no class either: the tokenizer has none
+        known = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        for entry in ("bos_token", "eos_token", "unk_token"):
+            if getattr(known, entry, None) in tokenizer.get_vocab():
+                setattr(tokenizer, entry, getattr(known, entry))
 
 
 def _backend(data: bytes) -> Any:
@@ -156,9 +170,9 @@ def _of_pieces(folder: str, model: str, name: str) -> Any:
     raise UserError(f"{name}: transformers cannot convert {model}{reason}; give a folder with its {FILE}")
 
 
-def _says(folder: str, entry: str) -> bool:
-    """Whether `tokenizer_config.json` has the entry."""
-    config = Path(folder, CONFIG)
+def _says(folder: str, entry: str, file: str = CONFIG) -> bool:
+    """Whether `tokenizer_config.json`, or the file given, has the entry."""
+    config = Path(folder, file)
     return config.exists() and entry in json.loads(config.read_text(encoding="utf-8"))
 
 

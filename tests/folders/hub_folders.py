@@ -1,10 +1,10 @@
 """Tiny copies of well-known hub folders: python tests/folders/hub_folders.py DIR [NAME ...] writes them.
 
-What is as on the hub: which files there are; every entry of config.json (as transformers 4 wrote it), but sizes;
-generation_config.json; the pipeline of tokenizer.json, the order of its special tokens and their flags; the tokenizer's
-class and entries; where the chat template stands; the weights' dtype and names; how many rows the embedding has beyond
-the tokenizer, and the other way round. What is not: weights are random, sizes and vocabularies small, sampling entries of
-generation_config.json left out, and templates are our own words for what the models' templates do (`hub_templates.py`).
+What is as on the hub: which files there are; the entries of config.json (as transformers 4 wrote it), but sizes; those
+of generation_config.json; the pipeline of tokenizer.json, the order of its special tokens and their flags; the
+tokenizer's class and entries; where the chat template stands; the weights' dtype and names; how many rows the embedding
+has beyond the tokenizer, or the other way round. What is not: weights are random, sizes and vocabularies small, and
+templates are our own words for what the models' templates do (`hub_templates.py`).
 
 Entries were read from public copies of the files and from transformers' conversion scripts; two are from memory: that
 SmolLM3's tokenizer puts no BOS before a text, and the number of Mistral's control tokens is cut to eight.
@@ -65,11 +65,12 @@ LLAMA3_CONFIG = dict(
 )  # fmt: skip
 LLAMA3_ENTRIES = dict(
     bos_token="<|begin_of_text|>", clean_up_tokenization_spaces=True, eos_token="<|end_of_text|>",
-    model_input_names=["input_ids", "attention_mask"], model_max_length=131072, tokenizer_class="PreTrainedTokenizerFast",
+    model_input_names=["input_ids", "attention_mask"], model_max_length=131072,
+    tokenizer_class="PreTrainedTokenizerFast",
 )  # fmt: skip
 LLAMA3_STOPS = ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
 LLAMA32 = Folder(
-    config=LLAMA3_CONFIG, tokenizer=lambda: pipelines.llama3(LLAMA3_TOKENS, "<|begin_of_text|>"), entries=LLAMA3_ENTRIES,
+    config=LLAMA3_CONFIG, entries=LLAMA3_ENTRIES, tokenizer=lambda: pipelines.llama3(LLAMA3_TOKENS, LLAMA3_TOKENS[0]),
     generation=dict(_from_model_config=True, bos_token_id="<|begin_of_text|>", do_sample=True,
                     eos_token_id="<|end_of_text|>", temperature=0.6, top_p=0.9),
 )  # fmt: skip
@@ -83,8 +84,9 @@ QWEN_PLAIN = ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
               "<|repo_name|>", "<|file_sep|>")  # fmt: skip
 QWEN3_PLAIN = (*QWEN_PLAIN, "<tool_response>", "</tool_response>", "<think>", "</think>")
 QWEN_CONFIG = dict(
-    architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id="<|endoftext|>", eos_token_id="<|endoftext|>",
-    hidden_act="silu", initializer_range=0.02, max_position_embeddings=POSITIONS, max_window_layers=2,
+    architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id="<|endoftext|>",
+    eos_token_id="<|endoftext|>", hidden_act="silu", initializer_range=0.02, max_position_embeddings=POSITIONS,
+    max_window_layers=2,
     model_type="qwen2", rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=POSITIONS, tie_word_embeddings=True,
     torch_dtype="bfloat16", transformers_version="4.40.1", use_cache=True, use_mrope=False, use_sliding_window=False,
     **SIZES,
@@ -103,7 +105,8 @@ QWEN25 = Folder(
 QWEN_CHAT = dict(bos_token_id="<|endoftext|>", do_sample=True, eos_token_id=["<|im_end|>", "<|endoftext|>"],
                  pad_token_id="<|endoftext|>", temperature=0.7, top_k=20, top_p=0.8)  # fmt: skip
 
-GEMMA_FIRST = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", "<unused0>", "<start_of_turn>", "<end_of_turn>"]
+GEMMA_FIRST = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", "<unused0>", "<start_of_turn>",
+               "<end_of_turn>"]  # fmt: skip
 GEMMA_CONFIG = dict(
     architectures=["Gemma2ForCausalLM"], attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=50.0,
     bos_token_id="<bos>", cache_implementation="hybrid", eos_token_id=["<eos>", "<end_of_turn>"],
@@ -114,8 +117,9 @@ GEMMA_CONFIG = dict(
 )  # fmt: skip
 GEMMA_ENTRIES = dict(
     add_bos_token=True, add_eos_token=False, additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-    bos_token="<bos>", clean_up_tokenization_spaces=False, eos_token="<eos>", model_max_length=10**30, pad_token="<pad>",
-    sp_model_kwargs={}, spaces_between_special_tokens=False, tokenizer_class="GemmaTokenizer", unk_token="<unk>",
+    bos_token="<bos>", clean_up_tokenization_spaces=False, eos_token="<eos>", model_max_length=10**30,
+    pad_token="<pad>", sp_model_kwargs={}, spaces_between_special_tokens=False, tokenizer_class="GemmaTokenizer",
+    unk_token="<unk>",
     use_default_system_prompt=False,
 )  # fmt: skip
 GEMMA3_NAMES = dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
@@ -131,15 +135,16 @@ PHI3 = Folder(
     config=dict(
         _name_or_path="Phi-3-mini-4k-instruct", architectures=["Phi3ForCausalLM"], attention_bias=False,
         attention_dropout=0.0,
-        auto_map={"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        auto_map={"AutoConfig": "configuration_phi3.Phi3Config",
+                  "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
         bos_token_id="<s>", embd_pdrop=0.0, eos_token_id="<|endoftext|>", hidden_act="silu", initializer_range=0.02,
         max_position_embeddings=POSITIONS, model_type="phi3", original_max_position_embeddings=POSITIONS,
         pad_token_id="<|endoftext|>", resid_pdrop=0.0, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0,
         sliding_window=47, tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.40.2",
         use_cache=True, **SIZES | {"num_key_value_heads": 4},
     ),
-    generation=dict(_from_model_config=True, bos_token_id="<s>", eos_token_id=["<|endoftext|>", "<|assistant|>", "<|end|>"],
-                    pad_token_id="<|endoftext|>"),
+    generation=dict(_from_model_config=True, bos_token_id="<s>", pad_token_id="<|endoftext|>",
+                    eos_token_id=["<|endoftext|>", "<|assistant|>", "<|end|>"]),
     tokenizer=lambda: pipelines.sentencepiece(
         ["<unk>", "<s>", "</s>"], PHI3_BEHIND, bos=False, plain={"</s>": {"special": False, "rstrip": True}}
     ),
@@ -151,8 +156,8 @@ PHI3 = Folder(
     template=templates.PHI3, turn_end="<|end|>", rows=53,
 )  # fmt: skip
 
-SMOLLM2_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>",
-                  "<gh_stars>", "<issue_start>", "<empty_output>"]  # fmt: skip
+SMOLLM2_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>",
+                  "<filename>", "<gh_stars>", "<issue_start>", "<empty_output>"]  # fmt: skip
 SMOLLM2 = Folder(
     config=dict(
         architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id="<|im_start|>",
@@ -161,7 +166,8 @@ SMOLLM2 = Folder(
         pretraining_tp=1, rms_norm_eps=1e-05, rope_interleaved=False, rope_scaling=None, rope_theta=100000,
         tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.42.3", use_cache=True, **SIZES,
     ),
-    generation=dict(_from_model_config=True, bos_token_id="<|im_start|>", eos_token_id="<|im_end|>", pad_token_id="<|im_end|>"),
+    generation=dict(_from_model_config=True, bos_token_id="<|im_start|>", eos_token_id="<|im_end|>",
+                    pad_token_id="<|im_end|>"),
     tokenizer=lambda: pipelines.smollm2(SMOLLM2_TOKENS),
     entries=dict(
         add_prefix_space=False, additional_special_tokens=["<|im_start|>", "<|im_end|>"], bos_token="<|im_start|>",
@@ -174,8 +180,8 @@ SMOLLM2 = Folder(
 SMOLLM3_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<think>", "</think>", "<|finetune_right_pad_id|>",
     "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-    "<|python_tag|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>", "<tool_call>", "</tool_call>",
-    "<code>", "</code>",
+    "<|python_tag|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>", "<tool_call>",
+    "</tool_call>", "<code>", "</code>",
 ]  # fmt: skip
 SMOLLM3 = Folder(
     config=dict(
@@ -184,10 +190,11 @@ SMOLLM3 = Folder(
         layer_types=["full_attention"] * 2, max_position_embeddings=POSITIONS, max_window_layers=28, mlp_bias=False,
         model_type="smollm3", no_rope_layer_interval=2, no_rope_layers=[1, 0], pad_token_id="<|im_end|>",
         pretraining_tp=2, rms_norm_eps=1e-06, rope_scaling=None, rope_theta=5000000.0, sliding_window=None,
-        torch_dtype="bfloat16", transformers_version="4.54.0.dev0", use_cache=False, use_sliding_window=False, **SIZES,
+        torch_dtype="bfloat16", transformers_version="4.54.0.dev0", use_cache=False, use_sliding_window=False,
+        **SIZES,
     ),
-    generation=dict(bos_token_id="<|begin_of_text|>", do_sample=True, eos_token_id="<|im_end|>", pad_token_id="<|im_end|>",
-                    temperature=0.6, top_p=0.95),
+    generation=dict(bos_token_id="<|begin_of_text|>", do_sample=True, eos_token_id="<|im_end|>",
+                    pad_token_id="<|im_end|>", temperature=0.6, top_p=0.95),
     tokenizer=lambda: pipelines.llama3(SMOLLM3_TOKENS, None),
     entries=dict(
         bos_token=None, clean_up_tokenization_spaces=True, eos_token="<|im_end|>", extra_special_tokens={}, fast=False,
@@ -203,8 +210,9 @@ LLAMA2_ENTRIES = dict(
     tokenizer_class="LlamaTokenizer", unk_token="<unk>", use_default_system_prompt=False,
 )  # fmt: skip
 LLAMA2_CONFIG = dict(
-    bos_token_id="<s>", eos_token_id="</s>", hidden_act="silu", initializer_range=0.02, max_position_embeddings=POSITIONS,
-    rms_norm_eps=1e-05, rope_theta=10000.0, tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True, **SIZES,
+    bos_token_id="<s>", eos_token_id="</s>", hidden_act="silu", initializer_range=0.02,
+    max_position_embeddings=POSITIONS, rms_norm_eps=1e-05, rope_theta=10000.0, tie_word_embeddings=False,
+    torch_dtype="bfloat16", use_cache=True, **SIZES,
 )  # fmt: skip
 MISTRAL_FIRST = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
                  "[TOOL_RESULTS]", "[/TOOL_RESULTS]", *(f"[control_{i}]" for i in range(8, 16))]  # fmt: skip
@@ -236,14 +244,16 @@ def _neox_tensors(tensors: dict) -> dict:
 FOLDERS = {
     "Llama-3.2-1B": LLAMA32,
     "Llama-3.2-1B-Instruct": dataclasses.replace(
-        LLAMA32, config=LLAMA3_CONFIG | {"eos_token_id": LLAMA3_STOPS}, entries=LLAMA3_ENTRIES | {"eos_token": "<|eot_id|>"},
-        generation=LLAMA32.generation | {"eos_token_id": LLAMA3_STOPS}, template=templates.LLAMA3, turn_end="<|eot_id|>",
+        LLAMA32, config=LLAMA3_CONFIG | {"eos_token_id": LLAMA3_STOPS}, template=templates.LLAMA3,
+        turn_end="<|eot_id|>",
+        entries=LLAMA3_ENTRIES | {"eos_token": "<|eot_id|>"},
+        generation=LLAMA32.generation | {"eos_token_id": LLAMA3_STOPS},
     ),
     "Qwen2.5-0.5B": QWEN25,
     "Qwen2.5-0.5B-Instruct": dataclasses.replace(
         QWEN25, config=QWEN_CONFIG | {"eos_token_id": "<|im_end|>"}, entries=QWEN_ENTRIES | {"eos_token": "<|im_end|>"},
         generation=QWEN_CHAT | {"repetition_penalty": 1.1}, turn_end="<|im_end|>",
-        template=templates.QWEN2_5.replace("DEFAULT", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+        template=templates.QWEN2_5.replace("DEFAULT", "You are Qwen, a helpful assistant."),
     ),
     "Qwen3-0.6B": dataclasses.replace(
         QWEN25,
@@ -269,7 +279,7 @@ FOLDERS = {
         ),
         entries=GEMMA_ENTRIES | GEMMA3_NAMES | {"extra_special_tokens": GEMMA3_NAMES, "additional_special_tokens": None,
                                                 "processor_class": "Gemma3Processor"},
-        tokenizer=lambda: pipelines.gemma([*GEMMA_FIRST, "<start_of_image>", "<end_of_image>"], ("<image_soft_token>",)),
+        tokenizer=lambda: pipelines.gemma([*GEMMA_FIRST, *list(GEMMA3_NAMES.values())[:2]], ("<image_soft_token>",)),
         generation=dict(bos_token_id="<bos>", cache_implementation="hybrid", do_sample=True,
                         eos_token_id=["<eos>", "<end_of_turn>"], pad_token_id="<pad>", top_k=64, top_p=0.95),
         template=templates.GEMMA3, turn_end="<end_of_turn>", rows=-1,
@@ -300,8 +310,9 @@ FOLDERS = {
     ),
     "gpt2": Folder(
         config=dict(
-            activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, bos_token_id="<|endoftext|>",
-            embd_pdrop=0.1, eos_token_id="<|endoftext|>", initializer_range=0.02, layer_norm_epsilon=1e-05,
+            activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1,
+            bos_token_id="<|endoftext|>", embd_pdrop=0.1, eos_token_id="<|endoftext|>", initializer_range=0.02,
+            layer_norm_epsilon=1e-05,
             model_type="gpt2", n_ctx=POSITIONS, n_embd=32, n_head=4, n_layer=2, n_positions=POSITIONS, resid_pdrop=0.1,
             summary_activation=None, summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index",
             summary_use_proj=True, task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},

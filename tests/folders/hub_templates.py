@@ -1,7 +1,7 @@
-"""Chat templates written for these tests: each does what its model's own does (roles, tokens, errors, date, tools), in other words.
+"""Chat templates written for these tests: each does what its model's own does, in other words.
 
-The models' own templates are not copied: most come under the models' terms. What they do was read from their files as
-they stand in public repositories; each template's comment says what is particular to it.
+The models' own templates are not copied: most come under the models' terms. Roles, tokens, errors, dates and tools are
+as in their files, as those stand in public repositories; each comment says what is particular to a template.
 """
 
 # Writes BOS itself, and a system turn with the date also where the chat has none; tools go into the first user turn.
@@ -30,10 +30,12 @@ LLAMA3 = r"""{{- bos_token }}
     {%- if message.role == 'tool' or message.role == 'ipython' %}
         {{- "<|start_header_id|>ipython<|end_header_id|>\n\n" + message.content + "<|eot_id|>" }}
     {%- elif 'tool_calls' in message %}
-        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "' + message.tool_calls[0].function.name + '", ' }}
-        {{- '"parameters": ' + message.tool_calls[0].function.arguments | tojson + "}<|eot_id|>" }}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "' + call.name + '", ' }}
+        {{- '"parameters": ' + call.arguments | tojson + "}<|eot_id|>" }}
     {%- else %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
@@ -108,9 +110,13 @@ QWEN3 = r"""{%- if tools %}
 """
 
 # Refuses a system turn and two turns of one role; the assistant's role is named model; BOS is the template's.
-GEMMA2 = r"""{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+GEMMA2 = r"""{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+    {{- raise_exception('System role not supported') }}
+{%- endif %}
 {%- for message in messages %}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate user/assistant') }}{% endif %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+    {{- raise_exception('Roles must alternate user/assistant') }}
+{%- endif %}
 {{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}
 {{- message['content'] | trim + '<end_of_turn>\n' }}
 {%- endfor %}
@@ -165,8 +171,8 @@ SMOLLM3 = r"""{%- if enable_thinking is not defined %}{%- set enable_thinking = 
     {%- if "/no_think" in messages[0].content %}{%- set mode = "/no_think" %}{%- endif %}
     {%- set instruction = messages[0].content.replace("/no_think", "").replace("/think", "").rstrip() %}
 {%- endif %}
-{{- "<|im_start|>system\n## Metadata\n\nToday Date: " + strftime_now("%d %B %Y") + "\nReasoning Mode: " + mode + "\n\n" }}
-{{- "## Custom Instructions\n\n" + instruction + "\n\n" }}
+{{- "<|im_start|>system\n## Metadata\n\nToday Date: " + strftime_now("%d %B %Y") }}
+{{- "\nReasoning Mode: " + mode + "\n\n## Custom Instructions\n\n" + instruction + "\n\n" }}
 {%- if tools or xml_tools %}
     {{- "### Tools\n<tools>" }}
     {%- for tool in tools or xml_tools %}{{- "\n" + tool | string }}{%- endfor %}

@@ -1,8 +1,10 @@
-"""tokenizer.json of the hub's pipelines with small vocabularies: what stands around the vocabulary is as in the hub's files.
+"""tokenizer.json with small vocabularies: all that stands around the vocabulary is as in the hub's files.
 
-Vocabularies are trained on a few sentences. Special tokens stand where the hub has them: in front (sentencepiece, GPT-NeoX,
-SmolLM2) or behind the ordinary tokens (Llama 3, Qwen, GPT-2).
+Vocabularies are trained on a few sentences. Special tokens stand where the hub has them: in front (sentencepiece,
+GPT-NeoX, SmolLM2) or behind the ordinary tokens (Llama 3, Qwen, GPT-2).
 """
+
+import json
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -21,7 +23,8 @@ BLANK = "\u2581"  # sentencepiece's blank
 
 
 def byte_level(add_prefix_space: bool, trim_offsets: bool, use_regex: bool = True) -> dict:
-    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": trim_offsets, "use_regex": use_regex}
+    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": trim_offsets,
+            "use_regex": use_regex}  # fmt: skip
 
 
 def split(pattern: dict, behavior: str) -> dict:
@@ -50,7 +53,7 @@ def added(index: int, content: str, special: bool = True, normalized: bool = Fal
             "normalized": normalized, "special": special}  # fmt: skip
 
 
-def document(vocabulary: list[str], merges: list[list[str]], tokens: list[dict], model: dict | None = None, **parts) -> dict:
+def document(vocabulary: list[str], merges: list[list[str]], tokens: list[dict], model: dict, **parts) -> dict:
     """tokenizer.json: `parts` are normalizer, pre_tokenizer, post_processor and decoder."""
     parts = {name: parts.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
     return {
@@ -58,7 +61,7 @@ def document(vocabulary: list[str], merges: list[list[str]], tokens: list[dict],
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            **(model or {}), "vocab": {token: i for i, token in enumerate(vocabulary)}, "merges": merges,
+            **model, "vocab": {token: i for i, token in enumerate(vocabulary)}, "merges": merges,
         },
     }  # fmt: skip
 
@@ -87,8 +90,6 @@ def _trained(cut, texts, size: int, alphabet: list[str]) -> tuple[list[str], lis
     tokenizer.train_from_iterator(
         list(texts), trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     )
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
     return sorted(model["vocab"], key=model["vocab"].get), merges
@@ -121,7 +122,9 @@ def qwen(tokens: list[str], plain: tuple[str, ...] = ()) -> dict:
         vocabulary, merges, [added(at + i, token, token not in plain) for i, token in enumerate(tokens)],
         {"continuing_subword_prefix": "", "end_of_word_suffix": ""},
         normalizer={"type": "NFC"},
-        pre_tokenizer=sequence("pretokenizers", split({"Regex": WORDS % ""}, "Isolated"), byte_level(False, False, False)),
+        pre_tokenizer=sequence(
+            "pretokenizers", split({"Regex": WORDS % ""}, "Isolated"), byte_level(False, False, False)
+        ),
         post_processor=byte_level(False, False, False), decoder=byte_level(False, False, False),
     )  # fmt: skip
 
@@ -141,13 +144,13 @@ def smollm2(tokens: list[str]) -> dict:
     vocabulary, merges = train_bytes("+")
     digits = {"type": "Digits", "individual_digits": True}
     return document(
-        [*tokens, *vocabulary], merges, [added(i, token) for i, token in enumerate(tokens)],
+        [*tokens, *vocabulary], merges, [added(i, token) for i, token in enumerate(tokens)], {},
         pre_tokenizer=sequence("pretokenizers", digits, byte_level(False, True)), decoder=byte_level(True, True),
     )  # fmt: skip
 
 
 def neox(tokens: list[str], blanks: int) -> dict:
-    """GPT-NeoX and Pythia: NFC; runs of 24 to 2 blanks are added tokens behind the vocabulary, of which `blanks` are kept."""
+    """GPT-NeoX and Pythia: NFC; runs of blanks, of 24 to 2 there `blanks` of them here, stand last."""
     vocabulary, merges = train_bytes("+")
     vocabulary = [*tokens, *vocabulary]
     runs = [added(len(vocabulary) + i, " " * (blanks + 1 - i), False, True) for i in range(blanks)]
@@ -160,7 +163,7 @@ def neox(tokens: list[str], blanks: int) -> dict:
 
 
 def gemma(first: list[str], last: tuple[str, ...] = ()) -> dict:
-    """Gemma: blanks are replaced and none is put before a text; runs of newlines and blanks are added tokens, not special.
+    """Gemma: blanks are replaced and none is put before a text; runs of newlines and blanks are added, not special.
 
     `last` stand behind the vocabulary, as Gemma 3's `<image_soft_token>`.
     """
@@ -184,7 +187,11 @@ STRIPPED = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def sentencepiece(
-    first: list[str], behind_all: list[dict] = (), bos: bool = True, metaspace: bool = False, plain: dict[str, dict] | None = None
+    first: list[str],
+    behind_all: list[dict] = (),
+    bos: bool = True,
+    metaspace: bool = False,
+    plain: dict[str, dict] | None = None,
 ) -> dict:
     """Llama 2's kind: a blank before each text, bytes for what is unknown.
 
