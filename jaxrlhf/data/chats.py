@@ -43,6 +43,7 @@ class Rendered:
     """Text that a chat template has written: its special tokens are in it."""
 
     text: str
+    last_turn: int = 0  # of an answer: where the text of its last turn begins; -1: not known
 
 
 Prompt = str | list[Message] | Chat | Rendered
@@ -123,7 +124,7 @@ class ChatTemplate:
         if isinstance(prompt, str) and isinstance(response, str):
             return prompt, response
         before, after = self.pair_texts(prompt, response, place)
-        return Rendered(before), Rendered(after)
+        return Rendered(before), Rendered(after, last_turn(response, after))
 
     def _render(self, chat: Chat, place: str, whole: bool = False) -> str:
         if not self.exists:
@@ -184,6 +185,16 @@ def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
         return prompt
     messages = as_messages(prompt, "user")
     return Chat(messages, begun=bool(messages) and messages[-1]["role"] == "assistant")
+
+
+def last_turn(answer: Response, text: str) -> int:
+    """Where the last turn of an answer begins to speak in the `text` that was written of it; -1: not known."""
+    if isinstance(answer, Rendered):
+        return answer.last_turn
+    if not isinstance(answer, list) or len(answer) < 2:
+        return 0
+    content = content_text(answer[-1]).strip()
+    return text.rfind(content) if content else -1
 
 
 def content_text(message: Message) -> str:

@@ -85,7 +85,8 @@ def write_files(tokenizer: Any, data: bytes | None, path: str, pad_id: int | Non
 def _as_the_file_says(folder: str, data: bytes) -> Any:
     """The plain fast tokenizer with the pipeline of `tokenizer.json`.
 
-    Special and added tokens that only the files beside it name are added, with the ids that transformers gives them.
+    Special and added tokens that only the files beside it name are added, with the ids that transformers gives them;
+    but a word that is named to pad with stays a word.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -94,6 +95,8 @@ def _as_the_file_says(folder: str, data: bytes) -> Any:
         _name_as_the_class_does(tokenizer, folder)
     backend = _backend(data)
     known = _added(backend)
+    if tokenizer.pad_token not in (tokenizer.bos_token, tokenizer.eos_token) and tokenizer.pad_token is not None:
+        known |= {tokenizer.pad_token} & {*backend.get_vocab()}
     for _, token in sorted(tokenizer.added_tokens_decoder.items()):
         if token.content not in known:
             add = backend.add_special_tokens if token.special else backend.add_tokens

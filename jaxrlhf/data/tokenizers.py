@@ -5,11 +5,13 @@ tokens (a pad token that the model was not trained with would need a new embeddi
 remote code.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxrlhf.data.chats import ChatTemplate, Prompt, Response
+from jaxrlhf.data import ends
+from jaxrlhf.data.chats import ChatTemplate, Prompt, Response, last_turn
 from jaxrlhf.data.sources import Message
 from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
 from jaxrlhf.errors import UserError
@@ -24,7 +26,10 @@ class Tokenizer:
     """Token ids of prompts and responses as the model will see them.
 
     `name` is where it came from, for messages; `eos_id` and `pad_id` are None where the tokenizer has none;
-    `prefix_ids` is what it puts before every text (BOS, mostly); `vocab_size` is its largest id + 1.
+    `prefix_ids` is what it puts before every text (BOS, mostly); `vocab_size` is its largest id + 1, `text_size` the
+    same of those ids that text reaches without spelling out an added token. `added` are the added tokens by id.
+    `turn_end_id` is the token that the chat template ends an answer with, None where it is none. `stop_ids` end
+    answers: its own, or with a model (`for_model`) the model's as well; `notes` are lines on what does not fit.
     """
 
     def __init__(self, tokenizer: Any, name: str, file: bytes | None = None):
@@ -37,12 +42,47 @@ class Tokenizer:
         self._file = file
         self.eos_id: int | None = tokenizer.eos_token_id
         self.pad_id: int | None = tokenizer.pad_token_id
-        self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
+        vocabulary = tokenizer.get_vocab().values()
+        self.added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+        self.vocab_size: int = max(vocabulary, default=-1) + 1
+        self.text_size: int = max((index for index in vocabulary if index not in self.added), default=-1) + 1
         self.prefix_ids = self._find_prefix()
+        self.turn_end_id = self._find_turn_end()
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self._own_ends()))
+        self.notes: tuple[str, ...] = ()
+        self._rows: int | None = None
 
     @property
     def has_chat_template(self) -> bool:
         return self.chats.exists
+
+    @property
+    def text_end_id(self) -> int | None:
+        """What an answer in plain text ends with: EOS, or else the first stop token."""
+        return self.eos_id if self.eos_id in self.stop_ids else next(iter(self.stop_ids), None)
+
+    @property
+    def chat_end_id(self) -> int | None:
+        """What an answer in a chat ends with: as the template says, or else as a text."""
+        return self.turn_end_id if self.turn_end_id in self.stop_ids else self.text_end_id
+
+    def for_model(self, rows: int, stop_tokens: Sequence[int], foreign: bool = False) -> "Tokenizer":
+        """This tokenizer for a model with an embedding of so many rows whose files name these stop tokens.
+
+        Its `stop_ids` are the union; see `ends.union`, also for a tokenizer that is `foreign` to those files. Prompts
+        and answers that hold a token without a row raise `UserError`.
+        """
+        fitted = copy.copy(self)
+        fitted.stop_ids, lines = ends.union(stop_tokens, self._own_ends(), rows, self.added, self.name, foreign)
+        if not fitted.stop_ids:
+            lines.append(f"{self.name}: no token ends an answer: answers go on to max_new_tokens")
+        elif self.has_chat_template and self.turn_end_id is None:
+            end = self._tokenizer.convert_ids_to_tokens(fitted.chat_end_id)
+            lines.append(f"{self.name}: the chat template ends answers in plain text: taught to end with {end}")
+        fitted.notes = tuple(lines)
+        fitted.pad_id = self.pad_id if self.pad_id is None or self.pad_id < rows else None
+        fitted._rows = rows
+        return fitted
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: text behind BOS (if the tokenizer has it, and never a trailing EOS), or chat
@@ -53,8 +93,8 @@ class Tokenizer:
         """Ids of a prompt, exactly as `encode_prompt` gives them, and of the response that follows it.
 
         The response's ids are those of both tokenized together where that leaves the prompt's ids as they
-        are, or else of the response alone. `end` puts EOS after them where it is not there already, and takes
-        off the blanks that chat templates put after it.
+        are, or else of the response alone. `end` cuts them after the first of `stop_ids`, or puts one after them.
+        A text without a prompt is one document: it is ended, but nothing inside ends it.
         """
         return next(self.encode_pairs([(prompt, response)], end))
 
@@ -63,21 +103,23 @@ class Tokenizer:
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
             texts = [self.chats.prompt_text(prompt, _place(where, start + i)) for i, prompt in enumerate(part)]
-            for prompt, encoding in zip(part, self._encode(texts)):
-                yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
+            for i, (prompt, encoding) in enumerate(zip(part, self._encode(texts)), start):
+                ids = self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
+                yield self._with_rows(ids, _place(where, i))
 
     def encode_chats(self, chats: Sequence[list[Message]], where: Sequence[str] = ()) -> Iterator[list[int]]:
         """Ids of whole chats through the chat template, which ends them; `where` names their places in messages."""
         for start in range(0, len(chats), CHUNK):
             part = chats[start : start + CHUNK]
             texts = [self.chats.whole_text(chat, _place(where, start + i)) for i, chat in enumerate(part)]
-            yield from (encoding.ids for encoding in self._encode(texts))
+            for i, encoding in enumerate(self._encode(texts), start):
+                yield self._with_rows(encoding.ids, _place(where, i))
 
     def encode_pairs(
         self, pairs: Sequence[tuple[Prompt, Response]], end: bool = True, where: Sequence[str] = ()
     ) -> Iterator[tuple[list[int], list[int]]]:
         """`encode_pair` of many; `where` names their places in messages."""
-        if end and self.eos_id is None:
+        if end and not self.stop_ids:
             raise UserError(f"{self.name}: the tokenizer has no EOS token, so answers could not end; set eos_token")
         for start in range(0, len(pairs), CHUNK):
             part = pairs[start : start + CHUNK]
@@ -86,17 +128,21 @@ class Tokenizer:
             joints = self._encode([prompt + response for prompt, response in texts])
             splits = [_splits(prompts[text], joint, len(text)) for (text, _), joint in zip(texts, joints)]
             rest = self._encode_alone([response for (_, response), split in zip(texts, splits) if not split])
-            for (prompt, response), (prompt_text, _), joint, split in zip(part, texts, joints, splits):
+            for i, (pair, (prompt_text, text), joint, split) in enumerate(zip(part, texts, joints, splits), start):
                 prompt_ids = prompts[prompt_text].ids
                 ids = joint.ids[len(prompt_ids) :] if split else next(rest)
-                if isinstance(prompt, str) and isinstance(response, str):
-                    prompt_ids = self._with_prefix(prompt_ids)
-                yield prompt_ids, self._ended(ids) if end else ids
+                if all(isinstance(side, str) for side in pair):
+                    prompt_ids, ids = self._with_prefix_once(prompt_ids, ids)
+                if end:
+                    ids = self._ended(*pair, text, ids)
+                self._with_rows([*prompt_ids, *ids], _place(where, i))
+                yield prompt_ids, ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Text of ids, without special tokens and without those that end answers."""
+        hidden = {self._tokenizer.bos_token_id, self.eos_id, *self.stop_ids}
         return self._tokenizer.decode(
-            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [int(i) for i in ids if int(i) not in hidden], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
@@ -167,13 +213,43 @@ class Tokenizer:
             fits = (joint[i].ids[len(a.ids) :] for a, joint in zip(anchors, joints) if _splits(a, joint[i], 1))
             yield next(fits, encoding.ids)
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        if self.eos_id in ids:
-            last = len(ids) - 1 - ids[::-1].index(self.eos_id)
-            rest = ids[last + 1 :]
-            if not rest or not self._tokenizer.decode(rest, skip_special_tokens=False).strip():
-                return ids[: last + 1]
-        return [*ids, self.eos_id]
+    def _with_prefix_once(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
+        """Both, the prompt behind BOS; a text without a prompt may spell it out itself."""
+        if not prompt and response[: len(self.prefix_ids)] == self.prefix_ids:
+            response = response[len(self.prefix_ids) :]
+        return self._with_prefix(prompt), response
+
+    def _own_ends(self) -> list[int]:
+        return [token for token in (self.eos_id, self.turn_end_id) if token is not None]
+
+    def _find_turn_end(self) -> int | None:
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ends.PROBE}]
+        try:
+            return ends.end_of_turn(self.chats.whole_text(chat, ""), self.added)
+        except UserError:  # no template, or one that refuses this chat
+            return None
+
+    def _ended(self, prompt: Prompt, response: Response, text: str, ids: list[int]) -> list[int]:
+        """The response's ids, whose text is `text`, with a stop token at their end."""
+        if isinstance(prompt, str) and isinstance(response, str):
+            if prompt:
+                return ends.ended(ids, self.stop_ids, self.text_end_id)
+            return ends.ended_text(ids, self.stop_ids, self.text_end_id, self._tokenizer)
+        start = last_turn(response, text)
+        if start < 0:
+            return ends.ended_text(ids, self.stop_ids, self.chat_end_id, self._tokenizer)
+        passed = sum(token in self.stop_ids for token in self._encode([text[:start]])[0].ids) if start else 0
+        return ends.ended(ids, self.stop_ids, self.chat_end_id, passed)
+
+    def _with_rows(self, ids: list[int], place: str) -> list[int]:
+        """The ids; `UserError` for one that the model has no embedding row for."""
+        if self._rows is not None and self._rows < self.vocab_size and max(ids, default=0) >= self._rows:
+            token = next(token for token in ids if token >= self._rows)
+            raise UserError(
+                f"{place}holds {self.added.get(token, 'a token')} (id {token}), but the model has {self._rows} tokens; "
+                "leave it out of the text, or take a model that has it"
+            )
+        return ids
 
 
 def load_tokenizer(path: str) -> Tokenizer | None:

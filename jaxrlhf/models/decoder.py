@@ -320,9 +320,14 @@ def abstract_decoder(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.fl
 
 def with_attention(model: Decoder, implementation: str) -> Decoder:
     """The same model, same arrays, whose attention over whole sequences that implementation computes."""
+    return with_config(model, dataclasses.replace(model.config, attention=implementation))
+
+
+def with_config(model: Decoder, config: DecoderConfig) -> Decoder:
+    """The same arrays under another config, which describes them as well."""
     leaves, structure = jax.tree.flatten(model)
     model = jax.tree.unflatten(structure, leaves)
-    model.config = dataclasses.replace(model.config, attention=implementation)
+    model.config = config
     for block in model.layers:
         block.attention.config = model.config
     return model

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.decoder import Decoder, DecoderConfig, with_config
 from jaxrlhf.models.families import config_document, read_config, token_entry, token_ids
 from jaxrlhf.models.folders import check_dtype, check_replaceable, find_folder, written_once
 from jaxrlhf.models.layout import match, merged_tensors, plain_tensors, read_decoder, tied_as_stored
@@ -42,11 +42,20 @@ def load_pretrained(
     if quantize not in (None, *KINDS):
         raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
     folder = find_folder(path)
-    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    document = read_json(folder / "config.json")
+    config = read_config(document, str(folder / "config.json"))
     config, tensors = tied_as_stored(config, plain_tensors(read_checkpoint(folder)), folder)
     stored = match(config, tensors, folder)
     tokenizer = load_tokenizer(str(folder))
-    return read_decoder(_with_tokens(config, folder, tokenizer), stored, dtype, mesh, quantize), tokenizer
+    named = "eos_token_id" in {**document, **(document.get("text_config") or {})}
+    config, tokenizer = _with_tokens(config, folder, tokenizer, named)
+    return read_decoder(config, stored, dtype, mesh, quantize), tokenizer
+
+
+def with_tokenizer(base: Decoder, tokenizer: "Tokenizer") -> tuple[Decoder, "Tokenizer"]:
+    """A base and another tokenizer for each other: the base's stop tokens are then those of both."""
+    tokenizer = tokenizer.for_model(base.config.vocab_size, base.config.stop_tokens, foreign=True)
+    return with_config(base, dataclasses.replace(base.config, stop_tokens=tokenizer.stop_ids)), tokenizer
 
 
 def save_pretrained(
@@ -82,11 +91,14 @@ def save_pretrained(
                 tokenizer.save(str(folder))
 
 
-def _with_tokens(config: DecoderConfig, folder: Path, tokenizer: "Tokenizer | None") -> DecoderConfig:
-    """The config with the tokens that end answers and fill up rows.
+def _with_tokens(
+    config: DecoderConfig, folder: Path, tokenizer: "Tokenizer | None", named: bool
+) -> tuple[DecoderConfig, "Tokenizer | None"]:
+    """The config with the tokens that end answers and fill up rows, and the tokenizer with the same ends.
 
-    `generation_config.json` wins over `config.json`, that over the tokenizer. Masks say what is real, so a
-    missing pad token may be any: a stop token, or 0.
+    All that `generation_config.json`, `config.json`, the tokenizer and its chat template name end an answer. Where
+    `config.json` has not `named` any, the family's default counts only if nothing else does. Masks say what is real,
+    so a missing pad token may be any: a stop token, or 0.
     """
     file = folder / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
@@ -96,11 +108,16 @@ def _with_tokens(config: DecoderConfig, folder: Path, tokenizer: "Tokenizer | No
             found[entry] = token_ids(generation.get(entry))
         except ValueError as error:
             raise UserError(f"{file}: {entry} must be {error}, not {generation[entry]!r}") from None
-    own_eos, own_pad = (tokenizer.eos_id, tokenizer.pad_id) if tokenizer is not None else (None, None)
-    stops = found["eos_token_id"] or config.stop_tokens or token_ids(own_eos)
+    stops = found["eos_token_id"]
+    if named or not (stops or (tokenizer is not None and tokenizer.stop_ids)):
+        stops = tuple(dict.fromkeys([*stops, *config.stop_tokens]))
+    if tokenizer is not None:
+        tokenizer = tokenizer.for_model(config.vocab_size, stops)
+        stops = tokenizer.stop_ids
     for token in stops:
         if token >= config.vocab_size:
             raise UserError(f"{folder}: eos_token_id {token} is outside the vocabulary of {config.vocab_size} tokens")
+    own_pad = None if tokenizer is None else tokenizer.pad_id
     pads = (*found["pad_token_id"], config.pad_token, own_pad, *stops, 0)
     pad = next(token for token in pads if token is not None and token < config.vocab_size)
-    return dataclasses.replace(config, stop_tokens=stops, pad_token=pad)
+    return dataclasses.replace(config, stop_tokens=stops, pad_token=pad), tokenizer

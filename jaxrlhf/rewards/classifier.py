@@ -36,6 +36,7 @@ class TransformersReward:
         self.model = _load_model(self.name, key_path)
         self.tokenizer = _load_tokenizer(self.name, self.model, key_path)
         self.chats = ChatTemplate(self.tokenizer, self.name)
+        self.rows = self.model.get_input_embeddings().num_embeddings
         self.inputs = set(inspect.signature(self.model.forward).parameters)
         self.label = _label(config, self.model.config, key_path)
         limits = [self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
@@ -77,6 +78,9 @@ class TransformersReward:
         given = self.tokenizer(first, second, **limits)
         # A plain tokenizer also tells segments, which not every model knows.
         encoded = {name: ids for name, ids in given.items() if name in self.inputs}
+        if max(given["input_ids"], default=0) >= self.rows:  # a text may spell out any added token
+            kept = [i for i, token in enumerate(given["input_ids"]) if token < self.rows]
+            encoded = {name: [ids[i] for i in kept] for name, ids in encoded.items()}
         if not encoded["input_ids"]:  # an empty text, and no special tokens: something must be read
             encoded = {name: [int(name == "attention_mask")] for name in encoded}
         return encoded
@@ -151,8 +155,8 @@ def _load_tokenizer(path: str, model: Any, key_path: str) -> Any:
     if loaded is None:
         raise UserError(f"{key_path}.path: {path} has no tokenizer files")
     rows = model.get_input_embeddings().num_embeddings
-    if loaded.vocab_size > rows:
-        raise UserError(f"{key_path}.path: the tokenizer of {path} has {loaded.vocab_size} tokens, the model {rows}")
+    if loaded.text_size > rows:
+        raise UserError(f"{key_path}.path: the tokenizer of {path} has {loaded.text_size} tokens, the model {rows}")
     tokenizer = loaded.fast
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     if getattr(model.config, "pad_token_id", None) is None:

@@ -70,9 +70,9 @@ class PretrainedReward:
         """Ids of the readings, none empty and none longer than `max_length`."""
         found: list[list[int]] = [[]] * len(read)
         texts = [i for i, (prompt, _) in enumerate(read) if prompt is None]
-        end_texts = self.config.end_at_eos is not False and self.tokenizer.eos_id is not None
+        end = self.tokenizer.text_end_id if self.config.end_at_eos is not False else None
         for i, ids in zip(texts, self.tokenizer.encode_prompts([read[i][1] for i in texts])):
-            found[i] = [*ids, self.tokenizer.eos_id] if end_texts and ended[i] else ids
+            found[i] = [*ids, end] if end is not None and ended[i] else ids
         chats = [i for i, (prompt, _) in enumerate(read) if prompt is not None]
         for i, ids in zip(chats, self.tokenizer.encode_chats([read[i][0].followed_by(read[i][1]) for i in chats])):
             found[i] = ids
@@ -84,8 +84,9 @@ class PretrainedReward:
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Without the pad tokens at the end, which transformers does not read, and with no more than fits."""
+        ids = [token for token in ids if token < self.base.config.vocab_size]  # a text may spell out any added token
         last = next((i for i, token in enumerate(ids[::-1]) if token != self.base.config.pad_token), len(ids) - 1)
-        ids = ids[: len(ids) - last] or [self.tokenizer.eos_id or 0]  # an empty text is its EOS
+        ids = ids[: len(ids) - last] or [self.tokenizer.text_end_id or 0]  # an empty text is its end
         return self.tokenizer.cut_start(ids, self.max_length) or ids[-self.max_length :]
 
     def _padded(self, rows: list[list[int]], size: int) -> tuple[jax.Array, jax.Array]:
@@ -100,14 +101,14 @@ class PretrainedReward:
     def _check_tokenizer(self, key_path: str) -> None:
         if self.tokenizer is None:
             raise UserError(f"{key_path}.path: {self.name} has no tokenizer files; a reward model needs its own")
-        if self.tokenizer.vocab_size > self.base.config.vocab_size:
+        if self.tokenizer.text_size > self.base.config.vocab_size:
             raise UserError(
-                f"{key_path}.path: the tokenizer of {self.name} has {self.tokenizer.vocab_size} tokens, "
+                f"{key_path}.path: the tokenizer of {self.name} has {self.tokenizer.text_size} tokens, "
                 f"the model {self.base.config.vocab_size}"
             )
         if self.config.input == "chat" and not self.tokenizer.has_chat_template:
             raise UserError(f"{key_path}.input: chat, but the tokenizer of {self.name} has no chat template; try text")
-        if self.config.end_at_eos and self.tokenizer.eos_id is None:
+        if self.config.end_at_eos and not self.tokenizer.stop_ids:
             raise UserError(f"{key_path}.end_at_eos: the tokenizer of {self.name} has no EOS token")
 
 

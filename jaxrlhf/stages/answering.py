@@ -20,7 +20,7 @@ from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.runtime.compilation_cache import AUTO, kept_programs
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.roles import Roles, load_origin, load_run
-from jaxrlhf.stages.settings import check_tokens, with_stop_tokens
+from jaxrlhf.stages.settings import check_tokens
 
 BATCH = 32
 LENGTH_STEP = 32  # prompts are padded to a multiple of this, so that few programs are compiled
@@ -105,7 +105,7 @@ def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Ro
         option = str(fault["loc"][0]).replace("_", "-")
         raise UserError(f"--{option}: {fault['msg']}, given {fault['input']}") from None
     check_tokens(roles.base.config, sampling, "ppo.sampling of the run")
-    return with_stop_tokens(sampling, roles.base, roles.tokenizer)
+    return sampling
 
 
 def _prompts(arguments: argparse.Namespace, roles: Roles, sampling: Sampling) -> tuple[list, list]:

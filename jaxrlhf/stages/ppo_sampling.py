@@ -21,7 +21,6 @@ from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.programs import greedy_program, merge_program, rollout_program
 from jaxrlhf.stages.roles import Roles
-from jaxrlhf.stages.settings import with_stop_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Sampler:
     def __init__(self, run: Run, roles: Roles, reward: Reward, gold: Reward | None):
         config = run.config.ppo
         self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
-        self.sampling = with_stop_tokens(config.sampling, roles.base, roles.tokenizer)
+        self.sampling = config.sampling
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         self.rollout = rollout_program(run.mesh)
         self.greedy_rollout = greedy_program(run.mesh, self.rollout, self.sampling.samples_per_prompt)

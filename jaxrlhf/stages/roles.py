@@ -24,7 +24,7 @@ from jaxrlhf.models.adapter_files import load_adapter, save_adapter
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import quantization
-from jaxrlhf.models.weights import load_pretrained, save_pretrained
+from jaxrlhf.models.weights import load_pretrained, save_pretrained, with_tokenizer
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.checksums import RECORD, Damaged, check_files, read_record, seal
 from jaxrlhf.runtime.random import key_for
@@ -63,14 +63,18 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
         base, tokenizer = load_pretrained(config.model.path, *kept)
     else:
         base, tokenizer = _new_model(config)
-    if config.model.tokenizer is not None:
+    other = config.model.tokenizer is not None
+    if other:
         tokenizer = load_tokenizer(config.model.tokenizer)
     if tokenizer is None:
         raise UserError(f"model.tokenizer: {_origin(config.model)} has no tokenizer files; name a folder that has")
-    if tokenizer.vocab_size > base.config.vocab_size:
+    # Added tokens that the model has no row for are refused where a text spells one out.
+    if tokenizer.text_size > base.config.vocab_size:
         raise UserError(
-            f"model.tokenizer: {tokenizer.vocab_size} tokens, but the model's vocabulary is {base.config.vocab_size}"
+            f"model.tokenizer: {tokenizer.text_size} tokens, but the model's vocabulary is {base.config.vocab_size}"
         )
+    if other:
+        base, tokenizer = with_tokenizer(base, tokenizer)
     own = {name: load_adapter(str(folder / name), base) for name in ADAPTERS if (folder / name).is_dir()}
     return Roles(base, tokenizer, inherited | own)
 

@@ -25,6 +25,7 @@ from jaxrlhf.stages import ppo, reward_model, sft
 from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change, told
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, check_none_gone, finished_stages, load_roles, mark_unfinished, save_base
+from jaxrlhf.stages.settings import end_notes
 
 
 def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
@@ -59,6 +60,8 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         lock.take()
     check_none_gone(config)
     roles = load_roles(config, run.mesh)
+    for line in end_notes(config, roles.tokenizer):
+        run.say(line)
     if config.model.attention == "cudnn":
         check_model(roles.base.config, run.mesh.shape["tensor"])
         check_device(roles.base.config, config.model.dtype)

@@ -1,6 +1,6 @@
 """Checks and small completions of settings that need to know the model or the number of steps."""
 
-from jaxrlhf.config import AdapterConfig, OptimizerConfig, Sampling
+from jaxrlhf.config import AdapterConfig, OptimizerConfig, RunConfig, Sampling
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import check_kind, target_paths
@@ -50,8 +50,12 @@ def check_tokens(model: DecoderConfig, sampling: Sampling, key_path: str) -> Non
         raise UserError(f"{key_path}: stop_tokens and pad_token are ids from 0 to {largest}, given {tokens}")
 
 
-def with_stop_tokens(sampling: Sampling, base: Decoder, tokenizer: Tokenizer) -> Sampling:
-    """The sampling with the tokenizer's end token, where neither settings nor model name one."""
-    if sampling.stop_tokens is None and not base.config.stop_tokens and tokenizer.eos_id is not None:
-        return sampling.model_copy(update={"stop_tokens": (tokenizer.eos_id,)})
-    return sampling
+def end_notes(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
+    """Lines on ends of answers that do not agree, for a person to read before the run."""
+    lines = list(tokenizer.notes)
+    stops = None if config.ppo is None else config.ppo.sampling.stop_tokens
+    taught = {*({tokenizer.chat_end_id} if tokenizer.has_chat_template else ()), tokenizer.text_end_id} - {None}
+    if stops is not None and taught and not taught.intersection(stops):
+        names = ", ".join(f"{tokenizer.fast.convert_ids_to_tokens(token)} (id {token})" for token in sorted(taught))
+        lines.append(f"ppo.sampling.stop_tokens: without {names}, which ends an answer in the other stages")
+    return lines

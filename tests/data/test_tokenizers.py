@@ -88,7 +88,7 @@ def test_eos_comes_once_and_only_where_asked():
     tokenizer = letters("plain")
     assert tokenizer.encode_pair("a", " b")[1] == [*tokenizer.encode_pair("a", " b", end=False)[1], 2]
     assert tokenizer.encode_pair("a", " b</s>") == tokenizer.encode_pair("a", " b")
-    assert tokenizer.encode_pair("a", "</s> b")[1].count(2) == 2
+    assert tokenizer.encode_pair("a", "b</s> b") == tokenizer.encode_pair("a", "b")
 
 
 def test_tokens_longer_than_model_max_length_are_kept():

@@ -188,9 +188,9 @@ def test_onto_a_mesh_and_back(small, batch, forward, folder, tmp_path):
     [
         ({"eos_token_id": 4}, None, False, (4,), 4),
         ({"eos_token_id": [4, 5]}, {}, False, (4, 5), 4),
-        ({"eos_token_id": 4, "pad_token_id": 9}, {"eos_token_id": [7, 8]}, False, (7, 8), 9),
-        ({"eos_token_id": 4, "pad_token_id": 9}, {"eos_token_id": 7, "pad_token_id": 6}, True, (7,), 6),
-        ({"eos_token_id": 4, "pad_token_id": None}, {"eos_token_id": None}, True, (4,), 0),
+        ({"eos_token_id": 4, "pad_token_id": 9}, {"eos_token_id": [7, 8]}, False, (7, 8, 4), 9),
+        ({"eos_token_id": 4, "pad_token_id": 9}, {"eos_token_id": 7, "pad_token_id": 6}, True, (7, 4, 2), 6),
+        ({"eos_token_id": 4, "pad_token_id": None}, {"eos_token_id": None}, True, (4, 2), 0),
         ({"eos_token_id": 4, "pad_token_id": -1}, None, False, (4,), 4),
         ({"eos_token_id": 4, "pad_token_id": 31}, None, False, (4,), 4),
         ({"eos_token_id": None, "pad_token_id": None}, None, False, (), 0),
