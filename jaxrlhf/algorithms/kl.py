@@ -7,18 +7,46 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
+# The steepest slope of one token's estimate. verl (k3) and OpenRLHF (k2, k3) hold the estimate itself within 10.
+BOUND = 10.0
+
+Bound = Array | float | None
+
+
+def _k1(r: Array, bound: Bound) -> Array:
+    return -r
+
+
+def _k2(r: Array, bound: Bound) -> Array:
+    if bound is None:
+        return 0.5 * jnp.square(r)
+    near = jnp.clip(r, -bound, bound)
+    return 0.5 * jnp.square(near) + near * (r - near)
+
+
+def _k3(r: Array, bound: Bound) -> Array:
+    if bound is None:
+        return jnp.expm1(r) - r
+    near = jnp.minimum(r, jnp.log1p(bound))
+    return jnp.expm1(near) - near + jnp.expm1(near) * (r - near)
+
+
 # On the log-ratio r = ref - policy of a token that the policy sampled (J. Schulman, "Approximating KL
 # Divergence", 2020). All estimate KL(policy || ref). k1 has no bias and may be negative; k2 has a bias and is
 # not; k3 has no bias and is never negative.
-ESTIMATORS: dict[str, Callable[[Array], Array]] = {
-    "k1": lambda r: -r,
-    "k2": lambda r: 0.5 * jnp.square(r),
-    "k3": lambda r: jnp.expm1(r) - r,
-}
+ESTIMATORS: dict[str, Callable[[Array, Bound], Array]] = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 
-def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
+def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bound = BOUND) -> Array:
     """Per-token estimate of KL(policy || reference).
+
+      k1  -r
+      k2  r^2 / 2          up to |r| = bound
+      k3  exp(r) - 1 - r   up to r = log(1 + bound)
+
+    Beyond, k2 and k3 go on as the straight line that touches them there, of slope `bound`: a token that the policy
+    has left far behind is drawn back, and cannot outweigh all others (k3 of one token 20 nats off weighs as much as
+    480 million tokens; at 89 nats it is infinite). Peers cut the estimate off instead, and with it the pull.
 
     There is no mask here: where gradients flow, put 0 into both logprobs past the end first, for k3 of garbage
     may be infinite.
@@ -27,16 +55,17 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str) -> Array:
       logprobs: any shape; of the sampled tokens under the policy.
       ref_logprobs: same shape; under the reference.
       estimator: "k1", "k2" or "k3"; another name is a KeyError.
+      bound: f32[] of at least 1; None: none.
 
     Returns:
       f32 of the same shape, in nats.
     """
     chex.assert_equal_shape([logprobs, ref_logprobs])
     r = jnp.asarray(ref_logprobs, jnp.float32) - jnp.asarray(logprobs, jnp.float32)
-    return ESTIMATORS[estimator](r)
+    return ESTIMATORS[estimator](r, bound)
 
 
-def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str) -> Array:
+def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str, bound: Bound = BOUND) -> Array:
     """The estimate as a term of the loss, per token: the gradient flows through `logprobs`.
 
     A good estimate of the value need not have the gradient of the KL. With r = ref - policy, on samples of the
@@ -48,13 +77,15 @@ def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str) -
       k3  grad = (1 - exp(r)) * grad logprob   -r to first order, so biased; in expectation the gradient of the
                                            other direction, KL(ref || policy). As in GRPO (2402.03300)
 
-    On samples of an older policy all three lack its importance ratio.
+    On samples of an older policy all three lack its importance ratio. The factor of grad logprob is held within
+    `bound` (see `kl_estimate`).
 
     Args:
       logprobs: f32[B,R]; of the policy that is trained.
       ref_logprobs: f32[B,R]; constants.
       mask: bool[B,R].
       estimator: a name from `ESTIMATORS`.
+      bound: as in `kl_estimate`.
 
     Returns:
       f32[B,R] in nats; 0 where the mask is False.
@@ -64,7 +95,7 @@ def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str) -
     chex.assert_type(mask, bool)
     # Both are 0 past the end, and so is every estimate of a log-ratio of 0.
     ref_logprobs = stop_gradient(jnp.where(mask, ref_logprobs, 0.0))
-    return kl_estimate(jnp.where(mask, logprobs, 0.0), ref_logprobs, estimator)
+    return kl_estimate(jnp.where(mask, logprobs, 0.0), ref_logprobs, estimator, bound)
 
 
 def adapt_kl_coef(
@@ -99,6 +130,7 @@ def shape_rewards(
     mask: Array,
     kl_coef: Array | float,
     estimator: str = "k1",
+    kl_bound: Bound = BOUND,
 ) -> Array:
     """Rewards per token: -kl_coef * KL_t everywhere, and the score on the last real token (1909.08593).
 
@@ -109,6 +141,7 @@ def shape_rewards(
       mask: bool[B,R]; the answer's real tokens.
       kl_coef: f32[].
       estimator: a name from `ESTIMATORS`.
+      kl_bound: as in `kl_estimate`.
 
     Returns:
       f32[B,R]; 0 where the mask is False. An empty answer has no token to hold its score, and gets nothing.
@@ -117,7 +150,7 @@ def shape_rewards(
     chex.assert_equal_shape([logprobs, ref_logprobs, mask])
     chex.assert_equal_shape_prefix([scores, logprobs], 1)
     chex.assert_type(mask, bool)
-    kl = kl_estimate(jnp.where(mask, logprobs, 0.0), jnp.where(mask, ref_logprobs, 0.0), estimator)
+    kl = kl_estimate(jnp.where(mask, logprobs, 0.0), jnp.where(mask, ref_logprobs, 0.0), estimator, kl_bound)
     position = jnp.arange(mask.shape[1])
     last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1, which is nowhere: empty
     score = jnp.where(position == last, jnp.asarray(scores, jnp.float32)[:, None], 0.0)

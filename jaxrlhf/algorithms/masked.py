@@ -10,8 +10,12 @@ from collections.abc import Callable
 import chex
 import jax.numpy as jnp
 from jax import Array
+from jax.lax import stop_gradient
 
 Axis = int | tuple[int, ...] | None
+
+# Float32 numbers this near to each other, relative to the largest, differ by the rounding of a few sums.
+ROUNDING = 8 * float(jnp.finfo(jnp.float32).eps)
 
 
 def _real(x: Array, mask: Array) -> Array:
@@ -33,7 +37,7 @@ def masked_mean(x: Array, mask: Array, axis: Axis = None) -> Array:
 
 
 def masked_variance(x: Array, mask: Array, unbiased: bool = True) -> Array:
-    """Variance of x[mask], in two passes: the mean first, then the squared distances from it.
+    """Variance of x[mask], in two passes: the mean first, then the squared distances from it (see `_deviations`).
 
     Args:
       x: any shape.
@@ -41,12 +45,32 @@ def masked_variance(x: Array, mask: Array, unbiased: bool = True) -> Array:
       unbiased: divide by count - 1 (Bessel's correction) instead of count.
 
     Returns:
-      f32[]; 0 where fewer than two positions are real.
+      f32[]; exactly 0 where fewer than two positions are real, or where x differs by rounding only.
+    """
+    return _variance(_deviations(x, mask)[1], mask, unbiased)
+
+
+def _variance(deviations: Array, mask: Array, unbiased: bool = True) -> Array:
+    count = jnp.sum(mask, dtype=jnp.float32)
+    return jnp.sum(jnp.square(deviations)) / jnp.maximum(count - 1.0 if unbiased else count, 1.0)
+
+
+def _deviations(x: Array, mask: Array) -> tuple[Array, Array]:
+    """(mean f32[], x - mean f32 of x's shape, 0 where the mask is False).
+
+    The sum of many equal numbers rounds, so that their mean may lie beside them: it is held within the range of x, and
+    what the first mean left over is taken off in a second pass. Where the range is at most `ROUNDING` of the largest
+    magnitude, nothing but rounding varies, and the deviations are exactly 0: divided by their own size they would
+    be noise of deviation 1.
     """
     x = _real(x, mask)
-    count = jnp.sum(mask, dtype=jnp.float32)
-    squares = masked_sum(jnp.square(x - masked_mean(x, mask)), mask)
-    return squares / jnp.maximum(count - 1.0 if unbiased else count, 1.0)
+    lowest = stop_gradient(jnp.min(jnp.where(mask, x, jnp.inf)))
+    highest = stop_gradient(jnp.max(jnp.where(mask, x, -jnp.inf)))
+    mean = jnp.where(jnp.any(mask), jnp.clip(masked_mean(x, mask), lowest, highest), 0.0)
+    deviations = jnp.where(mask, x - mean, 0.0)
+    left = masked_mean(deviations, mask)
+    varies = highest - lowest > ROUNDING * jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
+    return mean + left, jnp.where(mask & varies, deviations - left, 0.0)
 
 
 def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8) -> Array:
@@ -56,14 +80,13 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8
       x: any shape; for advantages the whole global batch, so that no device or minibatch has a scale of its own.
       mask: bool, same shape.
       shift_mean: False adds the mean back, which is how rewards are whitened (2403.17031).
-      epsilon: added to the variance; a constant x becomes 0 (or its mean).
+      epsilon: added to the variance. An x that differs by rounding only becomes exactly 0 (or its mean).
 
     Returns:
       f32 of x's shape; 0 where the mask is False.
     """
-    x = _real(x, mask)
-    mean = masked_mean(x, mask)
-    whitened = (x - mean) / jnp.sqrt(masked_variance(x, mask) + epsilon)
+    mean, deviations = _deviations(x, mask)
+    whitened = deviations / jnp.sqrt(_variance(deviations, mask) + epsilon)
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
@@ -77,16 +100,12 @@ def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
       mask: bool, same shape.
 
     Returns:
-      f32[]; 0 where the returns do not vary.
+      f32[]; 0 where the returns do not vary, or by rounding only.
     """
     values, returns = _real(values, mask), _real(returns, mask)
     total = masked_variance(returns, mask)
-    # A constant is recognised by its range: its variance in float32 is the rounding error of its mean.
-    highest = jnp.max(jnp.where(mask, returns, -jnp.inf))
-    lowest = jnp.min(jnp.where(mask, returns, jnp.inf))
-    varies = (highest > lowest) & (total > 0)
     left = masked_variance(returns - values, mask)
-    return jnp.where(varies, 1.0 - left / jnp.where(varies, total, 1.0), 0.0)
+    return jnp.where(total > 0, 1.0 - left / jnp.where(total > 0, total, 1.0), 0.0)
 
 
 def _by_token(loss: Array, mask: Array, total_tokens: Array, total_rows: Array, length: int) -> Array:

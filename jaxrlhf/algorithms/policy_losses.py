@@ -15,14 +15,16 @@ from jax.lax import stop_gradient
 
 from jaxrlhf.algorithms.masked import masked_mean, masked_sum
 
+Bound = Array | float | None
+
 PolicyLoss = Callable[
-    [Array, Array, Array, Array, Array | float, Array | float, Array | float | None],
+    [Array, Array, Array, Array, Array | float, Array | float, Bound, Bound],
     tuple[Array, dict[str, Array]],
 ]
 
 # exp of a log-ratio past 88 is infinite in float32, and its gradient then NaN even where it is clipped. Ratios end at
-# exp(20), about 5e8, and have no gradient beyond: further away there is nothing to learn from the sample.
-_FARTHEST = 20.0
+# exp(20), about 5e8, and have no gradient beyond: further away there is nothing to learn from the sample. As in verl.
+LOG_RATIO_BOUND = 20.0
 
 
 def _masked(
@@ -42,13 +44,12 @@ def _masked(
     return logprobs, logprobs - stop_gradient(old_logprobs), stop_gradient(advantages)
 
 
-def _exp(log_ratio: Array) -> Array:
-    return jnp.exp(jnp.clip(log_ratio, -_FARTHEST, _FARTHEST))
+def _bounded(log_ratio: Array, bound: Bound) -> Array:
+    return log_ratio if bound is None else jnp.clip(log_ratio, -bound, bound)
 
 
 def _diagnostics(ratio: Array, log_ratio: Array, low: Array, high: Array, dual: Array) -> dict[str, Array]:
-    """See `ppo_policy_loss`. `log_ratio` is the token's own, whatever `ratio` is made of."""
-    log_ratio = jnp.clip(log_ratio, -_FARTHEST, _FARTHEST)
+    """See `ppo_policy_loss`. `log_ratio` is the token's own and bounded, whatever `ratio` is made of."""
     noted = {
         "ratio": ratio,
         "clipped_low": low,
@@ -65,7 +66,7 @@ def _surrogate(
     advantages: Array,
     clip_low: Array | float,
     clip_high: Array | float,
-    dual_clip: Array | float | None,
+    dual_clip: Bound,
 ) -> tuple[Array, dict[str, Array]]:
     """The clipped surrogate of a ratio and its diagnostics. Advantages of 0 past the end give a loss of 0."""
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -86,7 +87,8 @@ def ppo_policy_loss(
     mask: Array,
     clip_low: Array | float,
     clip_high: Array | float,
-    dual_clip: Array | float | None = None,
+    dual_clip: Bound = None,
+    log_ratio_bound: Bound = LOG_RATIO_BOUND,
 ) -> tuple[Array, dict[str, Array]]:
     """Clipped surrogate objective (1707.06347, equation 7) with bounds of its own on each side (2503.14476).
 
@@ -107,6 +109,8 @@ def ppo_policy_loss(
       mask: bool[B,R].
       clip_low, clip_high: f32[].
       dual_clip: f32[] > 1, 3 in the paper; None or infinity switches it off.
+      log_ratio_bound: f32[]; log-ratios are held within +- this before exp, and have no gradient beyond. None: no
+        bound; a ratio may then be infinite, and a gradient NaN.
 
     Returns:
       loss f32[B,R], 0 where the mask is False; and diagnostics without gradient, each [B,R]:
@@ -117,7 +121,8 @@ def ppo_policy_loss(
         approx_kl    f32; (ratio - 1) - log ratio, k3 of KL(old || new); 0 where the mask is False
     """
     _, log_ratio, advantages = _masked(logprobs, old_logprobs, advantages, mask)
-    return _surrogate(_exp(log_ratio), log_ratio, advantages, clip_low, clip_high, dual_clip)
+    log_ratio = _bounded(log_ratio, log_ratio_bound)
+    return _surrogate(jnp.exp(log_ratio), log_ratio, advantages, clip_low, clip_high, dual_clip)
 
 
 def gspo_policy_loss(
@@ -127,7 +132,8 @@ def gspo_policy_loss(
     mask: Array,
     clip_low: Array | float,
     clip_high: Array | float,
-    dual_clip: Array | float | None = None,
+    dual_clip: Bound = None,
+    log_ratio_bound: Bound = LOG_RATIO_BOUND,
 ) -> tuple[Array, dict[str, Array]]:
     """The same surrogate with one ratio for the whole answer (2507.18071, its GSPO-token form).
 
@@ -144,8 +150,8 @@ def gspo_policy_loss(
     logprobs, log_ratio, advantages = _masked(logprobs, old_logprobs, advantages, mask)
     whole = jnp.where(mask, masked_mean(log_ratio, mask, axis=-1)[:, None], 0.0)
     # The difference is 0 and is put together first: it takes no digit from the ratio.
-    ratio = _exp(stop_gradient(whole) + (logprobs - stop_gradient(logprobs)))
-    return _surrogate(ratio, log_ratio, advantages, clip_low, clip_high, dual_clip)
+    ratio = jnp.exp(_bounded(stop_gradient(whole) + (logprobs - stop_gradient(logprobs)), log_ratio_bound))
+    return _surrogate(ratio, _bounded(log_ratio, log_ratio_bound), advantages, clip_low, clip_high, dual_clip)
 
 
 def cispo_policy_loss(
@@ -155,7 +161,8 @@ def cispo_policy_loss(
     mask: Array,
     clip_low: Array | float,
     clip_high: Array | float,
-    dual_clip: Array | float | None = None,
+    dual_clip: Bound = None,
+    log_ratio_bound: Bound = LOG_RATIO_BOUND,
 ) -> tuple[Array, dict[str, Array]]:
     """Policy gradient with a clipped importance weight (2506.13585).
 
@@ -168,7 +175,8 @@ def cispo_policy_loss(
     its bound, whatever the sign of A. The loss's value means little: only its gradient does.
     """
     logprobs, log_ratio, advantages = _masked(logprobs, old_logprobs, advantages, mask)
-    ratio = _exp(log_ratio)
+    log_ratio = _bounded(log_ratio, log_ratio_bound)
+    ratio = jnp.exp(log_ratio)
     weight = stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
     low, high = mask & (ratio < 1.0 - clip_low), mask & (ratio > 1.0 + clip_high)
     never = jnp.zeros(mask.shape, bool)
@@ -182,7 +190,8 @@ def pg_policy_loss(
     mask: Array,
     clip_low: Array | float,
     clip_high: Array | float,
-    dual_clip: Array | float | None = None,
+    dual_clip: Bound = None,
+    log_ratio_bound: Bound = LOG_RATIO_BOUND,
 ) -> tuple[Array, dict[str, Array]]:
     """Plain policy gradient (Williams 1992): loss_t = -A_t * logprob_t.
 
@@ -190,8 +199,9 @@ def pg_policy_loss(
     for the diagnostics alone. Arguments and results as in `ppo_policy_loss`.
     """
     logprobs, log_ratio, advantages = _masked(logprobs, old_logprobs, advantages, mask)
+    log_ratio = _bounded(log_ratio, log_ratio_bound)
     never = jnp.zeros(mask.shape, bool)
-    return -advantages * logprobs, _diagnostics(_exp(log_ratio), log_ratio, never, never, never)
+    return -advantages * logprobs, _diagnostics(jnp.exp(log_ratio), log_ratio, never, never, never)
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
@@ -208,7 +218,12 @@ _LOG_WEIGHTS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def importance_weights(
-    logprobs_train: Array, logprobs_sample: Array, mask: Array, cap: Array | float, level: str = "token"
+    logprobs_train: Array,
+    logprobs_sample: Array,
+    mask: Array,
+    cap: Array | float,
+    level: str = "token",
+    log_ratio_bound: Bound = LOG_RATIO_BOUND,
 ) -> Array:
     """Truncated importance weights for the gap between the engine that sampled and the one that trains.
 
@@ -226,6 +241,7 @@ def importance_weights(
       mask: bool[B,R].
       cap: f32[] > 0; 2 is usual.
       level: "token" or "sequence"; another name is a KeyError.
+      log_ratio_bound: f32[]; what is under exp is held within +- this; None: no bound.
 
     Returns:
       f32[B,R], constants; 0 where the mask is False.
@@ -236,5 +252,5 @@ def importance_weights(
     train, sample = (
         jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (logprobs_train, logprobs_sample)
     )
-    weights = jnp.minimum(_exp(_LOG_WEIGHTS[level](train - sample, mask)), cap)
+    weights = jnp.minimum(jnp.exp(_bounded(_LOG_WEIGHTS[level](train - sample, mask), log_ratio_bound)), cap)
     return stop_gradient(jnp.where(mask, weights, 0.0))

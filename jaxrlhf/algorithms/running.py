@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from jaxrlhf.algorithms.masked import ROUNDING
+
 Tree = TypeVar("Tree")
 
 
@@ -54,7 +56,7 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
     """(score - mean) / deviation by the moments: the gain and bias of 1909.08593 are 1 / deviation, -mean / deviation.
 
     The deviation is the root of the unbiased variance. Moments of fewer than two scores, or of scores that were all
-    equal, have no scale: their deviation is taken as 1.
+    equal (or differed by rounding only), have no scale: their deviation is taken as 1.
 
     Args:
       moments: of some answers at the start, of all so far, or of this batch alone (whitening).
@@ -65,7 +67,8 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
     """
     scores = jnp.asarray(scores, jnp.float32)
     variance = moments.squares / jnp.maximum(moments.count - 1.0, 1.0)
-    return (scores - moments.mean) / jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
+    varies = variance > jnp.square(ROUNDING * moments.mean)
+    return (scores - moments.mean) / jnp.sqrt(jnp.where(varies, variance, 1.0))
 
 
 def ema(old: Tree, new: Tree, decay: Array | float) -> Tree:

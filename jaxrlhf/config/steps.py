@@ -40,7 +40,10 @@ class Sampling(Settings):
     temperature: NonNegativeFloat = Field(1.0, description="divides the logits, in training too; 0: greedy")
     top_k: NonNegativeInt = Field(0, description="keep the k most likely tokens; 0: off")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="keep the likeliest tokens that together have at most this probability, always one; null: off"
+        None, description="keep the likeliest tokens that together have this probability, see top_p_rule; null: off"
+    )
+    top_p_rule: Literal["reach", "within"] = Field(
+        "reach", description="reach: the fewest tokens with at least top_p, as Hugging Face and vLLM count; within: the most with at most top_p, always one, as openai/lm-human-preferences does"
     )
     min_p: UnitFloat | None = Field(
         None, description="keep tokens at least this likely relative to the most likely; null: off"
@@ -89,6 +92,12 @@ class PPOConfig(Settings):
     importance_level: Literal["token", "sequence"] = Field("token", description="one such weight per token or per answer")
     kl_loss: Literal["k1", "k2", "k3"] | None = Field(
         None, description="estimator of a KL term in the loss, weighted by kl.coef (k1's gradient is 0 in expectation: prefer k2 or k3); null: the KL is part of the reward, by kl.estimator"
+    )
+    kl_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
+        10.0, description="steepest slope of one token's KL estimate, in the loss, in the reward and in metrics: k2 past |r| = 10 and k3 past r = log(11) go on as straight lines, so that one token far from the reference cannot outweigh a batch (verl and OpenRLHF hold the estimate within 10); null: no bound"
+    )
+    log_ratio_bound: PositiveFloat | None = Field(
+        20.0, description="log-ratios of policies are held within +- this before exp, in losses, importance weights and metrics (20, as in verl); null: no bound, ratios may then be infinite and their steps are skipped"
     )
     value_clip: NonNegativeFloat = Field(0.2, description="values are clipped to the old ones +- this")
     value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss")

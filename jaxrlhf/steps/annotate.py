@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
-from jaxrlhf.algorithms.kl import adapt_kl_coef, kl_estimate, shape_rewards
+from jaxrlhf.algorithms.kl import BOUND, adapt_kl_coef, kl_estimate, shape_rewards
 from jaxrlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, masked_variance, whiten
 from jaxrlhf.algorithms.running import RunningMoments, init_moments
 from jaxrlhf.config import AdvantageConfig, KLConfig, PPOConfig, ScoreConfig
@@ -118,17 +118,19 @@ def build_experience(
     group: int = 1,
     greedy: jax.Array | None = None,
     kl_in_loss: bool = False,
+    kl_bound: jax.Array | float | None = BOUND,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards shaped by KL, advantages and whitening over the whole batch; (experience, metrics).
 
     `scores` is f32[B], see `steps.scores` for what may come before. `advantage` is a name of
     `algorithms.advantages.ADVANTAGES`, with `group` answers to each prompt and the `greedy` answers' scores f32[B]
-    where it wants them. `whiten_advantages` None: those that are not compared within the batch already.
+    where it wants them. `whiten_advantages` None: those that are not compared within the batch already. `kl_bound` is
+    for k2 and k3, in rewards and metrics: see `algorithms.kl.kl_estimate`.
     """
     mask = rollout.response_mask
     scores = scores.astype(jnp.float32)
     in_reward, in_loss = (0.0, kl_coef) if kl_in_loss else (kl_coef, 0.0)
-    rewards = shape_rewards(scores, annotated.logprobs, annotated.ref_logprobs, mask, in_reward, estimator)
+    rewards = shape_rewards(scores, annotated.logprobs, annotated.ref_logprobs, mask, in_reward, estimator, kl_bound)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     greedy = jnp.zeros(scores.shape, jnp.float32) if greedy is None else greedy
@@ -136,7 +138,7 @@ def build_experience(
     advantages, returns = compute(rewards, mask, annotated.values, group, greedy, gamma, lam)
     if whiten_advantages is None:
         whiten_advantages = advantage in WHITENED
-    metrics = _experience_metrics(rollout, annotated, scores, rewards, advantages, returns)
+    metrics = _experience_metrics(rollout, annotated, scores, rewards, advantages, returns, kl_bound)
     experience = Experience(
         tokens=rollout.tokens,
         mask=rollout.mask,
@@ -226,6 +228,7 @@ def score_experience(
         group,
         baseline,
         update.kl_loss is not None,
+        update.kl_bound,
     )
     kl_coef = control.kl_coef
     if kl.target is not None:
@@ -239,9 +242,9 @@ def score_experience(
     return experience, Control(kl_coef, moments), metrics
 
 
-def _experience_metrics(rollout, annotated, scores, rewards, advantages, returns) -> dict[str, jax.Array]:
+def _experience_metrics(rollout, annotated, scores, rewards, advantages, returns, kl_bound) -> dict[str, jax.Array]:
     mask = rollout.response_mask
-    kl = {k: kl_estimate(annotated.logprobs, annotated.ref_logprobs, k) for k in ("k1", "k2", "k3")}
+    kl = {k: kl_estimate(annotated.logprobs, annotated.ref_logprobs, k, kl_bound) for k in ("k1", "k2", "k3")}
     gap = jnp.where(mask, jnp.abs(annotated.logprobs - rollout.sample_logprobs), 0.0)
     return {
         "reward/score": jnp.mean(scores),

@@ -211,7 +211,14 @@ def ppo_loss(
     old = jax.lax.stop_gradient(logprobs) if single_step(config) else experience.logprobs
     policy_loss = POLICY_LOSSES[config.loss]
     per_token, noted = policy_loss(
-        logprobs, old, experience.advantages, mask, config.clip_low, config.clip_high, config.dual_clip
+        logprobs,
+        old,
+        experience.advantages,
+        mask,
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip,
+        config.log_ratio_bound,
     )
 
     def share(x: jax.Array) -> jax.Array:
@@ -223,7 +230,12 @@ def ppo_loss(
     metrics = {}
     if config.importance_cap is not None:
         weights = importance_weights(
-            old, experience.sample_logprobs, mask, config.importance_cap, config.importance_level
+            old,
+            experience.sample_logprobs,
+            mask,
+            config.importance_cap,
+            config.importance_level,
+            config.log_ratio_bound,
         )
         per_token = per_token * weights
         metrics["policy/importance_weight"] = share(weights)
@@ -231,8 +243,8 @@ def ppo_loss(
     entropy_share = share(entropy)
     loss -= config.entropy_coef * entropy_share
     if config.kl_loss is not None:
-        kl = kl_loss(logprobs, experience.ref_logprobs, mask, config.kl_loss) * experience.kl_coef[:, None]
-        metrics["policy/kl_loss"] = aggregated(kl)
+        kl = kl_loss(logprobs, experience.ref_logprobs, mask, config.kl_loss, config.kl_bound)
+        metrics["policy/kl_loss"] = aggregated(kl * experience.kl_coef[:, None])
         loss += metrics["policy/kl_loss"]
     if values is not None:
         value_per_token, value_clipped = value_loss(

@@ -21,8 +21,9 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 # Compiled once per shape: faster than operation by operation.
 gae = jax.jit(advantages.gae)
-kl_estimate = jax.jit(kl.kl_estimate, static_argnames="estimator")
-shape_rewards = jax.jit(kl.shape_rewards, static_argnames="estimator")
+# TRL and tunix have no bound on k3.
+kl_estimate = jax.jit(functools.partial(kl.kl_estimate, bound=None), static_argnames="estimator")
+shape_rewards = jax.jit(functools.partial(kl.shape_rewards, kl_bound=None), static_argnames="estimator")
 ppo_policy_loss = jax.jit(policy_losses.ppo_policy_loss)
 token_logprobs = jax.jit(losses.token_logprobs)
 value_loss = jax.jit(losses.value_loss)

@@ -16,6 +16,17 @@ kl_estimate = jax.jit(kl.kl_estimate, static_argnames="estimator")
 shape_rewards = jax.jit(kl.shape_rewards, static_argnames="estimator")
 
 
+def in_python(estimator, r, bound=10.0):
+    """An estimate and its derivative by the policy's logprob: past the knee a straight line."""
+    knee = {"k1": np.inf, "k2": bound, "k3": np.log1p(bound)}[estimator]
+    near = min(r, knee) if estimator == "k3" else float(np.clip(r, -knee, knee))
+    if estimator == "k3":
+        value, slope = np.exp(near) - 1 - near, 1 - np.exp(near)
+    else:
+        value, slope = (-near, 1.0) if estimator == "k1" else (near**2 / 2, -near)
+    return value - slope * (r - near), slope
+
+
 def test_estimators_by_hand():
     policy, reference = jnp.log(jnp.array([0.5, 0.25])), jnp.log(jnp.array([0.25, 0.5]))
     two = np.log(2)
@@ -39,6 +50,32 @@ def test_k3_is_exact_for_small_ratios():
     """exp(r) - 1 - r cancels in float32 below about 1e-3; r^2/2 + r^3/6 does not."""
     r = np.array([1e-3, -1e-3, 3e-3], np.float32)
     close(kl_estimate(np.zeros(3, np.float32), r, "k3"), r**2 / 2 + r**3 / 6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bound", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_past_the_bound_an_estimate_goes_on_as_a_straight_line(estimator, bound):
+    """Value and slope meet at the knee; no token's slope is above the bound, however far it is."""
+    r = np.array([-1e6, -200, -bound - 0.1, -bound, -3, -1e-3, 0, 1e-3, 0.5, np.log1p(bound), bound + 0.1, 89, 1e6])
+
+    def total(logprobs):
+        found = kl.kl_estimate(logprobs, jnp.zeros(len(r)), estimator, bound)
+        return found.sum(), found
+
+    gradient, found = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(-r, jnp.float32))
+    expected = np.array([in_python(estimator, x, bound) for x in r])
+    close(found, expected[:, 0], rtol=1e-4, atol=1e-6)
+    close(gradient, expected[:, 1], rtol=1e-4, atol=1e-6)
+    assert np.abs(gradient).max() <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_within_the_bound_nothing_changes_and_without_one_there_is_none(estimator):
+    logprobs, ref_logprobs = np.random.default_rng(3).uniform(-2, 0, (2, 50)).astype(np.float32)
+    free = kl.kl_estimate(logprobs, ref_logprobs, estimator, None)
+    np.testing.assert_array_equal(kl.kl_estimate(logprobs, ref_logprobs, estimator), free)
+    far = float(kl.kl_estimate(jnp.float32(-100), jnp.float32(0), estimator, None))
+    assert far == {"k1": -100, "k2": 5000, "k3": np.inf}[estimator]
 
 
 def test_equal_models_have_no_kl():
@@ -70,8 +107,7 @@ def test_loss_and_its_gradient_by_token(estimator, lengths):
     for i in range(3):
         for t in range(3):
             r = float(reference[i, t]) - float(policy[i, t])
-            value = {"k1": -r, "k2": r * r / 2, "k3": np.exp(r) - 1 - r}[estimator]
-            slope = {"k1": 1.0, "k2": -r, "k3": 1 - np.exp(r)}[estimator]
+            value, slope = in_python(estimator, r)
             close(loss[i, t], value * mask[i, t], rtol=1e-5, atol=1e-5)
             close(gradient[i, t], slope * mask[i, t], rtol=1e-5, atol=1e-5)
     for garbage in (np.nan, np.inf, -np.inf, 1e4):
@@ -166,7 +202,7 @@ def test_rewards_equal_a_loop_and_nothing_past_the_end_matters(data):
     for i in range(rows):
         for t in range(lengths[i]):
             r = float(reference[i, t]) - float(policy[i, t])
-            expected[i, t] = -0.3 * {"k1": -r, "k2": r * r / 2, "k3": np.exp(r) - 1 - r}[estimator]
+            expected[i, t] = -0.3 * in_python(estimator, r)[0]
             if t == lengths[i] - 1:
                 expected[i, t] += scores[i]
 

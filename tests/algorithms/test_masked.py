@@ -64,6 +64,35 @@ def test_whitened_has_mean_0_and_deviation_1(case):
     close(kept[mask], white[mask] + mean, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("constant", [7.3, 37.7, 1000.1, -0.1, 1e-30, 1e30, 0.0])
+@pytest.mark.parametrize("rounding", [False, True])
+def test_equal_values_whiten_to_exactly_0(constant, rounding):
+    """A sum of 57,000 equal numbers rounds: their float32 mean lies beside them. Numbers that differ by the last digit
+    or two, as sums in another order do, count as equal: divided by their deviation they would be noise of size 1."""
+    generator = np.random.default_rng(0)
+    mask = generator.random((256, 320)) < 0.7
+    x = np.full(mask.shape, constant, np.float32)
+    if rounding:
+        x = x * (1 + generator.integers(-2, 3, mask.shape) * np.finfo(np.float32).eps).astype(np.float32)
+    x = jnp.asarray(np.where(mask, x, 1e9))
+    assert (whiten(x, mask) == 0).all()
+    assert masked_variance(x, mask) == 0
+    close(np.asarray(whiten(x, mask, shift_mean=False))[mask], constant, rtol=1e-6)
+    assert explained_variance(jnp.zeros(mask.shape), x, mask) == 0
+
+
+@pytest.mark.parametrize("offset", [0.0, 7.3, 1000.1, -30000.0])
+@pytest.mark.parametrize("deviation", [0.05, 1.0, 30.0])
+def test_whiten_beside_a_large_mean_equals_float64(offset, deviation):
+    generator = np.random.default_rng(1)
+    mask = generator.random((256, 320)) < 0.7
+    x = generator.normal(offset, deviation, mask.shape).astype(np.float32)
+    real = x[mask].astype(np.float64)
+    expected = np.where(mask, (x.astype(np.float64) - real.mean()) / real.std(ddof=1), 0)
+    close(whiten(x, mask), expected, rtol=1e-4, atol=1e-4)
+    close(masked_variance(x, mask), real.var(ddof=1), rtol=1e-4)
+
+
 def test_whiten_by_hand():
     x, mask = jnp.array([[1.0, 3.0, 99.0]]), jnp.array([[True, True, False]])
     root = np.sqrt(2.0)  # the unbiased variance of 1 and 3 is 2

@@ -211,6 +211,35 @@ def test_a_far_away_token_gives_no_nan(name, distance):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_log_ratios_end_at_their_bound_and_have_no_gradient_beyond(name):
+    """At 2 the ratio is exp(2) of a token 3 nats off; None leaves exp(100) infinite."""
+    new, advantages, mask = jnp.array([[-1.0, -1.0]]), jnp.array([[-1.0, -1.0]]), jnp.ones((1, 2), bool)
+
+    def found(distance, bound):
+        def total(new):
+            loss, noted = module.POLICY_LOSSES[name](new, old, advantages, mask, 0.9, 1e9, None, bound)
+            return loss.sum(), noted
+
+        old = jnp.full((1, 2), -1.0 - distance)
+        return jax.grad(total, has_aux=True)(new)
+
+    gradient, noted = found(3.0, 2.0)
+    close(noted["ratio"], math.exp(2), rtol=1e-6)
+    close(noted["approx_kl"], math.exp(2) - 3, rtol=1e-6)
+    close(gradient, {"cispo": math.exp(2), "pg": 1}.get(name, 0), rtol=1e-6)
+    assert np.isinf(found(100.0, None)[1]["ratio"]).all()
+    assert np.isinf(found(100.0, None)[1]["approx_kl"]).all()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_end_at_the_bound(level):
+    train, sample, mask = jnp.array([[-1.0, -1.0]]), jnp.array([[-51.0, -51.0]]), jnp.ones((1, 2), bool)
+    close(importance_weights(train, sample, mask, math.inf, level), math.exp(20), rtol=1e-5)
+    close(importance_weights(train, sample, mask, math.inf, level, 3.0), math.exp(3), rtol=1e-5)
+    assert (importance_weights(train, sample, mask, math.inf, "sequence", None) == math.inf).all()
+
+
 # ---------------------------------------------------------------- accumulation
 
 

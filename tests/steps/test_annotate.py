@@ -52,11 +52,17 @@ def test_a_fresh_adapter_has_no_kl_at_temperature_0_7(programs, tiny, make_adapt
     np.testing.assert_array_equal(warm.values, noted.values)
 
 
+def k3(r):
+    """exp(r) - 1 - r up to a slope of 10, the bound; beyond it the straight line that touches it there."""
+    knee = np.log(11.0)
+    return np.where(r > knee, 10 - knee + 10 * (r - knee), np.expm1(np.minimum(r, knee)) - r)
+
+
 def by_hand(rollout, noted, scores, kl_coef, gamma, lam, estimator, whiten_rewards, whiten_advantages):
     """(rewards, advantages, returns) with loops, in float64."""
     mask = np.asarray(rollout.response_mask)
     r = np.asarray(noted.ref_logprobs, np.float64) - np.asarray(noted.logprobs, np.float64)
-    kl = {"k1": -r, "k2": r * r / 2, "k3": np.exp(r) - 1 - r}[estimator]
+    kl = {"k1": -r, "k2": r * r / 2, "k3": k3(r)}[estimator]
     rewards = np.where(mask, -kl_coef * kl, 0)
     for b, row in enumerate(mask):
         rewards[b, row.sum() - 1] += float(scores[b])
@@ -113,7 +119,7 @@ def test_metrics_by_hand(programs, sampled, noted, scores):
         "reward/score_std": scores.std(),
         "kl/k1": (-r).sum(1).mean(),
         "kl/k2": (r * r / 2).sum(1).mean(),
-        "kl/k3": (np.expm1(r) - r).sum(1).mean(),
+        "kl/k3": k3(r).sum(1).mean(),
         "value/mean": np.asarray(noted.values)[mask].mean(),
         "length/mean": mask.sum(1).mean(),
         "length/eos_share": np.asarray(sampled.ended).mean(),

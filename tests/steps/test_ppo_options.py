@@ -27,6 +27,41 @@ def close(a, b, tolerance=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
+# ---------------------------------------------------------------- KL in the loss
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_token_far_from_the_reference_does_not_turn_the_step(programs, tiny, roles, experience, estimator):
+    """One of about 30 tokens; without a bound k3 of 20 nats decides the step and of 99 nats spoils it."""
+    still = OptimizerConfig(learning_rate=1.0, epsilon=1e6)  # far above any gradient: a step is along the gradient
+    config = PPOConfig(
+        epochs=1, minibatches=1, kl_loss=estimator, optimizer=still.model_copy(update={"max_grad_norm": 1e9})
+    )
+    start = init_ppo(roles.policy, roles.value, config)
+    row, position = np.argwhere(np.asarray(experience.response_mask))[-1]
+
+    def step(gap, config):
+        far = experience.replace(
+            kl_coef=jnp.full(8, 0.05), ref_logprobs=experience.ref_logprobs.at[row, position].add(gap)
+        )
+        state, metrics = programs.update(start, tiny, far, KEY, config)
+        moved = [np.ravel(x - y) for x, y in zip(jax.tree.leaves(state.policy), jax.tree.leaves(start.policy))]
+        return np.concatenate(moved), metrics
+
+    def cosine(a, b):
+        return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+
+    plain, _ = step(0.0, config)
+    for gap in (10.0, 20.0, 99.0):
+        moved, metrics = step(gap, config)
+        assert float(metrics["optimizer/skipped"]) == 0 and np.isfinite(float(metrics["policy/kl_loss"]))
+        assert cosine(moved, plain) > 0.5, gap
+    if estimator == "k3":
+        free = config.model_copy(update={"kl_bound": None})
+        assert abs(cosine(step(20.0, free)[0], plain)) < 0.5
+        assert float(step(99.0, free)[1]["optimizer/skipped"]) == 1
+
+
 # ---------------------------------------------------------------- shared trunk
 
 
