@@ -44,8 +44,8 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def draw(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
     """Tokens i32[B] distributed as softmax(logits f32[B,V]), by inverting the cumulative distribution.
 
-    `uniforms` are f32[B,3] in [0, 1), of `row_uniforms`. The vocabulary lies in a cube: the first number finds a slab by
-    the slabs' sums, the second a line in the slab, the third a token in the line. Each is inverted from the least
+    `uniforms` are f32[B,3] in [0, 1), of `row_uniforms`. The vocabulary lies in a cube: the first number finds a slab
+    by the slabs' sums, the second a line in the slab, the third a token in the line. Each is inverted from the least
     likely on (`_hit`), so that the probability of every token, however small, is right to a relative 1e-5 or so. One
     sum over the vocabulary would end at the steps of float32, 2^-24, at which most of 152,000 tokens have no place.
     """

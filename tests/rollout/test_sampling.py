@@ -165,7 +165,7 @@ def test_rare_tokens_have_their_probability_wherever_they_stand(stride):
 
 
 def test_uniform_numbers_have_all_their_digits_where_they_are_small():
-    """Of 64 bits: a number below 2^-10 is mostly no multiple of 2^-32 (float32 has no more digits from 2^-9 on), and those below 2^-k have a share of 2^-k."""
+    """Of 64 bits: one below 2^-10 is mostly no multiple of 2^-32, and those below 2^-k have a share of 2^-k."""
     numbers = np.asarray(row_uniforms(jax.random.key(1), 1000, 100)).astype(np.float64).ravel()
     small = numbers[numbers < 2**-10] * 2**32
     assert (small != np.round(small)).mean() > 0.7
