@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.config import AdapterConfig, PPOConfig, Sampling
+from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.models.adapters import init_adapter
 from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters, with_parameters
 from jaxrlhf.models.scoring import response_logprobs
@@ -133,7 +133,8 @@ def experience(programs, tiny, roles, sampled, scores):
 @pytest.fixture(scope="session")
 def sixteen():
     """Four epochs of four minibatches."""
-    return PPOConfig(epochs=4, minibatches=4)
+    rate = OptimizerConfig(learning_rate=1e-4)
+    return PPOConfig(epochs=4, minibatches=4, optimizer=rate, value_optimizer=rate)
 
 
 @pytest.fixture(scope="session")

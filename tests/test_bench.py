@@ -210,9 +210,10 @@ def test_a_step_of_training_is_the_count_by_hand():
     trunk = 6 * (W + PAIRS) * tokens - 2 * W * tokens - 2 * QKV_IN * tokens + 3 * 4 * N * H * seen
     trunk -= 4 * late + 6 * LATE_PAIRS * (tokens - wanted) - 2 * q_in  # of the prompts the last layer is not read
     hand = 2 * trunk + 4 * D * V * wanted + 6 * D * wanted
-    found = work.update(base, policy, value, lengths, answers, PPOConfig(epochs=3))
+    found = work.update(base, policy, value, lengths, answers, PPOConfig(epochs=3, minibatches=1))
     assert found.flops == 3 * hand and found.tokens == 3 * wanted
-    shared = work.update(base, policy, {"score": value["score"]}, lengths, answers, PPOConfig(value_trunk="policy"))
+    one_trunk = PPOConfig(epochs=4, minibatches=1, value_trunk="policy")
+    shared = work.update(base, policy, {"score": value["score"]}, lengths, answers, one_trunk)
     assert shared.flops == 4 * (trunk + 4 * D * V * wanted + 6 * D * wanted)
 
 

@@ -77,7 +77,8 @@ def test_kl_in_the_loss_leaves_the_reward_alone_and_pulls_back(programs, tiny, r
     assert (np.asarray(inside.kl_coef) == 0.5).all() and not np.asarray(outside.kl_coef).any()
 
     # With no advantage at all the KL term is all there is: a step along its gradient brings the policy nearer.
-    config = PPOConfig(epochs=8, kl_loss="k2", value_coef=0.0, optimizer=OptimizerConfig(learning_rate=1e-2))
+    fast = OptimizerConfig(learning_rate=1e-2)
+    config = PPOConfig(epochs=8, minibatches=1, kl_loss="k2", value_coef=0.0, optimizer=fast)
     still = inside.replace(advantages=jnp.zeros_like(inside.advantages))
     state, metrics = UPDATE(init_ppo(roles.policy, roles.value, config), tiny, still, KEY, config)
     assert metrics["policy/kl_loss"] > 0 and metrics["policy/loss"] == pytest.approx(0, abs=1e-6)
@@ -91,7 +92,7 @@ def test_kl_in_the_loss_leaves_the_reward_alone_and_pulls_back(programs, tiny, r
 
 def test_importance_weights_are_those_of_the_gap(tiny, roles, experience):
     """Sampling logprobs that were all too high by log 2 halve the loss; too low by log 2, they are cut off at 1."""
-    config = PPOConfig(epochs=1, importance_cap=1.0)
+    config = PPOConfig(epochs=1, minibatches=1, importance_cap=1.0)
 
     def loss(shift):
         shifted = experience.replace(sample_logprobs=experience.logprobs + shift)
@@ -116,7 +117,7 @@ def bandit(programs, base, make_adapter, estimator, loss, iterations=90, prompts
     group = 4
     clips = {"gspo": dict(clip_low=0.2, clip_high=0.2), "cispo": dict(clip_low=1.0)}.get(loss, {})
     config = PPOConfig(
-        epochs=2, loss=loss, value_coef=1.0, optimizer=OptimizerConfig(learning_rate=0.03),
+        epochs=2, minibatches=1, loss=loss, value_coef=1.0, optimizer=OptimizerConfig(learning_rate=0.03),
         value_optimizer=OptimizerConfig(learning_rate=0.03), **clips, **update,
     )  # fmt: skip
     sampling = Sampling(max_new_tokens=1, pad_token=PROMPT, samples_per_prompt=group)

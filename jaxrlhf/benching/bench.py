@@ -15,7 +15,7 @@ from jaxrlhf.planning.checks import check
 from jaxrlhf.planning.compiling import measure
 from jaxrlhf.planning.count import Layout
 from jaxrlhf.planning.planner import at_full_length
-from jaxrlhf.planning.shapes import Shapes, read_model
+from jaxrlhf.planning.shapes import Shapes, read_model, resolved
 from jaxrlhf.runtime.compilation_cache import compiled_anew
 from jaxrlhf.runtime.compiler_options import compiled_with
 from jaxrlhf.runtime.mesh import make_mesh
@@ -46,6 +46,7 @@ def _bench(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> Bench
     config = with_lengths(config, asked.lengths, model.vocab_size)
     for note in check(config, mesh, model):
         say(note)
+    config = resolved(config)
     if config.model.attention == "cudnn":
         check_device(model, config.model.dtype)
     shapes = Shapes(config, mesh, dataclasses.replace(model, attention=config.model.attention))

@@ -33,7 +33,7 @@ class RewardConfig(Settings):
     end_at_eos: bool | None = Field(None, description="kind model: answers that ended end with the reward model's EOS, as in the stage reward_model; null: in texts yes, chats as their template ends them")
     batch_size: PositiveInt = Field(16, description="answers per forward pass of a model at path")
     max_length: PositiveInt = Field(512, description="tokens that a model at path reads at most, within its positions; longer: the start is cut off")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="kind model: dtype of the weights at path in memory")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="kind model: dtype of the weights at path in memory; auto: that of its tensors")
 
     @model_validator(mode="after")
     def _complete(self) -> "RewardConfig":

@@ -61,7 +61,7 @@ class ModelConfig(Settings):
     run: str | None = Field(None, description="directory of a finished run: its base, tokenizer and adapters")
     new: NewModelConfig | None = Field(None, description="make a new decoder from random weights")
     tokenizer: str | None = Field(None, description="tokenizer folder or hub id; null: the model's own")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the base in memory")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base in memory; auto: that of the checkpoint's tensors, float32 for a new model")
     attention: Literal["xla", "cudnn"] = Field("xla", description="what computes attention over whole sequences; cudnn: fused, on NVIDIA GPUs, in bfloat16 or float16")
     quantize: Literal["int8", "nf4"] | None = Field(None, description="keep the base's linear layers as 8-bit or 4-bit codes, under LoRA adapters; null: no, or as in run")
 
@@ -129,7 +129,7 @@ class SFTConfig(Settings):
     max_length: PositiveInt = Field(512, description="tokens per sequence")
     overflow: Overflow = Field("cut", description="rows longer than max_length: cut their end, drop them, or stop")
     packing: bool = Field(True, description="several rows share a sequence, each attending to itself; false: length buckets")
-    remat: Remat = Field("none", description=REMAT)
+    remat: Remat = Field("dots", description=REMAT)
     save_every: PositiveInt = Field(100, description="steps between checkpoints")
 
 
@@ -149,7 +149,7 @@ class RewardModelConfig(Settings):
     overflow: Overflow = Field("cut", description="sequences longer than max_length: cut the prompt's start, drop the pair, or stop")
     buckets: PositiveInt = Field(4, description="sequence lengths that batches are padded to, each compiled once")
     centring: NonNegativeFloat = Field(0.01, description="weight of (chosen + rejected)^2, which keeps scores around 0")
-    remat: Remat = Field("none", description=REMAT)
+    remat: Remat = Field("dots", description=REMAT)
     save_every: PositiveInt = Field(100, description="steps between checkpoints")
 
 

@@ -4,7 +4,7 @@ In these settings floats are numbers (traced: changing one compiles nothing) and
 (static). `records.py` registers them as pytrees by that rule.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -58,10 +58,30 @@ class Sampling(Settings):
     )
 
 
+class Rates(NamedTuple):
+    """Learning rates by what is trained."""
+
+    whole: float  # every weight
+    lora: float  # low-rank pairs, or a scalar head alone: the base under them stays as it is
+
+
+# Adam's step is about as large as the learning rate in every weight, so what a model's output moves by grows with its
+# width: rates that carry small models break large ones. Whole models at the rates of TRL, OpenRLHF and verl; LoRA at
+# 10 times as much or more, as their guides say. docs/defaults.md has the sources and what was measured.
+LEARNING_RATES = {
+    "sft": Rates(whole=2e-5, lora=2e-4),
+    "reward_model": Rates(whole=1e-5, lora=1e-4),
+    "policy": Rates(whole=1e-6, lora=2e-5),
+    "value": Rates(whole=1e-5, lora=1e-4),
+}
+
+
 class OptimizerConfig(Settings):
     """AdamW as PyTorch computes it, with a schedule and a clipped gradient norm."""
 
-    learning_rate: NonNegativeFloat = Field(1e-4, description="peak learning rate")
+    learning_rate: NonNegativeFloat | None = Field(
+        None, description="peak learning rate; null, for LoRA and for whole models: sft 2e-4 and 2e-5, reward_model 1e-4 and 1e-5, policy 2e-5 and 1e-6, value model 1e-4 and 1e-5"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up: constant, or decay to 0 at the last step")
     warmup_steps: NonNegativeFloat = Field(0.0, description="optimizer steps of linear warm-up")
     total_steps: PositiveFloat | None = Field(None, description="optimizer steps until decay reaches 0; null: the stage's")
@@ -69,14 +89,14 @@ class OptimizerConfig(Settings):
     max_grad_norm: PositiveFloat = Field(1.0, description="the gradient's global norm is clipped here")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay")
     beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second decay")
-    epsilon: PositiveFloat = Field(1e-5, description="Adam's epsilon, added outside the root")
+    epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon, added outside the root; far below the gradients, which at 8B parameters are about 1e-6 each")
 
 
 class PPOConfig(Settings):
     """The update of one iteration: schulman et al. 1707.06347 as applied to language models in 2403.17031."""
 
-    epochs: PositiveInt = Field(4, description="passes over the samples of an iteration")
-    minibatches: PositiveInt = Field(1, description="optimizer steps per pass")
+    epochs: PositiveInt = Field(1, description="passes over the samples of an iteration; more move large models out of the clip range")
+    minibatches: PositiveInt | None = Field(None, description="optimizer steps per pass; null: 4, or the most below that into which the answers divide")
     microbatch_size: PositiveInt | None = Field(None, description="rows per forward and backward pass, in scoring too; null: a whole minibatch")
     loss: Literal["clip", "gspo", "cispo", "pg"] = Field(
         "clip", description="clip: PPO; gspo: one ratio per answer; cispo: clipped weights; pg: plain policy gradient"
@@ -99,7 +119,7 @@ class PPOConfig(Settings):
     log_ratio_bound: PositiveFloat | None = Field(
         20.0, description="log-ratios of policies are held within +- this before exp, in losses, importance weights and metrics (20, as in verl); null: no bound, ratios may then be infinite and their steps are skipped"
     )
-    value_clip: NonNegativeFloat = Field(0.2, description="values are clipped to the old ones +- this")
+    value_clip: NonNegativeFloat = Field(0.5, description="values are clipped to the old ones +- this, in the scores' own scale: an iteration brings them no nearer than by this")
     value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss")
     value_trunk: Literal["own", "policy"] = Field(
         "own", description="own: the value model is an adapter of its own; policy: a head on the policy's trunk, one forward pass for both"
@@ -119,7 +139,7 @@ class PPOConfig(Settings):
     buckets: Annotated[int, Field(ge=1, le=8)] = Field(
         1, description="lengths that answers are cut to, in scoring and in the update: a microbatch goes through at the least of them that holds its longest answer, rows of like length together; each, at most 8, compiles the passes once more; 1: all at full length"
     )
-    remat: Remat = Field("none", description=REMAT)
+    remat: Remat = Field("dots", description=REMAT)
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the policy")
     value_optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the value model")
 
@@ -166,6 +186,6 @@ class AdvantageConfig(Settings):
         "gae", "reinforce", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax"
     ] = Field("gae", description="rloo, grpo, dr_grpo and reinforce_plus_plus_baseline compare sampling.samples_per_prompt answers; only gae has a value model")
     gamma: UnitFloat = Field(1.0, description="discount")
-    lam: UnitFloat = Field(0.95, description="lambda of generalised advantage estimation")
+    lam: UnitFloat = Field(1.0, description="lambda of generalised advantage estimation; below 1 a final score reaches the first tokens of a long answer only through the value model: 0.95^320 is 7e-8")
     whiten_rewards: bool = Field(False, description="gae: rewards are scaled to deviation 1, over the whole batch, before it")
     whiten_advantages: bool | None = Field(None, description="advantages are scaled to mean 0 and deviation 1 over the whole batch; null: gae's and reinforce's are")

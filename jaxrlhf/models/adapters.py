@@ -170,6 +170,11 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
     return merged
 
 
+def is_whole(adapter: Adapter) -> bool:
+    """Whether the adapter is a copy of the model's own weights: neither LoRA pairs nor a scalar head alone."""
+    return bool(without_head(adapter)) and not any("lora_a" in leaves for leaves in adapter.values())
+
+
 def parameter_count(adapter: Adapter) -> int:
     """How many numbers are trained."""
     return sum(

@@ -18,9 +18,16 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.models.families import FAMILIES, config_document, place, read_config
-from jaxrlhf.models.folders import check_dtype, check_replaceable, find_folder, written_once
+from jaxrlhf.models.folders import AUTO, check_dtype, check_replaceable, find_folder, written_once
 from jaxrlhf.models.layout import in_dtype, load_parameter, match, merged_tensors, pending, plain_tensors, read_decoder
-from jaxrlhf.models.tensor_files import StoredTensor, read_checkpoint, read_json, write_checkpoint, write_json
+from jaxrlhf.models.tensor_files import (
+    StoredTensor,
+    main_dtype,
+    read_checkpoint,
+    read_json,
+    write_checkpoint,
+    write_json,
+)
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.mesh import parameter_sharding
 
@@ -32,7 +39,7 @@ LABEL = "LABEL_0"  # transformers' name for a label that has none
 
 
 def load_sequence_classifier(
-    path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+    path: str | Path, dtype: str = AUTO, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Decoder, Adapter, "Tokenizer | None"]:
     """Base, adapter {"score": {"kernel": f32[D,1]}} and tokenizer (None where there is none) of a reward model.
 
@@ -43,7 +50,7 @@ def load_sequence_classifier(
     """
     from jaxrlhf.data.tokenizers import load_tokenizer
 
-    check_dtype(dtype)
+    check_dtype(None if dtype == AUTO else dtype)
     folder = find_folder(path)
     document = read_json(folder / "config.json")
     config = dataclasses.replace(read_config(document, str(folder / "config.json")), tie_embeddings=True)
@@ -52,7 +59,7 @@ def load_sequence_classifier(
     head = _head(tensors, config, folder)
     stored = match(config, {name: tensor for name, tensor in tensors.items() if tensor is not head}, folder)
     tokenizer = load_tokenizer(str(folder))
-    base = read_decoder(config, stored, dtype, mesh)
+    base = read_decoder(config, stored, main_dtype(stored.values()) if dtype == AUTO else dtype, mesh)
     wanted = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
     sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", wanted.shape)
     kernel = load_parameter(head, wanted, config, place(config, f"{SCORE}/kernel"), sharding)

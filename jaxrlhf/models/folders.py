@@ -12,6 +12,7 @@ from jaxrlhf.runtime.run_dir import atomic_directory
 
 MARK = ".jaxrlhf"  # in each folder that was written here: what of it may be replaced
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"  # in place of a dtype: that of the checkpoint's tensors
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 

@@ -70,6 +70,8 @@ def check_model(model: "DecoderConfig", tensor: int) -> None:
 
 def check_device(model: "DecoderConfig", dtype: jax.typing.DTypeLike) -> None:
     """`UserError` where this machine's cuDNN cannot compute such a model's attention: tried, with its gradient."""
+    if jnp.dtype(dtype) == jnp.float32:
+        raise UserError(f"{KEY_PATH}: cudnn takes no float32, which the base is in; give model.dtype=bfloat16, or xla")
     device = jax.local_devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         kind = f"{device.platform} ({device.device_kind})"

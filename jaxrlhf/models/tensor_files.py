@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,17 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         if name not in tensors:
             raise UserError(f"{folder / shard}: tensor {name} is missing, though {INDEX} says it is there")
     return tensors
+
+
+def main_dtype(tensors: Iterable[StoredTensor]) -> str:
+    """The dtype that holds most of the tensors' numbers: "float32", "bfloat16" or "float16".
+
+    A checkpoint may keep norms or a router wider than its kernels, and they are few.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return DTYPES[max(sizes, key=sizes.__getitem__)].name
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Pending], max_shard_bytes: int, primary: bool = True) -> None:

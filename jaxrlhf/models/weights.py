@@ -13,10 +13,10 @@ import jax
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, with_config
 from jaxrlhf.models.families import config_document, read_config, token_entry, token_ids
-from jaxrlhf.models.folders import check_dtype, check_replaceable, find_folder, written_once
+from jaxrlhf.models.folders import AUTO, check_dtype, check_replaceable, find_folder, written_once
 from jaxrlhf.models.layout import match, merged_tensors, plain_tensors, read_decoder, tied_as_stored
 from jaxrlhf.models.quantize import KINDS
-from jaxrlhf.models.tensor_files import read_checkpoint, read_json, write_checkpoint, write_json
+from jaxrlhf.models.tensor_files import main_dtype, read_checkpoint, read_json, write_checkpoint, write_json
 from jaxrlhf.records import Adapter
 
 if TYPE_CHECKING:
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 def load_pretrained(
     path: str | Path,
-    dtype: str = "float32",
+    dtype: str = AUTO,
     mesh: jax.sharding.Mesh | None = None,
     quantize: str | None = None,
 ) -> tuple[Decoder, "Tokenizer | None"]:
     """The decoder and the tokenizer (None where there is none) of a Hugging Face folder or hub id.
 
-    Weights stored as float32, bfloat16 or float16 are cast to `dtype`. With a mesh each parameter is laid out as
-    `runtime.mesh.parameter_sharding` says, and each process reads its own slices only. `quantize` "int8" or "nf4"
-    keeps the linear layers of the blocks as codes (see `quantize.py`), made on the host a part at a time. Raises
-    `UserError` naming file and entry or tensor where the folder cannot be used.
+    Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto": to the one that most of them have. With
+    a mesh each parameter is laid out as `runtime.mesh.parameter_sharding` says, and each process reads its own slices
+    only. `quantize` "int8" or "nf4" keeps the linear layers of the blocks as codes (see `quantize.py`), made on the
+    host a part at a time. Raises `UserError` naming file and entry or tensor where the folder cannot be used.
     """
     from jaxrlhf.data.tokenizers import load_tokenizer
 
-    check_dtype(dtype)
+    check_dtype(None if dtype == AUTO else dtype)
     if quantize not in (None, *KINDS):
         raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
     folder = find_folder(path)
@@ -46,6 +46,7 @@ def load_pretrained(
     config = read_config(document, str(folder / "config.json"))
     config, tensors = tied_as_stored(config, plain_tensors(read_checkpoint(folder)), folder)
     stored = match(config, tensors, folder)
+    dtype = main_dtype(stored.values()) if dtype == AUTO else dtype
     tokenizer = load_tokenizer(str(folder))
     named = "eos_token_id" in {**document, **(document.get("text_config") or {})}
     config, tokenizer = _with_tokens(config, folder, tokenizer, named)

@@ -11,6 +11,7 @@ from jaxrlhf.runtime.compiler_options import check_options
 from jaxrlhf.runtime.mesh import BATCH_AXES, check_batch, uneven_rows
 from jaxrlhf.stages.ppo_settings import check_algorithm
 from jaxrlhf.stages.settings import check_length, check_microbatches, check_minibatches, check_tokens
+from jaxrlhf.steps.ppo import complete
 
 BATCHES = {"sft": "sft.batch_size", "reward_model": "reward_model.batch_size", "ppo": "ppo.batch_size"}
 
@@ -31,7 +32,7 @@ def check(config: RunConfig, mesh: jax.sharding.Mesh, model: DecoderConfig) -> l
             length = section.max_prompt_tokens + section.sampling.max_new_tokens
             where = "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens"
             answers = rows * section.sampling.samples_per_prompt
-            count = section.update.minibatches
+            count = complete(section.update, answers).minibatches
             check_minibatches(answers, count, "ppo.update.minibatches")
             rows, name = answers // count, "ppo.update.minibatches"
             size, key_path = section.update.microbatch_size, "ppo.update.microbatch_size"
@@ -54,9 +55,10 @@ def valid_batches(config: RunConfig, stage: str, shares: int, most: int) -> int 
         rows, size = batch, None if stage == "ppo" else section.microbatch_size
         if stage == "ppo":
             answers = batch * section.sampling.samples_per_prompt
-            if answers % section.update.minibatches:
+            minibatches = complete(section.update, answers).minibatches
+            if answers % minibatches:
                 continue
-            rows, size = answers // section.update.minibatches, section.update.microbatch_size
+            rows, size = answers // minibatches, section.update.microbatch_size
         if size is None or rows % size == 0:
             return batch
     return None

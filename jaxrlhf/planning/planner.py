@@ -13,7 +13,7 @@ from jaxrlhf.planning.checks import check, shares_of, valid_batches
 from jaxrlhf.planning.compiling import Measured, depths_of, extrapolated, measure_depths, measure_with
 from jaxrlhf.planning.count import Collective, Layout
 from jaxrlhf.planning.remat import Remat, search
-from jaxrlhf.planning.shapes import Shapes, read_model
+from jaxrlhf.planning.shapes import Shapes, read_model, resolved
 from jaxrlhf.runtime.compilation_cache import compiled_anew
 from jaxrlhf.runtime.mesh import make_mesh
 
@@ -122,6 +122,7 @@ def _make_plan(config: RunConfig, asked: Asked, devices: Sequence[jax.Device], s
     mesh = make_mesh(config.mesh, devices)
     model = read_model(config.model)
     notes = check(config, mesh, model)
+    config = resolved(config)
     if config.model.attention != "xla":
         notes.append(f"attention is planned as XLA computes it, not {config.model.attention}, which may hold less")
     shapes = Shapes(config, mesh, model)

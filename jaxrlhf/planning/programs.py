@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
-from jaxrlhf.config import PPOConfig, RewardConfig
+from jaxrlhf.config import RewardConfig
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import DecoderConfig
-from jaxrlhf.planning.shapes import Shapes, mask, numbers, read_folder, tokens
+from jaxrlhf.models.folders import AUTO
+from jaxrlhf.planning.shapes import Shapes, folder_dtype, mask, numbers, read_folder, tokens
 from jaxrlhf.records import PreferenceBatch, Prompts, SFTBatch, TrainState
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
@@ -31,9 +32,9 @@ from jaxrlhf.stages.programs import (
     static_arguments,
     update_program,
 )
-from jaxrlhf.stages.settings import with_total_steps
+from jaxrlhf.stages.settings import with_optimizers, with_total_steps
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
-from jaxrlhf.steps.optimizer import init_optimizer
+from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.ppo import init_ppo
 
 STEPS = 1000  # of an optimizer, which schedules need; the number changes no shape
@@ -88,8 +89,9 @@ def reward_model(shapes: Shapes) -> Calls:
 def ppo(shapes: Shapes) -> Calls:
     """One iteration of the ppo stage."""
     config, mesh = shapes.config.ppo, shapes.mesh
-    update = _with_steps(config.update)
     base, policy, value = shapes.base(), *_policy_and_value(shapes)
+    rates = {"optimizer": ("policy", policy), "value_optimizer": ("value", value or {})}
+    update = with_optimizers(config.update, rates, dict.fromkeys(rates, STEPS))
     state = shapes.placed(jax.eval_shape(lambda p, v: init_ppo(p, v, update), policy, value))
     reference, scorer = _reference(shapes, policy), _own_reward(shapes)
     models = _reward_models(shapes)
@@ -130,7 +132,8 @@ STAGES: dict[str, Callable[[Shapes], Calls]] = {"sft": sft, "reward_model": rewa
 
 
 def _update(shapes: Shapes, program: Program, state: TrainState, batch: Any, config, more: tuple) -> Call:
-    base, optimizer = shapes.base(), with_total_steps(config.optimizer, STEPS)
+    stage = program.name.removesuffix("_update")
+    base, optimizer = shapes.base(), with_rate(with_total_steps(config.optimizer, STEPS), stage, state.adapter)
     lives = {"weights": base, "adapters": state.adapter, "optimizer": state.optimizer}
     args = (state, base, batch, optimizer, *more)
     return Call(program.name, program, args, static_arguments(config), batch, lives, remat=config.remat)
@@ -186,7 +189,7 @@ def _reward_models(shapes: Shapes) -> list[Call]:
         if part.kind != "model" or part.path is None:
             continue
         model: DecoderConfig = read_folder(part.path)
-        base = shapes.base(model, part.dtype)
+        base = shapes.base(model, folder_dtype(part.path) if part.dtype == AUTO else part.dtype)
         head = shapes.placed(jax.eval_shape(value_head, base))
         size, length = min(part.batch_size, rows), min(part.max_length, model.max_positions)
         batch = shapes.rows((tokens(size, length), mask(size, length)))
@@ -200,8 +203,3 @@ def _mix(shapes: Shapes) -> SFTBatch | None:
     if mix is None:
         return None
     return shapes.rows(_sft_batch(mix.batch_size * update.epochs * update.minibatches, mix.max_length))
-
-
-def _with_steps(update: PPOConfig) -> PPOConfig:
-    both = {name: with_total_steps(getattr(update, name), STEPS) for name in ("optimizer", "value_optimizer")}
-    return update.model_copy(update=both)

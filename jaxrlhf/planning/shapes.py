@@ -17,10 +17,22 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter, target_paths
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder
 from jaxrlhf.models.families import read_config
+from jaxrlhf.models.folders import AUTO, DTYPES
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import abstract_quantized
 from jaxrlhf.models.tensor_files import read_json
 from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
+from jaxrlhf.steps.ppo import complete
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The settings with what a run finds out for itself: the base's dtype, and the number of minibatches."""
+    model = config.model.model_copy(update={"dtype": model_dtype(config.model)})
+    if config.ppo is None:
+        return config.model_copy(update={"model": model})
+    answers = config.ppo.batch_size * config.ppo.sampling.samples_per_prompt
+    ppo = config.ppo.model_copy(update={"update": complete(config.ppo.update, answers)})
+    return config.model_copy(update={"model": model, "ppo": ppo})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +114,34 @@ def read_model(config: ModelConfig) -> DecoderConfig:
     return read_folder(config.path)
 
 
+def model_dtype(config: ModelConfig) -> str:
+    """The dtype that a run would load the model in, as far as `config.json` says it; where it does not, float32."""
+    if config.dtype != AUTO or config.new is not None:
+        return "float32" if config.dtype == AUTO else config.dtype
+    if config.run is not None:
+        folder = Path(config.run)
+        own = load_config(folder / "config.yaml").model
+        if own.dtype == AUTO and (folder / "roles" / "base").is_dir():
+            return folder_dtype(str(folder / "roles" / "base"))
+        return model_dtype(own)
+    return folder_dtype(config.path)
+
+
+def folder_dtype(path: str) -> str:
+    """The dtype that a folder's, or hub id's, `config.json` names for its weights; float32 where it names none."""
+    document, _ = _read_document(path)
+    named = document.get("dtype") or document.get("torch_dtype")
+    return named if named in DTYPES else "float32"
+
+
 def read_folder(path: str) -> DecoderConfig:
-    """The decoder of a folder's, or hub id's, `config.json`. Of a hub id nothing else is fetched."""
+    """The decoder of a folder's, or hub id's, `config.json`."""
+    document, file = _read_document(path)
+    return read_config(document, str(file))
+
+
+def _read_document(path: str) -> tuple[dict[str, Any], Path]:
+    """A `config.json`, and where it lies. Of a hub id nothing else is fetched."""
     folder = Path(path).expanduser()
     file = folder / "config.json"
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
@@ -116,4 +154,4 @@ def read_folder(path: str) -> DecoderConfig:
             raise UserError(f"{path}: no such folder here, and not to be had from the hub: {reason}") from None
     if not file.is_file():
         raise UserError(f"{path}: no such folder with a config.json, which is all that a plan needs of a model")
-    return read_config(read_json(file), str(file))
+    return read_json(file), file

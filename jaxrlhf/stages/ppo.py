@@ -36,10 +36,11 @@ from jaxrlhf.stages.settings import (
     check_microbatches,
     check_minibatches,
     check_tokens,
-    with_total_steps,
+    rate_text,
+    with_optimizers,
 )
 from jaxrlhf.steps.annotate import Control
-from jaxrlhf.steps.ppo import init_ppo
+from jaxrlhf.steps.ppo import complete, init_ppo
 
 SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 
@@ -70,8 +71,9 @@ def check(run: Run, roles: Roles) -> None:
     check_length(roles.base.config, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
     check_batch(run.mesh, config.batch_size, "ppo.batch_size")
     answers = config.batch_size * config.sampling.samples_per_prompt
-    check_minibatches(answers, config.update.minibatches, "ppo.update.minibatches")
-    rows = answers // config.update.minibatches
+    minibatches = complete(config.update, answers).minibatches
+    check_minibatches(answers, minibatches, "ppo.update.minibatches")
+    rows = answers // minibatches
     size = config.update.microbatch_size
     check_microbatches(rows, size, "ppo.update.microbatch_size")
     if note := uneven_rows(run.mesh, size or rows, f"ppo.update.{'microbatch_size' if size else 'minibatches'}"):
@@ -128,9 +130,12 @@ def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     """Runs the stage; the roles with policy and value."""
     config = run.config.ppo
-    update_config = _with_total_steps(config)
     start = place(run.mesh, starting_policy(run, roles, inputs))
     reference = place(run.mesh, starting_reference(run, roles, inputs, start))
+
+    value = _starting_value(run, roles)
+    update_config = _completed(config, start, value)
+    run.say(f"ppo: {_told(update_config, start, value)}")
 
     def model_reward() -> ModelReward:
         adapter = place(run.mesh, roles.adapters["reward"])
@@ -138,7 +143,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
 
     reward = compose(inputs.rewards, model_reward)
     sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold))
-    ppo = init_ppo(start, _starting_value(run, roles), update_config)
+    ppo = init_ppo(start, value, update_config)
     iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)
     state = {"ppo": ppo, "control": Control.start(config.kl.coef), "draws": jnp.int32(0)}
     if config.refresh_reference:
@@ -229,12 +234,21 @@ def _starting_value(run: Run, roles: Roles) -> Adapter | None:
     return init_adapter(roles.base, wanted, key_for(run.config.seed, "ppo", 0, "value"), head="value")
 
 
-def _with_total_steps(config: PPOStageConfig) -> PPOConfig:
-    update = config.update
+def _completed(config: PPOStageConfig, policy: Adapter, value: Adapter | None) -> PPOConfig:
+    """The update's settings with all that the answers, the adapters and the iterations decide."""
+    update = complete(config.update, config.batch_size * config.sampling.samples_per_prompt)
     steps = update.epochs * update.minibatches
-    return update.model_copy(
-        update={
-            "optimizer": with_total_steps(update.optimizer, (config.iterations - update.value_warmup) * steps),
-            "value_optimizer": with_total_steps(update.value_optimizer, config.iterations * steps),
-        }
-    )
+    trained = {"optimizer": ("policy", policy), "value_optimizer": ("value", value or {})}
+    totals = {
+        "optimizer": (config.iterations - update.value_warmup) * steps,
+        "value_optimizer": config.iterations * steps,
+    }
+    return with_optimizers(update, trained, totals)
+
+
+def _told(update: PPOConfig, policy: Adapter, value: Adapter | None) -> str:
+    """The steps of an iteration and the learning rates, in a line."""
+    steps = f"{update.epochs} x {update.minibatches} optimizer steps an iteration (epochs x minibatches)"
+    rates = [f"learning rate of the policy {rate_text(update.optimizer, policy)}"]
+    rates += [f"of the value model {rate_text(update.value_optimizer, value)}"] if value else []
+    return f"{steps}; {', '.join(rates)}"

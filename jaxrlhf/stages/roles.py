@@ -22,6 +22,7 @@ from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokeni
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import load_adapter, save_adapter
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.folders import AUTO
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.weights import load_pretrained, save_pretrained, with_tokenizer
@@ -56,7 +57,7 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
     if (folder / "base").is_dir():
         base, tokenizer = load_pretrained(str(folder / "base"), *kept)
     elif config.model.run is not None:
-        origin = load_run(config.model.run, *kept)
+        origin = load_run(config.model.run, _given(config.model.dtype), *kept[1:])
         base, tokenizer = origin.base, origin.tokenizer
         inherited = {name: origin.adapters[name] for name in ("sft", "reward") if name in origin.adapters}
     elif config.model.path is not None:
@@ -122,7 +123,7 @@ def load_origin(config: RunConfig) -> Decoder:
     """The base that a run began with, before any stage of its own."""
     kept = (config.model.dtype, None, config.model.quantize)
     if config.model.run is not None:
-        return load_run(config.model.run, *kept).base
+        return load_run(config.model.run, _given(config.model.dtype), *kept[1:]).base
     if config.model.path is not None:
         return load_pretrained(config.model.path, *kept)[0]
     return _new_model(config)[0]
@@ -190,6 +191,11 @@ def mark_unfinished(run_dir: str, stage: str) -> None:
     atomic_write(Path(run_dir) / "roles" / "finished.json", json.dumps(stages, indent=1) + "\n")
 
 
+def _given(dtype: str) -> str | None:
+    """The dtype that the settings name; None where they leave it to what is loaded."""
+    return None if dtype == AUTO else dtype
+
+
 def _origin(model: ModelConfig) -> str:
     return model.tokenizer or model.path or model.run or "the new model"
 
@@ -200,4 +206,5 @@ def _new_model(config: RunConfig) -> tuple[Decoder, Tokenizer]:
 
     tokenizer = build_word_tokenizer(VOCABULARY)
     shape = new_decoder_config(config.model.new, tokenizer)
-    return Decoder(shape, key_for(config.seed, "model", 0, "weights"), jnp.dtype(config.model.dtype)), tokenizer
+    dtype = jnp.dtype(_given(config.model.dtype) or "float32")
+    return Decoder(shape, key_for(config.seed, "model", 0, "weights"), dtype), tokenizer

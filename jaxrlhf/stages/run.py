@@ -11,7 +11,7 @@ import jax
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import with_attention
+from jaxrlhf.models.decoder import named_parameters, with_attention
 from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.compilation_cache import kept_programs
@@ -64,7 +64,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         run.say(line)
     if config.model.attention == "cudnn":
         check_model(roles.base.config, run.mesh.shape["tensor"])
-        check_device(roles.base.config, config.model.dtype)
+        check_device(roles.base.config, named_parameters(roles.base)["embed_tokens/embedding"].dtype)
         roles.base = with_attention(roles.base, "cudnn")
     finished = finished_stages(config.run_dir)
     again = {"ppo"} & {*finished} if MORE_ITERATIONS in [key for key, *_ in changes] else set()

@@ -1,10 +1,33 @@
 """Checks and small completions of settings that need to know the model or the number of steps."""
 
-from jaxrlhf.config import AdapterConfig, OptimizerConfig, RunConfig, Sampling
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, RunConfig, Sampling
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import check_kind, target_paths
+from jaxrlhf.models.adapters import SCORE, check_kind, is_whole, target_paths
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.records import Adapter
+from jaxrlhf.steps.optimizer import with_rate
+
+
+def with_optimizers(update: PPOConfig, trained: Mapping[str, tuple[str, Any]], steps: Mapping[str, int]) -> PPOConfig:
+    """The update with learning rate and number of steps of each optimizer, where the settings give none.
+
+    Both are by the optimizer's name; `trained` has its role and its tree.
+    """
+    found = {
+        name: with_rate(with_total_steps(getattr(update, name), steps[name]), role, tree)
+        for name, (role, tree) in trained.items()
+    }
+    return update.model_copy(update=found)
+
+
+def rate_text(config: OptimizerConfig, tree: Adapter) -> str:
+    """A learning rate and what it is for, in words."""
+    what = "a whole model" if is_whole(tree) else "a head" if set(tree) == {SCORE} else "a LoRA adapter"
+    return f"{config.learning_rate:g} for {what}"
 
 
 def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:

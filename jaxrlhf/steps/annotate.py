@@ -20,7 +20,7 @@ from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_valu
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
 from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out, split_rows
 from jaxrlhf.steps.microbatches import by_longest, shortest_first
-from jaxrlhf.steps.ppo import single_step
+from jaxrlhf.steps.ppo import complete, single_step
 from jaxrlhf.steps.scores import adjust_scores, score_moments
 
 WHITENED = ("gae", "reinforce")  # estimators whose advantages are whitened where settings do not say
@@ -110,7 +110,7 @@ def build_experience(
     scores: jax.Array,
     kl_coef: jax.Array | float,
     gamma: jax.Array | float = 1.0,
-    lam: jax.Array | float = 0.95,
+    lam: jax.Array | float = 1.0,
     estimator: Literal["k1", "k2", "k3"] = "k1",
     whiten_rewards: bool = False,
     whiten_advantages: bool | None = None,
@@ -181,6 +181,7 @@ def annotate_for_update(
 ) -> Annotated:
     """`annotate` as an update with these settings wants it. Needs no scores: it may run while they are come by."""
     rows = rollout.tokens.shape[0]
+    update = complete(update, rows)
     return annotate(
         base,
         policy,

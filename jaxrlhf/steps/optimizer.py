@@ -7,6 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.config import OptimizerConfig
+from jaxrlhf.config.steps import LEARNING_RATES
+from jaxrlhf.models.adapters import is_whole
+
+
+def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfig:
+    """The optimizer with the learning rate of a role in `LEARNING_RATES`, by what `params` is, where it has none."""
+    if config.learning_rate is not None:
+        return config
+    rates = LEARNING_RATES[role]
+    return config.model_copy(update={"learning_rate": rates.whole if is_whole(params) else rates.lora})
 
 
 def init_optimizer(params: Any) -> optax.OptState:
@@ -26,7 +36,7 @@ def optimizer_step(
 
     Adam as in PyTorch: m / (sqrt(v) + epsilon) with both moments corrected for bias; weight decay is
     decoupled and spares vectors and scalars (biases, norms, LoRA scales). Where the loss or the gradient's norm is not
-    finite, nothing changes, and the metric `skipped` is 1.
+    finite, nothing changes, and the metric `skipped` is 1. Raises ValueError without a learning rate (`with_rate`).
     """
     rate = learning_rate(config, step)
     norm = optax.global_norm(grads)
@@ -39,6 +49,8 @@ def optimizer_step(
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
     """Rate f32[] of the step after `step` steps: linear warm-up, then constant or decay to 0 at total_steps."""
+    if config.learning_rate is None:
+        raise ValueError("learning_rate is None; with_rate chooses one by role")
     step = jnp.asarray(step, jnp.float32)
     warm = jnp.where(config.warmup_steps > 0, (step + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
     if config.schedule == "constant":

@@ -20,9 +20,10 @@ from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_valu
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
 from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out, split_rows
 from jaxrlhf.steps.microbatches import accumulate, shortest_first
-from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step
+from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step, with_rate
 from jaxrlhf.steps.sft import learnt_tokens, sft_loss
 
+MINIBATCHES = 4  # where the settings give no number
 SEEN = "seen"  # among a step's metrics: 1 where the step was computed, 0 where it was left out
 
 
@@ -40,13 +41,28 @@ def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOSt
     return PPOState(policy, value, average, init_optimizer(policy), init_optimizer(value), jnp.int32(0))
 
 
+def complete(config: PPOConfig, rows: int) -> PPOConfig:
+    """The settings with a number of minibatches for `rows` answers, where they have none: at most `MINIBATCHES`.
+
+    The answers divide into them, and they into microbatches; where nothing does, it is 1.
+    """
+    if config.minibatches is not None:
+        return config
+    size = config.microbatch_size or 1
+    fitting = [n for n in range(1, MINIBATCHES + 1) if rows % n == 0 and rows // n % size == 0]
+    return config.model_copy(update={"minibatches": max(fitting, default=1)})
+
+
 def single_step(config: PPOConfig) -> bool:
     """Whether an iteration takes one optimizer step: then the old policy is the new one, exactly."""
-    return config.epochs * config.minibatches == 1
+    return config.epochs * (config.minibatches or MINIBATCHES) == 1
 
 
 def computed_steps(metrics: Mapping[str, float], config: PPOConfig) -> float:
-    """How many optimizer steps an update computed: those it took, and the one whose KL was too much (`kl_stop`)."""
+    """How many optimizer steps an update computed: those it took, and the one whose KL was too much (`kl_stop`).
+
+    `config` is `complete`.
+    """
     steps = config.epochs * config.minibatches
     return min(float(metrics.get("policy/steps", steps)) + 1, steps)
 
@@ -61,12 +77,20 @@ def ppo_update(
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """(state, metrics) after `epochs` passes over the experience in `minibatches` steps each.
 
+    Learning rates and a number of minibatches that are not set are chosen (`with_rate`, `complete`).
+
     Each epoch uses every row once, in an order drawn from `key`. `mix` holds rows for the language-model loss of
     PPO-ptx, an equal part of them for each step. With `kl_stop` the steps from the first minibatch on whose
     approximate KL is above it are left out. Metrics are means over the steps, in the names of the metrics contract.
     Raises ValueError where rows and minibatches do not divide.
     """
     rows = experience.tokens.shape[0]
+    config = complete(config, rows)
+    optimizers = {
+        "optimizer": with_rate(config.optimizer, "policy", state.policy),
+        "value_optimizer": with_rate(config.value_optimizer, "value", state.value),
+    }
+    config = config.model_copy(update=optimizers)
     if rows % config.minibatches:
         raise ValueError(f"{rows} rows cannot be split into {config.minibatches} minibatches")
     steps = config.epochs * config.minibatches

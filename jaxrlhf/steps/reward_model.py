@@ -13,7 +13,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter, PreferenceBatch, TrainState
 from jaxrlhf.steps.microbatches import accumulate
-from jaxrlhf.steps.optimizer import optimizer_step
+from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 
 
 def pair_scores(
@@ -37,6 +37,7 @@ def reward_model_update(
     remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the pairwise loss, averaged over pairs by weight."""
+    config = with_rate(config, "reward_model", state.adapter)
     weight = jnp.maximum(jnp.sum(batch.weight), 1e-6)
 
     def loss(adapter: Adapter, part: PreferenceBatch) -> tuple[jax.Array, dict]:

@@ -13,7 +13,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import from_logits
 from jaxrlhf.records import Adapter, SFTBatch, TrainState
 from jaxrlhf.steps.microbatches import accumulate
-from jaxrlhf.steps.optimizer import optimizer_step
+from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 
 
 def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str = "none") -> jax.Array:
@@ -40,6 +40,7 @@ def sft_update(
     remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss per learnt token; rows may be split into microbatches."""
+    config = with_rate(config, "sft", state.adapter)
     tokens = jnp.maximum(jnp.sum(learnt_tokens(batch)), 1)
 
     def loss(adapter: Adapter, part: SFTBatch) -> tuple[jax.Array, dict]:

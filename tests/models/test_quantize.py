@@ -522,7 +522,7 @@ def learn(programs, base, make_adapter, wanted, length, iterations, rate):
     B = 32
     prompts = Prompts(jnp.ones((B, 1), jnp.int32), jnp.ones((B, 1), bool))
     config = PPOConfig(
-        epochs=2, value_coef=1.0, optimizer=OptimizerConfig(learning_rate=rate),
+        epochs=2, minibatches=1, value_coef=1.0, optimizer=OptimizerConfig(learning_rate=rate),
         value_optimizer=OptimizerConfig(learning_rate=rate),
     )  # fmt: skip
     policy, value = (

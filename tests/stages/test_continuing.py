@@ -240,7 +240,8 @@ PPO = {
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 2, "batch_size": 4,
         "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "evaluation_prompts": 4, "save_every": 1,
-        "advantage": {"estimator": "reinforce"}, "update": {"epochs": 1}, "reward": {"kind": "function"},
+        "advantage": {"estimator": "reinforce"},
+        "update": {"epochs": 1, "minibatches": 1}, "reward": {"kind": "function"},
     },
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 FEW = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
 FAST = {"learning_rate": 0.02}
+ONE_STEP_EACH = {"epochs": 2, "minibatches": 1}
 MODEL = {
     "new": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_positions": 64}
 }
@@ -139,7 +140,7 @@ def test_a_shared_trunk_warm_up_and_fitted_scores(tmp_path):
         config(
             tmp_path / "run", tmp_path / "reward.py", iterations=3, value_adapter=None,
             score={"normalise": "initial", "initial_answers": 6, "overlong_penalty": 1.0, "overlong_buffer": 2.0},
-            update={"epochs": 2, "value_trunk": "policy", "value_warmup": 1, "optimizer": FAST},
+            update={"epochs": 2, "minibatches": 1, "value_trunk": "policy", "value_warmup": 1, "optimizer": FAST},
         )
     )  # fmt: skip
     records = lines(tmp_path / "run")
@@ -163,7 +164,7 @@ def test_one_setting_trains_all_roles_whole(tmp_path):
                 "optimizer": {"learning_rate": 0.02}},
         "reward_model": {"data": {"path": "builtin:assistant-preferences", "limit": 20}, "batch_size": 4,
                          "max_length": 48, "buckets": 1},
-        "ppo": {k: v for k, v in PPO.items() if "adapter" not in k} | {"iterations": 1, "update": {"epochs": 2}},
+        "ppo": {k: v for k, v in PPO.items() if "adapter" not in k} | {"iterations": 1, "update": ONE_STEP_EACH},
     }  # fmt: skip
     run_stages(RunConfig.model_validate(settings))
     sft = roles(tmp_path / "run", "sft")
@@ -181,7 +182,7 @@ def test_one_setting_trains_all_roles_whole(tmp_path):
         ({"resample": 2}, r"ppo\.resample: .*samples_per_prompt"),
         ({"update": {"value_warmup": 3}}, "ppo.update.value_warmup: 3 iterations of 3"),
         ({"update": {"value_trunk": "policy"}, "advantage": {"estimator": "reinforce"}}, "trunk: .*no value model"),
-        ({"update": {"epochs": 1, "kl_stop": 0.1}}, "kl_stop: .*one optimizer step"),
+        ({"update": {"epochs": 1, "minibatches": 1, "kl_stop": 0.1}}, "kl_stop: .*one optimizer step"),
         ({"update": {"dual_clip": 3.0, "loss": "pg"}}, r"ppo\.update\.dual_clip: .*loss=pg"),
         ({"update": {"importance_level": "sequence"}}, "importance_level: .*importance_cap"),
         ({"update": {"pretraining_coef": 2.0}}, "pretraining_coef: .*ppo.pretraining.data.path"),

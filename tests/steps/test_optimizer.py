@@ -90,7 +90,7 @@ def test_schedules(settings, rates):
 
 def test_a_decay_needs_an_end():
     with pytest.raises(ValueError, match="schedule cosine needs total_steps"):
-        learning_rate(OptimizerConfig(schedule="cosine"), jnp.int32(0))
+        learning_rate(OptimizerConfig(learning_rate=0.1, schedule="cosine"), jnp.int32(0))
 
 
 def test_changing_a_number_compiles_nothing():
@@ -110,7 +110,7 @@ def test_changing_a_number_compiles_nothing():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(where, bad):
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
-    config, state = OptimizerConfig(weight_decay=0.1), init_optimizer(params)
+    config, state = OptimizerConfig(learning_rate=1e-4, weight_decay=0.1), init_optimizer(params)
     grads = jax.tree.map(jnp.ones_like, params)
     run = jax.jit(optimizer_step)
     params, state, noted = run(config, grads, state, params, jnp.int32(0), jnp.float32(1.0))

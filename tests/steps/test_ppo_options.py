@@ -130,7 +130,7 @@ def test_in_warm_up_only_the_value_learns(programs, tiny, roles, head, experienc
 
 def test_steps_after_too_much_kl_are_left_out(programs, tiny, start, experience):
     """The bound rises from step to step: each time one more is taken, and the state is that of so many steps."""
-    config = PPOConfig(epochs=4, optimizer=FAST)
+    config = PPOConfig(epochs=4, minibatches=1, optimizer=FAST)
     bound, kls = 1e-6, [0.0]  # of the minibatch before each step: before the first one the policy is the old one
     for steps in (1, 2, 3):
         state, metrics = programs.update(
@@ -142,7 +142,8 @@ def test_steps_after_too_much_kl_are_left_out(programs, tiny, start, experience)
         assert kls[-1] > bound and all(np.isfinite(x) for x in metrics.values())
         bound = kls[-1] * 1.001
         if steps == 2:
-            plain, metrics = programs.update(start, tiny, experience, KEY, PPOConfig(epochs=2, optimizer=FAST))
+            two = PPOConfig(epochs=2, minibatches=1, optimizer=FAST)
+            plain, metrics = programs.update(start, tiny, experience, KEY, two)
             close(state, plain)
             assert "policy/steps" not in metrics, "without a bound nothing is left out, and nothing told"
 
@@ -161,7 +162,7 @@ def mix():
 def test_the_mix_adds_the_gradient_of_its_mean_loss(programs, tiny, roles, experience, mix):
     """One step equals a step along the sum of both gradients, made apart."""
     even = OptimizerConfig(learning_rate=0.1, epsilon=1.0, max_grad_norm=1e3)  # no small gradient is blown up
-    config = PPOConfig(epochs=1, pretraining_coef=0.7, optimizer=even)
+    config = PPOConfig(epochs=1, minibatches=1, pretraining_coef=0.7, optimizer=even)
     start = init_ppo(roles.policy, roles.value, config)
     after, metrics = programs.update(start, tiny, experience, KEY, config, mix)
     tokens, learnt = jnp.sum(experience.response_mask), jnp.sum(learnt_tokens(mix))
@@ -190,7 +191,7 @@ def test_each_step_takes_its_own_rows_of_the_mix_and_parts_equal_the_whole(progr
 
 
 def test_learning_from_the_mix_lowers_its_loss(programs, tiny, roles, experience, mix):
-    config = PPOConfig(epochs=2, pretraining_coef=1.0, optimizer=FAST)  # a program that is there already
+    config = PPOConfig(epochs=2, minibatches=1, pretraining_coef=1.0, optimizer=FAST)  # a program that is there already
     still = experience.replace(advantages=jnp.zeros_like(experience.advantages))
     state = init_ppo(roles.policy, roles.value, config)
     rows = jax.tree.map(lambda x: jnp.concatenate([x] * 2), mix)
@@ -205,7 +206,7 @@ def test_learning_from_the_mix_lowers_its_loss(programs, tiny, roles, experience
 
 
 def test_the_average_follows_step_by_step(programs, tiny, roles, experience):
-    config = PPOConfig(ema_decay=0.75, **QUICK)
+    config = PPOConfig(minibatches=1, ema_decay=0.75, **QUICK)
     start = init_ppo(roles.policy, roles.value, config)
     # Every epoch is one step on the whole batch: the update of two epochs ends where that of three goes through.
     states = [
