@@ -130,8 +130,10 @@ def model_dtype(config: ModelConfig) -> str:
 def folder_dtype(path: str) -> str:
     """The dtype that a folder's, or hub id's, `config.json` names for its weights; float32 where it names none."""
     document, _ = _read_document(path)
-    named = document.get("dtype") or document.get("torch_dtype")
-    return named if named in DTYPES else "float32"
+    inner = document.get("text_config")  # of a multimodal model, which may name it there alone
+    places = [document, inner] if isinstance(inner, dict) else [document]
+    named = [place[entry] for place in places for entry in ("dtype", "torch_dtype") if place.get(entry) in DTYPES]
+    return next(iter(named), "float32")
 
 
 def read_folder(path: str) -> DecoderConfig:
