@@ -31,9 +31,9 @@ _REQUIRED = object()
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of a YAML file, changed by overrides such as `ppo.kl.coef=0.1`, checked.
 
-    An override's value is YAML; it makes sections that are not there. `null`, in an override or in the file,
-    resets a setting to its default. Paths among the settings stay as they are written: relative to the current
-    directory. Raises `UserError` for a file, override or setting that cannot be used.
+    An override's value is YAML; it makes sections that are not there. `null`, in an override or in the file, is a
+    setting's value where it takes null, and else resets it to its default. Paths among the settings stay as they are
+    written: relative to the current directory. Raises `UserError` for a file, override or setting that cannot be used.
     """
     data, origins = _read(str(path))
     for override in overrides:
@@ -192,9 +192,10 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
 
 
 def _drop_nulls(data: dict[str, Any], path: KeyPath) -> None:
-    """Removes known settings that are null, in place: null means the default."""
+    """Removes known settings that are null and may not be, in place: there null means the default."""
     for name, value in list(data.items()):
-        if value is None and (*path, name) in _settings():
+        setting = _settings().get((*path, name))
+        if value is None and setting is not None and not setting.kind.endswith("or null"):
             del data[name]
         elif isinstance(value, dict):
             _drop_nulls(value, (*path, name))

@@ -103,6 +103,13 @@ def test_overrides_apply_in_order_and_make_sections(write):
     assert config.model.new.layers == 3 and config.sft.data.path == "b" and config.mesh.fsdp == 2
 
 
+def test_null_switches_off_what_is_on_by_default(write):
+    """Where a setting takes null, null is its value, also in a config that was written out."""
+    off = load_config(write(FULL), ["ppo.update.kl_bound=null", "compilation_cache=null"])
+    assert off.ppo.update.kl_bound is None and off.compilation_cache is None
+    assert load_config(write(dump_config(off))) == off
+
+
 def test_null_in_the_file_is_the_default(write):
     assert load_config(write(FULL + "  sampling:\n  iterations: null\n")) == load_config(write(FULL))
 
