@@ -56,11 +56,14 @@ def load_preferences(
             template.rendered_pair(prompt, answer, place) for answer in answers
         ]
 
-    usable = list(report.usable(rows, rendered, drops_unusable(config, overflow)))
+    drop = drops_unusable(config, overflow)
+    usable = list(report.usable(rows, rendered, drop))
     # Side by side: the tokenizer sees a prompt twice in a row, and tokenizes it once.
     sides = tokenizer.encode_pairs([pair for _, (_, both) in usable for pair in both])
     pairs = []
     for (row, (margin, _)), (prompt, chosen), (_, rejected) in zip(usable, sides, sides):
+        if report.refuses(row, tokenizer.fault([*prompt, *chosen, *rejected]), drop):
+            continue
         answer = max(len(chosen), len(rejected))
         total = len(prompt) + answer
         if total > max_length and overflow == "stop":

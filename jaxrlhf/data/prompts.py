@@ -96,11 +96,8 @@ def load_prompts(
         whole = len(ids)
         if key == "text_field":
             whole = min(whole, len(tokenizer.prefix_ids) + config.text_tokens)
-        if not whole:
-            message = f"{row.where}: an empty prompt, and the tokenizer has no BOS to begin with; want text"
-            if not drop:
-                raise UserError(message)
-            report.refuse(row, message)
+        empty = None if whole else "an empty prompt, and the tokenizer has no BOS to begin with; want text"
+        if report.refuses(row, empty or tokenizer.fault(ids[:whole]), drop):
             continue
         if whole > max_prompt_tokens and overflow == "stop":
             raise UserError(

@@ -64,6 +64,8 @@ def load_demonstrations(
     usable = list(report.usable(rows, rendered, drop))
     examples = []
     for (row, _), (prompt, response) in zip(usable, tokenizer.encode_pairs([pair for _, pair in usable])):
+        if report.refuses(row, tokenizer.fault([*prompt, *response]), drop):
+            continue
         total = len(prompt) + len(response)
         if total > max_length and overflow == "stop":
             raise UserError(

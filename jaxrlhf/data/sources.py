@@ -62,6 +62,15 @@ class LoadReport:
             else:
                 yield row, made
 
+    def refuses(self, row: Row, fault: str | None, drop: bool) -> bool:
+        """Whether a row has a fault; it is then dropped, or raises a UserError with its place."""
+        if fault is None:
+            return False
+        if not drop:
+            raise UserError(f"{row.where}: {fault}")
+        self.refuse(row, fault)
+        return True
+
     def refuse(self, row: Row, message: str) -> None:
         """Drops a row for what an error said of it: without its place, and without what would be right."""
         self.drop(message.removeprefix(f"{row.where}: ").split("; ")[0], row.where)

@@ -69,8 +69,8 @@ class Tokenizer:
     def for_model(self, rows: int, stop_tokens: Sequence[int], foreign: bool = False) -> "Tokenizer":
         """This tokenizer for a model with an embedding of so many rows whose files name these stop tokens.
 
-        Its `stop_ids` are the union; see `ends.union`, also for a tokenizer that is `foreign` to those files. Prompts
-        and answers that hold a token without a row raise `UserError`.
+        Its `stop_ids` are the union; see `ends.union`, also for a tokenizer that is `foreign` to those files. `fault`
+        then finds tokens without a row.
         """
         fitted = copy.copy(self)
         fitted.stop_ids, lines = ends.union(stop_tokens, self._own_ends(), rows, self.added, self.name, foreign)
@@ -103,17 +103,15 @@ class Tokenizer:
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
             texts = [self.chats.prompt_text(prompt, _place(where, start + i)) for i, prompt in enumerate(part)]
-            for i, (prompt, encoding) in enumerate(zip(part, self._encode(texts)), start):
-                ids = self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
-                yield self._with_rows(ids, _place(where, i))
+            for prompt, encoding in zip(part, self._encode(texts)):
+                yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
     def encode_chats(self, chats: Sequence[list[Message]], where: Sequence[str] = ()) -> Iterator[list[int]]:
         """Ids of whole chats through the chat template, which ends them; `where` names their places in messages."""
         for start in range(0, len(chats), CHUNK):
             part = chats[start : start + CHUNK]
             texts = [self.chats.whole_text(chat, _place(where, start + i)) for i, chat in enumerate(part)]
-            for i, encoding in enumerate(self._encode(texts), start):
-                yield self._with_rows(encoding.ids, _place(where, i))
+            yield from (encoding.ids for encoding in self._encode(texts))
 
     def encode_pairs(
         self, pairs: Sequence[tuple[Prompt, Response]], end: bool = True, where: Sequence[str] = ()
@@ -128,15 +126,22 @@ class Tokenizer:
             joints = self._encode([prompt + response for prompt, response in texts])
             splits = [_splits(prompts[text], joint, len(text)) for (text, _), joint in zip(texts, joints)]
             rest = self._encode_alone([response for (_, response), split in zip(texts, splits) if not split])
-            for i, (pair, (prompt_text, text), joint, split) in enumerate(zip(part, texts, joints, splits), start):
+            for pair, (prompt_text, text), joint, split in zip(part, texts, joints, splits):
                 prompt_ids = prompts[prompt_text].ids
                 ids = joint.ids[len(prompt_ids) :] if split else next(rest)
                 if all(isinstance(side, str) for side in pair):
                     prompt_ids, ids = self._with_prefix_once(prompt_ids, ids)
-                if end:
-                    ids = self._ended(*pair, text, ids)
-                self._with_rows([*prompt_ids, *ids], _place(where, i))
-                yield prompt_ids, ids
+                yield prompt_ids, self._ended(*pair, text, ids) if end else ids
+
+    def fault(self, ids: Sequence[int]) -> str | None:
+        """What is wrong with ids that hold one without an embedding row: a text spelled out an added token."""
+        if self._rows is None or self._rows >= self.vocab_size:
+            return None
+        tokens = (f"{self.added.get(token, 'a token')} (id {token})" for token in ids if token >= self._rows)
+        token = next(tokens, None)
+        if token is None:
+            return None
+        return f"holds {token}, but the model has {self._rows} tokens; leave it out, or take a model that has it"
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens and without those that end answers."""
@@ -240,16 +245,6 @@ class Tokenizer:
             return ends.ended_text(ids, self.stop_ids, self.chat_end_id, self._tokenizer)
         passed = sum(token in self.stop_ids for token in self._encode([text[:start]])[0].ids) if start else 0
         return ends.ended(ids, self.stop_ids, self.chat_end_id, passed)
-
-    def _with_rows(self, ids: list[int], place: str) -> list[int]:
-        """The ids; `UserError` for one that the model has no embedding row for."""
-        if self._rows is not None and self._rows < self.vocab_size and max(ids, default=0) >= self._rows:
-            token = next(token for token in ids if token >= self._rows)
-            raise UserError(
-                f"{place}holds {self.added.get(token, 'a token')} (id {token}), but the model has {self._rows} tokens; "
-                "leave it out of the text, or take a model that has it"
-            )
-        return ids
 
 
 def load_tokenizer(path: str) -> Tokenizer | None:

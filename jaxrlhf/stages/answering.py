@@ -124,6 +124,8 @@ def _prompts(arguments: argparse.Namespace, roles: Roles, sampling: Sampling) ->
     for place, ids in zip(places, encoded):
         if not len(ids):
             raise UserError(f"{place}: an empty prompt, and the tokenizer has no BOS to begin with; give some text")
+        if (fault := roles.tokenizer.fault(ids)) is not None:
+            raise UserError(f"{place}: {fault}")
         if len(ids) > room:
             raise UserError(
                 f"{place}: {len(ids)} tokens and {sampling.max_new_tokens} new ones are more than the model's "
