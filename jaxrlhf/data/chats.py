@@ -76,12 +76,13 @@ class ChatTemplate:
         return "strftime_now" in str(self._tokenizer.chat_template or "")
 
     def now(self) -> datetime.datetime:
-        """The time as templates see it, to the second."""
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}],
-            chat_template="{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}",
-            tokenize=False,
-        )
+        """The time that a template would write now, to the second."""
+        template = "{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}"
+        try:
+            chat = [{"role": "user", "content": ""}]
+            text = self._tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+        except ImportError:  # without jinja2 no template writes a time
+            return datetime.datetime.now()
         return datetime.datetime.fromisoformat(text)
 
     def prompt_text(self, prompt: Prompt, place: str) -> str:

@@ -1,5 +1,6 @@
 """The rewards that the settings name, read and checked before anything is compiled."""
 
+import datetime
 from collections.abc import Callable, Mapping
 
 import jax
@@ -20,17 +21,29 @@ Rewards = Mapping[str, tuple[Reward | None, float]]
 """Name -> (reward, weight); None is the run's own reward adapter. A reward that is no sum has the name \"\"."""
 
 
-def load_rewards(config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, say: Say | None = None) -> Rewards:
+def load_rewards(
+    config: RewardConfig,
+    mesh: jax.sharding.Mesh,
+    key_path: str,
+    say: Say | None = None,
+    time: datetime.datetime | None = None,
+) -> Rewards:
     """The reward, or the parts of a sum. `key_path` is the section, for messages; `say` gets a server's troubles.
 
+    `time` is what the chat templates of reward models take for now; None: the clock.
     Raises `UserError` where function, folder, label or URL cannot be used.
     """
     if config.kind != "sum":
-        return {"": (_load(config, mesh, key_path, say), 1.0)}
-    return {
-        name: (_load(part, mesh, f"{key_path}.parts.{name}", say), part.weight)
-        for name, part in (config.parts or {}).items()
-    }
+        rewards: Rewards = {"": (_load(config, mesh, key_path, say), 1.0)}
+    else:
+        rewards = {
+            name: (_load(part, mesh, f"{key_path}.parts.{name}", say), part.weight)
+            for name, part in (config.parts or {}).items()
+        }
+    for reward, _ in rewards.values():
+        if isinstance(reward, (PretrainedReward, TransformersReward)):
+            reward.chats.time = time
+    return rewards
 
 
 def compose(rewards: Rewards, own: Callable[[], Reward]) -> Reward:

@@ -45,6 +45,7 @@ class PretrainedReward:
         self.adapter = place(mesh, adapter)
         self.max_length = min(config.max_length, self.base.config.max_positions)
         self._check_tokenizer(key_path)
+        self.chats = self.tokenizer.chats
         self.lengths = _lengths(self.max_length)
         self.program = token_score_program(mesh)
 

@@ -5,6 +5,7 @@ hosts one process writes; the others wait for it.
 """
 
 import contextlib
+import datetime
 import errno
 import os
 import re
@@ -18,6 +19,7 @@ import yaml
 from jaxrlhf.errors import Fault, UserError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+BEGUN = "begun.txt"  # when the run began: chat templates that write the date write that one
 ABSENT = "absent"  # what a key has that was not there
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 Change = tuple[str, Any, Any]  # key path, old value, new value
@@ -42,6 +44,27 @@ def open_run(
     except OSError as error:
         raise _unwritable(folder, error) from None
     return folder
+
+
+def begun_at(run_dir: str | Path) -> datetime.datetime | None:
+    """When the run began, as `record_begin` has written it; None where it has not."""
+    path = Path(run_dir) / BEGUN
+    try:
+        return datetime.datetime.fromisoformat(path.read_text(encoding="utf-8").strip())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no time when a run began ({error}); restore it, or give another run_dir") from None
+
+
+def record_begin(run_dir: str | Path, time: datetime.datetime) -> None:
+    """Writes when the run began, unless that is written already."""
+    path = Path(run_dir) / BEGUN
+    try:
+        if not path.exists():
+            atomic_write(path, time.isoformat() + "\n")
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
 
 
 def make_folder(folder: Path) -> None:

@@ -29,7 +29,7 @@ from jaxrlhf.models.weights import load_pretrained, save_pretrained, with_tokeni
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.checksums import RECORD, Damaged, check_files, read_record, seal
 from jaxrlhf.runtime.random import key_for
-from jaxrlhf.runtime.run_dir import atomic_write
+from jaxrlhf.runtime.run_dir import atomic_write, begun_at
 
 ADAPTERS = ("sft", "reward", "policy", "value", "average")
 
@@ -144,7 +144,9 @@ def load_run(
         raise UserError(f"{run_dir}: no stage of this run has finished yet")
     given = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=given)})
-    return load_roles(config, mesh)
+    roles = load_roles(config, mesh)
+    roles.tokenizer.chats.time = begun_at(run_dir)  # prompts as the run had them
+    return roles
 
 
 def save_base(run_dir: str, base: Decoder, tokenizer: Tokenizer) -> None:

@@ -4,6 +4,7 @@ A finished stage is not run again: the same command continues where the run stoo
 """
 
 import contextlib
+import datetime
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from jaxrlhf.runtime.compiler_options import compiled_with
 from jaxrlhf.runtime.lock import RunLock
 from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import check_run, make_folder, open_run
+from jaxrlhf.runtime.run_dir import begun_at, check_run, make_folder, open_run, record_begin
 from jaxrlhf.runtime.stopping import StopSignals
 from jaxrlhf.stages import ppo, reward_model, sft
 from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change, told
@@ -66,6 +67,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         check_model(roles.base.config, run.mesh.shape["tensor"])
         check_device(roles.base.config, named_parameters(roles.base)["embed_tokens/embedding"].dtype)
         roles.base = with_attention(roles.base, "cudnn")
+    begins = _set_clock(run, roles)
     finished = finished_stages(config.run_dir)
     again = {"ppo"} & {*finished} if MORE_ITERATIONS in [key for key, *_ in changes] else set()
     todo = [stage for stage in config.stages if stage not in finished or stage in again]
@@ -88,6 +90,8 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     for stage in again if writes else ():
         mark_unfinished(config.run_dir, stage)
     open_run(folder, dump_config(config), writes, allowed)
+    if writes:
+        record_begin(folder, begins)
     hosts.check_shared(folder / "config.yaml", "run_dir")
     if makes_base:
         save_base(config.run_dir, roles.base, roles.tokenizer)
@@ -96,6 +100,21 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     for stage in todo:
         roles = train[stage](run, roles, inputs[stage])
     return roles
+
+
+def _set_clock(run: Run, roles: Roles) -> datetime.datetime:
+    """When the run began, or begins now: what chat templates take for the date, on every day and on every host."""
+    template = roles.tokenizer.chats
+
+    def time() -> bytes:
+        return (begun_at(run.folder) or template.now()).isoformat().encode()
+
+    began = datetime.datetime.fromisoformat(hosts.from_first(time, (UserError,)).decode())
+    today = template.now().date()
+    if template.uses_time and began.date() != today:
+        run.say(f"run_dir {run.folder}: the chat template writes {began.date()}, when the run began, and not {today}")
+    template.time = began
+    return began
 
 
 def _load_inputs(run: Run, roles: Roles, todo: list[str]) -> dict:
