@@ -1,17 +1,21 @@
 """Chats, and how they become text: through the chat template that a tokenizer carries.
 
 A chat is what transformers' `apply_chat_template` takes: messages, tools, and further arguments of the template.
-The text is what that function gives, with four differences that are forms of data, not of templates:
+The text is what that function gives. Templates differ in the forms of messages that they read, so these may change:
 
-- content in parts (`[{"type": "text", "text": ...}]`) is joined where the template knows only text, as vLLM does;
-- content null beside tool calls is left out, and empty where the template cannot do without;
-- arguments of tool calls that are spelled as JSON text are given as the object that they spell, as vLLM does;
-- the clock stands still where `ChatTemplate.time` is set: a run has the same prompts on every day.
+- content in parts (`[{"type": "text", "text": ...}]`) becomes one text where the template knows only text, and text
+  becomes a part where it knows only parts;
+- arguments of tool calls are objects, also where they are spelled as JSON text, as vLLM gives them; and JSON text where
+  the template fails with objects;
+- content that is null beside tool calls is left out, as transformers does; null or empty where the template fails.
+
+The clock stands still where `ChatTemplate.time` is set: a run has the same prompts on every day.
 """
 
 import datetime
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,7 +54,8 @@ Prompt = str | list[Message] | Chat | Rendered
 Response = str | Message | list[Message] | Rendered
 
 _NOT_ANSWERS = ("system", "developer", "user", "tool", "function")
-_PROBE = "jaxrlhf probe"
+_MARK = "jaxrlhf-mark"  # text to be found again in what a template writes
+_ABSENT, _NULL, _EMPTY = "absent", "null", "empty"  # what becomes of content that is null
 
 
 class ChatTemplate:
@@ -64,7 +69,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.name = name
         self.time: datetime.datetime | None = None
-        self._parts: bool | None = None
+        self._read: tuple[bool, bool] | None = None
 
     @property
     def exists(self) -> bool:
@@ -114,7 +119,17 @@ class ChatTemplate:
                 f"{place}the chat template of {self.name} writes a chat of several turns otherwise than it opens the "
                 "first one, so prompt and answer cannot be told apart; want an answer of one turn of text"
             )
-        return before, content_text(answer[0])
+        return before, self._after_opening(opening, before, content_text(answer[0]))
+
+    def _after_opening(self, opening: Chat, before: str, text: str) -> str:
+        """An answer behind a prompt that opens it with more than a finished turn has, such as <think>: without that,
+        where the answer begins with it too."""
+        if opening.begun:
+            return text
+        header = self._render(opening.followed_by(_MARK), "", whole=True).partition(_MARK)[0]
+        more = before[len(header) :].strip() if before.startswith(header) else ""
+        is_tag = more and not more[-1].isalnum()
+        return text[len(more) :].lstrip("\n") if is_tag and text.startswith(more) else text
 
     def rendered_prompt(self, prompt: Prompt, place: str) -> Prompt:
         """The prompt, a chat as the text that it becomes."""
@@ -140,37 +155,83 @@ class ChatTemplate:
             raise UserError(f"{place}the prompt ends with a tool call of the assistant; want a tool's message after it")
         end = {"continue_final_message": begun, "add_generation_prompt": not whole and not begun}
         try:
-            try:
-                return self._apply(chat, False, **end)
-            except Exception:
-                if all(message.get("content") is not None for message in chat.messages):
-                    raise
-                return self._apply(chat, True, **end)
+            return self._in_a_form_that_fits(chat, end)
         except ImportError as error:
             raise UserError(f"{self.name}: chat templates need jinja2: pip install jinja2") from error
         except Exception as error:  # a template is a program, and raises what it likes
             raise UserError(f"{place}the chat template of {self.name} refuses this chat: {one_line(error)}") from error
 
-    def _apply(self, chat: Chat, null_is_empty: bool, **end: bool) -> str:
-        """What transformers makes of the chat; content that is null is empty, or is left out."""
-        messages = [_plain(message, self._takes_parts(message), null_is_empty) for message in chat.messages]
+    def _in_a_form_that_fits(self, chat: Chat, end: dict[str, bool]) -> str:
+        """What transformers makes of the chat: in the usual form, or where the template fails, in the first other one.
+
+        Another form must show the names of all calls: a template may drop what it does not expect.
+        """
+        calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
+        nulls = any(message.get("content") is None for message in chat.messages)
+        failure: Exception | None = None
+        spellings = (False, True) if calls else (False,)
+        contents = (_ABSENT, _NULL, _EMPTY) if nulls else (_ABSENT,)
+        for as_text, null in itertools.product(spellings, contents):
+            messages = [self._message(message, as_text, null) for message in chat.messages]
+            try:
+                text = self._apply(messages, chat, end, null == _NULL)
+            except Exception as error:
+                failure = failure or error
+                continue
+            if failure is None or all(_name(call) in text for call in calls):
+                return text
+        raise failure or ValueError("no form of it fits")
+
+    def _apply(self, messages: list[Message], chat: Chat, end: dict[str, bool], with_null: bool) -> str:
         given = {**chat.arguments, **end}
-        template = self._tokenizer.get_chat_template(None, chat.tools)
-        if self.time is not None and "strftime_now" in template:
-            given |= {"chat_template": _CLOCK + template, "jaxrlhf_time": _directives(self.time)}
+        template = found = self._tokenizer.get_chat_template(None, chat.tools)
+        if with_null:
+            template = _NULL_CONTENT + template
+        if self.time is not None and "strftime_now" in found:
+            template, given["jaxrlhf_time"] = _CLOCK + template, _directives(self.time)
+        if template is not found:
+            given["chat_template"] = template
         return self._tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, **given)
 
-    def _takes_parts(self, message: Message) -> bool:
-        """Whether the template writes the text of content that is in parts; tried once, when there is some."""
-        if self._parts is None and isinstance(message.get("content"), list):
-            probe = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
+    def _message(self, message: Message, arguments_as_text: bool, null: str) -> Message:
+        """The message in the form that the template reads."""
+        message, content = dict(message), message.get("content")
+        parts, text = self._reads
+        if content is None:
+            message.pop("content", None)
+            if null == _EMPTY:
+                message["content"] = ""
+        elif isinstance(content, list) and text and not parts:
+            message["content"] = content_text(message)
+        elif isinstance(content, str) and not text:
+            message["content"] = [{"type": "text", "text": content}]
+        if isinstance(message.get("tool_calls"), list):
+            message["tool_calls"] = [_with_arguments(call, arguments_as_text) for call in message["tool_calls"]]
+        return message
+
+    @property
+    def _reads(self) -> tuple[bool, bool]:
+        """Whether the template writes content in parts, and content that is text; tried once."""
+        if self._read is None:
+            parts = self._writes(lambda words: [{"type": "text", "text": word} for word in words])
+            self._read = parts, not parts or self._writes(" ".join)
+        return self._read
+
+    def _writes(self, content: Callable[[list[str]], Any]) -> bool:
+        """Whether the template writes all words of such contents, and nothing of how lists are spelled."""
+        words = [f"probe{i}" for i in range(6)]
+        turns = [
+            {"role": role, "content": content(words[2 * i : 2 * i + 2])}
+            for i, role in enumerate(("user", "assistant", "system"))
+        ]
+        for chat in ([turns[2], *turns[:2]], turns[:2]):  # some templates refuse a system message
             try:
-                text = self._tokenizer.apply_chat_template(probe, tokenize=False)
+                text = self._tokenizer.apply_chat_template(chat, tokenize=False)
             except Exception:
-                text = ""
-            # A template that knows only text writes the list as Python or JSON spells it, or fails.
-            self._parts = _PROBE in text and "'text'" not in text and '"text"' not in text
-        return bool(self._parts)
+                continue
+            wanted = words[: 2 * len(chat)]
+            return all(word in text for word in wanted) and "'text'" not in text and '"text"' not in text
+        return False
 
 
 def as_messages(value: str | Message | list[Message], role: str) -> list[Message]:
@@ -206,34 +267,39 @@ def content_text(message: Message) -> str:
     return content or ""
 
 
-def _plain(message: Message, takes_parts: bool, null_is_empty: bool) -> Message:
-    """The message in the form that the template reads."""
-    message = dict(message)
-    if message.get("content") is None:
-        message.pop("content", None)
-        if null_is_empty:
-            message["content"] = ""
-    elif not takes_parts:
-        message["content"] = content_text(message)
-    if isinstance(message.get("tool_calls"), list):
-        message["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
-    return message
+def _name(call: Any) -> str:
+    """The name of the function that a tool call calls."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    return str(function.get("name", "")) if isinstance(function, dict) else ""
 
 
-def _with_parsed_arguments(call: Any) -> Any:
-    """A tool call with its arguments as an object, where it has them as JSON text: templates write them as JSON."""
+def _with_arguments(call: Any, as_text: bool) -> Any:
+    """A tool call with its arguments as an object, or as JSON text."""
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict):
         return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+    arguments = function.get("arguments")
+    if as_text and isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        try:
+            spelled = json.loads(arguments)
+        except ValueError:
+            return call
+        arguments = spelled if isinstance(spelled, dict) else arguments
+    return {**call, "function": {**function, "arguments": arguments}} if "arguments" in function else call
 
 
-# Shadows transformers' function of this name, which asks the clock. Functions cannot be given to a template (since
-# transformers 5 they arrive as text), so the directives come as texts. The newline is taken off by `trim_blocks`.
+# What is put before a template; the newline is taken off by `trim_blocks`, with which transformers reads templates.
+
+# Gives messages without content the content null, which transformers takes out: DeepSeek's templates ask `is none`.
+_NULL_CONTENT = (
+    "{% set found = namespace(messages=[]) %}{% for message in messages %}"
+    "{% set found.messages = found.messages + [message if 'content' in message else dict(message, content=none)] %}"
+    "{% endfor %}{% set messages = found.messages %}\n"
+)
+# Shadows transformers' function of this name, which asks the clock. A function cannot be given to a template (since
+# transformers 5 it arrives as text), so what each directive writes is given.
 _CLOCK = (
     "{% macro strftime_now(format) %}{% set time = namespace(text=format) %}"
     "{% for directive, text in jaxrlhf_time.items() %}{% set time.text = time.text.replace(directive, text) %}"

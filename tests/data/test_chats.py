@@ -1,0 +1,333 @@
+"""Chats become the text that transformers' `apply_chat_template` makes of them; a pair splits that text in two."""
+
+import datetime
+import json
+
+import pytest
+
+from jaxrlhf.config import DemonstrationsConfig, PreferencesConfig, PromptsConfig
+from jaxrlhf.data.chats import Chat, as_chat
+from jaxrlhf.data.preferences import load_preferences
+from jaxrlhf.data.prompts import load_prompts
+from jaxrlhf.data.sft import load_demonstrations
+from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.errors import UserError
+
+pytest.importorskip("jinja2", reason="chat templates are written in jinja2")
+
+# Tools first, a turn per message with its calls, and thinking that can be switched off, as Qwen 3 has it.
+TOOLS = (
+    "{% if tools %}{{ '<tools>' + tools | tojson + '</tools>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}{{ '<eos>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+OTHER_TOOL = {"type": "function", "function": {"name": "g", "parameters": {"enum": ["a", None]}}}
+SWITCH = {"enable_thinking": False}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def call(name="f", arguments=None):
+    return {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}
+
+
+def characters(template: str) -> Tokenizer:
+    """A tokenizer of single characters: ids and text say the same."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[letter] = len(vocabulary)
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = template
+    return Tokenizer(fast, "characters")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return characters(TOOLS)
+
+
+def rendered(tokenizer, messages, **arguments):
+    return tokenizer.fast.apply_chat_template(messages, tokenize=False, **arguments)
+
+
+def prompt_of(tokenizer, path, **settings):
+    found = load_prompts(PromptsConfig(path=path, **settings), tokenizer, 512, "stop")
+    return [tokenizer.fast.decode(ids) for ids in found.ids]
+
+
+def pair_of(tokenizer, path, **settings):
+    found, _ = load_demonstrations(DemonstrationsConfig(path=path, **settings), tokenizer, 512, "stop")
+    return [(tokenizer.fast.decode(e.prompt_ids), tokenizer.fast.decode(e.response_ids)) for e in found]
+
+
+def preferred(tokenizer, path, **settings):
+    found, _ = load_preferences(PreferencesConfig(path=path, **settings), tokenizer, 512, "stop")
+    return [(tokenizer.fast.decode(p.chosen_ids), tokenizer.fast.decode(p.rejected_ids)) for p in found]
+
+
+# ---------------------------------------------------------------- tools and template arguments
+
+
+@pytest.mark.parametrize("stored", ["values", "text"])
+def test_tools_and_template_arguments_of_rows_and_settings(jsonl, tokenizer, stored):
+    def column(value):
+        return value if stored == "values" else json.dumps(value)
+
+    chat = [user("hi")]
+    own = {"tools": column([OTHER_TOOL]), "chat_template_kwargs": column(SWITCH)}
+    settings = {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": True}}
+    of_row = rendered(tokenizer, chat, tools=[OTHER_TOOL], add_generation_prompt=True, **SWITCH)
+    of_settings = rendered(tokenizer, chat, tools=[TOOL], add_generation_prompt=True)
+    assert "null" in of_row and "<think>" in of_row and of_settings != of_row  # a null in a list stays
+    bare = {"tools": None, "chat_template_kwargs": None}
+    for form in ({"messages": chat}, {"prompt": chat}):
+        path = jsonl([form | own, form | bare, form])
+        assert prompt_of(tokenizer, path, **settings) == [of_row, of_settings, of_settings]
+        assert prompt_of(tokenizer, path)[1] == rendered(tokenizer, chat, add_generation_prompt=True)
+    for form in ({"messages": [*chat, assistant("b")]}, {"prompt": chat, "response": "b"}):
+        got = pair_of(tokenizer, jsonl([form | own, form | bare]), **settings)
+        assert got == [(of_row, "b<eos>"), (of_settings, "b<eos>")]
+    pair = {"prompt": chat, "chosen": "b", "rejected": "c"}
+    whole = {"chosen": [*chat, assistant("b")], "rejected": [*chat, assistant("c")]}
+    for form in (pair, whole):
+        got = preferred(tokenizer, jsonl([form | own, form | bare]), **settings)
+        assert got == [(before + "b<eos>", before + "c<eos>") for before in (of_row, of_settings)]
+
+
+def test_tools_in_other_columns_and_none(jsonl, tokenizer):
+    row = {"prompt": [user("hi")], "tools": "hammer", "functions": [TOOL]}
+    with pytest.raises(UserError, match=r"rows.jsonl:1: field 'tools' is text that is not JSON"):
+        prompt_of(tokenizer, jsonl([row]))
+    assert prompt_of(tokenizer, jsonl([row]), tools_field="functions") == [
+        rendered(tokenizer, [user("hi")], tools=[TOOL], add_generation_prompt=True)
+    ]
+    assert "<tools>" not in prompt_of(tokenizer, jsonl([row | {"tools": []}]), tools=[TOOL])[0]  # the row's none wins
+    assert "<tools>" not in prompt_of(tokenizer, jsonl([row]), tools_field="")[0]
+    assert prompt_of(tokenizer, jsonl([row | {"prompt": "hi"}])) == ["hi"]  # a text has no tools
+
+
+@pytest.mark.parametrize(
+    ("columns", "part"),
+    [
+        ({"tools": ["f"]}, "field 'tools' is a list of 1; want a list of tools as objects"),
+        ({"tools": 3}, "field 'tools' is the number 3"),
+        ({"chat_template_kwargs": [1]}, "field 'chat_template_kwargs' is a list of 1; want an object"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "tokenize is set by the stage"),
+    ],
+)
+def test_arguments_that_cannot_be_used(jsonl, tokenizer, columns, part):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: ") as caught:
+        prompt_of(tokenizer, jsonl([{"prompt": [user("hi")]} | columns]))
+    assert part in str(caught.value)
+    with pytest.raises(ValueError, match="add_generation_prompt is set by the stage"):
+        PromptsConfig(path="x", chat_template_kwargs={"add_generation_prompt": False})
+
+
+def test_nulls_of_tables_are_not_rendered(jsonl, tmp_path, tokenizer):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": {"city": {"type": "string"}}}}},
+        {"type": "function", "function": {"name": "g", "parameters": {"properties": {"day": {"enum": ["a", None]}}}}},
+    ]
+    chat = [
+        user("hi"), assistant(None, tool_calls=[call("f", {"city": "Rome"}), call("g", {"day": "Monday"})]),
+        {"role": "tool", "content": "1", "name": "f"},
+    ]  # fmt: skip
+    row = {"prompt": chat, "tools": tools}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    stored = parquet.read_table(tmp_path / "rows.parquet").to_pylist()[0]
+    assert stored != row and stored["prompt"][1]["tool_calls"][0]["function"]["arguments"]["day"] is None
+    want = rendered(tokenizer, chat, tools=tools, add_generation_prompt=True)
+    assert prompt_of(tokenizer, str(tmp_path / "rows.parquet")) == prompt_of(tokenizer, jsonl([row])) == [want]
+
+
+# ---------------------------------------------------------------- forms of messages
+
+
+def test_content_that_is_null_beside_calls(tokenizer):
+    chat = [user("hi"), assistant(None, tool_calls=[call()]), {"role": "tool", "content": "1"}]
+    assert tokenizer.chats.prompt_text(chat, "") == rendered(tokenizer, chat, add_generation_prompt=True)
+    written = "{% for m in messages %}{{ m.role + m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    ends = "{% endfor %}{{ '<eos>' }}{% endfor %}"
+    assert characters(written + ends).chats.whole_text(chat, "") == "userhi<eos>assistantf<eos>tool1<eos>"
+    # DeepSeek's: text where content is not none, so that a message without it fails.
+    asks = (
+        "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].function.name }}"
+        "{% else %}{{ m.role + m.content }}{% endif %}{% endfor %}"
+    )
+    assert characters(asks).chats.whole_text(chat, "") == "userhiftool1"
+    # A template that knows no calls would lose them.
+    knows_none = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"x:1: the chat template of characters refuses this chat: .*no attribute 'content'"):
+        characters(knows_none).chats.whole_text(chat, "x:1: ")
+
+
+def test_arguments_of_calls_as_objects_and_as_text(tokenizer):
+    objects, texts = ([user("hi"), assistant(None, tool_calls=[call("f", a)])] for a in ({"é": 1}, '{"é": 1}'))
+    assert tokenizer.chats.whole_text(texts, "") == rendered(tokenizer, objects)
+    adds = (
+        "{% for m in messages %}{{ m.role }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    for chat in (objects, texts):
+        assert characters(adds).chats.whole_text(chat, "") == 'userassistantf {"é": 1}'
+    odd = [user("hi"), assistant(None, tool_calls=[call("f", "not JSON")])]
+    assert '"arguments": "not JSON"' in tokenizer.chats.whole_text(odd, "")
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role + ':' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text | trim }}{% endfor %}{% endif %}{{ '<eos>' }}{% endfor %}"
+)
+ONLY_PARTS = (
+    "{% for m in messages %}{{ m.role + ':' }}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("refuses_system", [False, True])
+def test_content_in_parts(tokenizer, jsonl, refuses_system):
+    chat, text = [user(parts("a ", " b"))], [user("a  b")]
+    joined = rendered(tokenizer, text, add_generation_prompt=True)
+    assert prompt_of(tokenizer, jsonl([{"messages": chat}, {"messages": text}])) == [joined, joined]
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" * refuses_system
+    takes = characters(strict + PARTS)
+    assert takes.chats.prompt_text(chat, "") == rendered(takes, chat) == "user:ab<eos>"
+    assert takes.chats.prompt_text(text, "") == rendered(takes, text) == "user:a  b<eos>"
+    wants = characters(strict + ONLY_PARTS)
+    assert wants.chats.prompt_text(chat, "") == wants.chats.prompt_text(text, "") == "user:a  b"
+
+
+def test_a_template_that_reads_the_first_part_only_gets_one_text():
+    """As Mistral Small's does in a system message."""
+    first = PARTS.replace("in m.content %}", "in m.content[:1] %}")
+    assert characters(first).chats.prompt_text([user(parts("a ", " b"))], "") == "user:a  b<eos>"
+
+
+# ---------------------------------------------------------------- the assistant's beginning
+
+
+def test_a_prompt_that_ends_with_the_assistants_beginning_is_continued(jsonl, tokenizer):
+    beginning, rest, other = "<think>Let me see", " that</think>4", "</think>5"
+    chat = [user("2+2?"), assistant(beginning)]
+    before = rendered(tokenizer, chat, continue_final_message=True)
+    whole, worse = (rendered(tokenizer, [chat[0], assistant(beginning + text)]) for text in (rest, other))
+    assert before == whole[: len(before)]
+    assert prompt_of(tokenizer, jsonl([{"prompt": chat}])) == [before]
+    for answer in (rest, assistant(rest), [assistant(rest)]):
+        assert pair_of(tokenizer, jsonl([{"prompt": chat, "response": answer}])) == [(before, rest + "<eos>")]
+    for chosen, rejected in ((rest, other), ([assistant(rest)], [assistant(other)])):
+        got = preferred(tokenizer, jsonl([{"prompt": chat, "chosen": chosen, "rejected": rejected}]))
+        assert got == [(whole.strip(), worse.strip())]
+    # In a chat, a last answer is what is to be written: it is left out of prompts, and learnt.
+    opened = rendered(tokenizer, chat[:1], add_generation_prompt=True)
+    assert prompt_of(tokenizer, jsonl([{"messages": chat}])) == [opened]
+    assert pair_of(tokenizer, jsonl([{"messages": chat}])) == [(opened, beginning + "<eos>")]
+    # Two turns in a row stay two there.
+    twice = [*chat, assistant("4")]
+    (got,) = pair_of(tokenizer, jsonl([{"messages": twice}]))
+    assert "".join(got) == rendered(tokenizer, twice).strip()
+
+
+def test_beginnings_that_cannot_be_continued(tokenizer):
+    called = [user("hi"), assistant(None, tool_calls=[call()])]
+    with pytest.raises(UserError, match=r"x:1: the prompt ends with a tool call of the assistant; want a tool's"):
+        list(tokenizer.encode_prompts([called], ["x:1"]))
+    drops = characters("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}")
+    with pytest.raises(UserError, match=r"x:1: the chat template of characters refuses this chat: .*continue"):
+        list(drops.encode_prompts([[user("hi"), assistant("a</think>")]], ["x:1"]))
+
+
+def test_a_chat_followed_by_an_answer():
+    chat = as_chat([user("a"), assistant("b", name="x")])
+    assert chat.begun and chat.followed_by("c").messages == [user("a"), assistant("bc", name="x")]
+    assert not Chat(chat.messages).begun
+    assert Chat(chat.messages).followed_by("c").messages == [*chat.messages, assistant("c")]
+    several = chat.followed_by([assistant(parts("c")), user("d"), assistant("e")])
+    assert several == Chat([user("a"), assistant("bc", name="x"), user("d"), assistant("e")])
+
+
+# ---------------------------------------------------------------- prompt and answer apart
+
+
+THINKS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content.split('</think>')[-1] + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+
+
+def test_an_answer_behind_an_opening_that_begins_it(tokenizer):
+    """As DeepSeek R1's: the prompt ends with <think>, which finished turns do not have."""
+    thinks = characters(THINKS)
+    for answer in ("<think>\nso</think>b", "<think>so</think>b", "so</think>b"):
+        assert thinks.chats.pair_texts([user("a")], answer, "") == (
+            "<|user|>a<eos><|assistant|><think>\n",
+            "so</think>b",
+        )
+    assert thinks.chats.pair_texts([user("a")], "b", "")[1] == "b"
+
+
+def test_pairs_that_cannot_be_told_apart_are_refused(tokenizer):
+    several = [assistant("b"), user("c"), assistant("d")]
+    before, after = tokenizer.chats.pair_texts([user("a")], several, "")
+    assert before + after == rendered(tokenizer, [user("a"), *several])
+    with pytest.raises(UserError, match=r"x:1: .*several turns otherwise than it opens"):
+        list(characters(THINKS).encode_pairs([([user("a")], several)], where=["x:1"]))
+    with pytest.raises(UserError, match=r"x:1: the answer begins with a turn of user; want the assistant's first"):
+        list(tokenizer.encode_pairs([([user("a")], several[1:])], where=["x:1"]))
+
+
+# ---------------------------------------------------------------- the clock
+
+
+DATED = (
+    "{%- set format = '%d %b %Y' %}\n{{- 'Today: ' + strftime_now(format) + strftime_now(' %-d.%-m. %H:%M %%')}}\n"
+    + TOOLS
+)
+
+
+def test_the_clock_stands_still_where_a_time_is_set(monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    class Clock(datetime.datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 9, cls.day, 8, 5)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    dated, chat = characters(DATED), [user("hi")]
+    first = rendered(dated, chat, add_generation_prompt=True)
+    assert first.startswith("Today: 01 Sep 2026 1.9. 08:05 %\n<|user|>") and dated.chats.uses_time
+    assert dated.chats.prompt_text(chat, "") == first
+    dated.chats.time = began = dated.chats.now()
+    assert began == Clock(2026, 9, 1, 8, 5)
+    Clock.day = 12
+    assert rendered(dated, chat, add_generation_prompt=True) != first
+    assert dated.chats.prompt_text(chat, "") == first and dated.chats.now().day == 12
+    dated.chats.time = None
+    assert dated.chats.prompt_text(chat, "").startswith("Today: 12 Sep 2026 12.9.")
+    plain = characters(TOOLS)
+    assert not plain.chats.uses_time
