@@ -176,7 +176,7 @@ def test_content_that_is_null_beside_calls(tokenizer):
     assert characters(asks).chats.whole_text(chat, "") == "userhiftool1"
     # A template that knows no calls would lose them.
     knows_none = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
-    with pytest.raises(UserError, match=r"x:1: the chat template of characters refuses this chat: .*no attribute 'content'"):
+    with pytest.raises(UserError, match=r"x:1: the chat template of .* refuses this chat: .*no attribute 'content'"):
         characters(knows_none).chats.whole_text(chat, "x:1: ")
 
 

@@ -90,6 +90,63 @@ def test_whole_chats_split_at_the_last_common_question(jsonl, chat):
             load(jsonl([{"chosen": common, "rejected": wrong}]), chat)
 
 
+def test_a_text_prompt_beside_whole_chats(jsonl, chat):
+    """The chat's own turns are the prompt, whatever stands before the prompt field's turn and around its text."""
+    short, hello = turn("system", "my"), turn("user", "hello")
+    before = [turn("user", "a"), turn("assistant", "b")]
+    openings = [[short, hello], [*before, hello], [hello], [short, *before, hello], [turn("user", "hello ")]]
+    for opening in openings:
+        sides_of = {"chosen": [*opening, turn("assistant", "c")], "rejected": [*opening, turn("assistant", "d")]}
+        for prompt in ("hello", " hello\n", [hello], [turn("user", [{"type": "text", "text": "hello"}])]):
+            (pair,), _ = load(jsonl([{"prompt": prompt} | sides_of]), chat)
+            assert sides(pair) == (joint(chat, opening, "c"), joint(chat, opening, "d"))
+            assert pair.chosen_ids.tolist() == next(chat.encode_chats([sides_of["chosen"]]))
+    other = [turn("user", "hello "), turn("assistant", "d")]  # the same question but for a blank: the chosen one's
+    (pair,), _ = load(jsonl([{"prompt": "hello", "chosen": [hello, turn("assistant", "c")], "rejected": other}]), chat)
+    assert sides(pair) == (joint(chat, [hello], "c"), joint(chat, [hello], "d"))
+    whole = [hello, turn("assistant", "c")]
+    (pair,), _ = load(jsonl([{"prompt": "", "chosen": whole, "rejected": other}]), chat)
+    assert sides(pair)[0] == joint(chat, [hello], "c")
+
+
+def test_answers_of_several_turns(jsonl, chat):
+    prompt, answer = [turn("user", "a")], [turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    worse = [turn("assistant", "e"), *answer[1:]]
+    rows = [
+        {"prompt": "a", "chosen": answer, "rejected": worse},
+        {"prompt": prompt, "chosen": answer, "rejected": worse},
+        {"prompt": prompt, "chosen": [*prompt, *answer], "rejected": [*prompt, *worse]},
+    ]
+    pairs, _ = load(jsonl(rows), chat)
+    for pair in pairs:
+        assert sides(pair) == tuple(next(chat.encode_chats([[*prompt, *side]])) for side in (answer, worse))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "message"),
+    [
+        ("x", "user:a assistant:b", "user:a assistant:c", "'chosen' is a chat that begins with a turn of user"),
+        ("a", "user:a assistant:b", "user:x assistant:c", "one of chosen and rejected holds the prompt, the other not"),
+        ("a", "user:a assistant:b", "assistant:c", "one of chosen and rejected holds the prompt"),
+        ("a", "assistant:b", "user:x assistant:c", "'rejected' is a chat that begins with a turn of user"),
+        ("a", "system:b user:a assistant:b", "system:c user:a assistant:c", "without a common turn"),
+        ("a", "user:b assistant:b user:a assistant:b", "user:b assistant:c user:a assistant:c", "differ before"),
+        ("a", "assistant:", "assistant:c", "'chosen' has an empty answer"),
+    ],
+)
+def test_mixed_rows_that_cannot_be_used(jsonl, chat, prompt, chosen, rejected, message):
+    row = {"prompt": prompt} | {
+        name: [turn(*part.split(":")) for part in side.split()]
+        for name, side in (("chosen", chosen), ("rejected", rejected))
+    }
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(UserError) as caught:
+        load(jsonl([good, row]), chat)
+    assert "rows.jsonl:2: " in str(caught.value) and message in str(caught.value)
+    pairs, report = load(jsonl([good, row]), chat, unusable="drop")
+    assert len(pairs) == 1 and list(report.first.values()) == [str(caught.value).split(": ")[0]]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
