@@ -18,14 +18,15 @@ from jaxrlhf.stages.roles import load_roles
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """`hub(name)`: path; file (the `tokenizers.Tokenizer` of its tokenizer.json); what a run loads from it (base,
-    tokenizer, stops: the token ids that end its answers); theirs, transformers' tokenizer; and whether it has chats."""
+    """`hub(name, layers=None)` writes a folder and loads it. Holds `path`; `about`, the row of FOLDERS; `base`,
+    `tokenizer` and `stops` (the token ids that end answers) as runs have them; `file`, `tokenizers.Tokenizer` of its
+    tokenizer.json; `theirs`, transformers' own tokenizer."""
 
     @functools.cache
-    def opened(name):
-        path = make(name, tmp_path_factory.mktemp("hub") / name)
-        settings = {"run_dir": str(path.parent / "run"), "stages": ["sft"], "model": {"path": str(path)},
-                    "sft": {"data": {"path": "builtin:assistant-demonstrations"}}}  # fmt: skip
+    def opened(name, layers=None):
+        path = make(name, tmp_path_factory.mktemp("hub") / name, layers=layers)
+        model, data = {"path": str(path), "dtype": "float32"}, {"path": "builtin:assistant-demonstrations"}
+        settings = {"run_dir": str(path.parent / "run"), "stages": ["sft"], "model": model, "sft": {"data": data}}
         roles = load_roles(RunConfig.model_validate(settings))
         file = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         return SimpleNamespace(
@@ -37,15 +38,12 @@ def hub(tmp_path_factory):
     return opened
 
 
-READY = [name for name in FOLDERS if name != "gemma-3-1b-it"]  # its tokenizer has one id more than the model has rows
-
-
-@pytest.fixture(params=READY)
+@pytest.fixture(params=FOLDERS)
 def folder(hub, request):
     return hub(request.param)
 
 
-@pytest.fixture(params=[name for name in READY if FOLDERS[name].template is not None])
+@pytest.fixture(params=[name for name, about in FOLDERS.items() if about.template is not None])
 def chatting(hub, request):
     """A folder with a chat template."""
     return hub(request.param)

@@ -224,7 +224,7 @@ def _gpt2_tensors(tensors: dict) -> dict:
 
     renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     mask = torch.ones(POSITIONS, POSITIONS).tril().view(1, 1, POSITIONS, POSITIONS)
-    return renamed | {f"h.{i}.attn.bias": mask.clone() for i in range(2)}
+    return renamed | {f"h.{i}.attn.bias": mask.clone() for i in range(2) if f"h.{i}.ln_1.weight" in renamed}
 
 
 def _neox_tensors(tensors: dict) -> dict:
@@ -233,8 +233,7 @@ def _neox_tensors(tensors: dict) -> dict:
 
     tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
     mask = torch.ones(POSITIONS, POSITIONS, dtype=torch.bool).tril().view(1, 1, POSITIONS, POSITIONS)
-    for i in range(2):
-        layer = f"gpt_neox.layers.{i}.attention."
+    for layer in {key[: key.index("dense")] for key in tensors if key.endswith("attention.dense.weight")}:
         tensors[layer + "bias"] = mask.clone()
         tensors[layer + "masked_bias"] = torch.tensor(-1e9, dtype=torch.float16).clamp(min=-65504)
         tensors[layer + "rotary_emb.inv_freq"] = torch.ones(1, dtype=torch.float16)
@@ -337,8 +336,11 @@ FOLDERS = {
 }  # fmt: skip
 
 
-def make(name: str, target: str | Path, seed: int = 0) -> Path:
-    """Writes the folder called `name` into `target`, which is made; returns it."""
+def make(name: str, target: str | Path, seed: int = 0, layers: int | None = None) -> Path:
+    """Writes the folder called `name` into `target`, which is made; returns it.
+
+    `layers` changes their number, where the layers of the folder are all alike.
+    """
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -348,6 +350,8 @@ def make(name: str, target: str | Path, seed: int = 0) -> Path:
     tokenizer = folder.tokenizer()
     ids = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     config = _with_ids(folder.config, ids) | {"vocab_size": len(ids) + folder.rows}
+    if layers is not None and config["model_type"] not in ("gemma2", "gemma3_text", "smollm3"):
+        config["n_layer" if "n_layer" in config else "num_hidden_layers"] = layers
     _write(path / "tokenizer.json", tokenizer)
     _write(path / "tokenizer_config.json", _entries(folder, tokenizer))
     _write(path / "config.json", dict(sorted(config.items())))
