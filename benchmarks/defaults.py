@@ -55,26 +55,28 @@ def random_decoder(width: int, seed: int = 3) -> Decoder:
     return with_parameters(abstract, values)
 
 
-def moved(width: int, kind: str, config: PPOConfig) -> tuple[float, float]:
-    """(KL per token of the old policy to the new one, share of tokens out of 0.8 .. 1.2) after one iteration."""
+def moved(width: int, kind: str, configs: list[PPOConfig]) -> list[tuple[float, float]]:
+    """For each of the settings (KL per token of the old policy to the new one, share of tokens out of 0.8 .. 1.2) after
+    one iteration; all learn from the same answers.
+    """
     base = random_decoder(width)
     policy = init_adapter(base, AdapterConfig(kind=kind), jax.random.key(1))
     value = init_adapter(base, AdapterConfig(rank=2), jax.random.key(2), "value")
     generator = np.random.default_rng(0)
     tokens = jnp.asarray(generator.integers(1, VOCABULARY, (ROWS, PROMPT)), jnp.int32)
     prompts = Prompts(tokens, jnp.ones((ROWS, PROMPT), bool))
-    answers = jax.jit(rollout)(
-        base, policy, prompts, jax.random.key(5), Sampling(max_new_tokens=ANSWER, stop_tokens=())
-    )
-    noted = jax.jit(annotate)
+    sampling = Sampling(max_new_tokens=ANSWER, stop_tokens=(), halvings=0)
+    answers = jax.jit(rollout)(base, policy, prompts, jax.random.key(5), sampling)
+    noted, update, found = jax.jit(annotate), jax.jit(ppo_update), []
     before = noted(base, policy, value, None, answers)
     scores = jnp.asarray(generator.standard_normal(ROWS), jnp.float32)
     experience, _ = build_experience(answers, before, scores, 0.05, lam=AdvantageConfig().lam)
-    state = init_ppo(policy, value, config)
-    state, _ = jax.jit(ppo_update)(state, base, experience, jax.random.key(0), config)
-    ratio = noted(base, state.policy, value, None, answers).logprobs - before.logprobs
-    outside = (ratio > np.log(1.2)) | (ratio < np.log(0.8))
-    return float((jnp.expm1(ratio) - ratio).mean()), float(outside.mean())
+    for config in configs:
+        state, _ = update(init_ppo(policy, value, config), base, experience, jax.random.key(0), config)
+        ratio = noted(base, state.policy, value, None, answers).logprobs - before.logprobs
+        outside = (ratio > np.log(1.2)) | (ratio < np.log(0.8))
+        found.append((float((jnp.expm1(ratio) - ratio).mean()), float(outside.mean())))
+    return found
 
 
 def steps() -> None:
@@ -82,8 +84,8 @@ def steps() -> None:
     print("| trained | width | 4 x 1, 1e-4 (before) | 1 x 4, defaults |\n|" + " --- |" * 4)
     for kind, widths in (("lora", (64, 256, 768, 2048)), ("full", (64, 256, 768))):
         for width in widths:
-            cells = [moved(width, kind, config) for config in (PPOConfig(**FORMER), PPOConfig())]
-            print(f"| {kind} | {width} | " + " | ".join(f"{kl:.1e}; {out:.0%}" for kl, out in cells) + " |", flush=True)
+            cells = [f"{kl:.1e}; {out:.0%}" for kl, out in moved(width, kind, [PPOConfig(**FORMER), PPOConfig()])]
+            print(f"| {kind} | {width} | {' | '.join(cells)} |", flush=True)
 
 
 # ---------------------------------------------------------------- numbers alone

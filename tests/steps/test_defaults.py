@@ -92,8 +92,7 @@ def test_an_iteration_at_the_defaults_stays_near_the_old_policy(kind):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         benchmark = importlib.import_module("defaults")
-    kl, outside = benchmark.moved(256, kind, PPOConfig())
-    former, far = benchmark.moved(256, kind, PPOConfig(**benchmark.FORMER))
+    (kl, outside), (former, far) = benchmark.moved(256, kind, [PPOConfig(), PPOConfig(**benchmark.FORMER)])
     assert 0 < kl < 0.1 * former and outside < 0.01
     if kind == "full":
         assert far > 0.1, "the settings that were the defaults before move a whole model out of it"
