@@ -61,13 +61,13 @@ class Sampling(Settings):
 class Rates(NamedTuple):
     """Learning rates by what is trained."""
 
-    whole: float  # every weight
+    whole: float  # every weight, of a model of width `RATED_WIDTH` or more
     lora: float  # low-rank pairs, or a scalar head alone: the base under them stays as it is
 
 
-# Adam's step is about as large as the learning rate in every weight, so what a model's output moves by grows with its
-# width: rates that carry small models break large ones. Whole models at the rates of TRL, OpenRLHF and verl; LoRA at
-# 10 times as much or more, as their guides say. docs/defaults.md has the sources and what was measured.
+# Adam's step is about as large as the learning rate in every weight, so what a layer's output moves by grows with its
+# inputs: rates that carry small models break large ones. Whole models at the rates of TRL, OpenRLHF and verl; LoRA, whose
+# lora_a shrinks with the width, at 10 times as much or more, as their guides say. docs/defaults.md has the sources.
 LEARNING_RATES = {
     "sft": Rates(whole=2e-5, lora=2e-4),
     "reward_model": Rates(whole=1e-5, lora=1e-4),
@@ -76,11 +76,14 @@ LEARNING_RATES = {
 }
 
 
+RATED_WIDTH = 896  # of the least of the models that the rates are for, 0.5B; narrower ones get more (2203.03466)
+
+
 class OptimizerConfig(Settings):
     """AdamW as PyTorch computes it, with a schedule and a clipped gradient norm."""
 
     learning_rate: NonNegativeFloat | None = Field(
-        None, description="peak learning rate; null, for LoRA and for whole models: sft 2e-4 and 2e-5, reward_model 1e-4 and 1e-5, policy 2e-5 and 1e-6, value model 1e-4 and 1e-5"
+        None, description="peak learning rate; null, for LoRA and for whole models: sft 2e-4 and 2e-5, reward_model 1e-4 and 1e-5, policy 2e-5 and 1e-6, value model 1e-4 and 1e-5; whole models narrower than 896 in proportion more"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up: constant, or decay to 0 at the last step")
     warmup_steps: NonNegativeFloat = Field(0.0, description="optimizer steps of linear warm-up")

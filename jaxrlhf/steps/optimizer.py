@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.config import OptimizerConfig
-from jaxrlhf.config.steps import LEARNING_RATES
+from jaxrlhf.config.steps import LEARNING_RATES, RATED_WIDTH
 from jaxrlhf.models.adapters import is_whole
 
 
@@ -16,7 +16,14 @@ def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfi
     if config.learning_rate is not None:
         return config
     rates = LEARNING_RATES[role]
-    return config.model_copy(update={"learning_rate": rates.whole if is_whole(params) else rates.lora})
+    rate = rates.whole * _narrowness(params) if is_whole(params) else rates.lora
+    return config.model_copy(update={"learning_rate": rate})
+
+
+def _narrowness(params: Any) -> float:
+    """How many times narrower than `RATED_WIDTH` a whole model is; at least 1."""
+    embedding = params.get("embed_tokens", {}).get("embedding")
+    return 1.0 if embedding is None else max(1.0, RATED_WIDTH / embedding.shape[-1])
 
 
 def init_optimizer(params: Any) -> optax.OptState:

@@ -11,7 +11,7 @@ import yaml
 
 from jaxrlhf.algorithms.advantages import gae
 from jaxrlhf.config import AdapterConfig, AdvantageConfig, OptimizerConfig, PPOConfig
-from jaxrlhf.config.steps import LEARNING_RATES
+from jaxrlhf.config.steps import LEARNING_RATES, RATED_WIDTH
 from jaxrlhf.models.adapters import init_adapter, value_head
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step, with_rate
 from jaxrlhf.steps.ppo import complete, init_ppo, ppo_update
@@ -31,7 +31,9 @@ def test_the_rate_is_chosen_by_the_tree_and_one_that_is_given_stays(tiny, roles,
     assert rates.lora > rates.whole
     of = lambda tree: with_rate(OptimizerConfig(), role, tree).learning_rate  # noqa: E731
     assert of(roles.policy) == of(roles.value) == of(value_head(tiny)) == rates.lora
-    assert of(whole) == of({**whole, **value_head(tiny)}) == rates.whole
+    assert of(whole) == of({**whole, **value_head(tiny)}) == rates.whole * RATED_WIDTH / tiny.config.hidden_size
+    wide = {"embed_tokens": {"embedding": jax.ShapeDtypeStruct((9, 4096), jnp.float32)}}
+    assert of(wide) == rates.whole, "narrow models alone get more"
     assert of({**roles.policy, "embed_tokens": whole["embed_tokens"]}) == rates.lora, "LoRA with a module beside it"
     assert with_rate(OptimizerConfig(learning_rate=0.0), role, whole).learning_rate == 0.0
 
