@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
-from jaxrlhf.config import RewardConfig
+from jaxrlhf.config import PPOConfig, RewardConfig
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import DecoderConfig
 from jaxrlhf.models.folders import AUTO
@@ -35,7 +35,7 @@ from jaxrlhf.stages.programs import (
 from jaxrlhf.stages.settings import with_optimizers, with_total_steps
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
-from jaxrlhf.steps.ppo import init_ppo
+from jaxrlhf.steps.ppo import complete, init_ppo
 
 STEPS = 1000  # of an optimizer, which schedules need; the number changes no shape
 
@@ -91,7 +91,8 @@ def ppo(shapes: Shapes) -> Calls:
     config, mesh = shapes.config.ppo, shapes.mesh
     base, policy, value = shapes.base(), *_policy_and_value(shapes)
     rates = {"optimizer": ("policy", policy), "value_optimizer": ("value", value or {})}
-    update = with_optimizers(config.update, rates, dict.fromkeys(rates, STEPS))
+    whole = complete(config.update, config.batch_size * config.sampling.samples_per_prompt)
+    update = with_optimizers(whole, rates, dict.fromkeys(rates, STEPS))
     state = shapes.placed(jax.eval_shape(lambda p, v: init_ppo(p, v, update), policy, value))
     reference, scorer = _reference(shapes, policy), _own_reward(shapes)
     models = _reward_models(shapes)
@@ -123,7 +124,7 @@ def ppo(shapes: Shapes) -> Calls:
     control = shapes.placed(jax.eval_shape(lambda: Control.start(0.0)))
     rows = (answers, annotated, shapes.rows(numbers(B * n)), greedy)
     experience, _, _ = yield Call("experience", experience_program(mesh), (*rows, control, settings), {}, rows, lives)
-    rows, change = (experience, _mix(shapes)), update_program(mesh, state)
+    rows, change = (experience, _mix(shapes, update)), update_program(mesh, state)
     args = (state, base, experience, key, update)
     yield Call("update", change, args, {"mix": rows[1]}, rows, lives, remat=update.remat)
 
@@ -198,8 +199,8 @@ def _reward_models(shapes: Shapes) -> list[Call]:
     return calls
 
 
-def _mix(shapes: Shapes) -> SFTBatch | None:
-    mix, update = shapes.config.ppo.pretraining, shapes.config.ppo.update
+def _mix(shapes: Shapes, update: PPOConfig) -> SFTBatch | None:
+    mix = shapes.config.ppo.pretraining
     if mix is None:
         return None
     return shapes.rows(_sft_batch(mix.batch_size * update.epochs * update.minibatches, mix.max_length))

@@ -51,7 +51,7 @@ class Shapes:
         """The frozen base, or another decoder in a dtype of its own."""
         if model is not None:
             return self.placed(abstract_decoder(model, dtype))
-        abstract = abstract_decoder(self.model, self.config.model.dtype)
+        abstract = abstract_decoder(self.model, model_dtype(self.config.model))
         kind = self.config.model.quantize
         return self.placed(abstract if kind is None else abstract_quantized(abstract, kind))
 

@@ -83,7 +83,7 @@ SETTINGS = {
                 "max_positions": 128}
     },
     "adapter": {"rank": 4},
-    "sft": {"data": {"path": "rows.jsonl"}, "batch_size": 16, "max_length": 128},
+    "sft": {"data": {"path": "rows.jsonl"}, "batch_size": 16, "max_length": 128, "remat": "none"},
 }  # fmt: skip
 
 
