@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import SCORE
+from jaxrlhf.models.adapters import HEAD, SCORE
 from jaxrlhf.models.decoder import Decoder, linear_shapes, named_parameters
 from jaxrlhf.models.folders import check_replaceable, written_once
 from jaxrlhf.models.layout import pending
@@ -31,7 +31,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
     info = {
         "format": ADAPTER_FORMAT,
         "version": ADAPTER_VERSION,
-        "kind": "lora" if ranks else "full",
+        "kind": _kind(leaves),
         "rank": max(ranks, default=None),
         "head": SCORE in adapter,
     }
@@ -68,10 +68,19 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
     return adapter
 
 
+def _kind(leaves: dict[str, Any]) -> str:
+    """lora: with pairs; full: every weight; whole: every number of some modules, such as a DoRA adapter's."""
+    if any(name.endswith("/lora_a") for name in leaves):
+        return "lora"
+    every = "embed_tokens/embedding" in leaves and any("norm/" in name for name in leaves)
+    return "full" if every or not leaves else "whole"
+
+
 def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, file: Path) -> None:
     """`UserError` unless each tensor has its place in the base and each LoRA pair is whole."""
     parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
-    layers = linear_shapes(base)
+    head = base.config.hidden_size, base.config.vocab_size  # also of a base whose head is its embedding
+    layers = linear_shapes(base) | {HEAD: head}
     if kind == "full" and (codes := quantization(base)) is not None:
         raise UserError(f"{file}: a full adapter replaces every weight; this base is in {codes} codes")
     for name, tensor in stored.items():
@@ -87,7 +96,7 @@ def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, fi
         elif module == SCORE:
             wanted = (base.config.hidden_size, 1) if leaf == "kernel" else None
         else:
-            wanted = parameters.get(name)
+            wanted = parameters.get(name, head if name == f"{HEAD}/kernel" else None)
         if wanted is None:
             raise UserError(f"{file}: tensor {name} has no place in this base; the adapter is another model's")
         if tensor.shape != wanted:

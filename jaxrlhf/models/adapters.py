@@ -5,6 +5,7 @@ a copy of the module tree that shares the base's arrays, so the base is frozen b
 taken with respect to the adapter alone.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -18,7 +19,7 @@ from jaxrlhf.models.linear import Linear
 from jaxrlhf.models.quantize import dequantize_decoder, quantization
 from jaxrlhf.records import Adapter
 
-SCORE = "score"
+SCORE, HEAD = "score", "lm_head"
 LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
 
 
@@ -64,6 +65,8 @@ def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> A
     whole = init_adapter(base, AdapterConfig(kind="full"), jax.random.key(0))
     for path, leaves in adapter.items():
         own = {name: jnp.array(x, copy=True) for name, x in leaves.items() if name not in LORA_LEAVES}
+        if path == HEAD and HEAD not in whole:  # the base's is its embedding
+            whole[HEAD] = {"kernel": _head_kernel(base)}
         whole[path] = whole.get(path, {}) | own
         if "lora_a" in leaves:
             whole[path]["kernel"] += lora_product(leaves)
@@ -73,6 +76,8 @@ def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> A
 def bare(base: Decoder, adapter: Adapter) -> Adapter:
     """An adapter with the leaves of the given one under which the base computes what it computes alone; no head."""
     plain = named_parameters(base)
+    if f"{HEAD}/kernel" not in plain:
+        plain[f"{HEAD}/kernel"] = base.embed_tokens.embedding[...].T
 
     def leaf(path: str, name: str, given: jax.Array) -> jax.Array:
         if name == "lora_b":
@@ -99,7 +104,8 @@ def without_head(adapter: Adapter) -> Adapter:
 def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
     """The base with the adapter attached: same arrays, no copy. `bind(base, None)` is the base.
 
-    Full leaves are cast to the base's dtype; LoRA pairs and heads keep their own (float32).
+    Full leaves are cast to the base's dtype; LoRA pairs and heads keep their own (float32). An adapter of `lm_head`
+    parts it from an embedding to which it is tied.
     """
     if adapter is None:
         return base
@@ -109,6 +115,8 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
         if path == SCORE:
             model.score = Linear(values["kernel"])
             continue
+        if path == HEAD and model.lm_head is None:
+            _part_head(model, base)
         module = find_module(model, path)
         for name, value in values.items():
             if name not in LORA_LEAVES:
@@ -161,11 +169,18 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
     plain = dequantize_decoder(base)
     if adapter is None:
         return plain
-    merged = bind(plain, {path: leaves for path, leaves in adapter.items() if path != SCORE and "lora_a" not in leaves})
+    whole = {
+        path: {name: value for name, value in leaves.items() if name not in LORA_LEAVES}
+        for path, leaves in without_head(adapter).items()
+    }
+    merged = bind(plain, whole)
     for path, leaves in adapter.items():
         if "lora_a" in leaves:
             module = find_module(merged, path)
-            kernel = find_module(base, path).float32_kernel()
+            if "kernel" in leaves:
+                kernel = leaves["kernel"].astype(jnp.float32)
+            else:
+                kernel = _head_kernel(base) if path == HEAD else find_module(base, path).float32_kernel()
             module.kernel = nnx.Param((kernel + lora_product(leaves)).astype(module.kernel.dtype))
     return merged
 
@@ -173,6 +188,17 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
 def is_whole(adapter: Adapter) -> bool:
     """Whether the adapter is a copy of the model's own weights: neither LoRA pairs nor a scalar head alone."""
     return bool(without_head(adapter)) and not any("lora_a" in leaves for leaves in adapter.values())
+
+
+def _part_head(model: Decoder, base: Decoder) -> None:
+    """Gives the model a head of its own that computes what the base's embedding does as a head."""
+    model.lm_head = Linear(base.embed_tokens.embedding[...].T)
+    model.config = dataclasses.replace(model.config, tie_embeddings=False)
+
+
+def _head_kernel(base: Decoder) -> jax.Array:
+    """f32[D,V], a copy."""
+    return jnp.array(base.head_kernel(), jnp.float32, copy=True)
 
 
 def parameter_count(adapter: Adapter) -> int:

@@ -280,12 +280,14 @@ class Decoder(nnx.Module):
         # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
         kernel = operand(kernel.astype(hidden_BTD.dtype))
         logits = jnp.matmul(operand(hidden_BTD), kernel, preferred_element_type=jnp.float32)
+        if self.lm_head is not None and self.lm_head.lora_a is not None:
+            logits += self.lm_head.pair_product(hidden_BTD)
         logits = laid_out(logits, BATCH_AXES, None, "tensor")
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def head_kernel(self) -> jax.Array:
-        """Of the language-model head: [D,V]."""
+        """Of the language-model head, without its LoRA pair: [D,V]."""
         return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
         tensor = matched[name] = tensors[theirs]
         used.add(theirs)
         tensor.check_dtype()
-        shape = _stored_shape(wanted.shape, config, where)
+        shape = stored_shape(wanted.shape, config, where)
         if tensor.shape != shape:
             raise UserError(
                 f"{tensor.file}: tensor {theirs} has shape {list(tensor.shape)}; config.json calls for {list(shape)}"
@@ -138,7 +138,7 @@ def read_decoder(
     return with_parameters(abstract if quantize is None else abstract_quantized(abstract, quantize), values)
 
 
-def _stored_shape(shape: tuple[int, ...], config: DecoderConfig, where: Place) -> tuple[int, ...]:
+def stored_shape(shape: tuple[int, ...], config: DecoderConfig, where: Place) -> tuple[int, ...]:
     """The shape of the checkpoint's tensor in which a parameter of ours stands."""
     if where.part is not None:
         shape = (*shape[:-1], where.part.groups(config) * sum(where.part.sizes(config)))
@@ -226,7 +226,7 @@ def _fused(config: DecoderConfig, pieces: list[tuple[Place, jax.Array]]) -> Pend
         whole = np.concatenate(parts, axis=-1).reshape(*first.shape[:-1], -1)
         return whole.T if where.transposed else whole
 
-    return Pending(first.dtype, _stored_shape(first.shape, config, where), fetch)
+    return Pending(first.dtype, stored_shape(first.shape, config, where), fetch)
 
 
 def pending(value: jax.Array, transposed: bool = False) -> Pending:

@@ -42,6 +42,11 @@ class Linear(nnx.Module):
         """x @ kernel, in the dtype of x."""
         return x @ self.kernel[...].astype(x.dtype)
 
+    def pair_product(self, x: jax.Array) -> jax.Array:
+        """What the LoRA pair adds, in float32: [..., out]."""
+        a, b, scale = (leaf[...].astype(jnp.float32) for leaf in (self.lora_a, self.lora_b, self.lora_scale))
+        return ((x.astype(jnp.float32) @ a) * jax.lax.stop_gradient(scale)) @ b
+
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self._with_pair(x)
         return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), PRODUCT)

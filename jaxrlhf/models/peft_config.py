@@ -15,10 +15,12 @@ import numpy as np
 from jaxrlhf.errors import UserError, short
 
 HEADS = {"score", "classifier"}  # what PEFT lists in modules_to_save for task_type SEQ_CLS; our families have `score`
+NEWER_NAMES = {"embed_out": "lm_head"}  # modules that transformers 5 calls otherwise, though not in checkpoints
+ALL_LINEAR = "all-linear"  # of the blocks: PEFT leaves the head out
 
 # Entries with which an adapter computes something else than its pairs, unless they are null, false or empty.
 UNSUPPORTED = (
-    "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
+    "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora",
 )  # fmt: skip
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # the other named ones change the base's weights
@@ -37,6 +39,9 @@ class PeftConfig:
     targets: str | list[str] | None  # None: not said
     excluded: str | list[str]
     layers: list[int]  # empty: all
+    saved: list[str]  # modules_to_save
+    dora: bool
+    base: str | None  # base_model_name_or_path
 
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.ranks, module, self.rank)
@@ -47,15 +52,24 @@ class PeftConfig:
         return _by_pattern(self.alphas, module, self.alpha) / (rank**0.5 if self.root else rank)
 
     def calls_for(self, module: str) -> bool:
-        """Whether PEFT would put a pair on this module of the blocks."""
+        """Whether PEFT would put a pair on this linear layer, of the blocks or the head."""
         if _named(self.excluded, module) or self.targets is None:
             return False
-        if self.targets == "all-linear":
-            return True
+        layer = re.search(r"\.(\d+)\.", module)
+        if self.targets == ALL_LINEAR:
+            return layer is not None
         if isinstance(self.targets, str) or module in self.targets:
             return _named(self.targets, module)
-        layer = int(re.search(r"\.(\d+)\.", module)[1])
-        return _named(self.targets, module) and (not self.layers or layer in self.layers)
+        return _named(self.targets, module) and (not self.layers or (layer and int(layer[1]) in self.layers))
+
+    def saves(self, module: str) -> bool:
+        """Whether PEFT trains a copy of this module."""
+        return any(module.endswith(name) for name in self.saved)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it is of a sequence classifier, with the head in modules_to_save."""
+        return bool(HEADS & set(self.saved))
 
 
 def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
@@ -68,8 +82,6 @@ def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
     start = document.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         unsupported.append("init_lora_weights")
-    if not set(_strings(document, "modules_to_save", file) or ()) <= HEADS:
-        unsupported.append("modules_to_save")
     if unsupported:
         entry = unsupported[0]
         raise UserError(f"{file}: {entry} {short(document[entry])} is not supported; {MERGE_IT}")
@@ -79,9 +91,12 @@ def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
         root=bool(document.get("use_rslora")),
         ranks=_patterns(document, "rank_pattern", int, file),
         alphas=_patterns(document, "alpha_pattern", float, file),
-        targets=_strings(document, "target_modules", file),
-        excluded=_strings(document, "exclude_modules", file) or [],
+        targets=_newer(_strings(document, "target_modules", file)),
+        excluded=_newer(_strings(document, "exclude_modules", file) or []),
         layers=_layer_numbers(document, file),
+        saved=_newer(_strings(document, "modules_to_save", file) or []),
+        dora=bool(document.get("use_dora")),
+        base=document.get("base_model_name_or_path"),
     )
     for entry in ("target_modules", "exclude_modules"):
         if isinstance(document.get(entry), str):
@@ -116,6 +131,10 @@ def _strings(document: dict[str, Any], entry: str, file: Path) -> str | list[str
     return value
 
 
+def _newer(names: Any) -> Any:
+    return [NEWER_NAMES.get(name, name) for name in names] if isinstance(names, list) else names
+
+
 def _layer_numbers(document: dict[str, Any], file: Path) -> list[int]:
     value = document.get("layers_to_transform")
     numbers = [] if value is None else value if isinstance(value, list) else [value]
@@ -144,9 +163,15 @@ def _named(targets: str | list[str], module: str) -> bool:
 
 
 def peft_document(
-    pairs: dict[str, tuple[int, np.float32]], modules: list[str], base_path: str | None, fan_in_fan_out: bool
+    pairs: dict[str, tuple[int, np.float32]],
+    modules: list[str],
+    base_path: str | None,
+    fan_in_fan_out: bool,
+    saved: list[str],
 ) -> dict[str, Any]:
-    """An `adapter_config.json` for pairs of these (rank, scale) by module; `modules` are all linear ones in the blocks.
+    """An `adapter_config.json` for pairs of these (rank, scale) by module, and whole modules that are `saved`.
+
+    `modules` are all linear ones in the blocks, and the head.
 
     lora_alpha = scale * r. `r` is the largest rank, because serving engines make room for that many.
     """
@@ -169,7 +194,7 @@ def peft_document(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
-        "modules_to_save": None,
+        "modules_to_save": saved or None,
     }
 
 

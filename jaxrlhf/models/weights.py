@@ -12,7 +12,7 @@ import jax
 
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, with_config
-from jaxrlhf.models.families import config_document, read_config, token_entry, token_ids
+from jaxrlhf.models.families import config_document, place, read_config, token_entry, token_ids
 from jaxrlhf.models.folders import AUTO, check_dtype, check_replaceable, find_folder, written_once
 from jaxrlhf.models.layout import match, merged_tensors, plain_tensors, read_decoder, tied_as_stored
 from jaxrlhf.models.quantize import KINDS
@@ -78,6 +78,8 @@ def save_pretrained(
     check_replaceable(target, "config.json")
     config = base.config
     tensors, dtype = merged_tensors(base, adapter, dtype)
+    if place(config, "lm_head/kernel").tensor in tensors:  # an adapter may have parted it from the embedding
+        config = dataclasses.replace(config, tie_embeddings=False)
     generation = {
         "bos_token_id": config.bos_token,
         "eos_token_id": token_entry(config.stop_tokens),

@@ -6,8 +6,9 @@ from pathlib import Path
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import load_config
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import SCORE, without_head
+from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.peft import save_peft
+from jaxrlhf.models.peft_whole import beyond_peft
 from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.weights import save_pretrained
 from jaxrlhf.records import Adapter
@@ -87,7 +88,7 @@ def _role(roles: Roles, config: RunConfig, wanted: str | None, format: str) -> t
 
 def _check_suited(name: str, adapter: Adapter | None, format: str) -> None:
     """`UserError` where the format has no place for what the role is."""
-    whole = adapter is None or any("lora_a" not in leaves for leaves in without_head(adapter).values())
+    whole = adapter is None or any(beyond_peft(path, leaves) for path, leaves in adapter.items())
     if format == "peft" and whole:
         raise UserError(f"--format peft: {name} has whole weights, not LoRA pairs; give --format merged")
     if format == "reward" and (adapter is None or SCORE not in adapter):

@@ -338,9 +338,9 @@ A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
 SPOILT = {
     "not LoRA": (entry(peft_type="IA3"), [PEFT_INFO, "peft_type", "'IA3'"]),
-    "dora": (entry(use_dora=True), [PEFT_INFO, "use_dora", "merge_and_unload"]),
+    "dora": (entry(use_dora=True), [PEFT_TENSORS, "lora_magnitude_vector", "use_dora"]),
     "biases": (entry(bias="lora_only"), [PEFT_INFO, "bias", "'lora_only'"]),
-    "whole modules": (entry(modules_to_save=["embed_tokens"]), [PEFT_INFO, "modules_to_save", "embed_tokens"]),
+    "whole modules": (entry(modules_to_save=["embed_tokens"]), [PEFT_TENSORS, "embed_tokens", "modules_to_save"]),
     "another start": (entry(init_lora_weights="pissa_niter_4"), [PEFT_INFO, "init_lora_weights", "pissa"]),
     "new tokens": (entry(trainable_token_indices=[3]), [PEFT_INFO, "trainable_token_indices"]),
     "no rank": (entry(r="gone"), [PEFT_INFO, "r must", "None"]),
@@ -358,11 +358,27 @@ SPOILT = {
     "B of another width": (tensors(lambda t: t.update({B: t[B][:20]})), [PEFT_TENSORS, B, "[20, 2]", "[24, 2]"]),
     "an embedding": (
         tensors(lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[A]})),
-        [PEFT_TENSORS, "embed_tokens.lora_embedding_A", "no place"],
+        [PEFT_TENSORS, "half a pair on the embedding"],
     ),
     "the head": (
         tensors(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A]})),
-        [PEFT_TENSORS, "lm_head.lora_A", "no place"],
+        [PEFT_TENSORS, "lm_head.lora_B", "missing"],
+    ),
+    "magnitudes without DoRA": (
+        tensors(lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): t[A][0]})),
+        [PEFT_TENSORS, "lora_magnitude_vector", "use_dora"],
+    ),
+    "tokens added": (
+        tensors(lambda t: t.update({"base_model.model.model.embed_tokens.weight": np.ones((62, 24), np.float32)})),
+        [PEFT_TENSORS, "embed_tokens.weight", "[62, 24]", "[61, 24]", "merge_and_unload"],
+    ),
+    "a saved module of another shape": (
+        tensors(lambda t: t.update({"base_model.model.model.norm.weight": np.ones(23, np.float32)})),
+        [PEFT_TENSORS, "norm.weight", "[23]", "[24]"],
+    ),
+    "a saved module of another model": (
+        tensors(lambda t: t.update({"base_model.model.model.ln_f.weight": np.ones(24, np.float32)})),
+        [PEFT_TENSORS, "model.ln_f.weight", "no place"],
     ),
     "another depth": (
         tensors(lambda t: t.update({A.replace("layers.1", "layers.7"): t[A]})), [PEFT_TENSORS, "layers.7", "no place"]
