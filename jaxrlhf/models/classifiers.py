@@ -18,8 +18,9 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.models.families import FAMILIES, config_document, place, read_config
-from jaxrlhf.models.folders import AUTO, check_dtype, check_replaceable, find_folder, written_once
+from jaxrlhf.models.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
 from jaxrlhf.models.layout import in_dtype, load_parameter, match, merged_tensors, pending, plain_tensors, read_decoder
+from jaxrlhf.models.peft import with_adapter
 from jaxrlhf.models.tensor_files import (
     StoredTensor,
     main_dtype,
@@ -43,27 +44,37 @@ def load_sequence_classifier(
 ) -> tuple[Decoder, Adapter, "Tokenizer | None"]:
     """Base, adapter {"score": {"kernel": f32[D,1]}} and tokenizer (None where there is none) of a reward model.
 
-    `path` is a folder or hub id with one label. The base is in `dtype` and laid out on the mesh as `load_pretrained`
-    does it; its tied `lm_head` takes no memory, since nobody asks such a model for words. The base's `pad_token`
-    is `config.json`'s, None where that has none: with a pad token, transformers does not read the tokens equal to it
-    at a text's end. Raises `UserError` naming file and entry or tensor where the folder cannot be used.
+    `path` is a folder or hub id with one label, or a PEFT adapter's, whose base is a classifier or any decoder: the
+    adapter is merged, and its own head and tokenizer come before the base's. The base is in `dtype` and laid out on the
+    mesh as `load_pretrained` does it; its tied `lm_head` takes no memory, since such a model gives no words. The base's
+    `pad_token` is `config.json`'s, None where that has none: with a pad token, transformers does not read the tokens
+    equal to it at a text's end. Raises `UserError` naming file and entry or tensor where the folder cannot be used.
     """
     from jaxrlhf.data.tokenizers import load_tokenizer
 
     check_dtype(None if dtype == AUTO else dtype)
-    folder = find_folder(path)
+    folder, adapter = find_model(path)
     document = read_json(folder / "config.json")
     config = dataclasses.replace(read_config(document, str(folder / "config.json")), tie_embeddings=True)
-    _check_labels(document, config, folder / "config.json")
     tensors = plain_tensors(read_checkpoint(folder))
-    head = _head(tensors, config, folder)
+    head = None
+    if adapter is None or place(config, f"{SCORE}/kernel").tensor in tensors:
+        _check_labels(document, config, folder / "config.json")
+        head = _head(tensors, config, folder)
     stored = match(config, {name: tensor for name, tensor in tensors.items() if tensor is not head}, folder)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = (load_tokenizer(str(adapter)) if adapter else None) or load_tokenizer(str(folder))
     base = read_decoder(config, stored, main_dtype(stored.values()) if dtype == AUTO else dtype, mesh)
-    wanted = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
-    sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", wanted.shape)
-    kernel = load_parameter(head, wanted, config, place(config, f"{SCORE}/kernel"), sharding)
-    return base, {SCORE: {"kernel": kernel}}, tokenizer
+    found: Adapter = {}
+    if head is not None:
+        wanted = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
+        sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", wanted.shape)
+        found = {SCORE: {"kernel": load_parameter(head, wanted, config, place(config, f"{SCORE}/kernel"), sharding)}}
+    if adapter is not None:
+        base, own = with_adapter(base, adapter, folder, mesh)
+        found |= own
+    if not found:
+        raise UserError(f"{path}: the adapter has no scalar head, and {folder} is no sequence classifier")
+    return base, found, tokenizer
 
 
 def save_sequence_classifier(

@@ -13,6 +13,7 @@ from jaxrlhf.runtime.run_dir import atomic_directory
 MARK = ".jaxrlhf"  # in each folder that was written here: what of it may be replaced
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"  # in place of a dtype: that of the checkpoint's tensors
+PEFT_INFO, INDEX = "adapter_config.json", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 
@@ -36,6 +37,28 @@ def find_folder(path: str | Path) -> Path:
     except (OSError, ValueError) as error:  # hub and connection errors are OSErrors, a malformed id a ValueError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path}: no such folder here, and not to be had from the hub: {reason}") from None
+
+
+def find_model(path: str | Path) -> tuple[Path, Path | None]:
+    """(folder of a model, folder of a PEFT adapter on it or None), as `path` names the one or the other.
+
+    An adapter's base is what its `base_model_name_or_path` names: a folder, seen from here or from the adapter, or a
+    hub id.
+    """
+    from jaxrlhf.models.tensor_files import read_json
+
+    folder = find_folder(path)
+    info = folder / PEFT_INFO
+    if not info.is_file() or any((folder / name).exists() for name in ("model.safetensors", INDEX)):
+        return folder, None
+    base = read_json(info).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{info}: base_model_name_or_path is {base!r}; it must name the model that the adapter is for")
+    beside = folder / Path(base).expanduser()
+    try:
+        return find_folder(beside if beside.is_dir() and not Path(base).expanduser().is_dir() else base), folder
+    except UserError as error:
+        raise UserError(f"{info}: base_model_name_or_path: {error}; correct the entry, or merge the adapter") from None
 
 
 @contextlib.contextmanager

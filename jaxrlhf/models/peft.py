@@ -11,24 +11,26 @@ import dataclasses
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import HEAD, LORA_LEAVES, SCORE, without_head
+from jaxrlhf.models.adapters import HEAD, LORA_LEAVES, SCORE, merge, without_head
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, linear_shapes
 from jaxrlhf.models.families import place
 from jaxrlhf.models.family import Part
-from jaxrlhf.models.folders import check_dtype, check_replaceable, written_once
+from jaxrlhf.models.folders import PEFT_INFO, check_dtype, check_replaceable, written_once
 from jaxrlhf.models.layout import in_dtype, on_host, pending
 from jaxrlhf.models.peft_config import NEWER_NAMES, PeftConfig, peft_document, read_peft_config
 from jaxrlhf.models.peft_whole import EMBEDDING, beyond_peft, check_foldable, folded_dora, module_of, whole_weights
 from jaxrlhf.models.tensor_files import Pending, StoredTensor, read_json, read_tensors, write_json, write_tensors
 from jaxrlhf.models.wrappers import plain_name
 from jaxrlhf.records import Adapter
+from jaxrlhf.runtime.mesh import place as place_on
 from jaxrlhf.runtime.notices import notice
 
-PEFT_INFO, PEFT_TENSORS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PEFT_TENSORS, PEFT_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 EMBEDDING_PAIR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\.(?P<adapter>[^.]+))?")
@@ -96,6 +98,16 @@ def load_peft(path: str | Path, base: Decoder) -> Adapter:
     if head is not None:
         adapter[SCORE] = {"kernel": jnp.asarray(np.array(head.view().T, np.float32))}
     return adapter
+
+
+def with_adapter(
+    base: Decoder, folder: Path, base_folder: Path, mesh: jax.sharding.Mesh | None
+) -> tuple[Decoder, Adapter]:
+    """The base with the adapter of a PEFT folder merged, and the adapter's scalar head alone, {} where it has none."""
+    adapter = load_peft(folder, base)
+    notice(f"{folder}: an adapter; it is merged into its base, {base_folder}")
+    adapter = adapter if mesh is None else place_on(mesh, adapter)
+    return merge(base, adapter), {SCORE: adapter[SCORE]} if SCORE in adapter else {}
 
 
 def save_peft(

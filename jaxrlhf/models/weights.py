@@ -13,8 +13,9 @@ import jax
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, with_config
 from jaxrlhf.models.families import config_document, place, read_config, token_entry, token_ids
-from jaxrlhf.models.folders import AUTO, check_dtype, check_replaceable, find_folder, written_once
+from jaxrlhf.models.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
 from jaxrlhf.models.layout import match, merged_tensors, plain_tensors, read_decoder, tied_as_stored
+from jaxrlhf.models.peft import with_adapter
 from jaxrlhf.models.quantize import KINDS
 from jaxrlhf.models.tensor_files import main_dtype, read_checkpoint, read_json, write_checkpoint, write_json
 from jaxrlhf.records import Adapter
@@ -31,6 +32,7 @@ def load_pretrained(
 ) -> tuple[Decoder, "Tokenizer | None"]:
     """The decoder and the tokenizer (None where there is none) of a Hugging Face folder or hub id.
 
+    Of a PEFT adapter's folder: its base with the adapter merged, and its own tokenizer before the base's.
     Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto": to the one that most of them have. With
     a mesh each parameter is laid out as `runtime.mesh.parameter_sharding` says, and each process reads its own slices
     only. `quantize` "int8" or "nf4" keeps the linear layers of the blocks as codes (see `quantize.py`), made on the
@@ -41,16 +43,19 @@ def load_pretrained(
     check_dtype(None if dtype == AUTO else dtype)
     if quantize not in (None, *KINDS):
         raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
-    folder = find_folder(path)
+    folder, adapter = find_model(path)
+    if adapter is not None and quantize is not None:
+        raise UserError(f"{path}: an adapter is not merged into {quantize} codes: merge it first, or leave out quantize")
     document = read_json(folder / "config.json")
     config = read_config(document, str(folder / "config.json"))
     config, tensors = tied_as_stored(config, plain_tensors(read_checkpoint(folder)), folder)
     stored = match(config, tensors, folder)
     dtype = main_dtype(stored.values()) if dtype == AUTO else dtype
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = (load_tokenizer(str(adapter)) if adapter else None) or load_tokenizer(str(folder))
     named = "eos_token_id" in {**document, **(document.get("text_config") or {})}
     config, tokenizer = _with_tokens(config, folder, tokenizer, named)
-    return read_decoder(config, stored, dtype, mesh, quantize), tokenizer
+    base = read_decoder(config, stored, dtype, mesh, quantize)
+    return (base if adapter is None else with_adapter(base, adapter, folder, mesh)[0]), tokenizer
 
 
 def with_tokenizer(base: Decoder, tokenizer: "Tokenizer") -> tuple[Decoder, "Tokenizer"]:

@@ -17,7 +17,7 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter, target_paths
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder
 from jaxrlhf.models.families import read_config
-from jaxrlhf.models.folders import AUTO, DTYPES
+from jaxrlhf.models.folders import AUTO, DTYPES, PEFT_INFO, find_model
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import abstract_quantized
 from jaxrlhf.models.tensor_files import read_json
@@ -145,6 +145,8 @@ def read_folder(path: str) -> DecoderConfig:
 def _read_document(path: str) -> tuple[dict[str, Any], Path]:
     """A `config.json`, and where it lies. Of a hub id nothing else is fetched."""
     folder = Path(path).expanduser()
+    if (folder / PEFT_INFO).is_file():
+        folder = find_model(folder)[0]
     file = folder / "config.json"
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         import huggingface_hub

@@ -7,6 +7,7 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import load_config
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE
+from jaxrlhf.models.folders import PEFT_INFO
 from jaxrlhf.models.peft import save_peft
 from jaxrlhf.models.peft_whole import beyond_peft
 from jaxrlhf.models.quantize import quantization
@@ -37,6 +38,8 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
     elif arguments.format == "peft":
         save_peft(arguments.to, roles.base, adapter, base_path, arguments.dtype)
         lines.append(f"it belongs on {base_path}{', which was made in a run: give it along' if own else ''}")
+        if (Path(base_path) / PEFT_INFO).is_file():
+            lines.append("that is an adapter itself, merged into its base here: for PEFT, merge the two into a folder")
         if (codes := quantization(roles.base)) is not None:
             lines.append(f"it was trained on that base in {codes} codes; on plain weights it computes a little else")
     else:
