@@ -45,7 +45,7 @@ def load_pretrained(
         raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
     folder, adapter = find_model(path)
     if adapter is not None and quantize is not None:
-        raise UserError(f"{path}: an adapter is not merged into {quantize} codes: merge it first, or leave out quantize")
+        raise UserError(f"{path}: an adapter is not merged into {quantize} codes: merge it first, or drop quantize")
     document = read_json(folder / "config.json")
     config = read_config(document, str(folder / "config.json"))
     config, tensors = tied_as_stored(config, plain_tensors(read_checkpoint(folder)), folder)
