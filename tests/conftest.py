@@ -33,13 +33,13 @@ STOPS, PAD = (4, 9), 0
 
 @pytest.fixture(scope="session")
 def make_decoder():
-    """`make_decoder(layers=1, vocabulary=V, stop_tokens=STOPS, dtype=float32, scale=0.4)`: weights drawn by numpy;
-    logits have a deviation of about 1.5."""
+    """`make_decoder(layers=1, vocabulary=V, stop_tokens=STOPS, dtype=float32, scale=0.4, **more)`: weights drawn by
+    numpy; logits have a deviation of about 1.5; `more` goes into the config."""
 
-    def make(layers=1, vocabulary=V, stop_tokens=STOPS, dtype=jnp.float32, scale=0.4, seed=3):
+    def make(layers=1, vocabulary=V, stop_tokens=STOPS, dtype=jnp.float32, scale=0.4, seed=3, **more):
         config = DecoderConfig(
             vocab_size=vocabulary, hidden_size=16, intermediate_size=24, layers=layers, heads=2, kv_heads=1,
-            head_dim=8, max_positions=64, stop_tokens=stop_tokens, pad_token=PAD,
+            head_dim=8, max_positions=64, stop_tokens=stop_tokens, pad_token=PAD, **more,
         )  # fmt: skip
         generator = np.random.default_rng(seed)
         abstract, values = abstract_decoder(config, dtype), {}

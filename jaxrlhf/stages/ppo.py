@@ -35,6 +35,7 @@ from jaxrlhf.stages.settings import (
     check_length,
     check_microbatches,
     check_minibatches,
+    check_one_rope,
     check_tokens,
     rate_text,
     with_optimizers,
@@ -69,6 +70,8 @@ def check(run: Run, roles: Roles) -> None:
     check_tokens(roles.base.config, config.sampling, "ppo.sampling")
     length = config.max_prompt_tokens + config.sampling.max_new_tokens
     check_length(roles.base.config, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
+    if config.update.buckets > 1:
+        check_one_rope(roles.base.config, config.max_prompt_tokens + 1, length, "ppo.update.buckets")
     check_batch(run.mesh, config.batch_size, "ppo.batch_size")
     answers = config.batch_size * config.sampling.samples_per_prompt
     minibatches = complete(config.update, answers).minibatches

@@ -41,6 +41,17 @@ def check_length(model: DecoderConfig, length: int, key_path: str) -> None:
         raise UserError(f"{key_path}: {length} tokens, but the model has {model.max_positions} positions")
 
 
+def check_one_rope(model: DecoderConfig, shortest: int, longest: int, key_path: str) -> None:
+    """UserError where rows cut to several lengths would be turned by longrope's short list and by its long one."""
+    for kind in model.layer_kinds:
+        border = dict(kind.rope.numbers).get("original_max_position_embeddings") if kind.rope is not None else None
+        if kind.rope is not None and kind.rope.kind == "longrope" and shortest <= border < longest:
+            raise UserError(
+                f"{key_path}: rows would be cut to lengths between {shortest} and {longest}, and this model's longrope "
+                f"turns rows of more than {border} tokens otherwise; give 1"
+            )
+
+
 def check_minibatches(rows: int, count: int, key_path: str) -> None:
     """UserError where rows do not divide into `count` minibatches."""
     if rows % count:

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import Sampling
+from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.decoder import LayerKind
+from jaxrlhf.models.rope import Rope
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.sampling import row_uniforms
+from jaxrlhf.stages.settings import check_one_rope
 
 KEY = jax.random.key(21)
 STOPS = (4, 5, 9)
@@ -160,3 +164,28 @@ def test_truncation_to_one_token_is_greedy_and_numbers_compile_nothing(answer, p
     for other in (by_top_p, by_min_p, cold):
         np.testing.assert_array_equal(other.tokens, greedy.tokens)
     assert (wide.tokens != greedy.tokens).any()
+
+
+@pytest.mark.parametrize("trained", [4, 7, 40])
+def test_longrope_turns_alike_in_sampling_and_scoring(make_decoder, programs, prompts, trained):
+    """Prompt and answer together decide, whether the prompt alone is past the trained length, or nothing is."""
+    numbers = {
+        "short_factor": (1.0, 1.5, 2.0, 3.0), "long_factor": (4.0, 6.0, 8.0, 9.0), "factor": 4.0,
+        "original_max_position_embeddings": trained,
+    }  # fmt: skip
+    rope = Rope(100.0, kind="longrope", numbers=tuple(sorted(numbers.items())))
+    base = make_decoder(layers=2, layer_kinds=(LayerKind(rope=rope),))
+    sampled = programs.rollout(base, None, prompts, KEY, Sampling(max_new_tokens=6))
+    given = sampled.tokens, sampled.mask, sampled.response_mask, jnp.ones(len(sampled.tokens))
+    logprobs, _ = programs.logprobs(base, *given)
+    np.testing.assert_allclose(sampled.sample_logprobs, logprobs, atol=1e-5)
+
+
+def test_rows_that_are_cut_must_not_cross_the_border_of_longrope(make_decoder):
+    numbers = (("factor", 4.0), ("long_factor", (4.0,) * 4), ("original_max_position_embeddings", 20),
+               ("short_factor", (1.0,) * 4))  # fmt: skip
+    config = make_decoder(layer_kinds=(LayerKind(rope=Rope(kind="longrope", numbers=numbers)),)).config
+    for shortest, longest in ((21, 40), (5, 20)):
+        check_one_rope(config, shortest, longest, "ppo.update.buckets")
+    with pytest.raises(UserError, match=r"ppo.update.buckets: .* 20 tokens"):
+        check_one_rope(config, 20, 21, "ppo.update.buckets")
