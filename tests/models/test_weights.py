@@ -83,7 +83,7 @@ def test_half_precision_checkpoints_compute_in_float32(make_llama, torch_logits,
     make_llama(tmp_path, dtype=dtype, **BIASED)
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype="float32")
-    ours, _ = load_pretrained(tmp_path)
+    ours, _ = load_pretrained(tmp_path, dtype="float32")
     tokens, mask = np.random.default_rng(0).integers(0, 61, (2, 7)), np.arange(7)[None] >= np.array([[0], [3]])
     expected = torch_logits(theirs, tokens, mask)[mask]
     np.testing.assert_allclose(forward(ours, tokens, mask)[mask], expected, atol=1e-4)
