@@ -28,7 +28,7 @@ def union(
     """(stop tokens, lines on what is left out): all that the model's `files` name and that are the tokenizer's `own`.
 
     Left out are ids without one of the model's `rows`; and where the tokenizer is `foreign` to the model and has an end
-    of its own, those of the files that are ordinary text in it.
+    of its own, those of the files that are none of its added tokens: ordinary text in it, or nothing.
     """
     has_own = any(token < rows for token in own)
     stops, lines = [], []
@@ -37,7 +37,7 @@ def union(
         if token >= rows:
             lines.append(f"{name}: {text} is no stop token: the model has {rows} tokens")
         elif foreign and has_own and token not in own and token not in added:
-            lines.append(f"{name}: {text} is no stop token, as the model's files say: here it is ordinary text")
+            lines.append(f"{name}: {text} is a stop token of the model's files, but no added token here: left out")
         else:
             stops.append(token)
     return tuple(stops), lines

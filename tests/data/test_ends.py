@@ -117,7 +117,7 @@ def test_ends_of_another_tokenizer_are_left_out():
     joined = tokenizer.for_model(eos + 1, (7, eos), foreign=True)
     assert joined.stop_ids == (eos,) and joined.chat_end_id == eos
     assert [note.split(": ")[1] for note in joined.notes] == [
-        "id 7 is no stop token, as the model's files say", f"<|im_end|> (id {end}) is no stop token"
+        "id 7 is a stop token of the model's files, but no added token here", f"<|im_end|> (id {end}) is no stop token"
     ]  # fmt: skip
     without = tokenizer_with(eos=None)
     assert without.for_model(300, (7,), foreign=True).stop_ids == (7,)
