@@ -8,7 +8,7 @@ import pytest
 from jaxrlhf.config import PromptsConfig
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, load_prompts
-from jaxrlhf.data.tokenizers import load_tokenizer
+from jaxrlhf.data.tokenizers import build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 
 
@@ -73,6 +73,26 @@ def test_form_is_the_first_rows_and_the_settings_choose(jsonl, words):
         load(jsonl([row, {"text": "c"}]), words)
     with pytest.raises(UserError, match=r"rows.jsonl:2: field 'prompt' is the number 1"):
         load(jsonl([row, {"prompt": 1}]), words)
+
+
+def test_unusable_prompts_are_dropped(jsonl, words):
+    rows = [{"prompt": prompt, "n": n} for n, prompt in enumerate([3, "a", "a\ud83d", None, "b"])]
+    for settings in ({"unusable": "drop"}, {"overflow": "drop"}):
+        prompts = load(jsonl(rows), words, **settings)
+        assert prompts.texts == ["a", "b"] and [column["n"] for column in prompts.columns] == [1, 4]
+        assert prompts.report.kept == 2 and all(count == 1 for count in prompts.report.dropped.values())
+    with pytest.raises(UserError, match=r"rows.jsonl:1: field 'prompt' is the number 3"):
+        load(jsonl(rows), words, overflow="cut")
+
+
+def test_an_empty_prompt_without_bos(jsonl, words):
+    bare = build_word_tokenizer(["a", "b"])
+    bare.prefix_ids = []
+    path = jsonl([{"prompt": "a"}, {"prompt": ""}])
+    with pytest.raises(UserError, match=r"rows.jsonl:2: an empty prompt, and the tokenizer has no BOS"):
+        load(path, bare)
+    prompts = load(path, bare, unusable="drop")
+    assert prompts.texts == ["a"] and next(iter(prompts.report.first.values())).endswith("rows.jsonl:2")
 
 
 def test_overflow(jsonl, words):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrlhf.config import DemonstrationsConfig
 from jaxrlhf.data.sft import Example, SFTData, fill, load_demonstrations, pack
-from jaxrlhf.data.tokenizers import load_tokenizer
+from jaxrlhf.data.tokenizers import build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 
 
@@ -94,6 +94,75 @@ def test_rows_that_cannot_be_used(jsonl, words, row, message):
     with pytest.raises(UserError) as caught:
         load(jsonl([{"prompt": "a", "response": "b"}, row]), words)
     assert "rows.jsonl:2: " in str(caught.value) and message in str(caught.value)
+
+
+def test_the_response_by_the_name_that_trl_gives_it(jsonl, words, chat):
+    text = {"prompt": "a b", "completion": "c d"}
+    assert whole(load(jsonl([text]), words)[0][0]) == words.encode_pair("a b", "c d")
+    roles = {"prompt": "user", "completion": "assistant"}
+    turns = {name: [{"role": role, "content": name[0]}] for name, role in roles.items()}
+    assert whole(load(jsonl([turns]), chat)[0][0]) == chat.encode_pair(turns["prompt"], "c")
+    both = text | {"response": "e"}
+    assert whole(load(jsonl([both]), words)[0][0]) == words.encode_pair("a b", "e")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no field 'response'"):
+        load(jsonl([text]), words, response_field="response")  # what is named is meant
+
+
+def test_a_chat_whose_answer_is_empty(jsonl, chat):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]
+    for row in ({"messages": turns}, {"prompt": "a", "response": turns[1:]}):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: field '\w+' has an empty answer"):
+            load(jsonl([row]), chat)
+
+
+# ---------------------------------------------------------------- rows that cannot be used
+
+
+GOOD = {"prompt": "a", "response": "b"}
+UNUSABLE = [GOOD | {"response": ""}, GOOD, GOOD | {"response": None}, GOOD | {"response": " "}, {"prompt": "a"}, GOOD]
+
+
+def test_unusable_rows_stop_or_are_dropped_and_counted(jsonl, words):
+    path = jsonl(UNUSABLE)
+    for settings in ({"unusable": "drop"}, {"overflow": "drop"}, {"overflow": "cut", "unusable": "drop"}):
+        examples, report = load(path, words, **settings)
+        assert [e.where.rpartition(":")[2] for e in examples] == ["2", "6"] and (report.rows, report.kept) == (6, 2)
+        assert list(report.dropped.values()) == [2, 1, 1]
+        assert "2 dropped (field 'response' is empty; first " in str(report) and ":1), 1 dropped (" in str(report)
+    for settings in ({}, {"overflow": "cut"}, {"overflow": "drop", "unusable": "stop"}):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: field 'response' is empty"):
+            load(path, words, **settings)
+
+
+def test_nothing_left_says_why(jsonl, words):
+    with pytest.raises(UserError, match=r"none of its 2 rows .*: 2 field 'response' is empty; first .*rows.jsonl:1$"):
+        load(jsonl([GOOD | {"response": ""}] * 2), words, unusable="drop")
+    chat = {"prompt": [{"role": "user", "content": "a"}], "response": "b"}
+    with pytest.raises(UserError, match=r"none of its 1 rows .*: 1 chat messages, but .* has no chat template"):
+        load(jsonl([chat]), words, unusable="drop")
+
+
+def test_with_drop_most_rows_decide_the_form(jsonl, words):
+    rows = [{"prompt": None, "response": None, "text": "c"}, GOOD | {"text": None}, GOOD | {"text": "x"}]
+    examples, report = load(jsonl(rows), words, unusable="drop")
+    assert [whole(e) for e in examples] == [words.encode_pair("a", "b")] * 2 and report.kept == 2
+    with pytest.raises(UserError, match=r"rows.jsonl:2: field 'text' is null"):
+        load(jsonl(rows), words)
+
+
+def test_what_a_template_refuses_is_dropped(jsonl):
+    pytest.importorskip("jinja2")
+    strict = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system; sorry') }}{% endif %}"
+        "{{ m.content + ' ' }}{% endfor %}"
+    )
+    tokenizer = build_word_tokenizer(["a", "b"], chat_template=strict)
+    roles = {"system": "a", "user": "a", "assistant": "b"}
+    turns = [{"role": role, "content": content} for role, content in roles.items()]
+    examples, report = load(jsonl([{"messages": turns}, {"messages": turns[1:]}]), tokenizer, unusable="drop")
+    assert len(examples) == 1
+    assert list(report.dropped) == ["the chat template of word tokenizer refuses this chat: no system"]
+    assert next(iter(report.first.values())).endswith("rows.jsonl:1")
 
 
 # ---------------------------------------------------------------- overflow

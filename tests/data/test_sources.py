@@ -8,7 +8,7 @@ import types
 import pytest
 
 from jaxrlhf.config import SourceConfig
-from jaxrlhf.data.sources import LoadReport, read_rows
+from jaxrlhf.data.sources import LoadReport, Row, read_rows
 from jaxrlhf.errors import UserError
 
 ROWS = [{"prompt": f"p{i} ä\u2028", "chosen": "yes", "score": i} for i in range(5)]
@@ -212,3 +212,29 @@ def test_report_counts_and_refuses_nothing_left():
     report.drop("equal")
     with pytest.raises(UserError, match=r"none of its 3 rows can be used: 2 too long; 1 equal"):
         report.check()
+
+
+def test_report_names_the_first_row_of_a_reason_and_not_every_reason():
+    report = LoadReport("x.jsonl", 30)
+    rows = [Row({}, f"x.jsonl:{number}") for number in range(1, 21)]
+    for row in rows:
+        report.refuse(row, f"{row.where}: number {int(row.where[8:]) // 2} is wrong; want another")
+    said = str(report)
+    assert said.startswith("x.jsonl: 10 of 30 rows, 2 dropped (number 1 is wrong; first x.jsonl:2), 2 dropped (")
+    assert said.endswith("10 dropped (6 other reasons)") and sum(report.dropped.values()) == 20
+
+
+def test_usable_rows():
+    rows, report = [Row({"a": value}, f"x.jsonl:{value}") for value in (1, 2, 3)], LoadReport("x.jsonl", 3)
+
+    def read(row):
+        if row.values["a"] == 2:
+            raise UserError(f"{row.where}: two; want another")
+        return row.values["a"] * 10
+
+    assert [made for _, made in report.usable(rows, read, drop=True)] == [10, 30]
+    assert report.dropped == {"two": 1} and report.first == {"two": "x.jsonl:2"}
+    with pytest.raises(UserError, match=r"^x.jsonl:2: two; want another$"):
+        list(report.usable(rows, read, drop=False))
+    with pytest.raises(KeyError):  # only what is a row's fault is dropped
+        list(report.usable(rows, lambda row: {}[0], drop=True))
