@@ -167,6 +167,21 @@ def test_a_chat_goes_through_the_template_where_there_is_one(folders, answered, 
     assert abs(turned[1] - plain[1]) > 1e-4
 
 
+def test_a_beginning_tools_and_arguments_reach_the_template(tmp_path):
+    save_model(tmp_path, "bert")
+    more = "{% for t in tools or [] %}{{ t.name + ' ' }}{% endfor %}{% if so %}{{ 'so ' }}{% endif %}" + TEMPLATE
+    tokenizer_of(more).save_pretrained(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    messages = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is "}]
+    read = [(Chat(messages, [{"name": "?"}], {"so": True}, begun=True), "not bad"), (Chat(messages), "not bad")]
+    asked = "[CLS] is it [SEP] [CLS] it is"
+    whole = [f"? so {asked} not bad [SEP]", f"{asked} [SEP] [CLS] not bad [SEP]"]
+    ids = [[tokenizer_of().convert_tokens_to_ids(text.split())] for text in whole]
+    with torch.no_grad():
+        wanted = [model(torch.tensor(row)).logits[0, 1] for row in ids]
+    np.testing.assert_allclose(make(tmp_path, label=1).scores(read), wanted, atol=1e-5)
+
+
 def test_prompts_that_the_template_refuses_are_found_beforehand(folders, tmp_path):
     from types import SimpleNamespace
 

@@ -21,6 +21,7 @@ from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parame
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
+from jaxrlhf.rewards.reading import readings
 from jaxrlhf.runtime.mesh import make_mesh
 
 OTHER = ["?", ".", "not", "so", "very", "bad", "good", "it", "is", "<user>", "<assistant>"]  # not the policy's ids
@@ -120,6 +121,30 @@ def test_a_chat_goes_through_the_models_own_template(make, folder, answered):
     np.testing.assert_allclose(make(folder, input="text")(answers)[:2], read, atol=1e-4)
 
 
+def test_an_answer_that_goes_on_from_a_beginning_is_one_turn(make, folder, answered):
+    chat = Chat([{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is "}], begun=True)
+    answers = answered([("is it it is", "not bad", True)], chats=[chat])
+    whole = direct(folder, "<user> is it <eos> <assistant> it is not bad <eos>")
+    np.testing.assert_allclose(make(folder)(answers), [whole], atol=1e-4)
+    np.testing.assert_allclose(make(folder, end_at_eos=True)(answers), [whole], atol=1e-4)
+    with_text = direct(folder, "<bos> is it it is not bad <eos>")
+    np.testing.assert_allclose(make(folder, input="text")(answers), [with_text], atol=1e-4)
+    make(folder).check_prompts(SimpleNamespace(texts=["is it"], chats=[chat]))
+
+
+def test_tools_and_template_arguments_reach_the_models_own_template(make, answered, tmp_path):
+    more = "{% for t in tools or [] %}{{ t.name + ' ' }}{% endfor %}{% if so %}{{ 'so ' }}{% endif %}" + CHAT
+    tokenizer = build_word_tokenizer(OTHER, chat_template=more)
+    save_sequence_classifier(tmp_path, make_base(tokenizer), head(), tokenizer)
+    messages = [{"role": "user", "content": "is it"}]
+    chats = [Chat(messages, [{"name": "?"}], {"so": True}), Chat(messages)]
+    whole = "<user> is it <eos> <assistant> good <eos>"
+    wanted = [tokenizer.fast(text, add_special_tokens=False)["input_ids"] for text in (f"? so {whole}", whole)]
+    answers = answered([("is it", "good", True)] * 2, chats=chats)
+    reward = make(tmp_path)
+    assert reward.encode(readings(answers, reward.config, True), answers.ended) == wanted
+
+
 def test_a_template_that_writes_on_after_the_eos(make, answered, tmp_path):
     """It is read to its last character, whatever it opens a turn with; or to the EOS, as in the stage reward_model."""
     written = CHAT.replace("<eos>\n", "<eos> ?\n").replace("'<assistant> '", "'<assistant> so '")
@@ -189,6 +214,7 @@ from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.pretrained import PretrainedReward
+from jaxrlhf.rewards.reading import readings
 from jaxrlhf.runtime.mesh import make_mesh, place_batch
 
 assert len(jax.devices()) == 4

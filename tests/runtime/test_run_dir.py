@@ -1,12 +1,13 @@
 """A run's directory opens once, continues with the same settings only, and never holds half a file."""
 
+import datetime
 import os
 
 import pytest
 
 from jaxrlhf.errors import UserError
 from jaxrlhf.runtime import run_dir as module
-from jaxrlhf.runtime.run_dir import atomic_directory, atomic_write, differences, open_run
+from jaxrlhf.runtime.run_dir import atomic_directory, atomic_write, begun_at, differences, open_run, record_begin
 
 CONFIG = "seed: 1\nppo:\n  kl:\n    coef: 0.1\n    target: null\n  stages: [a, b]\n"
 
@@ -149,3 +150,14 @@ def test_everything_is_synced_before_it_is_named(tmp_path, monkeypatch):
     with atomic_directory(tmp_path / "out") as folder:
         (folder / "a").write_text("1")
     assert order == ["a", ".out.tmp", "rename", tmp_path.name]
+
+
+def test_when_a_run_began_is_written_once(tmp_path):
+    first, later = datetime.datetime(2026, 9, 1, 8, 5), datetime.datetime(2026, 9, 2)
+    assert begun_at(tmp_path) is None and begun_at(tmp_path / "absent") is None
+    record_begin(tmp_path, first)
+    record_begin(tmp_path, later)
+    assert begun_at(tmp_path) == first
+    (tmp_path / "begun.txt").write_text("yesterday\n")
+    with pytest.raises(UserError, match=r"begun.txt: no time when a run began \(.*yesterday.*\); restore it"):
+        begun_at(tmp_path)
