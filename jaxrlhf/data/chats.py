@@ -69,6 +69,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.name = name
         self.time: datetime.datetime | None = None
+        self.unread: set[str] = set()  # what chats gave the template that it does not name; for who clears it to say
         self._read: tuple[bool, bool] | None = None
 
     @property
@@ -185,6 +186,8 @@ class ChatTemplate:
     def _apply(self, messages: list[Message], chat: Chat, end: dict[str, bool], with_null: bool) -> str:
         given = {**chat.arguments, **end}
         template = found = self._tokenizer.get_chat_template(None, chat.tools)
+        names = [*chat.arguments, *(["tools"] if chat.tools else [])]
+        self.unread.update(name for name in names if name not in found)
         if with_null:
             template = _NULL_CONTENT + template
         if self.time is not None and "strftime_now" in found:

@@ -57,7 +57,9 @@ def load_preferences(
         ]
 
     drop = drops_unusable(config, overflow)
+    template.unread.clear()
     usable = list(report.usable(rows, rendered, drop))
+    report.unread = sorted(template.unread)
     # Side by side: the tokenizer sees a prompt twice in a row, and tokenizes it once.
     sides = tokenizer.encode_pairs([pair for _, (_, both) in usable for pair in both])
     pairs = []

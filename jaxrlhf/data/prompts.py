@@ -90,7 +90,9 @@ def load_prompts(
         prompt = read(row, config)
         return prompt, tokenizer.chats.rendered_prompt(prompt, f"{row.where}: ")
 
+    tokenizer.chats.unread.clear()
     usable = list(report.usable(rows, rendered, drop))
+    report.unread = sorted(tokenizer.chats.unread)
     kept_ids, texts, chats, columns = [], [], [], []
     for (row, (prompt, _)), ids in zip(usable, tokenizer.encode_prompts([text for _, (_, text) in usable])):
         whole = len(ids)

@@ -61,7 +61,9 @@ def load_demonstrations(
     def rendered(row: Row) -> tuple[Prompt, Response]:
         return tokenizer.chats.rendered_pair(*read(row, config), f"{row.where}: ")
 
+    tokenizer.chats.unread.clear()
     usable = list(report.usable(rows, rendered, drop))
+    report.unread = sorted(tokenizer.chats.unread)
     examples = []
     for (row, _), (prompt, response) in zip(usable, tokenizer.encode_pairs([pair for _, pair in usable])):
         if report.refuses(row, tokenizer.fault([*prompt, *response]), drop):

@@ -44,6 +44,7 @@ class LoadReport:
     cut: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row dropped for it, where known
+    unread: list[str] = field(default_factory=list)  # of tools and template arguments, what the chat template ignores
 
     def drop(self, reason: str, where: str | None = None) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -88,7 +89,9 @@ class LoadReport:
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kept} of {self.rows} rows"]
         parts += [f"{self.cut} cut to length"] if self.cut else []
-        return ", ".join(parts + self._reasons("{} dropped ({})"))
+        parts += self._reasons("{} dropped ({})")
+        parts += [f"the chat template ignores {' and '.join(self.unread)}"] if self.unread else []
+        return ", ".join(parts)
 
     def _reasons(self, form: str) -> list[str]:
         """How many rows were dropped and why, the most frequent reasons first."""

@@ -42,7 +42,7 @@ def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
         roles = Roles(base, tokenizer)
         chosen = {"base": (base, None)}
     sampling = _sampling(arguments, config, roles)
-    prompts, ids = _prompts(arguments, roles, sampling)
+    prompts, ids = _prompts(arguments, config, roles, sampling)
     program = jax.jit(rollout)
     with kept_programs(AUTO if config is None else config.compilation_cache, _say):
         yield from _records(program, chosen, roles.tokenizer, prompts, ids, sampling, arguments.seed)
@@ -108,12 +108,16 @@ def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Ro
     return sampling
 
 
-def _prompts(arguments: argparse.Namespace, roles: Roles, sampling: Sampling) -> tuple[list, list]:
+def _prompts(
+    arguments: argparse.Namespace, config: RunConfig | None, roles: Roles, sampling: Sampling
+) -> tuple[list, list]:
     """All prompts, as given and as token ids; UserError, with its place, for one that cannot be answered."""
     if arguments.prompt is not None:
         prompts, places = arguments.prompt, [f"--prompt {text[:40]!r}" for text in arguments.prompt]
     else:
         given = {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
+        if config is not None and (stage := config.ppo or config.sft) is not None:  # chats as the run wrote them
+            given |= {"tools": stage.data.tools, "chat_template_kwargs": stage.data.chat_template_kwargs}
         rows, prompts, _ = read_prompts(PromptsConfig(path=arguments.prompts, **given))
         places = [row.where for row in rows]
     positions = roles.base.config.max_positions

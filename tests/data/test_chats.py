@@ -141,6 +141,18 @@ def test_arguments_that_cannot_be_used(jsonl, tokenizer, columns, part):
         PromptsConfig(path="x", chat_template_kwargs={"add_generation_prompt": False})
 
 
+def test_what_the_template_ignores_is_said(jsonl, tokenizer):
+    def said(using, **columns):
+        path = jsonl([{"prompt": [user("hi")]} | columns])
+        return str(load_prompts(PromptsConfig(path=path), using, 512, "stop").report)
+
+    plain = characters("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    assert said(plain, tools=[TOOL], chat_template_kwargs={"enable_thinkng": 1}).endswith(
+        "1 of 1 rows, the chat template ignores enable_thinkng and tools"
+    )
+    assert "ignores" not in said(plain) and "ignores" not in said(tokenizer, tools=[TOOL], chat_template_kwargs=SWITCH)
+
+
 def test_nulls_of_tables_are_not_rendered(jsonl, tmp_path, tokenizer):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     tools = [
