@@ -30,7 +30,7 @@ class RewardConfig(Settings):
         "auto", description="what a model at path reads. text: prompt and answer as one; completion: the answer alone; pair: two segments (kind transformers); chat: its chat template; auto: chat for chats if it has a template, else text"
     )
     template: str | None = Field(None, description="spells input text, with {prompt} and {completion} in it; null: the answer right behind the prompt")
-    end_at_eos: bool | None = Field(None, description="kind model: answers that ended end with the reward model's EOS, as in the stage reward_model; null: in texts yes, chats as their template ends them")
+    end_at_eos: bool | None = Field(None, description="kind model: answers that ended end as in the stage reward_model, with the turn's end of the reward model's chat template, or its EOS; null: in texts yes, chats as their template ends them")
     batch_size: PositiveInt = Field(16, description="answers per forward pass of a model at path")
     max_length: PositiveInt = Field(512, description="tokens that a model at path reads at most, within its positions; longer: the start is cut off")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="kind model: dtype of the weights at path in memory; auto: that of its tensors")

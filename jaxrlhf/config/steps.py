@@ -49,7 +49,7 @@ class Sampling(Settings):
         None, description="keep tokens at least this likely relative to the most likely; null: off"
     )
     stop_tokens: tuple[int, ...] | None = Field(
-        None, strict=False, description="token ids that end an answer; null: the model's own"
+        None, strict=False, description="token ids that end an answer; null: all that model, tokenizer and chat template name"
     )
     pad_token: NonNegativeInt | None = Field(None, description="token id after the end; null: the model's own")
     samples_per_prompt: PositiveInt = Field(1, description="answers to each prompt: a group, from one prefill")
