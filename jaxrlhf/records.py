@@ -74,7 +74,7 @@ class Experience:
 
     tokens: jax.Array  # i32[B,S]
     mask: jax.Array  # bool[B,S]
-    response_mask: jax.Array  # bool[B,R]
+    response_mask: jax.Array  # bool[B,R]; tokens that are learnt from: of an answer all, or none with `mask_truncated`
     temperature: jax.Array  # f32[B]
     sample_logprobs: jax.Array  # f32[B,R]
     logprobs: jax.Array  # f32[B,R]; old, from the policy that sampled

@@ -52,8 +52,14 @@ def update_moments(moments: RunningMoments, scores: Array) -> RunningMoments:
     return merge_moments(moments, RunningMoments(count, mean, jnp.sum(jnp.square(scores - mean))))
 
 
+def gain_and_bias(moments: RunningMoments) -> tuple[Array, Array]:
+    """(gain, bias) f32[] of 1909.08593, 1 / deviation and -mean / deviation: gain * score + bias is `normalise`."""
+    gain = 1.0 / _deviation(moments)
+    return gain, -moments.mean * gain
+
+
 def normalise(moments: RunningMoments, scores: Array) -> Array:
-    """(score - mean) / deviation by the moments: the gain and bias of 1909.08593 are 1 / deviation, -mean / deviation.
+    """(score - mean) / deviation by the moments.
 
     The deviation is the root of the unbiased variance. Moments of fewer than two scores, or of scores that were all
     equal (or differed by rounding only), have no scale: their deviation is taken as 1.
@@ -65,10 +71,14 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
     Returns:
       f32[B].
     """
-    scores = jnp.asarray(scores, jnp.float32)
+    return (jnp.asarray(scores, jnp.float32) - moments.mean) / _deviation(moments)
+
+
+def _deviation(moments: RunningMoments) -> Array:
+    """Of the scores so far; 1 where they have none."""
     variance = moments.squares / jnp.maximum(moments.count - 1.0, 1.0)
     varies = variance > jnp.square(ROUNDING * moments.mean)
-    return (scores - moments.mean) / jnp.sqrt(jnp.where(varies, variance, 1.0))
+    return jnp.sqrt(jnp.where(varies, variance, 1.0))
 
 
 def ema(old: Tree, new: Tree, decay: Array | float) -> Tree:

@@ -182,12 +182,28 @@ class PPOStageConfig(Settings):
     advantage: AdvantageConfig = Field(AdvantageConfig(), description="how rewards become advantages")
     adapter: AdapterConfig | None = Field(None, description="the policy's; a start from a LoRA adapter keeps that one's rank, or for full is merged into a copy of the base; null: the run's adapter")
     value_adapter: AdapterConfig | None = Field(None, description="the value model's, as adapter; null: the run's adapter")
-    value_from: Literal["reward", "fresh"] = Field("reward", description="reward: start from the reward adapter, if any; fresh: a new adapter")
+    value_from: Literal["reward", "fresh"] = Field("reward", description="reward: start from the reward adapter, if any, of the same kind: with its head where it alone is the reward, score.normalise none or initial, else from its trunk with a head of 0; fresh: a new adapter")
     update: PPOConfig = Field(PPOConfig(), description="the update of one iteration")
     save_every: PositiveInt = Field(10, description="iterations between checkpoints")
     sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl")
     evaluation_data: PromptsConfig | None = Field(None, description="held-out prompts for the final table; null: of data")
     evaluation_prompts: PositiveInt = Field(128, description="prompts for the final table, before and after training; taken in turn")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kl_by_estimator(cls, given: Any) -> Any:
+        """With GRPO the KL stands in the loss where the settings do not say (`PPOConfig.kl_loss`)."""
+        if not isinstance(given, dict):
+            return given
+        advantage, update = given.get("advantage"), given.get("update", {})
+        estimator = advantage.get("estimator") if isinstance(advantage, dict) else getattr(advantage, "estimator", None)
+        if estimator != "grpo":
+            return given
+        if isinstance(update, dict):
+            return given | {"update": {"kl_loss": "k3"} | update}
+        if isinstance(update, PPOConfig) and update.kl_loss is None:
+            return given | {"update": update.model_copy(update={"kl_loss": "k3"})}
+        return given
 
 
 class RunConfig(Settings):

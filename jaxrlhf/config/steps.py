@@ -4,7 +4,7 @@ In these settings floats are numbers (traced: changing one compiles nothing) and
 (static). `records.py` registers them as pytrees by that rule.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -95,6 +95,16 @@ class OptimizerConfig(Settings):
     epsilon: PositiveFloat = Field(1e-8, description="Adam's epsilon, added outside the root; far below the gradients, which at 8B parameters are about 1e-6 each")
 
 
+# What a loss decides where the settings do not say. gspo: the mean over an answer's tokens keeps ratios close to 1, and
+# these are the bounds of its paper (2507.18071). cispo: no lower bound (2506.13585), and weights up to 5 as in
+# ScaleRL (2510.13786). pg: its gradient is right on samples of the policy itself, which one step ends.
+BY_LOSS: dict[str, dict[str, Any]] = {
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"clip_low": 1.0, "clip_high": 4.0},
+    "pg": {"epochs": 1, "minibatches": 1},
+}
+
+
 class PPOConfig(Settings):
     """The update of one iteration: schulman et al. 1707.06347 as applied to language models in 2403.17031."""
 
@@ -102,10 +112,10 @@ class PPOConfig(Settings):
     minibatches: PositiveInt | None = Field(None, description="optimizer steps per pass; null: 4, or the most below that into which the answers divide")
     microbatch_size: PositiveInt | None = Field(None, description="rows per forward and backward pass, in scoring too; null: a whole minibatch")
     loss: Literal["clip", "gspo", "cispo", "pg"] = Field(
-        "clip", description="clip: PPO; gspo: one ratio per answer; cispo: clipped weights; pg: plain policy gradient"
+        "clip", description="clip: PPO; gspo: one ratio per answer; cispo: clipped weights; pg: plain policy gradient, one step an iteration"
     )
-    clip_low: NonNegativeFloat = Field(0.2, description="the ratio is clipped below 1 - clip_low")
-    clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high")
+    clip_low: NonNegativeFloat = Field(0.2, description="the ratio is clipped below 1 - clip_low; not given: with gspo 3e-4, with cispo 1, which is no bound")
+    clip_high: NonNegativeFloat = Field(0.2, description="the ratio is clipped above 1 + clip_high; not given: with gspo 4e-4, with cispo 4")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
         None, description="where the advantage is negative, the loss is at most this times its size; null: off"
     )
@@ -114,7 +124,10 @@ class PPOConfig(Settings):
     )
     importance_level: Literal["token", "sequence"] = Field("token", description="one such weight per token or per answer")
     kl_loss: Literal["k1", "k2", "k3"] | None = Field(
-        None, description="estimator of a KL term in the loss, weighted by kl.coef (k1's gradient is 0 in expectation: prefer k2 or k3); null: the KL is part of the reward, by kl.estimator"
+        None, description="estimator of a KL term in the loss, weighted by kl.coef (k1's gradient is 0 in expectation: prefer k2 or k3); null: the KL is part of the reward, by kl.estimator, but for advantage.estimator grpo k3: it divides by a group's deviation, and where all scores of a group are equal KL in the reward would be all that is left"
+    )
+    mask_truncated: bool = Field(
+        False, description="answers that did not end are left out of the update: of the losses of policy, value and KL, of the entropy bonus and of whitening; their scores still count in the baselines of groups (2503.14476's overlong filtering: what was cut off is neither right nor wrong)"
     )
     kl_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
         10.0, description="steepest slope of one token's KL estimate, in the loss, in the reward and in metrics: k2 past |r| = 10 and k3 past r = log(11) go on as straight lines, so that one token far from the reference cannot outweigh a batch (verl and OpenRLHF hold the estimate within 10); null: no bound"
@@ -145,6 +158,12 @@ class PPOConfig(Settings):
     remat: Remat = Field("dots", description=REMAT)
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the policy")
     value_optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the value model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_loss(cls, given: Any) -> Any:
+        loss = given.get("loss") if isinstance(given, dict) else None
+        return BY_LOSS.get(loss, {}) | given if isinstance(loss, str) else given
 
 
 class ScoreConfig(Settings):

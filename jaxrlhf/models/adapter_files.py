@@ -94,7 +94,7 @@ def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, fi
             rank = pair[0].shape[-1] if pair[0].shape else 0
             wanted = outer and {"lora_a": (outer[0], rank), "lora_b": (rank, outer[1]), "lora_scale": ()}[leaf]
         elif module == SCORE:
-            wanted = (base.config.hidden_size, 1) if leaf == "kernel" else None
+            wanted = {"kernel": (base.config.hidden_size, 1), "bias": (1,)}.get(leaf)
         else:
             wanted = parameters.get(name, head if name == f"{HEAD}/kernel" else None)
         if wanted is None:

@@ -44,10 +44,22 @@ def init_adapter(
 
 
 def with_head(adapter: Adapter, base: Decoder, head: Literal["value", "reward"], key: jax.Array) -> Adapter:
-    """The adapter with a fresh scalar head in place of the one it has, if any."""
+    """The adapter with a fresh scalar head in place of the one it has, if any.
+
+    A value head has a bias, f32[1]. A reward head has none: no loss on pairs says what it should be, and transformers'
+    score layers have none either.
+    """
     D = base.config.hidden_size
-    kernel = jnp.zeros((D, 1)) if head == "value" else jax.random.normal(key, (D, 1)) / jnp.sqrt(D + 1.0)
-    return {**adapter, SCORE: {"kernel": kernel}}
+    if head == "value":
+        return {**adapter, SCORE: {"kernel": jnp.zeros((D, 1)), "bias": jnp.zeros(1)}}
+    return {**adapter, SCORE: {"kernel": jax.random.normal(key, (D, 1)) / jnp.sqrt(D + 1.0)}}
+
+
+def scaled_head(adapter: Adapter, gain: jax.Array | float, bias: jax.Array | float) -> Adapter:
+    """The adapter with a head that says gain * what it said + bias; a head without a bias has one of 0 (see `bind`)."""
+    kernel = adapter[SCORE]["kernel"]
+    own = adapter[SCORE].get("bias", jnp.zeros(1))
+    return {**adapter, SCORE: {"kernel": gain * kernel, "bias": gain * own + bias}}
 
 
 def value_head(base: Decoder) -> Adapter:
@@ -58,9 +70,11 @@ def value_head(base: Decoder) -> Adapter:
 def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> Adapter:
     """A copy of the adapter to go on training, with its head: for `full`, LoRA pairs become a copy of every weight.
 
-    An adapter that is whole stays so.
+    `lora` of an adapter that is whole is a `UserError`: no pairs of a low rank compute what it does.
     """
-    if kind == "lora" or not any("lora_a" in leaves for leaves in adapter.values()):
+    if kind == "lora" and is_whole(adapter):
+        raise UserError("holds whole weights, which LoRA pairs cannot stand for; give kind full, or a LoRA adapter")
+    if kind == "lora" or is_whole(adapter):
         return jax.tree.map(lambda x: jnp.array(x, copy=True), adapter)
     whole = init_adapter(base, AdapterConfig(kind="full"), jax.random.key(0))
     for path, leaves in adapter.items():
@@ -104,8 +118,8 @@ def without_head(adapter: Adapter) -> Adapter:
 def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
     """The base with the adapter attached: same arrays, no copy. `bind(base, None)` is the base.
 
-    Full leaves are cast to the base's dtype; LoRA pairs and heads keep their own (float32). An adapter of `lm_head`
-    parts it from an embedding to which it is tied.
+    Full leaves are cast to the base's dtype; LoRA pairs and heads keep their own (float32). A head may have no bias. An
+    adapter of `lm_head` parts it from an embedding to which it is tied.
     """
     if adapter is None:
         return base
@@ -113,7 +127,7 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
     model = jax.tree.unflatten(structure, leaves)
     for path, values in adapter.items():
         if path == SCORE:
-            model.score = Linear(values["kernel"])
+            model.score = Linear(values["kernel"], values.get("bias"))
             continue
         if path == HEAD and model.lm_head is None:
             _part_head(model, base)

@@ -3,16 +3,20 @@
 The head's weight [1, D] is an adapter of the base with nothing but `score`; transformers reads it at the last token
 that is not padding, as `scoring.sequence_scores` does by the mask.
 
+The format has no bias for the head: that of a value model stands in `config.json` as `score_bias`, which we read.
+
 Not here: several labels, and models that are no decoders (`rewards/classifier.py` scores with those).
 """
 
 import dataclasses
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
 CLASSIFIER = "ForSequenceClassification"
 LABEL = "LABEL_0"  # transformers' name for a label that has none
+BIAS = "score_bias"  # our entry of config.json
 
 
 def load_sequence_classifier(
@@ -49,6 +54,7 @@ def load_sequence_classifier(
     mesh as `load_pretrained` does it; its tied `lm_head` takes no memory, since such a model gives no words. The base's
     `pad_token` is `config.json`'s, None where that has none: with a pad token, transformers does not read the tokens
     equal to it at a text's end. Raises `UserError` naming file and entry or tensor where the folder cannot be used.
+    The adapter has a "bias" f32[1] as well where `save_sequence_classifier` wrote one.
     """
     from jaxrlhf.data.tokenizers import load_tokenizer
 
@@ -69,6 +75,8 @@ def load_sequence_classifier(
         wanted = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
         sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", wanted.shape)
         found = {SCORE: {"kernel": load_parameter(head, wanted, config, place(config, f"{SCORE}/kernel"), sharding)}}
+        if document.get(BIAS) is not None:
+            found[SCORE]["bias"] = jnp.full(1, _bias(document[BIAS], folder / "config.json"))
     if adapter is not None:
         base, own = with_adapter(base, adapter, folder, mesh)
         found |= own
@@ -89,9 +97,9 @@ def save_sequence_classifier(
 
     All is stored in `dtype`, None: the base's, the head included. `pad_token_id`, and the tokenizer's pad token, is a
     token that ends no text, so that transformers scores an answer at its EOS, as we do; where no token is known to be
-    such, it is the EOS itself, and a warning says so. The folder appears complete or not at all; an older model
-    there is replaced. Raises `UserError` where anything else is there, where the adapter has no head, and for a
-    weight too large for `dtype`.
+    such, it is the EOS itself, and a warning says so; another tells of a head's bias, which transformers does not add.
+    The folder appears complete or not at all; an older model there is replaced. Raises `UserError` where anything else
+    is there, where the adapter has no head, and for a weight too large for `dtype`.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
@@ -103,6 +111,12 @@ def save_sequence_classifier(
         warnings.warn(
             f"{path}: no token is free to pad with, so pad_token_id is EOS: transformers scores before it", stacklevel=2
         )
+    if bias := float(np.asarray(adapter[SCORE].get("bias", 0.0)).sum()):
+        warnings.warn(
+            f"{path}: the head's bias of {bias:.6g} has no place in this format: transformers' scores are lower by it; "
+            f"it is {BIAS} in config.json",
+            stacklevel=2,
+        )
     tensors, dtype = merged_tensors(base, adapter, dtype)
     tensors.pop(place(config, "lm_head/kernel").tensor, None)
     name = place(config, f"{SCORE}/kernel").tensor
@@ -110,7 +124,7 @@ def save_sequence_classifier(
     with written_once(target) as (folder, primary):
         write_checkpoint(folder, tensors, max_shard_bytes, primary)
         if primary:
-            write_json(folder / "config.json", _document(config, dtype))
+            write_json(folder / "config.json", _document(config, dtype) | ({BIAS: bias} if bias else {}))
             if tokenizer is not None:
                 tokenizer.save(str(folder), config.pad_token)
 
@@ -128,6 +142,12 @@ def _check_labels(document: dict[str, Any], config: DecoderConfig, where: Path) 
         count = len(value) if isinstance(value, dict) else value
         if isinstance(count, bool) or count != 1:
             raise UserError(f"{where}: {entry} is {str(value)[:60]}; a reward model has one label")
+
+
+def _bias(value: Any, where: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{where}: {BIAS} is {value!r}; want a number")
+    return float(value)
 
 
 def _head(tensors: dict[str, StoredTensor], config: DecoderConfig, folder: Path) -> StoredTensor:

@@ -59,6 +59,14 @@ def needs_own(config: RewardConfig) -> bool:
     return any(part.kind == "model" and part.path is None for part in parts)
 
 
+def own_gain(config: RewardConfig) -> float | None:
+    """The number with which the run's own reward adapter is multiplied where it alone is the reward; else None."""
+    if config.kind != "sum":
+        return 1.0 if needs_own(config) else None
+    weighed = [part for part in (config.parts or {}).values() if part.weight]
+    return weighed[0].weight if len(weighed) == 1 and weighed[0].kind == "model" and weighed[0].path is None else None
+
+
 def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
     """`UserError` where a reward could not score answers to these prompts."""
     for name, (reward, _) in rewards.items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxrlhf.records import Experience
+from jaxrlhf.records import Experience, Rollout
 from jaxrlhf.rewards.answers import Answers
 
 SAMPLES = 8  # answers kept for a person to read
@@ -28,13 +28,13 @@ class Evaluation:
     samples: list[dict]
 
 
-def rows_measured(experience: Experience, ended: np.ndarray) -> dict[str, np.ndarray]:
+def rows_measured(experience: Experience, rollout: Rollout) -> dict[str, np.ndarray]:
     """What is measured of each of B answers beside its scores, [B] each, by metric name. Takes numpy arrays."""
-    mask = experience.response_mask
+    mask = rollout.response_mask
     return {
         "kl/k1": np.sum(np.where(mask, experience.logprobs - experience.ref_logprobs, 0.0), axis=1),
         "length/mean": np.sum(mask, axis=1),
-        "length/eos_share": ended,
+        "length/eos_share": rollout.ended,
     }
 
 

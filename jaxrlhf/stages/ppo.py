@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.algorithms.advantages import ADVANTAGES
+from jaxrlhf.algorithms.running import gain_and_bias
 from jaxrlhf.config import AdapterConfig, PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import load_adapter
-from jaxrlhf.models.adapters import as_kind, bare, init_adapter, value_head, without_head
+from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_whole, scaled_head, without_head
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.from_first import on_first
 from jaxrlhf.rewards.functions import FunctionReward
@@ -27,8 +27,10 @@ from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo_iteration import Iteration
+from jaxrlhf.stages.ppo_remarks import remarks
 from jaxrlhf.stages.ppo_sampling import Drawn, Sampler
 from jaxrlhf.stages.ppo_settings import check_algorithm
+from jaxrlhf.stages.ppo_value import starting_value
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
 from jaxrlhf.stages.settings import (
     check_adapter,
@@ -87,6 +89,8 @@ def check(run: Run, roles: Roles) -> None:
         if size is not None and mix.batch_size > size:
             check_microbatches(mix.batch_size, size, "ppo.update.microbatch_size for ppo.pretraining.batch_size")
     check_algorithm(config)
+    for remark in remarks(config):
+        run.say(f"ppo: {remark}")
     if truncates(config.sampling):
         run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
     reward_adapter = "reward" in roles.adapters or "reward_model" in run.config.stages
@@ -116,6 +120,7 @@ def load(run: Run, roles: Roles) -> PPOInputs:
         if gold is not None:
             gold.check_columns(set().union(*given.columns), "ppo.gold")
     inputs = PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
+    _check_kinds(run, inputs)
     if "sft" not in run.config.stages:  # else the adapters are not there yet
         jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
     return inputs
@@ -136,7 +141,10 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     start = place(run.mesh, starting_policy(run, roles, inputs))
     reference = place(run.mesh, starting_reference(run, roles, inputs, start))
 
-    value = _starting_value(run, roles)
+    value, says_scores = starting_value(run, roles)
+    for name, adapter, own in (("policy", start, config.adapter), ("value model", value, config.value_adapter)):
+        if note := _kept_rank(adapter or {}, run.config.adapter_or(own)):
+            run.say(f"ppo: the {name} {note}")
     update_config = _completed(config, start, value)
     run.say(f"ppo: {_told(update_config, start, value)}")
 
@@ -153,7 +161,10 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
         state["reference"] = reference
     with Loop(run, "ppo", state, config.iterations, config.save_every) as loop:
         if config.score.normalise == "initial" and not loop.first:
-            loop.state["control"] = iteration.fitted(start, inputs.prompts, loop.state["control"])
+            loop.state["control"] = control = iteration.fitted(start, inputs.prompts, loop.state["control"])
+            if says_scores:  # of the reward as it is: it must say what becomes of them
+                value = scaled_head(loop.state["ppo"].value, *gain_and_bias(control.moments))
+                loop.state["ppo"] = loop.state["ppo"].replace(value=place(run.mesh, value))
         for step in loop.steps():
             noting = functools.partial(_note_samples, run, step + 1)
             loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, noting)
@@ -204,6 +215,27 @@ def starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
     return init_adapter(roles.base, config, key_for(run.config.seed, "ppo", 0, "policy"))
 
 
+def _kept_rank(adapter: Adapter, wanted: AdapterConfig) -> str | None:
+    """What to know where an adapter that is gone on with has other ranks than the settings; None where it has not."""
+    ranks = sorted({leaves["lora_a"].shape[1] for leaves in adapter.values() if "lora_a" in leaves})
+    if not ranks or ranks == [wanted.rank]:
+        return None
+    return f"keeps rank {', '.join(map(str, ranks))} of the adapter that it starts from; the settings say {wanted.rank}"
+
+
+def _check_kinds(run: Run, inputs: PPOInputs) -> None:
+    """UserError where the policy is to be LoRA pairs, and the adapter that it starts from is whole."""
+    kind = run.config.adapter_or(run.config.ppo.adapter).kind
+    named = (("policy", inputs.policy), ("reference", inputs.reference))
+    name, start = next(((name, adapter) for name, adapter in named if adapter is not None), ("", None))
+    if start is not None and kind == "lora" and is_whole(start):
+        why = "" if name == "policy" else ", and the policy starts from it where ppo.policy names no other"
+        raise UserError(
+            f"ppo.{name}: {getattr(run.config.ppo, name)} holds whole weights{why}, but ppo.adapter.kind is lora; give "
+            "ppo.adapter.kind=full, or a LoRA adapter"
+        )
+
+
 def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapter) -> Adapter | None:
     """The adapter named, else the SFT adapter, else None: the base itself.
 
@@ -222,19 +254,6 @@ def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapte
             "start both from one adapter, or leave ppo.policy and ppo.reference out"
         )
     return reference
-
-
-def _starting_value(run: Run, roles: Roles) -> Adapter | None:
-    """The value model's adapter, or its head where it shares the policy's trunk; None where there is none."""
-    config = run.config.ppo
-    if not ADVANTAGES[config.advantage.estimator].needs_value:
-        return None
-    if config.update.value_trunk == "policy":
-        return value_head(roles.base)
-    wanted: AdapterConfig = run.config.adapter_or(config.value_adapter)
-    if config.value_from == "reward" and "reward" in roles.adapters:
-        return as_kind(roles.base, roles.adapters["reward"], wanted.kind)
-    return init_adapter(roles.base, wanted, key_for(run.config.seed, "ppo", 0, "value"), head="value")
 
 
 def _completed(config: PPOStageConfig, policy: Adapter, value: Adapter | None) -> PPOConfig:

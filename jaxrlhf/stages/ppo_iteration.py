@@ -152,7 +152,7 @@ class Iteration:
             drawn = Drawn(answers, chosen, self.sampler.measured(answers))
             greedy = None if greedy is None else self.sampler.scores(greedy)
             experience = self._experience(drawn, annotated, greedy, control)[0]
-            for name, values in (drawn.rows | rows_measured(fetch(experience), fetch(answers.rollout.ended))).items():
+            for name, values in (drawn.rows | rows_measured(*fetch((experience, answers.rollout)))).items():
                 rows_of.setdefault(name, []).append(values[: (wanted - start) * self.group])
             samples += samples_of(answers, drawn.scores)
         means = {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}

@@ -1,4 +1,4 @@
-"""Settings of PPO that contradict each other, or do nothing beside the others."""
+"""Settings of PPO that contradict each other: refused. Those that are odd beside others are in `ppo_remarks`."""
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import PPOStageConfig
@@ -45,6 +45,15 @@ def _check_combinations(config: PPOStageConfig) -> None:
     faults = (
         ("update.dual_clip", update.dual_clip is not None and update.loss not in ("clip", "gspo"),
          f"the losses clip and gspo have it, ppo.update.loss={update.loss} has not; leave it out"),
+        ("update.dual_clip", update.dual_clip is not None and update.dual_clip <= 1 + update.clip_high,
+         f"{update.dual_clip} is within the clip of 1 + {update.clip_high:g} and must lie beyond; 1912.09729 has 3"),
+        ("update.loss", update.loss == "pg" and update.epochs * (update.minibatches or 1) > 1,
+         "pg knows no ratio: after the first step of an iteration the samples are of another policy; give "
+         "ppo.update.epochs=1 ppo.update.minibatches=1, or the loss clip"),
+        ("update.kl_loss", update.kl_loss == "k1" and kl.coef > 0,
+         "the gradient of k1 in the loss is 0 in expectation, whatever the reference; give k2 or k3"),
+        ("kl.estimator", update.kl_loss is not None and kl.estimator != "k1",
+         f"is of KL in the reward, and the KL is in the loss, by ppo.update.kl_loss={update.kl_loss}; leave it out"),
         ("update.importance_level", update.importance_level != "token" and update.importance_cap is None,
          "there are no weights without ppo.update.importance_cap; give one, such as 2.0"),
         ("update.pretraining_coef", update.pretraining_coef != 1 and config.pretraining is None,

@@ -119,36 +119,42 @@ def build_experience(
     greedy: jax.Array | None = None,
     kl_in_loss: bool = False,
     kl_bound: jax.Array | float | None = BOUND,
+    mask_truncated: bool = False,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards shaped by KL, advantages and whitening over the whole batch; (experience, metrics).
 
     `scores` is f32[B], see `steps.scores` for what may come before. `advantage` is a name of
     `algorithms.advantages.ADVANTAGES`, with `group` answers to each prompt and the `greedy` answers' scores f32[B]
     where it wants them. `whiten_advantages` None: those that are not compared within the batch already. `kl_bound` is
-    for k2 and k3, in rewards and metrics: see `algorithms.kl.kl_estimate`.
+    for k2 and k3, in rewards and metrics: see `algorithms.kl.kl_estimate`. With `mask_truncated` an answer that did not
+    end has no token in the experience's `response_mask`: the update does not know of it, nor does whitening; estimators
+    that compare answers see its score as before.
     """
     mask = rollout.response_mask
+    learnt = mask & rollout.ended[:, None] if mask_truncated else mask
     scores = scores.astype(jnp.float32)
     in_reward, in_loss = (0.0, kl_coef) if kl_in_loss else (kl_coef, 0.0)
     rewards = shape_rewards(scores, annotated.logprobs, annotated.ref_logprobs, mask, in_reward, estimator, kl_bound)
     if whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
+        rewards = whiten(rewards, learnt, shift_mean=False)
     greedy = jnp.zeros(scores.shape, jnp.float32) if greedy is None else greedy
     compute = ADVANTAGES[advantage].compute
     advantages, returns = compute(rewards, mask, annotated.values, group, greedy, gamma, lam)
     if whiten_advantages is None:
         whiten_advantages = advantage in WHITENED
     metrics = _experience_metrics(rollout, annotated, scores, rewards, advantages, returns, kl_bound)
+    if mask_truncated:
+        metrics["length/masked_share"] = jnp.mean(~rollout.ended, dtype=jnp.float32)
     experience = Experience(
         tokens=rollout.tokens,
         mask=rollout.mask,
-        response_mask=mask,
+        response_mask=learnt,
         temperature=rollout.temperature,
         sample_logprobs=rollout.sample_logprobs,
         logprobs=annotated.logprobs,
         ref_logprobs=annotated.ref_logprobs,
         values=annotated.values,
-        advantages=whiten(advantages, mask) if whiten_advantages else advantages,
+        advantages=whiten(advantages, learnt) if whiten_advantages else advantages,
         returns=returns,
         kl_coef=jnp.full(scores.shape, in_loss, jnp.float32),
     )
@@ -230,6 +236,7 @@ def score_experience(
         baseline,
         update.kl_loss is not None,
         update.kl_bound,
+        update.mask_truncated,
     )
     kl_coef = control.kl_coef
     if kl.target is not None:

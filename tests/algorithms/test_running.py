@@ -112,3 +112,11 @@ def test_trees_of_another_structure_or_shape_are_refused():
     for other in ({"y": jnp.zeros(2)}, {"x": jnp.zeros(3)}, {"x": jnp.zeros(2), "y": jnp.zeros(2)}):
         with pytest.raises((AssertionError, ValueError)):
             running.ema({"x": jnp.zeros(2)}, other, 0.9)
+
+
+@pytest.mark.parametrize("scores", [[3.0, -1.0, 2.5, 7.0], [2.0, 2.0], [4.0]])
+def test_gain_and_bias_are_the_normalisation(scores):
+    moments = running.update_moments(running.init_moments(), jnp.float32(scores))
+    gain, bias = running.gain_and_bias(moments)
+    others = jnp.float32([0.0, -5.0, 2.0, 10.0])
+    close(gain * others + bias, running.normalise(moments, others), rtol=1e-5, atol=1e-6)

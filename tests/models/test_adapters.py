@@ -11,9 +11,11 @@ from jaxrlhf.models.adapters import (
     bare,
     bind,
     init_adapter,
+    is_whole,
     linear_shapes,
     merge,
     parameter_count,
+    scaled_head,
     value_head,
     with_head,
     without_head,
@@ -193,8 +195,30 @@ def test_a_lora_adapter_as_a_whole_one(small, batch, forward, lora, head):
     np.testing.assert_allclose(forward(bind(small, whole), *batch), forward(bind(small, adapter), *batch), atol=1e-5)
     if head:
         np.testing.assert_array_equal(whole[SCORE]["kernel"], adapter[SCORE]["kernel"])
-    again = as_kind(small, whole, "lora")
-    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert is_whole(whole) and not is_whole(adapter)
+    jax.tree.map(np.testing.assert_array_equal, as_kind(small, whole, "full"), whole)
+    jax.tree.map(np.testing.assert_array_equal, as_kind(small, adapter, "lora"), adapter)
+    with pytest.raises(UserError, match="holds whole weights"):
+        as_kind(small, whole, "lora")
+
+
+@pytest.mark.parametrize("head", ["value", "reward"])
+def test_a_scaled_head_says_gain_times_what_it_said_and_a_bias(small, batch, head):
+    adapter = moved(init_adapter(small, AdapterConfig(rank=2), jax.random.key(3), head))
+    score = jax.jit(lambda adapter: bind(small, adapter).scores(small.encode(batch[0], jnp.ones_like(batch[0]))))
+    before, after = score(adapter), score(scaled_head(adapter, -0.5, 3.0))
+    assert float(jnp.std(before)) > 0.05
+    np.testing.assert_allclose(after, 3.0 - 0.5 * before, rtol=1e-5, atol=1e-5)
+    unscaled, expected = scaled_head(adapter, 1.0, 0.0)[SCORE], {"bias": np.zeros(1)} | adapter[SCORE]
+    jax.tree.map(np.testing.assert_array_equal, unscaled, expected)
+
+
+def test_a_head_without_a_bias_is_one_of_bias_0(small, batch):
+    adapter = moved(init_adapter(small, AdapterConfig(rank=2), jax.random.key(3), "reward"))
+    assert set(adapter[SCORE]) == {"kernel"}
+    hidden = small.encode(batch[0], jnp.ones_like(batch[0]))
+    plain, biased = (bind(small, a).scores(hidden) for a in (adapter, scaled_head(adapter, 1.0, 0.0)))
+    np.testing.assert_array_equal(plain, biased)
 
 
 @pytest.mark.parametrize("config", [LORA, FULL], ids=lambda c: c.kind)
@@ -208,5 +232,6 @@ def test_a_bare_adapter_has_the_leaves_and_does_nothing(small, batch, forward, c
 
 def test_a_value_head_alone(small):
     head = value_head(small)
-    assert set(head) == {SCORE} and head[SCORE]["kernel"].shape == (small.config.hidden_size, 1)
-    assert not head[SCORE]["kernel"].any()
+    shapes = {name: leaf.shape for name, leaf in head[SCORE].items()}
+    assert set(head) == {SCORE} and shapes == {"kernel": (small.config.hidden_size, 1), "bias": (1,)}
+    assert not any(leaf.any() for leaf in head[SCORE].values())

@@ -1,6 +1,7 @@
 """Reward models against transformers' sequence classifiers: scores in, folders out, and what cannot be read."""
 
 import json
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -118,13 +119,16 @@ def test_scores_are_those_of_transformers(family, made, tmp_path):
     np.testing.assert_allclose(torch_scores(again, *rows("left")), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_a_reward_adapter_becomes_a_folder_whose_scores_are_ours(family, make_model, tmp_path):
-    """Merged with its LoRA pairs, without the lm_head, and read at the EOS though the base pads with EOS."""
+@pytest.mark.parametrize(("family", "head"), [("llama", "reward"), ("gpt_neox", "reward"), ("llama", "value")])
+def test_an_adapter_becomes_a_folder_whose_scores_are_ours(family, head, make_model, tmp_path):
+    """Merged with its LoRA pairs, without the lm_head, and read at the EOS though the base pads with EOS.
+
+    A value head's bias is not transformers': a warning says so, and we read it back.
+    """
     make_model(tmp_path / "base", family, CASES[family] | dict(tie_word_embeddings=False, pad_token_id=EOS))
     base, _ = load_pretrained(tmp_path / "base")
     assert base.config.pad_token == EOS and base.lm_head is not None
-    adapter = init_adapter(base, AdapterConfig(rank=2, alpha=4.0), jax.random.key(1), head="reward")
+    adapter = init_adapter(base, AdapterConfig(rank=2, alpha=4.0), jax.random.key(1), head=head)
     noise = np.random.default_rng(1)
     moved = {
         path: {
@@ -133,16 +137,20 @@ def test_a_reward_adapter_becomes_a_folder_whose_scores_are_ours(family, make_mo
         }
         for path, leaves in adapter.items()
     }
-    save_sequence_classifier(tmp_path / "reward", base, moved)
+    bias = float(moved["score"]["bias"][0]) if head == "value" else 0.0
+    told = pytest.warns(UserWarning, match=rf"head's bias of {bias:.6g} has no place") if bias else nullcontext()
+    with told:
+        save_sequence_classifier(tmp_path / "reward", base, moved)
     theirs = open_classifier(tmp_path / "reward")
     assert theirs.config.pad_token_id not in (None, EOS)
     for side in ("left", "right"):
         tokens, mask = rows(side, pad=theirs.config.pad_token_id)
         ours = score(base, moved, tokens, mask)
-        np.testing.assert_allclose(torch_scores(theirs, tokens, mask), ours, atol=1e-4)
+        np.testing.assert_allclose(torch_scores(theirs, tokens, mask) + bias, ours, atol=1e-4)
     assert np.abs(ours - score(base, adapter, tokens, mask)).max() > 0.1
-    again, head, _ = load_sequence_classifier(tmp_path / "reward")
-    np.testing.assert_allclose(score(again, head, tokens, mask), ours, atol=1e-4)
+    again, loaded, _ = load_sequence_classifier(tmp_path / "reward")
+    assert set(loaded["score"]) == ({"kernel", "bias"} if bias else {"kernel"})
+    np.testing.assert_allclose(score(again, loaded, tokens, mask), ours, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -360,6 +360,15 @@ def test_an_adapter_comes_back_as_it_was(small, lora, tmp_path, kind, head):
     assert (info["kind"], info["rank"], info["head"]) == (kind, 2 if kind == "lora" else None, head)
 
 
+def test_a_heads_bias_comes_back_and_one_without_is_of_bias_0(small, lora, tmp_path):
+    value = {"score": {"kernel": lora["score"]["kernel"], "bias": jnp.float32([0.25])}}
+    save_adapter(tmp_path / "value", lora | value)
+    save_adapter(tmp_path / "old", lora | {"score": {"kernel": lora["score"]["kernel"]}})
+    hidden = jnp.ones((1, 3, 24))
+    scores = [bind(small, load_adapter(tmp_path / name, small)).scores(hidden) for name in ("value", "old")]
+    np.testing.assert_allclose(scores[0], scores[1] + 0.25, rtol=1e-6)
+
+
 def edit_adapter(change):
     def apply(folder):
         tensors = load_file(folder / "adapter.safetensors")
@@ -383,7 +392,8 @@ B = "layers.0.attention.q_proj/lora_b"
         (edit_adapter(lambda t: t.update({"layers.0.attention.r_proj/kernel": t[A]})), ["r_proj", "no place"]),
         (edit_adapter(lambda t: t.update({"stray": t[A]})), ["tensor stray", "no place"]),
         (edit_adapter(lambda t: t.update({"score/kernel": t["score/kernel"][:3]})), ["score/kernel", "[24, 1]"]),
-        (edit_adapter(lambda t: t.update({"score/bias": t["score/kernel"]})), ["score/bias", "no place"]),
+        (edit_adapter(lambda t: t.update({"score/bias": t["score/kernel"]})), ["score/bias", "[24, 1]", "[1]"]),
+        (edit_adapter(lambda t: t.update({"score/scale": t["score/kernel"]})), ["score/scale", "no place"]),
         (lambda f: os.truncate(f / "adapter.safetensors", 5000), ["adapter.safetensors", "truncated"]),
         (lambda f: (f / "adapter.safetensors").unlink(), ["adapter.safetensors"]),
         (lambda f: (f / "adapter.json").unlink(), ["no adapter.json"]),

@@ -150,7 +150,7 @@ def test_a_shared_trunk_warm_up_and_fitted_scores(tmp_path):
     kls = [record["kl/k3"] for record in records]
     assert abs(kls[0]) < 1e-6 and abs(kls[1]) < 1e-6 and kls[2] > 1e-6, "the policy waits for one iteration"
     policy, value = roles(tmp_path / "run", "policy"), roles(tmp_path / "run", "value")
-    assert set(value) - set(policy) == {"score/kernel"} and value["score/kernel"].any()
+    assert set(value) - set(policy) == {"score/kernel", "score/bias"} and value["score/kernel"].any()
     assert all((value[name] == leaf).all() for name, leaf in policy.items())
     run, target = str(tmp_path / "run"), str(tmp_path / "value")
     assert export(["--run", run, "--to", target, "--format", "reward", "--role", "value"]) == 0
