@@ -81,8 +81,8 @@ def main() -> None:
         rare = probabilities < 2**-24
         meant = counts.sum() * probabilities[rare].sum()
         print(
-            f"| {name} | {counts.sum():,} | {freedom + 1:,} | {statistic:,.0f} | {p:.2f} | {rare.sum():,} | {meant:,.0f} | "
-            f"{counts[rare].sum():,} | {time.perf_counter() - start:.0f} |",
+            f"| {name} | {counts.sum():,} | {freedom + 1:,} | {statistic:,.0f} | {p:.2f} | {rare.sum():,} | "
+            f"{meant:,.0f} | {counts[rare].sum():,} | {time.perf_counter() - start:.0f} |",
             flush=True,
         )
 

@@ -7,6 +7,7 @@ from jaxrlhf.data.prompts import left_pad
 from jaxrlhf.models.adapter_files import load_adapter, save_adapter
 from jaxrlhf.models.adapters import bind, init_adapter, merge, parameter_count, value_head
 from jaxrlhf.models.peft import load_peft, save_peft
+from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Annotated, Experience, PPOState, Prompts, Rollout
 from jaxrlhf.rollout.decode import rollout
@@ -32,6 +33,7 @@ __all__ = [
     "annotate_experience",
     "bind",
     "build_experience",
+    "compiler_options",
     "gae",
     "init_adapter",
     "init_ppo",

@@ -72,7 +72,7 @@ def sft(shapes: Shapes) -> Calls:
     config = shapes.config.sft
     state = _train_state(shapes, shapes.adapter(shapes.config.adapter_or(config.adapter)))
     batch = shapes.rows(_sft_batch(config.batch_size, config.max_length))
-    yield _update(shapes, sft_program(shapes.mesh, state), state, batch, config, ())
+    yield _update(shapes, sft_program(shapes.mesh, shapes.base(), state), state, batch, config, ())
 
 
 def reward_model(shapes: Shapes) -> Calls:
@@ -82,7 +82,7 @@ def reward_model(shapes: Shapes) -> Calls:
     B, L = config.batch_size, config.max_length
     sides = (tokens(B, L), mask(B, L))
     batch = shapes.rows(PreferenceBatch(*sides, *sides, margin=numbers(B), weight=numbers(B)))
-    program = reward_model_program(shapes.mesh, state)
+    program = reward_model_program(shapes.mesh, shapes.base(), state)
     yield _update(shapes, program, state, batch, config, (config.centring,))
 
 
@@ -105,26 +105,26 @@ def ppo(shapes: Shapes) -> Calls:
     n, S = sampling.samples_per_prompt, P + sampling.max_new_tokens
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = shapes.rows(Prompts(tokens(B, P), mask(B, P)))
-    sample = rollout_program(mesh)
+    sample = rollout_program(mesh, base)
     answers = yield Call("rollout", sample, (base, state.policy, prompts, key, sampling), {}, prompts, lives, cache=S)
     greedy = None
     if ADVANTAGES[config.advantage.estimator].needs_greedy:
         alone = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
-        program = greedy_program(mesh, sample, n)
+        program = greedy_program(mesh, base, sample, n)
         best = yield Call("greedy", program, (base, state.policy, prompts, key, alone), {}, prompts, lives, cache=S)
         greedy = (best, shapes.rows(numbers(B)))
     if scorer is not None:
         size = {"microbatch_size": update.microbatch_size}
-        yield Call("reward", score_program(mesh), (base, scorer, answers), size, answers, lives)
+        yield Call("reward", score_program(mesh, base), (base, scorer, answers), size, answers, lives)
     for model in models:
         yield dataclasses.replace(model, lives=lives)
     args = (base, state.policy, state.value, reference, answers, update)
-    annotated = yield Call("annotate", annotate_program(mesh), args, {}, answers, lives)
+    annotated = yield Call("annotate", annotate_program(mesh, base), args, {}, answers, lives)
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
     control = shapes.placed(jax.eval_shape(lambda: Control.start(0.0)))
     rows = (answers, annotated, shapes.rows(numbers(B * n)), greedy)
     experience, _, _ = yield Call("experience", experience_program(mesh), (*rows, control, settings), {}, rows, lives)
-    rows, change = (experience, _mix(shapes, update)), update_program(mesh, state)
+    rows, change = (experience, _mix(shapes, update)), update_program(mesh, base, state)
     args = (state, base, experience, key, update)
     yield Call("update", change, args, {"mix": rows[1]}, rows, lives, remat=update.remat)
 
@@ -194,7 +194,7 @@ def _reward_models(shapes: Shapes) -> list[Call]:
         head = shapes.placed(jax.eval_shape(value_head, base))
         size, length = min(part.batch_size, rows), min(part.max_length, model.max_positions)
         batch = shapes.rows((tokens(size, length), mask(size, length)))
-        program = token_score_program(shapes.mesh)
+        program = token_score_program(shapes.mesh, base)
         calls.append(Call(f"reward {part.path}", program, (base, head, *batch), {}, batch, {}, -(-rows // size)))
     return calls
 

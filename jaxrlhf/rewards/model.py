@@ -4,6 +4,7 @@ import jax
 
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers
@@ -26,9 +27,9 @@ def score_rollout(
     return jax.lax.map(lambda rows: sequence_scores(model, *rows), parts).reshape(B)
 
 
-def score_program(mesh: jax.sharding.Mesh | None) -> Program:
+def score_program(mesh: jax.sharding.Mesh | None, base: Decoder) -> Program:
     """`score_rollout`, as plans and benchmarks take it too."""
-    return Program(score_rollout, "reward", mesh, static_argnames=("microbatch_size",))
+    return Program(score_rollout, "reward", mesh, compiler_options(base), static_argnames=("microbatch_size",))
 
 
 class ModelReward:
@@ -44,7 +45,7 @@ class ModelReward:
         microbatch_size: int | None = None,
     ):
         self.base, self.adapter, self.microbatch_size = base, adapter, microbatch_size
-        self.program = score_program(mesh)
+        self.program = score_program(mesh, base)
 
     def __call__(self, answers: Answers) -> jax.Array:
         return self.program(self.base, self.adapter, answers.rollout, microbatch_size=self.microbatch_size)

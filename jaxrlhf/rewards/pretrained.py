@@ -14,6 +14,7 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.classifiers import load_sequence_classifier
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.answers import Answers
@@ -29,9 +30,9 @@ def score_tokens(base: Decoder, adapter: Adapter, tokens: jax.Array, mask: jax.A
     return sequence_scores(bind(base, adapter), tokens, mask)
 
 
-def token_score_program(mesh: jax.sharding.Mesh) -> Program:
+def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
     """`score_tokens`, as plans and benchmarks take it too; every device has all scores."""
-    return Program(score_tokens, "reward", mesh, out_shardings=replicated(mesh))
+    return Program(score_tokens, "reward", mesh, compiler_options(base), out_shardings=replicated(mesh))
 
 
 class PretrainedReward:
@@ -47,7 +48,7 @@ class PretrainedReward:
         self._check_tokenizer(key_path)
         self.chats = self.tokenizer.chats
         self.lengths = _lengths(self.max_length)
-        self.program = token_score_program(mesh)
+        self.program = token_score_program(mesh, self.base)
 
     def check_prompts(self, prompts: PromptSet) -> None:
         """`UserError` where the chat template refuses a chat."""

@@ -31,9 +31,12 @@ def compiled_with(options: Options) -> Iterator[None]:
         _given = before
 
 
-def options_of(program: str) -> dict[str, Any] | None:
-    """What the program of this name is compiled with; None: nothing is said."""
-    return {**_given.get(ALL, {}), **_given.get(program, {})} or None
+def options_of(program: str, own: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """What the program of this name is compiled with: its `own` options, unless the given ones say otherwise.
+
+    None: nothing is said.
+    """
+    return {**(own or {}), **_given.get(ALL, {}), **_given.get(program, {})} or None
 
 
 def check_options(options: Options) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,11 +20,18 @@ class Program:
 
     `compiles` stays at 1 as long as every call has the shapes, dtypes, static values and placement of the first.
     A change of placement alone (another sharding, or an array that was not yet committed to its device) compiles
-    again without tracing again, so both are counted and the larger number is told. XLA gets the options that stand
-    under its name where it is made: `compiler_options.compiled_with`.
+    again without tracing again, so both are counted and the larger number is told. XLA gets `compiler_options`, and
+    before them what stands under its name where it is made: `compiler_options.compiled_with`.
     """
 
-    def __init__(self, function: Callable, name: str, mesh: jax.sharding.Mesh | None = None, **jit_options: Any):
+    def __init__(
+        self,
+        function: Callable,
+        name: str,
+        mesh: jax.sharding.Mesh | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
+        **jit_options: Any,
+    ):
         @functools.wraps(function)  # keeps the signature, which static_argnames needs
         def traced(*args, **kwargs):
             self.traces += 1
@@ -36,7 +43,7 @@ class Program:
         self.static = tuple(jit_options.get("static_argnames", ()))  # arguments that are part of what is compiled
         self.traces = 0
         self._backend_compiles = 0
-        self._jitted = jax.jit(traced, compiler_options=options_of(name), **jit_options)
+        self._jitted = jax.jit(traced, compiler_options=options_of(name, compiler_options), **jit_options)
 
     @property
     def compiles(self) -> int:

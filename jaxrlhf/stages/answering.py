@@ -14,6 +14,7 @@ from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.weights import load_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
@@ -43,7 +44,7 @@ def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
         chosen = {"base": (base, None)}
     sampling = _sampling(arguments, config, roles)
     prompts, ids = _prompts(arguments, config, roles, sampling)
-    program = jax.jit(rollout)
+    program = jax.jit(rollout, compiler_options=compiler_options(roles.base))
     with kept_programs(AUTO if config is None else config.compilation_cache, _say):
         yield from _records(program, chosen, roles.tokenizer, prompts, ids, sampling, arguments.seed)
 

@@ -55,8 +55,8 @@ class Iteration:
         self.group = config.sampling.samples_per_prompt
         self.rows = config.batch_size * self.group
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
-        self.annotate, self.experience = annotate_program(run.mesh), experience_program(run.mesh)
-        self.update = update_program(run.mesh, state)
+        self.annotate, self.experience = annotate_program(run.mesh, roles.base), experience_program(run.mesh)
+        self.update = update_program(run.mesh, roles.base, state)
         greedy = ADVANTAGES[config.advantage.estimator].needs_greedy and sampler.greedy_rollout is not sampler.rollout
         more = ((sampler.greedy_rollout,) if greedy else ()) + ((sampler.merge,) if config.resample else ())
         self.programs = (sampler.rollout, *more, self.annotate, self.experience, self.update)

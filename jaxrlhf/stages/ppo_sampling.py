@@ -70,8 +70,9 @@ class Sampler:
         self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
         self.sampling = config.sampling
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
-        self.rollout = rollout_program(run.mesh)
-        self.greedy_rollout = greedy_program(run.mesh, self.rollout, self.sampling.samples_per_prompt)
+        self.rollout = rollout_program(run.mesh, roles.base)
+        group = self.sampling.samples_per_prompt
+        self.greedy_rollout = greedy_program(run.mesh, roles.base, self.rollout, group)
         self.merge = merge_program(run.mesh)
         self._ahead: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # whose prompts, draw, numbers, tokens
         self._silent: set[str] = set()  # metrics of rewards that were said to have abstained throughout

@@ -1,5 +1,6 @@
 """The programs that the stages compile: what each is called, what it gives away, and where its results lie.
 
+Those that run a base, arrays or shapes, are compiled as its dtype needs it (`models.precision`).
 The stages run them, plans take them with shapes in place of arrays, and benchmarks time them: all take them from here.
 The programs of rewards stand beside their rewards (`rewards.model`, `rewards.pretrained`).
 """
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import RewardModelConfig, SFTConfig
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import PPOState, Rollout, TrainState
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
@@ -24,14 +27,14 @@ Mesh = jax.sharding.Mesh
 _STATIC = ("microbatches", "remat")  # of the steps of sft and reward_model: part of what is compiled
 
 
-def sft_program(mesh: Mesh, state: TrainState) -> Program:
+def sft_program(mesh: Mesh, base: Decoder, state: TrainState) -> Program:
     """`sft_update`; it takes over the memory of its state, arrays or shapes as in `state`."""
-    return _training(sft_update, mesh, state)
+    return _training(sft_update, mesh, base, state)
 
 
-def reward_model_program(mesh: Mesh, state: TrainState) -> Program:
+def reward_model_program(mesh: Mesh, base: Decoder, state: TrainState) -> Program:
     """`reward_model_update`; it takes over the memory of its state."""
-    return _training(reward_model_update, mesh, state)
+    return _training(reward_model_update, mesh, base, state)
 
 
 def static_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
@@ -40,14 +43,14 @@ def static_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
     return {"microbatches": config.batch_size // size, "remat": config.remat}
 
 
-def rollout_program(mesh: Mesh) -> Program:
+def rollout_program(mesh: Mesh, base: Decoder) -> Program:
     """Answers, by rows over the mesh."""
-    return _rows(rollout, "rollout", mesh)
+    return _rows(rollout, "rollout", mesh, base)
 
 
-def greedy_program(mesh: Mesh, samples: Program, group: int) -> Program:
+def greedy_program(mesh: Mesh, base: Decoder, samples: Program, group: int) -> Program:
     """Greedy answers: of no group they are the program `samples` at another temperature; beside groups its own."""
-    return samples if group == 1 else _rows(rollout, "rollout_greedy", mesh)
+    return samples if group == 1 else _rows(rollout, "rollout_greedy", mesh, base)
 
 
 def merge_program(mesh: Mesh) -> Program:
@@ -55,9 +58,9 @@ def merge_program(mesh: Mesh) -> Program:
     return _rows(_merge, "merge", mesh)
 
 
-def annotate_program(mesh: Mesh) -> Program:
+def annotate_program(mesh: Mesh, base: Decoder) -> Program:
     """`annotate_for_update`: the passes over a rollout, which need no scores."""
-    return _rows(annotate_for_update, "annotate", mesh)
+    return _rows(annotate_for_update, "annotate", mesh, base)
 
 
 def experience_program(mesh: Mesh) -> Program:
@@ -66,24 +69,28 @@ def experience_program(mesh: Mesh) -> Program:
     return Program(score_experience, "experience", mesh, out_shardings=placed)
 
 
-def update_program(mesh: Mesh, state: PPOState) -> Program:
+def update_program(mesh: Mesh, base: Decoder, state: PPOState) -> Program:
     """`ppo_update`; it takes over the memory of its state, arrays or shapes as in `state`."""
-    return Program(ppo_update, "update", mesh, donate_argnums=0, out_shardings=(tree_shardings(mesh, state), None))
+    placed = (tree_shardings(mesh, state), None)
+    return Program(ppo_update, "update", mesh, compiler_options(base), donate_argnums=0, out_shardings=placed)
 
 
-def _training(step: Callable, mesh: Mesh, state: TrainState) -> Program:
+def _training(step: Callable, mesh: Mesh, base: Decoder, state: TrainState) -> Program:
     return Program(
         step,
         step.__name__,
         mesh,
+        compiler_options(base),
         donate_argnums=0,
         static_argnames=_STATIC,
         out_shardings=(tree_shardings(mesh, state), None),
     )
 
 
-def _rows(function: Callable, name: str, mesh: Mesh) -> Program:
-    return Program(function, name, mesh, out_shardings=batch_sharding(mesh))
+def _rows(function: Callable, name: str, mesh: Mesh, base: Decoder | None = None) -> Program:
+    """Without a base: a program that computes nothing in its dtype."""
+    options = None if base is None else compiler_options(base)
+    return Program(function, name, mesh, options, out_shardings=batch_sharding(mesh))
 
 
 def _merge(first: Rollout, second: Rollout, source: jax.Array) -> Rollout:

@@ -10,6 +10,7 @@ from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
 from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter, TrainState
 from jaxrlhf.runtime.mesh import check_batch, fetch, place_batch
 from jaxrlhf.runtime.programs import Program
@@ -78,7 +79,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
     optimizer = with_rate(with_total_steps(config.optimizer, total), "reward_model", adapter)
     run.say(f"reward_model: learning rate {rate_text(optimizer, adapter)}")
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
-    update, static = reward_model_program(run.mesh, state), static_arguments(config)
+    update, static = reward_model_program(run.mesh, roles.base, state), static_arguments(config)
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
     with Loop(run, "reward_model", state, total, config.save_every) as loop:
         for step in loop.steps():
@@ -97,7 +98,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
 
 def evaluate(run: Run, base: Decoder, adapter: Adapter, data: PreferenceData) -> dict[str, float]:
     """Share of pairs whose chosen answer scores higher (ties count half), and the mean and deviation of scores."""
-    program = Program(pair_scores, "pair_scores", run.mesh)
+    program = Program(pair_scores, "pair_scores", run.mesh, compiler_options(base))
     chosen, rejected = [], []
     for batch in data.all_batches():
         real = batch.weight > 0

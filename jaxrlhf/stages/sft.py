@@ -9,6 +9,7 @@ from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter, TrainState
 from jaxrlhf.runtime.mesh import check_batch, fetch, place, place_batch
 from jaxrlhf.runtime.programs import Program
@@ -64,7 +65,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     optimizer = with_rate(with_total_steps(config.optimizer, total), "sft", adapter)
     run.say(f"sft: learning rate {rate_text(optimizer, adapter)}")
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
-    update, static = sft_program(run.mesh, state), static_arguments(config)
+    update, static = sft_program(run.mesh, roles.base, state), static_arguments(config)
     with Loop(run, "sft", state, total, config.save_every) as loop:
         for step in loop.steps():
             batch = place_batch(run.mesh, inputs.train.batch(step))
@@ -78,7 +79,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
 
 def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) -> float:
     """Mean cross-entropy per learnt token, in nats."""
-    program = Program(sft_evaluate, "sft_evaluate", run.mesh)
+    program = Program(sft_evaluate, "sft_evaluate", run.mesh, compiler_options(base))
     sums = [program(base, adapter, place_batch(run.mesh, batch)) for batch in data.all_batches()]
     losses, tokens = zip(*fetch(sums))
     return float(sum(losses) / max(sum(tokens), 1))

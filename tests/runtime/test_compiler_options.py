@@ -45,6 +45,19 @@ def test_a_program_s_own_options_come_before_those_of_all():
     assert options_of("rollout") is None
 
 
+def test_a_program_s_given_options_come_before_those_it_is_made_with():
+    own = {"xla_allow_excess_precision": False}
+    assert options_of("update", own) == own and options_of("update", {}) is None
+    with compiled_with({ALL: {"xla_gpu_autotune_level": 0}, "update": {"xla_allow_excess_precision": True}}):
+        assert options_of("update", own) == {"xla_allow_excess_precision": True, "xla_gpu_autotune_level": 0}
+        assert options_of("rollout", own) == {**own, "xla_gpu_autotune_level": 0}
+
+
+def test_xla_gets_the_options_that_a_program_is_made_with(tmp_path):
+    Program(lambda x: jnp.sin(x), "one", compiler_options={"xla_dump_to": str(tmp_path / "dump")})(jnp.ones(3))
+    assert _dumped(tmp_path / "dump") == {"one"}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -64,6 +77,7 @@ def test_what_xla_does_not_take_is_one_line(options, said):
 def test_options_that_the_readme_names_are_known_and_take_such_values():
     """XLA's table of options is the same on every backend; what they do on a GPU is not tested here."""
     values = {
+        "xla_allow_excess_precision": False,
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_all_reduce_combine_threshold_bytes": 1 << 27,
         "xla_gpu_all_gather_combine_threshold_bytes": 1 << 27,
