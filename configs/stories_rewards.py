@@ -1,4 +1,7 @@
-"""Reward functions for configs/stories.yaml and the default runs of docs/defaults.md: each gets texts and returns one number per text."""
+"""Reward functions for configs/stories.yaml and the default runs of docs/defaults.md.
+
+Each gets texts and returns one number per text.
+"""
 
 import re
 
