@@ -1,6 +1,6 @@
 """What a row of the table of families is, and how a `config.json` and its tensors are read and written by one.
 
-The rows stand in `families.py`. What a row reads ends as values of `DecoderConfig`: the forward pass knows no
+The rows stand in `family_rows.py`. What a row reads ends as values of `DecoderConfig`: the forward pass knows no
 family.
 """
 
