@@ -12,6 +12,7 @@ from jaxrlhf.models.adapters import init_adapter, value_head
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.quantize import quantize_decoder
 from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.runtime.programs import Program
 from jaxrlhf.steps.annotate import annotate_for_update, build_experience
 from jaxrlhf.steps.ppo import init_ppo, ppo_update
 
@@ -94,3 +95,21 @@ def test_the_first_ratio_is_1_and_nothing_is_clipped(worlds, case):
     assert abs(float(metrics["policy/ratio_max"]) - 1) < 1e-5
     assert float(metrics["policy/clip_low"]) == float(metrics["policy/clip_high"]) == 0
     assert float(metrics["policy/approx_kl"]) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_program_rounds_where_it_says_so(make_decoder, dtype):
+    """A product in the base's dtype, read in float32, is numpy's: left to itself XLA does not round it."""
+    options = compiler_options(make_decoder(dtype=jnp.dtype(dtype)))
+    assert bool(options) == (dtype != "float32")
+    x = jnp.linspace(1, 2, 50).astype(dtype)
+
+    def product(x):
+        return (x * x.dtype.type(1.1)).astype(jnp.float32)
+
+    expected = (np.asarray(x) * np.asarray(x).dtype.type(1.1)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(product, compiler_options=options)(x), expected)
+    program = Program(product, "update", compiler_options=options)
+    lowered, other = program.lower(x), {"xla_cpu_enable_fast_math": False}
+    for compiled in (program, lowered.compile(), lowered.compile(other)):
+        np.testing.assert_array_equal(compiled(x), expected)
