@@ -62,7 +62,7 @@ def config_of(folder, tokenizer, rows):
     }  # fmt: skip
 
 
-@pytest.fixture(params=[*(name for name in FOLDERS if name not in ("gpt2", "pythia-70m")), *OTHERS])
+@pytest.fixture(params=[*FOLDERS, *OTHERS])
 def finished(hub, request, rows, tmp_path):
     """A run that has finished: its tokenizer's folder, its last samples, the folder with run.yaml and exports."""
     folder, tokenizer = (hub(name, 1) for name in OTHERS.get(request.param, (request.param, request.param)))
