@@ -6,7 +6,6 @@ file straight to its devices: no host or device holds what it does not keep.
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,10 +108,14 @@ def _equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
 
 
 def _summary(names: list[str], shown: int = 4) -> str:
-    """Tensors by the module that they stand in, with counts: "v_head.summary (2 tensors) and 7 more"."""
-    groups = Counter(re.split(r"\.\d+\.|\.[^.]+$", name)[0] for name in names).most_common()
-    listed = [f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in groups[:shown]]
-    rest = sum(count for _, count in groups[shown:])
+    """Tensors by the module that they stand in, one alone by its name: "v_head.summary (2 tensors) and 7 more"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.split(r"\.\d+\.|\.[^.]+$", name)[0], []).append(name)
+    largest = sorted(groups, key=lambda group: -len(groups[group]))
+    counted = {group: f"{group} ({len(inside)} tensors)" for group, inside in groups.items()}
+    listed = [groups[group][0] if len(groups[group]) == 1 else counted[group] for group in largest[:shown]]
+    rest = sum(len(groups[group]) for group in largest[shown:])
     return ", ".join(listed) + (f" and {rest} more" if rest else "")
 
 

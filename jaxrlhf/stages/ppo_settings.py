@@ -39,7 +39,7 @@ def check_algorithm(config: PPOStageConfig) -> None:
 
 def _check_combinations(config: PPOStageConfig) -> None:
     """UserError for a setting that would do nothing, or harm, beside the others."""
-    update, kl, score = config.update, config.kl, config.score
+    update, kl, score, estimator = config.update, config.kl, config.score, config.advantage.estimator
     rows = config.batch_size * config.sampling.samples_per_prompt
     shared = update.value_trunk == "policy"
     faults = (
@@ -52,6 +52,9 @@ def _check_combinations(config: PPOStageConfig) -> None:
          "ppo.update.epochs=1 ppo.update.minibatches=1, or the loss clip"),
         ("update.kl_loss", update.kl_loss == "k1" and kl.coef > 0,
          "the gradient of k1 in the loss is 0 in expectation, whatever the reference; give k2 or k3"),
+        ("update.kl_loss", estimator == "grpo" and update.kl_loss is None and kl.coef > 0,
+         "grpo divides by the deviation of a group's rewards: with the KL among them, groups whose scores are equal "
+         "learn from KL noise alone; give k3 or k2, which is the KL in the loss, or ppo.kl.coef=0"),
         ("kl.estimator", update.kl_loss is not None and kl.estimator != "k1",
          f"is of KL in the reward, and the KL is in the loss, by ppo.update.kl_loss={update.kl_loss}; leave it out"),
         ("update.importance_level", update.importance_level != "token" and update.importance_cap is None,

@@ -190,7 +190,7 @@ def test_functions_of_modules_and_files(tmp_path):
         ("rewards.py:two words", "neither module:function"),
         ("absent.py:score", "there is no file absent.py"),
         ("no_such_module_here:score", "no_such_module_here does not import: ModuleNotFoundError"),
-        ("jaxrlhf.errors:score", "jaxrlhf.errors has no function score; it has none"),
+        ("jaxrlhf.rewards:score", "jaxrlhf.rewards has no function score; it has none"),
         ("{folder}/good.py:scores", "has no function scores; it has score"),
         ("{folder}/good.py:NUMBER", "has no function NUMBER"),
         ("{folder}/broken.py:score", "does not import: SyntaxError"),

@@ -56,6 +56,7 @@ def test_the_kl_of_grpo_stands_in_the_loss(estimator):
         ({"update": {"kl_loss": "k1"}}, "ppo.update.kl_loss: the gradient of k1 in the loss is 0"),
         ({"update": {"kl_loss": "k2"}, "kl": {"estimator": "k3"}}, "ppo.kl.estimator: is of KL in the reward"),
         ({**GRPO, "kl": {"estimator": "k2"}}, "ppo.kl.estimator: is of KL in the reward"),
+        ({**GRPO, "update": {"kl_loss": None}}, "ppo.update.kl_loss: grpo divides by the deviation"),
         ({"update": {"dual_clip": 1.2, "clip_high": 0.28}}, "ppo.update.dual_clip: 1.2 is within the clip of 1 + 0.28"),
         ({"update": {"dual_clip": 1.2}}, "ppo.update.dual_clip: 1.2 is within the clip of 1 + 0.2"),
     ],
@@ -73,6 +74,7 @@ def test_what_cannot_be_meant_is_refused_in_a_line(given, words):
         {"update": {"kl_loss": "k1"}, "kl": {"coef": 0.0}},
         {"update": {"dual_clip": 3.0}},
         {"kl": {"estimator": "k2", "coef": 0.0}},
+        {**GRPO, "update": {"kl_loss": None}, "kl": {"coef": 0.0}},
     ],
 )
 def test_what_is_next_to_that_is_not(given):
