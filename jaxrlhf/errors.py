@@ -11,6 +11,10 @@ class UserError(Exception):
     """Input that cannot be used: one line with what, where and what would be right."""
 
 
+class SharedFault(UserError):
+    """A fault of what all rows share, such as the chat template: no single row is named, or dropped, for it."""
+
+
 class Fault(Exception):
     """Something outside the program stopped it midway: one line with what and where."""
 

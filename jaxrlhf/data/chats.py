@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxrlhf.data.sources import Message, one_line
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import SharedFault, UserError
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Rendered:
 Prompt = str | list[Message] | Chat | Rendered
 Response = str | Message | list[Message] | Rendered
 
+_BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # where a turn may say something too
 _NOT_ANSWERS = ("system", "developer", "user", "tool", "function")
 _MARK = "jaxrlhf-mark"  # text to be found again in what a template writes
 _ABSENT, _NULL, _EMPTY = "absent", "null", "empty"  # what becomes of content that is null
@@ -152,15 +153,28 @@ class ChatTemplate:
         if not chat.messages:
             raise UserError(f"{place}a chat without a message before the answer; want at least one")
         begun = chat.begun and not whole
-        if begun and chat.messages[-1].get("content") is None:
+        last = chat.messages[-1]
+        if begun and (last.get("content") is None or (last.get("tool_calls") and not content_text(last).strip())):
             raise UserError(f"{place}the prompt ends with a tool call of the assistant; want a tool's message after it")
         end = {"continue_final_message": begun, "add_generation_prompt": not whole and not begun}
         try:
             return self._in_a_form_that_fits(chat, end)
         except ImportError as error:
-            raise UserError(f"{self.name}: chat templates need jinja2: pip install jinja2") from error
+            raise SharedFault(f"{self.name}: chat templates need jinja2: pip install jinja2") from error
         except Exception as error:  # a template is a program, and raises what it likes
+            self._check_syntax(error)
             raise UserError(f"{place}the chat template of {self.name} refuses this chat: {one_line(error)}") from error
+
+    def _check_syntax(self, error: Exception) -> None:
+        """SharedFault where the error says that the template does not compile."""
+        from jinja2 import TemplateSyntaxError
+
+        if isinstance(error, TemplateSyntaxError):
+            line = error.lineno - (error.source or "").startswith(_CLOCK.rstrip())
+            raise SharedFault(
+                f"{self.name}: its chat template does not compile, line {line}: {one_line(error.message)}; "
+                "mend it, or give prompt and answer as text"
+            ) from error
 
     def _in_a_form_that_fits(self, chat: Chat, end: dict[str, bool]) -> str:
         """What transformers makes of the chat: in the usual form, or where the template fails, in the first other one.
@@ -248,8 +262,16 @@ def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
     """A prompt as a chat: text is a turn of the user; messages that end with the assistant's are to be gone on with."""
     if isinstance(prompt, Chat):
         return prompt
-    messages = as_messages(prompt, "user")
+    messages = without_empty_turn(as_messages(prompt, "user"))
     return Chat(messages, begun=bool(messages) and messages[-1]["role"] == "assistant")
+
+
+def without_empty_turn(messages: list[Message]) -> list[Message]:
+    """A prompt's messages without turns of the assistant at their end that say nothing: they only ask for an answer."""
+    last = messages[-1] if messages else {"role": ""}
+    if last["role"] != "assistant" or content_text(last).strip() or any(map(last.get, _BESIDE_CONTENT)):
+        return messages
+    return without_empty_turn(messages[:-1])
 
 
 def last_turn(answer: Response, text: str) -> int:

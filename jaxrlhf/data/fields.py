@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxrlhf.config import ChatSourceConfig
 from jaxrlhf.config.data import check_template_arguments
-from jaxrlhf.data.chats import Chat, Prompt, content_text
+from jaxrlhf.data.chats import Chat, Prompt, content_text, without_empty_turn
 from jaxrlhf.data.sources import Message, Row, describe, one_line
 from jaxrlhf.errors import UserError
 
@@ -71,40 +71,66 @@ def number_field(row: Row, name: str, default: float) -> float:
 def chat_of(row: Row, config: ChatSourceConfig, prompt: str | list[Message], begun: bool | None = None) -> Prompt:
     """A prompt of messages as a chat, with the tools and template arguments of row and settings; a text as it is.
 
-    `begun` says whether the last message is the assistant's beginning (see `Chat`); None: where it is the assistant's.
+    `begun` says whether the last message is the assistant's beginning (see `Chat`); None: where it is the assistant's
+    and says something.
     """
     if isinstance(prompt, str):
         return prompt
-    begun = prompt[-1]["role"] == "assistant" if begun is None else begun
+    if begun is None:
+        prompt = without_empty_turn(prompt)
+        begun = bool(prompt) and prompt[-1]["role"] == "assistant"
     return Chat(prompt, _tools(row, config), _template_arguments(row, config), begun)
 
 
+def columns_beside_text(row: Row, config: ChatSourceConfig, prompt: Prompt) -> set[str]:
+    """The row's columns of tools and template arguments that nothing reads, because its prompt is text."""
+    if not isinstance(prompt, str):
+        return set()
+    names = {config.tools_field, config.chat_template_kwargs_field}
+    return {name for name in names if not _says_none(row.values.get(name))}
+
+
+def _says_none(value: Any) -> bool:
+    """Whether a column of tools or template arguments holds none, also as JSON text."""
+    return value in (None, [], {}) or (isinstance(value, str) and value.strip() in ("", "null", "[]", "{}"))
+
+
 def _tools(row: Row, config: ChatSourceConfig) -> list[dict[str, Any]] | None:
-    """The row's tools, or those of the settings; None where there are none."""
+    """The row's tools, or those of the settings; None where there are none. An empty list is the row's own."""
     name = config.tools_field
-    if not has_field(row, name):
-        return config.tools
     tools = _parsed(row, name)
+    if tools is None:
+        return config.tools
     if isinstance(tools, dict):
         tools = [tools]
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    spelled = [_tool(tool) for tool in tools] if isinstance(tools, list) else None
+    if spelled is None or not all(isinstance(tool, dict) for tool in spelled):
         raise UserError(
             f"{row.where}: field {name!r} is {describe(tools)}; want a list of tools as objects, also as JSON text "
             "(tools_field names another column, or '' for none)"
         )
-    return _without_nulls(tools) or None
+    return _without_nulls(spelled) or None
+
+
+def _tool(value: Any) -> Any:
+    """A tool of a list; what it spells where it is JSON text, as columns of texts have it."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def _template_arguments(row: Row, config: ChatSourceConfig) -> dict[str, Any]:
     """Template arguments of the settings, and those of the row, which win."""
     name = config.chat_template_kwargs_field
-    if not has_field(row, name):
-        return config.chat_template_kwargs
     given = _parsed(row, name)
+    if given is None:
+        return config.chat_template_kwargs
     if not isinstance(given, dict):
         raise UserError(
             f"{row.where}: field {name!r} is {describe(given)}; want an object of template arguments, such as "
-            '{"enable_thinking": false} (chat_template_kwargs_field names another column, or '' for none)'
+            '{"enable_thinking": false} '
+            "(chat_template_kwargs_field names another column, or '' for none)"
         )
     try:
         check_template_arguments(given)
@@ -114,10 +140,12 @@ def _template_arguments(row: Row, config: ChatSourceConfig) -> dict[str, Any]:
 
 
 def _parsed(row: Row, name: str) -> Any:
-    """The field's value; what JSON text spells, as tables that cannot hold such objects store it."""
-    value = row.values[name]
+    """The field's value; what JSON text spells, as tables that cannot hold such objects store it. None: no value."""
+    value = row.values.get(name)
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrlhf.config import Overflow, PreferencesConfig
-from jaxrlhf.data.chats import Prompt, Response, as_messages, content_text
-from jaxrlhf.data.fields import answer_field, chat_of, has_field, number_field, text_or_messages_field
+from jaxrlhf.data.chats import Prompt, Response, as_messages, content_text, without_empty_turn
+from jaxrlhf.data.fields import (
+    answer_field,
+    chat_of,
+    columns_beside_text,
+    has_field,
+    number_field,
+    text_or_messages_field,
+)
 from jaxrlhf.data.order import Buckets, bucket_lengths
 from jaxrlhf.data.sources import LoadReport, Message, Row, drops_unusable, read_rows
 from jaxrlhf.data.tokenizers import Tokenizer
@@ -51,6 +58,7 @@ def load_preferences(
 
     def rendered(row: Row) -> tuple[float, list[tuple[Prompt, Response]]]:
         prompt, *answers = _split(row, config)
+        report.beside_text |= columns_beside_text(row, config, prompt)
         place = f"{row.where}: "
         return number_field(row, config.margin_field, 0.0), [
             template.rendered_pair(prompt, answer, place) for answer in answers
@@ -97,6 +105,7 @@ def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Respo
     """Prompt, chosen answer, rejected answer."""
     has_prompt = has_field(row, config.prompt_field)
     prompt = text_or_messages_field(row, config.prompt_field, empty=True) if has_prompt else ""
+    prompt = prompt if isinstance(prompt, str) else without_empty_turn(prompt)
     chosen, rejected = answer_field(row, config.chosen_field), answer_field(row, config.rejected_field)
     opening = as_messages(prompt, "user")
     if not prompt and not isinstance(chosen, str) and not isinstance(rejected, str):

@@ -8,7 +8,14 @@ import numpy as np
 
 from jaxrlhf.config import Overflow, PromptsConfig
 from jaxrlhf.data.chats import Chat, Prompt
-from jaxrlhf.data.fields import chat_of, has_field, messages_field, text_field, text_or_messages_field
+from jaxrlhf.data.fields import (
+    chat_of,
+    columns_beside_text,
+    has_field,
+    messages_field,
+    text_field,
+    text_or_messages_field,
+)
 from jaxrlhf.data.order import batch_rows
 from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
 from jaxrlhf.data.tokenizers import Tokenizer
@@ -88,6 +95,7 @@ def load_prompts(
 
     def rendered(row: Row) -> tuple[Prompt, Prompt]:
         prompt = read(row, config)
+        report.beside_text |= columns_beside_text(row, config, prompt)
         return prompt, tokenizer.chats.rendered_prompt(prompt, f"{row.where}: ")
 
     tokenizer.chats.unread.clear()

@@ -15,6 +15,7 @@ from jaxrlhf.data.fields import (
     answer_field,
     chat_of,
     check_answer,
+    columns_beside_text,
     has_field,
     messages_field,
     text_field,
@@ -59,7 +60,9 @@ def load_demonstrations(
     report = LoadReport(config.path, len(rows))
 
     def rendered(row: Row) -> tuple[Prompt, Response]:
-        return tokenizer.chats.rendered_pair(*read(row, config), f"{row.where}: ")
+        prompt, response = read(row, config)
+        report.beside_text |= columns_beside_text(row, config, prompt)
+        return tokenizer.chats.rendered_pair(prompt, response, f"{row.where}: ")
 
     tokenizer.chats.unread.clear()
     usable = list(report.usable(rows, rendered, drop))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from jaxrlhf.config import Overflow, SourceConfig
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import SharedFault, UserError
 
 Message = dict[str, Any]
 """One turn of a chat: `role`, `content`, and whatever else the chat template reads."""
@@ -45,6 +45,7 @@ class LoadReport:
     dropped: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row dropped for it, where known
     unread: list[str] = field(default_factory=list)  # of tools and template arguments, what the chat template ignores
+    beside_text: set[str] = field(default_factory=set)  # columns of these that rows have whose prompt is text
 
     def drop(self, reason: str, where: str | None = None) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -57,7 +58,7 @@ class LoadReport:
             try:
                 made = read(row)
             except UserError as error:
-                if not drop:
+                if not drop or isinstance(error, SharedFault):
                     raise
                 self.refuse(row, str(error))
             else:
@@ -91,6 +92,7 @@ class LoadReport:
         parts += [f"{self.cut} cut to length"] if self.cut else []
         parts += self._reasons("{} dropped ({})")
         parts += [f"the chat template ignores {' and '.join(self.unread)}"] if self.unread else []
+        parts += [f"prompts of text ignore {' and '.join(sorted(self.beside_text))}"] if self.beside_text else []
         return ", ".join(parts)
 
     def _reasons(self, form: str) -> list[str]:

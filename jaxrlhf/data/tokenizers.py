@@ -14,7 +14,7 @@ from jaxrlhf.data import ends
 from jaxrlhf.data.chats import ChatTemplate, Prompt, Response, last_turn
 from jaxrlhf.data.sources import Message
 from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import SharedFault, UserError
 
 # A response that is tokenized without its prompt stands behind one of these, the first that does not merge
 # with it, so that tokenizers which put a space before a text put it there.
@@ -47,6 +47,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary, default=-1) + 1
         self.text_size: int = max((index for index in vocabulary if index not in self.added), default=-1) + 1
         self.prefix_ids = self._find_prefix()
+        self._template_runs = True
         self.turn_end_id = self._find_turn_end()
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self._own_ends()))
         self.notes: tuple[str, ...] = ()
@@ -76,7 +77,7 @@ class Tokenizer:
         fitted.stop_ids, lines = ends.union(stop_tokens, self._own_ends(), rows, self.added, self.name, foreign)
         if not fitted.stop_ids:
             lines.append(f"{self.name}: no token ends an answer: answers go on to max_new_tokens")
-        elif self.has_chat_template and self.turn_end_id is None:
+        elif self.has_chat_template and self.turn_end_id is None and self._template_runs:
             end = self._tokenizer.convert_ids_to_tokens(fitted.chat_end_id)
             lines.append(f"{self.name}: the chat template ends answers in plain text: taught to end with {end}")
         fitted.notes = tuple(lines)
@@ -231,7 +232,8 @@ class Tokenizer:
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ends.PROBE}]
         try:
             return ends.end_of_turn(self.chats.whole_text(chat, ""), self.added)
-        except UserError:  # no template, or one that refuses this chat
+        except UserError as error:  # no template, or one that refuses this chat
+            self._template_runs = not isinstance(error, SharedFault)
             return None
 
     def _ended(self, prompt: Prompt, response: Response, text: str, ids: list[int]) -> list[int]:

@@ -141,6 +141,55 @@ def test_arguments_that_cannot_be_used(jsonl, tokenizer, columns, part):
         PromptsConfig(path="x", chat_template_kwargs={"add_generation_prompt": False})
 
 
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_the_refusal_says_how_to_name_no_column(jsonl, tokenizer, column):
+    with pytest.raises(UserError) as caught:
+        prompt_of(tokenizer, jsonl([{"prompt": [user("hi")], column: 3}]))
+    assert str(caught.value).endswith(f"({column}_field names another column, or '' for none)")
+
+
+def test_columns_that_hold_none(jsonl, tokenizer):
+    chat = [user("hi")]
+    bare = rendered(tokenizer, chat, add_generation_prompt=True)
+    of_settings = rendered(tokenizer, chat, tools=[TOOL], add_generation_prompt=True, **SWITCH)
+    settings = {"tools": [TOOL], "chat_template_kwargs": SWITCH}
+    absent = jsonl([{"prompt": chat, "tools": none, "chat_template_kwargs": none} for none in (None, "", " ", "null")])
+    assert prompt_of(tokenizer, absent) == [bare] * 4
+    assert prompt_of(tokenizer, absent, **settings) == [of_settings] * 4
+    none = {"prompt": chat, "tools": [], "chat_template_kwargs": {}}
+    empty = jsonl([none, none | {"tools": "[]", "chat_template_kwargs": "{}"}])
+    assert prompt_of(tokenizer, empty) == [bare] * 2
+    # An empty list is the row's own; an object without arguments overrides none.
+    switched = rendered(tokenizer, chat, add_generation_prompt=True, **SWITCH)
+    assert prompt_of(tokenizer, empty, **settings) == [switched] * 2
+
+
+def test_tools_as_a_list_of_json_texts(jsonl, tokenizer):
+    path = jsonl([{"prompt": [user("hi")], "tools": [json.dumps(TOOL), json.dumps(OTHER_TOOL)]}])
+    assert prompt_of(tokenizer, path) == [
+        rendered(tokenizer, [user("hi")], tools=[TOOL, OTHER_TOOL], add_generation_prompt=True)
+    ]
+
+
+def test_columns_beside_prompts_of_text_are_said(jsonl, tokenizer):
+    own = {"tools": [TOOL], "chat_template_kwargs": json.dumps(SWITCH)}
+    none = {"tools": "[]", "chat_template_kwargs": {}}
+
+    def said(columns, prompt):
+        answers = {"response": "b", "chosen": "b", "rejected": "c"}
+        path = jsonl([{"prompt": prompt} | answers | columns])
+        return [
+            str(load_prompts(PromptsConfig(path=path), tokenizer, 512, "stop").report),
+            str(load_demonstrations(DemonstrationsConfig(path=path), tokenizer, 512, "stop")[1]),
+            str(load_preferences(PreferencesConfig(path=path), tokenizer, 512, "stop")[1]),
+        ]
+
+    for report in said(own, "hi"):
+        assert report.endswith("1 of 1 rows, prompts of text ignore chat_template_kwargs and tools")
+    for report in (*said(own, [user("hi")]), *said(none, "hi"), *said({}, "hi")):
+        assert "ignore" not in report
+
+
 def test_what_the_template_ignores_is_said(jsonl, tokenizer):
     def said(using, **columns):
         path = jsonl([{"prompt": [user("hi")]} | columns])
@@ -263,6 +312,33 @@ def test_a_prompt_that_ends_with_the_assistants_beginning_is_continued(jsonl, to
     assert "".join(got) == rendered(tokenizer, twice).strip()
 
 
+# A header that ends with blanks, and content without those around it, as Llama 3's.
+HEADERS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '<|end|>\n\n' + m.content | trim + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", [{"type": "text", "text": ""}]])
+def test_an_empty_beginning_is_left_out(jsonl, nothing):
+    headers = characters(HEADERS)
+    chat = [user("hi"), assistant(nothing)]
+    before = rendered(headers, chat[:1], add_generation_prompt=True)
+    assert prompt_of(headers, jsonl([{"prompt": chat}])) == [before]
+    assert headers.chats.prompt_text(chat, "") == before
+    assert pair_of(headers, jsonl([{"prompt": chat, "response": "b"}])) == [(before, "b<eos>")]
+    for chosen, rejected in (("b", "c"), ([*chat[:1], assistant("b")], [*chat[:1], assistant("c")])):
+        got = preferred(headers, jsonl([{"prompt": chat, "chosen": chosen, "rejected": rejected}]))
+        assert got == [(before + "b<eos>", before + "c<eos>")]
+    assert as_chat([user("hi"), assistant("a"), assistant(nothing)]) == as_chat([user("hi"), assistant("a")])
+    thought = [user("hi"), assistant(nothing, reasoning_content="so")]
+    assert as_chat(thought).messages == thought
+    with pytest.raises(UserError, match=r"rows.jsonl:1: a chat without a message before the answer"):
+        prompt_of(headers, jsonl([{"prompt": chat[1:]}]))
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the prompt ends with a tool call"):
+        prompt_of(headers, jsonl([{"prompt": [user("hi"), assistant(nothing, tool_calls=[call()])]}]))
+
+
 def test_beginnings_that_cannot_be_continued(tokenizer):
     called = [user("hi"), assistant(None, tool_calls=[call()])]
     with pytest.raises(UserError, match=r"x:1: the prompt ends with a tool call of the assistant; want a tool's"):
@@ -309,6 +385,33 @@ def test_pairs_that_cannot_be_told_apart_are_refused(tokenizer):
         list(characters(THINKS).encode_pairs([([user("a")], several)], where=["x:1"]))
     with pytest.raises(UserError, match=r"x:1: the answer begins with a turn of user; want the assistant's first"):
         list(tokenizer.encode_pairs([([user("a")], several[1:])], where=["x:1"]))
+
+
+# ---------------------------------------------------------------- templates that do not compile
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("overflow", ["stop", "drop"])
+def test_a_template_that_does_not_compile_is_refused_once(jsonl, overflow, timed):
+    broken = characters("{{ strftime_now('%Y') }}\n{% for m in messages %}{{ m.content }}{% endfr %}")
+    broken.chats.time = datetime.datetime(2020, 1, 1) if timed else None
+    texts = {"prompt": "hi", "response": "b", "chosen": "b", "rejected": "c"}
+    loaders = (
+        (load_prompts, PromptsConfig),
+        (load_demonstrations, DemonstrationsConfig),
+        (load_preferences, PreferencesConfig),
+    )
+    for load, config in loaders:
+        path = jsonl([texts | {"prompt": [user("hi")]}] * 2)
+        with pytest.raises(UserError) as caught:
+            load(config(path=path), broken, 512, overflow)
+        message = str(caught.value)
+        assert message.startswith("characters: its chat template does not compile, line 2: "), message
+        assert "endfr" in message and "\n" not in message and "rows.jsonl" not in message
+        load(config(path=jsonl([texts] * 2)), broken, 512, overflow)  # texts need no template
+    with pytest.raises(UserError, match="characters: its chat template does not compile"):
+        list(broken.encode_chats([[user("hi")]], ["x:1"]))
+    assert not broken.for_model(broken.vocab_size, []).notes  # nothing is said of how it ends answers
 
 
 # ---------------------------------------------------------------- the clock
