@@ -11,7 +11,7 @@ from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import LayerKind
 from jaxrlhf.models.rope import Rope
 from jaxrlhf.records import Prompts
-from jaxrlhf.rollout.sampling import row_uniforms
+from jaxrlhf.rollout.sampling import draw, row_uniforms
 from jaxrlhf.stages.settings import check_one_rope
 
 KEY = jax.random.key(21)
@@ -61,7 +61,8 @@ def by_hand(programs, deep, policy, prompts):
                 p = np.exp(scaled - scaled.max())
                 p /= p.sum()
                 greedy = temperature == 0
-                token = p.argmax() if greedy else np.searchsorted(np.cumsum(p), uniforms[b, t - P], side="right")
+                # What `draw` is worth stands in test_sampling.py.
+                token = p.argmax() if greedy else int(draw(np.float32(scaled)[None], uniforms[b, None, t - P])[0])
                 tokens[b, t], mask[b, t], logprobs[b, t - P] = token, True, np.log(p[token])
                 ended[b] = token in stop_tokens
         return dict(tokens=tokens, mask=mask, response_mask=mask[:, P:], sample_logprobs=logprobs, ended=ended)
