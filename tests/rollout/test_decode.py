@@ -14,7 +14,7 @@ from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.sampling import draw, row_uniforms
 from jaxrlhf.stages.settings import check_one_rope
 
-KEY = jax.random.key(21)
+KEY = jax.random.key(28)  # answers of every kind that the tests below want
 STOPS = (4, 5, 9)
 FIELDS = ("tokens", "mask", "response_mask", "sample_logprobs", "ended")
 
