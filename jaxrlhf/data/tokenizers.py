@@ -79,7 +79,7 @@ class Tokenizer:
             lines.append(f"{self.name}: no token ends an answer: answers go on to max_new_tokens")
         elif self.has_chat_template and self.turn_end_id is None and self._template_runs:
             end = self._tokenizer.convert_ids_to_tokens(fitted.chat_end_id)
-            lines.append(f"{self.name}: the chat template ends answers in plain text: taught to end with {end}")
+            lines.append(f"{self.name}: the chat template ends answers in plain text; sft and reward_model teach {end}")
         fitted.notes = tuple(lines)
         fitted.pad_id = self.pad_id if self.pad_id is None or self.pad_id < rows else None
         fitted._rows = rows

@@ -61,6 +61,7 @@ class Iteration:
         more = ((sampler.greedy_rollout,) if greedy else ()) + ((sampler.merge,) if config.resample else ())
         self.programs = (sampler.rollout, *more, self.annotate, self.experience, self.update)
         self._mix_ahead: tuple[int, SFTBatch | None] = (-1, None)  # of which step
+        self._said_truncated = False
 
     def __call__(
         self, state: dict, step: int, prompts: PromptSet, meanwhile: Callable[[Drawn], None] = lambda drawn: None
@@ -92,6 +93,7 @@ class Iteration:
             self._mix_ahead = (step + 1, self._made_mix(step + 1))
         clock.lap("time/update", ppo)
         metrics |= drawn.means() | _floats(noted) | paused | _floats(updated)
+        self._say_truncated(metrics)
         sampled = metrics["length/mean"] * self.rows
         computed = computed_steps(metrics, self.update_config)
         passes = 0 if metrics.get(PAUSED) else computed / self.update_config.minibatches
@@ -105,6 +107,16 @@ class Iteration:
         if config.refresh_reference and (step + 1) % config.refresh_reference == 0:
             state["reference"] = jax.tree.map(jnp.copy, ppo.policy)  # a copy: the next update gives the policy away
         return state, metrics, experience
+
+    def _say_truncated(self, metrics: dict[str, float]) -> None:
+        """A line, once, where `mask_truncated` leaves nothing of an iteration to learn from."""
+        if metrics.get("length/masked_share") == 1 and not self._said_truncated:
+            self._said_truncated = True
+            limit = self.config.sampling.max_new_tokens
+            self.run.say(
+                f"ppo: no answer of an iteration ended within {limit} tokens, and ppo.update.mask_truncated leaves out "
+                "those that do not: nothing was learnt; raise ppo.sampling.max_new_tokens, or leave mask_truncated out"
+            )
 
     def count(self, number: int) -> jax.Array:
         """A number of the state, i32[], where the programs and the checkpoints want it."""
