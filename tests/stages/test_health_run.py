@@ -52,7 +52,7 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_end_the_run(tmp_path
     records = lines(tmp_path / "run")
     assert [record["optimizer/skipped"] for record in records] == [0, 0, 2, 2, 2]
     batch = load_file(tmp_path / "run" / "inspect" / "ppo-5" / "batch.safetensors")
-    assert batch["tokens"].shape == (4, 22) and not np.isfinite(batch["advantages"][batch["response_mask"]]).all()
+    assert batch["tokens"].shape == (4, 22) and np.abs(batch["returns"]).max() > 1e38
     # Patience counts on where the checkpoint was made; a run whose trouble is over goes on with sound weights.
     with pytest.raises(Fault, match="4 steps in a row"):
         run_stages(RunConfig.model_validate(settings | {"health": {"patience": 4}}))

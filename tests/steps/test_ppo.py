@@ -97,7 +97,7 @@ def test_changing_any_number_compiles_nothing(programs, start, tiny, experience,
     programs.update(start, tiny, experience, KEY, sixteen)
     count = programs.update._cache_size()
     paths = list(numbers_of(sixteen))
-    assert len(paths) == 6 + 2 * 7 and ("value_optimizer", "beta2") in paths
+    assert len(paths) == 8 + 2 * 7 and ("value_optimizer", "beta2") in paths
     for path in paths:
         programs.update(start, tiny, experience, KEY, changed(sixteen, path, 0.9))
     assert programs.update._cache_size() == count
@@ -108,6 +108,8 @@ def test_each_number_reaches_the_update(programs, start, tiny, drifted, sixteen)
     mix = SFTBatch(jnp.full((16, 5), 4), jnp.ones((16, 5), jnp.int32), jnp.ones((16, 5), bool))
     plain = jax.device_get(programs.update(start, tiny, drifted, KEY, sixteen, mix)[0])
     for path in numbers_of(sixteen):
+        if path == ("kl_bound",):  # there is no KL in this loss: test_ppo_options.py has it
+            continue
         # A small factor: far below the ratios, value steps and norms that occur. Zeros become 0.01, and
         # warm-up, which is in steps, a little more than one.
         other = changed(sixteen, path, 0.01, add=1.5 if path[-1] == "warmup_steps" else 0.01)
@@ -136,7 +138,7 @@ def test_a_population_equals_single_runs(programs, tiny, make_adapter, experienc
 
 def test_weight_decay_spares_lora_scales(programs, start, tiny, experience, sixteen):
     def after(decay):
-        optimizer = OptimizerConfig(weight_decay=decay)
+        optimizer = OptimizerConfig(learning_rate=1e-4, weight_decay=decay)
         config = sixteen.model_copy(update={"optimizer": optimizer, "value_optimizer": optimizer})
         return programs.update(start, tiny, experience, KEY, config)[0]
 
