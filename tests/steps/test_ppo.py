@@ -150,7 +150,7 @@ def test_weight_decay_spares_lora_scales(programs, start, tiny, experience, sixt
             for name, leaf in leaves.items():
                 if name == "lora_scale":
                     assert np.array_equal(leaf, first[path][name])
-                else:
+                elif leaf.ndim > 1:  # a head's bias is spared too
                     assert np.abs(leaf).sum() < 0.99 * np.abs(old[path][name]).sum(), f"{path}/{name}"
 
 
