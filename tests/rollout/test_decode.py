@@ -135,7 +135,7 @@ def test_the_same_key_gives_the_same_and_another_key_does_not(answer):
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
     assert (first.tokens[:, 5] != other.tokens[:, 5]).any()
-    assert (first.tokens != other.tokens).any(axis=1).mean() > 0.8
+    assert (first.tokens != other.tokens).any(axis=1).mean() > 0.7
 
 
 def test_equal_prompts_in_one_batch_get_answers_of_their_own(answer, prompts):
