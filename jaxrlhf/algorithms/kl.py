@@ -10,7 +10,7 @@ from jax.lax import stop_gradient
 # The steepest slope of one token's estimate. verl (k3) and OpenRLHF (k2, k3) hold the estimate itself within 10.
 BOUND = 10.0
 
-Bound = Array | float | None
+Bound = Array | float | None  # f32[]; None switches a bound off
 
 
 def _k1(r: Array, bound: Bound) -> Array:

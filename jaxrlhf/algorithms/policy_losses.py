@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
+from jaxrlhf.algorithms.kl import Bound
 from jaxrlhf.algorithms.masked import masked_mean, masked_sum
-
-Bound = Array | float | None
 
 PolicyLoss = Callable[
     [Array, Array, Array, Array, Array | float, Array | float, Bound, Bound],

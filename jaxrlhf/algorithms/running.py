@@ -23,7 +23,7 @@ class RunningMoments:
 
 
 def init_moments() -> RunningMoments:
-    """Of no scores at all."""
+    """Returns the moments before any score has been seen."""
     return RunningMoments(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
@@ -75,7 +75,7 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
 
 
 def _deviation(moments: RunningMoments) -> Array:
-    """Of the scores so far; 1 where they have none."""
+    """Standard deviation f32[] of the scores so far; 1 where they do not vary, so that it can divide."""
     variance = moments.squares / jnp.maximum(moments.count - 1.0, 1.0)
     varies = variance > jnp.square(ROUNDING * moments.mean)
     return jnp.sqrt(jnp.where(varies, variance, 1.0))

@@ -97,7 +97,7 @@ class LayerCache(NamedTuple):
     v: jax.Array  # [B,K,S,H]
 
     def with_new(self, new: "LayerCache", at: jax.Array) -> "LayerCache":
-        """Those of T positions written from slot `at` on."""
+        """Returns the cache with T new positions written at slot `at`."""
         return LayerCache(
             jax.lax.dynamic_update_slice_in_dim(self.k, new.k.astype(self.k.dtype), at, axis=3),
             jax.lax.dynamic_update_slice_in_dim(self.v, new.v.astype(self.v.dtype), at, axis=2),
@@ -287,7 +287,7 @@ class Decoder(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def head_kernel(self) -> jax.Array:
-        """Of the language-model head, without its LoRA pair: [D,V]."""
+        """Returns the language-model head's kernel [D,V], without its LoRA pair."""
         return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -100,7 +100,7 @@ class TransformersReward:
         return self._score_of(logits).numpy()
 
     def _score_of(self, logits: Any) -> Any:
-        """Of the logits [B, labels] of all labels, the score [B] of ours."""
+        """Returns the scored label's scores [B], computed from all labels' logits [B, labels]."""
         import torch
 
         alone = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"

@@ -67,6 +67,6 @@ def _called(name: str, part: Reward, answers: Answers):
 
 
 def _fetched(name: str, values, count: int) -> np.ndarray:
-    """The part's scores on the host, checked: in the sum nobody can tell whose NaN it is."""
+    """Fetches a part's scores and checks them here, because a NaN in the sum would not say which part it came from."""
     values = values if isinstance(values, np.ndarray) else fetch(values)  # which would lose where a part abstained
     return checked_scores(values, count, f"reward part {name}")

@@ -41,8 +41,7 @@ class _AtWork:
 
 
 def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.Array, sampling: Sampling) -> Rollout:
-    """Samples `samples_per_prompt` answers to each prompt, n, side by side: B prompts give n B rows; see
-    `records.Rollout`. Each prompt is read once.
+    """Samples n = `samples_per_prompt` answers to each prompt, side by side. Each prompt is read once.
 
     An answer ends with a stop token (kept, and real) or at `max_new_tokens`; what follows is pad and counts
     for nothing. Logprobs are those of the whole distribution at `temperature`, also where top-k, top-p or

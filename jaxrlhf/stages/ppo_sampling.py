@@ -43,7 +43,7 @@ class Drawn(Asked):
         return self.rows["reward/score"]
 
     def means(self) -> dict[str, float]:
-        """Of what is measured, but the score, which the experience program tells."""
+        """Batch means of the reward metrics, except reward/score, which `score_experience` logs."""
         return {name: float(np.mean(values)) for name, values in self.rows.items() if name != "reward/score"}
 
 

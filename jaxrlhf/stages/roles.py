@@ -81,7 +81,7 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
 
 
 def check_none_gone(config: RunConfig) -> None:
-    """`UserError` where a role is gone that this run has left: to go on, it would be made anew, and be another."""
+    """`UserError` where a role that this run saved is gone: continuing would silently make a different one."""
     folder = Path(config.run_dir) / "roles"
     left_by = {"sft": "base" if config.sft_trains_base else "sft", "reward_model": "reward", "ppo": "policy"}
     wanted = {left_by[stage]: f"the stage {stage} has left it" for stage in finished_stages(config.run_dir)}

@@ -221,8 +221,8 @@ def ppo_loss(
     """These rows' share of a minibatch's loss, and their shares of its metrics.
 
     `total_tokens`, `total_rows` and `length` (response tokens of a row; None: these rows') are the whole minibatch's,
-    so that shares of microbatches add up to it. An empty
-    `value` stands for no value model; a shared one is a head on the policy's trunk, and its loss reaches the policy.
+    so that shares of microbatches add up to it. An empty `value` stands for no value model; a shared one is a head on
+    the policy's trunk, and its loss reaches the policy.
     """
     mask = experience.response_mask
     given = (experience.tokens, experience.mask, mask)
@@ -233,17 +233,8 @@ def ppo_loss(
         logprobs, entropy = response_logprobs(bind(base, policy), *given, experience.temperature, config.remat)
         values = response_values(bind(base, value), *given, config.remat) if value else None
     old = jax.lax.stop_gradient(logprobs) if single_step(config) else experience.logprobs
-    policy_loss = POLICY_LOSSES[config.loss]
-    per_token, noted = policy_loss(
-        logprobs,
-        old,
-        experience.advantages,
-        mask,
-        config.clip_low,
-        config.clip_high,
-        config.dual_clip,
-        config.log_ratio_bound,
-    )
+    bounds = (config.clip_low, config.clip_high, config.dual_clip, config.log_ratio_bound)
+    per_token, noted = POLICY_LOSSES[config.loss](logprobs, old, experience.advantages, mask, *bounds)
 
     def share(x: jax.Array) -> jax.Array:
         return masked_sum(x.astype(jnp.float32), mask) / total_tokens
@@ -253,14 +244,8 @@ def ppo_loss(
 
     metrics = {}
     if config.importance_cap is not None:
-        weights = importance_weights(
-            old,
-            experience.sample_logprobs,
-            mask,
-            config.importance_cap,
-            config.importance_level,
-            config.log_ratio_bound,
-        )
+        capped = (config.importance_cap, config.importance_level, config.log_ratio_bound)
+        weights = importance_weights(old, experience.sample_logprobs, mask, *capped)
         per_token = per_token * weights
         metrics["policy/importance_weight"] = share(weights)
     loss = policy_share = aggregated(per_token)

@@ -265,8 +265,10 @@ def test_what_transformers_leaves_out_is_said(llama, capsys):
 
 
 def test_no_labels_named_leaves_it_to_the_head(llama):
+    _, named, _ = load_sequence_classifier(llama)
     entry(id2label=None, label2id=None)(llama)
-    load_sequence_classifier(llama)
+    _, unnamed, _ = load_sequence_classifier(llama)
+    np.testing.assert_array_equal(unnamed["score"]["kernel"], named["score"]["kernel"])
 
 
 def test_what_is_not_written(made, tmp_path):
