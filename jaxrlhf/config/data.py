@@ -71,7 +71,7 @@ class PreferencesConfig(ChatSourceConfig):
 class PromptsConfig(ChatSourceConfig):
     """Prompts to answer; a row's other columns go to the reward function."""
 
-    prompt_field: str = Field("prompt", description="text or chat messages of the prompt; a last assistant turn is gone on with")
+    prompt_field: str = Field("prompt", description="text or chat messages of the prompt; a last assistant turn is continued")
     messages_field: str = Field("messages", description="a chat; a last assistant turn is left out")
     text_field: str = Field("text", description="plain text whose beginning is the prompt")
     text_tokens: PositiveInt = Field(8, description="how many tokens of a plain text are the prompt")

@@ -259,7 +259,7 @@ def as_messages(value: str | Message | list[Message], role: str) -> list[Message
 
 
 def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
-    """A prompt as a chat: text is a turn of the user; messages that end with the assistant's are to be gone on with."""
+    """A prompt as a chat: text is a turn of the user; messages that end with the assistant's are to be continued."""
     if isinstance(prompt, Chat):
         return prompt
     messages = without_empty_turn(as_messages(prompt, "user"))
