@@ -11,6 +11,9 @@ from types import SimpleNamespace
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else the first process has done so
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxrlhf-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    # Programs are small and run a few times: compiling them takes the time. XLA's own passes stay, LLVM's slow ones go.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
 import jax
 import jax.numpy as jnp

@@ -300,7 +300,7 @@ def test_every_layout_loads_onto_a_mesh_and_comes_back(make_model, forward, tmp_
         make_model(tmp_path / family / "theirs", family, CASES[family][0], vocab_size=62)
         logits = forward(load_pretrained(tmp_path / family / "theirs")[0], tokens, mask)
         np.savez(tmp_path / family / "expected.npz", tokens=tokens, mask=mask, logits=logits)
-    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu")
+    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu")
     command = [sys.executable, "-c", ON_A_MESH, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -400,7 +400,7 @@ np.testing.assert_allclose(run(split, tokens), run(whole, tokens), atol=1e-5)
 def test_codes_lie_on_a_mesh_as_kernels_do(tmp_path):
     config = DecoderConfig(8, 128, 256, layers=1, heads=4, kv_heads=2, head_dim=32, max_positions=8)
     save_pretrained(tmp_path, Decoder(config, jax.random.key(0)))
-    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu")
+    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu")
     command = [sys.executable, "-c", ON_A_MESH, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

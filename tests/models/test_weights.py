@@ -173,7 +173,7 @@ save_pretrained(sys.argv[2], model)
 
 def test_onto_a_mesh_and_back(small, batch, forward, folder, tmp_path):
     np.savez(tmp_path / "expected.npz", tokens=batch[0], mask=batch[1], logits=forward(small, *batch))
-    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu")
+    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu")
     command = [sys.executable, "-c", SUBPROCESS, folder, tmp_path / "again", tmp_path / "expected.npz"]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

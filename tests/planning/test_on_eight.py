@@ -82,6 +82,6 @@ print("ok")
 
 
 def test_collectives_and_shares():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True, env=env)
     assert (result.stdout, result.stderr) == ("ok\n", "")

@@ -230,7 +230,7 @@ for shape in ({"data": 1}, {"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}):
 
 
 def test_scores_are_the_same_on_a_mesh(folder):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
     command = [sys.executable, "-c", ON_A_MESH, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -83,7 +83,7 @@ def test_two_hosts_agree(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, str(rank), address, str(tmp_path / "c")],

@@ -112,8 +112,7 @@ def last_line(text):
 
 
 def test_two_hosts_share_a_batch_and_a_checkpoint(tmp_path):
-    flags = "--xla_force_host_platform_device_count=2"
-    with Processes(MESH, 2, FOLDER=str(tmp_path), XLA_FLAGS=flags) as processes:
+    with Processes(MESH, 2, FOLDER=str(tmp_path), JAX_NUM_CPU_DEVICES="2") as processes:
         for status, _, err in processes.ends(120).values():
             assert status == 0, err
 

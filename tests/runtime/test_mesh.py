@@ -189,6 +189,6 @@ print("ok")
 
 
 def test_on_eight_devices(tmp_path):
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run([sys.executable, "-c", EIGHT, str(tmp_path)], capture_output=True, text=True, env=env)
     assert (result.stdout, result.stderr) == ("ok\n", "")

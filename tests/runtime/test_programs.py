@@ -97,7 +97,7 @@ def test_another_sharding_compiles_without_tracing_and_is_counted():
         [sys.executable, "-c", PLACEMENT],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
     )
     assert result.stdout == "1 [1, 1, 2, 2]\n", result.stderr
 

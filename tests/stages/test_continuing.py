@@ -75,7 +75,7 @@ def command(folder: Path, run_dir: str | Path, *overrides: str) -> int:
 def process(folder: Path, run_dir: str | Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
     return subprocess.Popen(
         [sys.executable, "-m", "jaxrlhf.train", *arguments(folder, run_dir, *overrides)],

@@ -77,8 +77,7 @@ def folder(tmp_path_factory):
     """A run directory for each mesh, by its name such as 2x2x1."""
     folder = tmp_path_factory.mktemp("meshes")
     for count, meshes in MESHES.items():
-        flags = f"--xla_force_host_platform_device_count={count}"
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(count), "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", RUNS, str(folder), json.dumps(meshes)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
