@@ -71,6 +71,7 @@ def load_preferences(
     # Side by side: the tokenizer sees a prompt twice in a row, and tokenizes it once.
     sides = tokenizer.encode_pairs([pair for _, (_, both) in usable for pair in both])
     pairs = []
+    tokenizer.cut_answers = 0
     for (row, (margin, _)), (prompt, chosen), (_, rejected) in zip(usable, sides, sides):
         if report.refuses(row, tokenizer.fault([*prompt, *chosen, *rejected]), drop):
             continue
@@ -94,6 +95,7 @@ def load_preferences(
             pairs.append(
                 Pair(np.array(kept + chosen, np.int32), np.array(kept + rejected, np.int32), margin, row.where)
             )
+    report.past_stop = tokenizer.cut_answers
     report.check()
     return pairs, report
 

@@ -42,6 +42,7 @@ class LoadReport:
     path: str
     rows: int
     cut: int = 0
+    past_stop: int = 0  # answers in text that went on behind a stop token, where they are cut
     dropped: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row dropped for it, where known
     unread: list[str] = field(default_factory=list)  # of tools and template arguments, what the chat template ignores
@@ -90,6 +91,7 @@ class LoadReport:
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kept} of {self.rows} rows"]
         parts += [f"{self.cut} cut to length"] if self.cut else []
+        parts += [f"{self.past_stop} answers cut behind a stop token in their text"] if self.past_stop else []
         parts += self._reasons("{} dropped ({})")
         parts += [f"the chat template ignores {' and '.join(self.unread)}"] if self.unread else []
         parts += [f"prompts of text ignore {' and '.join(sorted(self.beside_text))}"] if self.beside_text else []

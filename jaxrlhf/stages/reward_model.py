@@ -18,7 +18,14 @@ from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import reward_model_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.stages.settings import check_adapter, check_length, check_microbatches, rate_text, with_total_steps
+from jaxrlhf.stages.settings import (
+    check_adapter,
+    check_length,
+    check_microbatches,
+    rate_text,
+    steps_text,
+    with_total_steps,
+)
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.reward_model import pair_scores
 
@@ -77,7 +84,8 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
         adapter = init_adapter(roles.base, wanted, key, head="reward")
     total = config.epochs * len(inputs.train)
     optimizer = with_rate(with_total_steps(config.optimizer, total), "reward_model", adapter)
-    run.say(f"reward_model: learning rate {rate_text(optimizer, adapter)}")
+    steps = steps_text(config.epochs, len(inputs.train))
+    run.say(f"reward_model: {steps}; learning rate {rate_text(optimizer, adapter)}")
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
     update, static = reward_model_program(run.mesh, roles.base, state), static_arguments(config)
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}

@@ -30,6 +30,12 @@ def rate_text(config: OptimizerConfig, tree: Adapter) -> str:
     return f"{config.learning_rate:g} for {what}"
 
 
+def steps_text(epochs: int, batches: int) -> str:
+    """How many optimizer steps a stage makes, in words: a few rows make very few."""
+    total = epochs * batches
+    return f"{total:,} optimizer step{'s' * (total != 1)} (epochs x batches: {epochs} x {batches:,})"
+
+
 def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
     """The optimizer with the stage's own number of steps, where the settings give none."""
     return config if config.total_steps is not None else config.model_copy(update={"total_steps": float(steps)})

@@ -17,7 +17,14 @@ from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import sft_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
-from jaxrlhf.stages.settings import check_adapter, check_length, check_microbatches, rate_text, with_total_steps
+from jaxrlhf.stages.settings import (
+    check_adapter,
+    check_length,
+    check_microbatches,
+    rate_text,
+    steps_text,
+    with_total_steps,
+)
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.sft import sft_evaluate
 
@@ -63,7 +70,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     adapter = init_adapter(roles.base, run.config.adapter_or(config.adapter), key)
     total = config.epochs * len(inputs.train)
     optimizer = with_rate(with_total_steps(config.optimizer, total), "sft", adapter)
-    run.say(f"sft: learning rate {rate_text(optimizer, adapter)}")
+    run.say(f"sft: {steps_text(config.epochs, len(inputs.train))}; learning rate {rate_text(optimizer, adapter)}")
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
     update, static = sft_program(run.mesh, roles.base, state), static_arguments(config)
     with Loop(run, "sft", state, total, config.save_every) as loop:

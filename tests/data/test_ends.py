@@ -180,6 +180,16 @@ def test_texts(rows):
         assert example.response_ids.tolist() == ids(tokenizer, learnt)
 
 
+def test_text_that_is_cut_behind_a_stop_token_is_counted(rows):
+    tokenizer = tokenizer_with(CHATML)
+    texts = ("b<eos>c", "b<|im_end|>\n", "b", "b <eos> ", "b<|im_end|>\n<eos>")
+    path = rows(*({"prompt": "a", "response": text, "chosen": text, "rejected": "d<eos>e"} for text in texts))
+    for _ in range(2):
+        report = load_demonstrations(DemonstrationsConfig(path=path), tokenizer, 99, "stop")[1]
+        assert report.past_stop == 1 and "1 answers cut behind a stop token" in str(report)
+    assert load_preferences(PreferencesConfig(path=path), tokenizer, 99, "stop")[1].past_stop == 1 + len(texts)
+
+
 @pytest.mark.parametrize("plain", [(), ("<|im_end|>",)])
 def test_ends_are_no_text(plain):
     tokenizer = tokenizer_with(CHATML, plain=plain)
