@@ -339,7 +339,8 @@ FOLDERS = {
 def make(name: str, target: str | Path, seed: int = 0, layers: int | None = None) -> Path:
     """Writes the folder called `name` into `target`, which is made; returns it.
 
-    `layers` changes their number, where the layers of the folder are all alike.
+    `layers` changes their number, where the layers of the folder are all alike; in GPT-NeoX, two are the least for an
+    MLP to see what attention has found.
     """
     import torch
     import transformers
@@ -350,7 +351,7 @@ def make(name: str, target: str | Path, seed: int = 0, layers: int | None = None
     tokenizer = folder.tokenizer()
     ids = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     config = _with_ids(folder.config, ids) | {"vocab_size": len(ids) + folder.rows}
-    if layers is not None and config["model_type"] not in ("gemma2", "gemma3_text", "smollm3"):
+    if layers is not None and config["model_type"] not in ("gemma2", "gemma3_text", "smollm3", "gpt_neox"):
         config["n_layer" if "n_layer" in config else "num_hidden_layers"] = layers
     _write(path / "tokenizer.json", tokenizer)
     _write(path / "tokenizer_config.json", _entries(folder, tokenizer))
