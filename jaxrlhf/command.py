@@ -4,8 +4,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from jaxrlhf.distributed.stopping import Stopped
 from jaxrlhf.errors import Fault, UserError
-from jaxrlhf.runtime.stopping import Stopped
 
 
 def main_of(command: Callable[[], None], afterwards: str = "") -> int:

@@ -7,8 +7,8 @@ import sys
 import yaml
 
 from jaxrlhf.command import main_of
-from jaxrlhf.runtime import hosts
-from jaxrlhf.runtime.stopping import StopSignals
+from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.stopping import StopSignals
 
 
 def _seconds(text: str) -> float:
@@ -50,12 +50,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
     from jaxrlhf.config_io import dump_config, load_config
 
-    place = hosts.find_place(arguments.coordinator, arguments.processes, arguments.process)
-    with hosts.joined(place, arguments.start_timeout):
+    place = processes.find_place(arguments.coordinator, arguments.processes, arguments.process)
+    with processes.joined(place, arguments.start_timeout):
         config = load_config(arguments.config, arguments.overrides)
         stop.grace = config.checkpoints.grace
         settings = yaml.safe_load(dump_config(config))
-        hosts.check_alike("settings", settings, "start all with the same command and file")
+        processes.check_alike("settings", settings, "start all with the same command and file")
         from jaxrlhf.stages.run import run_stages
 
         run_stages(config, stop)
@@ -64,7 +64,7 @@ def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
 def main(arguments: list[str] | None = None) -> int:
     afterwards = "; the same command goes on from the last checkpoint, if there is one"
     with StopSignals() as stop:
-        return hosts.ended(main_of(lambda: train(parse(arguments), stop), afterwards))
+        return processes.ended(main_of(lambda: train(parse(arguments), stop), afterwards))
 
 
 if __name__ == "__main__":

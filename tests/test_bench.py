@@ -20,9 +20,9 @@ from jaxrlhf.benching.lengths import stop_tokens, with_lengths
 from jaxrlhf.benching.machine import Rates
 from jaxrlhf.config import PPOConfig, Sampling
 from jaxrlhf.config_io import load_config
+from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.models.decoder import DecoderConfig, LayerKind, abstract_decoder
 from jaxrlhf.planning.shapes import Shapes
-from jaxrlhf.runtime.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "bench.yaml")

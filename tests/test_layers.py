@@ -1,7 +1,7 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
     commands > benching > planning > stages > steps > rollout, rewards > models > data > algorithms > runtime
-    > records, config, errors
+    > distributed > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `models` stands above `data`
 because a pretrained model comes with its tokenizer. A file at the top of the package is a command unless it is
@@ -18,24 +18,25 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 RANKS = {
     "errors": 0, "config": 0, "records": 0,
-    "runtime": 1,
-    "algorithms": 2,
-    "data": 3,
-    "models": 4,
-    "rollout": 5, "rewards": 5,
-    "steps": 6,
-    "config_io": 7,  # for commands and stages
-    "stages": 8,
-    "planning": 9,  # with the checks that stages make
-    "benching": 10,  # times what planning describes, in the stages' own iterations
+    "distributed": 1,
+    "runtime": 2,
+    "algorithms": 3,
+    "data": 4,
+    "models": 5,
+    "rollout": 6, "rewards": 6,
+    "steps": 7,
+    "config_io": 8,  # for commands and stages
+    "stages": 9,
+    "planning": 10,  # with the checks that stages make
+    "benching": 11,  # times what planning describes, in the stages' own iterations
 }  # fmt: skip
-COMMANDS = 11
+COMMANDS = 12
 BOTTOM = {"errors", "config", "records"}
 ONLY = {  # rooms that may import less than their rank allows
     "errors": set(),
     "config": {"errors"},
     "algorithms": {"errors", "records"},
-    "config_io": {"errors", "config", "runtime"},
+    "config_io": {"errors", "config", "distributed", "runtime"},
 }
 HEAVY = {"torch", "datasets", "transformers", "pyarrow", "wandb", "peft", "tensorboardX", "tensorflow"}
 UNSAFE = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -136,6 +137,20 @@ def test_imports_go_down_only():
     assert violations(PACKAGE) == []
 
 
+def test_every_import_names_what_is_there():
+    """Also in tests and benchmarks: no import is left of a module that has moved."""
+    root, missing = PACKAGE.parent, []
+    for file in sorted(f for folder in ("jaxrlhf", "tests", "benchmarks") for f in (root / folder).rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for name in sorted({i.module for i in _imports(tree, "jaxrlhf", True) if i.module.startswith("jaxrlhf.")}):
+            above, _, last = name.rpartition(".")
+            module, package = (root.joinpath(*name.split(".")), root.joinpath(*above.split(".")))
+            there = module.with_suffix(".py").exists() or module.is_dir() or package.with_suffix(".py").exists()
+            if not there and not (package.is_dir() and last in (package / "__init__.py").read_text()):
+                missing.append(f"{file.relative_to(root)}: {name}")
+    assert not missing
+
+
 def test_the_walk_sees_the_package():
     names = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
     assert {"config/run.py", "runtime/checkpoints.py", "models/decoder.py"} <= names
@@ -172,7 +187,8 @@ def test_the_walk_sees_the_package():
         ("config/run.py", "import jax.numpy as jnp", "settings need pydantic only"),
         ("config/run.py", "def f():\n    import jax", "settings need pydantic only"),
         ("errors.py", "from jaxrlhf import config", "errors may import only nothing of the package"),
-        ("config_io.py", "from jaxrlhf.models import decoder", "config_io may import only config, errors, runtime"),
+        ("config_io.py", "from jaxrlhf.models import decoder", "config_io may import only config, distributed, "
+         "errors, runtime"),
         ("data/a.py", "import torch", "is heavy"),
         ("data/a.py", "try:\n    from datasets import load_dataset\nexcept ImportError:\n    pass", "is heavy"),
         ("train.py", "import wandb.sdk", "is heavy"),

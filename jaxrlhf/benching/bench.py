@@ -9,6 +9,9 @@ from jaxrlhf.benching.machine import describe, forget_peak, measure_rates
 from jaxrlhf.benching.report import Bench
 from jaxrlhf.benching.running import time_stage
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.compiler_options import compiled_with
+from jaxrlhf.distributed.mesh import make_mesh
+from jaxrlhf.distributed.programs import peak_memory_bytes
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device
 from jaxrlhf.planning.checks import check
@@ -17,9 +20,6 @@ from jaxrlhf.planning.count import Layout
 from jaxrlhf.planning.planner import at_full_length
 from jaxrlhf.planning.shapes import Shapes, read_model, resolved
 from jaxrlhf.runtime.compilation_cache import compiled_anew
-from jaxrlhf.runtime.compiler_options import compiled_with
-from jaxrlhf.runtime.mesh import make_mesh
-from jaxrlhf.runtime.programs import peak_memory_bytes
 
 LENGTHS = ("full", "geometric")
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.distributed.mesh import leaf_name
 from jaxrlhf.models.decoder import DecoderConfig
-from jaxrlhf.runtime.mesh import leaf_name
 
 _LORA_SCALE = 2.0
 # (pattern on the end of a leaf's name, how it is filled); floats only, the first that matches counts.

@@ -13,11 +13,11 @@ from jaxrlhf.benching.filling import Filler
 from jaxrlhf.benching.work import Work, work_of
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import LoadReport
+from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.planning.programs import STAGES, Call
 from jaxrlhf.planning.shapes import Shapes
 from jaxrlhf.records import SFTBatch
 from jaxrlhf.rewards.answers import Answers
-from jaxrlhf.runtime.mesh import fetch
 from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo_iteration import Iteration

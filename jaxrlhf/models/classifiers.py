@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.distributed.mesh import parameter_sharding
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
@@ -34,7 +35,6 @@ from jaxrlhf.models.tensor_files import (
     write_json,
 )
 from jaxrlhf.records import Adapter
-from jaxrlhf.runtime.mesh import parameter_sharding
 
 if TYPE_CHECKING:
     from jaxrlhf.data.tokenizers import Tokenizer

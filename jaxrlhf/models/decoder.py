@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
 from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.attention import (
     Turns,
@@ -30,7 +31,6 @@ from jaxrlhf.models.attention import (
 from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.norms import NORMS
 from jaxrlhf.models.rope import Rope, frequencies
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
 # What the backward pass finds of a layer beside its input, which is always kept; by the names of the setting `remat`.
 # The products are known by name: jax's own policy for them sees neither inside of a custom gradient, which merged and

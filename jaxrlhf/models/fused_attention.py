@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
 if TYPE_CHECKING:
     from jaxrlhf.models.decoder import DecoderConfig

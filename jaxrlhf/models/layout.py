@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.distributed.mesh import parameter_sharding
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import merge
 from jaxrlhf.models.decoder import (
@@ -30,7 +31,6 @@ from jaxrlhf.models.quantize import abstract_quantized, kind_of, load_quantized
 from jaxrlhf.models.tensor_files import Pending, StoredTensor
 from jaxrlhf.models.wrappers import plain_name
 from jaxrlhf.records import Adapter
-from jaxrlhf.runtime.mesh import parameter_sharding
 from jaxrlhf.runtime.notices import notice
 
 

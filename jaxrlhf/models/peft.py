@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.distributed.mesh import place as place_on
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import HEAD, LORA_LEAVES, SCORE, merge, without_head
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, linear_shapes
@@ -27,7 +28,6 @@ from jaxrlhf.models.peft_whole import EMBEDDING, beyond_peft, check_foldable, fo
 from jaxrlhf.models.tensor_files import Pending, StoredTensor, read_json, read_tensors, write_json, write_tensors
 from jaxrlhf.models.wrappers import plain_name
 from jaxrlhf.records import Adapter
-from jaxrlhf.runtime.mesh import place as place_on
 from jaxrlhf.runtime.notices import notice
 
 PEFT_TENSORS, PEFT_PICKLE = "adapter_model.safetensors", "adapter_model.bin"

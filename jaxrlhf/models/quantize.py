@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxrlhf.distributed.mesh import parameter_sharding
 from jaxrlhf.models.attention import operand
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, find_module, linear_shapes, named_parameters
 from jaxrlhf.models.linear import Linear
-from jaxrlhf.runtime.mesh import parameter_sharding
 
 KINDS = ("int8", "nf4")
 BLOCK = 64

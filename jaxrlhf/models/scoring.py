@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.losses import token_logprobs
+from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
 from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
 # Logits that are held at a time, on each device: on a CPU 16 MiB, which its cache may keep; elsewhere 512 MiB, so that
 # the products stay large.

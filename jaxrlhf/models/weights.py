@@ -33,9 +33,9 @@ def load_pretrained(
     """The decoder and the tokenizer (None where there is none) of a Hugging Face folder or hub id.
 
     Of a PEFT adapter's folder: its base with the adapter merged, and its own tokenizer before the base's.
-    Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto": to the one that most of them have. With
-    a mesh each parameter is laid out as `runtime.mesh.parameter_sharding` says, and each process reads its own slices
-    only. `quantize` "int8" or "nf4" keeps the linear layers of the blocks as codes (see `quantize.py`), made on the
+    Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto": to the one that most of them have. On
+    a mesh each parameter lies as `distributed.mesh.parameter_sharding` says, and each process reads its slices only.
+    `quantize` "int8" or "nf4" keeps the linear layers of the blocks as codes (see `quantize.py`), made on the
     host a part at a time. Raises `UserError` naming file and entry or tensor where the folder cannot be used.
     """
     from jaxrlhf.data.tokenizers import load_tokenizer

@@ -5,10 +5,10 @@ import math
 import jax
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.compiler_options import check_options
+from jaxrlhf.distributed.mesh import BATCH_AXES, check_batch, uneven_rows
 from jaxrlhf.models.decoder import DecoderConfig
 from jaxrlhf.models.fused_attention import check_model
-from jaxrlhf.runtime.compiler_options import check_options
-from jaxrlhf.runtime.mesh import BATCH_AXES, check_batch, uneven_rows
 from jaxrlhf.stages.ppo_settings import check_algorithm
 from jaxrlhf.stages.settings import check_length, check_microbatches, check_minibatches, check_tokens
 from jaxrlhf.steps.ppo import complete

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.planning.cards import Card
 from jaxrlhf.planning.checks import check, shares_of, valid_batches
@@ -15,7 +16,6 @@ from jaxrlhf.planning.count import Collective, Layout
 from jaxrlhf.planning.remat import Remat, search
 from jaxrlhf.planning.shapes import Shapes, read_model, resolved
 from jaxrlhf.runtime.compilation_cache import compiled_anew
-from jaxrlhf.runtime.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import PPOConfig, RewardConfig
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import DecoderConfig
 from jaxrlhf.models.folders import AUTO
@@ -21,7 +22,6 @@ from jaxrlhf.planning.shapes import Shapes, folder_dtype, mask, numbers, read_fo
 from jaxrlhf.records import PreferenceBatch, Prompts, SFTBatch, TrainState
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
-from jaxrlhf.runtime.programs import Program
 from jaxrlhf.stages.programs import (
     annotate_program,
     experience_program,

@@ -13,6 +13,7 @@ from jaxrlhf.config import AdapterConfig, ModelConfig, RunConfig
 from jaxrlhf.config_io import load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.data.world import VOCABULARY
+from jaxrlhf.distributed.mesh import batch_sharding, replicated, tree_shardings
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter, target_paths
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder
@@ -21,7 +22,6 @@ from jaxrlhf.models.folders import AUTO, DTYPES, PEFT_INFO, find_model
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import abstract_quantized
 from jaxrlhf.models.tensor_files import read_json
-from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
 from jaxrlhf.steps.ppo import complete
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.records import Rollout
-from jaxrlhf.runtime.mesh import fetch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxrlhf.data.sources import one_line
+from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.functions import RewardFault, checked_scores
-from jaxrlhf.runtime.mesh import fetch
 
 # `reward/NAME` of the metrics that have this name already, and the ending of those that tell where a part abstained.
 TAKEN, ABSTAINED = ("score", "gold", "shaped", "adjusted", "score_std", "drawn", "abstained"), "_abstained"

@@ -7,11 +7,11 @@ for the whole batch is also what a reward function is promised, whatever the num
 
 import numpy as np
 
+from jaxrlhf.distributed.processes import alone, from_first
 from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
-from jaxrlhf.runtime.hosts import alone, from_first
 
 
 class FromFirst:

@@ -2,14 +2,14 @@
 
 import jax
 
+from jaxrlhf.distributed.mesh import split_rows
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.answers import Answers
-from jaxrlhf.runtime.mesh import split_rows
-from jaxrlhf.runtime.programs import Program
 
 
 def score_rollout(

@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.distributed.mesh import check_batch, place, place_batch, replicated
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.classifiers import load_sequence_classifier
@@ -19,8 +21,6 @@ from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
-from jaxrlhf.runtime.mesh import check_batch, place, place_batch, replicated
-from jaxrlhf.runtime.programs import Program
 
 BUCKETS = 4  # padded lengths, each half of the next; each is compiled once, when the first text needs it
 

@@ -10,12 +10,12 @@ from flax import struct
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
+from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
 from jaxrlhf.models.adapters import bind, for_decoding
 from jaxrlhf.models.attention import causal_mask, positions_of
 from jaxrlhf.models.decoder import Cache, Decoder
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out
 
 
 @struct.dataclass

@@ -30,8 +30,8 @@ try:
 except ImportError:  # where v1 has not left `experimental`
     from orbax.checkpoint.experimental import v1 as ocp
 
+from jaxrlhf.distributed.agreement import largest, of_first
 from jaxrlhf.errors import Fault, UserError
-from jaxrlhf.runtime.agreement import largest, of_first
 from jaxrlhf.runtime.checksums import Damaged, check_files, read_record, seal
 from jaxrlhf.runtime.run_dir import atomic_write, reason, sync
 

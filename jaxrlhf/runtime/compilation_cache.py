@@ -20,8 +20,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxrlhf.runtime import hosts
-from jaxrlhf.runtime.agreement import largest
+from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.agreement import largest
 from jaxrlhf.runtime.run_dir import reason
 
 AUTO = "auto"
@@ -48,7 +48,7 @@ def kept_programs(setting: str | None, say: Say) -> Iterator[str | None]:
     folder = None
     if setting is not None and getattr(jax.config, _ENABLED):
         folder = _prepared(setting, say)
-        folder = folder if hosts.alone() else _common(folder, say)
+        folder = folder if processes.alone() else _common(folder, say)
     given = {name: value for name, value in _KEEP_ALL.items() if name.upper() not in os.environ}
     settings = {_ENABLED: False} if folder is None else {_DIRECTORY: folder, **given}
     # A file that cannot be read, or a disk that is full, costs a compilation in each start: nothing computed changes.
@@ -86,7 +86,7 @@ def _prepared(setting: str, say: Say) -> str | None:
         # folders are shared by machines that differ, and code for the one may not run on the other.
         folder = Path(own).expanduser() if own else _root(setting) / _machine()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hosts.is_first():
+        if processes.is_first():
             _probe(folder)
             if not own:
                 _tidy(folder)
@@ -180,11 +180,11 @@ def _common(folder: str | None, say: Say) -> str | None:
                 Path(folder, mark).touch()
         return f"{folder or ''}/{mark}".encode()
 
-    told = hosts.from_first(named).decode()
+    told = processes.from_first(named).decode()
     theirs = told.rpartition("/")[0]
     seen = theirs == (folder or "") and (not theirs or _REMOTE in theirs or os.path.exists(told))
     missed = largest(0 if seen else 1)
-    if hosts.is_first():
+    if processes.is_first():
         with contextlib.suppress(OSError):
             Path(told).unlink()
     if missed and folder is not None:

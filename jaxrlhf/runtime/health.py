@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from safetensors.numpy import save_file
 
+from jaxrlhf.distributed.mesh import fetch, leaf_name
 from jaxrlhf.errors import Fault
-from jaxrlhf.runtime.mesh import fetch, leaf_name
 from jaxrlhf.runtime.run_dir import atomic_directory
 
 SKIPPED, PAUSED = "skipped", "health/paused"

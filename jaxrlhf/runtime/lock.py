@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxrlhf.distributed.agreement import largest
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.agreement import largest
 from jaxrlhf.runtime.run_dir import reason
 
 _held: set[str] = set()  # by this process, which a record lock would let in twice

@@ -16,13 +16,12 @@ from typing import Any
 
 import yaml
 
+from jaxrlhf.config.differences import Change, differences
 from jaxrlhf.errors import Fault, UserError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 BEGUN = "begun.txt"  # when the run began: chat templates that write the date write that one
-ABSENT = "absent"  # what a key has that was not there
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-Change = tuple[str, Any, Any]  # key path, old value, new value
 
 
 def open_run(
@@ -130,23 +129,6 @@ def described(change: Change) -> str:
     """One change of settings in words."""
     key, before, after = change
     return f"{key} was {_short(before)}, is now {_short(after)}"
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> list[Change]:
-    """(key path, old value, new value) where two trees of settings differ, in the order of `new`.
-
-    A key that one side lacks has the value "absent" there; a section on one side only is named as a whole.
-    """
-    found = []
-    for key in [*new, *(key for key in old if key not in new)]:
-        path = f"{above}.{key}" if above else str(key)
-        before, after = old.get(key, ABSENT), new.get(key, ABSENT)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, path)
-        # 1 and True, or 1 and 1.0, are equal in Python and yet different settings.
-        elif before != after or type(before) is not type(after):
-            found.append((path, before, after))
-    return found
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.base import remat_policy
-from jaxrlhf.runtime.run_dir import ABSENT, Change, described
+from jaxrlhf.config.differences import ABSENT, Change
+from jaxrlhf.runtime.run_dir import described
 
 # Where the run lies (it may be moved), where compiled programs are kept, when something is saved or shown, how long a
 # stop may take, what is borne.

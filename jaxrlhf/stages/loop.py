@@ -10,15 +10,15 @@ from typing import Any
 import jax
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.agreement import largest
+from jaxrlhf.distributed.mesh import place
+from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import Fault
 from jaxrlhf.rewards.functions import RewardFault
-from jaxrlhf.runtime import hosts
-from jaxrlhf.runtime.agreement import largest
 from jaxrlhf.runtime.checkpoints import Checkpoints
 from jaxrlhf.runtime.health import Health, stop_with_batch
-from jaxrlhf.runtime.mesh import place
 from jaxrlhf.runtime.metrics import MetricsLog, Progress
-from jaxrlhf.runtime.stopping import Stopped, StopSignals
 
 _FAILED = 1000  # beyond the number of any signal
 
@@ -44,7 +44,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """A line for the person at the keyboard; on several hosts one process speaks."""
-        if hosts.is_first():
+        if processes.is_first():
             print(text, file=sys.stderr, flush=True)
 
 
@@ -165,7 +165,7 @@ class Loop:
         """Closes what is open. Where a reward failed, which is before the state is given away, the state is saved."""
         self.progress.close()
         if error is not None and not isinstance(error, RewardFault | Stopped):  # which all see, and save, alike
-            hosts.failed(error)
+            processes.failed(error)
         try:
             if kind is not None and issubclass(kind, RewardFault) and self.reached > self.first:
                 self._save()

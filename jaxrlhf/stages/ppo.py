@@ -12,6 +12,8 @@ from jaxrlhf.config import AdapterConfig, PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
+from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.mesh import check_batch, place, uneven_rows
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_whole, scaled_head, without_head
@@ -21,8 +23,6 @@ from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.sampling import truncates
-from jaxrlhf.runtime import hosts
-from jaxrlhf.runtime.mesh import check_batch, place, uneven_rows
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
 from jaxrlhf.stages.loop import Loop, Run
@@ -177,7 +177,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     reached = {name: iteration.evaluate(policy, ppo.value, inputs.evaluation) for name, policy in policies.items()}
     run.samples.write("ppo", config.iterations, {name.split()[0]: e.samples for name, e in reached.items()})
     mark_finished(run.config.run_dir, "ppo", {name.split()[0]: e.numbers for name, e in reached.items()})
-    if hosts.is_first():
+    if processes.is_first():
         print(comparison(reached))
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
 

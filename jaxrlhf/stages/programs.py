@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import RewardModelConfig, SFTConfig
+from jaxrlhf.distributed.mesh import batch_sharding, replicated, tree_shardings
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import PPOState, Rollout, TrainState
 from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.runtime.mesh import batch_sharding, replicated, tree_shardings
-from jaxrlhf.runtime.programs import Program
 from jaxrlhf.steps.annotate import annotate_for_update, score_experience
 from jaxrlhf.steps.ppo import ppo_update
 from jaxrlhf.steps.reward_model import reward_model_update

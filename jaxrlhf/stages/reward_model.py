@@ -8,12 +8,12 @@ import numpy as np
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
 from jaxrlhf.data.sources import check_source
+from jaxrlhf.distributed.mesh import check_batch, fetch, place_batch
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter, TrainState
-from jaxrlhf.runtime.mesh import check_batch, fetch, place_batch
-from jaxrlhf.runtime.programs import Program
 from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import reward_model_program, static_arguments

@@ -11,17 +11,17 @@ import jax
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
+from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.compiler_options import compiled_with
+from jaxrlhf.distributed.mesh import make_mesh, place
+from jaxrlhf.distributed.stopping import StopSignals
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters, with_attention
 from jaxrlhf.models.fused_attention import check_device, check_model
-from jaxrlhf.runtime import hosts
 from jaxrlhf.runtime.compilation_cache import kept_programs
-from jaxrlhf.runtime.compiler_options import compiled_with
 from jaxrlhf.runtime.lock import RunLock
-from jaxrlhf.runtime.mesh import make_mesh, place
 from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.runtime.run_dir import begun_at, check_run, make_folder, open_run, record_begin
-from jaxrlhf.runtime.stopping import StopSignals
 from jaxrlhf.stages import ppo, reward_model, sft
 from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change, told
 from jaxrlhf.stages.loop import Run
@@ -35,7 +35,7 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
     Raises `UserError`, before anything is compiled or written, where settings, files, rows or model cannot
     be used, or where another run is at work in the directory. Where `stop` is asked to, `Stopped` ends the run.
     """
-    hosts.check_started()
+    processes.check_started()
     folder, writes = Path(config.run_dir), jax.process_index() == 0
     run = Run(
         config,
@@ -78,8 +78,8 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     makes_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
     found = {"adapters": sorted(roles.adapters), "finished": sorted(finished), "base to make": makes_base}
     # Every process has then read what is there before process 0 writes more.
-    hosts.check_alike(f"things in run_dir {folder}", found, "give a folder on a file system that all hosts share")
-    hosts.barrier()
+    processes.check_alike(f"things in run_dir {folder}", found, "give a folder on a file system that all hosts share")
+    processes.barrier()
     if not begun:
         make_folder(folder)
         lock.take()
@@ -92,7 +92,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     open_run(folder, dump_config(config), writes, allowed)
     if writes:
         record_begin(folder, begins)
-    hosts.check_shared(folder / "config.yaml", "run_dir")
+    processes.check_shared(folder / "config.yaml", "run_dir")
     if makes_base:
         save_base(config.run_dir, roles.base, roles.tokenizer)
     roles.base = place(run.mesh, roles.base)
@@ -109,7 +109,7 @@ def _set_clock(run: Run, roles: Roles) -> datetime.datetime:
     def time() -> bytes:
         return (begun_at(run.folder) or template.now()).isoformat().encode()
 
-    began = datetime.datetime.fromisoformat(hosts.from_first(time, (UserError,)).decode())
+    began = datetime.datetime.fromisoformat(processes.from_first(time, (UserError,)).decode())
     today = template.now().date()
     if template.uses_time and began.date() != today:
         run.say(f"run_dir {run.folder}: the chat template writes {began.date()}, when the run began, and not {today}")

@@ -14,11 +14,11 @@ from jaxrlhf.algorithms.kl import BOUND, adapt_kl_coef, kl_estimate, shape_rewar
 from jaxrlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, masked_variance, whiten
 from jaxrlhf.algorithms.running import RunningMoments, init_moments
 from jaxrlhf.config import AdvantageConfig, KLConfig, PPOConfig, ScoreConfig
+from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out, split_rows
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out, split_rows
 from jaxrlhf.steps.microbatches import by_longest, shortest_first
 from jaxrlhf.steps.ppo import complete, single_step
 from jaxrlhf.steps.scores import adjust_scores, score_moments

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.runtime.mesh import split_rows
+from jaxrlhf.distributed.mesh import split_rows
 
 
 def shortest_first(rows: Any) -> jax.Array:

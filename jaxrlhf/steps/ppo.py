@@ -14,11 +14,11 @@ from jaxrlhf.algorithms.masked import aggregate, masked_sum
 from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES, importance_weights
 from jaxrlhf.algorithms.running import ema
 from jaxrlhf.config import PPOConfig
+from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out, split_rows
 from jaxrlhf.models.adapters import SCORE, bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
-from jaxrlhf.runtime.mesh import BATCH_AXES, laid_out, split_rows
 from jaxrlhf.steps.microbatches import accumulate, shortest_first
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step, with_rate
 from jaxrlhf.steps.sft import learnt_tokens, sft_loss

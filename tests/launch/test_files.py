@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jaxrlhf import train
-from jaxrlhf.runtime.hosts import find_place
+from jaxrlhf.distributed.processes import find_place
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"

@@ -9,6 +9,7 @@ import pytest
 
 from jaxrlhf.config import AdapterConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer, load_tokenizer
+from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import bind, init_adapter
 from jaxrlhf.models.classifiers import load_sequence_classifier, save_sequence_classifier
@@ -17,7 +18,6 @@ from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.models.tensor_files import read_checkpoint
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
-from jaxrlhf.runtime.mesh import MeshConfig, make_mesh
 
 GROUPED = dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
 CASES = {

@@ -156,7 +156,7 @@ import jax, numpy as np
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
-from jaxrlhf.runtime.mesh import make_mesh, parameter_sharding
+from jaxrlhf.distributed.mesh import make_mesh, parameter_sharding
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 model, _ = load_pretrained(sys.argv[1], mesh=mesh)
 split = 0

@@ -15,7 +15,7 @@ from jaxrlhf.planning.count import Layout, count
 from jaxrlhf.planning.hlo import parse
 from jaxrlhf.planning.shapes import Shapes, bytes_per_device
 from jaxrlhf.records import PPOState
-from jaxrlhf.runtime.mesh import make_mesh, place
+from jaxrlhf.distributed.mesh import make_mesh, place
 from jaxrlhf.steps.ppo import init_ppo
 
 config = RunConfig.model_validate({

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.planning.cards import CARDS
 from jaxrlhf.planning.compiling import depths_of, measure, measure_with
 from jaxrlhf.planning.count import Layout
@@ -15,7 +16,6 @@ from jaxrlhf.planning.planner import Asked, make_plan
 from jaxrlhf.planning.remat import POLICIES, search
 from jaxrlhf.planning.report import as_json, remat_lines
 from jaxrlhf.planning.shapes import Shapes, read_model
-from jaxrlhf.runtime.mesh import make_mesh
 
 GIB = 2**30
 PEAKS = {"none": 90.0, "dots": 70.0, "full": 20.0}  # GiB, of which 10 are fixed

@@ -13,11 +13,11 @@ import jax
 import pytest
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.planning.cards import CARDS
 from jaxrlhf.planning.planner import Asked, make_plan
 from jaxrlhf.planning.programs import STAGES
 from jaxrlhf.planning.shapes import Shapes, read_model
-from jaxrlhf.runtime.mesh import make_mesh
 
 LORA = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
 CONFIG = {
@@ -44,7 +44,7 @@ RUN = """
 import json, sys
 import jax
 from jaxrlhf.config import RunConfig
-from jaxrlhf.runtime.programs import Program
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.stages.run import run_stages
 
 seen, call = {}, Program.__call__

@@ -8,11 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.load import compose, load_rewards, needs_own
 from jaxrlhf.rewards.remote import HTTPReward
-from jaxrlhf.runtime.mesh import make_mesh
 
 LENGTH = {"kind": "function", "function": "jaxrlhf.rewards.library:length", "options": {"target": 3}}
 

@@ -15,6 +15,7 @@ import pytest
 from jaxrlhf.config import MeshConfig, RewardConfig
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.tokenizers import build_word_tokenizer, load_tokenizer
+from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.classifiers import save_sequence_classifier
 from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters, with_parameters
@@ -22,7 +23,6 @@ from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
 from jaxrlhf.rewards.reading import readings
-from jaxrlhf.runtime.mesh import make_mesh
 
 OTHER = ["?", ".", "not", "so", "very", "bad", "good", "it", "is", "<user>", "<assistant>"]  # not the policy's ids
 CHAT = (
@@ -214,7 +214,7 @@ from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.pretrained import PretrainedReward
 from jaxrlhf.rewards.reading import readings
-from jaxrlhf.runtime.mesh import make_mesh, place_batch
+from jaxrlhf.distributed.mesh import make_mesh, place_batch
 
 assert len(jax.devices()) == 4
 words = build_word_tokenizer(["is", "it", "good", "bad"])

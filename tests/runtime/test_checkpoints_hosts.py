@@ -13,11 +13,11 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.errors import Fault, UserError
 from jaxrlhf.runtime import checkpoints as module
-from jaxrlhf.runtime.agreement import largest, of_first
+from jaxrlhf.distributed.agreement import largest, of_first
 from jaxrlhf.runtime.checkpoints import Checkpoints
 from jaxrlhf.runtime.checksums import read_record
 from jaxrlhf.runtime.lock import RunLock
-from jaxrlhf.runtime.mesh import make_mesh, place
+from jaxrlhf.distributed.mesh import make_mesh, place
 
 rank, folder = jax.process_index(), pathlib.Path(sys.argv[3])
 assert largest(rank * 7) == 7 and of_first(rank + 3) == 3

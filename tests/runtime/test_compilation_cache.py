@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.runtime import compilation_cache as module
 from jaxrlhf.runtime.compilation_cache import AUTO, compiled_anew, kept_programs
-from jaxrlhf.runtime.programs import Program
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
 from jaxrlhf.runtime.compilation_cache import kept_programs
-from jaxrlhf.runtime.programs import Program
+from jaxrlhf.distributed.programs import Program
 
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))

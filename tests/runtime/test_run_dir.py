@@ -5,9 +5,10 @@ import os
 
 import pytest
 
+from jaxrlhf.config.differences import differences
 from jaxrlhf.errors import UserError
 from jaxrlhf.runtime import run_dir as module
-from jaxrlhf.runtime.run_dir import atomic_directory, atomic_write, begun_at, differences, open_run, record_begin
+from jaxrlhf.runtime.run_dir import atomic_directory, atomic_write, begun_at, open_run, record_begin
 
 CONFIG = "seed: 1\nppo:\n  kl:\n    coef: 0.1\n    target: null\n  stages: [a, b]\n"
 

@@ -10,11 +10,11 @@ import pytest
 import jaxrlhf
 from jaxrlhf.config import RewardConfig, RunConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
+from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
 from jaxrlhf.models.adapters import with_head
 from jaxrlhf.models.classifiers import save_sequence_classifier
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.rewards.load import load_rewards
-from jaxrlhf.runtime.mesh import MeshConfig, make_mesh
 from jaxrlhf.runtime.run_dir import record_begin
 from jaxrlhf.stages.roles import load_run
 from jaxrlhf.stages.run import _set_clock, run_stages

@@ -11,6 +11,7 @@ import pytest
 from jaxrlhf import export
 from jaxrlhf.config import AdapterConfig, RunConfig
 from jaxrlhf.config_io import dump_config
+from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import save_adapter
 from jaxrlhf.models.adapters import bind, init_adapter, merge, without_head
@@ -18,7 +19,6 @@ from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.models.peft import load_peft, save_peft
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
-from jaxrlhf.runtime.mesh import make_mesh
 from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.runtime.run_dir import open_run
 from jaxrlhf.stages import ppo

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.programs import Program
 from jaxrlhf.stages.ppo_sampling import Clock, Sampler
 from jaxrlhf.stages.run import run_stages
 

@@ -12,6 +12,7 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.data.world import VOCABULARY
+from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
 from jaxrlhf.models.adapters import with_head
 from jaxrlhf.models.classifiers import save_sequence_classifier
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
@@ -19,7 +20,6 @@ from jaxrlhf.models.weights import save_pretrained
 from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.load import load_rewards
-from jaxrlhf.runtime.mesh import MeshConfig, make_mesh
 from jaxrlhf.stages import ppo
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo_sampling import Sampler

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.runtime.mesh import split_rows
+from jaxrlhf.distributed.mesh import split_rows
 from jaxrlhf.steps.microbatches import accumulate
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import init_adapter, value_head
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.quantize import quantize_decoder
 from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.runtime.programs import Program
 from jaxrlhf.steps.annotate import annotate_for_update, build_experience
 from jaxrlhf.steps.ppo import init_ppo, ppo_update
 

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxrlhf.config import MeshConfig
+from jaxrlhf.distributed import mesh as module
+from jaxrlhf.distributed.mesh import check_batch, leaf_name, make_mesh, parameter_sharding, place, tree_shardings
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime import mesh as module
-from jaxrlhf.runtime.mesh import check_batch, leaf_name, make_mesh, parameter_sharding, place, tree_shardings
 
 
 def _abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
@@ -151,7 +151,7 @@ EIGHT = """
 import jax, jax.numpy as jnp, numpy as np, sys
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.runtime.checkpoints import Checkpoints
-from jaxrlhf.runtime.mesh import *
+from jaxrlhf.distributed.mesh import *
 assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.runtime.programs import Program, peak_memory_bytes
+from jaxrlhf.distributed.programs import Program, peak_memory_bytes
 
 
 def _scaled(x, scale=2.0):
@@ -79,7 +79,7 @@ def test_options_and_name_reach_jit():
 PLACEMENT = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxrlhf.runtime.programs import Program
+from jaxrlhf.distributed.programs import Program
 program = Program(lambda x: x * 2, "program")
 mesh = Mesh(np.array(jax.devices()), ("data",))
 x = np.ones(8, np.float32)

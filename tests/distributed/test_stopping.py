@@ -10,7 +10,7 @@ import pytest
 START = """
 import sys, time, threading
 import numpy as np
-from jaxrlhf.runtime.stopping import Stopped, StopSignals
+from jaxrlhf.distributed.stopping import Stopped, StopSignals
 with StopSignals(grace={grace}) as stop:
     {work}
 """
@@ -95,7 +95,7 @@ def test_a_second_interrupt_ends_at_once():
 
 
 def test_handlers_are_put_back():
-    from jaxrlhf.runtime.stopping import StopSignals
+    from jaxrlhf.distributed.stopping import StopSignals
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopSignals() as stop:

@@ -21,10 +21,10 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from jaxrlhf.distributed.connection import Connection
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.connection import Connection
 
-HELLO = "jaxrlhf processes 1"  # the first word of a process that joins (`runtime.roll_call`)
+HELLO = "jaxrlhf processes 1"  # the first word of a process that joins (`distributed.roll_call`)
 GRACE = 1.0  # seconds from the first report of a fault to the verdict: others may know better
 SUSPECT_GRACE = 4.0  # the same where the first report may be an echo of a death that is not known yet
 PARTING = 5.0  # seconds that process 0 waits for the others to leave before it does

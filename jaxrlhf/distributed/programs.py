@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxrlhf.runtime.compiler_options import options_of
+from jaxrlhf.distributed.compiler_options import options_of
 
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 _running: list["Program"] = []  # programs being called, innermost last; dispatch is on the main thread

@@ -4,9 +4,9 @@ import os
 import socket
 import time
 
+from jaxrlhf.distributed.connection import Connection
+from jaxrlhf.distributed.lifeline import HELLO, Hub, Member
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.connection import Connection
-from jaxrlhf.runtime.lifeline import HELLO, Hub, Member
 
 
 def open_hub(host: str, port: int, processes: int, software: dict[str, str]) -> Hub:

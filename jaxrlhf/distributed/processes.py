@@ -16,10 +16,10 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jaxrlhf.config.differences import differences
+from jaxrlhf.distributed import roll_call
+from jaxrlhf.distributed.lifeline import Lifeline, flush, hold_up_aborts
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime import roll_call
-from jaxrlhf.runtime.lifeline import Lifeline, flush, hold_up_aborts
-from jaxrlhf.runtime.run_dir import differences
 
 START_TIMEOUT = 300.0  # seconds; clusters start their tasks minutes apart
 HEARTBEAT = 40  # seconds without a sign of a process before jax's coordination service ends all: a frozen process
@@ -278,7 +278,7 @@ def check_started() -> None:
     import jax
 
     if _lifeline is None and jax.process_count() > 1:
-        raise UserError("jax runs on several processes, not started by jaxrlhf.runtime.hosts.joined: let it start them")
+        raise UserError("jax runs on several processes, not started by processes.joined of jaxrlhf: let it start them")
 
 
 def check_alike(what: str, own: Mapping[str, Any], remedy: str) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from jaxrlhf.config.run import PROGRAMS
 from jaxrlhf.config_io import load_config
+from jaxrlhf.distributed.compiler_options import ALL, check_options, compiled_with, options_of
+from jaxrlhf.distributed.programs import Program
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.compiler_options import ALL, check_options, compiled_with, options_of
-from jaxrlhf.runtime.programs import Program
 
 ROOT = Path(__file__).parent.parent.parent
 

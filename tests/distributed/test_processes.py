@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxrlhf.distributed import processes, roll_call
+from jaxrlhf.distributed.processes import Place, find_place
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime import hosts
-from jaxrlhf.runtime.hosts import Place, find_place
 
 ROOT = Path(__file__).parent.parent.parent
 BOUND = 60  # seconds in which all processes end when one fails
@@ -26,24 +26,24 @@ PROCESS = """
 import os, sys, time
 from jaxrlhf.command import main_of
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime import hosts
+from jaxrlhf.distributed import processes, roll_call
 
-place = hosts.find_place(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+place = processes.find_place(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 first = sys.argv[3] == "0"
 
 def command():
-    with hosts.joined(place, float(sys.argv[4])):
+    with processes.joined(place, float(sys.argv[4])):
         print("joined", flush=True)
         exec(sys.argv[5], globals())
 
-sys.exit(hosts.ended(main_of(command)))
+sys.exit(processes.ended(main_of(command)))
 """
 
 MESH = """
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.runtime.checkpoints import Checkpoints
-from jaxrlhf.runtime.mesh import fetch, make_mesh, place, place_batch
+from jaxrlhf.distributed.mesh import fetch, make_mesh, place, place_batch
 
 mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
@@ -124,13 +124,13 @@ def make():
     made.append(1)
     return os.urandom(100_000)
 for _ in range(3):
-    print(hosts.from_first(make).hex()[-40:])
-hosts.barrier()
+    print(processes.from_first(make).hex()[-40:])
+processes.barrier()
 try:
-    hosts.from_first(lambda: [][1], (KeyError, IndexError))
+    processes.from_first(lambda: [][1], (KeyError, IndexError))
 except IndexError as error:
     print("all see", error)
-print("called", len(made), "first", hosts.is_first(), "alone", hosts.alone())
+print("called", len(made), "first", processes.is_first(), "alone", processes.alone())
 """
     with Processes(code, 3) as processes:
         ends = processes.ends()
@@ -143,7 +143,7 @@ print("called", len(made), "first", hosts.is_first(), "alone", hosts.alone())
 
 
 WAITS = {
-    "on the host": "hosts.barrier()",
+    "on the host": "processes.barrier()",
     "in its own work": "time.sleep(100)",
     "on the devices": "from jax.experimental import multihost_utils as m; m.sync_global_devices('never')",
 }
@@ -176,7 +176,7 @@ BREAKS_OFF = {
 def test_who_was_killed_is_said_where_the_work_breaks_off_in_the_same_moment(how):
     """The thread that was told of the death is slow to say so; the process must not end before it has."""
     code = f"""
-from jaxrlhf.runtime import lifeline
+from jaxrlhf.distributed import lifeline
 import ctypes, threading
 flush = lifeline.flush
 def slow():
@@ -184,7 +184,7 @@ def slow():
         time.sleep(1)
     flush()
 lifeline.flush = slow
-while hosts._lifeline.verdict is None:
+while processes._lifeline.verdict is None:
     time.sleep(0.01)
 time.sleep(0.3)
 {BREAKS_OFF[how]}
@@ -217,7 +217,7 @@ def test_an_abort_ends_its_process_and_the_others_name_it():
 
 
 def test_an_end_without_a_word_is_noticed():
-    with Processes("if not first: os._exit(0)\nhosts.barrier()\ntime.sleep(100)", 2) as processes:
+    with Processes("if not first: os._exit(0)\nprocesses.barrier()\ntime.sleep(100)", 2) as processes:
         status, _, err = processes.ends()[0]
     assert status == 1 and last_line(err).startswith("stopped: process 1 of 2 ")
 
@@ -249,7 +249,7 @@ def test_what_all_find_wrong_is_said_by_process_0_alone():
 
 
 def test_other_settings_are_refused():
-    code = "hosts.check_alike('settings', {'ppo': {'epochs': 1 if first else 2}, 'seed': 0}, 'start all alike')"
+    code = "processes.check_alike('settings', {'ppo': {'epochs': 1 if first else 2}, 'seed': 0}, 'start all alike')"
     with Processes(code, 2) as processes:
         ends = processes.ends()
     assert [status for status, _, _ in ends.values()] == [2, 2]
@@ -278,12 +278,12 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"coordinator localhost:{port}: .*(use|permitted)"):
-            hosts.roll_call.open_hub("localhost", port, 2, {})
+            roll_call.open_hub("localhost", port, 2, {})
 
 
 def test_processes_that_were_started_unalike_do_not_wait_for_each_other():
     """As one of four and one of three; a stranger on the port does no harm."""
-    hub = hosts.roll_call.open_hub("localhost", 0, 3, {"jax": "1"})
+    hub = roll_call.open_hub("localhost", 0, 3, {"jax": "1"})
     port = hub._listener.getsockname()[1]
     with socket.create_connection(("localhost", port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100)
@@ -294,7 +294,7 @@ def test_processes_that_were_started_unalike_do_not_wait_for_each_other():
             (0, 3, {"jax": "1"}, "process 0 .*"),
         ):
             with pytest.raises(UserError, match=message):
-                hosts.roll_call.join_hub("localhost", port, number, processes, software, 5.0)
+                roll_call.join_hub("localhost", port, number, processes, software, 5.0)
     with pytest.raises(UserError, match="start all processes alike"):
         hub.gather(30.0, dict)
 
@@ -365,22 +365,22 @@ def test_what_makes_no_whole_is_refused(case):
 
 
 def test_a_process_alone_does_everything_itself():
-    with hosts.joined(None):
-        assert hosts.from_first(lambda: b"word") == b"word"
-        hosts.barrier()
-        hosts.check_alike("settings", {"a": 1}, "")
-        assert hosts.alone() and hosts.is_first()
-        hosts.failed(OSError())
-    assert hosts.ended(1) == 1
+    with processes.joined(None):
+        assert processes.from_first(lambda: b"word") == b"word"
+        processes.barrier()
+        processes.check_alike("settings", {"a": 1}, "")
+        assert processes.alone() and processes.is_first()
+        processes.failed(OSError())
+    assert processes.ended(1) == 1
     with pytest.raises(IndexError):
-        hosts.from_first(lambda: [][1], (IndexError,))
+        processes.from_first(lambda: [][1], (IndexError,))
 
 
 CACHE = """
 from jaxrlhf.runtime.compilation_cache import kept_programs
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
-from jaxrlhf.runtime.mesh import make_mesh, place_batch
+from jaxrlhf.distributed.mesh import make_mesh, place_batch
 rows = place_batch(make_mesh(MeshConfig()), np.arange(4, dtype=np.float32))
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
