@@ -64,7 +64,7 @@ WHOLE = "update.aggregation=sequence"
 GRPO = "advantage.estimator=grpo update.kl_loss=k3 kl.coef=0.02"
 ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm("1707.06347"),
-    "ppo-shared-trunk": Algorithm("1707.06347", "update.value_trunk=policy"),
+    "ppo-shared-trunk": Algorithm("1707.06347", "update.value_trunk=policy value_adapter=null"),
     "ppo-dual-clip": Algorithm("1912.09729", "update.dual_clip=3.0"),
     "reinforce": Algorithm("Williams 1992", "advantage.estimator=reinforce"),
     "rloo": Algorithm("2402.14740", "advantage.estimator=rloo", **GROUP),
