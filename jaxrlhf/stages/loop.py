@@ -1,9 +1,10 @@
 """What the host loops of all stages share: resuming, saving, logging, and the line of progress."""
 
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,12 @@ class Loop:
     with Loop(run, "sft", state, total, save_every) as loop:
         for step in loop.steps():
             loop.state, metrics = program(loop.state, ...)
-            loop.done(step, metrics, shown={...}, tokens=n)
+            loop.submitted(step, metrics, shown={...}, tokens=n)
         adapter = loop.result().adapter
 
-    What else a step logs stands before `done`, which may save the step: a line that came later could be lost.
+    With `submitted` the devices have the next step before the host waits for this one. A stage that has read a step's
+    metrics itself calls `done`. What else a step logs stands before the call, which may save the step: a line that came
+    later could be lost.
     """
 
     def __init__(self, run: Run, stage: str, state: Any, total: int, save_every: int):
@@ -81,6 +84,7 @@ class Loop:
         self.reached = self.first  # steps done: those that `state` holds
         self.progress = Progress(stage, total, self.first)
         self._began = time.perf_counter()
+        self._unread: Callable[[], None] | None = None  # `done` of the step whose metrics are still to be read
 
     def _compare_mesh(self, before: dict[str, int] | None) -> None:
         now = dict(self.run.mesh.shape)
@@ -92,18 +96,40 @@ class Loop:
 
     def steps(self) -> Iterator[int]:
         """Steps that are still to be done, counted from 0. Raises `Stopped` between two of them where a signal came."""
+        self._began = time.perf_counter()
         for step in range(self.first, self.total):
             self._between_steps()
-            self._began = time.perf_counter()
             yield step
         self._between_steps()
+
+    def submitted(
+        self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, str], tokens: int, batch: Any = None
+    ) -> None:
+        """`done` for a step that the devices have just been given: it is called one step later, in the same order.
+
+        A step at which a checkpoint is due is waited for at once: the next one takes over the memory of its state.
+        """
+        self._read()
+        self._unread = functools.partial(self.done, step, metrics, shown, tokens, batch)
+        if self._due(step + 1):
+            self._read()
+
+    def _read(self) -> None:
+        """Calls `done` for the step that `submitted` put off, if any."""
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            unread()
+
+    def _due(self, reached: int) -> bool:
+        return reached % self.save_every == 0 or reached == self.total
 
     def done(
         self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, str], tokens: int, batch: Any = None
     ) -> None:
         """Logs a step, and saves where it is due. `shown` maps labels of the progress line to metric names.
 
-        Raises `Fault` where too many steps in a row were not learnt from; `batch` is then saved to be looked at.
+        The metric `seconds` is the time since the step before was logged and saved. Raises `Fault` where too many steps
+        in a row were not learnt from; `batch` is then saved to be looked at.
         """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self.run.metrics.write(self.stage, step + 1, {"seconds": time.perf_counter() - self._began, **values})
@@ -115,8 +141,9 @@ class Loop:
             stop_with_batch(folder, self.stage, self.reached, batch, reason, self.health.in_a_row)
         if step == self.first and self.settings.best not in (None, *values):
             self.run.say(f"{self.stage}: has no metric {self.settings.best}: no checkpoint counts as the best")
-        if self.reached % self.save_every == 0 or self.reached == self.total:
+        if self._due(self.reached):
             self._save(values.get(self.settings.best))
+        self._began = time.perf_counter()
 
     def _save(self, score: float | None = None) -> None:
         """Only a step at which a checkpoint is due has a score: an interruption must not change which is the best."""
@@ -131,6 +158,8 @@ class Loop:
         """Ends the run where a save has failed, or a signal came to any process: then with what has been done saved."""
         asked = self.run.stop.requested if self.run.stop is not None else 0
         news = largest(_FAILED if self.checkpoints.failed else asked)
+        if news:
+            self._read()  # the state is that of this step
         if news == _FAILED:
             self.checkpoints.wait()
         if news:

@@ -94,7 +94,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
             batch = place_batch(run.mesh, inputs.train.batch(step))
             loop.state, metrics = update(loop.state, roles.base, batch, optimizer, config.centring, **static)
             metrics["compiles/update"] = update.compiles
-            loop.done(step, metrics, shown, int(batch.chosen.size + batch.rejected.size), batch)
+            loop.submitted(step, metrics, shown, int(batch.chosen.size + batch.rejected.size), batch)
         adapter = loop.result().adapter
     reached = evaluate(run, roles.base, adapter, inputs.heldout)
     save_role(run.config.run_dir, "reward", adapter)
@@ -107,13 +107,10 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
 def evaluate(run: Run, base: Decoder, adapter: Adapter, data: PreferenceData) -> dict[str, float]:
     """Share of pairs whose chosen answer scores higher (ties count half), and the mean and deviation of scores."""
     program = Program(pair_scores, "pair_scores", run.mesh, compiler_options(base))
-    chosen, rejected = [], []
-    for batch in data.all_batches():
-        real = batch.weight > 0
-        scores = fetch(program(base, adapter, place_batch(run.mesh, batch)))
-        chosen.append(scores[0][real])
-        rejected.append(scores[1][real])
-    chosen, rejected = np.concatenate(chosen), np.concatenate(rejected)
+    batches = list(data.all_batches())
+    scores = fetch([program(base, adapter, place_batch(run.mesh, batch)) for batch in batches])
+    real = np.concatenate([batch.weight > 0 for batch in batches])
+    chosen, rejected = (np.concatenate(side)[real] for side in zip(*scores))
     both = np.concatenate([chosen, rejected])
     return {
         "heldout_accuracy": float(np.mean(np.where(chosen == rejected, 0.5, chosen > rejected))),

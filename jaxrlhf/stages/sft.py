@@ -78,7 +78,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
             batch = place_batch(run.mesh, inputs.train.batch(step))
             loop.state, metrics = update(loop.state, roles.base, batch, optimizer, **static)
             metrics["compiles/update"] = update.compiles
-            loop.done(step, metrics, {"loss": "sft/loss"}, int(batch.tokens.size), batch)
+            loop.submitted(step, metrics, {"loss": "sft/loss"}, int(batch.tokens.size), batch)
         adapter = loop.result().adapter
     reached = {"heldout_loss": evaluate(run, roles.base, adapter, inputs.heldout)} if inputs.heldout else {}
     return _finish(run, roles, adapter, reached)

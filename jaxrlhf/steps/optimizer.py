@@ -31,6 +31,7 @@ def init_optimizer(params: Any) -> optax.OptState:
     return _transformation(OptimizerConfig()).init(params)
 
 
+@jax.named_scope("optimizer")
 def optimizer_step(
     config: OptimizerConfig,
     grads: Any,
@@ -44,6 +45,8 @@ def optimizer_step(
     Adam as in PyTorch: m / (sqrt(v) + epsilon) with both moments corrected for bias; weight decay is
     decoupled and spares vectors and scalars (biases, norms, LoRA scales). Where the loss or the gradient's norm is not
     finite, nothing changes, and the metric `skipped` is 1. Raises ValueError without a learning rate (`with_rate`).
+
+    Each array takes a few kernels; `params`, `grads` and `state` may be trees of few arrays (`flat.joined`).
     """
     rate = learning_rate(config, step)
     norm = optax.global_norm(grads)

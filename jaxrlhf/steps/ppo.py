@@ -19,6 +19,7 @@ from jaxrlhf.models.adapters import SCORE, bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
+from jaxrlhf.steps.flat import by_leaf, joined
 from jaxrlhf.steps.microbatches import accumulate, shortest_first
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step, with_rate
 from jaxrlhf.steps.sft import learnt_tokens, sft_loss
@@ -102,13 +103,14 @@ def ppo_update(
         minibatch = jax.tree.map(lambda x: laid_out(x[rows_of_step], BATCH_AXES), experience)
         return _minibatch_step(state, base, minibatch, config, mix_of_step)
 
+    state = joined(state)
     if config.kl_stop is not None:
         step = _stopping(step, config.kl_stop)
         state = (state, jnp.bool_(False))
     state, metrics = jax.lax.scan(step, state, (order, None if mix is None else split_rows(mix, steps)))
     if config.kl_stop is not None:
         state, _ = state
-    return state, _over_steps(metrics)
+    return by_leaf(state), _over_steps(metrics)
 
 
 def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
@@ -160,7 +162,7 @@ def _minibatch_step(
         minibatch = jax.tree.map(lambda x: laid_out(x[order], BATCH_AXES), minibatch)
 
     def loss(trees: tuple[Adapter, Adapter], part: Experience):
-        return ppo_loss(*trees, base, part, config, tokens, rows, length)
+        return ppo_loss(*by_leaf(trees), base, part, config, tokens, rows, length)
 
     total, metrics, (policy_grads, value_grads) = accumulate(
         loss, (state.policy, state.value), minibatch, rows // size, config.buckets
@@ -201,7 +203,7 @@ def _with_pretraining(
     rows = mix.tokens.shape[0]
 
     def loss(policy: Adapter, part: SFTBatch):
-        return sft_loss(base, policy, part, config.remat) / tokens, {}
+        return sft_loss(base, by_leaf(policy), part, config.remat) / tokens, {}
 
     parts = -(-rows // (config.microbatch_size or rows))
     value, _, own = accumulate(loss, state.policy, mix, parts)
