@@ -14,6 +14,7 @@ from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.distributed.programs import peak_memory_bytes
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device
+from jaxrlhf.models.target import Target
 from jaxrlhf.planning.checks import check
 from jaxrlhf.planning.compiling import measure
 from jaxrlhf.planning.count import Layout
@@ -49,7 +50,7 @@ def _bench(config: RunConfig, asked: Asked, say: Callable[[str], None]) -> Bench
     config = resolved(config)
     if config.model.attention == "cudnn":
         check_device(model, config.model.dtype)
-    shapes = Shapes(config, mesh, dataclasses.replace(model, attention=config.model.attention))
+    shapes = Shapes(config, mesh, dataclasses.replace(model, target=Target(attention=config.model.attention)))
     parameters = sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base()).values())
     say("measures the machine")
     before = measure_rates(config.model.dtype, mesh.size)

@@ -63,6 +63,7 @@ class ModelConfig(Settings):
     tokenizer: str | None = Field(None, description="tokenizer folder or hub id; null: the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base in memory; auto: that of the checkpoint's tensors, float32 for a new model")
     attention: Literal["xla", "cudnn"] = Field("xla", description="what computes attention over whole sequences; cudnn: fused, on NVIDIA GPUs, in bfloat16 or float16")
+    matmul_precision: Literal["highest", "tf32"] = Field("highest", description="float32 products on NVIDIA GPUs, of every program; highest: float32, which a ratio of 1 in the first minibatch takes; tf32: faster, of numbers with 10 bits of mantissa. A base in bfloat16 or float16 leaves few of them: scalar heads, and LoRA pairs on lm_head. No matter on a CPU")
     quantize: Literal["int8", "nf4"] | None = Field(None, description="keep the base's linear layers as 8-bit or 4-bit codes, under LoRA adapters; null: no, or as in run")
 
     @model_validator(mode="after")

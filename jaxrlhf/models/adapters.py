@@ -105,9 +105,10 @@ def bare(base: Decoder, adapter: Adapter) -> Adapter:
     }
 
 
-def lora_product(leaves: dict[str, jax.Array]) -> jax.Array:
+def lora_product(leaves: dict[str, jax.Array], precision: str = "highest") -> jax.Array:
     """What a LoRA pair adds to its kernel, f32[in, out]."""
-    return leaves["lora_scale"] * (leaves["lora_a"].astype(jnp.float32) @ leaves["lora_b"].astype(jnp.float32))
+    a, b = (leaves[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
+    return leaves["lora_scale"] * jnp.matmul(a, b, precision=precision)
 
 
 def without_head(adapter: Adapter) -> Adapter:
@@ -154,7 +155,8 @@ def for_decoding(model: Decoder) -> Decoder:
             for name, layer in vars(room).items():
                 if isinstance(layer, Linear) and layer.merges and layer.lora_a is not None:
                     pair = {name: getattr(layer, name)[...] for name in LORA_LEAVES}
-                    setattr(room, name, Linear(layer.kernel[...] + lora_product(pair), _value(layer.bias)))
+                    change = lora_product(pair, model.config.target.precision)
+                    setattr(room, name, Linear(layer.kernel[...] + change, _value(layer.bias)))
         _join_inputs(block.attention)
     return model
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.models.fused_attention import attend_fused
+from jaxrlhf.models.target import ON_CPU, Target
 
 _BLOCKS, _LEAST_QUERIES = 4, 32  # more or smaller blocks of attention save less than they cost
 
@@ -87,18 +88,16 @@ def attend(
     mask_BTS: jax.Array,
     scale: float | None = None,
     softcap: float | None = None,
+    target: Target = ON_CPU,
 ) -> jax.Array:
     """Grouped-query attention with softmax in float32; [B,T,N,H]. A query that sees no key gets finite junk.
 
     Keys and values lie as the products read them, each head in one piece, as a cache keeps them for decoding.
     `scale` multiplies q k (None: H^-1/2); `softcap` c bends the product to c tanh(product / c) (2408.00118).
     """
-    given = q_BTNH.dtype
-    q_BTNH, k_BKHS, v_BKSH = (operand(x) for x in (q_BTNH, k_BKHS, v_BKSH))
-    if q_BTNH.shape[1] > 1 and softcap is None and jax.default_backend() != "cpu":
+    if q_BTNH.shape[1] > 1 and softcap is None and target.platform != "cpu":
         k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
-        attended = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
-        return attended.astype(given)
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
     G = N // K
@@ -111,7 +110,7 @@ def attend(
         scores = softcap * jnp.tanh(scores / softcap)
     weights = jax.nn.softmax(jnp.where(mask_B1XS, scores, jnp.finfo(jnp.float32).min), axis=-1)
     out_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights.astype(v_BKSH.dtype), v_BKSH)
-    return out_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(given)
+    return out_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def attend_causal(
@@ -121,29 +120,24 @@ def attend_causal(
     mask_BTS: jax.Array,
     scale: float | None = None,
     softcap: float | None = None,
-    implementation: str = "xla",
+    target: Target = ON_CPU,
 ) -> jax.Array:
     """`attend` where the queries are the last T of S slots, and none sees a slot behind its own.
 
-    `implementation` is xla, or cudnn, which has no soft cap (`fused_attention`). XLA's on a CPU goes in blocks of
+    The target says by whom: XLA, or cuDNN, which has no soft cap (`fused_attention`). XLA's on a CPU goes in blocks of
     queries, each with the keys up to its end: of the products above the diagonal, which the mask throws away, few are
     computed.
     """
     T, S = mask_BTS.shape[1:]
-    if implementation == "cudnn" and T > 1 and softcap is None:
+    if target.attention == "cudnn" and T > 1 and softcap is None:
         return attend_fused(q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3), mask_BTS, scale)
-    if jax.default_backend() != "cpu":
-        return attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, softcap)
+    if target.platform != "cpu":
+        return attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, softcap, target)
     size = max(_LEAST_QUERIES, -(-T // _BLOCKS))
     blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
         seen = S - T + end
         given = q_BTNH[:, start:end], k_BKHS[..., :seen], v_BKSH[:, :, :seen], mask_BTS[:, start:end, :seen]
-        blocks.append(attend(*given, scale, softcap))
+        blocks.append(attend(*given, scale, softcap, target))
     return jnp.concatenate(blocks, axis=1)
-
-
-def operand(x: jax.Array) -> jax.Array:
-    """x for a product that is summed in float32: jax has none of float16 on a CPU, so there it is cast before."""
-    return x.astype(jnp.float32) if x.dtype == jnp.float16 and jax.default_backend() == "cpu" else x

@@ -9,6 +9,7 @@ B rows, T positions, S cache positions, D hidden, V vocabulary, N query heads, K
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,6 @@ from jaxrlhf.models.attention import (
     attend,
     attend_causal,
     causal_mask,
-    operand,
     positions_of,
     rotate,
     turns_of,
@@ -31,6 +31,7 @@ from jaxrlhf.models.attention import (
 from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.norms import NORMS
 from jaxrlhf.models.rope import Rope, frequencies
+from jaxrlhf.models.target import ON_CPU, Target
 
 # What the backward pass finds of a layer beside its input, which is always kept; by the names of the setting `remat`.
 # The products are known by name: jax's own policy for them sees neither inside of a custom gradient, which merged and
@@ -80,7 +81,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     initializer_range: float = 0.02
-    attention: str = "xla"  # what computes that of whole sequences: xla or cudnn; no part of what the model is
+    target: Target = ON_CPU  # what its programs are for; no part of what the model is, and not saved with it
     family: str = "llama"
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
@@ -146,10 +147,10 @@ class Attention(nnx.Module):
             q_BTNH = rotate(q_BTNH, Turns(*(x[:, first:] for x in turns)))
             k_BTKH = rotate(k_BTKH, turns)
         fresh = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
-        run = attend if cache is not None else functools.partial(attend_causal, implementation=config.attention)
+        run = attend_causal if cache is None else attend
         cache = fresh if cache is None else cache.with_new(fresh, at)
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
-        out_BTNH = run(q_BTNH, cache.k, cache.v, mask_BTS[:, first:], scale, config.attention_softcap)
+        out_BTNH = run(q_BTNH, cache.k, cache.v, mask_BTS[:, first:], scale, config.attention_softcap, config.target)
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
 
     def _heads(self, x_BTX: jax.Array, norm: nnx.Module | None) -> jax.Array:
@@ -196,6 +197,17 @@ class Block(nnx.Module):
         return middle_BTD + _normed(self.mlp_post_norm, mlp_BTD), cache
 
 
+def _in_own_precision(method: Callable) -> Callable:
+    """The method of a decoder, with its products in the precision of the decoder's target."""
+
+    @functools.wraps(method)
+    def run(model: "Decoder", *args, **kwargs):
+        with model.config.target.products():
+            return method(model, *args, **kwargs)
+
+    return run
+
+
 def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
 
@@ -231,6 +243,7 @@ class Decoder(nnx.Module):
         given = tokens_BT, positions_of(segments_BT), causal_mask(segments_BT)
         return self.hidden(*given, remat=remat, first=first)[0]
 
+    @_in_own_precision
     def hidden(
         self,
         tokens_BT,
@@ -274,12 +287,12 @@ class Decoder(nnx.Module):
             caches.append(layer_cache)
         return self.final_norm(x_BTD), caches
 
+    @_in_own_precision
     def logits(self, hidden_BTD: jax.Array, kernel_DV: jax.Array | None = None) -> jax.Array:
         """Language-model logits f32[B,T,V] of hidden states; `kernel_DV` is `head_kernel()`, where it is at hand."""
         kernel = self.head_kernel() if kernel_DV is None else kernel_DV
         # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
-        kernel = operand(kernel.astype(hidden_BTD.dtype))
-        logits = jnp.matmul(operand(hidden_BTD), kernel, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
         if self.lm_head is not None and self.lm_head.lora_a is not None:
             logits += self.lm_head.pair_product(hidden_BTD)
         logits = laid_out(logits, BATCH_AXES, None, "tensor")
@@ -290,6 +303,7 @@ class Decoder(nnx.Module):
         """Returns the language-model head's kernel [D,V], without its LoRA pair."""
         return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
+    @_in_own_precision
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scalar head f32[B,T] of hidden states, computed in float32."""
         return jnp.squeeze(self.score(hidden_BTD.astype(jnp.float32)), -1)
@@ -320,9 +334,9 @@ def abstract_decoder(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.fl
     return jax.eval_shape(lambda: Decoder(config, jax.random.key(0), dtype))
 
 
-def with_attention(model: Decoder, implementation: str) -> Decoder:
-    """The same model, same arrays, whose attention over whole sequences that implementation computes."""
-    return with_config(model, dataclasses.replace(model.config, attention=implementation))
+def with_target(model: Decoder, target: Target) -> Decoder:
+    """The same model, same arrays, whose programs are for another target."""
+    return with_config(model, dataclasses.replace(model.config, target=target))
 
 
 def with_config(model: Decoder, config: DecoderConfig) -> Decoder:

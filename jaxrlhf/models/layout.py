@@ -28,6 +28,7 @@ from jaxrlhf.models.decoder import (
 from jaxrlhf.models.families import FAMILIES, is_ignored, place
 from jaxrlhf.models.family import Part, Place
 from jaxrlhf.models.quantize import abstract_quantized, kind_of, load_quantized
+from jaxrlhf.models.target import target_of
 from jaxrlhf.models.tensor_files import Pending, StoredTensor
 from jaxrlhf.models.wrappers import plain_name
 from jaxrlhf.records import Adapter
@@ -126,7 +127,8 @@ def read_decoder(
     mesh: jax.sharding.Mesh | None,
     quantize: str | None = None,
 ) -> Decoder:
-    """The decoder of tensors that `match` has found, each parameter laid out on the mesh."""
+    """The decoder of tensors that `match` has found, each parameter laid out on the mesh, for the mesh's devices."""
+    config = dataclasses.replace(config, target=target_of(mesh))
     abstract, values = abstract_decoder(config, dtype), {}
     quantized = {} if quantize is None else linear_shapes(abstract)
     for name, wanted in named_parameters(abstract).items():

@@ -3,6 +3,8 @@
 D inputs, F outputs, r the pair's rank.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -65,22 +67,39 @@ class Linear(nnx.Module):
         return self.project(x) + ((x @ a) * scale.astype(x.dtype)) @ b
 
 
-@jax.custom_vjp
 def merged_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     """x [...,D] times kernel [D,F] + scale * a [D,r] @ b [r,F].
 
     One product where the sum of two would write and read [...,F] twice more, forward and backward. What a gradient
     wants of the pair has r columns: x @ a and dy @ b^T. The scale is a constant.
     """
-    return x @ (kernel + (scale * a) @ b)
+    return _merged_product(ambient_precision(), x, kernel, a, b, scale)
 
 
-def _forward(x, kernel, a, b, scale):
-    return merged_product(x, kernel, a, b, scale), (x, kernel, a, b, scale)
+def ambient_precision() -> str | None:
+    """The precision of products where this is traced.
+
+    Custom gradients take it along as a constant: they are traced later, when it may be another.
+    """
+    return jax.config.jax_default_matmul_precision
 
 
-def _backward(saved, dy):
-    x, kernel, a, b, scale = saved
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _merged_product(precision, x, kernel, a, b, scale):
+    with jax.default_matmul_precision(precision):
+        return x @ (kernel + (scale * a) @ b)
+
+
+def _forward(precision, x, kernel, a, b, scale):
+    return _merged_product(precision, x, kernel, a, b, scale), (x, kernel, a, b, scale)
+
+
+def _backward(precision, saved, dy):
+    with jax.default_matmul_precision(precision):
+        return _gradients(dy, *saved)
+
+
+def _gradients(dy, x, kernel, a, b, scale):
     rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = dy @ (kernel + (scale * a) @ b).T  # made again: kept, it would take the memory of the weights
     # Read row by row, a third of the time on a CPU; without the barrier XLA would turn the product back.
@@ -89,4 +108,4 @@ def _backward(saved, dy):
     return dx, rows.T @ d_rows, da, db, jnp.zeros_like(scale)  # the kernel's is computed only where it is asked for
 
 
-merged_product.defvjp(_forward, _backward)
+_merged_product.defvjp(_forward, _backward)

@@ -26,9 +26,8 @@ import numpy as np
 from flax import nnx
 
 from jaxrlhf.distributed.mesh import parameter_sharding
-from jaxrlhf.models.attention import operand
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, find_module, linear_shapes, named_parameters
-from jaxrlhf.models.linear import Linear
+from jaxrlhf.models.linear import Linear, ambient_precision
 
 KINDS = ("int8", "nf4")
 BLOCK = 64
@@ -69,7 +68,7 @@ class QuantizedLinear(Linear):
         return False
 
     def project(self, x: jax.Array) -> jax.Array:
-        return _product(self.fan_in, x, *self._leaves())
+        return _product(self.fan_in, ambient_precision(), x, *self._leaves())
 
     def float32_kernel(self) -> jax.Array:
         return dequantize(*self._leaves(), self.fan_in)
@@ -139,26 +138,26 @@ def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
     return jnp.asarray(NF4)[pairs[:fan_in]] * scales[:fan_in]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(fan_in: int, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     """x [..., in] times the dequantised kernel, in the dtype of x; codes and scale are constants of the gradient.
 
     Three things would keep a dequantised copy of every layer alive: XLA moves what is the same in each turn of a loop,
     such as a rollout's, out of it; it may compute early what waits for nothing; and autodiff keeps a kernel for the
     backward pass. So the kernel is made when what it is multiplied with is there, and made again on the way back.
     """
-    return _multiplied(fan_in, x, _after(x, codes), scale)
+    return _multiplied(fan_in, precision, x, _after(x, codes), scale)
 
 
-def _forward(fan_in: int, x: jax.Array, codes: jax.Array, scale: jax.Array):
-    return _product(fan_in, x, codes, scale), (codes, scale)
+def _forward(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array):
+    return _product(fan_in, precision, x, codes, scale), (codes, scale)
 
 
-def _backward(fan_in: int, kernel: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _backward(fan_in: int, precision: str | None, kernel: tuple[jax.Array, jax.Array], gradient: jax.Array):
     codes, scale = kernel
     codes = _after(gradient, codes)
     x = jax.ShapeDtypeStruct((*gradient.shape[:-1], fan_in), gradient.dtype)
-    return *jax.linear_transpose(lambda x: _multiplied(fan_in, x, codes, scale), x)(gradient), None, None
+    return *jax.linear_transpose(lambda x: _multiplied(fan_in, precision, x, codes, scale), x)(gradient), None, None
 
 
 _product.defvjp(_forward, _backward)
@@ -190,12 +189,12 @@ def _nought_of_all(_, batched: list[bool], x: jax.Array) -> tuple[jax.Array, boo
     return _nought(x), False  # one for the whole batch: codes stay one copy
 
 
-def _multiplied(fan_in: int, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+def _multiplied(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     if codes.dtype == jnp.int8:
         # The scale goes on the outputs, which are fewer than the weights; in float32, as sums of codes are large.
-        y = jnp.matmul(operand(x), operand(codes.astype(x.dtype)), preferred_element_type=jnp.float32)
+        y = jnp.matmul(x, codes.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
         return (y * scale[0]).astype(x.dtype)
-    return x @ dequantize(codes, scale, fan_in).astype(x.dtype)
+    return jnp.matmul(x, dequantize(codes, scale, fan_in).astype(x.dtype), precision=precision)
 
 
 # ---------------------------------------------------------------- a model

@@ -15,8 +15,7 @@ from jaxrlhf.models.decoder import Decoder
 
 # Logits that are held at a time, on each device: on a CPU 16 MiB, which its cache may keep; elsewhere 512 MiB, so that
 # the products stay large.
-_HELD = {"cpu": 2**22}
-_HELD_ELSEWHERE = 2**27
+_HELD, _HELD_ON_CPU = 2**27, 2**22
 
 
 def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: str = "none") -> jax.Array:
@@ -84,8 +83,8 @@ def from_logits(
     """
     B, R, _ = hidden.shape
     if held is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        held = _HELD.get(jax.default_backend(), _HELD_ELSEWHERE) * max(1, mesh.size)
+        held = _HELD_ON_CPU if model.config.target.platform == "cpu" else _HELD
+        held *= max(1, jax.sharding.get_abstract_mesh().size)
     size = max(1, held // (B * model.config.vocab_size))
     if size >= R:
         return reduce(model.logits(hidden), given)

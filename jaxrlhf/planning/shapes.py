@@ -21,6 +21,7 @@ from jaxrlhf.models.families import read_config
 from jaxrlhf.models.folders import AUTO, DTYPES, PEFT_INFO, find_model
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import abstract_quantized
+from jaxrlhf.models.target import target_of
 from jaxrlhf.models.tensor_files import read_json
 from jaxrlhf.steps.ppo import complete
 
@@ -48,10 +49,10 @@ class Shapes:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, layers=layers))
 
     def base(self, model: DecoderConfig | None = None, dtype: str | None = None) -> Decoder:
-        """The frozen base, or another decoder in a dtype of its own."""
+        """The frozen base, or another decoder in a dtype of its own; for the mesh's devices."""
         if model is not None:
-            return self.placed(abstract_decoder(model, dtype))
-        abstract = abstract_decoder(self.model, model_dtype(self.config.model))
+            return self.placed(abstract_decoder(self._for_mesh(model), dtype))
+        abstract = abstract_decoder(self._for_mesh(self.model), model_dtype(self.config.model))
         kind = self.config.model.quantize
         return self.placed(abstract if kind is None else abstract_quantized(abstract, kind))
 
@@ -61,6 +62,11 @@ class Shapes:
         if config.kind == "lora":
             target_paths(base, config)
         return self.placed(jax.eval_shape(lambda base: init_adapter(base, config, jax.random.key(0), head), base))
+
+    def _for_mesh(self, model: DecoderConfig) -> DecoderConfig:
+        """The model for the mesh's devices, with the attention that its target names."""
+        target = target_of(self.mesh, self.config.model.matmul_precision)
+        return dataclasses.replace(model, target=dataclasses.replace(target, attention=model.target.attention))
 
     def placed(self, tree: Any) -> Any:
         """The tree's shapes where `tree_shardings` puts them."""

@@ -27,17 +27,19 @@ def load_rewards(
     key_path: str,
     say: Say | None = None,
     time: datetime.datetime | None = None,
+    matmul_precision: str = "highest",
 ) -> Rewards:
     """The reward, or the parts of a sum. `key_path` is the section, for messages; `say` gets a server's troubles.
 
-    `time` is what the chat templates of reward models take for now; None: the clock.
+    `time` is what the chat templates of reward models take for now; None: the clock. `matmul_precision` is that of
+    decoders with a base of their own.
     Raises `UserError` where function, folder, label or URL cannot be used.
     """
     if config.kind != "sum":
-        rewards: Rewards = {"": (_load(config, mesh, key_path, say), 1.0)}
+        rewards: Rewards = {"": (_load(config, mesh, key_path, say, matmul_precision), 1.0)}
     else:
         rewards = {
-            name: (_load(part, mesh, f"{key_path}.parts.{name}", say), part.weight)
+            name: (_load(part, mesh, f"{key_path}.parts.{name}", say, matmul_precision), part.weight)
             for name, part in (config.parts or {}).items()
         }
     for reward, _ in rewards.values():
@@ -77,7 +79,9 @@ def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
             reward.check_prompts(prompts)
 
 
-def _load(config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, say: Say | None) -> Reward | None:
+def _load(
+    config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, say: Say | None, matmul_precision: str
+) -> Reward | None:
     if config.kind == "function":
         options = (config.options, config.columns, config.timeout)
         return FunctionReward(config.function, f"{key_path}.function", *options)
@@ -89,4 +93,4 @@ def _load(config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, say: Say
             return HTTPReward(config.url, batch_size=config.batch_size, say=say, **settings)
         except UserError as error:
             raise UserError(f"{key_path}.url: {error}") from None
-    return None if config.path is None else PretrainedReward(config, mesh, key_path)
+    return None if config.path is None else PretrainedReward(config, mesh, key_path, matmul_precision)

@@ -15,9 +15,10 @@ from jaxrlhf.distributed.programs import Program
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.classifiers import load_sequence_classifier
-from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores
+from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
@@ -38,11 +39,14 @@ def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
 class PretrainedReward:
     """A reward (see `answers.Reward`) from a folder or hub id that `load_sequence_classifier` reads."""
 
-    def __init__(self, config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str):
+    def __init__(
+        self, config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, matmul_precision: str = "highest"
+    ):
         """`key_path` is the section of the settings, for messages. Raises `UserError` where they cannot be used."""
         self.config, self.mesh, self.name = config, mesh, str(config.path)
         check_batch(mesh, config.batch_size, f"{key_path}.batch_size")
-        self.base, adapter, self.tokenizer = load_sequence_classifier(config.path, config.dtype, mesh)
+        base, adapter, self.tokenizer = load_sequence_classifier(config.path, config.dtype, mesh)
+        self.base = with_target(base, target_of(mesh, matmul_precision))
         self.adapter = place(mesh, adapter)
         self.max_length = min(config.max_length, self.base.config.max_positions)
         self._check_tokenizer(key_path)

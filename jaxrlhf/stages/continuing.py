@@ -19,10 +19,10 @@ _FREE = (
 _ROUNDING = ("ppo.sampling.halvings", "ppo.update.buckets")
 # What is kept of a forward pass, and what is computed again: the same numbers, but for rounding.
 _REMAT = ("sft.remat", "reward_model.remat", "ppo.update.remat")
-# What computes attention, and what XLA makes of the same operations (a section by program).
-_ATTENTION, _OPTIONS = "model.attention", "compiler_options"
+# What computes attention and how exact products are; and what XLA makes of the same operations (a section by program).
+_ATTENTION, _PRECISION, _OPTIONS = "model.attention", "model.matmul_precision", "compiler_options"
 # How runs went that were begun before there was a choice.
-_DEFAULTS = {_ATTENTION: "xla", _OPTIONS: {}, "ppo.update.buckets": 1}
+_DEFAULTS = {_ATTENTION: "xla", _PRECISION: "highest", _OPTIONS: {}, "ppo.update.buckets": 1}
 # Which checkpoints there are to choose from: free as long as nothing is chosen.
 _CHOICE = ("checkpoints.best", "checkpoints.best_is", "sft.save_every", "reward_model.save_every", "ppo.save_every")
 _SAID = "sums may round otherwise, so what follows need not be bit for bit what it would have been"
@@ -40,7 +40,7 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
             return config.checkpoints.result == "last"
         if key == MORE_ITERATIONS:
             return isinstance(before, int) and after > before and _same_steps_in_longer_runs(config)
-        return key in (*_FREE, *_ROUNDING, *_REMAT, _ATTENTION, *_MESH) or key.split(".")[0] == _OPTIONS
+        return key in (*_FREE, *_ROUNDING, *_REMAT, _ATTENTION, _PRECISION, *_MESH) or key.split(".")[0] == _OPTIONS
 
     return free
 
@@ -48,7 +48,7 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
 def told(change: Change) -> str | None:
     """What a person is told of a change that is allowed; None where only its spelling is another."""
     key, before, after = change
-    if key not in (*_ROUNDING, *_REMAT, _ATTENTION) and key.split(".")[0] != _OPTIONS:
+    if key not in (*_ROUNDING, *_REMAT, _ATTENTION, _PRECISION) and key.split(".")[0] != _OPTIONS:
         return described(change)
     if after == (_DEFAULTS.get(key) if before == ABSENT else remat_policy(before)):
         return None

@@ -107,7 +107,8 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     config = run.config.ppo
     policy = _named_adapter(roles, config.policy, "ppo.policy")
     reference = _named_adapter(roles, config.reference, "ppo.reference")
-    rewards = load_rewards(config.reward, run.mesh, "ppo.reward", run.say, roles.tokenizer.chats.time)
+    products, time = run.config.model.matmul_precision, roles.tokenizer.chats.time
+    rewards = load_rewards(config.reward, run.mesh, "ppo.reward", run.say, time, products)
     gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
     prompts = load_prompts(config.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
     run.say(f"ppo: {prompts.report}")

@@ -21,10 +21,11 @@ from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import load_adapter, save_adapter
-from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.folders import AUTO
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import quantization
+from jaxrlhf.models.target import target_of
 from jaxrlhf.models.weights import load_pretrained, save_pretrained, with_tokenizer
 from jaxrlhf.records import Adapter
 from jaxrlhf.runtime.checksums import RECORD, Damaged, check_files, read_record, seal
@@ -76,6 +77,7 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
         )
     if other:
         base, tokenizer = with_tokenizer(base, tokenizer)
+    base = with_target(base, target_of(mesh, config.model.matmul_precision))
     own = {name: load_adapter(str(folder / name), base) for name in ADAPTERS if (folder / name).is_dir()}
     return Roles(base, tokenizer, inherited | own)
 
@@ -123,10 +125,12 @@ def load_origin(config: RunConfig) -> Decoder:
     """The base that a run began with, before any stage of its own."""
     kept = (config.model.dtype, None, config.model.quantize)
     if config.model.run is not None:
-        return load_run(config.model.run, _given(config.model.dtype), *kept[1:]).base
-    if config.model.path is not None:
-        return load_pretrained(config.model.path, *kept)[0]
-    return _new_model(config)[0]
+        base = load_run(config.model.run, _given(config.model.dtype), *kept[1:]).base
+    elif config.model.path is not None:
+        base = load_pretrained(config.model.path, *kept)[0]
+    else:
+        base = _new_model(config)[0]
+    return with_target(base, target_of(None, config.model.matmul_precision))
 
 
 def load_run(

@@ -4,6 +4,7 @@ A finished stage is not run again: the same command continues where the run stoo
 """
 
 import contextlib
+import dataclasses
 import datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from jaxrlhf.distributed.compiler_options import compiled_with
 from jaxrlhf.distributed.mesh import make_mesh, place
 from jaxrlhf.distributed.stopping import StopSignals
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import named_parameters, with_attention
+from jaxrlhf.models.decoder import named_parameters, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.runtime.compilation_cache import kept_programs
 from jaxrlhf.runtime.lock import RunLock
@@ -66,7 +67,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     if config.model.attention == "cudnn":
         check_model(roles.base.config, run.mesh.shape["tensor"])
         check_device(roles.base.config, named_parameters(roles.base)["embed_tokens/embedding"].dtype)
-        roles.base = with_attention(roles.base, "cudnn")
+        roles.base = with_target(roles.base, dataclasses.replace(roles.base.config.target, attention="cudnn"))
     begins = _set_clock(run, roles)
     finished = finished_stages(config.run_dir)
     again = {"ppo"} & {*finished} if MORE_ITERATIONS in [key for key, *_ in changes] else set()

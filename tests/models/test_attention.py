@@ -1,9 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.models.attention import attend, attend_causal, causal_mask, positions_of, rotate, turns_of
+from jaxrlhf.models.target import Target
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_grouped_attention_equals_numpy(N, K):
 
 
 @pytest.mark.parametrize("T, S", [(40, 40), (130, 130), (70, 131)])
-def test_attention_in_blocks_equals_attention_at_once(T, S):
+def test_attention_in_blocks_and_a_card_s_equal_attention_at_once(T, S):
     """Values and gradients, of rows with padding, several segments and a query that sees nothing."""
     generator = np.random.default_rng(0)
     q = generator.standard_normal((2, T, 4, 8)).astype(np.float32)
@@ -118,9 +121,11 @@ def test_attention_in_blocks_equals_attention_at_once(T, S):
     def loss(run, q, k, v):
         return jnp.sum(run(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask) * weight)
 
-    both = [jax.value_and_grad(lambda *x, run=run: loss(run, *x), (0, 1, 2)) for run in (attend, attend_causal)]
-    gradients = [jax.jit(compute)(q, k, v) for compute in both]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *gradients)
+    ways = (attend, attend_causal, functools.partial(attend_causal, target=Target("gpu")))
+    computed = [jax.value_and_grad(lambda *x, run=run: loss(run, *x), (0, 1, 2)) for run in ways]
+    once, *others = [jax.jit(compute)(q, k, v) for compute in computed]
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), once, other)
 
 
 def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():

@@ -19,14 +19,16 @@ from jax._src.cudnn import fused_attention_stablehlo  # jax has no other name fo
 from jaxrlhf.config import Sampling
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.attention import attend, attend_causal, causal_mask
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, with_attention
+from jaxrlhf.models.decoder import Decoder, DecoderConfig, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
+from jaxrlhf.models.target import Target
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.decode import rollout
 
 L = 2
 SHAPE = DecoderConfig(32, 32, 48, L, 4, 2, 8, 64, stop_tokens=(1,), pad_token=0)
+CUDNN = Target(attention="cudnn")
 asked_of_jax = jax.nn.dot_product_attention
 
 
@@ -74,7 +76,7 @@ def test_what_cudnn_is_asked_is_the_same_attention(asked, T, S):
         return jnp.sum(run(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, 0.3) * weight)
 
     def fused(*given):
-        return attend_causal(*given, implementation="cudnn")
+        return attend_causal(*given, target=CUDNN)
 
     both = [jax.value_and_grad(lambda *x, run=run: loss(run, *x), (0, 1, 2)) for run in (attend, fused)]
     found = [jax.jit(compute)(q, k, v) for compute in both]
@@ -87,12 +89,12 @@ def test_what_cudnn_is_asked_is_the_same_attention(asked, T, S):
 def test_a_query_that_sees_nothing_stays_finite(asked):
     q, k, v = np.random.default_rng(2).standard_normal((3, 1, 4, 1, 8)).astype(np.float32)
     keys = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    out = attend_causal(q, *keys, np.zeros((1, 4, 4), bool), implementation="cudnn")
+    out = attend_causal(q, *keys, np.zeros((1, 4, 4), bool), target=CUDNN)
     assert asked and np.isfinite(out).all()
 
 
 def test_a_model_computes_whole_sequences_with_it_and_nothing_else_changes(asked, plain):
-    fused, tokens = with_attention(plain, "cudnn"), np.random.default_rng(0).integers(0, 32, (2, 9))
+    fused, tokens = with_target(plain, CUDNN), np.random.default_rng(0).integers(0, 32, (2, 9))
     mask = np.arange(9) >= np.array([0, 3])[:, None]
     expected = plain(tokens, mask)
     assert not asked, "another model's attention is what it was"
@@ -100,18 +102,18 @@ def test_a_model_computes_whole_sequences_with_it_and_nothing_else_changes(asked
     assert len(asked) == L
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
         assert one is other
-    assert plain.config.attention == "xla" and dataclasses.replace(fused.config, attention="xla") == plain.config
+    assert plain.config.target == Target() and dataclasses.replace(fused.config, target=Target()) == plain.config
 
 
 def test_it_is_a_matter_of_the_run_and_not_saved_with_the_model(plain, tmp_path):
-    save_pretrained(tmp_path / "model", with_attention(plain, "cudnn"))
-    assert load_pretrained(tmp_path / "model", "bfloat16")[0].config.attention == "xla"
+    save_pretrained(tmp_path / "model", with_target(plain, CUDNN))
+    assert load_pretrained(tmp_path / "model", "bfloat16")[0].config.target.attention == "xla"
 
 
 @pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_programs_for_cuda_call_it_forward_and_backward(as_if_installed, plain, first, remat):
-    fused, tokens = with_attention(plain, "cudnn"), np.ones((2, 9), np.int32)
+    fused, tokens = with_target(plain, CUDNN), np.ones((2, 9), np.int32)
 
     def loss(model):
         return model.logits(model.encode(tokens, tokens, remat, first)).sum()
@@ -127,7 +129,7 @@ def test_programs_for_cuda_call_it_forward_and_backward(as_if_installed, plain, 
 def test_decoding_calls_it_for_the_prompts_alone(as_if_installed, plain):
     prompts = Prompts(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
     given = prompts, jax.random.key(0), Sampling(max_new_tokens=4, halvings=0)
-    found = calls(lambda base: rollout(base, None, *given), with_attention(plain, "cudnn"))
+    found = calls(lambda base: rollout(base, None, *given), with_target(plain, CUDNN))
     assert found == ["fmhaScaleBiasSoftmax"] * (L - 1), "the last layer has but the last query of the prompt"
 
 

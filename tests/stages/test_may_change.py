@@ -44,6 +44,7 @@ def _with(path: str, value) -> RunConfig:
         (("compiler_options", "absent", {}), {}, True),
         (("model.attention", "absent", "xla"), {}, True),
         (("model.attention", "xla", "cudnn"), {}, True),
+        (("model.matmul_precision", "highest", "tf32"), {}, True),
         (("compiler_options.update", "absent", {"xla_a": 1}), {}, True),
         (("compiler_options.update.xla_a", 1, 2), {}, True),
         (("mesh.data", 8, 4), {}, True),
@@ -106,12 +107,15 @@ def test_a_run_from_before_remat_had_policies_goes_on(tmp_path, before, after, s
 def test_a_run_from_before_attention_and_compiler_options_goes_on_and_other_ones_are_told(tmp_path):
     config = _with("run_dir", str(tmp_path))
     text = dump_config(config)
-    older = text.replace("compiler_options: {}\n", "").replace("  attention: xla\n", "")
+    older = text
+    for line in ("compiler_options: {}\n", "  attention: xla\n", "  matmul_precision: highest\n"):
+        older = older.replace(line, "")
     (tmp_path / "config.yaml").write_text(older)
     changes = check_run(tmp_path, text, may_change(config))
-    assert [key for key, *_ in changes] == ["model.attention", "compiler_options"]
-    assert list(map(told, changes)) == [None, None]
+    assert [key for key, *_ in changes] == ["model.attention", "model.matmul_precision", "compiler_options"]
+    assert list(map(told, changes)) == [None, None, None]
     assert "bit for bit" in told(("model.attention", "absent", "cudnn"))
+    assert "bit for bit" in told(("model.matmul_precision", "absent", "tf32"))
     open_run(tmp_path, text, may_change=may_change(config))
     config = config.model_copy(update={"compiler_options": {"update": {"xla_gpu_triton_gemm_any": True}}})
     changes = check_run(tmp_path, dump_config(config), may_change(config))
