@@ -19,7 +19,9 @@ from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.classifiers import save_sequence_classifier
 from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.models.target import target_of
 from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.rewards.load import load_rewards
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
 from jaxrlhf.rewards.reading import readings
@@ -93,6 +95,11 @@ def test_an_exported_reward_adapter_scores_as_it_did_in_its_run(make, answered, 
     ended = np.asarray(answers.rollout.ended)
     assert (np.abs(without - expected)[ended] > 1e-3).all()
     np.testing.assert_allclose(without[~ended], expected[~ended], atol=1e-5)
+
+
+def test_its_products_are_as_exact_as_the_run_s(mesh, folder):
+    loaded = load_rewards(RewardConfig(path=str(folder)), mesh, "ppo.reward", matmul_precision="tf32")
+    assert loaded[""][0].base.config.target == target_of(mesh, "tf32")
 
 
 def test_another_tokenizer_reads_the_text(make, folder, answered, rows):
