@@ -27,9 +27,10 @@ from pathlib import Path
 
 from overoptimisation import CURVES, draw, spread, summary
 
+from jaxrlhf.checkpoint.files import atomic_write
+from jaxrlhf.checkpoint.run_dir import check_run
 from jaxrlhf.config_io import dump_config, load_config
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.run_dir import atomic_write, check_run
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 ANSWERS = 64  # per iteration

@@ -74,8 +74,8 @@ def child(arguments: list[str], phases: Path) -> int:
     note("imports")
     note("", 1)
     from jaxrlhf import train
+    from jaxrlhf.checkpoint.checkpoints import Checkpoints
     from jaxrlhf.distributed.programs import Program
-    from jaxrlhf.runtime.checkpoints import Checkpoints
     from jaxrlhf.stages import loop, run
 
     stage = ["start"]

@@ -8,9 +8,9 @@ from pydantic import BaseModel
 
 import jaxrlhf.config
 from jaxrlhf.config import KLConfig, OptimizerConfig, RunConfig
+from jaxrlhf.config.differences import differences
 from jaxrlhf.config_io import dump_config, load_config, settings_help
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.run_dir import differences
 
 FULL = """\
 # a run of all stages

@@ -1,7 +1,7 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    commands > benching > planning > stages > steps > rollout, rewards > models > data > algorithms > runtime
-    > distributed > records, config, errors
+    commands > benching > planning > stages > steps > rollout, rewards > models > data > algorithms > tracking
+    > checkpoint > distributed > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `models` stands above `data`
 because a pretrained model comes with its tokenizer. A file at the top of the package is a command unless it is
@@ -19,24 +19,25 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 RANKS = {
     "errors": 0, "config": 0, "records": 0,
     "distributed": 1,
-    "runtime": 2,
-    "algorithms": 3,
-    "data": 4,
-    "models": 5,
-    "rollout": 6, "rewards": 6,
-    "steps": 7,
-    "config_io": 8,  # for commands and stages
-    "stages": 9,
-    "planning": 10,  # with the checks that stages make
-    "benching": 11,  # times what planning describes, in the stages' own iterations
+    "checkpoint": 2,
+    "tracking": 3,
+    "algorithms": 4,
+    "data": 5,
+    "models": 6,
+    "rollout": 7, "rewards": 7,
+    "steps": 8,
+    "config_io": 9,  # for commands and stages
+    "stages": 10,
+    "planning": 11,  # with the checks that stages make
+    "benching": 12,  # times what planning describes, in the stages' own iterations
 }  # fmt: skip
-COMMANDS = 12
+COMMANDS = 13
 BOTTOM = {"errors", "config", "records"}
 ONLY = {  # rooms that may import less than their rank allows
     "errors": set(),
     "config": {"errors"},
     "algorithms": {"errors", "records"},
-    "config_io": {"errors", "config", "distributed", "runtime"},
+    "config_io": {"errors", "config", "distributed", "checkpoint", "tracking"},
 }
 HEAVY = {"torch", "datasets", "transformers", "pyarrow", "wandb", "peft", "tensorboardX", "tensorflow"}
 UNSAFE = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -153,10 +154,10 @@ def test_every_import_names_what_is_there():
 
 def test_the_walk_sees_the_package():
     names = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
-    assert {"config/run.py", "runtime/checkpoints.py", "models/decoder.py"} <= names
-    tree = ast.parse((PACKAGE / "runtime" / "checkpoints.py").read_text())
-    modules = {i.module for i in _imports(tree, "jaxrlhf.runtime.checkpoints", False)}
-    assert {"jax", "orbax.checkpoint.v1", "jaxrlhf.errors.UserError"} <= modules
+    assert {"config/run.py", "checkpoint/checkpoints.py", "models/decoder.py"} <= names
+    tree = ast.parse((PACKAGE / "checkpoint" / "checkpoints.py").read_text())
+    modules = {i.module for i in _imports(tree, "jaxrlhf.checkpoint.checkpoints", False)}
+    assert {"jax", "orbax.checkpoint", "jaxrlhf.errors.UserError"} <= modules
 
 
 @pytest.mark.parametrize(
@@ -180,15 +181,15 @@ def test_the_walk_sees_the_package():
         ("steps/a.py", "from jaxrlhf.config_io import load_config", "steps imports config_io, which is above it"),
         ("algorithms/a.py", "from jaxrlhf.config import PPOConfig", "algorithms may import only errors, records"),
         ("algorithms/a.py", "from jaxrlhf.models import decoder", "algorithms may import only errors, records"),
-        ("runtime/a.py", "from jaxrlhf.algorithms import masked", "runtime imports algorithms, which is above it"),
-        ("runtime/a.py", "from jaxrlhf.rollout import decode", "runtime imports rollout, which is above it"),
+        ("tracking/a.py", "from jaxrlhf.algorithms import masked", "tracking imports algorithms, which is above it"),
+        ("checkpoint/a.py", "from jaxrlhf.rollout import decode", "checkpoint imports rollout, which is above it"),
         ("records.py", "from jaxrlhf.models import decoder", "records imports models, which is above it"),
         ("config/run.py", "from jaxrlhf.records import Rollout", "config may import only errors"),
         ("config/run.py", "import jax.numpy as jnp", "settings need pydantic only"),
         ("config/run.py", "def f():\n    import jax", "settings need pydantic only"),
         ("errors.py", "from jaxrlhf import config", "errors may import only nothing of the package"),
-        ("config_io.py", "from jaxrlhf.models import decoder", "config_io may import only config, distributed, "
-         "errors, runtime"),
+        ("config_io.py", "from jaxrlhf.models import decoder", "config_io may import only checkpoint, "
+         "config, distributed, errors, tracking"),
         ("data/a.py", "import torch", "is heavy"),
         ("data/a.py", "try:\n    from datasets import load_dataset\nexcept ImportError:\n    pass", "is heavy"),
         ("train.py", "import wandb.sdk", "is heavy"),
@@ -218,7 +219,7 @@ def test_a_planted_violation_is_found(tmp_path, file, source, complaint):
         ("data/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import datasets"),
         ("data/a.py", "np.load('x', allow_pickle=False)"),
         ("records.py", "from jaxrlhf.config import Sampling\nimport jax"),
-        ("runtime/a.py", "from jaxrlhf.config import MeshConfig\nfrom jaxrlhf.errors import UserError\nimport orbax"),
+        ("tracking/a.py", "from jaxrlhf.config import MeshConfig\nfrom jaxrlhf.errors import UserError\nimport orbax"),
         ("rewards/a.py", "from jaxrlhf.models import decoder\nfrom jaxrlhf.rewards.b import c"),
     ],
 )

@@ -15,7 +15,7 @@ from jaxrlhf.config import OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.records import Prompts
-from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.keys import key_for
 from jaxrlhf.steps import ppo
 from jaxrlhf.steps.ppo import init_ppo, ppo_update
 

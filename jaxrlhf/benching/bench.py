@@ -8,6 +8,7 @@ from jaxrlhf.benching.lengths import with_lengths
 from jaxrlhf.benching.machine import describe, forget_peak, measure_rates
 from jaxrlhf.benching.report import Bench
 from jaxrlhf.benching.running import time_stage
+from jaxrlhf.checkpoint.compilation_cache import compiled_anew
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed.compiler_options import compiled_with
 from jaxrlhf.distributed.mesh import make_mesh
@@ -20,7 +21,6 @@ from jaxrlhf.planning.compiling import measure
 from jaxrlhf.planning.count import Layout
 from jaxrlhf.planning.planner import at_full_length
 from jaxrlhf.planning.shapes import Shapes, read_model, resolved
-from jaxrlhf.runtime.compilation_cache import compiled_anew
 
 LENGTHS = ("full", "geometric")
 

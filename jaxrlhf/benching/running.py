@@ -18,11 +18,11 @@ from jaxrlhf.planning.programs import STAGES, Call
 from jaxrlhf.planning.shapes import Shapes
 from jaxrlhf.records import SFTBatch
 from jaxrlhf.rewards.answers import Answers
-from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo_iteration import Iteration
 from jaxrlhf.stages.ppo_sampling import Sampler
 from jaxrlhf.stages.roles import Roles
+from jaxrlhf.tracking.metrics import MetricsLog
 
 _CHAINED = ("update", "sft_update", "reward_model_update")  # give the next state, and take over the memory of theirs
 

@@ -21,3 +21,16 @@ def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> li
         elif before != after or type(before) is not type(after):
             found.append((path, before, after))
     return found
+
+
+def described(change: Change) -> str:
+    """One change of settings in words."""
+    key, before, after = change
+    return f"{key} was {_short(before)}, is now {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a section"
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -10,7 +10,7 @@ from typing import Any
 from jaxrlhf.errors import UserError, short
 from jaxrlhf.models.decoder import LayerKind
 from jaxrlhf.models.rope import SCALINGS, Rope, factor_count, read_rope, rope_entry, rope_kind, unread
-from jaxrlhf.runtime.notices import notice
+from jaxrlhf.tracking.notices import notice
 
 SLIDING, FULL = "sliding_attention", "full_attention"  # names in `layer_types`
 LENGTH = "original_max_position_embeddings"

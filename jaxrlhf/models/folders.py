@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
+from jaxrlhf.checkpoint.files import atomic_directory
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.run_dir import atomic_directory
 
 MARK = ".jaxrlhf"  # in each folder that was written here: what of it may be replaced
 DTYPES = ("float32", "bfloat16", "float16")

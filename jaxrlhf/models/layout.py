@@ -32,7 +32,7 @@ from jaxrlhf.models.target import target_of
 from jaxrlhf.models.tensor_files import Pending, StoredTensor
 from jaxrlhf.models.wrappers import plain_name
 from jaxrlhf.records import Adapter
-from jaxrlhf.runtime.notices import notice
+from jaxrlhf.tracking.notices import notice
 
 
 def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

@@ -28,7 +28,7 @@ from jaxrlhf.models.peft_whole import EMBEDDING, beyond_peft, check_foldable, fo
 from jaxrlhf.models.tensor_files import Pending, StoredTensor, read_json, read_tensors, write_json, write_tensors
 from jaxrlhf.models.wrappers import plain_name
 from jaxrlhf.records import Adapter
-from jaxrlhf.runtime.notices import notice
+from jaxrlhf.tracking.notices import notice
 
 PEFT_TENSORS, PEFT_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrlhf.errors import UserError, short
-from jaxrlhf.runtime.notices import notice
+from jaxrlhf.tracking.notices import notice
 
 TIED = "tie_word_embeddings"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from jaxrlhf.checkpoint.compilation_cache import compiled_anew
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.models.decoder import named_parameters
@@ -15,7 +16,6 @@ from jaxrlhf.planning.compiling import Measured, depths_of, extrapolated, measur
 from jaxrlhf.planning.count import Collective, Layout
 from jaxrlhf.planning.remat import Remat, search
 from jaxrlhf.planning.shapes import Shapes, read_model, resolved
-from jaxrlhf.runtime.compilation_cache import compiled_anew
 
 
 @dataclasses.dataclass(frozen=True)

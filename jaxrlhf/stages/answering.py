@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 import pydantic
 
+from jaxrlhf.checkpoint.compilation_cache import AUTO, kept_programs
 from jaxrlhf.config import PromptsConfig, RunConfig, Sampling
 from jaxrlhf.config_io import load_config
 from jaxrlhf.data.chats import Chat
@@ -18,8 +19,7 @@ from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.weights import load_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.runtime.compilation_cache import AUTO, kept_programs
-from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.roles import Roles, load_origin, load_run
 from jaxrlhf.stages.settings import check_tokens
 

@@ -1,14 +1,13 @@
 """Which settings may change when a run is continued: those that change no step that is still to come.
 
-Everything else is refused by name (`runtime.run_dir.check_run`): a run's weights are what its `config.yaml` says.
+Everything else is refused by name (`checkpoint.run_dir.check_run`): a run's weights are what its `config.yaml` says.
 """
 
 from collections.abc import Callable
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.base import remat_policy
-from jaxrlhf.config.differences import ABSENT, Change
-from jaxrlhf.runtime.run_dir import described
+from jaxrlhf.config.differences import ABSENT, Change, described
 
 # Where the run lies (it may be moved), where compiled programs are kept, when something is saved or shown, how long a
 # stop may take, what is borne.

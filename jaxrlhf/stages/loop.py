@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.agreement import largest
@@ -17,9 +18,8 @@ from jaxrlhf.distributed.mesh import place
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import Fault
 from jaxrlhf.rewards.functions import RewardFault
-from jaxrlhf.runtime.checkpoints import Checkpoints
-from jaxrlhf.runtime.health import Health, stop_with_batch
-from jaxrlhf.runtime.metrics import MetricsLog, Progress
+from jaxrlhf.tracking.health import Health, stop_with_batch
+from jaxrlhf.tracking.metrics import MetricsLog, Progress
 
 _FAILED = 1000  # beyond the number of any signal
 

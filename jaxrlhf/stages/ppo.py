@@ -23,8 +23,8 @@ from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.sampling import truncates
-from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
+from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo_iteration import Iteration
 from jaxrlhf.stages.ppo_remarks import remarks

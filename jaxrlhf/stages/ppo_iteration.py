@@ -21,15 +21,15 @@ from jaxrlhf.distributed.mesh import fetch, place, place_batch
 from jaxrlhf.distributed.programs import peak_memory_bytes
 from jaxrlhf.records import Adapter, Annotated, Experience, PPOState, Rollout, SFTBatch
 from jaxrlhf.rewards.answers import Answers
-from jaxrlhf.runtime.health import PAUSED
-from jaxrlhf.runtime.random import key_for
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of
+from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo_sampling import Asked, Clock, Drawn, Sampler
 from jaxrlhf.stages.programs import annotate_program, experience_program, update_program
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
 from jaxrlhf.steps.ppo import computed_steps
+from jaxrlhf.tracking.health import PAUSED
 
 
 class Iteration:

@@ -17,7 +17,7 @@ from jaxrlhf.distributed.mesh import fetch, place_batch
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain
 from jaxrlhf.rewards.composed import ABSTAINED, ComposedReward
-from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.programs import greedy_program, merge_program, rollout_program
 from jaxrlhf.stages.roles import Roles

@@ -11,7 +11,7 @@ from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.models.adapters import as_kind, init_adapter, is_whole, scaled_head, value_head, with_head
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.load import own_gain
-from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles
 

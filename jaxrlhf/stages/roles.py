@@ -15,6 +15,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.checkpoint.checksums import RECORD, Damaged, seal, unseal
+from jaxrlhf.checkpoint.files import atomic_write
+from jaxrlhf.checkpoint.run_dir import begun_at
 from jaxrlhf.config import ModelConfig, RunConfig
 from jaxrlhf.config_io import load_config
 from jaxrlhf.data.sources import one_line
@@ -28,9 +31,7 @@ from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.target import target_of
 from jaxrlhf.models.weights import load_pretrained, save_pretrained, with_tokenizer
 from jaxrlhf.records import Adapter
-from jaxrlhf.runtime.checksums import RECORD, Damaged, check_files, read_record, seal
-from jaxrlhf.runtime.random import key_for
-from jaxrlhf.runtime.run_dir import atomic_write, begun_at
+from jaxrlhf.stages.keys import key_for
 
 ADAPTERS = ("sft", "reward", "policy", "value", "average")
 
@@ -100,14 +101,10 @@ def _check_seals(folder: Path) -> None:
         if not (folder / name / RECORD).is_file():
             continue  # nothing is there, or a kill came before the record
         try:
-            files, _ = read_record(folder / name)
-            what = check_files(folder / name, files, jax.process_index(), jax.process_count())
-        except Damaged as error:
-            what = str(error)
-        except OSError as error:
-            what = f"cannot be read: {one_line(error)}"
-        if what:
-            raise UserError(f"{folder / name}: {what}; restore it from a copy, or give another run_dir")
+            unseal(folder / name, jax.process_index(), jax.process_count())
+        except (Damaged, OSError) as error:
+            what = error if isinstance(error, Damaged) else f"cannot be read: {one_line(error)}"
+            raise UserError(f"{folder / name}: {what}; restore it from a copy, or give another run_dir") from None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import jax
 
+from jaxrlhf.checkpoint.compilation_cache import kept_programs
+from jaxrlhf.checkpoint.lock import RunLock
+from jaxrlhf.checkpoint.run_dir import begun_at, check_run, make_folder, open_run, record_begin
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.distributed import processes
@@ -19,15 +22,12 @@ from jaxrlhf.distributed.stopping import StopSignals
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
-from jaxrlhf.runtime.compilation_cache import kept_programs
-from jaxrlhf.runtime.lock import RunLock
-from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import begun_at, check_run, make_folder, open_run, record_begin
 from jaxrlhf.stages import ppo, reward_model, sft
 from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change, told
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, check_none_gone, finished_stages, load_roles, mark_unfinished, save_base
 from jaxrlhf.stages.settings import end_notes
+from jaxrlhf.tracking.metrics import MetricsLog
 
 
 def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
@@ -37,7 +37,9 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
     be used, or where another run is at work in the directory. Where `stop` is asked to, `Stopped` ends the run.
     """
     processes.check_started()
-    folder, writes = Path(config.run_dir), jax.process_index() == 0
+    # Absolute from here on: a reward function may change the working directory.
+    folder, writes = Path(config.run_dir).absolute(), jax.process_index() == 0
+    config = config.model_copy(update={"run_dir": str(folder)})
     run = Run(
         config,
         make_mesh(config.mesh),

@@ -13,7 +13,7 @@ from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter, TrainState
-from jaxrlhf.runtime.random import key_for
+from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import sft_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role

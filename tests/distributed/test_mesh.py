@@ -150,7 +150,7 @@ def test_every_parameter_of_the_decoder_has_a_row():
 EIGHT = """
 import jax, jax.numpy as jnp, numpy as np, sys
 from jaxrlhf.config import MeshConfig
-from jaxrlhf.runtime.checkpoints import Checkpoints
+from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.distributed.mesh import *
 assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))

@@ -42,7 +42,7 @@ sys.exit(processes.ended(main_of(command)))
 MESH = """
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
-from jaxrlhf.runtime.checkpoints import Checkpoints
+from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.distributed.mesh import fetch, make_mesh, place, place_batch
 
 mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
@@ -377,7 +377,7 @@ def test_a_process_alone_does_everything_itself():
 
 
 CACHE = """
-from jaxrlhf.runtime.compilation_cache import kept_programs
+from jaxrlhf.checkpoint.compilation_cache import kept_programs
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.distributed.mesh import make_mesh, place_batch

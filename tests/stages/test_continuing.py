@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxrlhf import train
-from jaxrlhf.runtime.metrics import MetricsLog
+from jaxrlhf.tracking.metrics import MetricsLog
 
 pytestmark = pytest.mark.slow
 

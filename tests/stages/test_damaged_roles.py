@@ -6,12 +6,12 @@ import shutil
 import jax
 import pytest
 
+from jaxrlhf.checkpoint.run_dir import check_run
 from jaxrlhf.config import RunConfig
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter
-from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import check_run
 from jaxrlhf.stages.roles import check_none_gone, load_roles, mark_finished, save_base, save_role
+from jaxrlhf.tracking.metrics import MetricsLog
 
 SMALL = {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 16, "max_positions": 32}
 

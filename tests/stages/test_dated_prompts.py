@@ -8,6 +8,7 @@ import jax
 import pytest
 
 import jaxrlhf
+from jaxrlhf.checkpoint.run_dir import record_begin
 from jaxrlhf.config import RewardConfig, RunConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
@@ -15,7 +16,6 @@ from jaxrlhf.models.adapters import with_head
 from jaxrlhf.models.classifiers import save_sequence_classifier
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.rewards.load import load_rewards
-from jaxrlhf.runtime.run_dir import record_begin
 from jaxrlhf.stages.roles import load_run
 from jaxrlhf.stages.run import _set_clock, run_stages
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf import export
+from jaxrlhf.checkpoint.run_dir import open_run
 from jaxrlhf.config import AdapterConfig, RunConfig
 from jaxrlhf.config_io import dump_config
 from jaxrlhf.distributed.mesh import make_mesh
@@ -19,12 +20,11 @@ from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.models.peft import load_peft, save_peft
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
-from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import open_run
 from jaxrlhf.stages import ppo
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import load_roles, mark_finished, save_base, save_role
 from jaxrlhf.stages.run import run_stages
+from jaxrlhf.tracking.metrics import MetricsLog
 
 NEW = {"new": {"hidden_size": 32, "layers": 2, "heads": 4, "intermediate_size": 40, "max_positions": 64}}
 FORWARD = jax.jit(Decoder.__call__)

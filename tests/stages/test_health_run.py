@@ -8,8 +8,8 @@ from safetensors.numpy import load_file
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.errors import Fault
-from jaxrlhf.runtime.health import Health
 from jaxrlhf.stages.run import run_stages
+from jaxrlhf.tracking.health import Health
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from jaxrlhf.config import MeshConfig, RunConfig
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.distributed.stopping import Stopped
 from jaxrlhf.errors import Fault
-from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.tracking.metrics import MetricsLog
 
 TOTAL, SAVE_EVERY = 5, 3
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from jaxrlhf.checkpoint.run_dir import check_run, open_run
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config
-from jaxrlhf.runtime.run_dir import check_run, open_run
 from jaxrlhf.stages.continuing import may_change, told
 
 CONFIG = {

@@ -12,9 +12,9 @@ import pytest
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.rewards.functions import FunctionReward
-from jaxrlhf.runtime.metrics import MetricsLog
 from jaxrlhf.stages.ppo_sampling import Clock, Sampler
 from jaxrlhf.stages.run import run_stages
+from jaxrlhf.tracking.metrics import MetricsLog
 
 FEW = {"rank": 2, "target_modules": ["q_proj"]}
 CONFIG = {

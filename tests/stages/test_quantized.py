@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.checkpoint.run_dir import open_run
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config_io import dump_config, load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
@@ -17,7 +18,6 @@ from jaxrlhf.models.adapters import bind, merge
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, named_parameters
 from jaxrlhf.models.quantize import quantization, quantize_decoder
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
-from jaxrlhf.runtime.run_dir import open_run
 from jaxrlhf.stages.roles import load_roles, load_run, mark_finished, save_base
 from jaxrlhf.stages.run import run_stages
 

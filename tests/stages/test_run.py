@@ -45,7 +45,7 @@ KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
 from jaxrlhf.config import RunConfig
-from jaxrlhf.runtime.metrics import MetricsLog
+from jaxrlhf.tracking.metrics import MetricsLog
 from jaxrlhf.stages.run import run_stages
 
 config, stage, step, saved = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

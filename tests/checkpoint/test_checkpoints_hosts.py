@@ -6,17 +6,16 @@ import subprocess
 import sys
 
 HOST = """
-import sys, errno, os, pathlib, jax, numpy as np
+import sys, errno, json, os, pathlib, jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
 from jax.experimental.multihost_utils import sync_global_devices
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.errors import Fault, UserError
-from jaxrlhf.runtime import checkpoints as module
+from jaxrlhf.checkpoint import checkpoints as module
 from jaxrlhf.distributed.agreement import largest, of_first
-from jaxrlhf.runtime.checkpoints import Checkpoints
-from jaxrlhf.runtime.checksums import read_record
-from jaxrlhf.runtime.lock import RunLock
+from jaxrlhf.checkpoint.checkpoints import Checkpoints
+from jaxrlhf.checkpoint.lock import RunLock
 from jaxrlhf.distributed.mesh import make_mesh, place
 
 rank, folder = jax.process_index(), pathlib.Path(sys.argv[3])
@@ -37,7 +36,7 @@ with Checkpoints(folder, 3) as checkpoints:
         checkpoints.save(step, tree(step))
 if rank == 0:  # one file that each process checks: the largest, and the one after it
     for step, place_in_order in (("9", 0), ("4", 1)):
-        files, _ = read_record(folder / step)
+        files = json.loads(json.loads((folder / step / "record.json").read_bytes())["sealed"])["files"]
         name = sorted(files, key=lambda name: (-files[name][0], name))[place_in_order]
         data = bytearray((folder / step / name).read_bytes())
         data[-1] ^= 1

@@ -5,10 +5,11 @@ import os
 
 import pytest
 
+from jaxrlhf.checkpoint import files as module
+from jaxrlhf.checkpoint.files import atomic_directory, atomic_write
+from jaxrlhf.checkpoint.run_dir import begun_at, open_run, record_begin
 from jaxrlhf.config.differences import differences
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime import run_dir as module
-from jaxrlhf.runtime.run_dir import atomic_directory, atomic_write, begun_at, open_run, record_begin
 
 CONFIG = "seed: 1\nppo:\n  kl:\n    coef: 0.1\n    target: null\n  stages: [a, b]\n"
 

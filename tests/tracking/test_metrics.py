@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.metrics import MetricsLog, Progress
+from jaxrlhf.tracking.metrics import MetricsLog, Progress
 
 
 def _lines(path) -> list[dict]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxrlhf.checkpoint.files import atomic_write, reason
 from jaxrlhf.errors import Fault, UserError
-from jaxrlhf.runtime.run_dir import atomic_write, reason
 
 
 class MetricsLog:

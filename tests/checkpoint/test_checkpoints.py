@@ -14,8 +14,8 @@ import optax
 import pytest
 from flax import struct
 
+from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.checkpoints import Checkpoints
 
 
 @struct.dataclass
@@ -158,7 +158,7 @@ def test_directory_that_cannot_be_made(tmp_path):
 KILLED = """
 import sys, time, threading, os, signal
 import jax.numpy as jnp
-from jaxrlhf.runtime.checkpoints import Checkpoints
+from jaxrlhf.checkpoint.checkpoints import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 tree = {str(i): jnp.full((1 << 18,), float(i)) for i in range(16)}
 for step in range(1, 3):
@@ -177,17 +177,17 @@ def test_killed_while_saving_goes_on_from_the_last_whole_one(tmp_path):
     assert process.stdout.readline() == "saved 2\n"
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:  # stop it where a save is half-written
-        if list(tmp_path.glob("*.saving*")):
+        if list(tmp_path.glob("*.orbax-checkpoint-tmp")):
             os.kill(process.pid, signal.SIGSTOP)
-            if list(tmp_path.glob("*.saving*")):
+            if list(tmp_path.glob("*.orbax-checkpoint-tmp")):
                 break
             os.kill(process.pid, signal.SIGCONT)
     os.kill(process.pid, signal.SIGKILL)
     _, stderr = process.communicate()
     assert stderr == ""  # quiet
-    assert list(tmp_path.glob("*.saving*"))
+    assert list(tmp_path.glob("*.orbax-checkpoint-tmp"))
     with Checkpoints(tmp_path) as checkpoints:
-        assert not list(tmp_path.glob("*.saving*"))
+        assert not list(tmp_path.glob("*.orbax-checkpoint-tmp"))
         latest = checkpoints.latest_step()
         assert latest >= 2
         found = checkpoints.restore(latest, {str(i): jnp.zeros(1 << 18) for i in range(16)})

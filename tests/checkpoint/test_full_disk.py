@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.checkpoint import checkpoints as module
+from jaxrlhf.checkpoint import checksums, files
+from jaxrlhf.checkpoint.checkpoints import Checkpoints
+from jaxrlhf.checkpoint.files import atomic_directory, atomic_write, reason
 from jaxrlhf.errors import Fault
-from jaxrlhf.runtime import checkpoints as module
-from jaxrlhf.runtime import checksums, run_dir
-from jaxrlhf.runtime.checkpoints import Checkpoints
-from jaxrlhf.runtime.metrics import MetricsLog
-from jaxrlhf.runtime.run_dir import atomic_directory, atomic_write, reason
+from jaxrlhf.tracking.metrics import MetricsLog
 
 REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO]
 
@@ -33,14 +33,15 @@ def _names(folder) -> list[str]:
 
 
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("where", ["sync", "fsync", "replace", "atomic_write", "save_async"])
+@pytest.mark.parametrize("where", ["sync", "fsync", "replace", "atomic_write", "save"])
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, number, where):
     tree = {"x": jnp.arange(4.0)}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tree)
     checkpoints.wait()
     with monkeypatch.context() as refused:
-        holder = {"sync": checksums, "fsync": os, "replace": os, "atomic_write": module, "save_async": module.ocp}
+        orbax = module.ocp.CheckpointManager
+        holder = {"sync": checksums, "fsync": os, "replace": os, "atomic_write": module, "save": orbax}
         refused.setattr(holder[where], where, _raise(number))
         checkpoints.save(2, tree)  # does not raise: it is under way
         with pytest.raises(Fault, match=f"step 2 cannot be written: {os.strerror(number)}; that of step 1 is whole$"):
@@ -48,7 +49,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, number, wher
         with pytest.raises(Fault, match=str(tmp_path)):
             checkpoints.save(3, tree)
             checkpoints.close()
-    assert not [name for name in _names(tmp_path) if "saving" in name], "what was half-written takes no room"
+    assert not set(_names(tmp_path)) - {"1", "2", "3", "latest.json"}, "what was half-written takes no room"
     with Checkpoints(tmp_path) as again:
         found = again.restore_latest(tree, print)
         # Where only the note of the latest cannot be written, the checkpoint is complete by then.
@@ -56,6 +57,25 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, number, wher
         np.testing.assert_array_equal(found.tree["x"], tree["x"])
         again.save(5, tree)
         assert again.latest_step() == 5
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_only_checkpoint_stays_where_the_next_cannot_be_written(tmp_path, monkeypatch, killed):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"x": jnp.ones(2)})
+    checkpoints.wait()
+    with monkeypatch.context() as refused:
+        refused.setattr(checksums, "sync", _raise(errno.ENOSPC))
+        checkpoints.save(2, {"x": jnp.zeros(2)})
+        checkpoints._saving.written.exception()
+    assert (tmp_path / "removing" / "1").is_dir(), "orbax has put it aside"
+    if not killed:
+        with pytest.raises(Fault, match="that of step 1 is whole"):
+            checkpoints.wait()
+    with Checkpoints(tmp_path, keep=1) as again:
+        assert again.restore_latest({"x": jnp.zeros(2)}, print).step == 1
+        again.save(2, {"x": jnp.zeros(2)})
+    assert _names(tmp_path) == ["2", "latest.json"]
 
 
 def test_a_failed_save_is_seen_without_waiting(tmp_path, monkeypatch):
@@ -71,8 +91,8 @@ def test_a_failed_save_is_seen_without_waiting(tmp_path, monkeypatch):
 LIMITED = """
 import resource, sys, pathlib, jax.numpy as jnp
 from jaxrlhf.errors import Fault
-from jaxrlhf.runtime.checkpoints import Checkpoints
-from jaxrlhf.runtime.metrics import MetricsLog
+from jaxrlhf.checkpoint.checkpoints import Checkpoints
+from jaxrlhf.tracking.metrics import MetricsLog
 folder, limit = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 with Checkpoints(folder / "c") as checkpoints:
     checkpoints.save(1, {"x": jnp.zeros(10)})
@@ -156,7 +176,7 @@ def test_a_log_that_cannot_be_written_keeps_whole_lines(tmp_path, monkeypatch, n
 
 def test_a_file_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     atomic_write(tmp_path / "a", "old")
-    monkeypatch.setattr(run_dir.os, "fsync", _raise(errno.ENOSPC))
+    monkeypatch.setattr(files.os, "fsync", _raise(errno.ENOSPC))
     with pytest.raises(OSError):
         atomic_write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and _names(tmp_path) == ["a"]

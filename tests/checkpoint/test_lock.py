@@ -1,6 +1,7 @@
 """Two runs never share a directory; a killed one leaves no lock behind, not even with a child that lives on."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -8,13 +9,12 @@ import sys
 
 import pytest
 
+from jaxrlhf.checkpoint.lock import RunLock
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime import lock as module
-from jaxrlhf.runtime.lock import RunLock
 
 HOLDER = """
 import os, sys, time
-from jaxrlhf.runtime.lock import RunLock
+from jaxrlhf.checkpoint.lock import RunLock
 lock = RunLock(sys.argv[1])
 lock.take()
 if sys.argv[2:] == ["fork"] and os.fork() == 0:
@@ -68,7 +68,7 @@ def test_one_process_holds_it_once(tmp_path):
     with RunLock(tmp_path) as lock:
         lock.take()
         lock.take()  # its own
-        with pytest.raises(UserError, match=f"this process, {os.getpid()}, is running there"):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is running there"):
             RunLock(tmp_path / "link").take()
     with RunLock(tmp_path) as lock:
         lock.take()
@@ -85,7 +85,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(module.fcntl, "lockf", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     said = []
     with RunLock(tmp_path, say=said.append) as lock:
         lock.take()

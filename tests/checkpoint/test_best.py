@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
+from jaxrlhf.checkpoint.checkpoints import Best, Checkpoints
 from jaxrlhf.errors import UserError
-from jaxrlhf.runtime.checkpoints import Best, Checkpoints
 
 
 def _like():

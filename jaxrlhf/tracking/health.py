@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from safetensors.numpy import save_file
 
+from jaxrlhf.checkpoint.files import atomic_directory
 from jaxrlhf.distributed.mesh import fetch, leaf_name
 from jaxrlhf.errors import Fault
-from jaxrlhf.runtime.run_dir import atomic_directory
 
 SKIPPED, PAUSED = "skipped", "health/paused"
 
