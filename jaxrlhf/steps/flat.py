@@ -3,7 +3,8 @@
 An optimizer works on each array in a few kernels, and an adapter has hundreds of small arrays: on a GPU their launches,
 not their numbers, would take the time of a step. Only the loop of optimizer steps inside of a compiled update uses this
 form: it begins with `joined` and ends with `by_leaf`. States between updates, and so checkpoints, have one leaf per
-parameter. A program of a single optimizer step (SFT, reward model) would copy all leaves in and out to save no more.
+parameter. A program of a single optimizer step (SFT, reward model) keeps its leaves: to join and part them in each step
+launches about as many kernels.
 """
 
 import math
