@@ -24,6 +24,7 @@ from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.models.adapters import init_adapter
 from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters, with_parameters
 from jaxrlhf.models.scoring import response_logprobs
+from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.annotate import annotate, build_experience
@@ -51,6 +52,7 @@ def make_decoder():
     numpy; logits have a deviation of about 1.5; `more` goes into the config."""
 
     def make(layers=1, vocabulary=V, stop_tokens=STOPS, dtype=jnp.float32, scale=0.4, seed=3, **more):
+        more = {"target": target_of(), **more}  # on a GPU the tests run a GPU's programs
         config = DecoderConfig(
             vocab_size=vocabulary, hidden_size=16, intermediate_size=24, layers=layers, heads=2, kv_heads=1,
             head_dim=8, max_positions=64, stop_tokens=stop_tokens, pad_token=PAD, **more,
