@@ -62,14 +62,14 @@ class Algorithm:
 
 GROUP = {"group": 4, "learning_rate": 2e-3}
 WHOLE = "update.aggregation=sequence"
-GRPO = "advantage.estimator=grpo update.kl_loss=k3 kl.coef=0.02"
+GRPO = "advantage.estimator=grpo"  # its KL stands in the loss: estimator and coefficient are tuned by row
 ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm("1707.06347"),
     "ppo-shared-trunk": Algorithm("1707.06347", "update.value_trunk=policy value_adapter=null"),
     "ppo-dual-clip": Algorithm("1912.09729", "update.dual_clip=3.0"),
     "reinforce": Algorithm("Williams 1992", "advantage.estimator=reinforce"),
     "rloo": Algorithm("2402.14740", "advantage.estimator=rloo", **GROUP),
-    "grpo": Algorithm("2402.03300", f"{GRPO} {WHOLE}", group=4),
+    "grpo": Algorithm("2402.03300", f"{GRPO} update.kl_loss=k3 kl.coef=0.02 {WHOLE}", group=4),
     "dr-grpo": Algorithm("2503.20783", "advantage.estimator=dr_grpo update.aggregation=constant", **GROUP),
     "reinforce++": Algorithm("2501.03262", "advantage.estimator=reinforce_plus_plus"),
     "reinforce++-baseline": Algorithm("2501.03262", "advantage.estimator=reinforce_plus_plus_baseline", **GROUP),
@@ -77,11 +77,13 @@ ALGORITHMS: dict[str, Algorithm] = {
     "remax": Algorithm("2310.10505", "advantage.estimator=remax update.kl_loss=k3", learning_rate=2e-3),
     "gspo": Algorithm(
         "2507.18071",
-        f"{GRPO} update.loss=gspo update.clip_low=3e-4 update.clip_high=4e-4 {WHOLE}",
+        f"{GRPO} update.kl_loss=k3 kl.coef=0.01 update.loss=gspo update.clip_low=3e-4 update.clip_high=4e-4 {WHOLE}",
         **GROUP,
     ),
     "cispo": Algorithm(
-        "2506.13585", f"{GRPO} update.loss=cispo update.clip_low=1.0 update.clip_high=1.0", group=4
+        "2506.13585",
+        f"{GRPO} update.kl_loss=k2 kl.coef=0.02 update.loss=cispo update.clip_low=1.0 update.clip_high=1.0",
+        group=4,
     ),
     # One step an iteration: without a ratio, later ones would be off-policy.
     "pg": Algorithm(
