@@ -1,15 +1,12 @@
 """Checkpoints of one stage, and all that the package knows of orbax.
 
-orbax's `CheckpointManager` writes in the background, gives a checkpoint its name when it is complete, and removes what
-is not kept. Here stands what it has no notion of: checksums, damage, and which tree a checkpoint is of. A tree is
-stored as a flat table: one array per leaf under its path ("policy/layers.0.attention.q_proj/lora_a"), and a record with
-the table of contents, the leaves that are plain Python numbers or text, and the checksum of every file. Structure is
-never stored: `restore` takes it from the tree that the resumed run has built anyway, and compares.
+A tree is stored as a flat table: one array per leaf under its path ("policy/layers.0.attention.q_proj/lora_a"),
+and a record with the table of contents, the leaves that are plain Python numbers or text, and the checksum of every
+file. Structure is never stored: `restore` takes it from the tree that the resumed run has built anyway, and compares.
 
     DIRECTORY/120/           complete, and written to disk, before it has this name
     DIRECTORY/120.damaged/   was not what had been saved when a run went on; nothing reads or removes it
     DIRECTORY/latest.json    the last step that was saved here, so that missing checkpoints are noticed
-    DIRECTORY/removing/      what the save under way replaces; removed when that is known to be on disk
 """
 
 import contextlib
@@ -18,47 +15,59 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
-from orbax.checkpoint.path import atomicity
+
+try:
+    from orbax.checkpoint import v1 as ocp
+except ImportError:  # where v1 has not left `experimental`
+    from orbax.checkpoint.experimental import v1 as ocp
 
 from jaxrlhf.checkpoint.checksums import Damaged, seal, unseal
 from jaxrlhf.checkpoint.files import atomic_write, reason, sync
-from jaxrlhf.distributed.agreement import largest
+from jaxrlhf.distributed.agreement import largest, of_first
 from jaxrlhf.errors import Fault, UserError
 
-_LATEST, _REMOVING, _PARTIAL = "latest.json", "removing", "*.orbax-checkpoint-tmp"
+_LATEST = "latest.json"
+_LEFTOVERS = ("*.saving", "*.removing", "*.orbax-checkpoint-tmp*", ".*.tmp")
 
 
-class Best(NamedTuple):
+@dataclass(frozen=True)
+class Best:
     """The checkpoint with the best score so far."""
 
     step: int
     score: float
 
 
-class Restored(NamedTuple):
-    """A checkpoint as it was found; `notes` as given to `save`."""
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint as it was found."""
 
     step: int
     tree: Any
-    notes: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)  # as given to `save`
 
 
-class _Saving(NamedTuple):
-    """A save under way, and the best checkpoint when it is done."""
+@dataclass(frozen=True)
+class _Saving:
+    """A save under way, and what is there when it is done."""
 
     step: int
-    best: Best | None
     written: Future
+    steps: list[int]
+    best: Best | None
+
+    @property
+    def failed(self) -> bool:
+        return self.written.done() and self.written.exception() is not None
 
 
 class Checkpoints:
@@ -75,48 +84,16 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._keep, self._scored, self._sign = keep, scored, -1 if lowest_is_best else 1
         self._first = jax.process_index() == 0
-        self._best: Best | None = None
-        self._saving: _Saving | None = None
-        self._waiter = ThreadPoolExecutor(1, "checkpoints")
-        refusal = None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._settle()
+            for leftover in [path for pattern in _LEFTOVERS for path in self._directory.glob(pattern)] * self._first:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self._steps = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
         except OSError as error:
-            refusal = error.strerror
-        if largest(int(refusal is not None)):
-            raise UserError(f"{directory}: checkpoints cannot be written there: {refusal or 'by another process'}")
-        self._open()
-
-    def _open(self) -> None:
-        """Has orbax look at what is there; on several hosts process 0 looks."""
-        complete = self._complete
-
-        class Sealed(atomicity.AtomicRenameTemporaryPath):
-            async def finalize(self) -> None:
-                if self._checkpoint_metadata_store is not None:  # which writes in a thread of its own
-                    self._checkpoint_metadata_store.wait_until_finished()
-                complete(Path(self.get()), Path(self.get_final()))
-
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(self._keep), self]),
-            temporary_path_class=Sealed,
-            todelete_subdir=_REMOVING,
-            single_host_load_and_broadcast=True,
-            lightweight_initialize=True,  # what could be read of a damaged checkpoint would raise
-            save_root_metadata=False,
-        )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._on_disk = self._manager.latest_step()
-
-    def _settle(self) -> None:
-        """Removes what is half-written, and what is replaced; this comes back where the save did not replace it."""
-        partial, removing = [*self._directory.glob(_PARTIAL)], self._directory / _REMOVING
-        if self._first:
-            for folder in removing.glob("*") if partial else ():
-                os.replace(folder, self._directory / folder.name)
-            for folder in [*partial, removing]:
-                shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f"{directory}: checkpoints cannot be written there: {error.strerror}") from None
+        self._best: Best | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._saving: _Saving | None = None
 
     # ------------------------------------------------------------ saving
 
@@ -134,62 +111,60 @@ class Checkpoints:
             raise ValueError(f"step {step} is not after the latest checkpoint, {latest}")
         leaves = _named_leaves(tree)
         arrays = {name: _storable(leaf) for name, leaf in leaves.items() if _is_array(leaf) and _size(leaf)}
-        best = self._best
-        if score is not None and math.isfinite(score) and (best is None or self._sign * (score - best.score) > 0):
-            best = Best(step, score)  # the earlier of two that are equal
-        self._record = {
+        best = self._better(step, score)
+        record = {
             "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
             "values": {name: json.dumps(leaf) for name, leaf in leaves.items() if not _is_array(leaf)},
             "best": best and [self._scored, self._sign, best.step, best.score],
             "notes": notes or {},
         }
-        self._unsealed: OSError | None = None
-        self._kept = best and best.step
+        steps = [*self._steps, step]
+        kept = {*steps[-self._keep :], best and best.step}
         try:
             # Orbax stores no tree without arrays: the step itself is always there.
-            stored = ocp.args.StandardSave({"arrays": arrays, "step": np.asarray(step)})
-            self._manager.save(step, args=stored, force=True)
-            written = self._waiter.submit(self._finish)
+            stored = {"arrays": arrays, "step": np.asarray(step)}
+            response = ocp.save_async(self._directory / f"{step}.saving", stored, overwrite=True)
+            written = self._writer.submit(self._complete, step, response, record, sorted(set(steps) - kept))
         except Exception as error:  # orbax wraps what the disk said in exceptions of many types
             written = Future()
             written.set_exception(error)
-        self._saving = _Saving(step, best, written)
+        self._saving = _Saving(step, written, [step for step in steps if step in kept], best)
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """orbax's preservation policy for the best checkpoint."""
-        return [checkpoint.step == self._kept for checkpoint in checkpoints]
+    def _better(self, step: int, score: float | None) -> Best | None:
+        """The best checkpoint when this one is there too; the earlier of two that are equal."""
+        if score is None or not math.isfinite(score):
+            return self._best
+        if self._best is not None and self._sign * score <= self._sign * self._best.score:
+            return self._best
+        return Best(step, score)
 
-    def _complete(self, folder: Path, final: Path) -> None:
-        """Seals what all processes have written, and gives it its name. orbax calls it on process 0, in its thread.
-
-        What goes wrong here is raised by `_finish`: an exception would leave the others at orbax's barrier.
-        """
-        try:
-            if final.parent == self._directory:  # orbax's parts of a checkpoint are completed like it
-                seal(folder, self._record)
-            os.replace(folder, final)
-            if final.parent == self._directory:
-                sync(self._directory)
-                atomic_write(self._directory / _LATEST, json.dumps({"step": int(final.name)}) + "\n")
-        except OSError as error:
-            self._unsealed = error
-
-    def _finish(self) -> None:
-        self._manager.wait_until_finished()
-        if self._unsealed is not None:
-            raise self._unsealed
+    def _complete(self, step: int, response: Any, record: dict[str, Any], old: list[int]) -> None:
+        """In a thread of its own: seals what orbax has written, gives it its name, and removes what is too old."""
+        response.result()  # returns when every process has written its part
+        if not self._first:
+            return
+        folder = self._directory / f"{step}.saving"
+        seal(folder, record)
+        os.replace(folder, self._directory / str(step))
+        sync(self._directory)
+        atomic_write(self._directory / _LATEST, json.dumps({"step": step}) + "\n")
+        for name in map(str, old):
+            retired = self._directory / f"{name}.removing"  # a kill in the middle leaves no half under the step
+            with contextlib.suppress(OSError):  # one checkpoint too many is no reason to stop
+                os.replace(self._directory / name, retired)
+                shutil.rmtree(retired)
 
     @property
     def failed(self) -> bool:
         """Whether a save of this process has gone wrong; `wait` says how."""
-        saving = self._saving
-        return saving is not None and saving.written.done() and saving.written.exception() is not None
+        return self._saving is not None and self._saving.failed
 
     @property
     def on_disk(self) -> int | None:
         """The newest complete checkpoint's step as far as this process knows; does not wait."""
-        done = self._saving is not None and self._saving.written.done() and not self.failed
-        return self._saving.step if done else self._on_disk
+        if self._saving is not None and self._saving.written.done() and not self._saving.failed:
+            return self._saving.step
+        return max(self._steps, default=None)
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; raises `Fault` on every process where it could not be written."""
@@ -197,28 +172,25 @@ class Checkpoints:
             return
         saving, self._saving = self._saving, None
         error = saving.written.exception()
-        failed = largest(int(error is not None))
-        with contextlib.suppress(OSError):  # one checkpoint too many is no reason to stop
-            self._settle()
-        if not failed:
-            self._on_disk, self._best = saving.step, saving.best
-            return
-        before = f"that of step {self._on_disk} is whole" if self._on_disk is not None else "there is none before it"
-        self._open()
-        why = "another process could not write its part" if error is None else reason(error)
-        raise Fault(f"{self._directory}: the checkpoint of step {saving.step} cannot be written: {why}; {before}")
+        if largest(int(error is not None)):
+            for partial in [*self._directory.glob(f"{saving.step}.saving*")] * self._first:
+                shutil.rmtree(partial, ignore_errors=True)  # room for what comes next
+            why = "another process could not write its part" if error is None else reason(error)
+            before = f"that of step {self._steps[-1]} is whole" if self._steps else "there is none before it"
+            raise Fault(f"{self._directory}: the checkpoint of step {saving.step} cannot be written: {why}; {before}")
+        self._steps, self._best = saving.steps, saving.best
 
     # ------------------------------------------------------------ reading
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step, after waiting for a save under way."""
         self.wait()
-        return self._manager.latest_step()
+        return max(self._steps, default=None)
 
     def best(self) -> Best | None:
         """The checkpoint with the best score, after waiting for a save under way; None where it is no longer there."""
         self.wait()
-        return self._best if self._best is not None and self._best.step in self._manager.all_steps() else None
+        return self._best if self._best is not None and self._best.step in self._steps else None
 
     def restore(self, step: int, like: Any) -> Any:
         """The tree saved at `step`, in the structure of `like` and with its placement.
@@ -228,7 +200,7 @@ class Checkpoints:
         is named).
         """
         latest, folder = self.latest_step(), self._directory / str(step)
-        if step not in self._manager.all_steps():
+        if step not in self._steps:
             raise UserError(f"{folder}: there is no checkpoint of step {step}; the latest is {latest}")
         try:
             return self._read(step, like)[0]
@@ -245,7 +217,8 @@ class Checkpoints:
         """
         self.wait()
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for place in range(of_first(len(self._steps))):
+            step = of_first(self._steps[-1 - place])
             try:
                 tree, record = self._read(step, like)
                 break
@@ -265,10 +238,9 @@ class Checkpoints:
             if self._first:
                 shutil.rmtree(folder.with_name(f"{number}.damaged"), ignore_errors=True)
                 os.replace(folder, folder.with_name(f"{number}.damaged"))
-        if damaged:
-            if self._first:
-                sync(self._directory)
-            self._open()
+        if damaged and self._first:
+            sync(self._directory)
+        self._steps = [number for number in self._steps if number <= step]
         scored, sign, *best = record["best"] or ("", 0)
         self._best = Best(*best) if (scored, sign) == (self._scored, self._sign) else None
         return Restored(step, tree, record["notes"])
@@ -306,36 +278,34 @@ class Checkpoints:
         except Damaged as damage:
             what = str(damage)
         except OSError as fault:
-            error = reason(fault)
-        worst = largest(2 if error else 1 if what else 0)
+            error = fault
+        worst = largest(2 if error is not None else 1 if what else 0)
         if worst == 1:
             raise Damaged(what or "as another process has found")
         if worst == 2:
-            raise UserError(f"{folder}: the checkpoint cannot be read: {error or 'on another host'}; make it readable")
+            raise UserError(f"{folder}: the checkpoint cannot be read: {error and reason(error)}; make it readable")
         leaves = _named_leaves(like)
+        wanted = {name: _wanted(leaf) for name, leaf in leaves.items() if _is_array(leaf) and _size(leaf)}
         _compare(folder, record["leaves"], {name: _describe(leaf) for name, leaf in leaves.items()})
-        arrays = {name: _wanted(leaf) for name, leaf in leaves.items() if _is_array(leaf)}
-        stored = {name: array for name, array in arrays.items() if _size(array)}
         try:
-            wanted = ocp.args.StandardRestore({"arrays": stored, "step": np.asarray(step)})
-            found = dict(self._manager.restore(step, args=wanted)["arrays"])
+            stored = ocp.load(folder, {"arrays": wanted, "step": np.zeros((), np.asarray(step).dtype)})["arrays"]
         except Exception as fault:  # orbax wraps what the disk said in exceptions of many types
             raise UserError(
                 f"{folder}: the checkpoint is whole, but cannot be read ({reason(fault)}); use the versions of jax and "
                 "orbax-checkpoint that it was made with"
             ) from fault
-        found |= {name: json.loads(text) for name, text in record["values"].items()}
-        found |= {name: _empty(array) for name, array in arrays.items() if not _size(array)}
+        values = {name: json.loads(text) for name, text in record["values"].items()}
+        empty = {name: _empty(leaf) for name, leaf in leaves.items() if _is_array(leaf) and not _size(leaf)}
+        found = {**stored, **values, **empty}
         found |= {name: found[name][()] for name, leaf in leaves.items() if isinstance(leaf, np.generic)}
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in leaves]), record
 
     def close(self) -> None:
-        """Waits for what was saved, then lets go of orbax's threads."""
+        """Waits for what was saved, then lets go of the thread that wrote it."""
         try:
             self.wait()
         finally:
-            self._waiter.shutdown()
-            self._manager.close()
+            self._writer.shutdown()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -384,9 +354,10 @@ def _wanted(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _empty(array: Any) -> Any:
-    """The array without numbers that `_wanted` describes."""
-    return array if isinstance(array, np.ndarray) else jnp.zeros(array.shape, array.dtype, device=array.sharding)
+def _empty(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.empty(leaf.shape, leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
 
 
 def _compare(folder: Path, stored: dict[str, str], wanted: dict[str, str]) -> None:

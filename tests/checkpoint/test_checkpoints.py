@@ -177,17 +177,17 @@ def test_killed_while_saving_goes_on_from_the_last_whole_one(tmp_path):
     assert process.stdout.readline() == "saved 2\n"
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:  # stop it where a save is half-written
-        if list(tmp_path.glob("*.orbax-checkpoint-tmp")):
+        if list(tmp_path.glob("*.saving*")):
             os.kill(process.pid, signal.SIGSTOP)
-            if list(tmp_path.glob("*.orbax-checkpoint-tmp")):
+            if list(tmp_path.glob("*.saving*")):
                 break
             os.kill(process.pid, signal.SIGCONT)
     os.kill(process.pid, signal.SIGKILL)
     _, stderr = process.communicate()
     assert stderr == ""  # quiet
-    assert list(tmp_path.glob("*.orbax-checkpoint-tmp"))
+    assert list(tmp_path.glob("*.saving*"))
     with Checkpoints(tmp_path) as checkpoints:
-        assert not list(tmp_path.glob("*.orbax-checkpoint-tmp"))
+        assert not list(tmp_path.glob("*.saving*"))
         latest = checkpoints.latest_step()
         assert latest >= 2
         found = checkpoints.restore(latest, {str(i): jnp.zeros(1 << 18) for i in range(16)})
