@@ -157,7 +157,7 @@ def test_the_walk_sees_the_package():
     assert {"config/run.py", "checkpoint/checkpoints.py", "models/decoder.py"} <= names
     tree = ast.parse((PACKAGE / "checkpoint" / "checkpoints.py").read_text())
     modules = {i.module for i in _imports(tree, "jaxrlhf.checkpoint.checkpoints", False)}
-    assert {"jax", "orbax.checkpoint", "jaxrlhf.errors.UserError"} <= modules
+    assert {"jax", "orbax.checkpoint.v1", "jaxrlhf.errors.UserError"} <= modules
 
 
 @pytest.mark.parametrize(
