@@ -347,7 +347,7 @@ def _describe(leaf: Any) -> str:
 
 
 def _wanted(leaf: Any) -> Any:
-    """What orbax is told to make of a stored array: a numpy array, or a jax array with a placement."""
+    """The form in which orbax returns a stored array: a numpy array, or a jax array with its sharding."""
     if isinstance(leaf, np.ndarray | np.generic):
         return np.empty(leaf.shape, leaf.dtype)
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

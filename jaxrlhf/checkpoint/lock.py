@@ -69,7 +69,7 @@ class RunLock:
 
 
 def _sign(descriptor: int) -> None:
-    """Writes who holds the lock; on a full disk nobody learns it, but it is held."""
+    """Writes process, host and time into the lock file. A full disk is no error: the lock holds without them."""
     told = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
