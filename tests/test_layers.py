@@ -1,6 +1,6 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    commands > benching > planning > stages > steps > rollout, rewards > models > data > algorithms > tracking
+    commands > bench > plan > stages > steps > rollout, rewards > models > data > algorithms > tracking
     > checkpoint > distributed > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `models` stands above `data`
@@ -28,8 +28,8 @@ RANKS = {
     "steps": 8,
     "config_io": 9,  # for commands and stages
     "stages": 10,
-    "planning": 11,  # with the checks that stages make
-    "benching": 12,  # times what planning describes, in the stages' own iterations
+    "plan": 11,
+    "bench": 12,  # with the plan's closed form
 }  # fmt: skip
 COMMANDS = 13
 BOTTOM = {"errors", "config", "records"}
@@ -85,8 +85,8 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> list[Import]:
 
 
 def _room(parts: list[str], folders: set[str]) -> str:
-    """The room of a module's path below the package; commands, and the package itself, are `commands`."""
-    if parts and (parts[0] in RANKS or parts[0] in folders):
+    """The room of a module below the package; `commands`: a command, a `__main__`, or the package itself."""
+    if parts and parts[-1] != "__main__" and (parts[0] in RANKS or parts[0] in folders):
         return parts[0]
     return "commands"
 

@@ -50,20 +50,25 @@ PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh [data, fsdp, tensor] over `devices`, by default all of every process.
+    """The mesh [data, fsdp, tensor] over `devices`, by default all of every process; `UserError` as in `mesh_sizes`."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_sizes(config, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """Sizes of the axes data, fsdp and tensor over so many devices.
 
     An axis of -1 takes the devices that the others leave. Raises `UserError` where the product is not their number.
     """
-    devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     filler = next((axis for axis, size in sizes.items() if size == -1), None)
-    if filler is not None and len(devices) % fixed == 0:
-        sizes[filler] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        raise UserError(_misfit(sizes, fixed, filler, len(devices)))
-    shape = tuple(sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if filler is not None and count % fixed == 0:
+        sizes[filler] = count // fixed
+    if math.prod(sizes.values()) != count:
+        raise UserError(_misfit(sizes, fixed, filler, count))
+    return tuple(sizes.values())
 
 
 def _misfit(sizes: dict[str, int], fixed: int, filler: str | None, count: int) -> str:

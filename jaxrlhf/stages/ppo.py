@@ -13,7 +13,7 @@ from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
 from jaxrlhf.distributed import processes
-from jaxrlhf.distributed.mesh import check_batch, place, uneven_rows
+from jaxrlhf.distributed.mesh import place
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_whole, scaled_head, without_head
@@ -29,19 +29,9 @@ from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo_iteration import Iteration
 from jaxrlhf.stages.ppo_remarks import remarks
 from jaxrlhf.stages.ppo_sampling import Drawn, Sampler
-from jaxrlhf.stages.ppo_settings import check_algorithm
 from jaxrlhf.stages.ppo_value import starting_value
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.stages.settings import (
-    check_adapter,
-    check_length,
-    check_microbatches,
-    check_minibatches,
-    check_one_rope,
-    check_tokens,
-    rate_text,
-    with_optimizers,
-)
+from jaxrlhf.stages.settings import check_adapter, check_stage, rate_text, with_optimizers
 from jaxrlhf.steps.annotate import Control
 from jaxrlhf.steps.ppo import complete, init_ppo
 
@@ -69,26 +59,8 @@ def check(run: Run, roles: Roles) -> None:
         check_source(source)
     check_adapter(roles.base, run.config.adapter_or(config.adapter), "ppo.adapter")
     check_adapter(roles.base, run.config.adapter_or(config.value_adapter), "ppo.value_adapter")
-    check_tokens(roles.base.config, config.sampling, "ppo.sampling")
-    length = config.max_prompt_tokens + config.sampling.max_new_tokens
-    check_length(roles.base.config, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
-    if config.update.buckets > 1:
-        check_one_rope(roles.base.config, config.max_prompt_tokens + 1, length, "ppo.update.buckets")
-    check_batch(run.mesh, config.batch_size, "ppo.batch_size")
-    answers = config.batch_size * config.sampling.samples_per_prompt
-    minibatches = complete(config.update, answers).minibatches
-    check_minibatches(answers, minibatches, "ppo.update.minibatches")
-    rows = answers // minibatches
-    size = config.update.microbatch_size
-    check_microbatches(rows, size, "ppo.update.microbatch_size")
-    if note := uneven_rows(run.mesh, size or rows, f"ppo.update.{'microbatch_size' if size else 'minibatches'}"):
+    for note in check_stage(run.config, "ppo", roles.base.config, run.mesh):
         run.say(note)
-    if mix is not None:
-        check_length(roles.base.config, mix.max_length, "ppo.pretraining.max_length")
-        check_batch(run.mesh, mix.batch_size, "ppo.pretraining.batch_size")
-        if size is not None and mix.batch_size > size:
-            check_microbatches(mix.batch_size, size, "ppo.update.microbatch_size for ppo.pretraining.batch_size")
-    check_algorithm(config)
     for remark in remarks(config):
         run.say(f"ppo: {remark}")
     if truncates(config.sampling):

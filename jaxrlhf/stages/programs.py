@@ -1,8 +1,8 @@
 """The programs that the stages compile: what each is called, what it gives away, and where its results lie.
 
 Those that run a base, arrays or shapes, are compiled as its dtype needs it (`models.precision`).
-The stages run them, plans take them with shapes in place of arrays, and benchmarks time them: all take them from here.
-The programs of rewards stand beside their rewards (`rewards.model`, `rewards.pretrained`).
+The stages run them, plans compile them and benchmarks time them: all take them from here, and what each is given stands
+in `stages.calls`. The programs of rewards stand beside their rewards (`rewards.model`, `rewards.pretrained`).
 """
 
 from collections.abc import Callable

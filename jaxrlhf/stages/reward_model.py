@@ -8,7 +8,7 @@ import numpy as np
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
 from jaxrlhf.data.sources import check_source
-from jaxrlhf.distributed.mesh import check_batch, fetch, place_batch
+from jaxrlhf.distributed.mesh import fetch, place_batch
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
@@ -18,14 +18,7 @@ from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import reward_model_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.stages.settings import (
-    check_adapter,
-    check_length,
-    check_microbatches,
-    rate_text,
-    steps_text,
-    with_total_steps,
-)
+from jaxrlhf.stages.settings import check_adapter, check_stage, rate_text, steps_text, with_total_steps
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.reward_model import pair_scores
 
@@ -44,9 +37,8 @@ def check(run: Run, roles: Roles) -> None:
     for source in filter(None, (config.data, config.test_data)):
         check_source(source)
     check_adapter(roles.base, run.config.adapter_or(config.adapter), "reward_model.adapter")
-    check_length(roles.base.config, config.max_length, "reward_model.max_length")
-    check_batch(run.mesh, config.batch_size, "reward_model.batch_size")
-    check_microbatches(config.batch_size, config.microbatch_size, "reward_model.microbatch_size")
+    for note in check_stage(run.config, "reward_model", roles.base.config, run.mesh):
+        run.say(note)
 
 
 def load(run: Run, roles: Roles) -> RewardModelInputs:

@@ -1,15 +1,89 @@
 """Checks and small completions of settings that need to know the model or the number of steps."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, RunConfig, Sampling
+import jax
+
+from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, PPOStageConfig, RunConfig, Sampling
 from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.distributed.mesh import BATCH_AXES, check_batch, uneven_rows
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE, check_kind, is_whole, target_paths
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.fused_attention import check_model
 from jaxrlhf.records import Adapter
+from jaxrlhf.stages.ppo_settings import check_algorithm
 from jaxrlhf.steps.optimizer import with_rate
+from jaxrlhf.steps.ppo import complete
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh) -> list[str]:
+    """What is worth knowing of how a stage's rows lie on the mesh; `UserError` where its settings do not fit.
+
+    Runs, plans and benchmarks check the same, before anything is compiled: sizes against the model and the mesh.
+    """
+    section = getattr(config, stage)
+    if config.model.attention == "cudnn":
+        check_model(model, mesh.shape["tensor"])
+    check_batch(mesh, section.batch_size, f"{stage}.batch_size")
+    if stage == "ppo":
+        _check_ppo(section, model, mesh)
+    else:
+        check_length(model, section.max_length, f"{stage}.max_length")
+    rows, size, where = _update_rows(config, stage, section.batch_size)
+    check_microbatches(rows, size, where)
+    if size is None and stage == "ppo":
+        where = "ppo.update.minibatches"
+    elif size is None:
+        where = f"{stage}.batch_size"
+    note = uneven_rows(mesh, size or rows, where)
+    return [note] if note else []
+
+
+def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None:
+    check_tokens(model, config.sampling, "ppo.sampling")
+    length = config.max_prompt_tokens + config.sampling.max_new_tokens
+    check_length(model, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
+    if config.update.buckets > 1:
+        check_one_rope(model, config.max_prompt_tokens + 1, length, "ppo.update.buckets")
+    answers = config.batch_size * config.sampling.samples_per_prompt
+    check_minibatches(answers, complete(config.update, answers).minibatches, "ppo.update.minibatches")
+    mix, size = config.pretraining, config.update.microbatch_size
+    if mix is not None:
+        check_length(model, mix.max_length, "ppo.pretraining.max_length")
+        check_batch(mesh, mix.batch_size, "ppo.pretraining.batch_size")
+        if size is not None and mix.batch_size > size:
+            check_microbatches(mix.batch_size, size, "ppo.update.microbatch_size for ppo.pretraining.batch_size")
+    check_algorithm(config)
+
+
+def _update_rows(config: RunConfig, stage: str, batch: int) -> tuple[int, int | None, str]:
+    """(rows of an optimizer step, rows of a microbatch, its key path); rows are 0 where minibatches do not divide."""
+    section = getattr(config, stage)
+    if stage != "ppo":
+        return batch, section.microbatch_size, f"{stage}.microbatch_size"
+    answers = batch * section.sampling.samples_per_prompt
+    count = complete(section.update, answers).minibatches
+    rows = 0 if answers % count else answers // count
+    return rows, section.update.microbatch_size, "ppo.update.microbatch_size"
+
+
+def valid_batches(config: RunConfig, stage: str, shares: int, most: int) -> int | None:
+    """The largest batch of at most `most` rows that splits over the mesh and into the stage's parts; None: none."""
+    for batch in range(most - most % shares, 0, -shares):
+        rows, size, _ = _update_rows(config, stage, batch)
+        if rows and (size is None or rows % size == 0):
+            return batch
+    return None
+
+
+def shares_of(mesh: Mesh) -> int:
+    """Over how many groups of devices rows are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def with_optimizers(update: PPOConfig, trained: Mapping[str, tuple[str, Any]], steps: Mapping[str, int]) -> PPOConfig:

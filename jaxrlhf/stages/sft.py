@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
-from jaxrlhf.distributed.mesh import check_batch, fetch, place, place_batch
+from jaxrlhf.distributed.mesh import fetch, place, place_batch
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
@@ -17,14 +17,7 @@ from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import sft_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
-from jaxrlhf.stages.settings import (
-    check_adapter,
-    check_length,
-    check_microbatches,
-    rate_text,
-    steps_text,
-    with_total_steps,
-)
+from jaxrlhf.stages.settings import check_adapter, check_stage, rate_text, steps_text, with_total_steps
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.sft import sft_evaluate
 
@@ -42,9 +35,8 @@ def check(run: Run, roles: Roles) -> None:
     config = run.config.sft
     check_source(config.data)
     check_adapter(roles.base, run.config.adapter_or(config.adapter), "sft.adapter")
-    check_length(roles.base.config, config.max_length, "sft.max_length")
-    check_batch(run.mesh, config.batch_size, "sft.batch_size")
-    check_microbatches(config.batch_size, config.microbatch_size, "sft.microbatch_size")
+    for note in check_stage(run.config, "sft", roles.base.config, run.mesh):
+        run.say(note)
 
 
 def load(run: Run, roles: Roles) -> SFTInputs:

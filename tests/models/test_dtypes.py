@@ -13,8 +13,8 @@ from jaxrlhf.models.classifiers import load_sequence_classifier, save_sequence_c
 from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.models.tensor_files import SINGLE
 from jaxrlhf.models.weights import load_pretrained, save_pretrained
-from jaxrlhf.planning.shapes import model_dtype, resolved
 from jaxrlhf.stages.roles import load_roles
+from jaxrlhf.stages.shapes import model_dtype, resolved
 
 
 def dtypes(base: Decoder) -> set[str]:

@@ -28,13 +28,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--iterations", type=int, default=5, metavar="N", help="iterations of PPO as a whole; default 5, 0: none"
     )
+    parser.add_argument("--only", metavar="PROGRAM,...", help="times these programs alone, such as rollout,update")
     parser.add_argument(
-        "--count",
-        action="store_true",
-        help="also the arithmetic of the compiled programs for answers of full length, each loop as often as it turns; "
-        "compiles them once more",
+        "--profile",
+        metavar="FOLDER",
+        help="writes a trace of jax.profiler for each program there, and prints the kernels that took most",
     )
-    parser.add_argument("--json", metavar="FILE", help="writes JSON; -: to standard output, without the tables")
+    parser.add_argument(
+        "--json", metavar="FILE", help="writes JSON after each program; -: to standard output, without the tables"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
 
@@ -48,21 +50,24 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.json not in (None, "-"):
         _check_target(arguments.json)
     config = load_config(arguments.config, arguments.overrides)
-    from jaxrlhf.benching.bench import Asked
-    from jaxrlhf.benching.bench import bench as measure
-    from jaxrlhf.benching.report import as_json, as_text
+    from jaxrlhf.bench.measure import measure
+    from jaxrlhf.bench.report import as_json, as_text, opening, program_line
+    from jaxrlhf.bench.running import Options
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    asked = Asked(arguments.lengths, arguments.repeats, arguments.iterations, arguments.count)
-    found = measure(config, asked, say)
-    if arguments.json == "-":
-        print(json.dumps(as_json(found), indent=1))
-        return
-    print(as_text(found))
-    if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+    only = tuple(name.strip() for name in (arguments.only or "").split(",") if name.strip())
+    options = Options(arguments.lengths, arguments.repeats, arguments.iterations, only, arguments.profile)
+    quiet, known = arguments.json == "-", -1
+    for found in measure(config, options, lambda text: print(text, file=sys.stderr, flush=True)):
+        programs = [(stage.stage, p) for stage in found.stages for p in stage.programs]
+        if not quiet and found.after is None:
+            if known < 0:
+                print(opening(found), flush=True)
+            for stage, program in programs[max(known, 0) :]:
+                print(program_line(stage, program, found.rates), flush=True)
+        known = len(programs)
+        if arguments.json is not None and not quiet:
+            Path(arguments.json).write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(as_json(found), indent=1) if quiet else f"\n{as_text(found)}")
 
 
 def _check_target(file: str) -> None:

@@ -1,12 +1,10 @@
-"""The programs that a run's stages compile, each with the shapes of what it is given.
+"""What a run's stages call: each program with the shapes of what it is given and of what it gives.
 
-A stage is a generator: it yields a `Call` and is sent the shapes of that program's results, which the next one takes.
-The programs are the stages' own (`stages.programs`); what they are given is what the stages give them, as shapes, and
-a test holds the two together.
+`plan` compiles these calls, `bench` runs them on arrays of these shapes. A test holds them to what the stages give.
 """
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +14,9 @@ from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import PPOConfig, RewardConfig
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import bare, value_head
-from jaxrlhf.models.decoder import DecoderConfig
+from jaxrlhf.models.decoder import abstract_decoder
 from jaxrlhf.models.folders import AUTO
-from jaxrlhf.planning.shapes import Shapes, folder_dtype, mask, numbers, read_folder, tokens
-from jaxrlhf.records import PreferenceBatch, Prompts, SFTBatch, TrainState
+from jaxrlhf.records import Annotated, Experience, PreferenceBatch, Prompts, Rollout, SFTBatch, TrainState
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
 from jaxrlhf.stages.programs import (
@@ -33,6 +30,7 @@ from jaxrlhf.stages.programs import (
     update_program,
 )
 from jaxrlhf.stages.settings import with_optimizers, with_total_steps
+from jaxrlhf.stages.shapes import Shapes, folder_dtype, mask, numbers, read_folder, tokens
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.ppo import complete, init_ppo
@@ -48,10 +46,11 @@ class Call:
     program: Program
     args: tuple
     kwargs: dict[str, Any]
+    result: Any  # shapes of what it gives, where a later call takes it; None: none does
     rows: Any  # what of the arguments are rows of data
     lives: dict[str, Any]  # what the stage holds while it runs, by part: weights, adapters, optimizer
     times: float = 1.0  # how often an iteration, or an optimizer step, runs it
-    cache: int = 0  # positions of keys and values that each row keeps
+    turns: int = 1  # of a loop whose length is not in the program: the steps of decoding
     remat: str | None = None  # what an update computes again; None: it is no update
 
     def with_remat(self, policy: str) -> "Call":
@@ -64,80 +63,87 @@ class Call:
         return dataclasses.replace(self, args=args, kwargs=kwargs, remat=policy)
 
 
-Calls = Generator[Call, Any, None]
+def calls_of(stage: str, shapes: Shapes) -> list[Call]:
+    """The programs of an optimizer step (sft, reward_model) or an iteration (ppo), in order."""
+    return _STAGES[stage](shapes)
 
 
-def sft(shapes: Shapes) -> Calls:
-    """One optimizer step of the sft stage."""
+def _sft(shapes: Shapes) -> list[Call]:
     config = shapes.config.sft
     state = _train_state(shapes, shapes.adapter(shapes.config.adapter_or(config.adapter)))
     batch = shapes.rows(_sft_batch(config.batch_size, config.max_length))
-    yield _update(shapes, sft_program(shapes.mesh, shapes.base(), state), state, batch, config, ())
+    return [_step(shapes, "sft", sft_program, state, batch, config, ())]
 
 
-def reward_model(shapes: Shapes) -> Calls:
-    """One optimizer step of the reward_model stage, on the longest of its padded lengths."""
+def _reward_model(shapes: Shapes) -> list[Call]:
+    """On the longest of its padded lengths."""
     config = shapes.config.reward_model
     state = _train_state(shapes, shapes.adapter(shapes.config.adapter_or(config.adapter), "reward"))
     B, L = config.batch_size, config.max_length
     sides = (tokens(B, L), mask(B, L))
     batch = shapes.rows(PreferenceBatch(*sides, *sides, margin=numbers(B), weight=numbers(B)))
-    program = reward_model_program(shapes.mesh, shapes.base(), state)
-    yield _update(shapes, program, state, batch, config, (config.centring,))
+    return [_step(shapes, "reward_model", reward_model_program, state, batch, config, (config.centring,))]
 
 
-def ppo(shapes: Shapes) -> Calls:
-    """One iteration of the ppo stage."""
-    config, mesh = shapes.config.ppo, shapes.mesh
-    base, policy, value = shapes.base(), *_policy_and_value(shapes)
+def _ppo(shapes: Shapes) -> list[Call]:
+    config, mesh, base = shapes.config.ppo, shapes.mesh, shapes.base
+    policy, value = _policy_and_value(shapes)
     rates = {"optimizer": ("policy", policy), "value_optimizer": ("value", value or {})}
     whole = complete(config.update, config.batch_size * config.sampling.samples_per_prompt)
     update = with_optimizers(whole, rates, dict.fromkeys(rates, STEPS))
     state = shapes.placed(jax.eval_shape(lambda p, v: init_ppo(p, v, update), policy, value))
-    reference, scorer = _reference(shapes, policy), _own_reward(shapes)
-    models = _reward_models(shapes)
+    reference, scorer, models = _reference(shapes, policy), _own_reward(shapes), _reward_models(shapes)
     lives = {
         "weights": (base, [model.args[0] for model in models]),
         "adapters": (state.policy, state.value, state.average, reference, scorer, [m.args[1] for m in models]),
         "optimizer": (state.policy_optimizer, state.value_optimizer),
     }
     B, P, sampling = config.batch_size, config.max_prompt_tokens, config.sampling
-    n, S = sampling.samples_per_prompt, P + sampling.max_new_tokens
+    n, R = sampling.samples_per_prompt, sampling.max_new_tokens
     key = jax.eval_shape(lambda: jax.random.key(0))
-    prompts = shapes.rows(Prompts(tokens(B, P), mask(B, P)))
+    prompts, answers = shapes.rows((Prompts(tokens(B, P), mask(B, P)), _rollout(B * n, P, R)))
     sample = rollout_program(mesh, base)
-    answers = yield Call("rollout", sample, (base, state.policy, prompts, key, sampling), {}, prompts, lives, cache=S)
+    given = (base, state.policy, prompts, key)
+    calls = [Call("rollout", sample, (*given, sampling), {}, answers, prompts, lives, turns=R - 1)]
     greedy = None
     if ADVANTAGES[config.advantage.estimator].needs_greedy:
         alone = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
+        greedy = shapes.rows((_rollout(B, P, R), numbers(B)))
         program = greedy_program(mesh, base, sample, n)
-        best = yield Call("greedy", program, (base, state.policy, prompts, key, alone), {}, prompts, lives, cache=S)
-        greedy = (best, shapes.rows(numbers(B)))
+        calls.append(Call("greedy", program, (*given, alone), {}, greedy[0], prompts, lives, turns=R - 1))
     if scorer is not None:
         size = {"microbatch_size": update.microbatch_size}
-        yield Call("reward", score_program(mesh, base), (base, scorer, answers), size, answers, lives)
-    for model in models:
-        yield dataclasses.replace(model, lives=lives)
+        calls.append(
+            Call("reward", score_program(mesh, base), (base, scorer, answers), size, None, answers, lives)
+        )
+    calls += [dataclasses.replace(model, lives=lives) for model in models]
+    annotated = shapes.rows(Annotated(*(numbers(B * n, R),) * 3))
     args = (base, state.policy, state.value, reference, answers, update)
-    annotated = yield Call("annotate", annotate_program(mesh, base), args, {}, answers, lives)
+    calls.append(Call("annotate", annotate_program(mesh, base), args, {}, annotated, answers, lives))
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
     control = shapes.placed(jax.eval_shape(lambda: Control.start(0.0)))
     rows = (answers, annotated, shapes.rows(numbers(B * n)), greedy)
-    experience, _, _ = yield Call("experience", experience_program(mesh), (*rows, control, settings), {}, rows, lives)
-    rows, change = (experience, _mix(shapes, update)), update_program(mesh, base, state)
+    experience = shapes.rows(_experience(answers, annotated))
+    args = (*rows, control, settings)
+    calls.append(Call("experience", experience_program(mesh), args, {}, (experience,), rows, lives))
+    rows = (experience, _mix(shapes, update))
     args = (state, base, experience, key, update)
-    yield Call("update", change, args, {"mix": rows[1]}, rows, lives, remat=update.remat)
+    calls.append(
+        Call("update", update_program(mesh, base, state), args, {"mix": rows[1]}, None, rows, lives,
+             remat=update.remat)
+    )  # fmt: skip
+    return calls
 
 
-STAGES: dict[str, Callable[[Shapes], Calls]] = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
+_STAGES: dict[str, Callable[[Shapes], list[Call]]] = {"sft": _sft, "reward_model": _reward_model, "ppo": _ppo}
 
 
-def _update(shapes: Shapes, program: Program, state: TrainState, batch: Any, config, more: tuple) -> Call:
-    stage = program.name.removesuffix("_update")
-    base, optimizer = shapes.base(), with_rate(with_total_steps(config.optimizer, STEPS), stage, state.adapter)
+def _step(shapes: Shapes, stage: str, make: Callable[..., Program], state: TrainState, batch: Any, config, more):
+    base, optimizer = shapes.base, with_rate(with_total_steps(config.optimizer, STEPS), stage, state.adapter)
     lives = {"weights": base, "adapters": state.adapter, "optimizer": state.optimizer}
-    args = (state, base, batch, optimizer, *more)
-    return Call(program.name, program, args, static_arguments(config), batch, lives, remat=config.remat)
+    args, name = (state, base, batch, optimizer, *more), f"{stage}_update"
+    program = make(shapes.mesh, base, state)
+    return Call(name, program, args, static_arguments(config), None, batch, lives, remat=config.remat)
 
 
 def _train_state(shapes: Shapes, adapter: Any) -> TrainState:
@@ -149,13 +155,24 @@ def _sft_batch(rows: int, length: int) -> SFTBatch:
     return SFTBatch(tokens(rows, length), tokens(rows, length), mask(rows, length))
 
 
+def _rollout(rows: int, P: int, R: int) -> Rollout:
+    ended = jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    return Rollout(tokens(rows, P + R), mask(rows, P + R), mask(rows, R), numbers(rows, R), ended, numbers(rows))
+
+
+def _experience(answers: Rollout, annotated: Annotated) -> Experience:
+    kept = ("tokens", "mask", "response_mask", "temperature", "sample_logprobs")
+    told = {name: getattr(answers, name) for name in kept} | vars(annotated)
+    return Experience(**told, advantages=annotated.values, returns=annotated.values, kl_coef=answers.temperature)
+
+
 def _policy_and_value(shapes: Shapes) -> tuple[Any, Any]:
     run, config = shapes.config, shapes.config.ppo
     policy = shapes.adapter(run.adapter_or(config.adapter))
     if not ADVANTAGES[config.advantage.estimator].needs_value:
         return policy, None
     if config.update.value_trunk == "policy":
-        return policy, shapes.placed(jax.eval_shape(value_head, shapes.base()))
+        return policy, shapes.placed(jax.eval_shape(value_head, shapes.base))
     return policy, shapes.adapter(run.adapter_or(config.value_adapter), "value")
 
 
@@ -163,7 +180,7 @@ def _reference(shapes: Shapes, policy: Any) -> Any:
     """The reference's adapter; None where it is the base itself."""
     run, config = shapes.config, shapes.config.ppo
     if config.refresh_reference is not None:
-        return shapes.placed(jax.eval_shape(bare, shapes.base(), policy))
+        return shapes.placed(jax.eval_shape(bare, shapes.base, policy))
     if config.reference is not None or ("sft" in run.stages and not run.sft_trains_base):
         return shapes.adapter(run.adapter_or(run.sft.adapter if run.sft is not None else config.adapter))
     return None
@@ -187,16 +204,20 @@ def _reward_models(shapes: Shapes) -> list[Call]:
     config, calls = shapes.config.ppo, []
     rows = config.batch_size * config.sampling.samples_per_prompt
     for part in _parts(config.reward):
-        if part.kind != "model" or part.path is None:
-            continue
-        model: DecoderConfig = read_folder(part.path)
-        base = shapes.base(model, folder_dtype(part.path) if part.dtype == AUTO else part.dtype)
-        head = shapes.placed(jax.eval_shape(value_head, base))
-        size, length = min(part.batch_size, rows), min(part.max_length, model.max_positions)
-        batch = shapes.rows((tokens(size, length), mask(size, length)))
-        program = token_score_program(shapes.mesh, base)
-        calls.append(Call(f"reward {part.path}", program, (base, head, *batch), {}, batch, {}, -(-rows // size)))
+        if part.kind == "model" and part.path is not None:
+            calls.append(_reward_of(shapes, part, rows))
     return calls
+
+
+def _reward_of(shapes: Shapes, part: RewardConfig, rows: int) -> Call:
+    model = read_folder(part.path)
+    dtype = folder_dtype(part.path) if part.dtype == AUTO else part.dtype
+    base = shapes.placed(abstract_decoder(shapes.for_mesh(model), dtype))
+    head = shapes.placed(jax.eval_shape(value_head, base))
+    size, length = min(part.batch_size, rows), min(part.max_length, model.max_positions)
+    batch = shapes.rows((tokens(size, length), mask(size, length)))
+    program = token_score_program(shapes.mesh, base)
+    return Call(f"reward {part.path}", program, (base, head, *batch), {}, None, batch, {}, -(-rows // size))
 
 
 def _mix(shapes: Shapes, update: PPOConfig) -> SFTBatch | None:

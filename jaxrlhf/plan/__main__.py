@@ -12,20 +12,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jaxrlhf.plan",
         description="Memory, arithmetic, exchange and least time of each program of a run on N cards. Needs neither "
-        "cards nor weights: of model.path only config.json is read. The programs are partitioned by XLA for N virtual "
-        "devices with models of two to four layers; the rest is counted and extrapolated, as the output says.",
+        "cards nor weights: of model.path only config.json is read. The programs are compiled for these cards by XLA "
+        "itself, with models of a few layers where the model is deep; without its compiler for cards the closed form "
+        "is given, and a line says what to install.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--devices", required=True, type=int, metavar="N", help="number of cards, such as 8 or 512")
     parser.add_argument("--card", default="h100", help="h100, h200, a100, a100-40, b200, l40s; default h100")
     parser.add_argument("--memory", metavar="SIZE", help="of each card, such as 80GiB; default: the card's")
     parser.add_argument("--per-host", type=int, default=8, metavar="N", help="cards of a host; default 8")
-    parser.add_argument("--no-largest-batch", action="store_true", help="leaves that out, in half of the time")
     parser.add_argument(
         "--remat",
         action="store_true",
-        help="also tries an update that fits with less that is computed again (none, then dots), which takes up to "
-        "twice the time; one that does not fit is tried with more (dots, then full) in any case",
+        help="also tries an update that fits with less that is computed again (none, then dots); one that does not fit "
+        "is tried with more (dots, then full) in any case",
     )
     parser.add_argument("--json", action="store_true", help="prints JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
@@ -36,29 +36,23 @@ def plan(arguments: argparse.Namespace) -> None:
     from jaxrlhf.config_io import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from jaxrlhf.planning.cards import find_card, parse_memory, usable_share
-    from jaxrlhf.planning.devices import virtual_devices
-    from jaxrlhf.planning.planner import Asked, make_plan
-    from jaxrlhf.planning.report import as_json, as_text
+    from jaxrlhf.distributed.compiler_options import check_options
+    from jaxrlhf.plan.cards import find_card, parse_memory, usable_share
+    from jaxrlhf.plan.planner import Options, make_plan
+    from jaxrlhf.plan.report import as_json, as_text
 
     for name in ("devices", "per_host"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {getattr(arguments, name)}")
     card = find_card(arguments.card)
     memory = parse_memory(arguments.memory) if arguments.memory else card.memory
-    asked = Asked(
-        devices=arguments.devices,
-        card=card,
-        memory=memory * usable_share(),
-        per_host=arguments.per_host,
-        largest_batch=not arguments.no_largest_batch,
-        less_remat=arguments.remat,
-    )
+    options = Options(arguments.devices, card, memory * usable_share(), arguments.per_host, arguments.remat)
+    check_options(config.compiler_options)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    found = make_plan(config, asked, virtual_devices(arguments.devices), say)
+    found = make_plan(config, options, say)
     print(json.dumps(as_json(found), indent=1) if arguments.json else as_text(found))
 
 

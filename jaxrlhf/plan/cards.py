@@ -7,6 +7,7 @@ bandwidth are usual. `network` is a card's share of its host's adapters in the m
 import dataclasses
 import os
 import re
+from importlib import resources
 
 from jaxrlhf.errors import UserError
 
@@ -47,6 +48,11 @@ def find_card(name: str) -> Card:
     if (card := CARDS.get(name.lower())) is None:
         raise UserError(f"--card: {name!r} is not known; known are {', '.join(CARDS)}")
     return card
+
+
+def target_file(card: Card) -> str:
+    """The file that describes the card to XLA's compiler."""
+    return str(resources.files("jaxrlhf.plan") / "targets" / f"{card.name}.txtpb")
 
 
 def parse_memory(text: str) -> float:

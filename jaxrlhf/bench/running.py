@@ -1,27 +1,30 @@
 """Times a stage's programs on random data: each alone, and for PPO in the stage's own iteration."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrlhf.benching.filling import Filler
-from jaxrlhf.benching.work import Work, work_of
+from jaxrlhf.bench.filling import Filler
+from jaxrlhf.bench.kernels import Kernel, slowest
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import LoadReport
 from jaxrlhf.distributed.mesh import fetch
-from jaxrlhf.planning.programs import STAGES, Call
-from jaxrlhf.planning.shapes import Shapes
+from jaxrlhf.plan.work import Work, work_of
 from jaxrlhf.records import SFTBatch
 from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.stages.calls import Call, calls_of
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo_iteration import Iteration
 from jaxrlhf.stages.ppo_sampling import Sampler
 from jaxrlhf.stages.roles import Roles
+from jaxrlhf.stages.shapes import Shapes
 from jaxrlhf.tracking.metrics import MetricsLog
 
 _CHAINED = ("update", "sft_update", "reward_model_update")  # give the next state, and take over the memory of theirs
@@ -79,8 +82,10 @@ class ProgramTimes:
     seconds: list[float]  # of each call, after one to warm up
     cpu_seconds: list[float]  # that all threads of this process were busy in each
     compile_seconds: float
+    warm_seconds: float
     work: Work
     memory: dict[str, int]
+    kernels: list[Kernel]  # that took most of the time; empty: no profile
 
     @property
     def median(self) -> float:
@@ -96,11 +101,13 @@ class LoopTimes:
     by_program: dict[str, float]  # medians
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class StageTimes:
+    """What is known of a stage so far."""
+
     stage: str
-    programs: list[ProgramTimes]
-    loop: LoopTimes | None  # of PPO only
+    programs: list[ProgramTimes] = dataclasses.field(default_factory=list)
+    loop: LoopTimes | None = None  # of PPO only
 
     @property
     def seconds(self) -> float:
@@ -113,33 +120,52 @@ class StageTimes:
         return self.programs[0].work.tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command asks, beside the run's settings."""
+
+    lengths: str = "full"
+    repeats: int = 5  # calls of each program
+    iterations: int = 5  # of PPO
+    only: Collection[str] = ()  # names of programs; empty: all, and PPO's iterations
+    profile: str | None = None  # a folder for traces
+
+
 def time_stage(
-    stage: str, shapes: Shapes, repeats: int, iterations: int, say: Callable[[str], None] = lambda text: None
-) -> StageTimes:
-    """Makes the stage's programs and their arguments, and calls each so often; then so many whole iterations."""
-    filler, calls, result = Filler(shapes.model, shapes.config.seed), STAGES[stage](shapes), None
-    timed: dict[str, Timed] = {}
-    found = []
-    while True:
-        try:
-            call = calls.send(result)
-        except StopIteration:
-            break
+    stage: str, shapes: Shapes, options: Options, say: Callable[[str], None] = lambda text: None
+) -> Iterator[StageTimes]:
+    """Makes the stage's programs and their arguments, and calls each so often; then so many whole iterations.
+
+    Yields what is known after each. With `only`, what a program is given that another would have made is random.
+    """
+    filler, timed, found = Filler(shapes.model, shapes.config.seed), {}, StageTimes(stage)
+    for call in calls_of(stage, shapes):
+        if options.only and call.name not in options.only:
+            continue
         say(f"{stage}: compiles {call.name}")
-        program = Timed(call, filler.fill(call.args), filler.fill(call.kwargs))
+        program = timed[call.name] = Timed(call, filler.fill(call.args), filler.fill(call.kwargs))
         result = program.again()  # warms up, and is what the next program is given
-        work = work_of(call.name, program.args, program.kwargs, result, shapes.config)
-        warm = len(program.seconds)
-        for _ in range(repeats):
-            program.again()
-        timed[call.name] = program
+        if call.result is not None:
+            first = result[: len(call.result)] if isinstance(call.result, tuple) else result
+            filler.give(call.result, first)
+        work, warm = work_of(call.name, program.args, program.kwargs, result, shapes.config), len(program.seconds)
+        folder = None if options.profile is None else Path(options.profile) / f"{stage}.{call.name.replace('/', '_')}"
+        with contextlib.nullcontext() if folder is None else jax.profiler.trace(str(folder)):
+            for _ in range(options.repeats):
+                program.again()
+        kernels = [] if folder is None else slowest(folder)
         alone = program.seconds[warm:], program.cpu_seconds[warm:]
-        found.append(ProgramTimes(call.name, call.times, *alone, program.compile_seconds, work, program.memory))
-    loop = None
-    if stage == "ppo" and iterations:
-        say(f"{stage}: {iterations} iterations")
-        loop = _loop(shapes, timed, iterations)
-    return StageTimes(stage, found, loop)
+        found.programs.append(
+            ProgramTimes(
+                call.name, call.times, *alone, program.compile_seconds, program.seconds[0], work, program.memory,
+                kernels,
+            )
+        )
+        yield found
+    if stage == "ppo" and options.iterations and not options.only:
+        say(f"{stage}: {options.iterations} iterations")
+        found.loop = _loop(shapes, timed, options.iterations)
+        yield found
 
 
 # ---------------------------------------------------------------- PPO's iteration

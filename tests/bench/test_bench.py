@@ -13,18 +13,19 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf import bench
-from jaxrlhf.benching import work
-from jaxrlhf.benching.filling import Filler
-from jaxrlhf.benching.lengths import stop_tokens, with_lengths
-from jaxrlhf.benching.machine import Rates
+from jaxrlhf.bench import __main__ as bench
+from jaxrlhf.bench.filling import Filler
+from jaxrlhf.bench.kernels import slowest
+from jaxrlhf.bench.lengths import stop_tokens, with_lengths
 from jaxrlhf.config import PPOConfig, Sampling
 from jaxrlhf.config_io import load_config
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.models.decoder import DecoderConfig, LayerKind, abstract_decoder
-from jaxrlhf.planning.shapes import Shapes
+from jaxrlhf.plan import work
+from jaxrlhf.plan.work import Rates
+from jaxrlhf.stages.shapes import Shapes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CONFIG = str(ROOT / "configs" / "bench.yaml")
 V, D, F, N, K, H, L = 64, 16, 24, 2, 1, 8, 1
 B, P, R, S = 4, 4, 8, 12
@@ -48,7 +49,7 @@ def model(tmp_path_factory):
 def small_machine():
     """Rates are measured on small arrays: what they are does not matter here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxrlhf.benching.machine._SIZES", {"cpu": (128, 2**16)})
+        patch.setattr("jaxrlhf.bench.machine._SIZES", {"cpu": (128, 2**16)})
         yield
 
 
@@ -56,7 +57,7 @@ def small_machine():
 def measured(model, small_machine, tmp_path_factory):
     """What the command wrote of the tiny work, in bfloat16, where LoRA pairs are products of their own."""
     target = tmp_path_factory.mktemp("bench") / "bench.json"
-    arguments = ["--config", CONFIG, "--json", str(target), "--repeats", "3", "--iterations", "2", "--count"]
+    arguments = ["--config", CONFIG, "--json", str(target), "--repeats", "3", "--iterations", "2"]
     arguments += [f"model.path={model}", "model.dtype=bfloat16", "ppo.update.epochs=2", *TINY]
     assert bench.main([*arguments, f"compiler_options.experience.xla_dump_to={target.parent / 'dump'}"]) == 0
     return json.loads(target.read_text())
@@ -115,43 +116,42 @@ def test_shares_fit_their_parts(measured):
     assert set(loop["by_program"]) == {p["name"] for p in stage["programs"]}
 
 
-def test_the_formula_is_what_was_compiled_but_for_keys_that_are_masked(measured):
-    """The programs compute attention with all keys of a row and mask some; the least has only those seen.
-
-    In the one layer, the last, they compute the answers' last positions as well, whose state nobody reads.
-    """
-    counted = {p["name"]: (p["counted_flops"], p["flops"]) for p in measured["stages"][0]["programs"]}
-    per_pair = 4 * N * H * L * B
-    queries, weights, pairs = R + 1, LATE, LATE_PAIRS
-    unseen = queries * S - (S * (S - 1) // 2 - P * (P - 1) // 2)
-    forward = B * 2 * (weights + pairs)
-    # no gradient goes through the queries to the embedding
-    backward = B * (2 * weights + 4 * pairs - 2 * D * N * H - 2 * D * RANK)
-    steps = sum(S - (P + t) for t in range(1, R))
-    expected = {
-        "rollout": per_pair * steps,
-        "reward": per_pair * (S * S - S * (S + 1) // 2),
-        "annotate": 3 * (per_pair * unseen + forward) - B * 2 * pairs,  # the reference has no adapter
-        "experience": 0,
-        "update": 2 * 2 * (3 * per_pair * unseen + forward + backward),  # epochs x roles
-    }
-    assert {name: compiled - least for name, (compiled, least) in counted.items()} == expected
-
-
-def test_no_program_in_float32_multiplies_less_than_its_least(model, small_machine, tmp_path):
+def test_one_program_is_timed_alone_with_the_kernels_that_took_most(model, small_machine, tmp_path, capsys):
     target = tmp_path / "bench.json"
-    arguments = ["--config", CONFIG, "--json", str(target), "--repeats", "1", "--iterations", "0", "--count"]
-    assert bench.main([*arguments, f"model.path={model}", *TINY]) == 0
+    arguments = ["--config", CONFIG, "--json", str(target), "--repeats", "1", "--only", "annotate"]
+    assert bench.main([*arguments, "--profile", str(tmp_path / "traces"), f"model.path={model}", *TINY]) == 0
     (stage,) = json.loads(target.read_text())["stages"]
-    share = {p["name"]: p["flops"] / p["counted_flops"] for p in stage["programs"] if p["flops"]}
-    assert set(share) == {"rollout", "reward", "annotate", "update"}
-    assert all(0.75 < part <= 1 for part in share.values()), share
+    (program,) = stage["programs"]
+    assert program["name"] == "annotate" and "loop" not in stage and program["tokens"] == B * R
+    assert program["kernels"] and program["kernels"] == sorted(program["kernels"], key=lambda k: -k["seconds"])
+    assert all(k["seconds"] > 0 and k["calls"] >= 1 for k in program["kernels"])
+    said = capsys.readouterr().out
+    assert said.index("ppo annotate: ") < said.index("peak memory") and program["kernels"][0]["name"] in said
+    assert slowest(tmp_path / "none") == []
+
+
+def test_json_is_written_after_each_program_and_lines_come_as_they_are_known(model, small_machine, tmp_path, capsys):
+    target, seen = tmp_path / "bench.json", []
+    real = bench.json.dumps
+
+    def dumps(found, **more):
+        seen.append([p["name"] for stage in found["stages"] for p in stage["programs"]])
+        return real(found, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.json, "dumps", dumps)
+        only = ["--only", "reward,experience", "--repeats", "1"]
+        assert bench.main(["--config", CONFIG, "--json", str(target), *only, f"model.path={model}", *TINY]) == 0
+    assert seen == [[], ["reward"], ["reward", "experience"], ["reward", "experience"]]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("ppo ")] == ["ppo reward", "ppo experience"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--repeats", "0"], "--repeats: must be at least 1, not 0"),
+        (["--only", "rolout"], "--only: this run has no program 'rolout'; it has rollout, reward"),
         (["--json", "nowhere/at/all.json"], "--json: no folder nowhere/at"),
         (["--json", "tests"], "--json: tests is a folder"),
         (["model.path=./absent"], "./absent: no such folder with a config.json"),
@@ -165,12 +165,12 @@ def test_no_program_in_float32_multiplies_less_than_its_least(model, small_machi
         (["compiler_options.rollout.xla_no=1"], "compiler_options.rollout.xla_no"),
         (["ppo.bach_size=3"], "ppo.batch_size"),
     ],
-    ids=["repeats", "json", "folder", "model", "minibatches", "positions", "greedy", "group", "token", "unwritable",
-         "attention", "option", "key"],
+    ids=["repeats", "only", "json", "folder", "model", "minibatches", "positions", "greedy", "group", "token",
+         "unwritable", "attention", "option", "key"],
 )
 def test_bad_input_stops_with_one_line(arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("jaxrlhf.benching.bench.measure_rates", lambda *_: pytest.fail("stopped too late"))
+    monkeypatch.setattr("jaxrlhf.bench.measure.measure_rates", lambda *_: pytest.fail("stopped too late"))
     assert bench.main(["--config", CONFIG, *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == "" and complaint in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
@@ -211,10 +211,10 @@ def test_a_step_of_training_is_the_count_by_hand():
     trunk -= 4 * late + 6 * LATE_PAIRS * (tokens - wanted) - 2 * q_in  # of the prompts the last layer is not read
     hand = 2 * trunk + 4 * D * V * wanted + 6 * D * wanted
     found = work.update(base, policy, value, lengths, answers, PPOConfig(epochs=3, minibatches=1))
-    assert found.flops == 3 * hand and found.tokens == 3 * wanted
+    assert found.flops.sum() == 3 * hand and found.tokens == 3 * wanted
     one_trunk = PPOConfig(epochs=4, minibatches=1, value_trunk="policy")
     shared = work.update(base, policy, {"score": value["score"]}, lengths, answers, one_trunk)
-    assert shared.flops == 4 * (trunk + 4 * D * V * wanted + 6 * D * wanted)
+    assert shared.flops.sum() == 4 * (trunk + 4 * D * V * wanted + 6 * D * wanted)
 
 
 @pytest.mark.parametrize(("steps", "part"), [(0.0, 1 / 6), (2.0, 3 / 6), (6.0, 1)])
@@ -226,7 +226,8 @@ def test_steps_that_are_left_out_are_no_part_of_the_least(steps, part):
     config = SimpleNamespace(ppo=SimpleNamespace(update=PPOConfig(epochs=3, minibatches=2, kl_stop=0.1)))
     found = work.work_of("update", given, {}, (None, {"policy/steps": steps}), config)
     whole = work.work_of("update", given, {}, (None, {}), config)
-    assert found.flops == pytest.approx(part * whole.flops) and found.tokens == pytest.approx(part * whole.tokens)
+    assert found.flops.sum() == pytest.approx(part * whole.flops.sum())
+    assert found.tokens == pytest.approx(part * whole.tokens)
 
 
 def test_training_the_whole_model_has_the_gradient_of_every_weight():
@@ -234,22 +235,20 @@ def test_training_the_whole_model_has_the_gradient_of_every_weight():
     whole = {path: {"kernel": np.zeros(shape)} for path, shape in (LINEAR | {"lm_head": (D, V)}).items()}
     tokens, logits, seen = B * S, B * (S - 1), B * S * (S + 1) / 2
     found = work.train_step(base, whole, lengths, logits, 0.0)
-    assert found.flops == 6 * W * tokens + 6 * D * V * logits + 3 * 4 * N * H * seen
+    assert found.flops.sum() == 6 * W * tokens + 6 * D * V * logits + 3 * 4 * N * H * seen
     pairs = work.train_step(base, lora(LINEAR, head=True), lengths, 0.0, B)
-    assert pairs.flops == (4 * W + 6 * PAIRS - 2 * QKV_IN) * tokens + 6 * D * B + 3 * 4 * N * H * seen
+    assert pairs.flops.sum() == (4 * W + 6 * PAIRS - 2 * QKV_IN) * tokens + 6 * D * B + 3 * 4 * N * H * seen
 
 
 def test_a_step_of_decoding_reads_weights_and_what_is_filled():
     base, policy = decoder(), lora(LINEAR)
     found = work.rollout(base, policy, np.full(B, P), np.full(B, R))
-    assert len(found.phases) == R, "one for the prompts, and one for each token but the first"
-    first = found.phases[1]
-    assert first.flops == 2 * (W + PAIRS + D * V) * B + 4 * N * H * (P + 1) * B
+    assert len(found.flops) == R, "one for the prompts, and one for each token but the first"
+    assert found.flops[1] == 2 * (W + PAIRS + D * V) * B + 4 * N * H * (P + 1) * B
     pairs_bytes = 8 * PAIRS  # of float64 arrays
     weights = 2 * (W + 2 * D + D + D * V + B * D) + pairs_bytes
-    assert first.bytes == weights + 2 * K * H * 2 * (P + 1) * B
-    later = [after.bytes - before.bytes for before, after in zip(found.phases[1:], found.phases[2:])]
-    assert later == [2 * K * H * 2 * B] * (R - 2), "the cache grows by a token of each row"
+    assert found.bytes[1] == weights + 2 * K * H * 2 * (P + 1) * B
+    assert (np.diff(found.bytes[1:]) == 2 * K * H * 2 * B).all(), "the cache grows by a token of each row"
 
 
 def test_in_float32_a_pair_is_added_to_its_kernel_where_that_is_less():
@@ -268,36 +267,36 @@ def test_in_float32_a_pair_is_added_to_its_kernel_where_that_is_less():
         kind: work.update(decoder(kind), policy, None, lengths, answers, settings) for kind in ("bfloat16", "float32")
     }
     # What goes into the first layer wants no gradient: of a pair on its own that spares a product.
-    assert found["float32"].flops - found["bfloat16"].flops == 3 * (merged - own + saved)
+    assert (found["float32"].flops - found["bfloat16"].flops).sum() == 3 * (merged - own + saved)
     few = work.train_step(decoder("float32"), policy, np.array([2]), 0.0, 1.0)
     assert few.flops == work.train_step(decoder(), policy, np.array([2]), 0.0, 1.0).flops
-    step = work.rollout(decoder("float32"), policy, np.full(B, P), np.full(B, R)).phases[1]
-    assert step.flops == 2 * (W + D * V) * B + 4 * N * H * (P + 1) * B
-    assert step.bytes == 4 * (W + 2 * D + D + D * V + B * D) + 2 * K * H * 4 * (P + 1) * B
+    steps = work.rollout(decoder("float32"), policy, np.full(B, P), np.full(B, R))
+    assert steps.flops[1] == 2 * (W + D * V) * B + 4 * N * H * (P + 1) * B
+    assert steps.bytes[1] == 4 * (W + 2 * D + D + D * V + B * D) + 2 * K * H * 4 * (P + 1) * B
 
 
 def test_rows_that_ended_cost_nothing_and_the_longest_says_when_to_stop():
     base, policy, prompts = decoder(), lora(LINEAR), np.full(B, P)
     full = work.rollout(base, policy, prompts, np.full(B, 5))
     ragged = work.rollout(base, policy, prompts, np.array([5, 1, 1, 1]))
-    assert len(ragged.phases) == len(full.phases) == 5
-    assert ragged.phases[0] == full.phases[0] and ragged.phases[1].flops == full.phases[1].flops / B
-    assert ragged.tokens == 8 and ragged.bytes < full.bytes
+    assert len(ragged.flops) == len(full.flops) == 5
+    assert (ragged.flops[0], ragged.bytes[0]) == (full.flops[0], full.bytes[0])
+    assert ragged.flops[1] == full.flops[1] / B
+    assert ragged.tokens == 8 and (ragged.bytes[1:] < full.bytes[1:]).all()
 
 
 def test_a_window_and_a_group_see_and_read_less():
     policy, prompts = lora(LINEAR), np.full(B, P)
     wide = work.rollout(decoder(), policy, prompts, np.full(B, R))
     narrow = work.rollout(decoder(layer_kinds=(LayerKind(window=3),)), policy, prompts, np.full(B, R))
-    assert narrow.phases[-1].flops - wide.phases[-1].flops == -4 * N * H * B * (P + R - 1 - 3)
+    assert narrow.flops[-1] - wide.flops[-1] == -4 * N * H * B * (P + R - 1 - 3)
     group = work.rollout(decoder(), policy, prompts, np.full(3 * B, R))
-    assert group.phases[0] == wide.phases[0], "prompts are read once"
-    assert group.phases[1].flops == 3 * wide.phases[1].flops
+    assert (group.flops[0], group.bytes[0]) == (wide.flops[0], wide.bytes[0]), "prompts are read once"
+    assert group.flops[1] == 3 * wide.flops[1]
 
 
 def test_what_binds_is_the_larger_of_both():
-    phases = (work.Phase(10.0, 1.0), work.Phase(1.0, 8.0))
-    made = work.Work(phases, 1.0)
+    made = work.Work(np.array([10.0, 1.0]), np.array([1.0, 3.0]), np.array([0.0, 5.0]), 1.0)
     assert made.least_seconds(Rates(1.0, 1.0)) == 18.0 and made.bound_by(Rates(1.0, 1.0)) == "arithmetic"
     assert made.least_seconds(Rates(10.0, 1.0)) == 9.0 and made.bound_by(Rates(10.0, 1.0)) == "memory"
 

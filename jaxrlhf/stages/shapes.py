@@ -1,6 +1,7 @@
 """A run's arrays as shapes on its mesh: base, adapters, optimizers and batches. No memory is taken."""
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -21,9 +22,12 @@ from jaxrlhf.models.families import read_config
 from jaxrlhf.models.folders import AUTO, DTYPES, PEFT_INFO, find_model
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import abstract_quantized
-from jaxrlhf.models.target import target_of
+from jaxrlhf.models.target import Target, target_of
 from jaxrlhf.models.tensor_files import read_json
+from jaxrlhf.records import Adapter
 from jaxrlhf.steps.ppo import complete
+
+_LAYER = re.compile(r"layers\.\d+\.")
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -41,32 +45,39 @@ class Shapes:
     """Makes the shapes of one run: its settings, its mesh, and a model of `layers` layers."""
 
     config: RunConfig
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
     model: DecoderConfig
 
     def with_layers(self, layers: int) -> "Shapes":
         """The same run on a model of so many of its layers."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, layers=layers))
 
-    def base(self, model: DecoderConfig | None = None, dtype: str | None = None) -> Decoder:
-        """The frozen base, or another decoder in a dtype of its own; for the mesh's devices."""
-        if model is not None:
-            return self.placed(abstract_decoder(self._for_mesh(model), dtype))
-        abstract = abstract_decoder(self._for_mesh(self.model), model_dtype(self.config.model))
+    @functools.cached_property
+    def base(self) -> Decoder:
+        """The frozen base, for the mesh's devices, with the attention of the settings."""
+        model = self.for_mesh(self.model, self.config.model.attention)
+        abstract = abstract_decoder(model, model_dtype(self.config.model))
         kind = self.config.model.quantize
         return self.placed(abstract if kind is None else abstract_quantized(abstract, kind))
 
-    def adapter(self, config: AdapterConfig, head: Literal["value", "reward"] | None = None) -> Any:
+    def adapter(self, config: AdapterConfig, head: Literal["value", "reward"] | None = None) -> Adapter:
         """An adapter on the base; `UserError` where it names modules that the model lacks."""
-        base = self.base()
         if config.kind == "lora":
-            target_paths(base, config)
-        return self.placed(jax.eval_shape(lambda base: init_adapter(base, config, jax.random.key(0), head), base))
+            target_paths(self.base, config)
+        if self.model.layers == 1 or any(_LAYER.match(target) for target in config.target_modules):
+            made = jax.eval_shape(lambda base: init_adapter(base, config, jax.random.key(0), head), self.base)
+        else:  # all layers are alike; to trace the draws of each takes seconds
+            first = self.with_layers(1).adapter(config, head)
+            deep = range(self.model.layers)
+            made = {_LAYER.sub(f"layers.{i}.", path): leaves for i in deep for path, leaves in first.items()}
+        return self.placed(made)
 
-    def _for_mesh(self, model: DecoderConfig) -> DecoderConfig:
-        """The model for the mesh's devices, with the attention that its target names."""
-        target = target_of(self.mesh, self.config.model.matmul_precision)
-        return dataclasses.replace(model, target=dataclasses.replace(target, attention=model.target.attention))
+    def for_mesh(self, model: DecoderConfig, attention: str = "xla") -> DecoderConfig:
+        """The model for the mesh's devices; a mesh without devices is one of cards."""
+        precision = self.config.model.matmul_precision
+        abstract = isinstance(self.mesh, jax.sharding.AbstractMesh)
+        target = Target("gpu", matmul_precision=precision) if abstract else target_of(self.mesh, precision)
+        return dataclasses.replace(model, target=dataclasses.replace(target, attention=attention))
 
     def placed(self, tree: Any) -> Any:
         """The tree's shapes where `tree_shardings` puts them."""

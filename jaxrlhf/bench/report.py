@@ -1,32 +1,41 @@
 """What was measured, as tables for people and as plain values for JSON."""
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
 from typing import Any
 
-from jaxrlhf.benching.machine import Rates
-from jaxrlhf.benching.running import ProgramTimes, StageTimes
+from jaxrlhf.bench.running import ProgramTimes, StageTimes
+from jaxrlhf.plan.report import table
+from jaxrlhf.plan.work import Rates
 
 MIB = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Bench:
-    """One run of the command."""
+    """One run of the command, so far."""
 
     machine: dict[str, Any]
     before: Rates
-    after: Rates
+    after: Rates | None  # None: not measured yet
     model: dict[str, Any]  # parameters, layers, dtype, attention, compiler_options
     lengths: str
     stages: list[StageTimes]
-    counted: dict[str, dict[str, float]]  # stage -> program -> flops as compiled; empty: not asked
     peak_bytes: int
+    seconds: float  # since the command began, rates left out
 
     @property
     def rates(self) -> Rates:
         """The better ones of before and after: what the machine can do."""
-        return self.before.most(self.after)
+        return self.before if self.after is None else self.before.most(self.after)
+
+    @property
+    def host_seconds(self) -> float:
+        """Beside compiling and the programs."""
+        programs = [p for stage in self.stages for p in stage.programs]
+        inside = sum(p.compile_seconds + p.warm_seconds + sum(p.seconds) for p in programs)
+        loops = sum(sum(stage.loop.seconds) for stage in self.stages if stage.loop is not None)
+        return self.seconds - inside - loops
 
 
 def as_json(bench: Bench) -> dict[str, Any]:
@@ -38,17 +47,18 @@ def as_json(bench: Bench) -> dict[str, Any]:
             "flops_per_second": rates.flops,
             "bytes_per_second": rates.bytes,
             "before": dataclasses.asdict(bench.before),
-            "after": dataclasses.asdict(bench.after),
+            "after": None if bench.after is None else dataclasses.asdict(bench.after),
         },
         "model": bench.model,
         "lengths": bench.lengths,
         "peak_bytes": bench.peak_bytes,
-        "stages": [_stage(stage, rates, bench.counted.get(stage.stage, {})) for stage in bench.stages],
+        "host_seconds": bench.host_seconds,
+        "stages": [_stage(stage, rates) for stage in bench.stages],
     }
 
 
-def _stage(stage: StageTimes, rates: Rates, counted: dict[str, float]) -> dict[str, Any]:
-    programs = [_program(p, rates, counted.get(p.name)) for p in stage.programs]
+def _stage(stage: StageTimes, rates: Rates) -> dict[str, Any]:
+    programs = [_program(p, rates) for p in stage.programs]
     least = sum(p["calls"] * p["least_seconds"] for p in programs)
     found = {
         "stage": stage.stage,
@@ -60,8 +70,8 @@ def _stage(stage: StageTimes, rates: Rates, counted: dict[str, float]) -> dict[s
         "programs": programs,
     }
     if stage.loop is not None:
-        seconds, inside = _median(stage.loop.seconds), _median(stage.loop.programs)
-        host = _median([whole - part for whole, part in zip(stage.loop.seconds, stage.loop.programs)])
+        seconds, inside = statistics.median(stage.loop.seconds), statistics.median(stage.loop.programs)
+        host = statistics.median([whole - part for whole, part in zip(stage.loop.seconds, stage.loop.programs)])
         found["loop"] = {
             "seconds": seconds,
             "programs_seconds": inside,
@@ -74,48 +84,67 @@ def _stage(stage: StageTimes, rates: Rates, counted: dict[str, float]) -> dict[s
     return found
 
 
-def _program(p: ProgramTimes, rates: Rates, counted: float | None) -> dict[str, Any]:
-    least = p.work.least_seconds(rates)
-    found = {
+def _program(p: ProgramTimes, rates: Rates) -> dict[str, Any]:
+    least, flops, moved = p.work.least_seconds(rates), float(p.work.flops.sum()), float(p.work.bytes.sum())
+    return {
         "name": p.name,
         "calls": p.times,
         "seconds": p.median,
         "best_seconds": min(p.seconds),
         "all_seconds": p.seconds,
-        "cpu_seconds": _median(p.cpu_seconds),
+        "cpu_seconds": statistics.median(p.cpu_seconds),
         "compile_seconds": p.compile_seconds,
         "tokens": p.work.tokens,
         "tokens_per_second": p.work.tokens / p.median,
-        "flops": p.work.flops,
-        "bytes": p.work.bytes,
-        "flops_per_second": p.work.flops / p.median,
-        "bytes_per_second": p.work.bytes / p.median,
+        "flops": flops,
+        "bytes": moved,
+        "flops_per_second": flops / p.median,
+        "bytes_per_second": moved / p.median,
         "least_seconds": least,
         "bound_by": p.work.bound_by(rates),
         "share": least / p.median,
         "best_share": least / min(p.seconds),
         "memory": p.memory,
+        "kernels": [dataclasses.asdict(kernel) for kernel in p.kernels],
     }
-    return found if counted is None else found | {"counted_flops": counted}
 
 
-def as_text(bench: Bench) -> str:
-    """The tables."""
-    machine, rates, found = bench.machine, bench.rates, as_json(bench)
+def opening(bench: Bench) -> str:
+    """What is measured, and the machine's rates."""
+    machine, rates = bench.machine, bench.rates
     lines = [
         f"{machine['devices']} x {machine['device']} ({machine['backend']}, {machine['cores']} cores), jax "
         f"{machine['jax']}; {bench.model['parameters']:,} parameters in {bench.model['layers']} layers, "
         f"{bench.model['dtype']}, attention by {bench.model['attention']}; answers of {bench.lengths} length",
-        f"products {_rate(rates.flops)}FLOP/s (before {_rate(bench.before.flops).strip()}, after "
-        f"{_rate(bench.after.flops).strip()}), memory {_rate(rates.bytes)}B/s (before "
-        f"{_rate(bench.before.bytes).strip()}, after {_rate(bench.after.bytes).strip()}); limits are the better ones",
+        f"products {_rate(rates.flops)}FLOP/s, memory {_rate(rates.bytes)}B/s",
     ]
     for program, options in bench.model["compiler_options"].items():
         lines.append(f"compiler_options.{program}: {', '.join(f'{name}={value}' for name, value in options.items())}")
+    return "\n".join(lines)
+
+
+def program_line(stage: str, p: ProgramTimes, rates: Rates) -> str:
+    """A program as soon as it is known, with the rates that were measured before."""
+    found = _program(p, rates)
+    text = (
+        f"{stage} {p.name}: {_s(found['seconds'])} s, least {_s(found['least_seconds'])} s ({found['share']:.0%}, "
+        f"{found['bound_by']}), compiled in {found['compile_seconds']:.1f} s, "
+        f"{found['memory']['temporaries'] / MIB:,.0f} MiB of temporaries"
+    )
+    kernels = [f"    {_s(kernel.seconds)} s in {kernel.calls:,} x {kernel.name}" for kernel in p.kernels]
+    return "\n".join([text, *kernels])
+
+
+def as_text(bench: Bench) -> str:
+    """The tables, at the better rates of before and after."""
+    found, lines = as_json(bench), [opening(bench)]
+    if bench.after is not None:
+        sides = [f"{_rate(rates.flops)}FLOP/s and {_rate(rates.bytes)}B/s" for rates in (bench.before, bench.after)]
+        lines.append(f"measured before: {sides[0]}, after: {sides[1]}; limits are the better ones")
     for stage in found["stages"]:
         lines += ["", *_stage_text(stage)]
-    lines += ["", f"peak memory {bench.peak_bytes / MIB:,.0f} MiB" + _whose(machine["backend"]), "", *_NOTES]
-    return "\n".join(lines)
+    peak = f"peak memory {bench.peak_bytes / MIB:,.0f} MiB{_whose(bench.machine['backend'])}"
+    return "\n".join([*lines, "", f"{peak}; {bench.host_seconds:.1f} s beside compiling and programs", "", *_NOTES])
 
 
 _NOTES = (
@@ -130,21 +159,19 @@ def _whose(backend: str) -> str:
 
 
 def _stage_text(stage: dict[str, Any]) -> list[str]:
-    counted = any("counted_flops" in p for p in stage["programs"])
     head = ("program", "calls", "seconds", "least", "share", "bound by", "GFLOP", "GFLOP/s", "GB/s", "tokens/s",
-            "compile s", "MiB", *(["GFLOP as compiled"] if counted else []))  # fmt: skip
+            "compile s", "MiB")  # fmt: skip
     rows = [head]
     for p in stage["programs"]:
         times = (f"{p['calls']:g}", _s(p["seconds"]), _s(p["least_seconds"]), f"{p['share']:.0%}", p["bound_by"])
         rates = (p["flops_per_second"], p["bytes_per_second"])
         giga = (f"{p['flops'] / 1e9:,.2f}", *(f"{rate / 1e9:,.1f}" for rate in rates))
         rest = (f"{p['tokens_per_second']:,.0f}", f"{p['compile_seconds']:.1f}", f"{p['memory']['peak'] / MIB:,.0f}")
-        more = [f"{p['counted_flops'] / 1e9:,.2f}" if "counted_flops" in p else "-"] if counted else []
-        rows.append((p["name"], *times, *giga, *rest, *more))
+        rows.append((p["name"], *times, *giga, *rest))
     what = "iteration" if stage["stage"] == "ppo" else "optimizer step"
     said = [
         stage["stage"],
-        *_table(rows),
+        *table(rows),
         f"{what}, sum of its programs: {_s(stage['seconds'])} s, at least {_s(stage['least_seconds'])} s "
         f"({stage['share']:.0%}), {stage['tokens_per_second']:,.0f} tokens/s",
     ]
@@ -156,12 +183,6 @@ def _stage_text(stage: dict[str, Any]) -> list[str]:
     return said
 
 
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
 def _s(seconds: float) -> str:
     return f"{seconds:.3f}" if seconds >= 0.1 else f"{seconds:.2g}"
 
@@ -171,12 +192,3 @@ def _rate(rate: float) -> str:
         if rate >= factor:
             return f"{rate / factor:,.1f} {unit}"
     return f"{rate / 1e6:,.1f} M"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns under each other, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]

@@ -1,4 +1,4 @@
-"""Arrays in place of shapes: random weights, tokens and scores for the programs that `planning.programs` describes.
+"""Arrays in place of shapes: random weights, tokens and scores for the programs that `stages.calls` describes.
 
 A leaf's name says what it holds, as it says where it lies on a mesh; a name that no rule covers is an error.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf.distributed.mesh import leaf_name
 from jaxrlhf.models.decoder import DecoderConfig
@@ -27,6 +28,9 @@ _FLOATS: tuple[tuple[str, str], ...] = (
     (r"bias|margin", "zeros"),
     (r"kernel|embedding", "weights"),
     (r"weight", "ones"),  # of pairs of answers
+    (r"temperature", "ones"),
+    (r"\w*logprobs", "zeros"),
+    (r"values|advantages|returns", "normal"),
     (r"\d+", "normal"),  # scores: an argument that has no name
 )
 
@@ -42,6 +46,11 @@ class Filler:
         """The tree with arrays for shapes, each where its sharding says; other leaves stay."""
         return jax.tree_util.tree_map_with_path(self._leaf, tree)
 
+    def give(self, shapes: Any, arrays: Any) -> None:
+        """These arrays stand for these shapes from now on: what a program gave is what the next one takes."""
+        for leaf, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(arrays), strict=True):
+            self._made[id(leaf)] = leaf, array
+
     def _leaf(self, path: tuple, leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
@@ -55,9 +64,8 @@ class Filler:
         kind = _kind(name, leaf.dtype)
         if kind == "norm":
             kind = "zeros" if self.model.norm == "rms_plus_one" else "ones"
-        key = jax.random.fold_in(self.key, len(self._made))
         static = (kind, leaf.shape, jnp.dtype(leaf.dtype), self.model.vocab_size, self.model.initializer_range)
-        return _program(leaf.sharding, *static)(key)
+        return _program(leaf.sharding, *static)(self.key, np.uint32(len(self._made)))
 
 
 def _kind(name: str, dtype: jnp.dtype) -> str:
@@ -81,9 +89,10 @@ def _program(sharding: jax.sharding.Sharding | None, *static: Any) -> Any:
     return jax.jit(functools.partial(_draw, *static), out_shardings=sharding)
 
 
-def _draw(kind: str, shape: tuple[int, ...], dtype: jnp.dtype, vocabulary: int, spread: float, key: jax.Array):
+def _draw(kind: str, shape: tuple[int, ...], dtype: jnp.dtype, vocabulary: int, spread: float, key: jax.Array, n):
     if kind in ("zeros", "ones"):
         return jnp.full(shape, kind == "ones", dtype)
+    key = jax.random.fold_in(key, n)
     if kind == "tokens":
         return jax.random.randint(key, shape, 0, vocabulary, dtype)
     if kind == "bits":

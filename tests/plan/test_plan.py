@@ -1,0 +1,227 @@
+"""The command: its errors are one line, its figures scale as they must, and without a compiler it still counts."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxrlhf.config_io import load_config
+from jaxrlhf.errors import UserError
+from jaxrlhf.models.decoder import abstract_decoder, named_parameters
+from jaxrlhf.plan import planner
+from jaxrlhf.plan.__main__ import main
+from jaxrlhf.plan.cards import CARDS, find_card, parse_memory, target_file
+from jaxrlhf.plan.collectives import Collective
+from jaxrlhf.plan.compiling import Compiled, extrapolated, missing
+from jaxrlhf.plan.planner import DEPTHS, UPDATE_DEPTHS, Options, links_seconds
+from jaxrlhf.stages.shapes import read_folder
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = """
+run_dir: run
+stages: [sft]
+model: {new: {hidden_size: 256, layers: 2, heads: 8, kv_heads: 8, intermediate_size: 512, max_positions: 256}}
+adapter: {rank: 4}
+sft: {data: {path: rows.jsonl}, batch_size: 16, max_length: 128}
+"""
+MIB = 2**20
+DEEP = "model.new.layers=40"
+
+
+@pytest.fixture
+def plan(tmp_path, capsys, monkeypatch):
+    """Runs the command; (status, what it printed, what it said of errors)."""
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = main(["--config", "run.yaml", *arguments])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def without(monkeypatch):
+    monkeypatch.setattr(planner, "missing", lambda: "install the compiler")
+
+
+class Card:
+    """Stands for the compiling process: temporaries of 1 MiB and 2 more a layer; of updates, 10 a layer."""
+
+    def __init__(self, *_):
+        self.asks = []
+        Card.last = self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def compiled(self, asks):
+        self.asks += asks
+        reduce = Collective("all-reduce", "tensor", 8, 1.0, 8.0, 14.0)
+        each = {"none": 40, "dots": 10, None: 10, "full": 1}
+
+        def answer(ask):
+            sent = [dataclasses.replace(reduce, count=2.0 * ask.layers)]
+            return Compiled(0.0, MIB, (1 + each[ask.remat] * ask.layers) * MIB, sent, 1.0)
+
+        return [answer(ask) for ask in asks]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(planner, "missing", lambda: None)
+    monkeypatch.setattr(planner, "Compiler", Card)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--devices", "512", "mesh.tensor=3"], r"mesh.tensor is 3 and must be one of 1, 2, 4, .*512"),
+        (["--devices", "8", "mesh.data=2", "mesh.tensor=2"], "is 4, but there are 8 devices: .* would fit"),
+        (["--devices", "0"], "--devices: must be at least 1, not 0"),
+        (["--devices", "1", "--per-host", "0"], "--per-host: must be at least 1, not 0"),
+        (["--devices", "1", "--card", "h1000"], "--card: 'h1000' is not known; known are a100, .*l40s"),
+        (["--devices", "1", "--memory", "much"], "--memory: 'much' is no amount of memory; .*80GiB"),
+        (["--devices", "8", "sft.batch_size=12"], "sft.batch_size: 12 rows cannot be split over 8 devices"),
+        (["--devices", "1", "sft.microbatch_size=5"], "sft.microbatch_size: 16 rows cannot be split"),
+        (["--devices", "1", "sft.max_length=300"], "sft.max_length: 300 tokens, but the model has 256 positions"),
+        (["--devices", "1", "model={path: nowhere/at all}"], "nowhere/at all: no such folder with a config"),
+        (["--devices", "16", "mesh.tensor=16", "model.attention=cudnn", "model.dtype=bfloat16"],
+         "model.attention: cudnn .* 8 and 8 heads cannot both be split over mesh.tensor=16"),
+        (["--devices", "1", "compiler_options.all.xla_no=1"], "compiler_options.all.xla_no: .*no such option"),
+        (["--devices", "1", "sft.batchsize=12"], "sft.batchsize"),
+    ],
+    ids=["mesh", "product", "devices", "host", "card", "memory", "batch", "microbatch", "length", "model", "attention",
+         "option", "key"],
+)  # fmt: skip
+def test_errors_are_one_line(plan, card, arguments, complaint):
+    status, out, err = plan(*arguments)
+    assert (status, out) == (2, "")
+    assert re.search(complaint, err), err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_without_a_compiler_the_closed_form_is_given_and_a_line_says_what_to_install(plan, without):
+    status, out, _ = plan("--devices", "1")
+    assert status == 0 and "- install the compiler" in out
+    found = json.loads(plan("--devices", "1", "--json")[1])
+    (stage,) = found["stages"]
+    (program,) = stage["programs"]
+    assert stage["fits"] is stage["peak"] is stage["largest_batch"] is program["temporaries"] is None
+    assert program["flops"] > 0 and program["seconds"]["least"] > 0 and program["parts"]["weights"] > 0
+    assert missing() is None or "pip install jax-cuda12-plugin==" in missing()
+
+
+def test_shares_of_eight(plan, without):
+    meshes = {"one": [], "data": ["mesh.data=8"], "fsdp": ["mesh.fsdp=8"], "tensor": ["mesh.tensor=8"]}
+    programs = {}
+    for name, mesh in meshes.items():
+        devices = "1" if name == "one" else "8"
+        found = json.loads(plan("--devices", devices, "--json", *mesh)[1])
+        programs[name] = found["stages"][0]["programs"][0]
+    one = programs.pop("one")
+    assert sum(one["sent"].values()) == 0
+    for name, program in programs.items():
+        assert program["flops"] == pytest.approx(one["flops"] / 8)
+        assert [axis for axis, sent in program["sent"].items() if sent] == [name]
+        assert program["seconds"]["least"] >= max(program["seconds"][k] for k in ("arithmetic", "memory", "links"))
+    assert programs["data"]["parts"]["weights"] == one["parts"]["weights"]
+    for name in ("fsdp", "tensor"):  # norms, and a vocabulary that 8 does not divide, stay whole along an axis
+        assert one["parts"]["weights"] / 8 <= programs[name]["parts"]["weights"] < one["parts"]["weights"] / 4, name
+    # Rows [16 x 128 tokens, 256] in float32 are summed twice a layer, forward and backward.
+    assert programs["tensor"]["sent"]["tensor"] == 2 * 7 / 8 * 2 * 2 * 2 * 16 * 128 * 256 * 4
+    adapters = one["parts"]["adapters"]
+    assert programs["data"]["sent"]["data"] == pytest.approx(2 * 7 / 8 * adapters, rel=0.01)
+
+
+def test_a_deep_model_is_compiled_at_few_layers_and_extrapolated(plan, card):
+    found = json.loads(plan("--devices", "8", "--json", "mesh.tensor=8", DEEP)[1])
+    assert [a.layers for a in Card.last.asks] == list(UPDATE_DEPTHS) and found["compiled_layers"] == list(UPDATE_DEPTHS)
+    (program,) = found["stages"][0]["programs"]
+    assert program["temporaries"] == 401 * MIB
+    assert program["peak"] == sum(program["parts"].values()) + 401 * MIB
+    (reduce,) = program["compiled"]["collectives"]
+    assert (reduce["count"], reduce["bytes"], reduce["wire"]) == (80, 8, 14)
+    assert any("extrapolated to 40 layers" in note for note in found["notes"])
+    shallow = json.loads(plan("--devices", "8", "--json", "mesh.tensor=8")[1])
+    assert [a.layers for a in Card.last.asks] == [2] and not any("extrapolated" in n for n in shallow["notes"])
+
+
+def test_text_says_what_fits_and_the_largest_batch(plan, card):
+    status, out, _ = plan("--devices", "1", "--memory", "100MiB", DEEP)
+    assert status == 0 and "0.1 GiB of each may be filled" in out and "largest batch: none fits; sft_update" in out
+    # 32 MiB and more of weights do not change; what the update keeps does.
+    status, out, _ = plan("--devices", "1", "--memory", "500MiB", DEEP)
+    assert re.search(r"sft.remat=dots does not fit \(.*\); full would", out), out
+    status, out, _ = plan("--devices", "1", DEEP)
+    rows = int(re.search(r"largest batch: sft.batch_size=([\d,]+); sft_update", out)[1].replace(",", ""))
+    assert 16 * 100 < rows < 16 * 80e9 / (401 * MIB)
+    assert "Notes" in out and "nothing was run" in out
+
+
+def test_extrapolation_is_a_line_through_both_depths():
+    def at(layers):
+        gather = Collective("all-gather", "fsdp", 4, 3.0 * layers, 8.0 * layers, 6.0 * layers)
+        once = Collective("all-reduce", "data", 2, 1.0, 4.0, 4.0)
+        return Compiled(5.0 * layers, 7.0, 11.0 + 2 * layers, [gather, once], 1.0)
+
+    found = extrapolated(at(2), at(4), DEPTHS, 32)
+    assert dataclasses.replace(found, seconds=1.0) == dataclasses.replace(
+        at(32), collectives=sorted(at(32).collectives, key=lambda c: -c.wire)
+    )
+
+
+def test_sizes_and_cards():
+    assert (parse_memory("80GiB"), parse_memory("1.5 GB"), parse_memory("7b")) == (80 * 2**30, 1.5e9, 7)
+    for text in ("", "80", "GiB", "-1GiB", "0GiB", "80 Gibi"):
+        with pytest.raises(UserError, match="--memory"):
+            parse_memory(text)
+    assert find_card("H100") is CARDS["h100"]
+    for card in CARDS.values():  # the same card in both tables
+        told = Path(target_file(card)).read_text()
+        for name, value in (("memory_bandwidth", card.bandwidth), ("device_memory_size", card.memory)):
+            assert float(re.search(rf"{name}: (\d+)", told)[1]) == pytest.approx(value, rel=0.08)
+
+
+def test_links_take_the_slower_of_link_and_network():
+    card, sent = CARDS["h100"], {"data": 0.0, "fsdp": 0.0, "tensor": 8e9}
+    options = Options(8, card, 1.0)
+    assert links_seconds(sent, {"data": 1, "fsdp": 1, "tensor": 8}, options) == pytest.approx(8e9 / card.link)
+    along = {"data": 8e9, "fsdp": 0.0, "tensor": 0.0}
+    # each card of a group is on a host of its own
+    assert links_seconds(along, {"data": 2, "fsdp": 1, "tensor": 8}, options) == pytest.approx(8e9 / card.network)
+    # the four cards of a host share what goes between hosts
+    wide = links_seconds({**along, "fsdp": 8e9, "data": 0.0}, {"data": 1, "fsdp": 16, "tensor": 2}, options)
+    assert wide == pytest.approx(max(8e9 / card.link, 8e9 / 4 / card.network))
+
+
+# As their model cards have them.
+PARAMETERS = {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "qwen2.5-32b": 32_763_876_352}
+
+
+@pytest.mark.parametrize("name", list(PARAMETERS))
+def test_plans_of_large_models_are_of_those_models(name):
+    config = load_config(ROOT / "configs" / "plans" / f"{name}.yaml")
+    assert config.model.path == f"configs/plans/{name}"
+    model = read_folder(str(ROOT / config.model.path))
+    leaves = named_parameters(abstract_decoder(model, config.model.dtype)).values()
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == PARAMETERS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing() is not None, reason="wants XLA's compiler for cards, which the extra [plan] brings")
+def test_the_compiler_of_the_card_says_memory_and_collectives(plan):
+    status, out, err = plan("--devices", "8", "--json", "mesh.tensor=4", "mesh.data=2", "model.dtype=bfloat16")
+    assert status == 0, err
+    (program,) = json.loads(out)["stages"][0]["programs"]
+    assert program["temporaries"] > 0
+    found = {(c["kind"], c["axes"]) for c in program["compiled"]["collectives"]}
+    assert ("all-reduce", "tensor") in found and any("data" in axes for _, axes in found)
