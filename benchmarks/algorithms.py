@@ -29,7 +29,7 @@ from overoptimisation import CURVES, draw, spread, summary
 
 from jaxrlhf.checkpoint.files import atomic_write
 from jaxrlhf.checkpoint.run_dir import check_run
-from jaxrlhf.config_io import dump_config, load_config
+from jaxrlhf.config.reading import dump_config, load_config
 from jaxrlhf.errors import UserError
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

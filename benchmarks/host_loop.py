@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.stages import sft
 from jaxrlhf.stages.loop import Loop
 from jaxrlhf.stages.run import run_stages

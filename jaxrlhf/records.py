@@ -4,14 +4,13 @@ B rows, P prompt tokens (left-padded), R response tokens, S = P + R, L tokens of
 Response position t holds token P + t; logprobs, values and rewards at t belong to that token.
 """
 
-import typing
 from typing import Any
 
 import jax
 from flax import struct
-from pydantic import BaseModel
 
-from jaxrlhf.config import AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling, ScoreConfig
+from jaxrlhf.config import AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling, ScoreConfig, Settings
+from jaxrlhf.config.base import note
 
 Adapter = dict[str, dict[str, jax.Array]]
 """Module path -> leaf name -> array. LoRA: `lora_a` [in, rank], `lora_b` [rank, out] and the constant
@@ -106,28 +105,24 @@ class PPOState:
     step: jax.Array  # i32[]; optimizer steps done
 
 
-def _is_number(annotation: Any) -> bool:
-    """Whether a settings field is a float, perhaps optional, or a nested section."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _is_number(typing.get_args(annotation)[0])
-    if typing.get_args(annotation):
-        return any(_is_number(a) for a in typing.get_args(annotation))
-    return annotation is float or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
-
-
-def _register_settings(cls: type[BaseModel]) -> None:
-    """Makes a settings class a pytree: floats and nested sections are leaves, the rest is structure."""
-    numeric = tuple(name for name, field in cls.model_fields.items() if _is_number(field.annotation))
+def _register_settings(cls: type[Settings]) -> None:
+    """Makes a settings class a pytree: fields noted as traced and sections are leaves, the rest is structure."""
+    moving = tuple(name for name in cls.model_fields if note(cls, name, "traced") or _is_section(cls, name))
 
     def flatten(settings):
-        structure = tuple((n, getattr(settings, n)) for n in cls.model_fields if n not in numeric)
-        return tuple(getattr(settings, n) for n in numeric), structure
+        structure = tuple((n, getattr(settings, n)) for n in cls.model_fields if n not in moving)
+        return tuple(getattr(settings, n) for n in moving), structure
 
-    def unflatten(structure, numbers):
-        # Numbers may be tracers or batched arrays here, and have been validated where they were written.
-        return cls.model_construct(**dict(structure), **dict(zip(numeric, numbers)))
+    def unflatten(structure, leaves):
+        # Leaves may be tracers or batched arrays here, and have been validated where they were written.
+        return cls.model_construct(**dict(structure), **dict(zip(moving, leaves)))
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+def _is_section(cls: type[Settings], name: str) -> bool:
+    annotation = cls.model_fields[name].annotation
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
 for _settings in (Sampling, OptimizerConfig, PPOConfig, KLConfig, AdvantageConfig, ScoreConfig):

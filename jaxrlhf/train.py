@@ -4,8 +4,6 @@ import argparse
 import math
 import sys
 
-import yaml
-
 from jaxrlhf.command import main_of
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.stopping import StopSignals
@@ -22,7 +20,7 @@ def _seconds(text: str) -> float:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    from jaxrlhf.config_io import settings_help
+    from jaxrlhf.config.table import settings_help
 
     parser = argparse.ArgumentParser(
         prog="python -m jaxrlhf.train",
@@ -48,14 +46,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
-    from jaxrlhf.config_io import dump_config, load_config
+    from jaxrlhf.config.reading import load_config
 
     place = processes.find_place(arguments.coordinator, arguments.processes, arguments.process)
     with processes.joined(place, arguments.start_timeout):
         config = load_config(arguments.config, arguments.overrides)
         stop.grace = config.checkpoints.grace
-        settings = yaml.safe_load(dump_config(config))
-        processes.check_alike("settings", settings, "start all with the same command and file")
+        processes.check_alike("settings", config.model_dump(mode="json"), "start all with the same command and file")
         from jaxrlhf.stages.run import run_stages
 
         run_stages(config, stop)

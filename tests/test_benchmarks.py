@@ -8,7 +8,7 @@ import pytest
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES
-from jaxrlhf.config_io import dump_config, load_config
+from jaxrlhf.config.reading import dump_config, load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import generate, train
-from jaxrlhf.config_io import dump_config, load_config
+from jaxrlhf.config.reading import dump_config, load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 

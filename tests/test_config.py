@@ -3,13 +3,13 @@
 import re
 
 import pytest
-import yaml
 from pydantic import BaseModel
 
 import jaxrlhf.config
-from jaxrlhf.config import KLConfig, OptimizerConfig, RunConfig
+from jaxrlhf.config import HTTPRewardConfig, KLConfig, ModelRewardConfig, OptimizerConfig, RunConfig
 from jaxrlhf.config.differences import differences
-from jaxrlhf.config_io import dump_config, load_config, settings_help
+from jaxrlhf.config.reading import dump_config, load_config, parse_yaml
+from jaxrlhf.config.table import settings_help
 from jaxrlhf.errors import UserError
 
 FULL = """\
@@ -32,6 +32,10 @@ ppo:
   update:
     minibatches: 2
 """
+
+
+# Eight aliases of eight aliases, and so on: a file of a few lines that would take gigabytes.
+ALIASES = "a: &a0 [x]\n" + "".join(f"b{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(9))
 
 
 @pytest.fixture
@@ -73,8 +77,6 @@ def test_file_and_defaults(write):
         ("seed=012", lambda c: c.seed, 12),
         ("sft.packing=false", lambda c: c.sft.packing, False),
         ("sft.remat=dots", lambda c: c.sft.remat, "dots"),
-        ("sft.remat=true", lambda c: c.sft.remat, "full"),  # as it was once spelled
-        ("ppo.update.remat=false", lambda c: c.ppo.update.remat, "none"),
         ("ppo.sampling.top_p=0.9", lambda c: c.ppo.sampling.top_p, 0.9),
         ("stages=[sft]", lambda c: c.stages, ("sft",)),
         ("sft.adapter.target_modules=[q_proj, v_proj]", lambda c: c.sft.adapter.target_modules, ("q_proj", "v_proj")),
@@ -90,6 +92,8 @@ def test_file_and_defaults(write):
         ("ppo.kl.coef=null", lambda c: c.ppo.kl.coef, KLConfig().coef),
         ("ppo.kl=null", lambda c: c.ppo.kl, KLConfig()),
         ("sft.optimizer={warmup_steps: 5}", lambda c: c.sft.optimizer, OptimizerConfig(warmup_steps=5)),
+        ("ppo.reward={kind: http, url: 'http://x'}", lambda c: c.ppo.reward, HTTPRewardConfig(url="http://x")),
+        ("ppo.reward.path=folder", lambda c: c.ppo.reward, ModelRewardConfig(path="folder")),
     ],
 )
 def test_override(write, override, read, value):
@@ -122,7 +126,7 @@ def test_sections_that_share_an_anchor_are_overridden_apart(write):
 
 def test_dump_loads_back_to_an_equal_config(write):
     odd = ["run_dir='1e-4'", "model.tokenizer='no'", "sft.optimizer.learning_rate=1e-5", "ppo.gold='null'",
-           "sft.data.text_field='12:30'", "sft.data.split='é: # x'", "ppo.kl.horizon=1e16",
+           "sft.data.text_field='12:30'", "sft.data.split='é: # x'", "ppo.kl.coef=1e16",
            "compiler_options={all: {xla_a: true}, update: {xla_b: '1'}}"]  # fmt: skip
     config = load_config(write(FULL), odd)
     text = dump_config(config)
@@ -132,7 +136,7 @@ def test_dump_loads_back_to_an_equal_config(write):
 
 
 def difference(old, new):
-    return differences(yaml.safe_load(dump_config(old)), yaml.safe_load(dump_config(new)))
+    return differences(parse_yaml(dump_config(old), "old"), parse_yaml(dump_config(new), "new"))
 
 
 def test_what_changed_is_named_by_what_is_dumped(write):
@@ -199,6 +203,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("sft=3", "sft must be a section with keys of its own or null; given 3"),
         ("sft.optimizer=[1]", "sft.optimizer must be a section with keys of its own; given the list [1]"),
         ("sft.remat=1", "sft.remat must be none | dots | full; given 1"),
+        ("sft.optimizer.warmup_steps=2.5", "sft.optimizer.warmup_steps must be int >= 0 and < 2147483648; given 2.5"),
         ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo; given the text "sft"'),
         ("stages=[]", "stages must be non-empty list of sft | reward_model | ppo; given the list []"),
         ("stages=[dpo]", 'stages must be non-empty list of sft | reward_model | ppo; given the text "dpo"'),
@@ -222,6 +227,21 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("compiler_options.update=fast", "compiler_options: update takes options by name, such as {"),
         ("compiler_options.update.xla_a=[1]", "compiler_options: update.xla_a must be true, false, a number or text"),
         ("compiler_options=fast", 'compiler_options must be mapping of names; given the text "fast"'),
+        # of several kinds
+        ("ppo.reward.kind=htp", "ppo.reward.kind must be model | function | classifier | http | sum; given htp"),
+        ("ppo.reward.kind=3", "ppo.reward.kind must be model | function | classifier | http | sum; given 3"),
+        ("ppo.reward={kind: http}", "ppo.reward.url is missing; it takes text: gets {prompts, completions, columns}"),
+        ("ppo.reward={kind: function}", "ppo.reward.function is missing; it takes text: module:function or path.py:"),
+        ("ppo.reward={kind: sum, parts: {}}", "ppo.reward.parts must be mapping of names; given a section"),
+        ("ppo.reward={kind: http, url: x, path: y}", "unknown key ppo.reward.path; is for kind: model and kind: "),
+        ("ppo.reward.url=http://x", "unknown key ppo.reward.url; is for kind: http; kind: model takes kind, "),
+        ("ppo.reward.paht=x", "unknown key ppo.reward.paht; the nearest known one is ppo.reward.path"),
+        ("ppo.reward.max_length=0", "ppo.reward.max_length must be int >= 1; given 0"),
+        ("ppo.reward.template=x", "ppo.reward: template holds {completion}, and {prompt} where that is wanted"),
+        ("ppo.reward={kind: sum, parts: {a: {kind: sum}}}", "ppo.reward.parts.a.kind must be model | function | "),
+        ("ppo.reward={kind: sum, parts: {a: {weight: x}}}", 'ppo.reward.parts.a.weight must be float; given the'),
+        ("ppo.reward={kind: sum, parts: {a: {url: x}}}", "unknown key ppo.reward.parts.a.url; is for kind: "),
+        ("ppo.reward=3", "ppo.reward must be a section with keys of its own; given 3"),
         # the value
         ("seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed=!!python/object:os.system x", "not valid YAML: could not determine a constructor"),
@@ -269,6 +289,9 @@ def test_several_faults_are_counted_and_a_misspelt_key_comes_first(write):
         ("1: 2\n", "run.yaml:1: a key must be the name of a setting; given 1"),
         ("? [a]\n: 2\n", "run.yaml:1: a key must be the name of a setting; given"),
         ("ppo: &a\n  kl: *a\n", "run.yaml:1: ppo.kl contains itself"),
+        (ALIASES, "more than 100,000 values, aliases written out; settings are fewer"),
+        ("seed: " + "[" * 60 + "]" * 60, "run.yaml:1: sections and lists in one another deeper than 50; settings need"),
+        ("seed: " + "[" * 5000, "run.yaml: sections and lists in one another deeper than 50; settings need fewer"),
         ("", "run.yaml: run_dir is missing; it takes text: directory of the run; the same command continues it (and"),
     ],
 )

@@ -38,7 +38,7 @@ def learn(programs, one_prompt, make_adapter):
             optimizer=OptimizerConfig(learning_rate=rate, epsilon=1e-5),
             value_optimizer=OptimizerConfig(
                 learning_rate=value_rate, epsilon=1e-5, schedule="linear" if decay else "constant",
-                total_steps=2.0 * iterations,
+                total_steps=2 * iterations,
             ),
         )  # fmt: skip
         sampling = Sampling(max_new_tokens=length, pad_token=PROMPT)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import jaxrlhf
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.data.world import VOCABULARY
 from jaxrlhf.models.decoder import Decoder, DecoderConfig

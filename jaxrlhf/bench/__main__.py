@@ -42,7 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    from jaxrlhf.config_io import load_config
+    from jaxrlhf.config.reading import load_config
 
     for name, least in (("repeats", 1), ("iterations", 0)):
         if getattr(arguments, name) < least:

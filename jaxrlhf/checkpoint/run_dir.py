@@ -5,10 +5,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from jaxrlhf.checkpoint.files import atomic_write
 from jaxrlhf.config.differences import Change, described, differences
+from jaxrlhf.config.reading import parse_yaml
 from jaxrlhf.errors import UserError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -100,12 +99,12 @@ def check_run(
 
 def _changes(folder: Path, new_text: str, may_change: Callable[[Change], bool]) -> list[Change]:
     try:
-        old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        old = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+    except (UserError, UnicodeDecodeError):
         old = None
     if not isinstance(old, dict):
         raise UserError(f"{folder / 'config.yaml'}: not a run's settings; give another run_dir, or remove this one")
-    changed = differences(old, yaml.safe_load(new_text))
+    changed = differences(old, parse_yaml(new_text, "settings"))
     refused = [change for change in changed if not may_change(change)]
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""

@@ -1,12 +1,20 @@
 """Every setting: its type, default, bounds and one line of description. No jax import.
 
 What the step functions take stands in `steps.py`, where rows come from in `data.py`, where scores come from in
-`rewards.py`, and what a run is made of in `run.py`. Files, overrides and messages are read in `config_io.py`.
+`rewards.py`, and what a run is made of in `run.py`. `reading.py` reads files and overrides, `table.py` has every setting
+for help, and `faults.py` says what is wrong.
 """
 
 from jaxrlhf.config.base import Overflow, Settings
 from jaxrlhf.config.data import ChatSourceConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
-from jaxrlhf.config.rewards import RewardConfig, RewardPart
+from jaxrlhf.config.rewards import (
+    ClassifierRewardConfig,
+    FunctionRewardConfig,
+    HTTPRewardConfig,
+    ModelRewardConfig,
+    RewardConfig,
+    SumRewardConfig,
+)
 from jaxrlhf.config.run import (
     CheckpointsConfig,
     HealthConfig,
@@ -34,11 +42,15 @@ __all__ = [
     "AdvantageConfig",
     "ChatSourceConfig",
     "CheckpointsConfig",
+    "ClassifierRewardConfig",
     "DemonstrationsConfig",
+    "FunctionRewardConfig",
+    "HTTPRewardConfig",
     "HealthConfig",
     "KLConfig",
     "MeshConfig",
     "ModelConfig",
+    "ModelRewardConfig",
     "NewModelConfig",
     "OptimizerConfig",
     "Overflow",
@@ -49,11 +61,11 @@ __all__ = [
     "PromptsConfig",
     "RewardConfig",
     "RewardModelConfig",
-    "RewardPart",
     "RunConfig",
     "SFTConfig",
     "Sampling",
     "ScoreConfig",
     "Settings",
     "SourceConfig",
+    "SumRewardConfig",
 ]

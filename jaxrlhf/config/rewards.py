@@ -1,67 +1,119 @@
-"""Where scores come from."""
+"""Where scores come from: one section per kind of reward, each with its own settings."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from jaxrlhf.config.base import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
 
-class RewardConfig(Settings):
-    """Where scores come from: the run's reward adapter, a pretrained model, a text classifier, Python, a server, a sum."""
+class FunctionRewardConfig(Settings):
+    """A Python function."""
 
-    kind: Literal["model", "function", "transformers", "http", "sum"] = Field(
-        "model", description="model: the run's reward adapter, or the decoder at path; function: Python; transformers: a text classifier of any architecture at path, with torch on the CPU; http: a server at url; sum: of parts"
-    )
-    parts: dict[str, "RewardPart"] | None = Field(None, description="kind sum: name -> weight and reward; each is logged as reward/NAME")
-    options: dict[str, Any] = Field({}, description="kind function: keywords of every call, such as {pattern: '####'}")
-    columns: dict[str, str] = Field({}, description="kind function: keyword of the function -> column of the data that it gets")
-    url: str | None = Field(None, description="kind http: gets {prompts, completions, columns} as JSON, answers {scores: [numbers]}")
-    timeout: PositiveFloat = Field(30.0, description="kind http, and async functions: seconds for one call")
-    retries: NonNegativeInt = Field(4, description="kind http: further tries after time-outs, lost connections, 429 and 5xx")
-    token_env: str | None = Field(None, description="kind http: environment variable with a bearer token")
-    function: str | None = Field(None, description="module:function or path.py:function, called with prompts=, completions= and the row's other columns=")
-    path: str | None = Field(None, description="folder or hub id of a *ForSequenceClassification model with its own tokenizer; kind model: one label; null: the run's reward adapter")
-    label: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] | None = Field(
-        None, description="kind transformers: name or number of the label that is scored; null: the only one"
-    )
-    score: Literal["logit", "probability", "log_probability"] = Field("logit", description="kind transformers: what of the label is the score")
-    input: Literal["auto", "text", "completion", "pair", "chat"] = Field(
-        "auto", description="what a model at path reads. text: prompt and answer as one; completion: the answer alone; pair: two segments (kind transformers); chat: its chat template; auto: chat for chats if it has a template, else text"
-    )
+    kind: Literal["function"] = Field("function", description="a Python function")
+    function: str = Field(description="module:function or path.py:function, called with prompts=, completions= and the row's other columns=")
+    options: dict[str, Any] = Field({}, description="keywords of every call, such as {pattern: '####'}")
+    columns: dict[str, str] = Field({}, description="keyword of the function -> column of the data that it gets")
+    timeout: PositiveFloat = Field(30.0, description="seconds for one call of an async function")
+
+
+class HTTPRewardConfig(Settings):
+    """A server."""
+
+    kind: Literal["http"] = Field("http", description="a server")
+    url: str = Field(description="gets {prompts, completions, columns} as JSON, answers {scores: [numbers]}")
+    timeout: PositiveFloat = Field(30.0, description="seconds for one request")
+    retries: NonNegativeInt = Field(4, description="further tries after time-outs, lost connections, 429 and 5xx")
+    token_env: str | None = Field(None, description="environment variable with a bearer token")
+    batch_size: PositiveInt = Field(16, description="answers per request")
+
+
+class _Reader(Settings):
+    """What the kinds share that read answers with a model and tokenizer of their own."""
+
+    kind: Literal["model", "classifier"]
     template: str | None = Field(None, description="spells input text, with {prompt} and {completion} in it; null: the answer right behind the prompt")
-    end_at_eos: bool | None = Field(None, description="kind model: answers that ended end as in the stage reward_model, with the turn's end of the reward model's chat template, or its EOS; null: in texts yes, chats as their template ends them")
     batch_size: PositiveInt = Field(16, description="answers per forward pass of a model at path")
     max_length: PositiveInt = Field(512, description="tokens that a model at path reads at most, within its positions; longer: the start is cut off")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="kind model: dtype of the weights at path in memory; auto: that of its tensors")
 
     @model_validator(mode="after")
-    def _complete(self) -> "RewardConfig":
-        if (self.kind == "function") != (self.function is not None):
-            raise ValueError("kind: function needs function: module:name or path.py:name, and only that kind takes one")
-        if (self.kind == "sum") != bool(self.parts):
-            raise ValueError("kind: sum needs parts: name -> {weight, kind, ...}, and only that kind takes them")
-        if any(part.kind == "sum" for part in (self.parts or {}).values()):
-            raise ValueError("parts: a sum within a sum is one sum: list its parts")
-        if (self.kind == "http") != (self.url is not None):
-            raise ValueError("kind: http needs url: http(s)://..., and only that kind takes one")
-        if self.kind != "function" and (self.options or self.columns):
-            raise ValueError("options and columns are for kind: function")
-        if self.kind == "transformers" and self.path is None:
-            raise ValueError("kind: transformers needs path: folder or hub id of a text classifier")
-        if self.kind in ("function", "http", "sum") and self.path is not None:
-            raise ValueError(f"kind: {self.kind} takes no path; kind: model or transformers does")
-        if self.kind != "transformers" and (self.label is not None or self.score != "logit" or self.input == "pair"):
-            raise ValueError("label, score and input: pair are for kind: transformers; a reward model has one score")
+    def _spelt(self) -> "_Reader":
         if self.template is not None and (self.input not in ("auto", "text") or "{completion}" not in self.template):
             raise ValueError("template holds {completion}, and {prompt} where that is wanted; it needs input: text")
         return self
 
 
-class RewardPart(RewardConfig):
-    """One reward of a sum."""
+class ModelRewardConfig(_Reader):
+    """The run's reward adapter, or a reward model in a folder."""
+
+    kind: Literal["model"] = Field("model", description="the run's reward adapter, or the decoder at path")
+    path: str | None = Field(None, description="folder or hub id of a *ForSequenceClassification decoder with one label and its own tokenizer; null: the run's reward adapter")
+    input: Literal["auto", "text", "completion", "chat"] = Field("auto", description="what the model at path reads. text: prompt and answer as one; completion: the answer alone; chat: its chat template; auto: chat for chats if it has a template, else text")
+    end_at_eos: bool | None = Field(None, description="answers that ended end as in the stage reward_model, with the turn's end of the reward model's chat template, or its EOS; null: in texts yes, chats as their template ends them")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the weights at path in memory; auto: that of its tensors")
+
+
+class ClassifierRewardConfig(_Reader):
+    """A text classifier of any architecture, by transformers with torch, on the CPU."""
+
+    kind: Literal["classifier"] = Field("classifier", description="a text classifier of any architecture, by transformers with torch on the CPU")
+    path: str = Field(description="folder or hub id of a *ForSequenceClassification model with its own tokenizer")
+    label: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] | None = Field(None, description="name or number of the label that is scored; null: the only one")
+    score: Literal["logit", "probability", "log_probability"] = Field("logit", description="what of the label is the score")
+    input: Literal["auto", "text", "completion", "pair", "chat"] = Field("auto", description="what the classifier reads. text: prompt and answer as one; completion: the answer alone; pair: two segments; chat: its chat template; auto: chat for chats if it has a template, else text")
+
+
+def _tag(given: Any) -> str | None:
+    """The kind of a reward, spelt so that it is no setting's name; a section without one is of kind model."""
+    if isinstance(given, dict):
+        return f"kind={given.get('kind', 'model')}"
+    return f"kind={given.kind}" if isinstance(given, Settings) else None
+
+
+class _Weighted(Settings):
+    """What a part of a sum has beside the settings of its kind."""
 
     weight: FiniteFloat = Field(1.0, description="the part's scores are multiplied by it; 0: only measured")
 
 
-RewardConfig.model_rebuild()
+class FunctionPart(_Weighted, FunctionRewardConfig):
+    """A function in a sum."""
+
+
+class HTTPPart(_Weighted, HTTPRewardConfig):
+    """A server in a sum."""
+
+
+class ModelPart(_Weighted, ModelRewardConfig):
+    """A reward model in a sum."""
+
+
+class ClassifierPart(_Weighted, ClassifierRewardConfig):
+    """A classifier in a sum."""
+
+
+RewardPart = Annotated[
+    Annotated[ModelPart, Tag("kind=model")]
+    | Annotated[FunctionPart, Tag("kind=function")]
+    | Annotated[ClassifierPart, Tag("kind=classifier")]
+    | Annotated[HTTPPart, Tag("kind=http")],
+    Discriminator(_tag),
+]
+
+
+class SumRewardConfig(Settings):
+    """Several rewards, weighted and added up."""
+
+    kind: Literal["sum"] = Field("sum", description="several rewards, weighted and added up")
+    parts: dict[str, RewardPart] = Field(min_length=1, description="name -> a reward of another kind, with a weight (1; 0: only measured); each is logged as reward/NAME")
+
+
+RewardConfig = Annotated[
+    Annotated[ModelRewardConfig, Tag("kind=model")]
+    | Annotated[FunctionRewardConfig, Tag("kind=function")]
+    | Annotated[ClassifierRewardConfig, Tag("kind=classifier")]
+    | Annotated[HTTPRewardConfig, Tag("kind=http")]
+    | Annotated[SumRewardConfig, Tag("kind=sum")],
+    Discriminator(_tag),
+]
+ReadingRewardConfig = ModelRewardConfig | ClassifierRewardConfig

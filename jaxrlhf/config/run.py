@@ -6,7 +6,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jaxrlhf.config.base import (
+    CHOICE,
+    FREE,
+    LONGER,
     REMAT,
+    ROUNDING,
     NonNegativeFloat,
     NonNegativeInt,
     Overflow,
@@ -16,7 +20,7 @@ from jaxrlhf.config.base import (
     Settings,
 )
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig
-from jaxrlhf.config.rewards import RewardConfig
+from jaxrlhf.config.rewards import ModelRewardConfig, RewardConfig
 from jaxrlhf.config.steps import (
     AdapterConfig,
     AdvantageConfig,
@@ -62,8 +66,8 @@ class ModelConfig(Settings):
     new: NewModelConfig | None = Field(None, description="make a new decoder from random weights")
     tokenizer: str | None = Field(None, description="tokenizer folder or hub id; null: the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base in memory; auto: that of the checkpoint's tensors, float32 for a new model")
-    attention: Literal["xla", "cudnn"] = Field("xla", description="what computes attention over whole sequences; cudnn: fused, on NVIDIA GPUs, in bfloat16 or float16")
-    matmul_precision: Literal["highest", "tf32"] = Field("highest", description="float32 products on NVIDIA GPUs, of every program; highest: float32, which a ratio of 1 in the first minibatch takes; tf32: faster, of numbers with 10 bits of mantissa. A base in bfloat16 or float16 leaves few of them: scalar heads, and LoRA pairs on lm_head. No matter on a CPU")
+    attention: Literal["xla", "cudnn"] = Field("xla", description="what computes attention over whole sequences; cudnn: fused, on NVIDIA GPUs, in bfloat16 or float16", json_schema_extra=ROUNDING)
+    matmul_precision: Literal["highest", "tf32"] = Field("highest", description="float32 products on NVIDIA GPUs, of every program; highest: float32, which a ratio of 1 in the first minibatch takes; tf32: faster, of numbers with 10 bits of mantissa. A base in bfloat16 or float16 leaves few of them: scalar heads, and LoRA pairs on lm_head. No matter on a CPU", json_schema_extra=ROUNDING)
     quantize: Literal["int8", "nf4"] | None = Field(None, description="keep the base's linear layers as 8-bit or 4-bit codes, under LoRA adapters; null: no, or as in run")
 
     @model_validator(mode="after")
@@ -81,9 +85,9 @@ class ModelConfig(Settings):
 class MeshConfig(Settings):
     """Devices along each axis; -1 takes what is left."""
 
-    data: int = Field(-1, ge=-1, description="copies of the base, each with its share of the batch")
-    fsdp: int = Field(1, ge=-1, description="base split by rows, gathered layer by layer; batch split too")
-    tensor: int = Field(1, ge=-1, description="layers split by heads and MLP width")
+    data: int = Field(-1, ge=-1, description="copies of the base, each with its share of the batch", json_schema_extra=FREE)
+    fsdp: int = Field(1, ge=-1, description="base split by rows, gathered layer by layer; batch split too", json_schema_extra=FREE)
+    tensor: int = Field(1, ge=-1, description="layers split by heads and MLP width", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _one_filler(self) -> "MeshConfig":
@@ -96,11 +100,11 @@ class MeshConfig(Settings):
 class CheckpointsConfig(Settings):
     """What is kept of a run while it goes, for each stage; may change when a run is continued, but for result."""
 
-    keep: PositiveInt = Field(2, description="newest checkpoints that are kept")
-    best: str | None = Field(None, description="metric whose best checkpoint is kept as well, such as reward/gold; null: none")
-    best_is: Literal["highest", "lowest"] = Field("highest", description="which value of best is the best")
+    keep: PositiveInt = Field(2, description="newest checkpoints that are kept", json_schema_extra=FREE)
+    best: str | None = Field(None, description="metric whose best checkpoint is kept as well, such as reward/gold; null: none", json_schema_extra=CHOICE)
+    best_is: Literal["highest", "lowest"] = Field("highest", description="which value of best is the best", json_schema_extra=CHOICE)
     result: Literal["last", "best"] = Field("last", description="which weights a stage with that metric hands on: of its last step, or of its best checkpoint")
-    grace: PositiveFloat = Field(60.0, description="seconds after SIGTERM or Ctrl-C in which the step under way may end and be saved")
+    grace: PositiveFloat = Field(60.0, description="seconds after SIGTERM or Ctrl-C in which the step under way may end and be saved", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _of_something(self) -> "CheckpointsConfig":
@@ -112,7 +116,7 @@ class CheckpointsConfig(Settings):
 class HealthConfig(Settings):
     """When a run is not learning any more. A step whose loss or gradient is not finite changes nothing, and is counted."""
 
-    patience: PositiveInt = Field(10, description="steps in a row that were not learnt from stop the run, with the last one's batch saved")
+    patience: PositiveInt = Field(10, description="steps in a row that were not learnt from stop the run, with the last one's batch saved", json_schema_extra=FREE)
     max_kl: PositiveFloat | None = Field(None, description="a PPO iteration whose KL to the reference, nats per answer, is above this is not learnt from; null: no limit")
     max_length: PositiveFloat | None = Field(None, description="the same for tokens per answer, on average; null: no limit")
 
@@ -130,8 +134,8 @@ class SFTConfig(Settings):
     max_length: PositiveInt = Field(512, description="tokens per sequence")
     overflow: Overflow = Field("cut", description="rows longer than max_length: cut their end, drop them, or stop")
     packing: bool = Field(True, description="several rows share a sequence, each attending to itself; false: length buckets")
-    remat: Remat = Field("dots", description=REMAT)
-    save_every: PositiveInt = Field(100, description="steps between checkpoints")
+    remat: Remat = Field("dots", description=REMAT, json_schema_extra=ROUNDING)
+    save_every: PositiveInt = Field(100, description="steps between checkpoints", json_schema_extra=CHOICE)
 
 
 class RewardModelConfig(Settings):
@@ -150,8 +154,8 @@ class RewardModelConfig(Settings):
     overflow: Overflow = Field("cut", description="sequences longer than max_length: cut the prompt's start, drop the pair, or stop")
     buckets: PositiveInt = Field(4, description="sequence lengths that batches are padded to, each compiled once")
     centring: NonNegativeFloat = Field(0.01, description="weight of (chosen + rejected)^2, which keeps scores around 0")
-    remat: Remat = Field("dots", description=REMAT)
-    save_every: PositiveInt = Field(100, description="steps between checkpoints")
+    remat: Remat = Field("dots", description=REMAT, json_schema_extra=ROUNDING)
+    save_every: PositiveInt = Field(100, description="steps between checkpoints", json_schema_extra=CHOICE)
 
 
 class PretrainingConfig(Settings):
@@ -168,12 +172,12 @@ class PPOStageConfig(Settings):
     data: PromptsConfig = Field(description="prompts to answer")
     max_prompt_tokens: PositiveInt = Field(64, description="prompts are padded on the left to this length")
     overflow: Overflow = Field("stop", description="longer prompts: cut their start, drop them, or stop")
-    iterations: PositiveInt = Field(100, description="rollouts")
+    iterations: PositiveInt = Field(100, description="rollouts", json_schema_extra=LONGER)
     batch_size: PositiveInt = Field(64, description="prompts per rollout; times sampling.samples_per_prompt answers")
     sampling: Sampling = Field(Sampling(), description="how answers are sampled")
     policy: str | None = Field(None, description="adapter folder (ours or PEFT's) that the policy starts from; null: the reference")
     reference: str | None = Field(None, description="adapter folder of the reference; null: the SFT adapter, else the base")
-    reward: RewardConfig = Field(RewardConfig(), description="the reward that is maximised")
+    reward: RewardConfig = Field(ModelRewardConfig(), description="the reward that is maximised")
     gold: str | None = Field(None, description="function that is measured but never trained on: module:function or path.py:function")
     score: ScoreConfig = Field(ScoreConfig(), description="what becomes of a score before it is a reward")
     resample: NonNegativeInt = Field(0, description="dynamic sampling (2503.14476): groups with equal scores give way to groups of further prompts, in at most so many more rollouts an iteration; metrics are of the groups kept, reward/drawn is of all")
@@ -185,8 +189,8 @@ class PPOStageConfig(Settings):
     value_adapter: AdapterConfig | None = Field(None, description="the value model's, as adapter; null: the run's adapter")
     value_from: Literal["reward", "fresh"] = Field("reward", description="reward: start from the reward adapter, if any, of the same kind: with its head where it alone is the reward, score.normalise none or initial, else from its trunk with a head of 0; fresh: a new adapter")
     update: PPOConfig = Field(PPOConfig(), description="the update of one iteration")
-    save_every: PositiveInt = Field(10, description="iterations between checkpoints")
-    sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl")
+    save_every: PositiveInt = Field(10, description="iterations between checkpoints", json_schema_extra=CHOICE)
+    sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl", json_schema_extra=FREE)
     evaluation_data: PromptsConfig | None = Field(None, description="held-out prompts for the final table; null: of data")
     evaluation_prompts: PositiveInt = Field(128, description="prompts for the final table, before and after training; taken in turn")
 
@@ -210,7 +214,7 @@ class PPOStageConfig(Settings):
 class RunConfig(Settings):
     """A whole run: which stages, on which model, into which directory."""
 
-    run_dir: str = Field(description="directory of the run; the same command continues it")
+    run_dir: str = Field(description="directory of the run; the same command continues it", json_schema_extra=FREE)
     seed: int = Field(0, ge=0, lt=2**32, description="the one seed")
     stages: tuple[Literal["sft", "reward_model", "ppo"], ...] = Field(
         ("sft", "reward_model", "ppo"), strict=False, min_length=1, description="stages in order"
@@ -221,8 +225,8 @@ class RunConfig(Settings):
     sft: SFTConfig | None = Field(None, description="settings of the sft stage")
     reward_model: RewardModelConfig | None = Field(None, description="settings of the reward_model stage")
     ppo: PPOStageConfig | None = Field(None, description="settings of the ppo stage")
-    compilation_cache: str | None = Field("auto", min_length=1, description="folder where compiled programs are kept for the next start; auto: JAX_COMPILATION_CACHE_DIR, else jaxrlhf/xla in the user's cache folder; null: nowhere")
-    compiler_options: dict[str, Any] = Field({}, description=f"program -> option of XLA -> value, such as {{update: {{xla_gpu_triton_gemm_any: true}}}}; programs: {', '.join(PROGRAMS)}")
+    compilation_cache: str | None = Field("auto", min_length=1, description="folder where compiled programs are kept for the next start; auto: JAX_COMPILATION_CACHE_DIR, else jaxrlhf/xla in the user's cache folder; null: nowhere", json_schema_extra=FREE)
+    compiler_options: dict[str, Any] = Field({}, description=f"program -> option of XLA -> value, such as {{update: {{xla_gpu_triton_gemm_any: true}}}}; programs: {', '.join(PROGRAMS)}", json_schema_extra=ROUNDING)
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="what is kept of the run while it goes")
     health: HealthConfig = Field(HealthConfig(), description="when a run is not learning any more")
 

@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    from jaxrlhf.config_io import load_config
+    from jaxrlhf.config.reading import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     from jaxrlhf.distributed.compiler_options import check_options

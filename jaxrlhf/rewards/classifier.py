@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.config import RewardConfig
+from jaxrlhf.config import ClassifierRewardConfig
 from jaxrlhf.data.chats import Chat, ChatTemplate
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import HUB_ID, one_line
@@ -23,14 +23,14 @@ from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
 
 
-class TransformersReward:
+class ClassifierReward:
     """A reward (see `answers.Reward`) from a folder or hub id that `AutoModelForSequenceClassification` reads.
 
     Texts longer than `max_length` lose their start, special tokens excepted; of two segments the longer one first.
     Rows of about the same length share a forward pass, padded on the right.
     """
 
-    def __init__(self, config: RewardConfig, key_path: str):
+    def __init__(self, config: ClassifierRewardConfig, key_path: str):
         """`key_path` is the section of the settings, for messages. Raises `UserError` where they cannot be used."""
         self.config, self.name = config, str(config.path)
         self.model = _load_model(self.name, key_path)
@@ -128,7 +128,7 @@ def _load_model(path: str, key_path: str) -> Any:
         import torch
         from transformers import AutoModelForSequenceClassification
     except ImportError:
-        raise UserError(f"{key_path}.kind: transformers needs torch: pip install torch") from None
+        raise UserError(f"{key_path}.kind: classifier needs torch: pip install torch") from None
     folder = os.path.expanduser(path)
     if not os.path.isdir(folder) and (os.path.exists(folder) or not HUB_ID.fullmatch(path)):
         raise UserError(f"{key_path}.path: {path}: no such folder; want one, or a hub id like owner/name")
@@ -164,7 +164,7 @@ def _load_tokenizer(path: str, model: Any, key_path: str) -> Any:
     return tokenizer
 
 
-def _label(config: RewardConfig, model: Any, key_path: str) -> int:
+def _label(config: ClassifierRewardConfig, model: Any, key_path: str) -> int:
     """Number of the label that is scored."""
     names = {int(number): str(name) for number, name in model.id2label.items()}
     listed = ", ".join(f"{name!r} ({number})" for number, name in sorted(names.items()))

@@ -5,11 +5,18 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from jaxrlhf.config import RewardConfig
+from jaxrlhf.config import (
+    ClassifierRewardConfig,
+    FunctionRewardConfig,
+    HTTPRewardConfig,
+    ModelRewardConfig,
+    RewardConfig,
+    SumRewardConfig,
+)
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.answers import Reward
-from jaxrlhf.rewards.classifier import TransformersReward
+from jaxrlhf.rewards.classifier import ClassifierReward
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.from_first import on_first
 from jaxrlhf.rewards.functions import FunctionReward
@@ -35,15 +42,15 @@ def load_rewards(
     decoders with a base of their own.
     Raises `UserError` where function, folder, label or URL cannot be used.
     """
-    if config.kind != "sum":
-        rewards: Rewards = {"": (_load(config, mesh, key_path, say, matmul_precision), 1.0)}
-    else:
-        rewards = {
+    if isinstance(config, SumRewardConfig):
+        rewards: Rewards = {
             name: (_load(part, mesh, f"{key_path}.parts.{name}", say, matmul_precision), part.weight)
-            for name, part in (config.parts or {}).items()
+            for name, part in config.parts.items()
         }
+    else:
+        rewards = {"": (_load(config, mesh, key_path, say, matmul_precision), 1.0)}
     for reward, _ in rewards.values():
-        if isinstance(reward, (PretrainedReward, TransformersReward)):
+        if isinstance(reward, (PretrainedReward, ClassifierReward)):
             reward.chats.time = time
     return rewards
 
@@ -57,16 +64,25 @@ def compose(rewards: Rewards, own: Callable[[], Reward]) -> Reward:
 
 def needs_own(config: RewardConfig) -> bool:
     """Whether the run's own reward adapter is the reward, or a part of it."""
-    parts = config.parts.values() if config.kind == "sum" else (config,)
-    return any(part.kind == "model" and part.path is None for part in parts)
+    return any(_is_own(part) for part in parts_of(config))
 
 
 def own_gain(config: RewardConfig) -> float | None:
     """The number with which the run's own reward adapter is multiplied where it alone is the reward; else None."""
-    if config.kind != "sum":
-        return 1.0 if needs_own(config) else None
-    weighed = [part for part in (config.parts or {}).values() if part.weight]
-    return weighed[0].weight if len(weighed) == 1 and weighed[0].kind == "model" and weighed[0].path is None else None
+    if not isinstance(config, SumRewardConfig):
+        return 1.0 if _is_own(config) else None
+    weighed = [part for part in config.parts.values() if part.weight]
+    return weighed[0].weight if len(weighed) == 1 and _is_own(weighed[0]) else None
+
+
+def parts_of(config: RewardConfig) -> list[RewardConfig]:
+    """The parts of a sum; of another reward, itself."""
+    return [*config.parts.values()] if isinstance(config, SumRewardConfig) else [config]
+
+
+def _is_own(config: RewardConfig) -> bool:
+    """Whether a reward is the run's own reward adapter."""
+    return isinstance(config, ModelRewardConfig) and config.path is None
 
 
 def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
@@ -75,19 +91,19 @@ def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
         where = f"{key_path}.parts.{name}" if name else key_path
         if isinstance(reward, FunctionReward):
             reward.check_columns(set().union(*prompts.columns), f"{where}.function")
-        elif isinstance(reward, (PretrainedReward, TransformersReward)):
+        elif isinstance(reward, (PretrainedReward, ClassifierReward)):
             reward.check_prompts(prompts)
 
 
 def _load(
     config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, say: Say | None, matmul_precision: str
 ) -> Reward | None:
-    if config.kind == "function":
+    if isinstance(config, FunctionRewardConfig):
         options = (config.options, config.columns, config.timeout)
         return FunctionReward(config.function, f"{key_path}.function", *options)
-    if config.kind == "transformers":
-        return TransformersReward(config, key_path)
-    if config.kind == "http":
+    if isinstance(config, ClassifierRewardConfig):
+        return ClassifierReward(config, key_path)
+    if isinstance(config, HTTPRewardConfig):
         settings = {"timeout": config.timeout, "retries": config.retries, "headers_env": config.token_env}
         try:
             return HTTPReward(config.url, batch_size=config.batch_size, say=say, **settings)

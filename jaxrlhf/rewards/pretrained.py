@@ -8,7 +8,7 @@ checkpoint that pads with EOS is not read at an EOS.
 import jax
 import numpy as np
 
-from jaxrlhf.config import RewardConfig
+from jaxrlhf.config import ModelRewardConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.distributed.mesh import check_batch, place, place_batch, replicated
 from jaxrlhf.distributed.programs import Program
@@ -40,7 +40,7 @@ class PretrainedReward:
     """A reward (see `answers.Reward`) from a folder or hub id that `load_sequence_classifier` reads."""
 
     def __init__(
-        self, config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, matmul_precision: str = "highest"
+        self, config: ModelRewardConfig, mesh: jax.sharding.Mesh, key_path: str, matmul_precision: str = "highest"
     ):
         """`key_path` is the section of the settings, for messages. Raises `UserError` where they cannot be used."""
         self.config, self.mesh, self.name = config, mesh, str(config.path)

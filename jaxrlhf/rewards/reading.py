@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrlhf.config import RewardConfig
+from jaxrlhf.config.rewards import ReadingRewardConfig
 from jaxrlhf.data.chats import Chat, as_chat, content_text
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.functions import RewardFault
@@ -17,7 +17,7 @@ Reading = tuple[str | Chat | None, str]
 """(None, text), (prompt, completion) as two segments, or (chat, completion) as a chat."""
 
 
-def readings(answers: Answers, config: RewardConfig, has_chat_template: bool) -> list[Reading]:
+def readings(answers: Answers, config: ReadingRewardConfig, has_chat_template: bool) -> list[Reading]:
     """One reading per answer, as `config.input` says; `has_chat_template` is of the scorer's tokenizer.
 
     In a text, a text prompt stands as the data gave it with the answer right behind it, and a chat's prompt is what
@@ -47,14 +47,14 @@ def readings(answers: Answers, config: RewardConfig, has_chat_template: bool) ->
     return found
 
 
-def reads_chat(config: RewardConfig, chat: Chat | None, has_chat_template: bool) -> bool:
+def reads_chat(config: ReadingRewardConfig, chat: Chat | None, has_chat_template: bool) -> bool:
     """Whether a prompt, a chat or (None) a text, is read through the scorer's chat template."""
     wanted = config.input == "auto" and config.template is None and chat is not None and has_chat_template
     return config.input == "chat" or wanted
 
 
 def chats_read(
-    prompts: Sequence[str], chats: Sequence[Chat | None], config: RewardConfig, has_chat_template: bool
+    prompts: Sequence[str], chats: Sequence[Chat | None], config: ReadingRewardConfig, has_chat_template: bool
 ) -> list[Chat]:
     """The prompts that are read through the scorer's chat template, as chats: to see beforehand that it takes them."""
     rows = zip(prompts, chats)

@@ -9,7 +9,7 @@ import pydantic
 
 from jaxrlhf.checkpoint.compilation_cache import AUTO, kept_programs
 from jaxrlhf.config import PromptsConfig, RunConfig, Sampling
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.tokenizers import Tokenizer

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from jaxrlhf.config import RunConfig
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.folders import PEFT_INFO

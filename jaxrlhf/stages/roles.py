@@ -19,7 +19,7 @@ from jaxrlhf.checkpoint.checksums import RECORD, Damaged, seal, unseal
 from jaxrlhf.checkpoint.files import atomic_write
 from jaxrlhf.checkpoint.run_dir import begun_at
 from jaxrlhf.config import ModelConfig, RunConfig
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError

@@ -14,7 +14,7 @@ from jaxrlhf.checkpoint.compilation_cache import kept_programs
 from jaxrlhf.checkpoint.lock import RunLock
 from jaxrlhf.checkpoint.run_dir import begun_at, check_run, make_folder, open_run, record_begin
 from jaxrlhf.config import RunConfig
-from jaxrlhf.config_io import dump_config
+from jaxrlhf.config.reading import dump_config
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.compiler_options import compiled_with
 from jaxrlhf.distributed.mesh import make_mesh, place
@@ -23,7 +23,7 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.stages import ppo, reward_model, sft
-from jaxrlhf.stages.continuing import MORE_ITERATIONS, may_change, told
+from jaxrlhf.stages.continuing import makes_longer, may_change, told
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, check_none_gone, finished_stages, load_roles, mark_unfinished, save_base
 from jaxrlhf.stages.settings import end_notes
@@ -72,7 +72,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         roles.base = with_target(roles.base, dataclasses.replace(roles.base.config.target, attention="cudnn"))
     begins = _set_clock(run, roles)
     finished = finished_stages(config.run_dir)
-    again = {"ppo"} & {*finished} if MORE_ITERATIONS in [key for key, *_ in changes] else set()
+    again = {"ppo"} & {*finished} if any(map(makes_longer, changes)) else set()
     todo = [stage for stage in config.stages if stage not in finished or stage in again]
     for stage in config.stages:
         if stage not in todo:
@@ -88,7 +88,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         lock.take()
         if writes and (folder / "config.yaml").exists():
             raise UserError(f"run_dir {folder}: another process began a run there meanwhile; give the command again")
-    for text in filter(None, map(told, changes)):
+    for text in map(told, changes):
         run.say(f"run_dir {folder}: {text}")
     for stage in again if writes else ():
         mark_unfinished(config.run_dir, stage)

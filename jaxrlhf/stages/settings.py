@@ -112,7 +112,7 @@ def steps_text(epochs: int, batches: int) -> str:
 
 def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
     """The optimizer with the stage's own number of steps, where the settings give none."""
-    return config if config.total_steps is not None else config.model_copy(update={"total_steps": float(steps)})
+    return config if config.total_steps is not None else config.model_copy(update={"total_steps": steps})
 
 
 def check_length(model: DecoderConfig, length: int, key_path: str) -> None:

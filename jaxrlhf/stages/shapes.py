@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import AdapterConfig, ModelConfig, RunConfig
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.data.world import VOCABULARY
 from jaxrlhf.distributed.mesh import batch_sharding, replicated, tree_shardings

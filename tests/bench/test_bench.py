@@ -18,7 +18,7 @@ from jaxrlhf.bench.filling import Filler
 from jaxrlhf.bench.kernels import slowest
 from jaxrlhf.bench.lengths import stop_tokens, with_lengths
 from jaxrlhf.config import PPOConfig, Sampling
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.models.decoder import DecoderConfig, LayerKind, abstract_decoder
 from jaxrlhf.plan import work

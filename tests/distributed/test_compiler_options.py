@@ -7,8 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.config.run import PROGRAMS
-from jaxrlhf.config_io import load_config
 from jaxrlhf.distributed.compiler_options import ALL, check_options, compiled_with, options_of
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.errors import UserError

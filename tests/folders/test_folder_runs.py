@@ -12,7 +12,7 @@ from hub_folders import FOLDERS
 
 from jaxrlhf import export, generate, train
 from jaxrlhf.config import PreferencesConfig
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.preferences import load_preferences
 from jaxrlhf.stages.roles import load_roles
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import abstract_decoder, named_parameters
 from jaxrlhf.plan import planner

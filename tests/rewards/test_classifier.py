@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from jaxrlhf.config import RewardConfig
+from jaxrlhf.config import ClassifierRewardConfig
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.classifier import TransformersReward
+from jaxrlhf.rewards.classifier import ClassifierReward
 from jaxrlhf.rewards.functions import RewardFault
 
 torch = pytest.importorskip("torch", reason="classifiers are torch models")
@@ -72,7 +72,7 @@ def folders(tmp_path_factory):
 
 
 def make(folder, **settings):
-    return TransformersReward(RewardConfig(kind="transformers", path=str(folder), **settings), "ppo.reward")
+    return ClassifierReward(ClassifierRewardConfig(path=str(folder), **settings), "ppo.reward")
 
 
 def direct(folder, *texts):

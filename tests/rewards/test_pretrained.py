@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.config import MeshConfig, ModelRewardConfig
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.tokenizers import build_word_tokenizer, load_tokenizer
 from jaxrlhf.distributed.mesh import make_mesh
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make(mesh):
-    return lambda path, **settings: PretrainedReward(RewardConfig(path=str(path), **settings), mesh, "ppo.reward")
+    return lambda path, **settings: PretrainedReward(ModelRewardConfig(path=str(path), **settings), mesh, "ppo.reward")
 
 
 def direct(folder, text):
@@ -98,7 +98,7 @@ def test_an_exported_reward_adapter_scores_as_it_did_in_its_run(make, answered, 
 
 
 def test_its_products_are_as_exact_as_the_run_s(mesh, folder):
-    loaded = load_rewards(RewardConfig(path=str(folder)), mesh, "ppo.reward", matmul_precision="tf32")
+    loaded = load_rewards(ModelRewardConfig(path=str(folder)), mesh, "ppo.reward", matmul_precision="tf32")
     assert loaded[""][0].base.config.target == target_of(mesh, "tf32")
 
 
@@ -215,7 +215,7 @@ def test_an_empty_text_is_its_eos(make, folder, answered, tmp_path):
 ON_A_MESH = """
 import sys
 import jax, numpy as np
-from jaxrlhf.config import MeshConfig, RewardConfig
+from jaxrlhf.config import MeshConfig, ModelRewardConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.answers import Answers
@@ -229,7 +229,7 @@ tokens, mask = np.arange(4, 8)[None] * np.ones((8, 1), int), np.arange(4)[None] 
 rollout = Rollout(tokens, mask, mask[:, 2:], np.zeros((8, 2)), np.arange(8) % 2 == 0, np.zeros(8))
 for shape in ({"data": 1}, {"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}):
     mesh = make_mesh(MeshConfig(**shape), jax.devices()[: np.prod(list(shape.values()))])
-    reward = PretrainedReward(RewardConfig(path=sys.argv[1], batch_size=4), mesh, "ppo.reward")
+    reward = PretrainedReward(ModelRewardConfig(path=sys.argv[1], batch_size=4), mesh, "ppo.reward")
     split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(reward.base)]
     scores = reward(Answers(place_batch(mesh, rollout), ["is it"] * 8, [{}] * 8, words))
     print(any(split), *scores)

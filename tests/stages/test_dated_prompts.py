@@ -9,7 +9,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf.checkpoint.run_dir import record_begin
-from jaxrlhf.config import RewardConfig, RunConfig
+from jaxrlhf.config import ModelRewardConfig, RunConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
 from jaxrlhf.models.adapters import with_head
@@ -67,7 +67,7 @@ def test_reward_models_keep_the_date_too(clock, tmp_path):
     base = Decoder(shape_of(tokenizer), jax.random.key(3))
     save_sequence_classifier(tmp_path, base, with_head({}, base, "reward", jax.random.key(4)), tokenizer)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    config = RewardConfig(path=str(tmp_path))
+    config = ModelRewardConfig(path=str(tmp_path))
     for time, day in ((None, 20), (datetime.datetime(2026, 9, 3), 3)):
         reward = load_rewards(config, mesh, "ppo.reward", None, time)[""][0]
         assert reward.chats.whole_text([{"role": "user", "content": "sky"}], "").startswith(f"day {day:02} user")

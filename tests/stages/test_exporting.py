@@ -11,7 +11,7 @@ import pytest
 from jaxrlhf import export
 from jaxrlhf.checkpoint.run_dir import open_run
 from jaxrlhf.config import AdapterConfig, RunConfig
-from jaxrlhf.config_io import dump_config
+from jaxrlhf.config.reading import dump_config
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import save_adapter

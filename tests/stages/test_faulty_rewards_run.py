@@ -20,7 +20,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrlhf.config import RunConfig
-from jaxrlhf.config_io import dump_config
+from jaxrlhf.config.reading import dump_config
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.stages.run import run_stages
 

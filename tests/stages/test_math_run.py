@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxrlhf
-from jaxrlhf.config_io import load_config
+from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.rewards.library import numeric_answer

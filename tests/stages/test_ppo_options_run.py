@@ -139,7 +139,7 @@ def test_a_shared_trunk_warm_up_and_fitted_scores(tmp_path):
     run_stages(
         config(
             tmp_path / "run", tmp_path / "reward.py", iterations=3, value_adapter=None,
-            score={"normalise": "initial", "initial_answers": 6, "overlong_penalty": 1.0, "overlong_buffer": 2.0},
+            score={"normalise": "initial", "initial_answers": 6, "overlong_penalty": 1.0, "overlong_buffer": 2},
             update={"epochs": 2, "minibatches": 1, "value_trunk": "policy", "value_warmup": 1, "optimizer": FAST},
         )
     )  # fmt: skip
@@ -188,8 +188,8 @@ def test_one_setting_trains_all_roles_whole(tmp_path):
         ({"update": {"pretraining_coef": 2.0}}, "pretraining_coef: .*ppo.pretraining.data.path"),
         ({"update": {"value_trunk": "policy"}}, "ppo.value_adapter: .*value_trunk=policy"),
         ({"kl": {"coef": 0.0, "target": 6.0}}, "ppo.kl.target: .*0 stays 0"),
-        ({"kl": {"target": 6.0, "horizon": 0.8}}, "ppo.kl.horizon: .*more than 0.8"),
-        ({"score": {"overlong_penalty": 1.0, "overlong_buffer": 7.0}}, "overlong_buffer: 7 tokens, .*6 at most"),
+        ({"kl": {"target": 6.0, "horizon": 1}, "batch_size": 8}, "ppo.kl.horizon: .*more than 1.6"),
+        ({"score": {"overlong_penalty": 1.0, "overlong_buffer": 7}}, "overlong_buffer: 7 tokens, .*6 at most"),
         ({"advantage": {"estimator": "remax", "whiten_rewards": True}}, "whiten_rewards: .*length"),
         ({"pretraining": {"data": DEMONSTRATIONS, "max_length": 500}}, "ppo.pretraining.max_length: 500 tokens"),
         ({"pretraining": {"data": {"path": "nowhere.jsonl"}, "max_length": 32}}, "nowhere.jsonl"),

@@ -113,7 +113,7 @@ def idle(*names):
         ),
         ({"update": {"loss": "pg", "clip_low": 0.1}}, idle("ppo.update.clip_low (pg has no ratio)")),
         ({"score": {"initial_answers": 9}}, idle("ppo.score.initial_answers (ppo.score.normalise is none)")),
-        ({"kl": {"horizon": 5.0}}, idle("ppo.kl.horizon (there is no ppo.kl.target)")),
+        ({"kl": {"horizon": 5}}, idle("ppo.kl.horizon (there is no ppo.kl.target)")),
         (
             {"update": {"mask_truncated": True}, "score": {"missing_eos_penalty": 1.0}},
             idle("ppo.score.missing_eos_penalty (ppo.update.mask_truncated leaves out answers that did not end)"),
@@ -133,7 +133,7 @@ def test_what_is_odd_or_idle_is_said_in_a_line(given, words):
         {"update": {"value_coef": 0.5, "value_trunk": "policy"}},
         {"update": {"value_coef": 0.0}},
         {"resample": 2, **GRPO},
-        {"kl": {"horizon": 5.0, "target": 6.0}},
+        {"kl": {"horizon": 5, "target": 6.0}},
         {"update": {"mask_truncated": True}, "score": {"missing_eos_penalty": 1.0}, **GRPO},
         {"advantage": {"gamma": 0.9, "lam": 0.9}, "value_from": "fresh"},
     ],

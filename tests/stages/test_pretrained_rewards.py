@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf import train
 from jaxrlhf.config import RunConfig
-from jaxrlhf.config_io import dump_config
+from jaxrlhf.config.reading import dump_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.data.world import VOCABULARY
 from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
@@ -77,9 +77,9 @@ def scores_of(reward, sample, tokenizer):
     return reward(Answers(rollout, [sample["prompt"]], [{}], tokenizer))
 
 
-@pytest.mark.parametrize("kind", ["model", "transformers"])
+@pytest.mark.parametrize("kind", ["model", "classifier"])
 def test_ppo_on_a_pretrained_reward(kind, tmp_path):
-    {"model": save_reward_model, "transformers": save_classifier}[kind](tmp_path / "reward")
+    {"model": save_reward_model, "classifier": save_classifier}[kind](tmp_path / "reward")
     # Whether an answer ended is not in the samples: without an EOS the text alone decides.
     reward = {"kind": kind, "path": str(tmp_path / "reward"), "batch_size": 4}
     reward |= {"end_at_eos": False} if kind == "model" else {"label": "good", "score": "probability"}
@@ -129,11 +129,17 @@ def test_the_reward_reads_the_chat_and_not_what_the_policy_made_of_it(tmp_path):
 BAD = {
     "no folder": ({"path": "./absent"}, "absent: no such folder"),
     "no reward model": ({"path": "plain"}, "plain/config.json: architectures"),
-    "no label": ({"kind": "transformers", "path": "labels"}, "ppo.reward.label: labels has 2.*'bad' (0), 'good' (1)"),
-    "no classifier": ({"kind": "transformers", "path": "./absent"}, "ppo.reward.path: ./absent: no such folder"),
-    "label of a reward model": ({"path": "plain", "label": "good"}, "ppo.reward: label, score and input: pair are for"),
-    "kind without path": ({"kind": "transformers"}, "ppo.reward: kind: transformers needs path"),
-    "function with path": ({"kind": "function", "function": "a:b", "path": "x"}, "ppo.reward: kind: function takes no"),
+    "no label": ({"kind": "classifier", "path": "labels"}, "ppo.reward.label: labels has 2.*'bad' (0), 'good' (1)"),
+    "no classifier": ({"kind": "classifier", "path": "./absent"}, "ppo.reward.path: ./absent: no such folder"),
+    "label of a reward model": (
+        {"path": "plain", "label": "good"},
+        "ppo.reward.label; is for kind: classifier",
+    ),
+    "kind without path": ({"kind": "classifier"}, "ppo.reward.path is missing"),
+    "function with path": (
+        {"kind": "function", "function": "a:b", "path": "x"},
+        "ppo.reward.path; is for kind: model",
+    ),
     "template": ({"path": "plain", "template": "{prompt}"}, "ppo.reward: template holds {completion}"),
     "nothing at all": ({}, "ppo.reward.path=FOLDER"),
 }

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.checkpoint.run_dir import open_run
 from jaxrlhf.config import RunConfig
-from jaxrlhf.config_io import dump_config, load_config
+from jaxrlhf.config.reading import dump_config, load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.data.world import VOCABULARY
 from jaxrlhf.errors import UserError

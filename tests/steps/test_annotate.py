@@ -135,7 +135,7 @@ def test_one_program_for_all_and_the_next_coefficient(programs, tiny, roles, sam
     run = jax.jit(annotate_experience)
 
     def fused(target, coef=0.1, gamma=1.0, penalty=0.0):
-        kl, advantage = KLConfig(coef=0.1, target=target, horizon=100.0), AdvantageConfig(gamma=gamma)
+        kl, advantage = KLConfig(coef=0.1, target=target, horizon=100), AdvantageConfig(gamma=gamma)
         chosen = ExperienceSettings(kl, advantage, ScoreConfig(missing_eos_penalty=penalty), PPOConfig())
         given = (sampled, scores, None, Control.start(coef), chosen)
         return run(tiny, roles.policy, roles.value, None, *given)

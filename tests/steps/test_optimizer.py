@@ -70,14 +70,14 @@ def test_rate_0_changes_no_bit_and_half_precision_stays():
     ("settings", "rates"),
     [
         ({}, {0: 1, 5: 1, 1000: 1}),
-        ({"warmup_steps": 4.0}, {0: 0.25, 1: 0.5, 3: 1, 4: 1, 99: 1}),
-        ({"schedule": "linear", "total_steps": 10.0}, {0: 1, 1: 0.9, 9: 0.1, 10: 0, 50: 0}),
+        ({"warmup_steps": 4}, {0: 0.25, 1: 0.5, 3: 1, 4: 1, 99: 1}),
+        ({"schedule": "linear", "total_steps": 10}, {0: 1, 1: 0.9, 9: 0.1, 10: 0, 50: 0}),
         (
-            {"schedule": "linear", "warmup_steps": 4.0, "total_steps": 12.0},
+            {"schedule": "linear", "warmup_steps": 4, "total_steps": 12},
             {0: 0.25, 3: 1, 4: 1, 5: 0.875, 8: 0.5, 11: 0.125, 12: 0},
         ),
         (
-            {"schedule": "cosine", "warmup_steps": 2.0, "total_steps": 10.0},
+            {"schedule": "cosine", "warmup_steps": 2, "total_steps": 10},
             {0: 0.5, 1: 1, 2: 1, 4: 0.5 + 0.5 * np.cos(np.pi / 4), 6: 0.5, 10: 0, 20: 0},
         ),
     ],
@@ -99,7 +99,7 @@ def test_changing_a_number_compiles_nothing():
     state = init_optimizer(params)
     for x in (0.1, 0.2, 0.3):
         config = OptimizerConfig(
-            learning_rate=x, schedule="linear", warmup_steps=10 * x, total_steps=100 * x, weight_decay=x,
+            learning_rate=x, schedule="linear", warmup_steps=int(10 * x), total_steps=int(100 * x), weight_decay=x,
             max_grad_norm=x, beta1=x, beta2=x, epsilon=x,
         )  # fmt: skip
         params, state, _ = run(config, drawn(1), state, params, jnp.int32(0))

@@ -107,7 +107,7 @@ def test_a_shared_trunk_wants_a_head_and_an_own_one_an_adapter(tiny, roles):
 
 @pytest.mark.parametrize("trunk", ["own", "policy"])
 def test_in_warm_up_only_the_value_learns(programs, tiny, roles, head, experience, trunk):
-    rising = {"optimizer": FAST.model_copy(update={"warmup_steps": 5.0}), "value_optimizer": FAST}
+    rising = {"optimizer": FAST.model_copy(update={"warmup_steps": 5}), "value_optimizer": FAST}
     config = PPOConfig(epochs=2, minibatches=2, value_warmup=2, value_trunk=trunk, ema_decay=0.5, **rising)
     start = init_ppo(roles.policy, head if trunk == "policy" else roles.value, config)
     first, told = programs.update(start, tiny, experience, KEY, config)
