@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
-from jaxrlhf.config import PPOConfig, RewardConfig
+from jaxrlhf.config import ModelRewardConfig, PPOConfig
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import abstract_decoder
 from jaxrlhf.models.folders import AUTO
 from jaxrlhf.records import Annotated, Experience, PreferenceBatch, Prompts, Rollout, SFTBatch, TrainState
+from jaxrlhf.rewards.load import needs_own, parts_of
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
 from jaxrlhf.stages.programs import (
@@ -189,27 +190,23 @@ def _reference(shapes: Shapes, policy: Any) -> Any:
 def _own_reward(shapes: Shapes) -> Any:
     """The reward adapter of the run, where PPO's reward is it or has it as a part."""
     run = shapes.config
-    if not any(part.kind == "model" and part.path is None for part in _parts(run.ppo.reward)):
+    if not needs_own(run.ppo.reward):
         return None
     trained = run.reward_model.adapter if run.reward_model is not None else None
     return shapes.adapter(run.adapter_or(trained), "reward")
-
-
-def _parts(reward: RewardConfig) -> list[RewardConfig]:
-    return list(reward.parts.values()) if reward.kind == "sum" else [reward]
 
 
 def _reward_models(shapes: Shapes) -> list[Call]:
     """The decoders that score with a base of their own, each on all answers, at the longest padded length."""
     config, calls = shapes.config.ppo, []
     rows = config.batch_size * config.sampling.samples_per_prompt
-    for part in _parts(config.reward):
-        if part.kind == "model" and part.path is not None:
+    for part in parts_of(config.reward):
+        if isinstance(part, ModelRewardConfig) and part.path is not None:
             calls.append(_reward_of(shapes, part, rows))
     return calls
 
 
-def _reward_of(shapes: Shapes, part: RewardConfig, rows: int) -> Call:
+def _reward_of(shapes: Shapes, part: ModelRewardConfig, rows: int) -> Call:
     model = read_folder(part.path)
     dtype = folder_dtype(part.path) if part.dtype == AUTO else part.dtype
     base = shapes.placed(abstract_decoder(shapes.for_mesh(model), dtype))

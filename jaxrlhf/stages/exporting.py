@@ -13,6 +13,7 @@ from jaxrlhf.models.peft_whole import beyond_peft
 from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.weights import save_pretrained
 from jaxrlhf.records import Adapter
+from jaxrlhf.rewards.load import parts_of
 from jaxrlhf.stages.roles import ADAPTERS, Roles, load_run
 
 DEFAULT_ROLES = {"merged": ("policy", "sft"), "peft": ("policy", "sft"), "reward": ("reward", "value")}
@@ -68,7 +69,8 @@ def _check_target(target: str, config: RunConfig, base_path: str) -> None:
     folder = Path(target).expanduser().resolve()
     origins = [base_path, config.run_dir, config.model.tokenizer]
     if config.ppo is not None:
-        origins += [config.ppo.policy, config.ppo.reference, config.ppo.reward.path]
+        origins += [config.ppo.policy, config.ppo.reference]
+        origins += [getattr(part, "path", None) for part in parts_of(config.ppo.reward)]
     kept = {Path(origin).expanduser().resolve() for origin in origins if origin is not None}
     if folder in kept or folder.is_relative_to(Path(config.run_dir, "roles").resolve()):
         raise UserError(f"--to {target}: is what the run was made from or is made of; give a folder of its own")
