@@ -74,7 +74,7 @@ def test_what_xla_does_not_take_is_one_line(options, said):
     assert options_of("update") is None
 
 
-def test_options_that_the_readme_names_are_known_and_take_such_values():
+def test_options_that_the_docs_name_are_known_and_take_such_values():
     """XLA's table of options is the same on every backend; what they do on a GPU is not tested here."""
     values = {
         "xla_allow_excess_precision": False,
@@ -87,7 +87,7 @@ def test_options_that_the_readme_names_are_known_and_take_such_values():
         "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE",
     }
     check_options({"all": values})
-    section = re.search(r"^## On a GPU$(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    section = (ROOT / "docs" / "gpu.md").read_text()
     assert set(re.findall(r"\bxla_\w+", section)) == set(values)
     (command,) = re.findall(r"'(compiler_options\S+=.*)'", section)
     config = load_config(ROOT / "configs" / "bench.yaml", [command])

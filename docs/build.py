@@ -1,0 +1,187 @@
+"""python docs/build.py [--serve]: the pages of this folder, and those made from the code, as a site in build/site.
+
+`<!-- settings -->`, `<!-- api -->`, `<!-- commands -->` and `<!-- rooms -->` in a page are replaced by what the package
+says of itself. `launch.md` and `benchmarks.md` are the READMEs of those folders. The whole is written to build/docs and
+handed to Zensical (`pip install -e '.[docs]'`), which also reads the settings of MkDocs.
+"""
+
+import argparse
+import ast
+import contextlib
+import html
+import importlib
+import inspect
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "build" / "docs"
+
+COMMANDS = ("train", "generate", "export", "plan", "bench")
+
+# The API page's parts: first module name under the package, heading. Others come after them under their own name.
+ROOMS = {
+    "models": "Models and adapters",
+    "hf": "Files in and out",
+    "data": "Data",
+    "rollout": "Sampling",
+    "steps": "Steps",
+    "algorithms": "Algorithms",
+    "config": "Settings",
+    "records": "Records",
+}
+
+
+def write_pages():
+    """All pages and images of the site, in build/docs."""
+    shutil.rmtree(TARGET, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", TARGET, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for folder in ("launch", "benchmarks"):
+        shutil.copy(ROOT / folder / "README.md", TARGET / f"{folder}.md")
+    for image in (ROOT / "benchmarks").glob("*.svg"):
+        shutil.copy(image, TARGET)
+    for page in TARGET.glob("*.md"):
+        text = re.sub(r"\.\./(launch|benchmarks)/README\.md", r"\1.md", page.read_text())
+        text = text.replace("../benchmarks/", "")
+        for make in (settings, api, commands, rooms):
+            marker = f"<!-- {make.__name__} -->"
+            text = text.replace(marker, make()) if marker in text else text
+        page.write_text(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Builds the site in build/site; a warning is an error.")
+    parser.add_argument("--serve", action="store_true", help="shows the site at http://localhost:8000")
+    arguments = parser.parse_args()
+    write_pages()
+    command = ["serve"] if arguments.serve else ["build", "--strict", "--clean"]
+    return subprocess.run([sys.executable, "-m", "zensical", *command, "-f", str(ROOT / "mkdocs.yml")]).returncode
+
+
+# ---------------------------------------------------------------- settings
+
+
+def all_settings():
+    """(key path, kind, default, description) of each setting and section, as `train --help` lists them."""
+    from jaxrlhf.config_io import settings_help
+
+    for line in settings_help().splitlines():
+        path, kind, description = line.split("  ", 2)
+        kind, _, default = kind.partition(" = ")
+        yield path, kind, default, description
+
+
+def settings():
+    """A heading for each section, and a table of its settings."""
+    sections = {"": ("", [])}
+    for path, kind, default, description in all_settings():
+        if kind.startswith("section"):
+            sections[path] = (description, [])
+        else:
+            sections[path.rpartition(".")[0]][1].append((path, kind, default, description))
+    parts = []
+    for name, (description, rows) in sections.items():
+        if name:
+            depth = "##" if "." not in name else "###"
+            parts.append(f"{depth} {name} {{ #{name} }}\n\n{sentence(html.escape(description))}\n")
+        if rows:
+            parts.append(f'<table class="settings"><tbody>\n{"".join(map(row, rows))}</tbody></table>\n')
+    return "\n".join(parts)
+
+
+def row(setting):
+    path, kind, default, description = setting
+    kind = html.escape(kind) + (f" · default <code>{html.escape(default)}</code>" if default else "")
+    text = sentence(html.escape(description))
+    return f'<tr id="{path}"><td><code>{path}</code><br><small>{kind}</small></td><td>{text}</td></tr>\n'
+
+
+def sentence(text):
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?")) else ".")
+
+
+# ---------------------------------------------------------------- API
+
+
+def section_of():
+    """Settings class -> key path of the first section that it is."""
+    from jaxrlhf.config import RunConfig, Settings
+
+    found = {}
+
+    def walk(cls, path):
+        for name, field in cls.model_fields.items():
+            for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                if inspect.isclass(kind) and issubclass(kind, Settings):
+                    if found.setdefault(kind, f"{path}{name}") == f"{path}{name}":
+                        walk(kind, f"{path}{name}.")
+
+    walk(RunConfig, "")
+    return found
+
+
+def api():
+    """Every public name under its room, from its docstring."""
+    package, sections = importlib.import_module("jaxrlhf"), section_of()
+    by_room = {}
+    for name in package.__all__:
+        thing = getattr(package, name)
+        by_room.setdefault(thing.__module__.split(".")[1], []).append((name, thing))
+    parts = []
+    for room in sorted(by_room, key=lambda room: [*ROOMS, room].index(room)):
+        parts.append(f"## {ROOMS.get(room, room.capitalize())}\n")
+        for _, thing in by_room[room]:
+            parts.append(f"::: {thing.__module__}.{thing.__qualname__}")
+            if thing in sections:
+                section = sections[thing]
+                parts.append("    options: {members: false}\n")
+                parts.append(f"Its fields are the settings of [`{section}`](settings.md#{section}).\n")
+            elif room == "records":  # the shapes stand in comments
+                parts.append("    options: {members: false, show_source: true}\n")
+            else:
+                parts.append("    options: {members: false}\n" if inspect.isclass(thing) else "")
+    return "\n".join(parts)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def commands():
+    """The help page of each command; that of train without its list of settings."""
+    parts = []
+    for name in COMMANDS:
+        module, text = importlib.import_module(f"jaxrlhf.{name}"), io.StringIO()
+        if not hasattr(module, "parse"):
+            module = importlib.import_module(f"jaxrlhf.{name}.__main__")
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            module.parse(["--help"])
+        page = text.getvalue().split("\nsettings:\n")[0].rstrip()
+        parts.append(f"## {name}\n\n```text\n{page}\n```\n")
+    return "\n".join(parts)
+
+
+# ---------------------------------------------------------------- rooms
+
+
+def rooms():
+    """The package's folders and their files, each with the first line of its docstring."""
+    parts = []
+    for folder in ["", *sorted(path.name for path in (ROOT / "jaxrlhf").iterdir() if (path / "__init__.py").is_file())]:
+        files = sorted((ROOT / "jaxrlhf" / folder).glob("*.py"))
+        lines = [f"| `{path.name}` | {first_line(path)} |" for path in files if path.read_text().strip()]
+        parts.append(f"### {folder}/\n" if folder else "### jaxrlhf/\n")
+        parts.append("\n".join(["| file | what it is |", "| --- | --- |", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+def first_line(path):
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return re.sub(r"\s+", " ", text.split("\n\n")[0]).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

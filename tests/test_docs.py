@@ -1,0 +1,129 @@
+"""README and docs: snippets run as printed, configs load, commands parse, and what is named is there."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+import jaxrlhf
+from jaxrlhf.config_io import load_config, settings_help
+from jaxrlhf.data.tokenizers import build_word_tokenizer
+from jaxrlhf.data.world import VOCABULARY
+from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.stages.ppo_settings import check_algorithm
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+SETTINGS = {line.split("  ")[0] for line in settings_help().splitlines()}
+FREE = ("ppo.reward.parts.", "compiler_options.")  # below these the names are the user's
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def spans(page):
+    """Inline code of a page, without its fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE))
+
+
+def each(language):
+    found = [(page, block) for page in PAGES for block in blocks(page, language)]
+    return pytest.mark.parametrize(
+        ("page", "block"), found, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(found)]
+    )
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """A working directory where the page's model folder holds a small model of the assistant world."""
+    tokenizer = build_word_tokenizer(VOCABULARY)
+    config = DecoderConfig(tokenizer.vocab_size, 32, 64, 1, 4, 2, 8, 64, stop_tokens=(tokenizer.eos_id,), pad_token=0)
+    base = Decoder(config, jax.random.key(0))
+    jaxrlhf.save_pretrained(tmp_path / "runs/quickstart/roles/base", base, tokenizer=tokenizer)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_library_page_runs_as_printed(run_folder, capsys):
+    """The README's snippet, which the page repeats, and then the page's own."""
+    names = {}
+    for page in (README, ROOT / "docs" / "library.md"):
+        for block in blocks(page, "python"):
+            exec(compile(block, page.name, "exec"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert names["advantages"].shape == names["answers"].response_mask.shape
+    for path, leaves in names["again"].items():
+        for leaf, value in leaves.items():
+            assert (value == names["state"].policy[path][leaf]).all(), (path, leaf)
+    merged, _ = jaxrlhf.load_pretrained(run_folder / "my-policy")
+    prompts = names["prompts"]
+    assert abs(merged(prompts.tokens, prompts.mask) - names["logits"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["your-own", "rewards"])
+def test_reward_functions_score_as_printed(name):
+    (block,) = blocks(ROOT / "docs" / f"{name}.md", "python")
+    names = {}
+    exec(compile(block, name, "exec"), names)
+    assert names["score"](prompts=["a", "b"], completions=["yes please", "no"], answer=["1", "2"]) == [1.0, 0.0]
+
+
+@each("yaml")
+def test_config_loads(page, block, tmp_path):
+    """Each block is a config, or a part of one that lacks only run_dir, model and data."""
+    given = yaml.safe_load(block)
+    stages = [stage for stage in ("sft", "reward_model", "ppo") if stage in given] or ["ppo"]
+    for stage in stages:
+        given.setdefault(stage, {}).setdefault("data", {}).setdefault("path", "rows.jsonl")
+    whole = {"run_dir": "runs/x", "stages": stages, "model": {"path": "model"}} | given
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
+    config = load_config(tmp_path / "config.yaml")
+    if config.ppo is not None:
+        check_algorithm(config.ppo)
+
+
+@each("sh")
+def test_commands_parse(page, block, monkeypatch):
+    """Modules and scripts are there, their flags are known, and configs load with the overrides as printed."""
+    monkeypatch.chdir(ROOT)
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        words = ["configs/quickstart.yaml" if word == "FILE" else word for word in words]
+        if "--config" in words:
+            at = words.index("--config") + 1
+            load_config(words[at], [word for word in words[at + 1 :] if re.match(r"[\w.]+=", word)])
+        for script in [word for word in words if re.fullmatch(r"[\w/]+\.(py|sbatch)", word)]:
+            assert (ROOT / script).is_file(), script
+        if "-m" in words and (name := words[words.index("-m") + 1]).startswith("jaxrlhf."):
+            module = importlib.import_module(name)
+            module = module if hasattr(module, "parse") else importlib.import_module(f"{name}.__main__")
+            module.parse(words[words.index("-m") + 2 :])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_what_a_page_names_is_there(page):
+    """Key paths of settings, files of the repository, and modules that are run."""
+    for span in spans(page):
+        for path in re.findall(r"(?<![\w/.-])(?:ppo|sft|reward_model|mesh|checkpoints|health)\.[\w.]+", span):
+            assert path in SETTINGS or path.startswith(FREE), f"{page.name}: there is no setting {path}"
+        for file in re.findall(r"^(?:tests|benchmarks|jaxrlhf|configs|launch|docs)/[\w./-]+", span):
+            assert (ROOT / file.rstrip(".")).exists(), f"{page.name}: there is no {file}"
+        for module in re.findall(r"-m (jaxrlhf\.\w+)", span):
+            importlib.import_module(module)
+
+
+def test_every_config_is_named():
+    page = (ROOT / "docs" / "your-own.md").read_text()
+    assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"configs/{path.name}" not in page] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_is_valid(path):
+    assert load_config(path).stages
