@@ -65,39 +65,43 @@ def main():
 # ---------------------------------------------------------------- settings
 
 
-def all_settings():
-    """(key path, kind, default, description) of each setting and section, as `train --help` lists them."""
-    from jaxrlhf.config_io import settings_help
-
-    for line in settings_help().splitlines():
-        path, kind, description = line.split("  ", 2)
-        kind, _, default = kind.partition(" = ")
-        yield path, kind, default, description
+NOTES = {"free": "may change on resume", "rounding": "may change on resume", "longer": "may grow on resume"}
 
 
 def settings():
     """A heading for each section, and a table of its settings."""
-    sections = {"": ("", [])}
-    for path, kind, default, description in all_settings():
-        if kind.startswith("section"):
-            sections[path] = (description, [])
+    from jaxrlhf.config import table
+
+    sections = {(): ("", [])}
+    for place, setting in table.settings().items():
+        if table.ANY in place:  # the parts of a sum: as where they stand alone
+            continue
+        if setting.is_section:
+            sections[place] = (setting.description, [])
         else:
-            sections[path.rpartition(".")[0]][1].append((path, kind, default, description))
+            kind = place[-2].removeprefix("kind=") if len(place) > 1 else ""
+            section = sections.setdefault(place[:-1], (f"With `kind: {kind}`", []))
+            section[1].append(row(table, place, setting))
     parts = []
-    for name, (description, rows) in sections.items():
+    for place, (description, rows) in sections.items():
+        name = table.spelt(place)
         if name:
-            depth = "##" if "." not in name else "###"
-            parts.append(f"{depth} {name} {{ #{name} }}\n\n{sentence(html.escape(description))}\n")
+            level, text = "##" if len(place) == 1 else "###", sentence(html.escape(description))
+            parts.append(f"{level} {name} {{ #{name} }}\n\n{text}\n")
         if rows:
-            parts.append(f'<table class="settings"><tbody>\n{"".join(map(row, rows))}</tbody></table>\n')
+            parts.append(f'<table class="settings"><tbody>\n{"".join(rows)}</tbody></table>\n')
     return "\n".join(parts)
 
 
-def row(setting):
-    path, kind, default, description = setting
-    kind = html.escape(kind) + (f" · default <code>{html.escape(default)}</code>" if default else "")
-    text = sentence(html.escape(description))
-    return f'<tr id="{path}"><td><code>{path}</code><br><small>{kind}</small></td><td>{text}</td></tr>\n'
+def row(table, place, setting):
+    required, path = setting.default is table.REQUIRED, ".".join(table.without_kinds(place))
+    facts = [html.escape(setting.kind)]
+    facts.append("required" if required else f"default <code>{table.shown(setting.default)}</code>")
+    facts.append("traced" if setting.notes.get("traced") else "")
+    facts.append(NOTES.get(setting.notes.get("on_continuing"), ""))
+    name = f"<code>{path}</code><br><small>{' · '.join(filter(None, facts))}</small>"
+    text = sentence(html.escape(setting.description))
+    return f'<tr id="{table.spelt(place)}"><td>{name}</td><td>{text}</td></tr>\n'
 
 
 def sentence(text):
@@ -116,9 +120,9 @@ def section_of():
     def walk(cls, path):
         for name, field in cls.model_fields.items():
             for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-                if inspect.isclass(kind) and issubclass(kind, Settings):
-                    if found.setdefault(kind, f"{path}{name}") == f"{path}{name}":
-                        walk(kind, f"{path}{name}.")
+                if inspect.isclass(kind) and issubclass(kind, Settings) and kind not in found:
+                    found[kind] = f"{path}{name}"
+                    walk(kind, f"{path}{name}.")
 
     walk(RunConfig, "")
     return found
