@@ -2,10 +2,17 @@
 
 import argparse
 import json
+import os
 import sys
 
 from jaxrlhf.command import main_of
 from jaxrlhf.errors import UserError
+
+# Of the process that compiles for cards: one that is there stays untouched, and XLA is asked each time.
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "0", "TF_CPP_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -21,12 +28,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--card", default="h100", help="h100, h200, a100, a100-40, b200, l40s; default h100")
     parser.add_argument("--memory", metavar="SIZE", help="of each card, such as 80GiB; default: the card's")
     parser.add_argument("--per-host", type=int, default=8, metavar="N", help="cards of a host; default 8")
-    parser.add_argument(
-        "--remat",
-        action="store_true",
-        help="also tries an update that fits with less that is computed again (none, then dots); one that does not fit "
-        "is tried with more (dots, then full) in any case",
-    )
     parser.add_argument("--json", action="store_true", help="prints JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
@@ -36,7 +37,6 @@ def plan(arguments: argparse.Namespace) -> None:
     from jaxrlhf.config.reading import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from jaxrlhf.distributed.compiler_options import check_options
     from jaxrlhf.plan.cards import find_card, parse_memory, usable_share
     from jaxrlhf.plan.planner import Options, make_plan
     from jaxrlhf.plan.report import as_json, as_text
@@ -46,13 +46,8 @@ def plan(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {getattr(arguments, name)}")
     card = find_card(arguments.card)
     memory = parse_memory(arguments.memory) if arguments.memory else card.memory
-    options = Options(arguments.devices, card, memory * usable_share(), arguments.per_host, arguments.remat)
-    check_options(config.compiler_options)
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    found = make_plan(config, options, say)
+    options = Options(arguments.devices, card, memory * usable_share(), arguments.per_host)
+    found = make_plan(config, options, lambda text: print(text, file=sys.stderr, flush=True))
     print(json.dumps(as_json(found), indent=1) if arguments.json else as_text(found))
 
 
@@ -61,4 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if not _ENVIRONMENT.items() <= os.environ.items():  # jax, imported with the package, has read it already
+        os.execve(sys.executable, sys.orig_argv, os.environ | _ENVIRONMENT)
     sys.exit(main())

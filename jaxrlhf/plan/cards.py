@@ -12,8 +12,6 @@ from importlib import resources
 from jaxrlhf.errors import UserError
 
 GIB = 2**30
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
-          "TIB": 2**40}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +54,11 @@ def target_file(card: Card) -> str:
 
 
 def parse_memory(text: str) -> float:
-    """Bytes from text like 80GiB or 141 GB; `UserError` where it is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if found is None or (unit := found[2].upper()) not in _UNITS or not float(found[1]):
-        raise UserError(f"--memory: {text!r} is no amount of memory; write a number and a unit, such as 80GiB or 141GB")
-    return float(found[1]) * _UNITS[unit]
+    """Bytes from text like 80GiB; `UserError` where it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *GiB", text.strip())
+    if found is None or not float(found[1]):
+        raise UserError(f"--memory: {text!r} is no amount of memory; write it in GiB, such as 80GiB")
+    return float(found[1]) * GIB
 
 
 def usable_share() -> float:

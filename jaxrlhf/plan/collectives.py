@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from XLA's text: how often, how many bytes, between which cards."""
+"""Collectives of a compiled program, read from XLA's text: how often, and how many bytes between which cards."""
 
 import collections
 import dataclasses
@@ -11,78 +11,65 @@ import numpy as np
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", re.M | re.S)
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-_COLLECTIVE = re.compile(rf"^ +(?:ROOT )?%?[\w.\-]+ = (.*?) ({_KINDS})(-start)?\((.*)$", re.M)
+_COLLECTIVE = re.compile(rf"^ +(?:ROOT )?%?[\w.\-]+ = (.*?) ({_KINDS})(-start)?\((.*)$")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of exchange within groups of devices, all its turns together; per device."""
+class Exchange:
+    """One kind of collective along the same mesh axes, all its turns together; per device."""
 
-    kind: str  # such as all-gather
-    axes: str  # mesh axes that its groups run along
-    size: int  # devices in a group
-    count: float  # how often
-    bytes: float  # of the whole buffer: what an all-gather makes, what the others take
-    wire: float  # that a device sends in a ring
+    count: float
+    sent: float  # bytes, in a ring
 
 
-def collectives_of(text: str, mesh: Mapping[str, int], turns: int) -> list[Collective]:
-    """Those of a compiled module, each loop as often as it turns: `turns` where the text does not say how often.
+def collectives_of(text: str, mesh: Mapping[str, int], turns: int) -> dict[str, Exchange]:
+    """Those of a compiled module by kind and axes ("all-reduce over tensor"), the largest first.
 
-    Of branches all count, as if each were taken once.
+    Each loop counts as often as it turns: `turns` where the text does not say how often; each branch as if it were
+    taken once.
     """
-    bodies = {name: (bool(entry), body) for entry, name, body in _COMPUTATION.findall(text)}
-    done: dict[str, collections.Counter] = {}
+    bodies = {name: (bool(entry), body.splitlines()) for entry, name, body in _COMPUTATION.findall(text)}
+    done: dict[str, dict[str, np.ndarray]] = {}
 
-    def counted(name: str) -> collections.Counter:
+    def counted(name: str) -> dict[str, np.ndarray]:
         if name not in done:
-            done[name] = collections.Counter()
-            body = bodies.get(name, (False, ""))[1]
-            for found in _COLLECTIVE.finditer(body):
-                done[name][_read(found, mesh)] += 1
-            for line in body.splitlines():
+            found = done[name] = collections.defaultdict(lambda: np.zeros(2))
+            for line in bodies.get(name, (False, ()))[1]:
+                if (match := _COLLECTIVE.match(line)) and (read := _read(match, mesh)):
+                    found[read[0]] += (1.0, read[1])
                 trips = _TRIPS.search(line)
                 times = (int(trips[1]) if trips else turns) if " while(" in line else 1
-                called = [*_CALLED.findall(line), *re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(line)))]
-                for inner in called:
-                    for key, count in counted(inner).items():
-                        done[name][key] += times * count
+                for inner in (*_CALLED.findall(line), *re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(line)))):
+                    for key, counts in counted(inner).items():
+                        found[key] += times * counts
         return done[name]
 
-    total = collections.Counter()
-    for name, (entry, _) in bodies.items():
-        if entry:
-            total = counted(name)
-    return merged([Collective(*key, count, size * count, wire * count) for (*key, size, wire), count in total.items()])
+    (entry,) = (name for name, (is_entry, _) in bodies.items() if is_entry)
+    return largest_first({key: Exchange(*map(float, counts)) for key, counts in counted(entry).items()})
 
 
-def merged(found: list[Collective]) -> list[Collective]:
-    """One for each kind and axes, the largest first; those within one device are left out."""
-    sums: dict[tuple, Collective] = {}
-    for c in found:
-        if c.size > 1 and c.count:
-            old = sums.get((c.kind, c.axes, c.size), dataclasses.replace(c, count=0.0, bytes=0.0, wire=0.0))
-            sums[c.kind, c.axes, c.size] = dataclasses.replace(
-                c, count=old.count + c.count, bytes=old.bytes + c.bytes, wire=old.wire + c.wire
-            )
-    return sorted(sums.values(), key=lambda c: -c.wire)
+def largest_first(found: Mapping[str, Exchange]) -> dict[str, Exchange]:
+    return dict(sorted(found.items(), key=lambda item: -item[1].sent))
 
 
-def _read(found: re.Match, mesh: Mapping[str, int]) -> tuple[str, str, int, float, float]:
-    """(kind, axes, devices in a group, bytes of the whole buffer, bytes that a device sends)."""
+def _read(found: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | None:
+    """(kind and axes, bytes that a device sends) of a line; None within one device."""
     shapes, kind, start, rest = found.groups()
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     arrays = [_SIZES.get(t, 4) * math.prod(int(n) for n in dims.split(",") if n) for t, dims in arrays]
     if start and kind != "all-reduce":  # (operands, results)
         arrays = arrays[len(arrays) // 2 :] if kind in ("all-gather", "reduce-scatter") else arrays[:1]
     group = first_group(rest, math.prod(mesh.values()))
-    size, given = len(group), float(sum(arrays))
-    whole = given * size if kind == "reduce-scatter" else given
-    passes = {"all-reduce": 2, "collective-permute": size / max(size - 1, 1)}.get(kind, 1)
-    return kind, _axes_of(group, mesh), size, whole, passes * whole * (size - 1) / size
+    if (size := len(group)) == 1:
+        return None
+    # Devices are numbered with the last axis fastest.
+    places = np.array(np.unravel_index(group, tuple(mesh.values())))
+    axes = "+".join(name for name, place in zip(mesh, places) if len(set(place)) > 1)
+    of_buffer = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1, "collective-permute": 1}
+    return f"{kind} over {axes}", of_buffer.get(kind, (size - 1) / size) * sum(arrays)
 
 
 def first_group(attributes: str, devices: int) -> list[int]:
@@ -92,7 +79,7 @@ def first_group(attributes: str, devices: int) -> list[int]:
         return [int(n) for n in moved[0]] if moved else [0]
     if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))?\s*\{(.*?)\}", attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        ids = _iota(named[2], math.prod(axes.values())).reshape(tuple(axes.values()))
+        ids = _iota(named[2] or f"[{math.prod(axes.values())}]").reshape(tuple(axes.values()))
         picked: list[slice | int] = [0] * len(axes)
         # An axis may be taken in part: 'x':(before)size are `size` groups of what is left of it.
         for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3]):
@@ -100,8 +87,7 @@ def first_group(attributes: str, devices: int) -> list[int]:
             picked[list(axes).index(name)] = slice(0, rest * int(part or axes[name]), rest)
         return ids[tuple(picked)].reshape(-1).tolist()
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
-        shape = [int(n) for n in iota[1].split(",")]
-        return _iota(iota[2], math.prod(shape)).reshape(shape)[0].tolist()
+        return _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")])[0].tolist()
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(n) for n in listed[1].split(",")]
     if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
@@ -109,14 +95,9 @@ def first_group(attributes: str, devices: int) -> list[int]:
     return list(range(devices))  # no groups given: all devices
 
 
-def _iota(text: str | None, size: int) -> np.ndarray:
-    """`[8,4]T(1,0)`: numbers from 0, in this shape, transposed; none: as they are."""
-    shape = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text or f"[{size}]")
-    numbers = np.arange(size).reshape([int(n) for n in shape[1].split(",")])
-    return (numbers.transpose([int(n) for n in shape[2].split(",")]) if shape[2] else numbers).reshape(-1)
-
-
-def _axes_of(group: list[int], mesh: Mapping[str, int]) -> str:
-    """Names of the mesh axes along which the devices of a group differ; devices are numbered with the last fastest."""
-    places = np.array(np.unravel_index(group, tuple(mesh.values())))
-    return "+".join(name for name, place in zip(mesh, places) if len(set(place)) > 1) or "none"
+def _iota(text: str) -> np.ndarray:
+    """`[8,4]T(1,0)`: numbers from 0, in this shape, transposed; without T as they are."""
+    shape = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    sizes = [int(n) for n in shape[1].split(",")]
+    order = [int(n) for n in shape[2].split(",")] if shape[2] else range(len(sizes))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)

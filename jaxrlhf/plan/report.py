@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxrlhf.plan.cards import GIB
-from jaxrlhf.plan.planner import POLICIES, Plan, ProgramPlan, StagePlan
+from jaxrlhf.plan.planner import Plan, ProgramPlan, StagePlan
 
-PARTS = ("weights", "adapters", "optimizer", "rows", "temporaries")
-_SHOWN_COLLECTIVES = 6
+_SHOWN = 6  # collectives of a program
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values; sizes in bytes, times in seconds."""
+    values = dataclasses.asdict(plan)
+    return values.pop("options") | values | {"card": plan.options.card.name, "notes": [*plan.notes, *_method(plan)]}
 
 
 def as_text(plan: Plan) -> str:
@@ -16,101 +21,57 @@ def as_text(plan: Plan) -> str:
     options, mesh = plan.options, " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
         f"{plan.parameters:,} parameters in {plan.layers} layers, on {options.devices} x {options.card.name} ({mesh}); "
-        f"{options.memory / GIB:.1f} GiB of each may be filled",
+        f"{options.memory / GIB:.1f} GiB of each may be filled"
     ]
     for stage in plan.stages:
-        lines += ["", *_stage(stage, plan)]
+        lines += ["", *_stage(stage, options.memory)]
     return "\n".join([*lines, "", "Notes", *(f"- {note}" for note in (*plan.notes, *_method(plan)))])
 
 
-def _stage(stage: StagePlan, plan: Plan) -> list[str]:
+def _stage(stage: StagePlan, memory: float) -> list[str]:
     what = "an iteration" if stage.stage == "ppo" else "an optimizer step"
-    memory = [("GiB per card", *PARTS, "of them cache", "peak", "fits")]
+    sizes = [("GiB per card", "weights", "adapters", "optimizer", "rows", "temporaries", "peak", "fits")]
     work = [("per card and call", "calls", "TFLOP", "s", "GiB read", "s", "GiB sent", "s", "least time", "bound by")]
+    exchanges = []
     for p in stage.programs:
-        fits = "-" if p.peak is None else "yes" if p.peak <= plan.options.memory else "no"
-        sizes = [_gib(size) for size in ({**p.parts, "temporaries": p.temporaries}[name] for name in PARTS)]
-        memory.append((p.name, *sizes, _gib(p.parts["cache"]), _gib(p.peak), fits))
-        s = p.seconds
-        pairs = [
-            *(f"{p.work.flops.sum() / 1e12:,.1f}", _seconds(s["arithmetic"])),
-            *(f"{p.work.bytes.sum() / GIB:,.1f}", _seconds(s["memory"])),
-            *(_gib(sum(p.sent.values())), _seconds(s["links"])),
-        ]
-        work.append((p.name, f"{p.times:g}", *pairs, f"{_seconds(p.least)} s", p.bound_by))
-    lines = [f"{stage.stage}: {what} with {stage.stage}.batch_size={stage.batch}", "", *table(memory), "", *table(work)]
-    lines += ["", f"{what}: at least {_seconds(stage.least)} s"]
-    for p in stage.programs:
-        found = [] if p.compiled is None else p.compiled.collectives
-        for c in found[:_SHOWN_COLLECTIVES]:
-            lines.append(
-                f"  {p.name}: {c.kind} over {c.axes}, {c.size} cards: {c.count:,.0f} times, {_gib(c.wire)} GiB sent"
-            )
-        if len(found) > _SHOWN_COLLECTIVES:
-            rest = found[_SHOWN_COLLECTIVES:]
-            lines.append(f"  {p.name}: {len(rest)} more kinds, {_gib(sum(c.wire for c in rest))} GiB sent")
-    return [*lines, *_largest(stage), *remat_lines(stage, plan.options.memory, plan.options.remat)]
+        fits = "-" if p.peak is None else "yes" if p.peak <= memory else "no"
+        sizes.append((p.name, *map(_gib, (*p.parts.values(), p.temporaries, p.peak)), fits))
+        arithmetic, reading, links, least = map(_seconds, p.seconds.values())
+        flops, read, sent = f"{p.flops / 1e12:,.1f}", f"{p.read / GIB:,.1f}", _gib(sum(p.sent.values()))
+        counts = (flops, arithmetic, read, reading, sent, links)
+        work.append((p.name, f"{p.calls:g}", *counts, f"{least} s", p.bound_by))
+        exchanges += _exchanges(p)
+    lines = [f"{stage.stage}: {what} with {stage.stage}.batch_size={stage.batch_size}", "", *table(sizes), ""]
+    lines += [*table(work), "", f"{what}: at least {_seconds(stage.least_seconds)} s", *exchanges]
+    if stage.largest_batch:
+        rows = f"{stage.stage}.batch_size={stage.largest_batch:,}"
+        lines.append(f"largest batch: {rows}; {stage.held_back_by} holds it back")
+    elif stage.largest_batch == 0:
+        lines.append(f"largest batch: none fits; {stage.held_back_by} takes too much with any")
+    if len(stage.remat) > 1:
+        setting = "ppo.update.remat" if stage.stage == "ppo" else f"{stage.stage}.remat"
+        peaks = (f"{p} {_gib(size)} GiB{'' if size <= memory else ', too much'}" for p, size in stage.remat.items())
+        lines.append(f"peak of the update by {setting}: {'; '.join(peaks)}")
+    return lines
 
 
-def _largest(stage: StagePlan) -> list[str]:
-    if stage.largest_batch is None:
-        return []
-    if stage.largest_batch == 0:
-        return [f"largest batch: none fits; {stage.held_back_by} takes too much with any"]
-    name = f"{stage.stage}.batch_size"
-    return [f"largest batch: {name}={stage.largest_batch:,}; {stage.held_back_by} holds it back"]
-
-
-def remat_lines(stage: StagePlan, memory: float, asked: bool) -> list[str]:
-    """Which policy of rematerialisation the update fits with, where there is a choice to tell of."""
-    setting = "ppo.update.remat" if stage.stage == "ppo" else f"{stage.stage}.remat"
-    (given, first), *others = stage.remat.items()
-    if first.peak is None:
-        return []
-
-    def size(policy: str) -> str:
-        return f"{_gib(stage.remat[policy].peak)} GiB"
-
-    start, fits = f"{setting}={given}", first.peak <= memory
-    cheapest = next((policy for policy, p in others if p.peak <= memory), None)
-    failed = " and ".join(f"{policy} ({size(policy)})" for policy, p in others if p.peak > memory)
-    if fits and cheapest is None:
-        if given == POLICIES[0]:
-            return []
-        if not asked:
-            return [f"{start} fits; --remat finds out whether less need be computed again"]
-        return [f"{start} fits ({size(given)}); {failed} would not"]
-    if fits:
-        but = f", {failed} would not" if failed else ""
-        return [f"{setting}={cheapest} fits ({size(cheapest)}){but}; {given} is not needed"]
-    if cheapest is not None:
-        but = f", nor would {failed}" if failed else ""
-        return [f"{start} does not fit ({size(given)}){but}; {cheapest} would ({size(cheapest)})"]
-    if failed:
-        return [f"{start} does not fit ({size(given)}), nor would {failed}"]
-    if given == POLICIES[-1]:
-        return [f"{start} does not fit ({size(given)}), and keeps least of all"]
-    fixed = first.peak - first.temporaries
-    return [f"{start} does not fit, nor would another: what it does not change takes {_gib(fixed)} GiB"]
+def _exchanges(program: ProgramPlan) -> list[str]:
+    found = list(program.compiled.collectives.items()) if program.compiled is not None else []
+    return [f"  {program.name}: {kind}, {e.count:,.0f} times, {_gib(e.sent)} GiB sent" for kind, e in found[:_SHOWN]]
 
 
 def _method(plan: Plan) -> list[str]:
     """What was compiled, counted and extrapolated."""
-    card, notes = plan.options.card, []
-    if plan.depths:
-        layers = ", ".join(map(str, plan.depths[:-1])) + " and " if plan.depths[1:] else ""
+    card, layers, notes = plan.options.card, " and ".join(map(str, plan.compiled_layers)), []
+    if plan.compiled_layers:
         notes.append(
-            f"temporaries and exchanges: XLA's own, compiled for {plan.options.devices} x {card.name} with "
-            f"{layers}{plan.depths[-1]} layers, from shapes; nothing was run; without autotuning"
+            f"temporaries and exchanges: XLA's own, compiled for {card.name} from shapes with {layers} layers; nothing "
+            "was run, thus no kernels were tried"
         )
-        if plan.depths != (plan.layers,):
-            notes.append(
-                f"extrapolated to {plan.layers} layers on a line: temporaries, results, exchanges; temporaries are at "
-                "least the cache"
-            )
+    if plan.compiled_layers not in ([], [plan.layers]):
+        notes.append(f"extrapolated to {plan.layers} layers on a line: temporaries, results, exchanges")
     return [
         *notes,
-        "weights, adapters, optimizer, rows and cache: exact sums of each card's shares",
         "arithmetic, read and sent: the least by formula, answers at full length; what remat computes again is no part",
         "largest batch: with rows, and temporaries that are not held to a microbatch, in proportion to the batch",
         f"least time: the largest of the three at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s in "
@@ -136,49 +97,3 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
         for row in rows
     ]
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values; sizes in bytes, times in seconds."""
-    options = plan.options
-    return {
-        "devices": options.devices,
-        "card": options.card.name,
-        "memory": options.memory,
-        "mesh": plan.mesh,
-        "parameters": plan.parameters,
-        "layers": plan.layers,
-        "compiled_layers": list(plan.depths),
-        "stages": [
-            {
-                "stage": stage.stage,
-                "batch_size": stage.batch,
-                "peak": stage.peak,
-                "fits": None if stage.peak is None else stage.peak <= options.memory,
-                "least_seconds": stage.least,
-                "largest_batch": stage.largest_batch,
-                "held_back_by": stage.held_back_by,
-                "remat": {policy: program.peak for policy, program in stage.remat.items()},
-                "programs": [_program(program, options.memory) for program in stage.programs],
-            }
-            for stage in plan.stages
-        ],
-        "notes": [*plan.notes, *_method(plan)],
-    }
-
-
-def _program(p: ProgramPlan, memory: float) -> dict[str, Any]:
-    return {
-        "name": p.name,
-        "calls": p.times,
-        "parts": p.parts,
-        "temporaries": p.temporaries,
-        "peak": p.peak,
-        "fits": None if p.peak is None else p.peak <= memory,
-        "flops": float(p.work.flops.sum()),
-        "read": float(p.work.bytes.sum()),
-        "sent": p.sent,
-        "seconds": p.seconds | {"least": p.least},
-        "bound_by": p.bound_by,
-        "compiled": None if p.compiled is None else dataclasses.asdict(p.compiled),
-    }
