@@ -53,7 +53,7 @@ def learn(programs, one_prompt, make_adapter):
             scores = score(np.asarray(out.tokens)[:, 1:])
             noted = programs.annotate(base, state.policy, state.value, None, out)
             made, _ = programs.experience(
-                out, noted, jnp.asarray(scores, jnp.float32), 0.0, gamma, lam, whiten_advantages=whiten
+                out, noted, jnp.asarray(scores, jnp.float32), 0.0, gamma=gamma, lam=lam, whiten_advantages=whiten
             )
             state, _ = programs.update(state, base, made, key, config)
             rewards.append(float(scores.mean()))

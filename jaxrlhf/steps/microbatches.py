@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.distributed.mesh import split_rows
+from jaxrlhf.steps.metrics import Metrics, merged
 
 
 def shortest_first(rows: Any) -> jax.Array:
@@ -37,16 +38,16 @@ def by_longest(run: Callable[[Any], Any], rows: Any, buckets: int) -> Any:
 
 
 def accumulate(
-    loss: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    loss: Callable[[Any, Any], tuple[jax.Array, Metrics]],
     params: Any,
     batch: Any,
     parts: int,
     buckets: int = 1,
-) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+) -> tuple[jax.Array, Metrics, Any]:
     """(loss, metrics, gradient) of a whole batch, computed in `parts` equal parts one after another.
 
     `loss(params, part)` must return its part's share of the whole batch's loss (divided by the whole's
-    totals), so that sums over parts are exact. Metrics are shares too, except names that end in `max`.
+    totals), so that sums over parts are exact. Each metric says how its parts are put together.
     With `buckets` each part is cut, see `by_longest`.
     """
 
@@ -58,13 +59,9 @@ def accumulate(
         (value, metrics), grads = gradient(params, batch)
         return value, metrics, grads
 
-    def combine(name: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.maximum(a, b) if name.endswith("max") else a + b
-
     def add(total, part):
         (value, metrics), grads = gradient(params, part)
-        metrics = {name: combine(name, total[1][name], x) for name, x in metrics.items()}
-        return (total[0] + value, metrics, jax.tree.map(jnp.add, total[2], grads)), None
+        return (total[0] + value, merged(total[1], metrics), jax.tree.map(jnp.add, total[2], grads)), None
 
     split = split_rows(batch, parts)
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split))

@@ -9,6 +9,7 @@ import optax
 from jaxrlhf.config import OptimizerConfig
 from jaxrlhf.config.steps import LEARNING_RATES, RATED_WIDTH
 from jaxrlhf.models.adapters import is_whole
+from jaxrlhf.steps.metrics import Metrics, count, share
 
 
 def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfig:
@@ -39,7 +40,7 @@ def optimizer_step(
     params: Any,
     step: jax.Array,
     loss: jax.Array | float = 0.0,
-) -> tuple[Any, optax.OptState, dict[str, jax.Array]]:
+) -> tuple[Any, optax.OptState, Metrics]:
     """(params, state, metrics) after one step; `step` i32[] counts the steps done before, `loss` f32[] is this one's.
 
     Adam as in PyTorch: m / (sqrt(v) + epsilon) with both moments corrected for bias; weight decay is
@@ -54,7 +55,7 @@ def optimizer_step(
     updates, after = _transformation(config).update(grads, state, params)
     params = jax.tree.map(lambda p, u: jnp.where(finite, p - (rate * u).astype(p.dtype), p), params, updates)
     state = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, after)
-    return params, state, {"grad_norm": norm, "learning_rate": rate, "skipped": 1.0 - finite}
+    return params, state, {"grad_norm": share(norm), "learning_rate": share(rate), "skipped": count(1.0 - finite)}
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:

@@ -20,12 +20,12 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
 from jaxrlhf.steps.flat import by_leaf, joined
+from jaxrlhf.steps.metrics import Metrics, count, largest, of_first_step, over_steps, share
 from jaxrlhf.steps.microbatches import accumulate, shortest_first
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step, with_rate
 from jaxrlhf.steps.sft import learnt_tokens, sft_loss
 
 MINIBATCHES = 4  # where the settings give no number
-SEEN = "seen"  # among a step's metrics: 1 where the step was computed, 0 where it was left out
 
 
 def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOState:
@@ -101,26 +101,27 @@ def ppo_update(
     def step(state: PPOState, given: tuple[jax.Array, SFTBatch | None]):
         rows_of_step, mix_of_step = given
         minibatch = jax.tree.map(lambda x: laid_out(x[rows_of_step], BATCH_AXES), experience)
-        return _minibatch_step(state, base, minibatch, config, mix_of_step)
+        state, metrics = _minibatch_step(state, base, minibatch, config, mix_of_step)
+        return state, (metrics, jnp.float32(1.0))
 
     state = joined(state)
     if config.kl_stop is not None:
         step = _stopping(step, config.kl_stop)
         state = (state, jnp.bool_(False))
-    state, metrics = jax.lax.scan(step, state, (order, None if mix is None else split_rows(mix, steps)))
+    state, (metrics, seen) = jax.lax.scan(step, state, (order, None if mix is None else split_rows(mix, steps)))
     if config.kl_stop is not None:
         state, _ = state
-    return by_leaf(state), _over_steps(metrics)
+    return by_leaf(state), over_steps(metrics, seen)
 
 
 def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
     """The step, until a minibatch's approximate KL is above `kl_stop`: that step and those after it change nothing."""
 
     def taken(state: PPOState, given):
-        after, metrics = step(state, given)
-        stops = metrics["policy/approx_kl"] > kl_stop
+        after, (metrics, seen) = step(state, given)
+        stops = metrics["policy/approx_kl"].value > kl_stop
         kept = jax.tree.map(lambda old, new: jnp.where(stops, old, new), state, after)
-        return (kept, stops), metrics | {"policy/steps": 1.0 - stops, SEEN: jnp.float32(1.0)}
+        return (kept, stops), (metrics | {"policy/steps": count(1.0 - stops)}, seen)
 
     def left_out(state: PPOState, given):
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(taken, state, given)[1])
@@ -133,25 +134,9 @@ def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
     return guarded
 
 
-def _over_steps(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics of one update from those of its steps, f32[steps]: means, but maxima and counts by their endings."""
-    metrics = dict(metrics)
-    first = metrics.pop("policy/ratio_error_max")[0]
-    seen = metrics.pop(SEEN, jnp.ones_like(metrics["policy/loss"]))
-    noted = {}
-    for name, values in metrics.items():
-        if name.endswith("max"):
-            noted[name] = jnp.max(values)
-        elif name.endswith(("/steps", "skipped")):
-            noted[name] = jnp.sum(values)
-        else:
-            noted[name] = jnp.sum(values * seen) / jnp.sum(seen)
-    return noted | {"policy/first_ratio_error": first}
-
-
 def _minibatch_step(
     state: PPOState, base: Decoder, minibatch: Experience, config: PPOConfig, mix: SFTBatch | None
-) -> tuple[PPOState, dict[str, jax.Array]]:
+) -> tuple[PPOState, Metrics]:
     rows = minibatch.tokens.shape[0]
     size = config.microbatch_size or rows
     if rows % size:
@@ -168,7 +153,8 @@ def _minibatch_step(
         loss, (state.policy, state.value), minibatch, rows // size, config.buckets
     )
     if mix is not None:
-        policy_grads, metrics["policy/pretraining_loss"] = _with_pretraining(policy_grads, state, base, mix, config)
+        policy_grads, mix_loss = _with_pretraining(policy_grads, state, base, mix, config)
+        metrics["policy/pretraining_loss"] = share(mix_loss)
     # The policy's schedule begins with its own first step.
     waiting = config.value_warmup * config.epochs * config.minibatches
     policy, policy_optimizer, noted = optimizer_step(
@@ -183,7 +169,7 @@ def _minibatch_step(
         waits = state.step < waiting
         before, after = (state.policy, state.policy_optimizer), (policy, policy_optimizer)
         policy, policy_optimizer = jax.tree.map(lambda old, new: jnp.where(waits, old, new), before, after)
-        noted["learning_rate"] = jnp.where(waits, 0.0, noted["learning_rate"])
+        noted["learning_rate"] = share(jnp.where(waits, 0.0, noted["learning_rate"].value))
     metrics |= {f"optimizer/{k}": v for k, v in noted.items()}
     value, value_optimizer = state.value, state.value_optimizer
     if value:
@@ -219,7 +205,7 @@ def ppo_loss(
     total_tokens: jax.Array | int,
     total_rows: int,
     length: int | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Metrics]:
     """These rows' share of a minibatch's loss, and their shares of its metrics.
 
     `total_tokens`, `total_rows` and `length` (response tokens of a row; None: these rows') are the whole minibatch's,
@@ -238,7 +224,7 @@ def ppo_loss(
     bounds = (config.clip_low, config.clip_high, config.dual_clip, config.log_ratio_bound)
     per_token, noted = POLICY_LOSSES[config.loss](logprobs, old, experience.advantages, mask, *bounds)
 
-    def share(x: jax.Array) -> jax.Array:
+    def mean(x: jax.Array) -> jax.Array:
         return masked_sum(x.astype(jnp.float32), mask) / total_tokens
 
     def aggregated(x: jax.Array) -> jax.Array:
@@ -249,31 +235,33 @@ def ppo_loss(
         capped = (config.importance_cap, config.importance_level, config.log_ratio_bound)
         weights = importance_weights(old, experience.sample_logprobs, mask, *capped)
         per_token = per_token * weights
-        metrics["policy/importance_weight"] = share(weights)
+        metrics["policy/importance_weight"] = share(mean(weights))
     loss = policy_share = aggregated(per_token)
-    entropy_share = share(entropy)
+    entropy_share = mean(entropy)
     loss -= config.entropy_coef * entropy_share
     if config.kl_loss is not None:
         kl = kl_loss(logprobs, experience.ref_logprobs, mask, config.kl_loss, config.kl_bound)
-        metrics["policy/kl_loss"] = aggregated(kl * experience.kl_coef[:, None])
-        loss += metrics["policy/kl_loss"]
+        kl_share = aggregated(kl * experience.kl_coef[:, None])
+        metrics["policy/kl_loss"] = share(kl_share)
+        loss += kl_share
     if values is not None:
         value_per_token, value_clipped = value_loss(
             values, experience.values, experience.returns, mask, config.value_clip
         )
-        metrics |= {"value/loss": share(value_per_token), "value/clip": share(value_clipped)}
-        loss += config.value_coef * metrics["value/loss"]
+        value_share = mean(value_per_token)
+        metrics |= {"value/loss": share(value_share), "value/clip": share(mean(value_clipped))}
+        loss += config.value_coef * value_share
     metrics |= {
-        "policy/loss": policy_share,
-        "policy/entropy": entropy_share,
-        "policy/approx_kl": share(noted["approx_kl"]),
-        "policy/clip_low": share(noted["clipped_low"]),
-        "policy/clip_high": share(noted["clipped_high"]),
-        "policy/ratio_mean": share(noted["ratio"]),
-        "policy/ratio_max": jnp.max(jnp.where(mask, noted["ratio"], 0.0)),
-        "policy/ratio_error_max": jnp.max(jnp.where(mask, jnp.abs(noted["ratio"] - 1.0), 0.0)),
+        "policy/loss": share(policy_share),
+        "policy/entropy": share(entropy_share),
+        "policy/approx_kl": share(mean(noted["approx_kl"])),
+        "policy/clip_low": share(mean(noted["clipped_low"])),
+        "policy/clip_high": share(mean(noted["clipped_high"])),
+        "policy/ratio_mean": share(mean(noted["ratio"])),
+        "policy/ratio_max": largest(jnp.max(jnp.where(mask, noted["ratio"], 0.0))),
+        "policy/first_ratio_error": of_first_step(jnp.max(jnp.where(mask, jnp.abs(noted["ratio"] - 1.0), 0.0))),
     }
     if single_step(config):  # elsewhere the gap is measured when the old logprobs are made
         gap = jnp.where(mask, jnp.abs(logprobs - experience.sample_logprobs), 0.0)
-        metrics |= {"gap/logprob_max": jnp.max(gap), "gap/logprob_mean": share(gap)}
+        metrics |= {"gap/logprob_max": largest(jnp.max(gap)), "gap/logprob_mean": share(mean(gap))}
     return loss, metrics

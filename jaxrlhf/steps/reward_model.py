@@ -12,6 +12,7 @@ from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter, PreferenceBatch, TrainState
+from jaxrlhf.steps.metrics import Metrics, plain, share
 from jaxrlhf.steps.microbatches import accumulate
 from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 
@@ -40,18 +41,15 @@ def reward_model_update(
     config = with_rate(config, "reward_model", state.adapter)
     weight = jnp.maximum(jnp.sum(batch.weight), 1e-6)
 
-    def loss(adapter: Adapter, part: PreferenceBatch) -> tuple[jax.Array, dict]:
+    def loss(adapter: Adapter, part: PreferenceBatch) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores(base, adapter, part, remat)
-        share = jnp.sum(part.weight) / weight
+        part_of_all = jnp.sum(part.weight) / weight
         value, accuracy = pairwise_loss(chosen, rejected, part.margin, centring, part.weight)
         mean = jnp.sum(part.weight * (chosen + rejected)) / 2 / weight
-        return value * share, {"accuracy": accuracy * share, "score": mean}
+        return value * part_of_all, {"accuracy": share(accuracy * part_of_all), "score": share(mean)}
 
     value, metrics, grads = accumulate(loss, state.adapter, batch, microbatches)
     adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step, value)
-    metrics = {
-        "reward_model/loss": value,
-        "reward_model/accuracy": metrics["accuracy"],
-        "reward_model/score": metrics["score"],
-    } | {f"optimizer/{k}": v for k, v in noted.items()}
+    measured = {f"reward_model/{name}": number for name, number in plain(metrics).items()}
+    metrics = {"reward_model/loss": value} | measured | {f"optimizer/{k}": v for k, v in plain(noted).items()}
     return TrainState(adapter, optimizer, state.step + 1), metrics

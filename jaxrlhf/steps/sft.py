@@ -12,6 +12,7 @@ from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import from_logits
 from jaxrlhf.records import Adapter, SFTBatch, TrainState
+from jaxrlhf.steps.metrics import plain
 from jaxrlhf.steps.microbatches import accumulate
 from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 
@@ -48,7 +49,7 @@ def sft_update(
 
     value, _, grads = accumulate(loss, state.adapter, batch, microbatches)
     adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step, value)
-    metrics = {"sft/loss": value, "sft/tokens": tokens} | {f"optimizer/{k}": v for k, v in noted.items()}
+    metrics = {"sft/loss": value, "sft/tokens": tokens} | {f"optimizer/{k}": v for k, v in plain(noted).items()}
     return TrainState(adapter, optimizer, state.step + 1), metrics
 
 

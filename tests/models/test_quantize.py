@@ -536,7 +536,7 @@ def learn(programs, base, make_adapter, wanted, length, iterations, rate):
         out = programs.rollout(base, state.policy, prompts, key, Sampling(max_new_tokens=length, stop_tokens=()))
         scores = (np.asarray(out.tokens)[:, 1:] == wanted).mean(axis=1)
         noted = programs.annotate(base, state.policy, state.value, None, out)
-        made, _ = programs.experience(out, noted, jnp.asarray(scores, jnp.float32), 0.0, 1.0, 0.95)
+        made, _ = programs.experience(out, noted, jnp.asarray(scores, jnp.float32), 0.0, gamma=1.0, lam=0.95)
         state, _ = programs.update(state, base, made, key, config)
         rewards.append(scores.mean())
     assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(base)] == before

@@ -94,7 +94,7 @@ def by_hand(rollout, noted, scores, kl_coef, gamma, lam, estimator, whiten_rewar
 def test_experience_equals_loops(programs, sampled, noted, scores, estimator, whiten_rewards, whiten_advantages):
     numbers = (0.3, 0.9, 0.8)
     made, metrics = programs.experience(
-        sampled, noted, scores, *numbers, estimator=estimator, whiten_rewards=whiten_rewards,
+        sampled, noted, scores, 0.3, gamma=0.9, lam=0.8, estimator=estimator, whiten_rewards=whiten_rewards,
         whiten_advantages=whiten_advantages,
     )  # fmt: skip
     shaped, advantages, returns = by_hand(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.distributed.mesh import split_rows
+from jaxrlhf.steps.metrics import largest, share
 from jaxrlhf.steps.microbatches import accumulate
 
 
@@ -22,13 +23,13 @@ def test_shares_add_up_and_maxima_do_not(parts):
 
     def loss(weights, rows):
         y = rows @ weights
-        return jnp.sum(y**2) / 6, {"mean": jnp.sum(y) / 6, "x_max": jnp.max(rows), "y_max": jnp.max(y)}
+        return jnp.sum(y**2) / 6, {"mean": share(jnp.sum(y) / 6), "x": largest(jnp.max(rows)), "y": largest(jnp.max(y))}
 
     weights = jnp.array([1.0, -2.0, 0.5])
     value, metrics, grads = accumulate(loss, weights, jnp.asarray(x), parts)
     y = x @ np.asarray(weights)
     assert float(value) == pytest.approx((y**2).mean(), rel=1e-5)
-    assert float(metrics["mean"]) == pytest.approx(y.mean(), rel=1e-4)
-    assert float(metrics["x_max"]) == pytest.approx(x.max())
+    assert float(metrics["mean"].value) == pytest.approx(y.mean(), rel=1e-4)
+    assert float(metrics["x"].value) == pytest.approx(x.max())
     np.testing.assert_allclose(grads, 2 * (y[:, None] * x).mean(0), rtol=1e-4)
     assert jax.tree.structure(grads) == jax.tree.structure(weights)

@@ -172,7 +172,7 @@ def test_the_mix_adds_the_gradient_of_its_mean_loss(programs, tiny, roles, exper
     want, _, noted = optimizer_step(even, total, init_optimizer(roles.policy), roles.policy, jnp.int32(0))
     close(after.policy, want, 1e-5)
     assert float(metrics["policy/pretraining_loss"]) == pytest.approx(float(loss), rel=1e-5)
-    assert float(metrics["optimizer/grad_norm"]) == pytest.approx(float(noted["grad_norm"]), rel=1e-4)
+    assert float(metrics["optimizer/grad_norm"]) == pytest.approx(float(noted["grad_norm"].value), rel=1e-4)
 
 
 def test_each_step_takes_its_own_rows_of_the_mix_and_parts_equal_the_whole(programs, tiny, roles, experience, mix):

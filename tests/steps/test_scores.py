@@ -48,8 +48,8 @@ def by_hand(score, length, ended, mean, deviation, config):
     st.sampled_from([None, 0.7]),
     st.sampled_from(["subtract", "replace"]),
     st.floats(0, 3),
-    st.sampled_from([(0.0, 0.0), (0.25, 1.0), (1.5, 3.0)]),
-    st.sampled_from([(0.0, 0.0), (2.0, 3.0), (0.5, 1.0)]),
+    st.sampled_from([(0.0, 0), (0.25, 1), (1.5, 3)]),
+    st.sampled_from([(0.0, 0), (2.0, 3), (0.5, 1)]),
 )
 def test_adjusted_scores_equal_plain_python(scores, lengths, ended, how, clip, rule, eos, length, overlong):
     config = ScoreConfig(
