@@ -28,14 +28,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--iterations", type=int, default=5, metavar="N", help="iterations of PPO as a whole; default 5, 0: none"
     )
-    parser.add_argument("--only", metavar="PROGRAM,...", help="times these programs alone, such as rollout,update")
+    parser.add_argument(
+        "--only",
+        metavar="PROGRAM,...",
+        default="",
+        help="times these programs alone, such as rollout,update; no iterations",
+    )
     parser.add_argument(
         "--profile",
         metavar="FOLDER",
         help="writes a trace of jax.profiler for each program there, and prints the kernels that took most",
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="writes JSON after each program; -: to standard output, without the tables"
+        "--json", metavar="FILE", help="writes JSON after each program; -: to standard output, without the table"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
@@ -47,43 +52,37 @@ def bench(arguments: argparse.Namespace) -> None:
     for name, least in (("repeats", 1), ("iterations", 0)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name}: must be at least {least}, not {getattr(arguments, name)}")
-    if arguments.json not in (None, "-"):
-        _check_target(arguments.json)
     config = load_config(arguments.config, arguments.overrides)
-    from jaxrlhf.bench.measure import measure
-    from jaxrlhf.bench.report import as_json, as_text, opening, program_line
-    from jaxrlhf.bench.running import Options
+    _check_targets(arguments)
+    from jaxrlhf.bench.measure import Options, measure
 
-    only = tuple(name.strip() for name in (arguments.only or "").split(",") if name.strip())
+    only = tuple(name.strip() for name in arguments.only.split(",") if name.strip())
     options = Options(arguments.lengths, arguments.repeats, arguments.iterations, only, arguments.profile)
-    quiet, known = arguments.json == "-", -1
-    for found in measure(config, options, lambda text: print(text, file=sys.stderr, flush=True)):
-        programs = [(stage.stage, p) for stage in found.stages for p in stage.programs]
-        if not quiet and found.after is None:
-            if known < 0:
-                print(opening(found), flush=True)
-            for stage, program in programs[max(known, 0) :]:
-                print(program_line(stage, program, found.rates), flush=True)
-        known = len(programs)
-        if arguments.json is not None and not quiet:
-            Path(arguments.json).write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(as_json(found), indent=1) if quiet else f"\n{as_text(found)}")
+    for found, text in measure(config, options, lambda text: print(text, file=sys.stderr, flush=True)):
+        document = json.dumps(found, indent=1)
+        if arguments.json != "-":
+            print(text, flush=True)
+            if arguments.json is not None:
+                Path(arguments.json).write_text(document + "\n", encoding="utf-8")
+    if arguments.json == "-":
+        print(document)
 
 
-def _check_target(file: str) -> None:
-    """`UserError` where the file cannot be written: better said before measuring than after."""
-    if not file or Path(file).is_dir():
-        raise UserError(f"--json: {file or 'nothing'} is {'a folder' if file else 'given'}; name a file")
-    if not Path(file).absolute().parent.is_dir():
-        raise UserError(f"--json: no folder {Path(file).parent} to write in")
-    existed = Path(file).exists()
+def _check_targets(arguments: argparse.Namespace) -> None:
+    """`UserError` where a file or folder cannot be written: better said before measuring than after."""
+    option, target = "--profile", arguments.profile
     try:
-        with open(file, "a", encoding="utf-8"):
-            pass
+        if target is not None:
+            Path(target).mkdir(parents=True, exist_ok=True)
+        option, target = "--json", arguments.json
+        if target not in (None, "-"):
+            existed = Path(target).exists()
+            with open(target, "a", encoding="utf-8"):
+                pass
+            if not existed:
+                Path(target).unlink()
     except OSError as error:
-        raise UserError(f"--json: {file} cannot be written: {error.strerror}; name another file") from None
-    if not existed:
-        Path(file).unlink()
+        raise UserError(f"{option}: {target!r} cannot be written: {error.strerror}; name another place") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ A leaf's name says what it holds, as it says where it lies on a mesh; a name tha
 
 import functools
 import re
+import time
 from typing import Any
 
 import jax
@@ -14,24 +15,21 @@ import numpy as np
 from jaxrlhf.distributed.mesh import leaf_name
 from jaxrlhf.models.decoder import DecoderConfig
 
-_LORA_SCALE = 2.0
-# (pattern on the end of a leaf's name, how it is filled); floats only, the first that matches counts.
-_FLOATS: tuple[tuple[str, str], ...] = (
-    (r"\.(mu|nu)\..*", "zeros"),  # moments of an optimizer
-    (r"kl_coef|moments/(count|mean|squares)", "zeros"),
-    (r"lora_scale", "lora_scale"),
-    (r"lora_a", "inputs"),
-    (r"lora_b", "small"),  # zero at the start of a run; products of zeros are not timed
-    (r"kernel_scale", "codes"),
-    (r"score/kernel", "inputs"),
-    (r"norm/scale", "norm"),
-    (r"bias|margin", "zeros"),
-    (r"kernel|embedding", "weights"),
-    (r"weight", "ones"),  # of pairs of answers
-    (r"temperature", "ones"),
-    (r"\w*logprobs", "zeros"),
-    (r"values|advantages|returns", "normal"),
-    (r"\d+", "normal"),  # scores: an argument that has no name
+_INPUTS, _INITIAL = "one over the root of the inputs", "the model's initializer_range"
+# (pattern on the end of a leaf's name, mean, standard deviation); floats only, the first that matches counts.
+_FLOATS: tuple[tuple[str, float, float | str], ...] = (
+    (r"\.(mu|nu)\..*", 0.0, 0.0),  # moments of an optimizer
+    (r"kl_coef|moments/(count|mean|squares)", 0.0, 0.0),
+    (r"lora_scale", 2.0, 0.0),
+    (r"lora_a|score/kernel", 0.0, _INPUTS),
+    (r"lora_b", 0.0, 0.01),  # zero at the start of a run; products of zeros are not timed
+    (r"kernel_scale", 3e-4, 0.0),  # of 8-bit codes up to 127
+    (r"norm/scale", 1.0, 0.0),
+    (r"bias|margin", 0.0, 0.0),
+    (r"kernel|embedding", 0.0, _INITIAL),
+    (r"weight|temperature", 1.0, 0.0),  # weight: of pairs of answers
+    (r"\w*logprobs", 0.0, 0.0),
+    (r"values|advantages|returns|\d+", 0.0, 1.0),  # a number: an argument that has no name, the scores
 )
 
 
@@ -40,7 +38,9 @@ class Filler:
 
     def __init__(self, model: DecoderConfig, seed: int):
         self.model, self.key = model, jax.random.key(seed)
+        self.compile_seconds = 0.0
         self._made: dict[int, tuple[jax.ShapeDtypeStruct, jax.Array]] = {}  # the shape is kept, so that its id is
+        self._programs: dict[tuple, Any] = {}  # equal leaves share one
 
     def fill(self, tree: Any) -> Any:
         """The tree with arrays for shapes, each where its sharding says; other leaves stay."""
@@ -54,57 +54,41 @@ class Filler:
     def _leaf(self, path: tuple, leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        if id(leaf) not in self._made:
-            self._made[id(leaf)] = leaf, self._array(leaf_name(path), leaf)
-        return self._made[id(leaf)][1]
-
-    def _array(self, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return self.key
-        kind = _kind(name, leaf.dtype)
-        if kind == "norm":
-            kind = "zeros" if self.model.norm == "rms_plus_one" else "ones"
-        static = (kind, leaf.shape, jnp.dtype(leaf.dtype), self.model.vocab_size, self.model.initializer_range)
-        return _program(leaf.sharding, *static)(self.key, np.uint32(len(self._made)))
+        if id(leaf) not in self._made:
+            what = (*self._contents(leaf_name(path), leaf), leaf.shape, jnp.dtype(leaf.dtype))
+            if (what, leaf.sharding) not in self._programs:  # each device makes its own share
+                start = time.perf_counter()
+                draw = jax.jit(functools.partial(_draw, *what), out_shardings=leaf.sharding)
+                self._programs[what, leaf.sharding] = draw.lower(self.key, np.uint32(0)).compile()
+                self.compile_seconds += time.perf_counter() - start
+            array = self._programs[what, leaf.sharding](self.key, np.uint32(len(self._made)))
+            self._made[id(leaf)] = leaf, array
+        return self._made[id(leaf)][1]
+
+    def _contents(self, name: str, leaf: jax.ShapeDtypeStruct) -> tuple[str, float, float]:
+        """(kind of numbers, and of floats mean and standard deviation, of integers the bounds)."""
+        if leaf.dtype in (jnp.int8, jnp.uint8):
+            return "bits", 0, 0
+        if leaf.dtype == jnp.bool_ or name.endswith("segments"):
+            return "integers", 1, 2
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return "integers", 0, 1 if re.search(r"(^|[./])(step|count)$", name) else self.model.vocab_size
+        for pattern, mean, spread in _FLOATS:
+            if re.search(rf"(^|[./\w])({pattern})$", name):
+                mean = 0.0 if "norm/" in pattern and self.model.norm == "rms_plus_one" else mean
+                known = {_INPUTS: leaf.shape[0] ** -0.5 if leaf.shape else 1.0, _INITIAL: self.model.initializer_range}
+                return "normal", mean, known.get(spread, spread)
+        raise ValueError(f"no rule says what the array {name!r} holds")
 
 
-def _kind(name: str, dtype: jnp.dtype) -> str:
-    if dtype == jnp.bool_:
-        return "ones"
-    if dtype in (jnp.int8, jnp.uint8):
-        return "bits"
-    if jnp.issubdtype(dtype, jnp.integer):
-        if re.search(r"(^|[./])(step|count)$", name):
-            return "zeros"
-        return "ones" if name.endswith("segments") else "tokens"
-    for pattern, kind in _FLOATS:
-        if re.search(rf"(^|[./\w])({pattern})$", name):
-            return kind
-    raise ValueError(f"no rule says what the array {name!r} holds")
-
-
-@functools.cache
-def _program(sharding: jax.sharding.Sharding | None, *static: Any) -> Any:
-    """Equal leaves share one compiled program; each device makes its own share."""
-    return jax.jit(functools.partial(_draw, *static), out_shardings=sharding)
-
-
-def _draw(kind: str, shape: tuple[int, ...], dtype: jnp.dtype, vocabulary: int, spread: float, key: jax.Array, n):
-    if kind in ("zeros", "ones"):
-        return jnp.full(shape, kind == "ones", dtype)
+def _draw(kind: str, a: float, b: float, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array, n: Any) -> jax.Array:
     key = jax.random.fold_in(key, n)
-    if kind == "tokens":
-        return jax.random.randint(key, shape, 0, vocabulary, dtype)
     if kind == "bits":
         return jax.random.bits(key, shape, jnp.uint8).view(dtype)
-    if kind == "lora_scale":
-        return jnp.full(shape, _LORA_SCALE, dtype)
-    scale = {
-        "inputs": shape[0] ** -0.5 if shape else 1.0,
-        "small": 0.01,
-        "weights": spread,
-        "codes": spread / 64.0,
-        "normal": 1.0,
-    }[kind]
-    drawn = jax.random.normal(key, shape, jnp.float32) * scale
-    return (jnp.abs(drawn) if kind == "codes" else drawn).astype(dtype)
+    if kind == "integers":
+        return jax.random.randint(key, shape, a, b).astype(dtype)
+    if b == 0:
+        return jnp.full(shape, a, dtype)
+    return (a + b * jax.random.normal(key, shape, jnp.float32)).astype(dtype)

@@ -15,22 +15,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.models.target import Target
 from jaxrlhf.plan.work import Rates
 
 _REPEATS, _SECONDS, _MOST_CALLS = 5, 0.1, 64  # times that are measured, each of calls that take about so long
-# (rows of a square product, bytes of one array that is beyond all caches) by backend; the rest as on a GPU
+# (rows of a square product, bytes of one array that is beyond all caches) by platform; the rest as on a GPU
 _SIZES = {"cpu": (2048, 2**27)}
 _LARGE = (8192, 2**29)
 
 
-def measure_rates(dtype: str, devices: int) -> Rates:
-    """The best of several products and of several passes over memory.
+def measure_rates(dtype: str, devices: int, target: Target) -> Rates:
+    """The best of several products, of the precision that the run's have, and of several passes over memory.
 
     Measured on one device; others are taken to do the same, but for virtual devices of one processor.
     """
-    size, length = _SIZES.get(jax.default_backend(), _LARGE)
-    alike = 1 if jax.default_backend() == "cpu" else devices
-    return Rates(_product_rate(size, jnp.dtype(dtype)) * alike, _memory_rate(length) * alike)
+    size, length = _SIZES.get(target.platform, _LARGE)
+    alike = 1 if target.platform == "cpu" else devices
+    with target.products():
+        products = _product_rate(size, jnp.dtype(dtype))
+    return Rates(products * alike, _memory_rate(length) * alike)
 
 
 def describe(devices: int) -> dict[str, str | int]:
@@ -83,15 +86,12 @@ def _memory_rate(length: int) -> float:
 
 def _seconds(step: Callable[[jax.Array], jax.Array], state: jax.Array) -> float:
     """Seconds of a step, the best of several runs of steps that follow each other without waiting."""
-    state = step(step(state)).block_until_ready()
-    calls, best = 1, math.inf
-    for repeat in range(_REPEATS + 1):
+    state, calls, best = step(state).block_until_ready(), 1, math.inf
+    for _ in range(_REPEATS + 1):
         start = time.perf_counter()
         for _ in range(calls):
             state = step(state)
         state.block_until_ready()
-        taken = (time.perf_counter() - start) / calls
-        best = min(best, taken)
-        if repeat == 0:  # tells how many calls are long enough
-            calls, best = min(max(round(_SECONDS / taken), 1), _MOST_CALLS), taken
+        best = min(best, (time.perf_counter() - start) / calls)
+        calls = min(max(round(_SECONDS / best), 1), _MOST_CALLS)  # so many are long enough
     return best

@@ -1,15 +1,18 @@
-"""One measurement of a run: the machine's rates, its stages' programs, and the rates again."""
+"""One measurement of a run: the machine's rates, each program alone, then PPO's own iterations."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
-from jaxrlhf.bench.lengths import with_lengths
+from jaxrlhf.bench import report
+from jaxrlhf.bench.filling import Filler
+from jaxrlhf.bench.iterations import time_iterations
 from jaxrlhf.bench.machine import describe, forget_peak, measure_rates
-from jaxrlhf.bench.report import Bench
-from jaxrlhf.bench.running import Options, time_stage
-from jaxrlhf.checkpoint.compilation_cache import compiled_anew
+from jaxrlhf.bench.timing import Timed, time_program
+from jaxrlhf.checkpoint.compilation_cache import kept_programs
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed.compiler_options import check_options, compiled_with
 from jaxrlhf.distributed.mesh import make_mesh
@@ -17,18 +20,34 @@ from jaxrlhf.distributed.programs import peak_memory_bytes
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device
-from jaxrlhf.plan.work import Rates
+from jaxrlhf.plan.work import work_of
 from jaxrlhf.stages.calls import calls_of
 from jaxrlhf.stages.settings import check_stage
 from jaxrlhf.stages.shapes import Shapes, read_model, resolved
 
+_MEAN_SHARE = 4  # of geometric lengths: the mean is the limit divided by this, before they are cut at the limit
 
-def measure(config: RunConfig, options: Options, say: Any = lambda text: None) -> Iterator[Bench]:
-    """Measures on all devices, and yields what is known: at first the rates, then after each program.
 
-    `UserError` where the settings do not fit the devices or the model.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command asks, beside the run's settings."""
+
+    lengths: str = "full"  # or geometric
+    repeats: int = 5  # calls of each program
+    iterations: int = 5  # of PPO
+    only: Collection[str] = ()  # names of programs; empty: all, and PPO's iterations
+    profile: str | None = None  # a folder for traces
+
+
+def measure(
+    config: RunConfig, options: Options, say: Callable[[str], None]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Measures on all devices; yields all that is known as plain values, and what is new as text, again and again.
+
+    First the rates, then each program, then each stage. `say` takes what is being done. `UserError` where the settings
+    do not fit the devices or the model. With `options.only`, what other programs would have made is random.
     """
-    began, mesh, model = time.perf_counter(), make_mesh(config.mesh), read_model(config.model)
+    mesh, model = make_mesh(config.mesh), read_model(config.model)
     config = resolved(with_lengths(config, options.lengths, model.vocab_size))
     check_options(config.compiler_options)
     for stage in config.stages:
@@ -36,36 +55,87 @@ def measure(config: RunConfig, options: Options, say: Any = lambda text: None) -
             say(note)
     if config.model.attention == "cudnn":
         check_device(model, config.model.dtype)
-    shapes = Shapes(config, mesh, model)
-    _check_only(shapes, options.only)
-    parameters = sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base).values())
-    about = {"parameters": parameters, "layers": model.layers, "dtype": config.model.dtype}
-    about |= {"attention": config.model.attention, "compiler_options": config.compiler_options}
-    before, took = _rates(config, mesh.size, say)
-    forget_peak()
-    bench = Bench(describe(mesh.size), before, None, about, options.lengths, [], 0, 0.0)
-    yield bench
-    # Compiling is timed, and memory is what the compiler says.
-    with compiled_anew(), compiled_with(config.compiler_options):
-        for stage in config.stages:
-            for number, times in enumerate(time_stage(stage, shapes, options, say)):
-                if number == 0:
-                    bench.stages.append(times)
-                bench.peak_bytes, bench.seconds = peak_memory_bytes(), time.perf_counter() - began - took
-                yield bench
-    bench.after, _ = _rates(config, mesh.size, say)
-    yield bench
+    shapes, filler, began = Shapes(config, mesh, model), Filler(model, config.seed), time.perf_counter()
+    with kept_programs(None, say), compiled_with(config.compiler_options):  # compiling is timed: nothing is loaded
+        calls = {stage: calls_of(stage, shapes) for stage in config.stages}
+        _check_only(options.only, [call.name for of_stage in calls.values() for call in of_stage])
+        say("measures the machine")
+        start = time.perf_counter()
+        rates = measure_rates(config.model.dtype, mesh.size, shapes.base.config.target)
+        elsewhere = time.perf_counter() - start  # in compiling, and in programs
+        forget_peak()
+        about = {"flops_per_second": rates.flops, "bytes_per_second": rates.bytes}
+        found = {"machine": describe(mesh.size) | about, "model": _about(shapes), "lengths": options.lengths}
+        found |= {"peak_bytes": 0, "host_seconds": 0.0, "stages": []}
+        yield found, report.opening(found)
+        for stage, of_stage in calls.items():
+            timed: dict[str, Timed] = {}
+            known = {"stage": stage, "programs": []}
+            found["stages"].append(known)
+            for call in of_stage:
+                if options.only and call.name not in options.only:
+                    continue
+                say(f"{stage}: compiles {call.name}")
+                program = timed[call.name] = Timed(call, filler.fill(call.args), filler.fill(call.kwargs))
+                result = program.again()  # warms up, and is what the next program is given
+                if call.result is not None:
+                    filler.give(call.result, result[: len(call.result)] if isinstance(call.result, tuple) else result)
+                work = work_of(call.name, program.args, program.kwargs, result, config)
+                folder = options.profile and Path(options.profile) / f"{stage}.{call.name.replace('/', '_')}"
+                known["programs"].append(time_program(program, work, rates, options.repeats, folder))
+                elsewhere += program.compile_seconds + sum(program.seconds)
+                found["peak_bytes"] = peak_memory_bytes()
+                found["host_seconds"] = time.perf_counter() - began - elsewhere - filler.compile_seconds
+                yield found, report.program_row(known)
+            if options.only:
+                continue
+            known |= _sums(known["programs"])
+            if stage == "ppo" and options.iterations:
+                say(f"{stage}: {options.iterations} iterations")
+                start = time.perf_counter()
+                known["loop"] = time_iterations(shapes, timed, options.iterations)
+                elsewhere += time.perf_counter() - start
+            yield found, report.stage_sums(known)
+    yield found, report.closing(found)
 
 
-def _rates(config: RunConfig, devices: int, say: Any) -> tuple[Rates, float]:
-    """(rates of the machine, seconds that measuring them took)."""
-    say("measures the machine")
-    start = time.perf_counter()
-    return measure_rates(config.model.dtype, devices), time.perf_counter() - start
-
-
-def _check_only(shapes: Shapes, only: Any) -> None:
-    known = [call.name for stage in shapes.config.stages for call in calls_of(stage, shapes)] if only else []
+def _check_only(only: Collection[str], names: list[str]) -> None:
     for name in only:
-        if name not in known:
-            raise UserError(f"--only: this run has no program {name!r}; it has {', '.join(known)}")
+        if name not in names:
+            raise UserError(f"--only: this run has no program {name!r}; it has {', '.join(names)}")
+
+
+def _about(shapes: Shapes) -> dict[str, Any]:
+    """What the model is."""
+    config = shapes.config
+    return {
+        "parameters": sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base).values()),
+        "layers": shapes.model.layers,
+        "dtype": config.model.dtype,
+        "attention": config.model.attention,
+        "compiler_options": config.compiler_options,
+    }
+
+
+def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
+    """Of an iteration, or of an optimizer step: sums over its programs, and the tokens that it samples or reads."""
+    seconds, least = (sum(p["calls"] * p[name] for p in programs) for name in ("seconds", "least_seconds"))
+    tokens = programs[0]["tokens"]
+    sums = {"seconds": seconds, "least_seconds": least, "share": least / seconds}
+    return sums | {"tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def with_lengths(config: RunConfig, kind: str, vocabulary: int) -> RunConfig:
+    """The run with answers that are all `full`, or of `geometric` lengths, by the rollout as it is.
+
+    Random weights give every token about the same probability. Stop tokens that are the share p of the vocabulary then
+    end an answer at each token with probability p: the mean is 1 / p, cut at the limit.
+    """
+    if config.ppo is None:
+        return config
+    sampling = config.ppo.sampling
+    every = max(round(sampling.max_new_tokens / _MEAN_SHARE), 2)
+    stops = () if kind == "full" else tuple(range(0, vocabulary, every))
+    changed = {"stop_tokens": stops, "pad_token": sampling.pad_token or 0}
+    ppo = config.ppo.model_copy(update={"sampling": sampling.model_copy(update=changed)})
+    return config.model_copy(update={"ppo": ppo})

@@ -14,23 +14,17 @@ pairs, D x V the head, L layers, a multiplication and an addition each as one:
                and MLP read the same), each 2 (t - 1) / t of its bytes; over fsdp (f), the weights of each pass,
                (f - 1) / f; over data x fsdp (n), gradients of each optimizer step, 2 (n - 1) / n
 
-The gradient of the embedding is unused under LoRA: the first layer's part of it is left out. What the last layer says
-of a prompt is unused but for its last token: its queries, MLP and output projection are left out there (the reward
-model's, which reads one token of each row, counts in full). Elementwise work, activations that leave the caches, and
-what `remat` computes twice are no part of the least.
-
-In float32 a pair may be added to its kernel (`models.linear`), with 2 r in out once for each value that the adapter has
-in a pass, instead of 2 A per token forward: the smaller one counts. Backward is 4 A either way. Decoding then has
-kernels alone.
-
-A role's parameters are walked once; every count after that is arithmetic on a few numbers, and the steps of a decode
-loop are one numpy array.
+Left out as unused: the gradient of the embedding under LoRA, thus of what enters the first layer; of prompts, what the
+last layer computes behind keys and values, but for the last token (the reward model, which reads one token of each row,
+counts in full). Elementwise work, activations that leave the caches and what `remat` computes twice are no part of the
+least. In float32 a pair may be added to its kernel (`models.linear`), with 2 r in out for each value that the adapter
+has in a pass, instead of 2 A per token forward: the smaller one counts. Decoding then has kernels alone.
 """
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +32,6 @@ import numpy as np
 from jaxrlhf.config import PPOConfig, RunConfig
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
-from jaxrlhf.records import Rollout
 from jaxrlhf.steps.ppo import computed_steps, single_step
 
 _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
@@ -52,9 +45,6 @@ class Rates:
 
     flops: float  # of matrix products, a multiplication and an addition each count
     bytes: float  # read from and written to memory
-
-    def most(self, other: "Rates") -> "Rates":
-        return Rates(max(self.flops, other.flops), max(self.bytes, other.bytes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +68,7 @@ class Work:
 
     def part(self, share: float) -> "Work":
         """A share of the same work."""
-        scaled = {field.name: getattr(self, field.name) * share for field in dataclasses.fields(self)}
-        return Work(**scaled)
+        return Work(**{field.name: getattr(self, field.name) * share for field in dataclasses.fields(self)})
 
     def on_card(self, mesh: Mapping[str, int]) -> tuple["Work", dict[str, float]]:
         """(one card's share, bytes that it sends by mesh axis); what an axis does not divide evenly is left out."""
@@ -118,20 +107,12 @@ def _work(flops: float, weights: float, tokens: float, reduced: float = 0.0, gra
 # ---------------------------------------------------------------- a pass of one role
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """A LoRA pair that may be added to its kernel once for each of its `values`, where that is less."""
+class _Pair(NamedTuple):
+    """Counts of a LoRA pair that may be added to its kernel once for each value it has, where that is less."""
 
     weights: float
     product: float  # rank x in x out
     unused: float  # weights through which no gradient need go; added to a kernel they make no product of their own
-
-    def forward(self, tokens: Any, values: int) -> Any:
-        return 2 * np.minimum(self.product * values, self.weights * tokens)
-
-    def backward(self, tokens: float, values: int) -> float:
-        merged = self.product * values < self.weights * tokens
-        return (4 * self.weights - (0 if merged else 2 * self.unused)) * tokens
 
 
 @dataclasses.dataclass
@@ -142,19 +123,26 @@ class _Weights:
     trained: float = 0.0  # of them, those that are trained
     pairs: float = 0.0  # of LoRA pairs whose products are their own
     unused: float = 0.0  # through which no gradient need go
-    mergeable: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # _Pair -> how many
+    mergeable: collections.Counter[_Pair] = dataclasses.field(default_factory=collections.Counter)  # and how many
 
-    def forward(self, tokens: Any, values: int) -> Any:
-        own = 2 * (self.plain + self.pairs) * tokens
-        return own + sum(n * pair.forward(tokens, values) for pair, n in self.mergeable.items())
-
-    def backward(self, tokens: float, values: int) -> float:
-        own = 2 * self.plain + 2 * self.trained + 4 * self.pairs - 2 * self.unused
-        return own * tokens + sum(n * pair.backward(tokens, values) for pair, n in self.mergeable.items())
+    def flops(self, tokens: Any, values: int, backward: bool) -> Any:
+        """Of the products of so many tokens forward, or also of their gradients."""
+        total = 2 * (self.plain + self.pairs) * tokens
+        if backward:
+            total += (2 * self.plain + 2 * self.trained + 4 * self.pairs - 2 * self.unused) * tokens
+        for pair, count in self.mergeable.items():
+            alone, merged = pair.weights * tokens, pair.product * values
+            total = total + 2 * count * np.minimum(alone, merged)
+            if backward:
+                total += count * (4 * alone - (0 if merged < alone else 2 * pair.unused * tokens))
+        return total
 
 
 class Role:
-    """The base with one adapter: what a pass through it takes. Trees may hold arrays or shapes."""
+    """The base with one adapter: what a pass through it takes. Trees may hold arrays or shapes.
+
+    The parameters are walked once, here; every count after that is arithmetic on a few numbers.
+    """
 
     def __init__(self, base: Decoder, adapter: Any):
         self.config, self.adapter = base.config, adapter or {}
@@ -188,31 +176,27 @@ class Role:
         self.blocks = float(sum(_bytes(leaf) for name, leaf in leaves.items() if name not in self.tables))
         *self.windows, self.last_window = (config.layer_kind(i).window for i in range(config.layers))
 
-    def forward(
-        self, tokens: Any, seen: Any, logits: Any = 0, scalars: float = 0, unread: float = 0, values: int = 1
+    def flops(
+        self,
+        tokens: Any,
+        seen: Any,
+        logits: Any = 0,
+        scalars: float = 0,
+        unread: float = 0,
+        values: int = 1,
+        backward: bool = False,
     ) -> Any:
         """Of real tokens, pairs that see each other (summed over layers), logits and scalar-head positions.
 
         `unread` counts the tokens whose last state is unused, `values` those that the adapter has in turn while the
-        tokens pass; 0: it is in the kernels already.
+        tokens pass; 0: it is in the kernels already. `backward` adds the gradient of what the adapter trains.
         """
-        trunk = self.early.forward(tokens, values) + self.late.forward(tokens - unread, values)
-        return trunk + self._attention(seen) + 2 * self.head * logits + 2 * self.config.hidden_size * scalars
-
-    def backward(
-        self, tokens: float, seen: float, logits: float = 0, scalars: float = 0, unread: float = 0, values: int = 1
-    ) -> float:
-        """Of the same pass, with the gradient of what the adapter trains."""
-        trunk = self.early.backward(tokens, values) + self.late.backward(tokens - unread, values)
-        trunk += 2 * self._attention(seen)
-        head = (4 if self.trains_head else 2) * self.head * logits
-        return trunk + head + 4 * self.config.hidden_size * scalars
-
-    def both(self, *counts: float, values: int = 1) -> float:
-        return self.forward(*counts, values=values) + self.backward(*counts, values=values)
-
-    def _attention(self, seen: Any) -> Any:
-        return 4 * self.config.heads * self.config.head_dim * seen
+        trunk = self.early.flops(tokens, values, backward) + self.late.flops(tokens - unread, values, backward)
+        attention = 4 * self.config.heads * self.config.head_dim * seen
+        head, scalar = 2 * self.head * logits, 2 * self.config.hidden_size * scalars
+        if not backward:
+            return trunk + attention + head + scalar
+        return trunk + 3 * attention + (3 if self.trains_head else 2) * head + 3 * scalar
 
     def seen(self, lengths: np.ndarray, read: tuple[np.ndarray, np.ndarray] | None = None) -> float:
         """Pairs (query, key) of causal attention in rows of these lengths, summed over layers.
@@ -220,16 +204,13 @@ class Role:
         In the last layer only queries from read[0] up to read[1] of each row; None: all.
         """
         first, end = (0 * lengths, lengths) if read is None else read
-        kinds = collections.Counter(self.windows)
-        before = sum(n * float(np.sum(_causal_pairs(lengths, window))) for window, n in kinds.items())
-        last = self.last_window
-        return before + float(np.sum(_causal_pairs(end, last) - _causal_pairs(first, last)))
+        last = _causal_pairs(end, self.last_window) - _causal_pairs(first, self.last_window)
+        return float(sum(_causal_pairs(lengths, window).sum() for window in self.windows) + last.sum())
 
     def seen_by_next(self, filled: np.ndarray) -> np.ndarray:
         """Keys that one more token of each row sees, its own included; summed over rows (the last axis) and layers."""
-        kinds = collections.Counter([*self.windows, self.last_window])
-        keys = (n * (filled if window is None else np.minimum(filled, window)) for window, n in kinds.items())
-        return sum(k.sum(-1) for k in keys)
+        windows = (*self.windows, self.last_window)
+        return sum((filled if window is None else np.minimum(filled, window)).sum(-1) for window in windows)
 
     def weight_bytes(self, logits: bool, tokens: Any, merged: bool = False) -> Any:
         """Of the base and the adapter as a pass reads them: of the embedding only the tokens' rows, unless it is the
@@ -256,10 +237,8 @@ class Role:
 def _causal_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
     """Pairs in rows of these lengths: 1 + 2 + ..., but no more than the window each."""
     lengths = np.asarray(lengths, np.float64)
-    if window is None:
-        return lengths * (lengths + 1) / 2
-    short = np.minimum(lengths, window)
-    return short * (short + 1) / 2 + (lengths - short) * window
+    short = lengths if window is None else np.minimum(lengths, window)
+    return short * (short + 1) / 2 + (lengths - short) * (window or 0)
 
 
 def _bytes(tree: Any) -> float:
@@ -274,14 +253,14 @@ def rollout(base: Decoder, policy: Any, prompts: np.ndarray, answers: np.ndarray
     """Prompts of these lengths, each read once, and answers of these lengths, i[B n]: a phase for each token."""
     role, group = Role(base, policy), len(answers) // len(prompts)
     seen = role.seen(prompts, (prompts - 1, prompts))
-    read = role.forward(prompts.sum(), seen, len(prompts), 0, prompts.sum() - len(prompts))
+    read = role.flops(prompts.sum(), seen, len(prompts), unread=prompts.sum() - len(prompts))
     # The token at t is sampled by a step that reads the one before it.
     at = np.arange(1, max(int(answers.max()), 1))[:, None]
     active = answers > at
     rows = active.sum(-1).astype(float)
     keys = role.seen_by_next(np.where(active, np.repeat(prompts, group) + at, 0))
     return Work(
-        np.append(read, role.forward(rows, keys, rows, values=0)),
+        np.append(read, role.flops(rows, keys, rows, values=0)),
         np.append(role.weight_bytes(True, prompts.sum()), 0 * rows + role.weight_bytes(True, rows, merged=True)),
         np.append(0.0, role.cache_bytes(keys)),
         float(answers.sum()),
@@ -291,9 +270,8 @@ def rollout(base: Decoder, policy: Any, prompts: np.ndarray, answers: np.ndarray
 
 def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> Work:
     """One scalar for each row of these lengths."""
-    role = Role(base, adapter)
-    total = float(lengths.sum())
-    flops = role.forward(total, role.seen(lengths), 0, len(lengths))
+    role, total = Role(base, adapter), float(lengths.sum())
+    flops = role.flops(total, role.seen(lengths), scalars=len(lengths))
     return _work(flops, role.weight_bytes(False, total), tokens, role.reduced(total))
 
 
@@ -302,15 +280,9 @@ def annotate(
 ) -> Work:
     """Logprobs of the policy, unless the update makes its own, and of the reference; values, where there are any."""
     total, wanted = float(lengths.sum()), float(answers.sum())
-    passes = [(Role(base, reference), wanted, 0.0)]
-    shared, needs_policy = update.value_trunk == "policy" and bool(value), not single_step(update)
-    if shared:
-        passes.append((Role(base, {**policy, **value}), wanted if needs_policy else 0.0, wanted))
-    else:
-        passes += [(Role(base, policy), wanted, 0.0)] if needs_policy else []
-        passes += [(Role(base, value), 0.0, wanted)] if value else []
-    read = _before(lengths, answers)
-    flops = sum(role.forward(total, role.seen(lengths, read), *heads, total - wanted) for role, *heads in passes)
+    passes = [(Role(base, reference), wanted, 0.0), *_passes(base, policy, value, wanted, update, single_step(update))]
+    seen = passes[0][0].seen(lengths, _before(lengths, answers))
+    flops = sum(role.flops(total, seen, *heads, total - wanted) for role, *heads in passes)
     # The base is read once for all roles, each adapter besides.
     first = passes[0][0]
     size = first.weight_bytes(True, total) + sum(role.adapter_bytes for role, *_ in passes[1:])
@@ -322,25 +294,41 @@ def update(
 ) -> Work:
     """Epochs of forward and backward passes of policy and value, and an optimizer step for each minibatch."""
     total, wanted = float(lengths.sum()), float(answers.sum())
-    if value and update.value_trunk == "policy":
-        passes = [(Role(base, {**policy, **value}), wanted, wanted)]
-    else:
-        passes = [(Role(base, policy), wanted, 0.0)] + ([(Role(base, value), 0.0, wanted)] if value else [])
-    read = _before(lengths, answers)
+    passes = _passes(base, policy, value, wanted, update)
+    first = passes[0][0]
+    seen = first.seen(lengths, _before(lengths, answers))
     values = update.minibatches  # each one's step gives the adapters others
     flops = update.epochs * sum(
-        role.both(total, role.seen(lengths, read), *heads, total - wanted, values=values) for role, *heads in passes
+        role.flops(total, seen, *heads, total - wanted, values, backward=True) for role, *heads in passes
     )
-    first = passes[0][0]
     reduced = update.epochs * len(passes) * 2 * first.reduced(total)
     if mix is not None:
         role, (rows, length) = Role(base, policy), mix.tokens.shape
-        flops += role.both(rows * length, role.seen(np.full(rows, length)), rows * (length - 1))
+        seen = role.seen(np.full(rows, length))
+        flops += role.flops(rows * length, seen, rows * (length - 1), backward=True)
         reduced += 2 * role.reduced(rows * length)
-    steps = update.epochs * update.minibatches
-    adapters = sum(role.adapter_bytes for role, *_ in passes)
+    steps, adapters = update.epochs * update.minibatches, sum(role.adapter_bytes for role, *_ in passes)
     bare = first.weight_bytes(True, total / update.minibatches) - first.adapter_bytes
     return _work(flops, steps * (2 * bare + 8 * adapters), wanted * update.epochs, reduced, steps * adapters)
+
+
+def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, scalars: float) -> Work:
+    """One optimizer step of the stages sft and reward_model."""
+    role, total = Role(base, adapter), float(lengths.sum())
+    flops = role.flops(total, role.seen(lengths), logits, scalars, backward=True)
+    size = 2 * role.weight_bytes(logits > 0, total) + 6 * role.adapter_bytes
+    return _work(flops, size, total, 2 * role.reduced(total), role.adapter_bytes)
+
+
+def _passes(
+    base: Decoder, policy: Any, value: Any, wanted: float, update: PPOConfig, values_only: bool = False
+) -> list[tuple[Role, float, float]]:
+    """(role, logits, scalars) of each pass of policy and value, one where they share the trunk."""
+    logits = 0.0 if values_only else wanted
+    if value and update.value_trunk == "policy":
+        return [(Role(base, {**policy, **value}), logits, wanted)]
+    passes = [] if values_only else [(Role(base, policy), wanted, 0.0)]
+    return [*passes, (Role(base, value), 0.0, wanted)] if value else passes
 
 
 def _before(lengths: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -348,89 +336,40 @@ def _before(lengths: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.nd
     return lengths - answers - 1, lengths - 1
 
 
-def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, scalars: float) -> Work:
-    """One optimizer step of the stages sft and reward_model."""
-    role, total = Role(base, adapter), float(lengths.sum())
-    flops = role.both(total, role.seen(lengths), logits, scalars)
-    size = 2 * role.weight_bytes(logits > 0, total) + 6 * role.adapter_bytes
-    return _work(flops, size, total, 2 * role.reduced(total), role.adapter_bytes)
-
-
-# ---------------------------------------------------------------- from what a program is given
-
-
 def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config: RunConfig) -> Work:
     """The least work of a call of one of the stages' programs (`stages.programs`), named as there.
 
     `result` is what it gave. Arrays say how long rows are; of shapes all have their full length.
     """
-    kind = name.split()[0]
-    if name not in _BY_NAME and kind != "reward":
-        raise ValueError(f"no formula for the program {name!r}")
-    return _BY_NAME.get(name, _reward_model)(args, kwargs, result, config)
+    settings = None if config.ppo is None else config.ppo.update
+    match name.split()[0], args:
+        case "rollout" | "greedy", (base, policy, prompts, *_):
+            return rollout(base, policy, _lengths(prompts.mask), _lengths(result.response_mask))
+        case "reward", (base, adapter, answers):
+            return reward(base, adapter, _lengths(answers.mask), float(_lengths(answers.response_mask).sum()))
+        case "reward", (base, head, _, mask):  # a model with a base of its own
+            return reward(base, head, _lengths(mask), float(_lengths(mask).sum()))
+        case "annotate", (*roles, answers, _):
+            return annotate(*roles, _lengths(answers.mask), _lengths(answers.response_mask), settings)
+        case "experience", (answers, *rest):  # no products: what it is given is read, what it gives is written
+            read = _bytes((answers, rest[:-1]))
+            return _work(0.0, read + _bytes(result), float(_lengths(answers.response_mask).sum()))
+        case "update", (state, base, rows, *_):
+            lengths, wanted = _lengths(rows.mask), _lengths(rows.response_mask)
+            whole = update(base, state.policy, state.value, lengths, wanted, settings, kwargs.get("mix"))
+            steps = settings.epochs * settings.minibatches
+            return whole if result is None else whole.part(computed_steps(result[1], settings) / steps)
+        case "sft_update", (state, base, batch, *_):
+            rows, length = batch.tokens.shape
+            return train_step(base, state.adapter, np.full(rows, length), rows * (length - 1.0), 0.0)
+        case "reward_model_update", (state, base, batch, *_):
+            lengths = np.concatenate([_lengths(batch.chosen_mask), _lengths(batch.rejected_mask)])
+            return train_step(base, state.adapter, lengths, 0.0, float(len(lengths)))
+    raise ValueError(f"no formula for the program {name!r}")
 
 
 def _lengths(mask: Any) -> np.ndarray:
+    """i[rows]; real tokens of each row."""
     if isinstance(mask, jax.ShapeDtypeStruct):
         return np.full(mask.shape[0], mask.shape[1])
     return np.asarray(mask).sum(1)
-
-
-def _rollout(args: tuple, kwargs: dict, result: Rollout, config: RunConfig) -> Work:
-    base, policy, prompts, *_ = args
-    return rollout(base, policy, _lengths(prompts.mask), _lengths(result.response_mask))
-
-
-def _own_reward(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    base, adapter, answers = args
-    return reward(base, adapter, _lengths(answers.mask), float(_lengths(answers.response_mask).sum()))
-
-
-def _reward_model(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    base, head, _, mask = args
-    return reward(base, head, _lengths(mask), float(_lengths(mask).sum()))
-
-
-def _annotate(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    base, policy, value, reference, answers, _ = args
-    lengths, wanted = _lengths(answers.mask), _lengths(answers.response_mask)
-    return annotate(base, policy, value, reference, lengths, wanted, config.ppo.update)
-
-
-def _experience(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    """Has no products: what it is given is read, what it gives is written."""
-    answers, *_ = args
-    return _work(0.0, _bytes(args[:-1]) + _bytes(result), float(_lengths(answers.response_mask).sum()))
-
-
-def _update(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    state, base, experience, *_ = args
-    lengths, wanted, settings = _lengths(experience.mask), _lengths(experience.response_mask), config.ppo.update
-    whole = update(base, state.policy, state.value, lengths, wanted, settings, kwargs.get("mix"))
-    if result is None:
-        return whole
-    return whole.part(computed_steps(result[1], settings) / (settings.epochs * settings.minibatches))
-
-
-def _sft(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    state, base, batch, *_ = args
-    rows, length = batch.tokens.shape
-    return train_step(base, state.adapter, np.full(rows, length), rows * (length - 1.0), 0.0)
-
-
-def _pairs(args: tuple, kwargs: dict, result: Any, config: RunConfig) -> Work:
-    state, base, batch, *_ = args
-    lengths = np.concatenate([_lengths(batch.chosen_mask), _lengths(batch.rejected_mask)])
-    return train_step(base, state.adapter, lengths, 0.0, float(len(lengths)))
-
-
-_BY_NAME: dict[str, Callable[[tuple, dict, Any, RunConfig], Work]] = {
-    "rollout": _rollout,
-    "greedy": _rollout,
-    "reward": _own_reward,
-    "annotate": _annotate,
-    "experience": _experience,
-    "update": _update,
-    "sft_update": _sft,
-    "reward_model_update": _pairs,
-}

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 
 from jaxrlhf.bench import __main__ as bench
+from jaxrlhf.bench import machine
 from jaxrlhf.bench.filling import Filler
-from jaxrlhf.bench.kernels import slowest
-from jaxrlhf.bench.lengths import stop_tokens, with_lengths
-from jaxrlhf.config import PPOConfig, Sampling
+from jaxrlhf.bench.measure import with_lengths
+from jaxrlhf.bench.timing import slowest
+from jaxrlhf.config import PPOConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.models.decoder import DecoderConfig, LayerKind, abstract_decoder
+from jaxrlhf.models.target import Target
 from jaxrlhf.plan import work
 from jaxrlhf.plan.work import Rates
 from jaxrlhf.stages.shapes import Shapes
@@ -98,8 +100,6 @@ def test_a_program_is_timed_with_the_options_of_its_name(measured):
 def test_shares_fit_their_parts(measured):
     (stage,) = measured["stages"]
     rates = measured["machine"]
-    for side in ("before", "after"):
-        assert rates[side]["flops"] <= rates["flops_per_second"] and rates[side]["bytes"] <= rates["bytes_per_second"]
     for p in stage["programs"]:
         assert p["share"] == pytest.approx(p["least_seconds"] / p["seconds"])
         alone = max(p["flops"] / rates["flops_per_second"], p["bytes"] / rates["bytes_per_second"])
@@ -123,10 +123,11 @@ def test_one_program_is_timed_alone_with_the_kernels_that_took_most(model, small
     (stage,) = json.loads(target.read_text())["stages"]
     (program,) = stage["programs"]
     assert program["name"] == "annotate" and "loop" not in stage and program["tokens"] == B * R
+    assert "seconds" not in stage, "sums over some of the programs are of nothing"
     assert program["kernels"] and program["kernels"] == sorted(program["kernels"], key=lambda k: -k["seconds"])
     assert all(k["seconds"] > 0 and k["calls"] >= 1 for k in program["kernels"])
     said = capsys.readouterr().out
-    assert said.index("ppo annotate: ") < said.index("peak memory") and program["kernels"][0]["name"] in said
+    assert said.index("\nannotate ") < said.index("peak memory") and program["kernels"][0]["name"] in said
     assert slowest(tmp_path / "none") == []
 
 
@@ -143,8 +144,21 @@ def test_json_is_written_after_each_program_and_lines_come_as_they_are_known(mod
         only = ["--only", "reward,experience", "--repeats", "1"]
         assert bench.main(["--config", CONFIG, "--json", str(target), *only, f"model.path={model}", *TINY]) == 0
     assert seen == [[], ["reward"], ["reward", "experience"], ["reward", "experience"]]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if line.startswith("ppo ")] == ["ppo reward", "ppo experience"]
+    names = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [name for name in names if name in ("ppo", "program", "reward", "experience", "iteration,")] == [
+        "ppo", "program", "reward", "experience",
+    ]  # fmt: skip
+
+
+def test_rates_of_products_have_the_precision_of_the_run(monkeypatch):
+    """jax's own default for float32 on a GPU is TF32, which is several times as fast."""
+    monkeypatch.setattr(machine, "_LARGE", (8, 64))
+    texts = []
+    monkeypatch.setattr(machine, "_seconds", lambda step, x: texts.append(jax.jit(step).lower(x).as_text()) or 1.0)
+    for precision, written in (("highest", "HIGHEST"), ("tf32", "DEFAULT")):
+        rates = machine.measure_rates("float32", 2, Target("gpu", matmul_precision=precision))
+        assert f"precision = [{written}, {written}]" in texts[-2]
+        assert rates == Rates(2 * 2.0 * 8**3, 2 * 3.0 * 64), "of both cards"
 
 
 @pytest.mark.parametrize(
@@ -152,21 +166,23 @@ def test_json_is_written_after_each_program_and_lines_come_as_they_are_known(mod
     [
         (["--repeats", "0"], "--repeats: must be at least 1, not 0"),
         (["--only", "rolout"], "--only: this run has no program 'rolout'; it has rollout, reward"),
-        (["--json", "nowhere/at/all.json"], "--json: no folder nowhere/at"),
-        (["--json", "tests"], "--json: tests is a folder"),
+        (["--json", "nowhere/at/all.json"], "--json: 'nowhere/at/all.json' cannot be written: No such"),
+        (["--json", "tests"], "--json: 'tests' cannot be written: Is a directory"),
+        (["--json", ""], "--json: '' cannot be written"),
+        (["--profile", "README.md"], "--profile: 'README.md' cannot be written"),
         (["model.path=./absent"], "./absent: no such folder with a config.json"),
         (["ppo.update.minibatches=7"], "ppo.update.minibatches"),
         (["ppo.sampling.max_new_tokens=1000"], "512 positions"),
         (["ppo.sampling.temperature=0"], "ppo.sampling.temperature"),
         (["ppo.advantage.estimator=rloo"], "ppo.sampling.samples_per_prompt"),
         (["ppo.sampling.pad_token=99999"], "ids from 0 to 4095"),
-        (["--json", "/proc/version"], "--json: /proc/version cannot be written"),
+        (["--json", "/proc/version"], "--json: '/proc/version' cannot be written"),
         (["model.attention=cudnn", "model.dtype=bfloat16"], "model.attention: cudnn is for NVIDIA GPUs"),
         (["compiler_options.rollout.xla_no=1"], "compiler_options.rollout.xla_no"),
         (["ppo.bach_size=3"], "ppo.batch_size"),
     ],
-    ids=["repeats", "only", "json", "folder", "model", "minibatches", "positions", "greedy", "group", "token",
-         "unwritable", "attention", "option", "key"],
+    ids=["repeats", "only", "json", "folder", "nothing", "profile", "model", "minibatches", "positions", "greedy",
+         "group", "token", "unwritable", "attention", "option", "key"],
 )
 def test_bad_input_stops_with_one_line(arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -308,10 +324,14 @@ def test_full_and_geometric_answers_come_from_stop_tokens_alone(model):
     config = load_config(CONFIG, [f"model.path={model}"])
     assert with_lengths(config, "full", V).ppo.sampling.stop_tokens == ()
     geometric = with_lengths(config, "geometric", 4096).ppo.sampling
-    assert len(geometric.stop_tokens) == len(set(geometric.stop_tokens)) == 4 * 4096 // 64
-    assert max(geometric.stop_tokens) < 4096
-    assert stop_tokens(Sampling(max_new_tokens=10**6), 8) == (0,), "an answer can always end"
-    assert len(stop_tokens(Sampling(max_new_tokens=1), 8)) == 7, "and need not"
+    assert geometric.stop_tokens == tuple(range(0, 4096, 64 // 4)), "of 64 tokens the mean is 16"
+
+    def stop_tokens(limit):
+        changed = load_config(CONFIG, [f"model.path={model}", f"ppo.sampling.max_new_tokens={limit}"])
+        return with_lengths(changed, "geometric", 8).ppo.sampling.stop_tokens
+
+    assert stop_tokens(10**6) == (0,), "an answer can always end"
+    assert len(stop_tokens(1)) < 8, "and need not"
 
 
 def test_shapes_become_arrays_once_and_hold_what_their_names_say(model):
