@@ -1,9 +1,9 @@
-"""Kernels that one optimizer step launches on an H100, counted in what XLA compiles for it; no card is needed.
+"""Kernels that one optimizer step launches on a card, counted in what XLA compiles for it; no card is needed.
 
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION    (jaxlib's version; 180 MB)
-    python benchmarks/kernels.py TARGET.txtpb [--stage ppo|sft] [--layers 6]
+    python benchmarks/kernels.py [--card h100] [--stage ppo|sft] [--layers 6]
 
-TARGET.txtpb is XLA's public description of the card. The model is that of configs/bench with so many layers, and LoRA
+`--card` names a description in jaxrlhf/plan/targets. The model is that of configs/bench with so many layers, and LoRA
 of rank 8 on all linear layers; ppo has two of these (policy and value). What is counted are the kernels that come from
 `optimizer_step` and all copies beside them: for ppo in the loop over minibatches, for sft in the whole program.
 """
@@ -31,7 +31,8 @@ from jaxrlhf.steps.optimizer import init_optimizer
 from jaxrlhf.steps.ppo import init_ppo, ppo_update
 from jaxrlhf.steps.sft import sft_update
 
-MODEL = Path(__file__).parents[1] / "configs" / "bench" / "config.json"
+ROOT = Path(__file__).parents[1]
+MODEL, TARGETS = ROOT / "configs" / "bench" / "config.json", ROOT / "jaxrlhf" / "plan" / "targets"
 ROWS, PROMPT, RESPONSE = 32, 32, 64
 LAUNCHED = "fusion|custom-call|copy|reduce|concatenate|slice|transpose|select|convert|broadcast|dynamic-update-slice"
 
@@ -79,11 +80,11 @@ def count(text: str) -> tuple[collections.Counter, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("target")
+    parser.add_argument("--card", choices=sorted(file.stem for file in TARGETS.glob("*.txtpb")), default="h100")
     parser.add_argument("--stage", choices=("ppo", "sft"), default="ppo")
     parser.add_argument("--layers", type=int, default=6)
     given = parser.parse_args()
-    lines = Path(given.target).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (TARGETS / f"{given.card}.txtpb").read_text(encoding="utf-8").splitlines(keepends=True)
     target = "".join(line for line in lines if not line.startswith("#"))
     topology = topologies.get_topology_desc("card", "cuda", target_config=target, topology="1x1x1")
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])

@@ -14,14 +14,14 @@ from jaxrlhf.bench.machine import describe, forget_peak, measure_rates
 from jaxrlhf.bench.timing import Timed, time_program
 from jaxrlhf.checkpoint.compilation_cache import kept_programs
 from jaxrlhf.config import RunConfig
-from jaxrlhf.distributed.compiler_options import check_options, compiled_with
+from jaxrlhf.distributed.compiler_options import compiled_with
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.distributed.programs import peak_memory_bytes
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device
-from jaxrlhf.plan.work import work_of
-from jaxrlhf.stages.calls import calls_of
+from jaxrlhf.plan.work import Rates, work_of
+from jaxrlhf.stages.calls import Call, calls_of
 from jaxrlhf.stages.settings import check_stage
 from jaxrlhf.stages.shapes import Shapes, read_model, resolved
 
@@ -39,9 +39,7 @@ class Options:
     profile: str | None = None  # a folder for traces
 
 
-def measure(
-    config: RunConfig, options: Options, say: Callable[[str], None]
-) -> Iterator[tuple[dict[str, Any], str]]:
+def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> Iterator[tuple[dict[str, Any], str]]:
     """Measures on all devices; yields all that is known as plain values, and what is new as text, again and again.
 
     First the rates, then each program, then each stage. `say` takes what is being done. `UserError` where the settings
@@ -49,32 +47,21 @@ def measure(
     """
     mesh, model = make_mesh(config.mesh), read_model(config.model)
     config = resolved(with_lengths(config, options.lengths, model.vocab_size))
-    check_options(config.compiler_options)
-    for stage in config.stages:
-        for note in check_stage(config, stage, model, mesh):
-            say(note)
-    if config.model.attention == "cudnn":
-        check_device(model, config.model.dtype)
     shapes, filler, began = Shapes(config, mesh, model), Filler(model, config.seed), time.perf_counter()
     with kept_programs(None, say), compiled_with(config.compiler_options):  # compiling is timed: nothing is loaded
-        calls = {stage: calls_of(stage, shapes) for stage in config.stages}
-        _check_only(options.only, [call.name for of_stage in calls.values() for call in of_stage])
+        calls = _checked_calls(shapes, options.only, say)
         say("measures the machine")
         start = time.perf_counter()
         rates = measure_rates(config.model.dtype, mesh.size, shapes.base.config.target)
         elsewhere = time.perf_counter() - start  # in compiling, and in programs
         forget_peak()
-        about = {"flops_per_second": rates.flops, "bytes_per_second": rates.bytes}
-        found = {"machine": describe(mesh.size) | about, "model": _about(shapes), "lengths": options.lengths}
-        found |= {"peak_bytes": 0, "host_seconds": 0.0, "stages": []}
+        found = _start(shapes, rates) | {"lengths": options.lengths, "peak_bytes": 0, "host_seconds": 0.0, "stages": []}
         yield found, report.opening(found)
         for stage, of_stage in calls.items():
             timed: dict[str, Timed] = {}
             known = {"stage": stage, "programs": []}
             found["stages"].append(known)
             for call in of_stage:
-                if options.only and call.name not in options.only:
-                    continue
                 say(f"{stage}: compiles {call.name}")
                 program = timed[call.name] = Timed(call, filler.fill(call.args), filler.fill(call.kwargs))
                 result = program.again()  # warms up, and is what the next program is given
@@ -99,22 +86,35 @@ def measure(
     yield found, report.closing(found)
 
 
-def _check_only(only: Collection[str], names: list[str]) -> None:
+def _checked_calls(shapes: Shapes, only: Collection[str], say: Callable[[str], None]) -> dict[str, list[Call]]:
+    """Stage -> its programs, those of `only` alone if it names any."""
+    config = shapes.config
+    for stage in config.stages:
+        for note in check_stage(config, stage, shapes.model, shapes.mesh):
+            say(note)
+    if config.model.attention == "cudnn":
+        check_device(shapes.model, config.model.dtype)
+    calls = {stage: calls_of(stage, shapes) for stage in config.stages}
+    names = [call.name for of_stage in calls.values() for call in of_stage]
     for name in only:
         if name not in names:
             raise UserError(f"--only: this run has no program {name!r}; it has {', '.join(names)}")
+    chosen = {stage: [call for call in of_stage if not only or call.name in only] for stage, of_stage in calls.items()}
+    return {stage: of_stage for stage, of_stage in chosen.items() if of_stage}
 
 
-def _about(shapes: Shapes) -> dict[str, Any]:
-    """What the model is."""
+def _start(shapes: Shapes, rates: Rates) -> dict[str, Any]:
+    """What is known before a program is: the machine, and the model."""
     config = shapes.config
-    return {
+    model = {
         "parameters": sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base).values()),
         "layers": shapes.model.layers,
         "dtype": config.model.dtype,
         "attention": config.model.attention,
         "compiler_options": config.compiler_options,
     }
+    machine = {"flops_per_second": rates.flops, "bytes_per_second": rates.bytes}
+    return {"machine": describe(shapes.mesh.size) | machine, "model": model}
 
 
 def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:

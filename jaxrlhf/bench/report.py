@@ -33,7 +33,7 @@ def program_row(stage: dict[str, Any]) -> str:
         f"{p['tokens_per_second']:,.0f}", f"{p['compile_seconds']:.1f}", f"{p['memory']['peak'] / _MIB:,.0f}",
         f"{p['memory']['temporaries'] / _MIB:,.0f}",
     )  # fmt: skip
-    kernels = [f"    {kernel['seconds']:.3g} s in {kernel['calls']:,} x {kernel['name']}" for kernel in p["kernels"]]
+    kernels = [f"    {kernel['seconds']:.3g} s in {kernel['calls']:,g} x {kernel['name']}" for kernel in p["kernels"]]
     return "\n".join([*head, _row(cells), *kernels])
 
 

@@ -80,12 +80,12 @@ def time_program(program: Timed, work: Work, rates: Rates, repeats: int, traces:
         "share": least / seconds,
         "best_share": least / min(taken),
         "memory": program.memory(),
-        "kernels": [] if traces is None else slowest(traces),
+        "kernels": [] if traces is None else slowest(traces, repeats),
     }
 
 
-def slowest(folder: Path) -> list[dict[str, Any]]:
-    """The kernels with the largest sums of time in the last trace, of all devices; of a CPU, XLA's operations.
+def slowest(folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """The kernels with the largest sums of time in the last trace, of one of so many calls; of a CPU, XLA's operations.
 
     Empty where this jax cannot read its own traces, or where the trace has no kernels.
     """
@@ -102,5 +102,7 @@ def slowest(folder: Path) -> list[dict[str, Any]]:
                 for event in line.events:
                     if device or "::" not in event.name:  # the runtime's own functions
                         times[event.name].append(event.duration_ns / 1e9)
-    found = [{"name": name, "calls": len(taken), "seconds": sum(taken)} for name, taken in times.items()]
+    found = [
+        {"name": name, "calls": len(taken) / repeats, "seconds": sum(taken) / repeats} for name, taken in times.items()
+    ]
     return sorted(found, key=lambda kernel: -kernel["seconds"])[:_SHOWN]
