@@ -39,6 +39,7 @@ def kept_programs(setting: str | None, say: Say) -> Iterator[str | None]:
 
     `setting` is a folder, None for no folder, or `AUTO`: that of jax's own setting (JAX_COMPILATION_CACHE_DIR), else
     one in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). A folder that cannot be used is said in one line.
+    Without a folder programs are compiled anew, also in blocks inside this one.
     On several processes all call it; they keep programs in a folder that all see, or nowhere: one that loads what
     others compile would leave them waiting where compiling is shared. The first one writes. On CPUs it alone finds
     anything: jax has keys of its own for each process there.
@@ -55,11 +56,6 @@ def kept_programs(setting: str | None, say: Say) -> Iterator[str | None]:
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     with _configured(settings):
         yield folder
-
-
-def compiled_anew() -> contextlib.AbstractContextManager[None]:
-    """In the block nothing is loaded or kept: what the compiler says and does is wanted, and not only its result."""
-    return _configured({_ENABLED: False})
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrlhf.checkpoint import compilation_cache as module
-from jaxrlhf.checkpoint.compilation_cache import AUTO, compiled_anew, kept_programs
+from jaxrlhf.checkpoint.compilation_cache import AUTO, kept_programs
 from jaxrlhf.distributed.programs import Program
 
 ROOT = Path(__file__).parent.parent.parent
@@ -116,7 +116,7 @@ def test_settings_of_jax_are_as_before_afterwards(tmp_path, monkeypatch):
     with kept_programs(str(tmp_path), print) as folder:
         assert folder == str(tmp_path) and jax.config.jax_compilation_cache_dir == folder
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
-        with compiled_anew():
+        with kept_programs(None, print):
             compiled(3.5)
             with kept_programs(str(tmp_path), print) as inner:
                 assert inner is None, "whoever compiles anew does so in all that it calls"
