@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 # Before jax is imported: whatever the tests compile stays out of the home folder, and what two of them compile, also in
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import Processes
 
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.models.adapters import init_adapter
@@ -44,6 +46,33 @@ def few_maps():
         with open(maps) as lines:
             if sum(1 for _ in lines) > 25_000:
                 jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """Starts processes: see `processes.Processes`. They end with the test that started them, or with the session."""
+    started = Processes(lambda: tmp_path_factory.mktemp("process"))
+    yield started
+    started.end()
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(processes):
+    before = processes.count()  # those of fixtures with a wider scope
+    yield
+    processes.end(beyond=before)
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """The folder with rows of public sets: tinystories.jsonl, preferences.jsonl, gsm8k/{train,test}.jsonl."""
+    return Path(__file__).parent / "data" / "files"
+
+
+@pytest.fixture(scope="session")
+def stories260k(texts):
+    """The folder of a small Llama that was trained on stories, as Hugging Face stores models."""
+    return texts / "stories260K"
 
 
 @pytest.fixture(scope="session")

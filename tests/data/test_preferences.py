@@ -1,6 +1,5 @@
 """Pairs: the prompt is the same on both sides whatever the form, and every pair counts once."""
 
-import os
 
 import numpy as np
 import pytest
@@ -260,13 +259,10 @@ def test_fewer_pairs_than_a_batch_make_one_bucket():
     assert batch.chosen_mask.any(axis=1).all()  # what fills up is real too: no score is taken of nothing
 
 
-def test_real_pairs():
-    shared = os.environ.get("JAXRLHF_SHARED")
-    if not shared:
-        pytest.skip("JAXRLHF_SHARED is not set: no pairs to try")
-    tokenizer = load_tokenizer(os.path.join(shared, "models", "stories260K"))
-    pairs, report = load(os.path.join(shared, "data", "preferences.jsonl"), tokenizer, 128, "cut")
-    assert report.rows == 1100 and report.dropped["chosen and rejected are equal"] == 6
+def test_real_pairs(texts, stories260k):
+    tokenizer = load_tokenizer(str(stories260k))
+    pairs, report = load(str(texts / "preferences.jsonl"), tokenizer, 128, "cut")
+    assert report.rows == 300 and report.dropped["chosen and rejected are equal"] == 2
     assert "\n" not in str(report)
     for pair in pairs:
         assert pair.chosen_ids[0] == pair.rejected_ids[0] == 1

@@ -1,6 +1,5 @@
 """Prompts: at the right edge, with their columns, in a stream that is a function of the step."""
 
-import os
 
 import numpy as np
 import pytest
@@ -127,15 +126,10 @@ def test_the_stream_is_a_function_of_seed_and_step(jsonl, words):
         assert row[mask].tolist() == words.encode_prompt("a " * (column["i"] % 5 + 1)) == words.encode_prompt(text)
 
 
-def test_real_prompts():
-    shared = os.environ.get("JAXRLHF_SHARED")
-    if not shared:
-        pytest.skip("JAXRLHF_SHARED is not set: no prompts to try")
-    tokenizer = load_tokenizer(os.path.join(shared, "models", "stories260K"))
-    problems = load(
-        os.path.join(shared, "data", "gsm8k", "test.jsonl"), tokenizer, 256, "cut", prompt_field="question", limit=200
-    )
+def test_real_prompts(texts, stories260k):
+    tokenizer = load_tokenizer(str(stories260k))
+    problems = load(str(texts / "gsm8k" / "test.jsonl"), tokenizer, 256, "cut", prompt_field="question", limit=200)
     assert len(problems) == 200 and all("####" in column["answer"] for column in problems.columns)
-    stories = load(os.path.join(shared, "data", "tinystories.jsonl"), tokenizer, limit=50)
+    stories = load(str(texts / "tinystories.jsonl"), tokenizer, limit=50)
     assert {len(ids) for ids in stories.ids} == {9} and all(ids[0] == 1 for ids in stories.ids)
     assert stories.take([0])[0].tokens[0, :7].tolist() == [0] * 7

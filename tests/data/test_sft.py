@@ -1,7 +1,6 @@
 """Demonstrations: every form of row gives the same tokens, and every response token is learnt exactly once."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -292,12 +291,9 @@ def test_fewer_examples_than_a_batch():
         assert batch.tokens.shape[0] == 8 and (batch.segments > 0).sum() == 4 and batch.loss_mask.sum() == 2
 
 
-def test_real_stories():
-    shared = os.environ.get("JAXRLHF_SHARED")
-    if not shared:
-        pytest.skip("JAXRLHF_SHARED is not set: no stories to try")
-    tokenizer = load_tokenizer(os.path.join(shared, "models", "stories260K"))
-    path = os.path.join(shared, "data", "tinystories.jsonl")
+def test_real_stories(texts, stories260k):
+    tokenizer = load_tokenizer(str(stories260k))
+    path = str(texts / "tinystories.jsonl")
     examples, report = load(path, tokenizer, max_length=512, overflow="cut", limit=300)
     assert report.kept == len(examples) == 300 and 0 < report.cut < 300
     with open(path) as file:

@@ -1,7 +1,6 @@
 """Prompts and responses as ids: nothing lost, nothing invented, and the same prompt alone and in a pair."""
 
 import json
-import os
 import random
 
 import numpy as np
@@ -282,14 +281,10 @@ def test_no_eos_cannot_end_answers():
         tokenizer.encode_pair("", "a")
 
 
-def test_stories_tokenizer():
-    shared = os.environ.get("JAXRLHF_SHARED")
-    if not shared:
-        pytest.skip("JAXRLHF_SHARED is not set: no pretrained tokenizer to try")
+def test_stories_tokenizer(stories260k):
     tokenizers = pytest.importorskip("tokenizers")
-    folder = os.path.join(shared, "models", "stories260K")
-    tokenizer = load_tokenizer(folder)
-    raw = tokenizers.Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    tokenizer = load_tokenizer(str(stories260k))
+    raw = tokenizers.Tokenizer.from_file(str(stories260k / "tokenizer.json"))
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size, tokenizer.prefix_ids) == (None, 2, 512, [1])
     assert tokenizer.encode_prompt("Once upon a time") == raw.encode("Once upon a time").ids
     prompt_ids, response_ids = tokenizer.encode_pair("Once upon a time", ", there was")

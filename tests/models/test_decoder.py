@@ -1,6 +1,4 @@
 import dataclasses
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +27,11 @@ def test_logits_equal_those_of_transformers(llama_case, make_llama, torch_logits
     np.testing.assert_allclose(forward(ours, tokens, mask)[mask], expected[mask], atol=1e-4)
 
 
-def test_logits_equal_those_of_transformers_from_a_real_model(torch_logits, forward):
+def test_logits_equal_those_of_transformers_from_a_real_model(stories260k, torch_logits, forward):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    if "JAXRLHF_SHARED" not in os.environ:
-        pytest.skip("JAXRLHF_SHARED names no folder with models/stories260K")
-    folder = Path(os.environ["JAXRLHF_SHARED"]) / "models" / "stories260K"
-    ours, tokenizer = load_pretrained(folder)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+    ours, tokenizer = load_pretrained(stories260k)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(stories260k)
     assert ours.config.stop_tokens == (1, 2) and ours.config.pad_token == 0
     rows = [tokenizer.encode_prompt(text) for text in ("Once upon a time, there was", "Lily and", "The dog")]
     width = max(map(len, rows))

@@ -1,10 +1,6 @@
 """Codes and scales against plain numpy; a quantised base against its float form: logits, gradients, bytes, learning."""
 
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -397,13 +393,10 @@ np.testing.assert_allclose(run(split, tokens), run(whole, tokens), atol=1e-5)
 """
 
 
-def test_codes_lie_on_a_mesh_as_kernels_do(tmp_path):
+def test_codes_lie_on_a_mesh_as_kernels_do(processes, tmp_path):
     config = DecoderConfig(8, 128, 256, layers=1, heads=4, kv_heads=2, head_dim=32, max_positions=8)
     save_pretrained(tmp_path, Decoder(config, jax.random.key(0)))
-    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu")
-    command = [sys.executable, "-c", ON_A_MESH, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    processes.run("-c", ON_A_MESH, tmp_path, devices=4)
 
 
 def test_what_cannot_be_quantised_is_named(small, tmp_path):
@@ -473,15 +466,12 @@ def trained():
 
 
 @pytest.fixture(scope="module")
-def stories():
-    """The trained model in JAXRLHF_SHARED, and text of its own."""
-    if "JAXRLHF_SHARED" not in os.environ:
-        pytest.skip("JAXRLHF_SHARED names no folder with models/stories260K")
-    folder = Path(os.environ["JAXRLHF_SHARED"]) / "models" / "stories260K"
-    base, _ = load_pretrained(folder)
+def stories(stories260k):
+    """A model that was trained on stories, text of its own, and its folder."""
+    base, _ = load_pretrained(stories260k)
     begin = Prompts(jnp.ones((8, 1), jnp.int32), jnp.ones((8, 1), bool))
     sampling = Sampling(max_new_tokens=96, stop_tokens=())
-    return base, np.asarray(jax.jit(rollout)(base, None, begin, jax.random.key(0), sampling).tokens), folder
+    return base, np.asarray(jax.jit(rollout)(base, None, begin, jax.random.key(0), sampling).tokens), stories260k
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -543,20 +533,20 @@ def learn(programs, base, make_adapter, wanted, length, iterations, rate):
     return rewards
 
 
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
-def test_ppo_learns_on_a_quantised_base(kind, programs, make_decoder, make_adapter):
-    base = quantize_decoder(make_decoder(vocabulary=6, stop_tokens=(), scale=0.5, seed=11), kind)
+@pytest.mark.slow
+def test_ppo_learns_on_a_quantised_base(programs, make_decoder, make_adapter):
+    base = quantize_decoder(make_decoder(vocabulary=6, stop_tokens=(), scale=0.5, seed=11), "int8")
     rewards = learn(programs, base, make_adapter, 2, 4, 30, 0.03)
-    print(f"{kind}: reward {np.mean(rewards[:3]):.3f} -> {np.mean(rewards[-3:]):.3f}")
+    print(f"int8: reward {np.mean(rewards[:3]):.3f} -> {np.mean(rewards[-3:]):.3f}")
     assert np.mean(rewards[:3]) < 0.4 and np.mean(rewards[-3:]) > 0.9
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_ppo_learns_on_quantised_stories(kind, programs, stories, make_adapter):
+@pytest.mark.slow
+def test_ppo_learns_on_quantised_stories(programs, stories, make_adapter):
     """The token is one that the model samples now and then: the third most frequent of its own text."""
     _, text, folder = stories
     tokens, counts = np.unique(text[:, 1:], return_counts=True)
     wanted = tokens[np.argsort(counts)[-3]]
-    rewards = learn(programs, load_pretrained(folder, quantize=kind)[0], make_adapter, wanted, 16, 25, 0.01)
-    print(f"stories260K {kind}: reward {np.mean(rewards[:3]):.3f} -> {np.mean(rewards[-3:]):.3f}")
+    rewards = learn(programs, load_pretrained(folder, quantize="nf4")[0], make_adapter, wanted, 16, 25, 0.01)
+    print(f"stories260K nf4: reward {np.mean(rewards[:3]):.3f} -> {np.mean(rewards[-3:]):.3f}")
     assert np.mean(rewards[:3]) < 0.1 and np.mean(rewards[-3:]) > 0.5

@@ -1,11 +1,9 @@
 """The library of rewards against small references of its own, on examples and on whatever hypothesis writes."""
 
 import json
-import os
 import re
 from collections import Counter
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -133,13 +131,10 @@ def test_numbers_of_any_size_raise_nothing():
     assert numeric_answer(huge, [5] * len(huge), tolerance=1.0) == [0.0] * len(huge)
 
 
-def test_reference_solutions_of_gsm8k_are_right():
-    folder = os.environ.get("JAXRLHF_SHARED")
-    if not folder or not (Path(folder) / "data" / "gsm8k").is_dir():
-        pytest.skip("needs JAXRLHF_SHARED, a folder with data/gsm8k")
-    for file, count in (("train.jsonl", 7473), ("test.jsonl", 1319)):
-        lines = (Path(folder) / "data" / "gsm8k" / file).read_text().splitlines()
-        solutions = [json.loads(line)["answer"] for line in lines]
+def test_reference_solutions_of_gsm8k_are_right(texts):
+    for file in ("train.jsonl", "test.jsonl"):
+        lines = (texts / "gsm8k" / file).read_text().splitlines()
+        solutions, count = [json.loads(line)["answer"] for line in lines], len(lines)
         assert numeric_answer(solutions, solutions) == [1.0] * count
         assert numeric_answer(solutions, solutions, strict=True) == [1.0] * count
         finals = [solution.split("#### ")[1] for solution in solutions]

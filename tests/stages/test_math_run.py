@@ -1,7 +1,6 @@
 """Whole runs of the GSM8K configs on made-up problems: PPO, and GRPO by the overrides that their headers give."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -125,14 +124,11 @@ def test_the_overrides_for_grpo_are_those_of_the_algorithm():
         assert grpo.reward == ppo.reward
 
 
-def test_real_problems(tmp_path):
+def test_real_problems(texts, stories260k, tmp_path):
     """The config as it is but for its length, on GSM8K's problems and a real pretrained model."""
-    if "JAXRLHF_SHARED" not in os.environ:
-        pytest.skip("JAXRLHF_SHARED names no folder with models/stories260K and data/gsm8k")
-    shared = Path(os.environ["JAXRLHF_SHARED"])
-    train, test = (shared / "data" / "gsm8k" / f"{name}.jsonl" for name in ("train", "test"))
+    train, test = (texts / "gsm8k" / f"{name}.jsonl" for name in ("train", "test"))
     real = [
-        f"model.path={shared / 'models' / 'stories260K'}", f"sft.data.path={train}", f"ppo.data.path={train}",
+        f"model.path={stories260k}", f"sft.data.path={train}", f"ppo.data.path={train}",
         f"ppo.evaluation_data.path={test}", "sft.data.limit=100", "ppo.data.limit=200", "ppo.iterations=1",
         "ppo.evaluation_data.limit=100", "ppo.sampling.max_new_tokens=16",
     ]  # fmt: skip
