@@ -3,8 +3,6 @@
 import gzip
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -157,14 +155,12 @@ def test_generate_answers_in_order(folder, capsys):
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == records
 
 
-def test_help_names_every_setting_with_its_default():
-    shown = subprocess.run(
-        [sys.executable, "-m", "jaxrlhf.train", "--help"], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
+def test_help_names_every_setting_with_its_default(processes):
+    shown = processes.run("-m", "jaxrlhf.train", "--help", seconds=60).output
     for setting, default in [("ppo.update.clip_low", "0.2"), ("ppo.advantage.lam", "0.95"), ("sft.packing", "true")]:
         assert re.search(rf"{re.escape(setting)}\b.*{default}", shown), setting
 
 
-def test_module_lists_the_commands():
-    shown = subprocess.run([sys.executable, "-m", "jaxrlhf"], capture_output=True, text=True, check=True).stdout
+def test_module_lists_the_commands(processes):
+    shown = processes.run("-m", "jaxrlhf").output
     assert "jaxrlhf.train" in shown and "jaxrlhf.generate" in shown

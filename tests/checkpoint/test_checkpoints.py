@@ -1,9 +1,6 @@
 """Saved and restored is the same, bit for bit; what is not the same tree, or not whole, says so."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -170,21 +167,18 @@ for step in range(3, 10_000):
 """
 
 
-def test_killed_while_saving_goes_on_from_the_last_whole_one(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "saved 2\n"
+def test_killed_while_saving_goes_on_from_the_last_whole_one(processes, tmp_path):
+    process = processes.start("-c", KILLED, tmp_path)
+    process.wait_until(lambda: process.output == "saved 2\n")
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:  # stop it where a save is half-written
         if list(tmp_path.glob("*.saving*")):
-            os.kill(process.pid, signal.SIGSTOP)
+            process.send(signal.SIGSTOP)
             if list(tmp_path.glob("*.saving*")):
                 break
-            os.kill(process.pid, signal.SIGCONT)
-    os.kill(process.pid, signal.SIGKILL)
-    _, stderr = process.communicate()
-    assert stderr == ""  # quiet
+            process.send(signal.SIGCONT)
+    process.kill()
+    assert process.errors == ""  # quiet
     assert list(tmp_path.glob("*.saving*"))
     with Checkpoints(tmp_path) as checkpoints:
         assert not list(tmp_path.glob("*.saving*"))

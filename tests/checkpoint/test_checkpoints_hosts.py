@@ -1,9 +1,6 @@
 """Two processes that play two hosts come to the same end: damage that one finds, or a save that fails on one."""
 
-import os
 import socket
-import subprocess
-import sys
 
 HOST = """
 import sys, errno, json, os, pathlib, jax, numpy as np
@@ -78,25 +75,10 @@ print("ok")
 """
 
 
-def test_two_hosts_agree(tmp_path):
+def test_two_hosts_agree(processes, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOST, str(rank), address, str(tmp_path / "c")],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for host in hosts:
-            stdout, stderr = host.communicate(timeout=240)
-            assert host.returncode == 0 and stdout.endswith("ok\n"), stderr
-    finally:
-        for host in hosts:
-            host.kill()
+    hosts = [processes.start("-c", HOST, rank, address, tmp_path / "c", devices=2) for rank in (0, 1)]
+    for host in hosts:
+        assert host.wait(240) == 0 and host.output.endswith("ok\n"), host.errors

@@ -1,8 +1,5 @@
 """Programs that are kept: the next process loads them; a folder that is no good, or a damaged file, stops nothing."""
 
-import os
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +11,6 @@ from jaxrlhf.checkpoint import compilation_cache as module
 from jaxrlhf.checkpoint.compilation_cache import AUTO, kept_programs
 from jaxrlhf.distributed.programs import Program
 
-ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
@@ -32,13 +28,16 @@ print(values, program.compiles, hits)
 """
 
 
-def start(setting, **environment):
-    """What a fresh process prints, and says."""
-    own = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    own |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
-    done = subprocess.run([sys.executable, "-c", PROGRAM, setting], env=own, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), done.stderr
+@pytest.fixture
+def start(processes):
+    """`start(setting, **environment)`: what a fresh process prints, and says."""
+
+    def run(setting, **environment):
+        own = {"JAX_COMPILATION_CACHE_DIR": None, "JAX_PLATFORMS": "cpu"} | environment
+        done = processes.run("-c", PROGRAM, setting, environment=own)
+        return done.output.splitlines(), done.errors
+
+    return run
 
 
 def entries(folder):
@@ -73,7 +72,7 @@ def compiled(factor):
     return Program(lambda x: x * factor + 1, f"times_{factor}")(jnp.ones(3))
 
 
-def test_the_next_process_loads_what_this_one_compiled_and_counts_the_same(tmp_path):
+def test_the_next_process_loads_what_this_one_compiled_and_counts_the_same(start, tmp_path):
     (cold,), said = start(str(tmp_path / "kept"))
     assert said == "" and cold.endswith(" 2 0")
     (warm,), said = start(str(tmp_path / "kept"))
@@ -86,7 +85,7 @@ def test_the_next_process_loads_what_this_one_compiled_and_counts_the_same(tmp_p
 
 
 @pytest.mark.parametrize("named", ["JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
-def test_auto_keeps_where_the_environment_says(tmp_path, named):
+def test_auto_keeps_where_the_environment_says(start, tmp_path, named):
     _, said = start(AUTO, **{"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": "", named: str(tmp_path / "own")})
     assert said == ""
     below = {"JAX_COMPILATION_CACHE_DIR": "own", "XDG_CACHE_HOME": "own/jaxrlhf/xla", "HOME": "own/.cache/jaxrlhf/xla"}

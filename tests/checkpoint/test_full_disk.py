@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -114,11 +113,16 @@ log.close()
 """
 
 
-def _limited(folder: Path, limit: int) -> list[str]:
-    """What a process says whose checkpoints and logs meet a real limit."""
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(folder), str(limit)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr  # no traceback of orbax's either
-    return done.stdout.splitlines()
+@pytest.fixture
+def limited(processes):
+    """`limited(folder, limit)`: what a process says whose checkpoints and logs meet a real limit."""
+
+    def run(folder: Path, limit: int) -> list[str]:
+        done = processes.run("-c", LIMITED, folder, limit)
+        assert done.errors == "", done.errors  # no traceback of orbax's either
+        return done.output.splitlines()
+
+    return run
 
 
 def _is_whole(folder: Path) -> None:
@@ -130,22 +134,22 @@ def _is_whole(folder: Path) -> None:
     assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n")
 
 
-def test_files_that_may_not_grow_any_more(tmp_path):
-    said = _limited(tmp_path, 100_000)
+def test_files_that_may_not_grow_any_more(limited, tmp_path):
+    said = limited(tmp_path, 100_000)
     assert len(said) == 3, said
     assert said[0].endswith("step 2 cannot be written: File too large; that of step 1 is whole")
     assert "metrics.jsonl: cannot be written: File too large" in said[1] and said[1] == said[2]
     _is_whole(tmp_path)
 
 
-def test_a_disk_that_is_full(tmp_path):
+def test_a_disk_that_is_full(limited, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        said = _limited(disk, 0)
+        said = limited(disk, 0)
         assert len(said) == 3, said
         assert said[0].endswith("step 2 cannot be written: No space left on device; that of step 1 is whole")
         assert "metrics.jsonl: cannot be written: No space left on device" in said[1]

@@ -4,8 +4,6 @@ import errno
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -26,41 +24,30 @@ else:
 """
 
 
-def _holder(folder, *more):
-    return subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), *more], stdout=subprocess.PIPE, text=True)
-
-
-def test_another_process_is_refused_by_name_and_let_in_after_a_kill(tmp_path):
-    holder = _holder(tmp_path)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"process {holder.pid} on \S+, since .* is running there") as error:
-            RunLock(tmp_path).take()
-        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
-    finally:
-        holder.kill()
-        holder.communicate()
+def test_another_process_is_refused_by_name_and_let_in_after_a_kill(processes, tmp_path):
+    holder = processes.start("-c", HOLDER, tmp_path)
+    holder.wait_until(lambda: holder.output == "held\n")
+    with pytest.raises(UserError, match=rf"process {holder.pid} on \S+, since .* is running there") as error:
+        RunLock(tmp_path).take()
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    holder.kill()
     with RunLock(tmp_path) as lock:
         lock.take()
         assert lock.held
 
 
-def test_a_child_that_outlives_the_run_holds_nothing(tmp_path):
-    holder = _holder(tmp_path, "fork")
-    said = {holder.stdout.readline(), holder.stdout.readline()}
-    child = int(next(line for line in said if line != "held\n"))
-    try:
-        with pytest.raises(UserError, match="is running there"):
-            RunLock(tmp_path).take()
-        holder.kill()
-        holder.wait()
-        os.kill(child, 0)  # still there
-        with RunLock(tmp_path) as lock:
-            lock.take()
-            assert lock.held
-    finally:
-        os.kill(child, signal.SIGKILL)
-        holder.stdout.close()
+def test_a_child_that_outlives_the_run_holds_nothing(processes, tmp_path):
+    holder = processes.start("-c", HOLDER, tmp_path, "fork")
+    holder.wait_until(lambda: holder.output.count("\n") == 2)
+    child = int(next(line for line in holder.output.splitlines() if line != "held"))
+    with pytest.raises(UserError, match="is running there"):
+        RunLock(tmp_path).take()
+    holder.send(signal.SIGKILL)
+    holder.wait()
+    os.kill(child, 0)  # still there
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        assert lock.held
 
 
 def test_one_process_holds_it_once(tmp_path):

@@ -1,9 +1,6 @@
 """Every row of the table against transformers: logits, decoding, and the way out and back."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -293,17 +290,14 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def test_every_layout_loads_onto_a_mesh_and_comes_back(make_model, forward, tmp_path):
+def test_every_layout_loads_onto_a_mesh_and_comes_back(make_model, forward, processes, tmp_path):
     tokens, mask = rows()
     families = ["gpt2", "gpt_neox", "phi3", "olmo2", "gemma2"]
     for family in families:
         make_model(tmp_path / family / "theirs", family, CASES[family][0], vocab_size=62)
         logits = forward(load_pretrained(tmp_path / family / "theirs")[0], tokens, mask)
         np.savez(tmp_path / family / "expected.npz", tokens=tokens, mask=mask, logits=logits)
-    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu")
-    command = [sys.executable, "-c", ON_A_MESH, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    processes.run("-c", ON_A_MESH, tmp_path, devices=4)
     for family in families:
         check_same_tensors(tmp_path / family / "theirs", tmp_path / family / "ours")
 

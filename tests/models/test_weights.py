@@ -2,8 +2,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -150,7 +148,7 @@ def test_an_older_checkpoint_with_constants_and_copies_loads(make_llama, tmp_pat
     assert same_arrays(load_pretrained(tmp_path)[0], plain)
 
 
-SUBPROCESS = """
+ON_A_MESH = """
 import sys
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
@@ -171,12 +169,9 @@ save_pretrained(sys.argv[2], model)
 """
 
 
-def test_onto_a_mesh_and_back(small, batch, forward, folder, tmp_path):
+def test_onto_a_mesh_and_back(small, batch, forward, folder, processes, tmp_path):
     np.savez(tmp_path / "expected.npz", tokens=batch[0], mask=batch[1], logits=forward(small, *batch))
-    environment = dict(os.environ, JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu")
-    command = [sys.executable, "-c", SUBPROCESS, folder, tmp_path / "again", tmp_path / "expected.npz"]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    processes.run("-c", ON_A_MESH, folder, tmp_path / "again", tmp_path / "expected.npz", devices=4)
     assert stored_bytes(tmp_path / "again") == stored_bytes(folder)
 
 

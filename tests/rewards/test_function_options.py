@@ -1,11 +1,8 @@
 """Async functions, options and columns of FunctionReward, and its early checks of the library's functions."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,7 +104,7 @@ def test_a_time_out_cancels_the_function():
     assert ended
 
 
-def test_a_process_ends_though_a_thread_of_an_async_function_does_not():
+def test_a_process_ends_though_a_thread_of_an_async_function_does_not(processes):
     """A call in `asyncio.to_thread` that never returns, such as a request without a time-out."""
     code = (
         "import asyncio, threading\n"
@@ -117,10 +114,8 @@ def test_a_process_ends_though_a_thread_of_an_async_function_does_not():
         "assert run_async(fine(), 30) == list(range(100))\n"
         "run_async(score(), 0.05)\n"
     )
-    root = str(Path(__file__).parent.parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "TimeoutError: took longer than 0.05 s"
+    done = processes.run("-c", code, status=1, seconds=60)
+    assert done.errors.splitlines()[-1] == "TimeoutError: took longer than 0.05 s"
 
 
 def test_an_error_in_a_thread_of_an_async_function_is_its_own(reward, answers):

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -236,13 +232,9 @@ for shape in ({"data": 1}, {"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}):
 """
 
 
-def test_scores_are_the_same_on_a_mesh(folder):
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
-    command = [sys.executable, "-c", ON_A_MESH, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (split, *one), *others = [line.split() for line in done.stdout.splitlines()]
+def test_scores_are_the_same_on_a_mesh(folder, processes):
+    done = processes.run("-c", ON_A_MESH, folder, devices=4)
+    (split, *one), *others = [line.split() for line in done.output.splitlines()]
     assert split == "False" and np.std(np.float32(one)) > 0.1
     for split, *scores in others:
         assert split == "True"

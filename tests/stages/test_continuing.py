@@ -1,16 +1,15 @@
 """A run that was interrupted goes on to the same weights, or says in one line why it does not."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import Process
 from safetensors.numpy import load_file
 
 from jaxrlhf import train
@@ -18,7 +17,6 @@ from jaxrlhf.tracking.metrics import MetricsLog
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent.parent
 FEW = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
 MODEL = {
     "new": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_positions": 64}
@@ -72,15 +70,14 @@ def command(folder: Path, run_dir: str | Path, *overrides: str) -> int:
     return train.main(arguments(folder, run_dir, *overrides))
 
 
-def process(folder: Path, run_dir: str | Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "JAX_NUM_CPU_DEVICES": str(devices),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxrlhf.train", *arguments(folder, run_dir, *overrides)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def process(processes):
+    """`process(folder, run_dir, *overrides, devices=None)`: the command in a process of its own, under way."""
+
+    def start(folder: Path, run_dir: str | Path, *overrides: str, devices: int | None = None) -> Process:
+        return processes.start("-m", "jaxrlhf.train", *arguments(folder, run_dir, *overrides), devices=devices)
+
+    return start
 
 
 def lines(folder: Path) -> list[dict]:
@@ -107,12 +104,9 @@ def same(workshop: Path, folder: Path) -> bool:
     return role(folder) == role(workshop / "straight") and lines(folder) == lines(workshop / "straight")
 
 
-def after(started: subprocess.Popen, folder: Path, count: int) -> None:
+def after(started: Process, folder: Path, count: int) -> None:
     """Returns when the run has logged `count` steps."""
-    deadline = time.monotonic() + 240
-    while len(lines(folder)) < count:
-        assert started.poll() is None and time.monotonic() < deadline, started.communicate()[1]
-        time.sleep(0.01)
+    started.wait_until(lambda: len(lines(folder)) >= count)
 
 
 def pages(folder: Path) -> int:
@@ -211,20 +205,16 @@ def test_the_best_checkpoint_is_handed_on(workshop, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_the_step_and_the_same_command_continues(workshop, tmp_path, number):
+def test_a_signal_saves_the_step_and_the_same_command_continues(workshop, process, tmp_path, number):
     started = process(workshop, tmp_path / "run", "sft.save_every=100")
-    try:
-        after(started, tmp_path / "run", 2)
-        started.send_signal(number)
-        _, stderr = started.communicate(timeout=120)
-    finally:
-        started.kill()
-    assert started.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], stderr
+    after(started, tmp_path / "run", 2)
+    started.send(number)
+    assert started.wait(120) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], started.errors
     done = steps(tmp_path / "run")
     assert saved(tmp_path / "run") == [done[-1]], "the last step, which was not due"
-    last = stderr.splitlines()[-1]
+    last = started.errors.splitlines()[-1]
     assert last.startswith(f"stopped by {number.name}: sft: step {done[-1]} of ") and last.endswith("command continues")
-    assert "Traceback" not in stderr
+    assert "Traceback" not in started.errors
     assert command(workshop, tmp_path / "run", "sft.save_every=100") == 0
     assert same(workshop, tmp_path / "run")
 
@@ -246,23 +236,18 @@ PPO = {
 }  # fmt: skip
 
 
-def test_a_step_that_takes_too_long_is_given_up(tmp_path):
+def test_a_step_that_takes_too_long_is_given_up(process, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW.format(seconds=600))
     (tmp_path / "config.json").write_text(json.dumps(PPO))
     reward = f"ppo.reward.function={tmp_path / 'slow.py'}:score"
     started = process(tmp_path, "run", reward, "checkpoints.grace=1.0")
-    try:
-        deadline = time.monotonic() + 240
-        while not (tmp_path / "run/checkpoints/ppo").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(1)  # it compiles, or waits for the reward
-        began = time.monotonic()
-        started.send_signal(signal.SIGTERM)
-        _, stderr = started.communicate(timeout=60)
-    finally:
-        started.kill()
-    assert started.returncode == 143 and time.monotonic() - began < 30
-    assert "1 s were not enough; ppo: step 0 is saved, what came after it is lost" in stderr.splitlines()[-1], stderr
+    started.wait_until((tmp_path / "run/checkpoints/ppo").exists)
+    time.sleep(1)  # it compiles, or waits for the reward
+    began = time.monotonic()
+    started.send(signal.SIGTERM)
+    assert started.wait(60) == 143 and time.monotonic() - began < 30
+    last = started.errors.splitlines()[-1]
+    assert "1 s were not enough; ppo: step 0 is saved, what came after it is lost" in last, started.errors
 
 
 def test_more_iterations_are_those_of_a_longer_run(tmp_path, capfd):
@@ -284,15 +269,11 @@ def test_more_iterations_are_those_of_a_longer_run(tmp_path, capfd):
 # ---------------------------------------------------------------- devices, disks, other runs
 
 
-def test_a_run_goes_on_with_other_devices(workshop, tmp_path, capfd):
+def test_a_run_goes_on_with_other_devices(workshop, process, tmp_path, capfd):
     started = process(workshop, tmp_path / "run", "mesh.data=2", "mesh.fsdp=2", devices=4)
-    try:
-        after(started, tmp_path / "run", 3)
-        started.send_signal(signal.SIGTERM)
-        _, stderr = started.communicate(timeout=120)
-    finally:
-        started.kill()
-    assert started.returncode == 143, stderr
+    after(started, tmp_path / "run", 3)
+    started.send(signal.SIGTERM)
+    assert started.wait(120) == 143, started.errors
     done = len(steps(tmp_path / "run"))
     assert command(workshop, tmp_path / "run") == 0
     said = capfd.readouterr().err
@@ -304,21 +285,18 @@ def test_a_run_goes_on_with_other_devices(workshop, tmp_path, capfd):
         np.testing.assert_allclose(found[name], leaf, atol=2e-4, err_msg=name)
 
 
-def test_two_runs_do_not_share_a_directory(workshop, tmp_path, capfd):
+def test_two_runs_do_not_share_a_directory(workshop, process, tmp_path, capfd):
     started = process(workshop, tmp_path / "run")
-    try:
-        after(started, tmp_path / "run", 1)
-        os.kill(started.pid, signal.SIGSTOP)
-        assert command(workshop, tmp_path / "run") == 2
-        assert f"process {started.pid} on " in capfd.readouterr().err
-    finally:
-        started.kill()
-        started.communicate()
+    after(started, tmp_path / "run", 1)
+    started.send(signal.SIGSTOP)
+    assert command(workshop, tmp_path / "run") == 2
+    assert f"process {started.pid} on " in capfd.readouterr().err
+    started.kill()
     assert command(workshop, tmp_path / "run") == 0, "a killed one holds nothing"
     assert same(workshop, tmp_path / "run")
 
 
-def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(workshop, tmp_path):
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(workshop, process, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     # Room for base, logs and two checkpoints, and not for three.
@@ -328,11 +306,10 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(workshop, tmp_path):
         pytest.skip("only root can mount a small disk")
     try:
         started = process(workshop, disk / "run", "checkpoints.keep=9")
-        _, stderr = started.communicate(timeout=300)
-        assert started.returncode == 1, stderr
-        last = stderr.splitlines()[-1]
+        assert started.wait(300) == 1, started.errors
+        last = started.errors.splitlines()[-1]
         assert last.startswith("error: ") and "No space left on device" in last and str(disk / "run") in last
-        assert "the same command goes on" in last and "Traceback" not in stderr
+        assert "the same command goes on" in last and "Traceback" not in started.errors
         assert steps(disk / "run") == list(range(1, len(steps(disk / "run")) + 1))
         assert saved(disk / "run") == [2, 4] and len(steps(disk / "run")) < 10
         subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)

@@ -8,12 +8,8 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import jax
 import pytest
@@ -201,16 +197,14 @@ def lines(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
 
 
-def run_once(folder, config, by_command=False) -> Link:
-    """Runs until the end or the fault, in this process or as a person does."""
+def run_once(folder, config, processes=None) -> Link:
+    """Runs until the end or the fault, in this process or, given `processes`, by the command."""
     status, error, shown = None, None, io.StringIO()
-    if by_command:
+    if processes:
         (folder / "config.yaml").write_text(dump_config(config))
-        root = str(Path(__file__).parent.parent.parent)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, "-m", "jaxrlhf.train", "--config", str(folder / "config.yaml")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        status, shown = done.returncode, io.StringIO(done.stderr)
+        command = processes.start("-m", "jaxrlhf.train", "--config", folder / "config.yaml")
+        status = command.wait(120)
+        shown = io.StringIO(command.errors)
     else:
         with contextlib.redirect_stderr(shown):
             try:
@@ -221,7 +215,7 @@ def run_once(folder, config, by_command=False) -> Link:
     return Link(shown.getvalue(), lines(folder), max(steps, default=None), status, error)
 
 
-def chain(folder, config, faults, fail):
+def chain(folder, config, faults, fail, processes):
     """A link per fault, each a step further, then one with the reward mended; `fail` sets up the reward's next run.
 
     The first is the command's. A fault "at the end" comes when all steps are done, while their result is measured."""
@@ -229,14 +223,14 @@ def chain(folder, config, faults, fail):
     for fault in faults:
         good_calls = ITERATIONS - reached if fault.endswith("at the end") else 1 if reached else BEFORE_FIRST
         with fail(fault, good_calls) as state:
-            links[fault] = run_once(folder, config, by_command=not reached)
+            links[fault] = run_once(folder, config, None if reached else processes)
             links[fault].sent = getattr(state, "sent", 0)
         reached += good_calls
     return links
 
 
 @pytest.fixture(scope="module")
-def of_function(shared):
+def of_function(shared, processes):
     """The runs of a function that fails in every way, in turn."""
     folder = shared / "function"
     folder.mkdir()
@@ -247,14 +241,14 @@ def of_function(shared):
     def fail(fault, good_calls):
         yield (folder / "mood.json").write_text(json.dumps({"fault": fault, "good_calls": good_calls}))
 
-    links = chain(folder, config, OF_FUNCTION, fail)
+    links = chain(folder, config, OF_FUNCTION, fail, processes)
     with fail(None, 10**9):
         links["mended"] = run_once(folder, config)
     return folder, links
 
 
 @pytest.fixture(scope="module")
-def of_server(shared):
+def of_server(shared, processes):
     """The runs of a server that fails in every way, in turn, always at one URL."""
     folder = shared / "server"
     folder.mkdir()
@@ -262,7 +256,7 @@ def of_server(shared):
         port = first.port
     url = f"http://127.0.0.1:{port}/score"
     config = config_of(folder, {"kind": "http", "url": url, "timeout": 1.0, "retries": 2})
-    links = chain(folder, config, OF_SERVER, lambda fault, good_calls: Server(port, good_calls, fault))
+    links = chain(folder, config, OF_SERVER, lambda fault, good_calls: Server(port, good_calls, fault), processes)
     with Server(port, 1, "500 twice"):
         links["500 twice"] = run_once(folder, config)
     return folder, links, url

@@ -1,7 +1,5 @@
 """A short trial of kills at random moments; `benchmarks/kill_trial.py` without --short is the long one."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +9,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_random_moments_is_bit_identical(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "kill_trial.py", "--short", "--kills", "4", "--folder", tmp_path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [*map(str, command), "--signals", "KILL,TERM"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "bit-identical: average, base, policy, reward, value" in done.stdout
+def test_a_run_that_is_killed_at_random_moments_is_bit_identical(processes, tmp_path):
+    trial = ROOT / "benchmarks" / "kill_trial.py"
+    done = processes.run(trial, "--short", "--kills", 4, "--folder", tmp_path, "--signals", "KILL,TERM")
+    assert "bit-identical: average, base, policy, reward, value" in done.output
 
 
 def test_the_trial_finds_differences(tmp_path):

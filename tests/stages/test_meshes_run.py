@@ -4,9 +4,6 @@ All must draw the same tokens and learn the same weights, and no device may hold
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -73,14 +70,11 @@ for mesh in json.loads(sys.argv[2]):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(processes, tmp_path_factory):
     """A run directory for each mesh, by its name such as 2x2x1."""
     folder = tmp_path_factory.mktemp("meshes")
     for count, meshes in MESHES.items():
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(count), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", RUNS, str(folder), json.dumps(meshes)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        processes.run("-c", RUNS, folder, json.dumps(meshes), devices=count)
     return folder
 
 

@@ -1,12 +1,8 @@
 """A whole run, killed twice and continued, against one that nothing interrupted."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,13 +61,9 @@ run_stages(RunConfig.model_validate(config))
 """
 
 
-def kill(config, stage, step, saved):
+def kill(processes, config, stage, step, saved):
     """Runs in another process that is killed after `step`, with the checkpoint of step `saved` the latest."""
-    root = Path(__file__).parent.parent.parent
-    command = [sys.executable, "-c", KILLED, json.dumps(config), stage, str(step), str(saved)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    processes.run("-c", KILLED, json.dumps(config), stage, step, saved, status=-signal.SIGKILL)
 
 
 def lines(folder, name):
@@ -85,13 +77,14 @@ def lasting(record):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(processes, tmp_path_factory):
     """Folders and settings of both runs, what run_stages gave at the end of each, and the metrics at the last kill."""
     folder = tmp_path_factory.mktemp("runs")
     configs = {name: {**CONFIG, "run_dir": str(folder / name)} for name in ("straight", "killed")}
     settings = {name: RunConfig.model_validate(config) for name, config in configs.items()}
     with ThreadPoolExecutor(1) as beside:  # the other process works while this one does
-        kills = beside.submit(lambda: [kill(configs["killed"], stage, 3, saved=2) for stage in ("sft", "ppo")])
+        killed = configs["killed"]
+        kills = beside.submit(lambda: [kill(processes, killed, stage, 3, saved=2) for stage in ("sft", "ppo")])
         roles = {"straight": run_stages(settings["straight"])}
         kills.result()
     broken = lines(folder / "killed", "metrics.jsonl")
