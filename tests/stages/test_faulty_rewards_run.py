@@ -203,7 +203,7 @@ def run_once(folder, config, processes=None) -> Link:
     if processes:
         (folder / "config.yaml").write_text(dump_config(config))
         command = processes.start("-m", "jaxrlhf.train", "--config", folder / "config.yaml")
-        status = command.wait(120)
+        status = command.wait()
         shown = io.StringIO(command.errors)
     else:
         with contextlib.redirect_stderr(shown):
