@@ -14,14 +14,14 @@ def main_of(command: Callable[[], None], afterwards: str = "") -> int:
     0  done
     1  a fault in the middle of a run, of the program or of the machine
     2  input that cannot be used
-    130, 143  ended by Ctrl-C or SIGTERM
+    129, 130, 143  ended by SIGHUP, Ctrl-C or SIGTERM
 
     `afterwards` says what a person can do after a fault or an interruption.
     """
     try:
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(_line(error), file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"{stopped}; the same command continues", file=sys.stderr)
@@ -33,8 +33,16 @@ def main_of(command: Callable[[], None], afterwards: str = "") -> int:
         print(f"error: {fault}{afterwards}", file=sys.stderr)
         return 1
     except Exception as error:
+        if hasattr(error, "elsewhere"):
+            print(_line(error), file=sys.stderr)
+            return 1
         traceback.print_exc()
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         print(f"error: {what}{afterwards}", file=sys.stderr)
         return 1
     return 0
+
+
+def _line(error: Exception) -> str:
+    """What this process says of an error that another process may tell."""
+    return f"stopped: {error.elsewhere}" if hasattr(error, "elsewhere") else f"error: {error}"

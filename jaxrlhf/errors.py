@@ -19,6 +19,12 @@ class Fault(Exception):
     """Something outside the program stopped it midway: one line with what and where."""
 
 
+def told_elsewhere(error: Exception, line: str) -> Exception:
+    """The same error, for a process that need not say it: another one does. `line` is what it says instead."""
+    error.elsewhere = line
+    return error
+
+
 def short(value: object) -> str:
     """A value in a message, cut at 60 characters."""
     text = repr(value)

@@ -2,10 +2,10 @@
 
 import argparse
 import math
+import os
 import sys
 
 from jaxrlhf.command import main_of
-from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.stopping import StopSignals
 
 
@@ -35,9 +35,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "(JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS), else SLURM, Open MPI, a TPU host or an indexed job "
         "of Kubernetes; see launch/README.md.",
     )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: this one alone")
-    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    for flag, kind, metavar, text in (
+        ("coordinator", str, "HOST:PORT", "where process 0 listens"),
+        ("processes", int, "N", "how many there are; 1: this one alone"),
+        ("process", int, "I", "which one this is, from 0"),
+    ):
+        variable = os.environ.get(f"JAXRLHF_{flag.upper()}") or None
+        several.add_argument(f"--{flag}", type=kind, default=variable, metavar=metavar, help=text)
     several.add_argument(
         "--start-timeout", type=_seconds, default=300, metavar="SECONDS", help="to wait for all to come (default: 300)"
     )
@@ -47,10 +51,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
     from jaxrlhf.config.reading import load_config
+    from jaxrlhf.distributed import processes
 
     place = processes.find_place(arguments.coordinator, arguments.processes, arguments.process)
     with processes.joined(place, arguments.start_timeout):
-        config = load_config(arguments.config, arguments.overrides)
+        if not processes.alone():
+            stop.share()
+        config = processes.agreed(lambda: load_config(arguments.config, arguments.overrides))
         stop.grace = config.checkpoints.grace
         processes.check_alike("settings", config.model_dump(mode="json"), "start all with the same command and file")
         from jaxrlhf.stages.run import run_stages
@@ -61,6 +68,8 @@ def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
 def main(arguments: list[str] | None = None) -> int:
     afterwards = "; the same command goes on from the last checkpoint, if there is one"
     with StopSignals() as stop:
+        from jaxrlhf.distributed import processes
+
         return processes.ended(main_of(lambda: train(parse(arguments), stop), afterwards))
 
 

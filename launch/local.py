@@ -1,8 +1,8 @@
 """python launch/local.py --processes N -- --config FILE [key.path=value ...]: one run as N processes of this machine.
 
 Each is `python -m jaxrlhf.train` with what stands behind `--`. Process 0 keeps the terminal, the others write to files.
-When one fails the others end within seconds, and so does this: with the status of the process that failed first, and a
-last line that names it. SIGTERM and Ctrl-C go to all of them; a second one kills.
+When one fails the others are ended within seconds, and this ends with its status, and a last line that names it.
+SIGTERM, SIGHUP and Ctrl-C go to all of them; a second one kills.
 
 Needs nothing but Python itself.
 """
@@ -24,8 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TICK = 0.05  # seconds between looks at the processes
-TOGETHER = 20.0  # seconds in which the others end by themselves when one has failed
-LAST_WORD = 5.0  # seconds between SIGTERM and SIGKILL
+TOGETHER = 5.0  # seconds in which the others end by themselves when one has failed
+LAST_WORD = 5.0  # seconds to answer interrupts before SIGKILL
 BLAMES = re.compile(r"^stopped: process (\d+) of \d+ ", re.MULTILINE)
 
 
@@ -36,7 +36,8 @@ class Child:
     number: int
     process: subprocess.Popen
     log: Path | None
-    stuck: bool = False  # neither the end of the others nor SIGTERM ended it
+    hurried: bool = False  # others had failed, and this one had to be interrupted
+    stuck: bool = False  # neither the end of the others nor an interrupt ended it
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"--logs {logs}: cannot be written: {error.strerror}; give another folder")
         return 2
     received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: received.append(number))
     address = f"localhost:{_free_port()}"
     children = [_start(given, number, address, logs) for number in range(given.processes)]
@@ -123,14 +124,15 @@ def _die_with_parent() -> None:
 def _watch(children: list[Child], received: list[int], patience: float) -> list[tuple[Child, int]]:
     """Each child and its status (negative: the signal that killed it), in the order in which they ended.
 
-    After a failure the others have `TOGETHER` seconds to end, after a signal `patience`; then SIGTERM, then SIGKILL.
+    After a failure the others have `TOGETHER` seconds to end, after a signal `patience`. Then they are interrupted,
+    again and again, which ends at once what is not frozen; then SIGKILL.
     """
     ends: list[tuple[Child, int]] = []
     running, passed_on, deadline, hurried = list(children), 0, float("inf"), False
     while running:
         ended = [child for child in running if child.process.poll() is not None]
-        # A process that jax aborts (SIGABRT) in the same moment does so because another one was lost.
-        ended.sort(key=lambda child: child.process.returncode == -signal.SIGABRT)
+        # Of those that end in the same moment the one that was killed is the cause; one that aborts is an echo.
+        ended.sort(key=lambda child: _cause(child.process.returncode))
         ends += [(child, child.process.returncode) for child in ended]
         running = [child for child in running if child not in ended]
         if any(child.process.returncode for child in ended):
@@ -143,9 +145,13 @@ def _watch(children: list[Child], received: list[int], patience: float) -> list[
         if time.monotonic() > deadline:
             for child in running:
                 child.stuck |= hurried and not passed_on
-            _signal(running, signal.SIGKILL if hurried else signal.SIGTERM)
+                child.hurried = True
+            if hurried:
+                _signal(running, signal.SIGKILL)
             hurried, deadline = True, time.monotonic() + LAST_WORD
-        time.sleep(TICK)
+        if hurried:
+            _signal(running, signal.SIGINT)
+        time.sleep(4 * TICK if hurried else TICK)
     return ends
 
 
@@ -154,14 +160,22 @@ def _signal(children: list[Child], number: int) -> None:
         child.process.send_signal(number)  # which does nothing to one that has ended
 
 
+def _cause(status: int) -> int:
+    """How likely a status is the cause of the others: 0 killed by a signal, 1 failed, 2 aborted by jax or gloo."""
+    return 2 if status == -signal.SIGABRT else 0 if status < 0 else 1
+
+
 def _first_to_fail(failed: list[tuple[Child, int]]) -> tuple[Child, int]:
-    """The failure that the others ended for: the one they name, else a stuck process, else the first."""
+    """The failure that the others ended for: the one they name; a stuck process, for which they abort; the first."""
     named = collections.Counter(number for child, _ in failed for number in _named_by(child))
     for number, _ in named.most_common():
         for child, status in failed:
             if child.number == number:
                 return child, status
-    return next(((child, status) for child, status in failed if child.stuck), failed[0])
+    own = [(child, status) for child, status in failed if not child.hurried] or failed
+    if all(_cause(status) == 2 for _, status in own):
+        own = [(child, status) for child, status in failed if child.stuck] or own
+    return next(((child, status) for child, status in own if _cause(status) < 2), own[0])
 
 
 def _named_by(child: Child) -> list[int]:
@@ -175,7 +189,7 @@ def _named_by(child: Child) -> list[int]:
 def _how(child: Child, status: int) -> str:
     if child.stuck:
         return "was stuck: it had to be killed after the others had ended"
-    if status in (130, 143):
+    if status in (129, 130, 143):
         return f"was asked to stop, saved what there was and ended with status {status}"
     if status < 0:
         return f"was killed by signal {-status} ({signal.Signals(-status).name})"

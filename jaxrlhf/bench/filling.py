@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.distributed.mesh import leaf_name
 from jaxrlhf.models.decoder import DecoderConfig
+from jaxrlhf.models.sharding import leaf_name
 
 _INPUTS, _INITIAL = "one over the root of the inputs", "the model's initializer_range"
 # (pattern on the end of a leaf's name, mean, standard deviation); floats only, the first that matches counts.

@@ -14,9 +14,8 @@ from jaxrlhf.bench.machine import describe, forget_peak, measure_rates
 from jaxrlhf.bench.timing import Timed, time_program
 from jaxrlhf.checkpoint.compilation_cache import kept_programs
 from jaxrlhf.config import RunConfig
-from jaxrlhf.distributed.compiler_options import compiled_with
 from jaxrlhf.distributed.mesh import make_mesh
-from jaxrlhf.distributed.programs import peak_memory_bytes
+from jaxrlhf.distributed.programs import compiled_with, peak_memory_bytes
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device

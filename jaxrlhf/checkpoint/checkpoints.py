@@ -32,7 +32,7 @@ except ImportError:  # where v1 has not left `experimental`
 
 from jaxrlhf.checkpoint.checksums import Damaged, seal, unseal
 from jaxrlhf.checkpoint.files import atomic_write, reason, sync
-from jaxrlhf.distributed.agreement import largest, of_first
+from jaxrlhf.distributed.processes import largest, of_first
 from jaxrlhf.errors import Fault, UserError
 
 _LATEST = "latest.json"

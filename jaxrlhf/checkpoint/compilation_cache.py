@@ -20,7 +20,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrlhf.checkpoint.files import reason
 from jaxrlhf.distributed import processes
-from jaxrlhf.distributed.agreement import largest
 
 AUTO = "auto"
 LIMIT = 4 * 2**30  # bytes of a folder
@@ -85,7 +84,7 @@ def _prepared(setting: str, say: Say, tidy: bool) -> str | None:
     except (OSError, RuntimeError, filelock.Timeout) as error:
         why = reason(error)
     processes.barrier()
-    missed = largest(int(bool(why) or not (folder / mark).exists()))
+    missed = processes.largest(int(bool(why) or not (folder / mark).exists()))
     if processes.is_first() and folder is not None:
         with contextlib.suppress(OSError):
             (folder / mark).unlink()

@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 
 from jaxrlhf.checkpoint.files import reason
-from jaxrlhf.distributed.agreement import largest
+from jaxrlhf.distributed.processes import largest
 from jaxrlhf.errors import UserError
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)

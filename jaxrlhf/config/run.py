@@ -104,7 +104,7 @@ class CheckpointsConfig(Settings):
     best: str | None = Field(None, description="metric whose best checkpoint is kept as well, such as reward/gold; null: none", json_schema_extra=CHOICE)
     best_is: Literal["highest", "lowest"] = Field("highest", description="which value of best is the best", json_schema_extra=CHOICE)
     result: Literal["last", "best"] = Field("last", description="which weights a stage with that metric hands on: of its last step, or of its best checkpoint")
-    grace: PositiveFloat = Field(60.0, description="seconds after SIGTERM or Ctrl-C in which the step under way may end and be saved", json_schema_extra=FREE)
+    grace: PositiveFloat = Field(60.0, description="seconds after SIGTERM, SIGHUP or Ctrl-C in which the step under way may end and be saved", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _of_something(self) -> "CheckpointsConfig":

@@ -16,7 +16,7 @@ from jaxrlhf.data.fields import (
     number_field,
     text_or_messages_field,
 )
-from jaxrlhf.data.order import Buckets, bucket_lengths
+from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.sources import LoadReport, Message, Row, drops_unusable, read_rows
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
@@ -206,6 +206,11 @@ class PreferenceData:
     def __len__(self) -> int:
         """Batches per epoch."""
         return len(self.buckets)
+
+    def checksum(self) -> str:
+        """Tells these pairs, in this order, from others."""
+        margins = np.array([pair.margin for pair in self.pairs])
+        return checksum([margins, *(ids for pair in self.pairs for ids in (pair.chosen_ids, pair.rejected_ids))])
 
     def batch(self, step: int) -> PreferenceBatch:
         """The batch at a step, from 0 on: always the same for one seed. Leaves are numpy arrays."""

@@ -16,7 +16,7 @@ from jaxrlhf.data.fields import (
     text_field,
     text_or_messages_field,
 )
-from jaxrlhf.data.order import batch_rows
+from jaxrlhf.data.order import batch_rows, checksum
 from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
@@ -50,6 +50,10 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def checksum(self) -> str:
+        """Tells these prompts, in this order, from others."""
+        return checksum(self.ids)
 
     def batch(self, seed: int, step: int, batch_size: int) -> tuple[Prompts, list[dict[str, Any]], list[str]]:
         """The batch at a step of an endless shuffled stream: prompts [batch_size, max_prompt_tokens], numpy,

@@ -21,7 +21,7 @@ from jaxrlhf.data.fields import (
     text_field,
     text_or_messages_field,
 )
-from jaxrlhf.data.order import Buckets, bucket_lengths
+from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
@@ -233,6 +233,10 @@ class SFTData:
     def __len__(self) -> int:
         """Batches per epoch."""
         return len(self.buckets)
+
+    def checksum(self) -> str:
+        """Tells these examples, in this order, from others."""
+        return checksum(ids for example in self.examples for ids in (example.prompt_ids, example.response_ids))
 
     def batch(self, step: int) -> SFTBatch:
         """The batch at a step, from 0 on: always the same for one seed. Its length is one of a few."""

@@ -1,18 +1,25 @@
-"""Compiled programs that count how often they were compiled, and the memory that they took."""
+"""Compiled programs: how often each was compiled, with which of XLA's options, and the memory that they took."""
 
 import contextlib
 import functools
+import re
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxrlhf.distributed.compiler_options import options_of
+from jaxrlhf.errors import UserError
 
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 _running: list["Program"] = []  # programs being called, innermost last; dispatch is on the main thread
+
+ALL = "all"  # what stands under this name is for every program
+Options = Mapping[str, Mapping[str, Any]]  # program -> option -> value
+
+_given: Options = {}
 
 
 class Program:
@@ -21,7 +28,7 @@ class Program:
     `compiles` stays at 1 as long as every call has the shapes, dtypes, static values and placement of the first.
     A change of placement alone (another sharding, or an array that was not yet committed to its device) compiles
     again without tracing again, so both are counted and the larger number is told. XLA gets `compiler_options`, and
-    before them what stands under its name where it is made: `compiler_options.compiled_with`.
+    before them what stands under its name where it is made: `compiled_with`.
     """
 
     def __init__(
@@ -69,6 +76,51 @@ def _count_compile(event: str, seconds: float, **details: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_compile)
+
+
+@contextlib.contextmanager
+def compiled_with(options: Options) -> Iterator[None]:
+    """Programs that are made inside the block are compiled with their options; `UserError` as from `check_options`.
+
+    Of the whole process, as what compiles at the same time belongs to one run.
+    """
+    global _given
+    check_options(options)
+    before, _given = _given, options
+    try:
+        yield
+    finally:
+        _given = before
+
+
+def options_of(program: str, own: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """What the program of this name is compiled with: its `own` options, unless the given ones say otherwise.
+
+    None: nothing is said.
+    """
+    return {**(own or {}), **_given.get(ALL, {}), **_given.get(program, {})} or None
+
+
+def check_options(options: Options) -> None:
+    """`UserError` where this XLA knows an option not at all, or not with that value: it is asked, with a sum."""
+    for program, named in options.items():
+        for option, value in named.items():
+            try:
+                jax.jit(_probe, compiler_options={option: value})(np.float32(0))
+            except Exception as error:  # jax or XLA, and in the words of either
+                raise UserError(f"compiler_options.{program}.{option}: {_reason(error)}") from None
+
+
+def _probe(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "No such compile option" in text:
+        return f"the XLA of jax {jax.__version__} knows no such option; leave it out, or look up how it is called there"
+    text = re.sub(r"^[A-Z_]+: (While setting option \w+, )?", "", text)
+    return f"XLA does not take it: {text[:200]}"
 
 
 def peak_memory_bytes() -> int:

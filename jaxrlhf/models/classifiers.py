@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.distributed.mesh import parameter_sharding
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
@@ -26,6 +25,7 @@ from jaxrlhf.models.families import FAMILIES, config_document, place, read_confi
 from jaxrlhf.models.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
 from jaxrlhf.models.layout import in_dtype, load_parameter, match, merged_tensors, pending, plain_tensors, read_decoder
 from jaxrlhf.models.peft import with_adapter
+from jaxrlhf.models.sharding import parameter_sharding
 from jaxrlhf.models.tensor_files import (
     StoredTensor,
     main_dtype,

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.distributed.mesh import parameter_sharding
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import merge
 from jaxrlhf.models.decoder import (
@@ -28,6 +27,7 @@ from jaxrlhf.models.decoder import (
 from jaxrlhf.models.families import FAMILIES, is_ignored, place
 from jaxrlhf.models.family import Part, Place
 from jaxrlhf.models.quantize import abstract_quantized, kind_of, load_quantized
+from jaxrlhf.models.sharding import parameter_sharding
 from jaxrlhf.models.target import target_of
 from jaxrlhf.models.tensor_files import Pending, StoredTensor
 from jaxrlhf.models.wrappers import plain_name

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.distributed.mesh import place as place_on
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import HEAD, LORA_LEAVES, SCORE, merge, without_head
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, linear_shapes
@@ -25,6 +24,7 @@ from jaxrlhf.models.folders import PEFT_INFO, check_dtype, check_replaceable, wr
 from jaxrlhf.models.layout import in_dtype, on_host, pending
 from jaxrlhf.models.peft_config import NEWER_NAMES, PeftConfig, peft_document, read_peft_config
 from jaxrlhf.models.peft_whole import EMBEDDING, beyond_peft, check_foldable, folded_dora, module_of, whole_weights
+from jaxrlhf.models.sharding import place as place_on
 from jaxrlhf.models.tensor_files import Pending, StoredTensor, read_json, read_tensors, write_json, write_tensors
 from jaxrlhf.models.wrappers import plain_name
 from jaxrlhf.records import Adapter

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrlhf.distributed.mesh import parameter_sharding
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, find_module, linear_shapes, named_parameters
 from jaxrlhf.models.linear import Linear, ambient_precision
+from jaxrlhf.models.sharding import parameter_sharding
 
 KINDS = ("int8", "nf4")
 BLOCK = 64

@@ -34,7 +34,7 @@ def load_pretrained(
 
     Of a PEFT adapter's folder: its base with the adapter merged, and its own tokenizer before the base's.
     Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto": to the one that most of them have. On
-    a mesh each parameter lies as `distributed.mesh.parameter_sharding` says, and each process reads its slices only.
+    a mesh each parameter lies as `models.sharding.parameter_sharding` says, and each process reads its slices only.
     `quantize` "int8" or "nf4" keeps the linear layers of the blocks as codes (see `quantize.py`), made on the
     host a part at a time. Programs of the model are for the mesh's devices, or for jax's default one, with float32
     products in float32; `decoder.with_target` changes that. Raises `UserError` naming file and entry or tensor where

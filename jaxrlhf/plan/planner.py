@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import RunConfig
-from jaxrlhf.distributed.compiler_options import compiled_with
 from jaxrlhf.distributed.mesh import AXES, mesh_sizes
+from jaxrlhf.distributed.programs import compiled_with
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.plan.cards import Card, target_file
 from jaxrlhf.plan.compiling import Compiled, compiled, extrapolated, mesh_of_cards, missing, without_cudnn

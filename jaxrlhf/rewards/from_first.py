@@ -27,7 +27,7 @@ class FromFirst:
             scores = self.reward(answers)
             return np.stack([np.asarray(scores, np.float32), abstained_rows(scores).astype(np.float32)]).tobytes()
 
-        scores, abstained = np.frombuffer(from_first(score, (RewardFault,)), np.float32).reshape(2, -1)
+        scores, abstained = np.frombuffer(from_first(score, RewardFault), np.float32).reshape(2, -1)
         return with_abstained(scores, abstained > 0)
 
 

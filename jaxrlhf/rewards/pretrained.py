@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrlhf.config import ModelRewardConfig
 from jaxrlhf.data.prompts import PromptSet
-from jaxrlhf.distributed.mesh import check_batch, place, place_batch, replicated
+from jaxrlhf.distributed.mesh import check_batch, place_batch, replicated
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import bind
@@ -18,6 +18,7 @@ from jaxrlhf.models.classifiers import load_sequence_classifier
 from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores
+from jaxrlhf.models.sharding import place
 from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.answers import Answers

@@ -13,15 +13,12 @@ import jax
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed import processes
-from jaxrlhf.distributed.agreement import largest
-from jaxrlhf.distributed.mesh import place
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import Fault
+from jaxrlhf.models.sharding import place
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.tracking.health import Health, stop_with_batch
 from jaxrlhf.tracking.metrics import MetricsLog, Progress
-
-_FAILED = 1000  # beyond the number of any signal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +153,19 @@ class Loop:
 
     def _between_steps(self) -> None:
         """Ends the run where a save has failed, or a signal came to any process: then with what has been done saved."""
-        asked = self.run.stop.requested if self.run.stop is not None else 0
-        news = largest(_FAILED if self.checkpoints.failed else asked)
-        if news:
-            self._read()  # the state is that of this step
-        if news == _FAILED:
+        if processes.alone() and self.checkpoints.failed:  # several processes learn of it together, at the next save
+            self._read()
             self.checkpoints.wait()
-        if news:
+        if asked := self._asked():
+            self._read()  # the state is that of this step
             if self.reached > self.first:
                 self._save()
             self.checkpoints.wait()
-            raise self._stopped(news)
+            processes.barrier()  # a launcher ends all when one has ended
+            raise self._stopped(asked)
+
+    def _asked(self) -> int:
+        return self.run.stop.due() if self.run.stop is not None else 0
 
     def _stopped(self, number: int) -> Stopped:
         saved = f"step {self.reached} of {self.total} is saved" if self.reached else "before its first step was done"
@@ -193,12 +192,14 @@ class Loop:
     def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
         """Closes what is open. Where a reward failed, which is before the state is given away, the state is saved."""
         self.progress.close()
-        if error is not None and not isinstance(error, RewardFault | Stopped):  # which all see, and save, alike
-            processes.failed(error)
+        if error is not None and not processes.alone() and not isinstance(error, RewardFault | Stopped):
+            return  # only this process may know: it ends at once, for to save is what all do together
         try:
-            if kind is not None and issubclass(kind, RewardFault) and self.reached > self.first:
+            if isinstance(error, RewardFault) and self.reached > self.first:
                 self._save()
             self.checkpoints.close()
+            if isinstance(error, RewardFault):  # which all processes see alike
+                processes.barrier()
         except Fault as fault:
             if kind is None:
                 raise
@@ -206,7 +207,7 @@ class Loop:
         finally:
             if self.run.stop is not None:
                 self.run.stop.at_work = None
-        if kind is None and self.run.stop is not None and (asked := largest(self.run.stop.requested)):
+        if kind is None and (asked := self._asked()):
             raise self._stopped(asked)
 
 

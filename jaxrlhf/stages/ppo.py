@@ -13,10 +13,10 @@ from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
 from jaxrlhf.distributed import processes
-from jaxrlhf.distributed.mesh import place
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_whole, scaled_head, without_head
+from jaxrlhf.models.sharding import place
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.from_first import on_first
 from jaxrlhf.rewards.functions import FunctionReward

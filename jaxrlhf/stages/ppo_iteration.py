@@ -17,8 +17,9 @@ from jaxrlhf.algorithms.running import update_moments
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
-from jaxrlhf.distributed.mesh import fetch, place, place_batch
+from jaxrlhf.distributed.mesh import fetch, place_batch
 from jaxrlhf.distributed.programs import peak_memory_bytes
+from jaxrlhf.models.sharding import place
 from jaxrlhf.records import Adapter, Annotated, Experience, PPOState, Rollout, SFTBatch
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of

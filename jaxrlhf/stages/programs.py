@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import RewardModelConfig, SFTConfig
-from jaxrlhf.distributed.mesh import batch_sharding, replicated, tree_shardings
+from jaxrlhf.distributed.mesh import batch_sharding, replicated
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
+from jaxrlhf.models.sharding import tree_shardings
 from jaxrlhf.records import PPOState, Rollout, TrainState
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.annotate import annotate_for_update, score_experience

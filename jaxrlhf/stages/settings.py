@@ -8,7 +8,7 @@ import jax
 
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, PPOStageConfig, RunConfig, Sampling
 from jaxrlhf.data.tokenizers import Tokenizer
-from jaxrlhf.distributed.mesh import BATCH_AXES, check_batch, uneven_rows
+from jaxrlhf.distributed.mesh import BATCH_AXES, check_batch
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE, check_kind, is_whole, target_paths
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
@@ -40,8 +40,13 @@ def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh)
         where = "ppo.update.minibatches"
     elif size is None:
         where = f"{stage}.batch_size"
-    note = uneven_rows(mesh, size or rows, where)
-    return [note] if note else []
+    rows, shares = size or rows, shares_of(mesh)
+    if rows % shares == 0:
+        return []
+    return [
+        f"{where}: {rows} rows go through at a time, which {shares} groups of devices cannot share evenly: some "
+        f"compute the same; {shares * max(rows // shares, 1)} rows at a time would be shared"
+    ]
 
 
 def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
-from jaxrlhf.distributed.mesh import fetch, place, place_batch
+from jaxrlhf.distributed.mesh import fetch, place_batch
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
+from jaxrlhf.models.sharding import place
 from jaxrlhf.records import Adapter, TrainState
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run

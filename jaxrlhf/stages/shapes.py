@@ -14,7 +14,7 @@ from jaxrlhf.config import AdapterConfig, ModelConfig, RunConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.data.world import VOCABULARY
-from jaxrlhf.distributed.mesh import batch_sharding, replicated, tree_shardings
+from jaxrlhf.distributed.mesh import batch_sharding, replicated
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter, target_paths
 from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder
@@ -22,6 +22,7 @@ from jaxrlhf.models.families import read_config
 from jaxrlhf.models.folders import AUTO, DTYPES, PEFT_INFO, find_model
 from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import abstract_quantized
+from jaxrlhf.models.sharding import tree_shardings
 from jaxrlhf.models.target import Target, target_of
 from jaxrlhf.models.tensor_files import read_json
 from jaxrlhf.records import Adapter

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxrlhf.distributed.mesh import leaf_name, parameter_sharding
+from jaxrlhf.models.sharding import leaf_name, parameter_sharding
 
 LARGEST = 2**20  # numbers; a larger leaf stays alone: its kernel is worth a launch, and a copy of it takes memory
 

@@ -12,7 +12,7 @@ import jax
 from safetensors.numpy import save_file
 
 from jaxrlhf.checkpoint.files import atomic_directory
-from jaxrlhf.distributed.mesh import fetch, leaf_name
+from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.errors import Fault
 
 SKIPPED, PAUSED = "skipped", "health/paused"
@@ -39,7 +39,8 @@ def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str
 
     On several processes all call it, and the first one writes.
     """
-    arrays = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fetch(batch))}
+    leaves = jax.tree_util.tree_leaves_with_path(fetch(batch))
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     target = folder / f"{stage}-{step}"
     if jax.process_index() == 0:
         with atomic_directory(target, replace=True) as temporary:

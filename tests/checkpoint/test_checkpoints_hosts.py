@@ -10,10 +10,11 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.errors import Fault, UserError
 from jaxrlhf.checkpoint import checkpoints as module
-from jaxrlhf.distributed.agreement import largest, of_first
+from jaxrlhf.distributed.processes import largest, of_first
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.checkpoint.lock import RunLock
-from jaxrlhf.distributed.mesh import make_mesh, place
+from jaxrlhf.distributed.mesh import make_mesh
+from jaxrlhf.models.sharding import place
 
 rank, folder = jax.process_index(), pathlib.Path(sys.argv[3])
 assert largest(rank * 7) == 7 and of_first(rank + 3) == 3

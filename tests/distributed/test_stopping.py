@@ -1,5 +1,7 @@
 """A signal is answered at once, whatever the main thread does, and ends the process within the bound."""
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -21,8 +23,8 @@ STEPS = """
     try:
         while True:
             time.sleep(0.1)
-            if stop.requested:
-                raise Stopped(stop.requested, "all is saved")
+            if number := stop.due():
+                raise Stopped(number, "all is saved")
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.status)
@@ -60,7 +62,7 @@ def _run(work: str, grace: float, *signals: signal.Signals, pause: float = 0.0, 
         process.kill()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_work_ends_in_good_order(number, status):
     returned, stdout, stderr, _ = _run(STEPS, 30, number)
     assert returned == status
@@ -94,11 +96,62 @@ def test_a_second_interrupt_ends_at_once():
     assert stderr.splitlines()[-1] == "interrupted twice; step 3 is lost; the same command continues"
 
 
+CHILDREN = """
+    stop.at_work = lambda: "step 3 is lost"
+    for start in (forked, executed):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            child = start()
+            os.kill(child, number)
+            print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+            time.sleep(0.2)
+    print("stopped", stop.due())
+"""
+
+
+def test_children_do_not_inherit_it():
+    """As the workers of a reward function: a signal to one of them ends it, and does not stop the run."""
+    helpers = """
+import os, signal, subprocess
+def forked():
+    mine, theirs = os.pipe()
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL) if signal.getsignal(2) is signal.default_int_handler else None
+        os.write(theirs, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(mine, 1)
+    return child
+def executed():
+    code = "import signal, time; signal.signal(2, signal.SIG_DFL); print(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    return child.pid
+"""
+    source = helpers + START.format(grace=30, work=CHILDREN.strip())
+    source = source.replace("import os, signal, subprocess", "import os, signal, subprocess, sys, time", 1)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["15", "2", "15", "2", "stopped 0"], done.stderr
+    assert done.stderr == ""
+
+
+def test_a_terminal_that_is_closed_stops_in_good_order(tmp_path):
+    """SIGHUP comes, and what is then printed for nobody raises nothing."""
+    saves = f"""print("bye", flush=True); open({str(tmp_path / "saved")!r}, "w")"""
+    source = START.format(grace=30, work=STEPS.strip()).replace("print(stopped, flush=True)", saves)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", source])
+    assert b"ready" in os.read(terminal, 100)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert (tmp_path / "saved").exists()
+
+
 def test_handlers_are_put_back():
     from jaxrlhf.distributed.stopping import StopSignals
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopSignals() as stop:
-        assert signal.getsignal(signal.SIGTERM) not in before and not stop.requested
+        assert signal.getsignal(signal.SIGTERM) not in before and not stop.due()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert signal.set_wakeup_fd(-1) == -1

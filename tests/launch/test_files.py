@@ -109,7 +109,7 @@ def test_the_jobset_agrees_with_itself():
         place = find_place(environment=variables | {"JAXRLHF_PROCESS": str(process)})
         assert (place.processes, place.process) == (job["parallelism"], process)
         # JobSet's names: <jobset>-<replicated job>-<job>-<pod>.<jobset>
-        assert place.coordinator[0] == f"{name}-{workers['name']}-0-0.{name}"
+        assert place.coordinator.partition(":")[0] == f"{name}-{workers['name']}-0-0.{name}"
     assert container["command"][-2:] == ["-m", "jaxrlhf.train"]
     assert train.parse(container["args"]).overrides[0].startswith("run_dir=")
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}

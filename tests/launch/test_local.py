@@ -23,7 +23,7 @@ def local(monkeypatch):
     monkeypatch.setitem(sys.modules, "launch_local", module)  # where dataclasses look
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "TOGETHER", 0.5)
-    monkeypatch.setattr(module, "LAST_WORD", 0.5)
+    monkeypatch.setattr(module, "LAST_WORD", 1.5)
     return module
 
 
@@ -50,7 +50,7 @@ def children(local, tmp_path):
         child.process.wait()
 
 
-DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); time.sleep(100)"
+DEAF = "[signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; print('deaf'); time.sleep(100)"
 BLAMES = "print('stopped: process {} of 3 (host here, pid 1) died: so'); os._exit(1)"
 
 
@@ -64,7 +64,7 @@ def test_others_are_stopped_within_a_bound_when_one_fails(local, children):
     ends = local._watch(children("time.sleep(100)", "os._exit(3)", f"{DEAF}"), [], 100.0)
     assert time.monotonic() - began < 10
     assert (ends[0][0].number, ends[0][1]) == (1, 3)
-    assert dict((child.number, status) for child, status in ends) == {1: 3, 0: -15, 2: -9}
+    assert dict((child.number, status) for child, status in ends) == {1: 3, 0: -2, 2: -9}
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -80,6 +80,24 @@ def test_a_process_that_does_not_end_is_blamed(local, children):
     ends = local._watch(children("os.abort()", DEAF), [], 100.0)
     child, status = local._first_to_fail(ends)
     assert (child.number, status) == (1, -9) and "stuck" in local._how(child, status)
+
+
+ENDS = {"os.abort()": -6, "os._exit(3)": 3, "os.kill(os.getpid(), 9)": -9}
+
+
+@pytest.mark.parametrize(("own", "status"), ENDS.items(), ids=["abort", "exit", "kill"])
+def test_a_process_that_had_to_be_interrupted_is_not_blamed(local, children, own, status):
+    ends = local._watch(children("time.sleep(100)", own), [], 100.0)
+    child, found = local._first_to_fail(ends)
+    assert (child.number, found) == (1, status)
+
+
+def test_an_abort_beside_a_killed_process_is_an_echo(local, children):
+    started = children("os.abort()", "os.kill(os.getpid(), 9)", "os._exit(1)")
+    for child in started:
+        child.process.wait()  # all have ended when the launcher looks
+    child, status = local._first_to_fail(local._watch(started, [], 100.0))
+    assert (child.number, status) == (1, -9)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

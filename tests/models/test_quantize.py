@@ -377,7 +377,8 @@ import jax, numpy as np
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.models.weights import load_pretrained
-from jaxrlhf.distributed.mesh import make_mesh, parameter_sharding, place
+from jaxrlhf.distributed.mesh import make_mesh
+from jaxrlhf.models.sharding import parameter_sharding, place
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 tokens = np.arange(12).reshape(2, 6) % 8
 whole, _ = load_pretrained(sys.argv[1], quantize="nf4")

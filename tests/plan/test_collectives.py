@@ -15,7 +15,8 @@ from jaxrlhf.config import AdapterConfig, RunConfig
 from jaxrlhf.models.adapters import init_adapter
 from jaxrlhf.models.decoder import Decoder, DecoderConfig
 from jaxrlhf.plan.collectives import collectives_of
-from jaxrlhf.distributed.mesh import make_mesh, place
+from jaxrlhf.distributed.mesh import make_mesh
+from jaxrlhf.models.sharding import place
 from jaxrlhf.stages.shapes import Shapes, bytes_per_device
 from jaxrlhf.steps.ppo import init_ppo
 

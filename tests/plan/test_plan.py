@@ -78,7 +78,7 @@ def card(monkeypatch):
     ("arguments", "complaint"),
     [
         (["--devices", "512", "mesh.tensor=3"], r"mesh.tensor is 3 and must be one of 1, 2, 4, .*512"),
-        (["--devices", "8", "mesh.data=2", "mesh.tensor=2"], "is 4, but there are 8 devices: .* would fit"),
+        (["--devices", "8", "mesh.data=2", "mesh.tensor=2"], "does not fit 8 devices: with mesh.data=-1, .*"),
         (["--devices", "0"], "--devices: must be at least 1, not 0"),
         (["--devices", "1", "--per-host", "0"], "--per-host: must be at least 1, not 0"),
         (["--devices", "1", "--card", "h1000"], "--card: 'h1000' is not known; known are a100, .*l40s"),

@@ -38,7 +38,7 @@ def run(tmp_path):
     }  # fmt: skip
     logs = [MetricsLog(tmp_path / f"{name}.jsonl") for name in ("metrics", "samples")]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Run(RunConfig.model_validate(settings), mesh, *logs, SimpleNamespace(requested=0, at_work=None))
+    return Run(RunConfig.model_validate(settings), mesh, *logs, SimpleNamespace(due=lambda: 0, at_work=None))
 
 
 def play(run, events, skipped=None, stop_after=None):
@@ -51,7 +51,7 @@ def play(run, events, skipped=None, stop_after=None):
             batch = {"tokens": np.full((2, 3), step, np.int32)}
             loop.submitted(step, metrics, {"loss": "sft/loss"}, 6, batch)
             if step == stop_after:
-                run.stop.requested = 15
+                run.stop.due = lambda: 15
     return loop
 
 
@@ -86,7 +86,7 @@ def test_a_signal_saves_the_step_that_is_still_unread(run):
     with pytest.raises(Stopped, match=r"sft: step 2 of 5 is saved"):
         play(run, events, stop_after=1)
     assert events == ["submit 0", "submit 1", "read 0", "read 1"] and len(lines(run)) == 2
-    run.stop.requested = 0
+    run.stop.due = lambda: 0
     again = play(run, events)
     assert again.first == 2 and int(again.state["step"]) == TOTAL
     assert lines(run) == [(step + 1, step / 2) for step in range(TOTAL)]
