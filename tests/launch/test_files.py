@@ -106,7 +106,7 @@ def test_the_jobset_agrees_with_itself():
     index = next(entry["valueFrom"]["fieldRef"]["fieldPath"] for entry in container["env"] if "valueFrom" in entry)
     assert "job-completion-index" in index and job["completionMode"] == "Indexed"
     for process in range(job["completions"]):
-        place = find_place(environment=variables | {"JAXRLHF_PROCESS": str(process)})
+        place = find_place(variables["JAXRLHF_COORDINATOR"], int(variables["JAXRLHF_PROCESSES"]), process, {})
         assert (place.processes, place.process) == (job["parallelism"], process)
         # JobSet's names: <jobset>-<replicated job>-<job>-<pod>.<jobset>
         assert place.coordinator.partition(":")[0] == f"{name}-{workers['name']}-0-0.{name}"
