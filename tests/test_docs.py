@@ -1,6 +1,8 @@
 """README and docs: snippets run as printed, configs load, commands parse, and what is named is there."""
 
+import contextlib
 import importlib
+import io
 import json
 import re
 import shlex
@@ -21,7 +23,7 @@ from jaxrlhf.stages.ppo_settings import check_algorithm
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-CONFIG = ROOT / "configs" / "quickstart.yaml"
+COMMANDS = ("train", "generate", "export", "plan", "bench")
 
 
 def blocks(page, language):
@@ -31,6 +33,22 @@ def blocks(page, language):
 def spans(page):
     """Inline code of a page, without its fenced blocks."""
     return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE))
+
+
+def parser_of(name):
+    """The function that parses a command's arguments."""
+    module = importlib.import_module(f"jaxrlhf.{name}")
+    return (module if hasattr(module, "parse") else importlib.import_module(f"jaxrlhf.{name}.__main__")).parse
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """Every flag of every command, from their help pages."""
+    text = io.StringIO()
+    for name in COMMANDS:
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            parser_of(name)(["--help"])
+    return set(re.findall(r"--[a-z-]+", text.getvalue())) | {"--serve"}
 
 
 def each(language):
@@ -102,15 +120,15 @@ def test_commands_parse(page, block, monkeypatch):
         for script in [word for word in words if re.fullmatch(r"[\w/]+\.(py|sbatch)", word)]:
             assert (ROOT / script).is_file(), script
         if "-m" in words and (name := words[words.index("-m") + 1]).startswith("jaxrlhf."):
-            module = importlib.import_module(name)
-            module = module if hasattr(module, "parse") else importlib.import_module(f"{name}.__main__")
-            module.parse(words[words.index("-m") + 2 :])
+            parser_of(name.removeprefix("jaxrlhf."))(words[words.index("-m") + 2 :])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_what_a_page_names_is_there(page):
-    """Key paths of settings, files of the repository, and modules that are run."""
+def test_what_a_page_names_is_there(page, flags):
+    """Key paths of settings, files of the repository, flags, and modules that are run."""
     for span in spans(page):
+        for flag in re.findall(r"(?<!\S)(--[a-z-]+)", span):
+            assert flag in flags, f"{page.name}: no command has {flag}"
         for path in re.findall(r"(?<![\w/.-])(?:ppo|sft|reward_model|mesh|checkpoints|health)\.[\w.]+", span):
             assert find_setting(path.split(".")), f"{page.name}: there is no setting {path}"
         for file in re.findall(r"^(?:tests|benchmarks|jaxrlhf|configs|launch|docs)/[\w./-]+", span):
