@@ -22,7 +22,7 @@ from jaxrlhf.stages.ppo_settings import check_algorithm
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("train", "generate", "export", "plan", "bench")
 
 
@@ -135,6 +135,14 @@ def test_what_a_page_names_is_there(page, flags):
             assert (ROOT / file.rstrip(".")).exists(), f"{page.name}: there is no {file}"
         for module in re.findall(r"-m (jaxrlhf\.\w+)", span):
             importlib.import_module(module)
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    text = README.read_text()
+    assert len(text.encode()) <= 10_000
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link).is_file()] == []
+    assert "<!-- test command -->\n```sh\n" in text  # what .ci/run reads
 
 
 def test_every_config_is_named():

@@ -15,7 +15,7 @@ Overflow = Literal["cut", "drop", "stop"]
 Remat = Literal["none", "dots", "full"]
 REMAT = (
     "what the backward pass computes again, to save memory; none: nothing; dots: all but the products with weights; "
-    "full: each layer from its input. XLA undoes it on a CPU (see README)"
+    "full: each layer from its input. XLA undoes it on a CPU (docs/plan.md)"
 )
 
 # Notes on a field (its `json_schema_extra`). On continuing a run (`stages/continuing.py`):
