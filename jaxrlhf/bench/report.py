@@ -67,4 +67,5 @@ def closing(found: dict[str, Any]) -> str:
 
 def _row(cells: Iterable[str]) -> str:
     (name, width), *rest = zip(cells, _COLUMNS.values())
+    name = name if len(name) <= width else f"{name}\n{'':<{width}}"  # the folder of a model
     return "  ".join([f"{name:<{width}}", *(f"{cell:>{width}}" for cell, width in rest)])

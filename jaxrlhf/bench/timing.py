@@ -100,7 +100,8 @@ def slowest(folder: Path, repeats: int) -> list[dict[str, Any]]:
             # Beside the streams, a device's plane has lines that repeat their events by module and by step.
             if line.name.startswith("Stream" if device else _HOST_LINES):
                 for event in line.events:
-                    if device or "::" not in event.name:  # the runtime's own functions
+                    # Of a CPU not the runtime's own functions, and the ends of operations that run beside others.
+                    if device or not ("::" in event.name or event.name.startswith("end: ")):
                         times[event.name].append(event.duration_ns / 1e9)
     found = [
         {"name": name, "calls": len(taken) / repeats, "seconds": sum(taken) / repeats} for name, taken in times.items()
