@@ -21,8 +21,9 @@ from jaxrlhf.stages.settings import check_stage, shares_of, valid_batches
 from jaxrlhf.stages.shapes import Shapes, bytes_per_device, read_model, resolved
 
 # Layers of the models that are compiled for a deeper one: all layers have the same shapes, so that memory and
-# collectives grow by the same with each. Updates grow much with few layers; other programs little, after some layers.
-DEPTHS, UPDATE_DEPTHS = (6, 12), (3, 5)
+# collectives grow by the same with each. How XLA packs arrays is noise on that: the farther apart, the less. Updates,
+# which keep much of each layer, take the longest to compile.
+DEPTHS, UPDATE_DEPTHS = (6, 12), (3, 8)
 POLICIES = ("none", "dots", "full")  # of remat: the more is computed again, the less is kept
 Say = Callable[[str], None]
 

@@ -62,7 +62,7 @@ def _exchanges(program: ProgramPlan) -> list[str]:
 
 def _method(plan: Plan) -> list[str]:
     """What was compiled, counted and extrapolated."""
-    card, layers, notes = plan.options.card, " and ".join(map(str, plan.compiled_layers)), []
+    card, layers, notes = plan.options.card, ", ".join(map(str, plan.compiled_layers)), []
     if plan.compiled_layers:
         notes.append(
             f"temporaries and exchanges: XLA's own, compiled for {card.name} from shapes with {layers} layers; nothing "
