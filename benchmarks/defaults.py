@@ -25,7 +25,8 @@ from jaxrlhf.algorithms.losses import value_loss
 from jaxrlhf.algorithms.masked import whiten
 from jaxrlhf.config import AdapterConfig, AdvantageConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.models.adapters import init_adapter
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.annotate import annotate, build_experience

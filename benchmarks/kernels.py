@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig
+from jaxrlhf.hf.families import read_config
 from jaxrlhf.models.adapters import init_adapter
 from jaxrlhf.models.decoder import abstract_decoder
-from jaxrlhf.models.families import read_config
 from jaxrlhf.records import Experience, SFTBatch, TrainState
 from jaxrlhf.steps.optimizer import init_optimizer
 from jaxrlhf.steps.ppo import init_ppo, ppo_update

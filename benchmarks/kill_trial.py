@@ -54,7 +54,7 @@ CONFIG = {
             "epochs": 2, "minibatches": 2, "ema_decay": 0.9, "optimizer": {"learning_rate": 0.01},
             "value_optimizer": {"learning_rate": 1e-4},
         },
-        "gold": "jaxrlhf.data.world:gold_score", "evaluation_prompts": 8, "save_every": 3, "sample_every": 2,
+        "gold": "jaxrlhf.toy.world:gold_score", "evaluation_prompts": 8, "save_every": 3, "sample_every": 2,
     },
 }  # fmt: skip
 PASSING = ("seconds", "time/", "tokens_per_second/", "memory/", "compiles/")  # of a process, not of the run

@@ -21,7 +21,7 @@ import numpy as np
 LOAD = """
 import json, resource, sys
 import jax
-from jaxrlhf.models.weights import load_pretrained
+from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.decoder import named_parameters
 jax.block_until_ready(jax.numpy.ones(3) + 1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -35,9 +35,9 @@ print(json.dumps({"peak": after - before, "parameters": sum(leaf.nbytes for leaf
 
 def write_random_llama(folder: Path, size: float, stored: str) -> None:
     """A sharded Llama of about `size` bytes, written tensor by tensor."""
+    from jaxrlhf.hf.families import config_document, place
+    from jaxrlhf.hf.tensor_files import Pending, write_checkpoint, write_json
     from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters
-    from jaxrlhf.models.families import config_document, place
-    from jaxrlhf.models.tensor_files import Pending, write_checkpoint, write_json
 
     dtype = np.dtype(getattr(ml_dtypes, stored) if stored == "bfloat16" else stored)
     hidden, per_layer = 2048, 12 * 2048**2

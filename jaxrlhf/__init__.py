@@ -4,11 +4,11 @@ from jaxrlhf.algorithms.advantages import gae
 from jaxrlhf.algorithms.kl import shape_rewards
 from jaxrlhf.config import AdapterConfig, AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling, ScoreConfig
 from jaxrlhf.data.prompts import left_pad
-from jaxrlhf.models.adapter_files import load_adapter, save_adapter
+from jaxrlhf.hf.adapter_files import load_adapter, save_adapter
+from jaxrlhf.hf.peft import load_peft, save_peft
+from jaxrlhf.hf.weights import load_pretrained, save_pretrained
 from jaxrlhf.models.adapters import bind, init_adapter, merge, parameter_count, value_head
-from jaxrlhf.models.peft import load_peft, save_peft
 from jaxrlhf.models.precision import compiler_options
-from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Annotated, Experience, PPOState, Prompts, Rollout
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.annotate import Control, ExperienceSettings, annotate, annotate_experience, build_experience

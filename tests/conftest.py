@@ -24,7 +24,8 @@ from processes import Processes
 
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.models.adapters import init_adapter
-from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import abstract_decoder, named_parameters, with_parameters
 from jaxrlhf.models.scoring import response_logprobs
 from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Prompts

@@ -12,7 +12,8 @@ import jaxrlhf
 from jaxrlhf import generate, train
 from jaxrlhf.config.reading import dump_config, load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 
@@ -47,7 +48,7 @@ def folder(tmp_path, monkeypatch):
 ON_MODEL = ["model.new=null", "model.path=model"]
 SFT = ["stages=[sft]", "sft.data={path: good.jsonl}", "sft.max_length=32", *ON_MODEL]
 PPO = ["stages=[ppo]", "ppo.evaluation_data=null", "ppo.data={path: good.jsonl}", *ON_MODEL]
-PPO += ["ppo.reward={kind: function, function: 'jaxrlhf.data.world:gold_score'}"]
+PPO += ["ppo.reward={kind: function, function: 'jaxrlhf.toy.world:gold_score'}"]
 
 FEW = ["--max-new-tokens", "4"]
 

@@ -16,9 +16,10 @@ import jaxrlhf
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.config.table import find_setting
 from jaxrlhf.data.tokenizers import build_word_tokenizer
-from jaxrlhf.data.world import VOCABULARY
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
-from jaxrlhf.stages.ppo_settings import check_algorithm
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.stages.ppo.settings import check_algorithm
+from jaxrlhf.toy.world import VOCABULARY
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.models.decoder import DecoderConfig
+from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.sharding import leaf_name
 
 _INPUTS, _INITIAL = "one over the root of the inputs", "the model's initializer_range"

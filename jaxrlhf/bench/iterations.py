@@ -12,8 +12,8 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import LoadReport
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.ppo_iteration import Iteration
-from jaxrlhf.stages.ppo_sampling import Sampler
+from jaxrlhf.stages.ppo.iteration import Iteration
+from jaxrlhf.stages.ppo.sampler import Sampler
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.stages.shapes import Shapes
 from jaxrlhf.tracking.metrics import MetricsLog

@@ -275,7 +275,7 @@ def _saved(source: SourceConfig, path: str) -> Any:
 
 
 def _builtin(source: SourceConfig) -> list[Row]:
-    from jaxrlhf.data.world import BUILTIN
+    from jaxrlhf.toy.world import BUILTIN
 
     name = source.path.removeprefix(BUILTIN_PREFIX)
     if name not in BUILTIN:

@@ -28,10 +28,11 @@ from jaxrlhf.models.attention import (
     turns_of,
     within_window,
 )
+from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.norms import NORMS
-from jaxrlhf.models.rope import Rope, frequencies
-from jaxrlhf.models.target import ON_CPU, Target
+from jaxrlhf.models.rope import frequencies
+from jaxrlhf.models.target import Target
 
 # What the backward pass finds of a layer beside its input, which is always kept; by the names of the setting `remat`.
 # The products are known by name: jax's own policy for them sees neither inside of a custom gradient, which merged and
@@ -40,55 +41,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerKind:
-    """What may differ from layer to layer."""
-
-    window: int | None = None  # a query sees this many tokens, itself included; None: all before it
-    rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: no rotary positions
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and constants of a decoder, in our names; `families.py` reads it from a `config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_positions: int
-    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # repeated to the last layer
-    norm: str = "rms"  # a key of norms.NORMS
-    norm_eps: float = 1e-6
-    pre_norms: bool = True  # before attention and MLP
-    post_norms: bool = False  # after them, before the residual sum
-    qk_norm: str | None = None  # norm on queries and keys: "head" each head, "projection" all heads at once
-    parallel_residual: bool = False  # attention and MLP read the same input
-    learned_positions: bool = False
-    activation: str = "silu"  # a key of activations.ACTIVATIONS
-    gated_mlp: bool = True
-    qkv_bias: bool = False
-    output_bias: bool = False  # of attention's output projection
-    mlp_bias: bool = False
-    tie_embeddings: bool = False
-    embedding_scale: float = 1.0
-    query_scalar: int | None = None  # queries are divided by its root; None: head_dim
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    initializer_range: float = 0.02
-    target: Target = ON_CPU  # what its programs are for; no part of what the model is, and not saved with it
-    family: str = "llama"
-    bos_token: int | None = None
-    stop_tokens: tuple[int, ...] = ()
-    pad_token: int | None = None
-
-    def layer_kind(self, layer: int) -> LayerKind:
-        return self.layer_kinds[layer % len(self.layer_kinds)]
 
 
 class LayerCache(NamedTuple):

@@ -8,16 +8,12 @@ The bias [B,1,T,S] is read in every layer, and jax 0.10.2 has cuDNN write its gr
 longer does.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
 from jaxrlhf.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxrlhf.models.decoder import DecoderConfig
+from jaxrlhf.models.config import DecoderConfig
 
 KEY_PATH = "model.attention"
 _HEAD_STEP, _LARGEST_HEAD, _LARGEST_ON_HOPPER = 8, 128, 256
@@ -49,7 +45,7 @@ def attend_fused(
     return out_BTNH[:, :T]
 
 
-def check_model(model: "DecoderConfig", tensor: int) -> None:
+def check_model(model: DecoderConfig, tensor: int) -> None:
     """`UserError` where cuDNN cannot compute such a model's attention, with heads split over so many devices."""
     if model.attention_softcap is not None:
         raise UserError(
@@ -68,7 +64,7 @@ def check_model(model: "DecoderConfig", tensor: int) -> None:
         )
 
 
-def check_device(model: "DecoderConfig", dtype: jax.typing.DTypeLike) -> None:
+def check_device(model: DecoderConfig, dtype: jax.typing.DTypeLike) -> None:
     """`UserError` where this machine's cuDNN cannot compute such a model's attention: tried, with its gradient."""
     if jnp.dtype(dtype) == jnp.float32:
         raise UserError(f"{KEY_PATH}: cudnn takes no float32, which the base is in; give model.dtype=bfloat16, or xla")

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, find_module, linear_shapes, named_parameters
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
 from jaxrlhf.models.linear import Linear, ambient_precision
 from jaxrlhf.models.sharding import parameter_sharding
 

@@ -13,8 +13,8 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.distributed.mesh import check_batch, place_batch, replicated
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.classifiers import load_sequence_classifier
 from jaxrlhf.models.adapters import bind
-from jaxrlhf.models.classifiers import load_sequence_classifier
 from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores

@@ -14,9 +14,9 @@ from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
-from jaxrlhf.models.weights import load_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.stages.keys import key_for

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import ModelRewardConfig, PPOConfig
 from jaxrlhf.distributed.programs import Program
+from jaxrlhf.hf.folders import AUTO
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import abstract_decoder
-from jaxrlhf.models.folders import AUTO
 from jaxrlhf.records import Annotated, Experience, PreferenceBatch, Prompts, Rollout, SFTBatch, TrainState
 from jaxrlhf.rewards.load import needs_own, parts_of
 from jaxrlhf.rewards.model import score_program

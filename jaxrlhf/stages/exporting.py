@@ -6,12 +6,12 @@ from pathlib import Path
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.folders import PEFT_INFO
+from jaxrlhf.hf.peft import save_peft
+from jaxrlhf.hf.peft_whole import beyond_peft
+from jaxrlhf.hf.weights import save_pretrained
 from jaxrlhf.models.adapters import SCORE
-from jaxrlhf.models.folders import PEFT_INFO
-from jaxrlhf.models.peft import save_peft
-from jaxrlhf.models.peft_whole import beyond_peft
 from jaxrlhf.models.quantize import quantization
-from jaxrlhf.models.weights import save_pretrained
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.load import parts_of
 from jaxrlhf.stages.roles import ADAPTERS, Roles, load_run
@@ -44,7 +44,7 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
         if (codes := quantization(roles.base)) is not None:
             lines.append(f"it was trained on that base in {codes} codes; on plain weights it computes a little else")
     else:
-        from jaxrlhf.models.classifiers import save_sequence_classifier
+        from jaxrlhf.hf.classifiers import save_sequence_classifier
 
         save_sequence_classifier(
             arguments.to, roles.base, adapter, roles.tokenizer, arguments.dtype, arguments.max_shard_bytes

@@ -23,13 +23,13 @@ from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapter_files import load_adapter, save_adapter
+from jaxrlhf.hf.adapter_files import load_adapter, save_adapter
+from jaxrlhf.hf.folders import AUTO
+from jaxrlhf.hf.weights import load_pretrained, save_pretrained, with_tokenizer
+from jaxrlhf.models.config import new_decoder_config
 from jaxrlhf.models.decoder import Decoder, with_target
-from jaxrlhf.models.folders import AUTO
-from jaxrlhf.models.new import new_decoder_config
 from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.target import target_of
-from jaxrlhf.models.weights import load_pretrained, save_pretrained, with_tokenizer
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.keys import key_for
 
@@ -205,9 +205,9 @@ def _origin(model: ModelConfig) -> str:
 
 def _new_model(config: RunConfig) -> tuple[Decoder, Tokenizer]:
     """A decoder of random weights, and the tokenizer of its vocabulary's words."""
-    from jaxrlhf.data.world import VOCABULARY
+    from jaxrlhf.toy.world import VOCABULARY
 
     tokenizer = build_word_tokenizer(VOCABULARY)
-    shape = new_decoder_config(config.model.new, tokenizer)
+    shape = new_decoder_config(config.model.new, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     dtype = jnp.dtype(_given(config.model.dtype) or "float32")
     return Decoder(shape, key_for(config.seed, "model", 0, "weights"), dtype), tokenizer

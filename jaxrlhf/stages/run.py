@@ -24,9 +24,10 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.models.sharding import place
-from jaxrlhf.stages import ppo, reward_model, sft
+from jaxrlhf.stages import reward_model, sft
 from jaxrlhf.stages.continuing import makes_longer, may_change, told
 from jaxrlhf.stages.loop import Run
+from jaxrlhf.stages.ppo import stage as ppo
 from jaxrlhf.stages.roles import Roles, check_none_gone, finished_stages, load_roles, mark_unfinished, save_base
 from jaxrlhf.stages.settings import end_notes
 from jaxrlhf.tracking.metrics import MetricsLog

@@ -11,10 +11,11 @@ from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.distributed.mesh import BATCH_AXES, check_batch
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE, check_kind, is_whole, target_paths
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.fused_attention import check_model
 from jaxrlhf.records import Adapter
-from jaxrlhf.stages.ppo_settings import check_algorithm
+from jaxrlhf.stages.ppo.settings import check_algorithm
 from jaxrlhf.steps.optimizer import with_rate
 from jaxrlhf.steps.ppo import complete
 

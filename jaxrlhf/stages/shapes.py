@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from jaxrlhf.config import AdapterConfig, ModelConfig, RunConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
-from jaxrlhf.data.world import VOCABULARY
 from jaxrlhf.distributed.mesh import batch_sharding, replicated
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.families import read_config
+from jaxrlhf.hf.folders import AUTO, DTYPES, PEFT_INFO, find_model
+from jaxrlhf.hf.tensor_files import read_json
 from jaxrlhf.models.adapters import init_adapter, target_paths
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, abstract_decoder
-from jaxrlhf.models.families import read_config
-from jaxrlhf.models.folders import AUTO, DTYPES, PEFT_INFO, find_model
-from jaxrlhf.models.new import new_decoder_config
+from jaxrlhf.models.config import DecoderConfig, new_decoder_config
+from jaxrlhf.models.decoder import Decoder, abstract_decoder
 from jaxrlhf.models.quantize import abstract_quantized
 from jaxrlhf.models.sharding import tree_shardings
 from jaxrlhf.models.target import Target, target_of
-from jaxrlhf.models.tensor_files import read_json
 from jaxrlhf.records import Adapter
 from jaxrlhf.steps.ppo import complete
+from jaxrlhf.toy.world import VOCABULARY
 
 _LAYER = re.compile(r"layers\.\d+\.")
 
@@ -121,7 +121,8 @@ def bytes_per_device(tree: Any) -> int:
 def read_model(config: ModelConfig) -> DecoderConfig:
     """The decoder that the settings name, from its `config.json` alone; `UserError` where it cannot be read."""
     if config.new is not None:
-        return new_decoder_config(config.new, build_word_tokenizer(VOCABULARY))
+        tokenizer = build_word_tokenizer(VOCABULARY)
+        return new_decoder_config(config.new, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     if config.run is not None:
         folder = Path(config.run)
         if (folder / "roles" / "base").is_dir():

@@ -21,7 +21,8 @@ from jaxrlhf.bench.timing import slowest
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.distributed.mesh import make_mesh
-from jaxrlhf.models.decoder import DecoderConfig, LayerKind, abstract_decoder
+from jaxrlhf.models.config import DecoderConfig, LayerKind
+from jaxrlhf.models.decoder import abstract_decoder
 from jaxrlhf.models.target import Target
 from jaxrlhf.plan import work
 from jaxrlhf.plan.work import Rates

@@ -155,9 +155,9 @@ def test_hub_failures_are_one_line(hf, monkeypatch, error, part):
 
 
 def test_builtin_sets(monkeypatch):
-    world = types.ModuleType("jaxrlhf.data.world")
+    world = types.ModuleType("jaxrlhf.toy.world")
     world.BUILTIN = {"toys": lambda split, limit: [{"text": f"{split} {i}"} for i in range(limit or 3)]}
-    monkeypatch.setitem(sys.modules, "jaxrlhf.data.world", world)
+    monkeypatch.setitem(sys.modules, "jaxrlhf.toy.world", world)
     assert [row.values["text"] for row in read("builtin:toys")] == ["train 0", "train 1", "train 2"]
     assert [row.values["text"] for row in read("toys", format="builtin", split="test", limit=1)] == ["test 0"]
     fails("builtin:none", "builtin:toys", path="builtin:none")

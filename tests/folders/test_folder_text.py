@@ -11,8 +11,8 @@ from jaxrlhf.data.preferences import load_preferences
 from jaxrlhf.data.prompts import load_prompts
 from jaxrlhf.data.sft import load_demonstrations
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.weights import save_pretrained
 from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.models.weights import save_pretrained
 
 FORWARD = jax.jit(Decoder.__call__)
 TEXTS = (

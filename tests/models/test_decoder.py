@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.attention import causal_mask, positions_of
 from jaxrlhf.models.decoder import Decoder, LayerCache, abstract_decoder, named_parameters, with_parameters
-from jaxrlhf.models.weights import load_pretrained
 
 
 def tokens_and_mask(vocabulary, B=3, T=20):

@@ -18,11 +18,12 @@ from jax._src.cudnn import fused_attention_stablehlo  # jax has no other name fo
 
 from jaxrlhf.config import Sampling
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.weights import load_pretrained, save_pretrained
 from jaxrlhf.models.attention import attend, attend_causal, causal_mask
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, with_target
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.models.target import Target
-from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.decode import rollout
 

@@ -11,9 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapter_files import load_adapter, save_adapter
+from jaxrlhf.hf.adapter_files import load_adapter, save_adapter
+from jaxrlhf.hf.weights import load_pretrained, save_pretrained
 from jaxrlhf.models.adapters import bind, init_adapter, linear_shapes, merge
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, named_parameters
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.models.quantize import (
     BLOCK,
     KINDS,
@@ -24,7 +26,6 @@ from jaxrlhf.models.quantize import (
     quantize,
     quantize_decoder,
 )
-from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.ppo import init_ppo
@@ -376,7 +377,7 @@ import sys
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.models.decoder import Decoder, named_parameters
-from jaxrlhf.models.weights import load_pretrained
+from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.models.sharding import parameter_sharding, place
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))

@@ -10,7 +10,8 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.distributed.mesh import AXES, make_mesh
-from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import abstract_decoder, named_parameters
 from jaxrlhf.models.sharding import PARAMETER_AXES, leaf_name, parameter_sharding, place, tree_shardings
 
 

@@ -12,7 +12,8 @@ import pytest
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, Sampling
 from jaxrlhf.models.adapters import init_adapter
 from jaxrlhf.models.attention import attend_causal
-from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, with_target
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import abstract_decoder, with_target
 from jaxrlhf.models.quantize import abstract_quantized
 from jaxrlhf.models.scoring import from_logits
 from jaxrlhf.models.target import ON_CPU, Target, target_of

@@ -13,7 +13,8 @@ import jax, jax.numpy as jnp, math
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxrlhf.config import AdapterConfig, RunConfig
 from jaxrlhf.models.adapters import init_adapter
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.plan.collectives import collectives_of
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.models.sharding import place

@@ -13,8 +13,9 @@ from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.tokenizers import build_word_tokenizer, load_tokenizer
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.classifiers import save_sequence_classifier
-from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.hf.classifiers import save_sequence_classifier
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import abstract_decoder, named_parameters, with_parameters
 from jaxrlhf.models.target import target_of
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.load import load_rewards

@@ -8,7 +8,7 @@ import pytest
 from jaxrlhf.config import Sampling
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import bind
-from jaxrlhf.models.decoder import LayerKind
+from jaxrlhf.models.config import LayerKind
 from jaxrlhf.models.rope import Rope
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.sampling import draw, row_uniforms

@@ -12,9 +12,10 @@ from jaxrlhf.checkpoint.run_dir import record_begin
 from jaxrlhf.config import ModelRewardConfig, RunConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
+from jaxrlhf.hf.classifiers import save_sequence_classifier
 from jaxrlhf.models.adapters import with_head
-from jaxrlhf.models.classifiers import save_sequence_classifier
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.rewards.load import load_rewards
 from jaxrlhf.stages.roles import load_run
 from jaxrlhf.stages.run import _set_clock, run_stages

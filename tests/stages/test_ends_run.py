@@ -11,8 +11,9 @@ from jaxrlhf.config import DemonstrationsConfig, PreferencesConfig, RunConfig
 from jaxrlhf.data.preferences import load_preferences
 from jaxrlhf.data.sft import load_demonstrations
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
-from jaxrlhf.models.weights import load_pretrained, save_pretrained, with_tokenizer
+from jaxrlhf.hf.weights import load_pretrained, save_pretrained, with_tokenizer
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.stages.roles import load_run
 from jaxrlhf.stages.run import run_stages
 

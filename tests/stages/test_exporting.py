@@ -14,14 +14,14 @@ from jaxrlhf.config import AdapterConfig, RunConfig
 from jaxrlhf.config.reading import dump_config
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapter_files import save_adapter
+from jaxrlhf.hf.adapter_files import save_adapter
+from jaxrlhf.hf.peft import load_peft, save_peft
+from jaxrlhf.hf.weights import load_pretrained, save_pretrained
 from jaxrlhf.models.adapters import bind, init_adapter, merge, without_head
 from jaxrlhf.models.decoder import Decoder, named_parameters
-from jaxrlhf.models.peft import load_peft, save_peft
 from jaxrlhf.models.scoring import sequence_scores
-from jaxrlhf.models.weights import load_pretrained, save_pretrained
-from jaxrlhf.stages import ppo
 from jaxrlhf.stages.loop import Run
+from jaxrlhf.stages.ppo import stage as ppo
 from jaxrlhf.stages.roles import load_roles, mark_finished, save_base, save_role
 from jaxrlhf.stages.run import run_stages
 from jaxrlhf.tracking.metrics import MetricsLog

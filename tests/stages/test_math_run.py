@@ -11,7 +11,8 @@ import pytest
 import jaxrlhf
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.rewards.library import numeric_answer
 from jaxrlhf.stages.run import run_stages
 

@@ -25,7 +25,7 @@ import json, sys
 import jax
 from jaxrlhf.config import RunConfig
 from jaxrlhf.models.decoder import named_parameters
-from jaxrlhf.stages import ppo
+from jaxrlhf.stages.ppo import stage as ppo
 from jaxrlhf.stages.run import run_stages
 
 def config(folder, data, fsdp, tensor):

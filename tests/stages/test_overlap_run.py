@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed.programs import Program
 from jaxrlhf.rewards.functions import FunctionReward
-from jaxrlhf.stages.ppo_sampling import Clock, Sampler
+from jaxrlhf.stages.ppo.sampler import Clock, Sampler
 from jaxrlhf.stages.run import run_stages
 from jaxrlhf.tracking.metrics import MetricsLog
 

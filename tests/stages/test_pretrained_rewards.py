@@ -11,20 +11,21 @@ from jaxrlhf import train
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.reading import dump_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
-from jaxrlhf.data.world import VOCABULARY
 from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
+from jaxrlhf.hf.classifiers import save_sequence_classifier
+from jaxrlhf.hf.weights import save_pretrained
 from jaxrlhf.models.adapters import with_head
-from jaxrlhf.models.classifiers import save_sequence_classifier
-from jaxrlhf.models.decoder import Decoder, DecoderConfig
-from jaxrlhf.models.weights import save_pretrained
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.rewards.load import load_rewards
-from jaxrlhf.stages import ppo
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.ppo_sampling import Sampler
+from jaxrlhf.stages.ppo import stage as ppo
+from jaxrlhf.stages.ppo.sampler import Sampler
 from jaxrlhf.stages.roles import load_roles
 from jaxrlhf.stages.run import run_stages
+from jaxrlhf.toy.world import VOCABULARY
 
 CHAT = "{% for m in messages %}{{ m.role + ' ' + m.content + ' <eos> ' }}{% endfor %}"
 FEW = {"rank": 2, "target_modules": ["q_proj"]}

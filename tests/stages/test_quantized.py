@@ -12,14 +12,15 @@ from jaxrlhf.checkpoint.run_dir import open_run
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.reading import dump_config, load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
-from jaxrlhf.data.world import VOCABULARY
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.weights import load_pretrained, save_pretrained
 from jaxrlhf.models.adapters import bind, merge
-from jaxrlhf.models.decoder import Decoder, DecoderConfig, named_parameters
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.models.quantize import quantization, quantize_decoder
-from jaxrlhf.models.weights import load_pretrained, save_pretrained
 from jaxrlhf.stages.roles import load_roles, load_run, mark_finished, save_base
 from jaxrlhf.stages.run import run_stages
+from jaxrlhf.toy.world import VOCABULARY
 
 FEW = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
 PPO = {

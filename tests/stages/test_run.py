@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.decoder import named_parameters
-from jaxrlhf.models.weights import load_pretrained
 from jaxrlhf.stages.run import run_stages
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ CONFIG = {
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 4, "batch_size": 8,
         "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "adapter": FEW, "kl": {"target": 0.001},
-        "update": {"epochs": 2, "minibatches": 2}, "gold": "jaxrlhf.data.world:gold_score", "evaluation_prompts": 8,
+        "update": {"epochs": 2, "minibatches": 2}, "gold": "jaxrlhf.toy.world:gold_score", "evaluation_prompts": 8,
         "save_every": 2, "sample_every": 1,
     },
 }  # fmt: skip

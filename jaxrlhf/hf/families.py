@@ -1,0 +1,44 @@
+"""The known families: a `config.json` and the places of tensors by `model_type`; rows are in `family_rows.py`."""
+
+from typing import Any
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.hf.family import (
+    Place,
+    family_document,
+    is_ignored_by,
+    place_of,
+    read_family_config,
+    token_entry,
+    token_ids,
+)
+from jaxrlhf.hf.family_rows import FAMILIES
+from jaxrlhf.hf.wrappers import WRAPPERS, text_document
+from jaxrlhf.models.config import DecoderConfig
+
+__all__ = ["FAMILIES", "config_document", "is_ignored", "place", "read_config", "token_entry", "token_ids"]
+
+
+def read_config(document: dict[str, Any], where: str) -> DecoderConfig:
+    """The decoder that a `config.json` describes, of a multimodal one its text part; see `read_family_config`."""
+    document = text_document(document, where)
+    model_type = document.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = f"{', '.join(sorted(FAMILIES))}; or the text part of {', '.join(sorted(WRAPPERS))}"
+        raise UserError(f"{where}: model_type {model_type!r} is not supported; known: {known}")
+    return read_family_config(FAMILIES[model_type], model_type, document, where)
+
+
+def config_document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """A `config.json` that transformers opens."""
+    return family_document(FAMILIES[config.family], config, dtype)
+
+
+def place(config: DecoderConfig, name: str) -> Place:
+    """Where the parameter `module/leaf` of ours stands in the family's checkpoints."""
+    return place_of(FAMILIES[config.family], name)
+
+
+def is_ignored(config: DecoderConfig, tensor: str) -> bool:
+    """Whether a checkpoint may hold this tensor though the decoder has no place for it."""
+    return is_ignored_by(FAMILIES[config.family], config, tensor)

@@ -1,0 +1,389 @@
+"""The families: one row of a table for each `model_type`, and nothing else to touch for a new one.
+
+A row says what the entries of `config.json` mean (`fields`, `constants`, `ropes`, `windows`) and where the tensors
+of our modules stand (`modules`); `family.py` says what each column is. Where a family computes something new, that
+becomes a value of `DecoderConfig` first.
+"""
+
+import dataclasses
+from typing import Any
+
+from jaxrlhf.hf.family import Family, Field, Module, Part, Windows, count
+from jaxrlhf.hf.family_ropes import Ropes
+from jaxrlhf.models.config import DecoderConfig
+
+FEED_FORWARD, ATTENTION, BLOCK = r"layers\.(\d+)\.mlp\.", r"layers\.(\d+)\.attention\.", r"layers\.(\d+)\."
+
+
+def _equal_heads(read: dict[str, Any]) -> int:
+    if read["hidden_size"] % read["heads"]:
+        raise ValueError(f"given where hidden_size is no multiple of the number of heads ({read['heads']})")
+    return read["hidden_size"] // read["heads"]
+
+
+def _fields(**changed: Field | None) -> tuple[Field, ...]:
+    """Llama's fields with some of them replaced, added or (None) left out; `changed` is by our names."""
+    fields = {field.ours: field for field in LLAMA_FIELDS} | changed
+    return tuple(field for field in fields.values() if field is not None)
+
+
+LLAMA_FIELDS = (
+    Field("vocab_size", "vocab_size", "size", 32000),
+    Field("hidden_size", "hidden_size", "size", 4096),
+    Field("intermediate_size", "intermediate_size", "size", 11008),
+    Field("layers", "num_hidden_layers", "size", 32),
+    Field("heads", "num_attention_heads", "size", 32),
+    Field("kv_heads", "num_key_value_heads", "size", lambda read: read["heads"]),
+    Field("head_dim", "head_dim", "size", _equal_heads),
+    Field("max_positions", "max_position_embeddings", "size", 2048),
+    Field("norm_eps", "rms_norm_eps", "float", 1e-6),
+    Field("activation", "hidden_act", "activation", "silu"),
+    Field("tie_embeddings", "tie_word_embeddings", "bool", False),
+    Field("initializer_range", "initializer_range", "float", 0.02),
+    Field("bos_token", "bos_token_id", "token", 1),
+    Field("stop_tokens", "eos_token_id", "tokens", 2),
+    Field("pad_token", "pad_token_id", "token", None),
+)
+QKV_BIAS = Field("qkv_bias", "attention_bias", "bool", False)
+OUTPUT_BIAS = Field("output_bias", "attention_bias", "bool", False)
+MLP_BIAS = Field("mlp_bias", "mlp_bias", "bool", False)
+
+LLAMA_MODULES = (
+    Module("embed_tokens", "model.embed_tokens"),
+    Module(BLOCK + "attention_norm", r"model.layers.\1.input_layernorm"),
+    Module(ATTENTION + r"(\w+)", r"model.layers.\1.self_attn.\2"),
+    Module(BLOCK + "mlp_norm", r"model.layers.\1.post_attention_layernorm"),
+    Module(FEED_FORWARD + r"(\w+)", r"model.layers.\1.mlp.\2"),
+    Module("final_norm", "model.norm"),
+    Module("lm_head", "lm_head"),
+    Module("score", "score"),
+)
+POST_NORM_MODULES = (  # where a norm stands after attention, Llama's name for the one before the MLP is its name
+    Module(BLOCK + "attention_post_norm", r"model.layers.\1.post_attention_layernorm"),
+    Module(BLOCK + "mlp_norm", r"model.layers.\1.pre_feedforward_layernorm"),
+    Module(BLOCK + "mlp_post_norm", r"model.layers.\1.post_feedforward_layernorm"),
+    *LLAMA_MODULES,
+)
+
+
+def _fused_columns(config: DecoderConfig) -> tuple[int, int, int]:
+    """Outputs of queries, keys and values side by side."""
+    return (config.heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2)
+
+
+def _by_head(config: DecoderConfig) -> tuple[int, int, int]:
+    """Query, key and value of one head."""
+    return (config.head_dim,) * 3
+
+
+LLAMA = Family(
+    architecture="Llama",
+    prefix="model.",
+    fields=_fields(qkv_bias=QKV_BIAS, output_bias=OUTPUT_BIAS, mlp_bias=MLP_BIAS),
+    modules=LLAMA_MODULES,
+    ignored=(r".*rotary_emb\.inv_freq",),
+)
+
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    architecture="Mistral",
+    fields=_fields(
+        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 14336),
+        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 8),
+        max_positions=Field("max_positions", "max_position_embeddings", "size", 131072),
+    ),
+    windows=Windows(slides=lambda document, layer: True, typed=False),
+)
+
+
+def _late_layers(document: dict[str, Any], layer: int) -> bool:
+    return layer >= count(document, "max_window_layers", 28, least=0)
+
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    architecture="Qwen2",
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 151936),
+        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 22016),
+        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 32),
+        max_positions=Field("max_positions", "max_position_embeddings", "size", 32768),
+        bos_token=Field("bos_token", "bos_token_id", "token", None),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", None),
+    ),
+    windows=Windows(slides=_late_layers, switch="use_sliding_window"),
+    constants={"qkv_bias": True},
+)
+
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    architecture="Qwen3",
+    fields=(
+        *(
+            dataclasses.replace(field, default=128) if field.ours == "head_dim" else field
+            for field in QWEN2.fields
+        ),
+        QKV_BIAS,
+        OUTPUT_BIAS,
+    ),
+    constants={"qk_norm": "head"},
+)
+
+GEMMA_FIELDS = _fields(
+    vocab_size=Field("vocab_size", "vocab_size", "size", 256000),
+    hidden_size=Field("hidden_size", "hidden_size", "size", 2304),
+    intermediate_size=Field("intermediate_size", "intermediate_size", "size", 9216),
+    layers=Field("layers", "num_hidden_layers", "size", 26),
+    heads=Field("heads", "num_attention_heads", "size", 8),
+    kv_heads=Field("kv_heads", "num_key_value_heads", "size", 4),
+    head_dim=Field("head_dim", "head_dim", "size", 256),
+    max_positions=Field("max_positions", "max_position_embeddings", "size", 8192),
+    activation=Field("activation", "hidden_activation", "activation", "gelu_pytorch_tanh"),
+    tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
+    bos_token=Field("bos_token", "bos_token_id", "token", 2),
+    stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 1),
+    pad_token=Field("pad_token", "pad_token_id", "token", 0),
+    qkv_bias=QKV_BIAS,
+    output_bias=OUTPUT_BIAS,
+    query_scalar=Field("query_scalar", "query_pre_attn_scalar", "size", 256),
+    attention_softcap=Field("attention_softcap", "attn_logit_softcapping", "cap", 50.0),
+    logit_softcap=Field("logit_softcap", "final_logit_softcapping", "cap", 30.0),
+)
+GEMMA_CONSTANTS = {
+    "norm": "rms_plus_one",
+    "post_norms": True,
+    "embedding_scale": lambda read: read["hidden_size"] ** 0.5,
+}
+
+GEMMA2 = dataclasses.replace(
+    LLAMA,
+    architecture="Gemma2",
+    fields=GEMMA_FIELDS,
+    modules=POST_NORM_MODULES,
+    windows=Windows(slides=lambda document, layer: layer % 2 == 0),
+    constants=GEMMA_CONSTANTS,
+    fixed=(("use_bidirectional_attention", False),),
+)
+
+
+def _five_to_one(document: dict[str, Any], layer: int) -> bool:
+    return (layer + 1) % count(document, "sliding_window_pattern", 6) != 0
+
+
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    architecture="Gemma3",
+    classifier="Gemma3Text",
+    fields=tuple(
+        {
+            "vocab_size": Field("vocab_size", "vocab_size", "size", 262208),
+            "max_positions": Field("max_positions", "max_position_embeddings", "size", 131072),
+            "logit_softcap": Field("logit_softcap", "final_logit_softcapping", "cap", None),
+        }.get(field.ours, field)
+        for field in GEMMA_FIELDS
+        if field.ours != "attention_softcap"  # transformers keeps the entry and does not use it
+    ),
+    ropes=Ropes(theta=1e6, local_theta=1e4),
+    windows=Windows(slides=_five_to_one),
+    constants=GEMMA_CONSTANTS | {"qk_norm": "head"},
+)
+
+GPT2 = Family(
+    architecture="GPT2",
+    prefix="transformer.",
+    ropes=None,
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 50257),
+        hidden_size=Field("hidden_size", "n_embd", "size", 768),
+        intermediate_size=Field("intermediate_size", "n_inner", "size", lambda read: 4 * read["hidden_size"]),
+        layers=Field("layers", "n_layer", "size", 12),
+        heads=Field("heads", "n_head", "size", 12),
+        kv_heads=None,
+        head_dim=None,
+        max_positions=Field("max_positions", "n_positions", "size", 1024),
+        norm_eps=Field("norm_eps", "layer_norm_epsilon", "float", 1e-5),
+        activation=Field("activation", "activation_function", "activation", "gelu_new"),
+        tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
+        bos_token=Field("bos_token", "bos_token_id", "token", 50256),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 50256),
+    ),
+    constants={
+        "kv_heads": lambda read: read["heads"],
+        "head_dim": _equal_heads,
+        "norm": "layer",
+        "learned_positions": True,
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+    },
+    modules=(
+        Module("embed_tokens", "transformer.wte"),
+        Module("embed_positions", "transformer.wpe"),
+        Module(BLOCK + "attention_norm", r"transformer.h.\1.ln_1"),
+        *(
+            Module(ATTENTION + f"{name}_proj", r"transformer.h.\1.attn.c_attn", False, Part(_fused_columns, index))
+            for index, name in enumerate("qkv")
+        ),
+        Module(ATTENTION + "o_proj", r"transformer.h.\1.attn.c_proj", transposed=False),
+        Module(BLOCK + "mlp_norm", r"transformer.h.\1.ln_2"),
+        Module(FEED_FORWARD + "up_proj", r"transformer.h.\1.mlp.c_fc", transposed=False),
+        Module(FEED_FORWARD + "down_proj", r"transformer.h.\1.mlp.c_proj", transposed=False),
+        Module("final_norm", "transformer.ln_f"),
+        Module("lm_head", "lm_head"),
+        Module("score", "score"),
+    ),
+    ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
+    fixed=(
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ),
+)
+
+GPT_NEOX = Family(
+    architecture="GPTNeoX",
+    prefix="gpt_neox.",
+    ropes=Ropes(theta_entry="rotary_emb_base", share=0.25, share_entry="rotary_pct"),
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 50432),
+        hidden_size=Field("hidden_size", "hidden_size", "size", 6144),
+        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 24576),
+        layers=Field("layers", "num_hidden_layers", "size", 44),
+        heads=Field("heads", "num_attention_heads", "size", 64),
+        kv_heads=None,
+        head_dim=None,
+        norm_eps=Field("norm_eps", "layer_norm_eps", "float", 1e-5),
+        activation=Field("activation", "hidden_act", "activation", "gelu"),
+        bos_token=Field("bos_token", "bos_token_id", "token", 0),
+        parallel_residual=Field("parallel_residual", "use_parallel_residual", "bool", True),
+        qkv_bias=dataclasses.replace(QKV_BIAS, default=True),
+        output_bias=dataclasses.replace(OUTPUT_BIAS, default=True),
+    ),
+    constants={
+        "kv_heads": lambda read: read["heads"],
+        "head_dim": _equal_heads,
+        "norm": "layer",
+        "gated_mlp": False,
+        "mlp_bias": True,
+    },
+    modules=(
+        Module("embed_tokens", "gpt_neox.embed_in"),
+        Module(BLOCK + "attention_norm", r"gpt_neox.layers.\1.input_layernorm"),
+        *(
+            Module(
+                ATTENTION + f"{name}_proj",
+                r"gpt_neox.layers.\1.attention.query_key_value",
+                part=Part(_by_head, index, groups=lambda config: config.heads),
+            )
+            for index, name in enumerate("qkv")
+        ),
+        Module(ATTENTION + "o_proj", r"gpt_neox.layers.\1.attention.dense"),
+        Module(BLOCK + "mlp_norm", r"gpt_neox.layers.\1.post_attention_layernorm"),
+        Module(FEED_FORWARD + "up_proj", r"gpt_neox.layers.\1.mlp.dense_h_to_4h"),
+        Module(FEED_FORWARD + "down_proj", r"gpt_neox.layers.\1.mlp.dense_4h_to_h"),
+        Module("final_norm", "gpt_neox.final_layer_norm"),
+        Module("lm_head", "embed_out"),
+        Module("score", "score"),
+    ),
+    ignored=(r"(gpt_neox\.)?layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
+)
+
+PHI3 = dataclasses.replace(
+    LLAMA,
+    architecture="Phi3",
+    ropes=Ropes(
+        share_entry="partial_rotary_factor",
+        types=("default", "longrope"),
+        aliases={"su": "longrope", "yarn": "longrope"},
+        trained_length=4096,
+    ),
+    windows=Windows(slides=lambda document, layer: True, default=None, typed=False),
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 32064),
+        hidden_size=Field("hidden_size", "hidden_size", "size", 3072),
+        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 8192),
+        max_positions=Field("max_positions", "max_position_embeddings", "size", 4096),
+        norm_eps=Field("norm_eps", "rms_norm_eps", "float", 1e-5),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 32000),
+        pad_token=Field("pad_token", "pad_token_id", "token", 32000),
+    ),
+    modules=(
+        *(
+            Module(ATTENTION + f"{name}_proj", r"model.layers.\1.self_attn.qkv_proj", part=Part(_fused_columns, index))
+            for index, name in enumerate("qkv")
+        ),
+        *(
+            Module(
+                FEED_FORWARD + f"{name}_proj",
+                r"model.layers.\1.mlp.gate_up_proj",
+                part=Part(lambda config: (config.intermediate_size,) * 2, index),
+            )
+            for index, name in enumerate(("gate", "up"))
+        ),
+        *LLAMA_MODULES,
+    ),
+)
+
+OLMO2 = dataclasses.replace(
+    LLAMA,
+    architecture="Olmo2",
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 50304),
+        norm_eps=Field("norm_eps", "rms_norm_eps", "float", 1e-5),
+        bos_token=Field("bos_token", "bos_token_id", "token", None),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 50279),
+        pad_token=Field("pad_token", "pad_token_id", "token", 1),
+        qkv_bias=QKV_BIAS,
+        output_bias=OUTPUT_BIAS,
+    ),
+    modules=POST_NORM_MODULES,
+    constants={"pre_norms": False, "post_norms": True, "qk_norm": "projection"},
+)
+
+
+def _without_rope(document: dict[str, Any], layer: int) -> bool:
+    """SmolLM3's `no_rope_layers` holds 1 where a layer has rotary positions."""
+    listed = document.get("no_rope_layers")
+    if listed is None:
+        return (layer + 1) % count(document, "no_rope_layer_interval", 4) == 0
+    if not isinstance(listed, list) or len(listed) <= layer or listed[layer] not in (0, 1):
+        raise ValueError(f"no_rope_layers must be a list with 0 or 1 for each layer, not {listed!r}")
+    return not listed[layer]
+
+
+SMOLLM3 = dataclasses.replace(
+    LLAMA,
+    architecture="SmolLM3",
+    fields=_fields(
+        vocab_size=Field("vocab_size", "vocab_size", "size", 128256),
+        hidden_size=Field("hidden_size", "hidden_size", "size", 2048),
+        layers=Field("layers", "num_hidden_layers", "size", 36),
+        heads=Field("heads", "num_attention_heads", "size", 16),
+        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 4),
+        max_positions=Field("max_positions", "max_position_embeddings", "size", 32768),
+        tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
+        bos_token=Field("bos_token", "bos_token_id", "token", 128000),
+        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 128001),
+        pad_token=Field("pad_token", "pad_token_id", "token", 128004),
+        qkv_bias=QKV_BIAS,
+        output_bias=OUTPUT_BIAS,
+        mlp_bias=MLP_BIAS,
+    ),
+    ropes=Ropes(theta=2e6, skipped=_without_rope),
+    windows=Windows(slides=_without_rope, default=None, switch="use_sliding_window"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,  # Llama 2, 3, 3.x; SmolLM 1 and 2; and the many that share its architecture
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,  # Qwen2 and Qwen2.5
+    "qwen3": QWEN3,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,  # GPT-NeoX and Pythia
+    "phi3": PHI3,
+    "olmo2": OLMO2,
+    "smollm3": SMOLLM3,
+}

@@ -1,0 +1,89 @@
+"""Folders of models and adapters: where they are found, and how they are written, complete or not at all."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from jaxrlhf.checkpoint.files import atomic_directory
+from jaxrlhf.errors import UserError
+
+MARK = ".jaxrlhf"  # in each folder that was written here: what of it may be replaced
+DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"  # in place of a dtype: that of the checkpoint's tensors
+PEFT_INFO, INDEX = "adapter_config.json", "model.safetensors.index.json"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
+
+
+def check_dtype(dtype: str | None) -> None:
+    """`UserError` unless it is None or the name of a dtype that weights may have."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}")
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub id's files."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)):
+        raise UserError(f"{path}: no such folder; want one with config.json and weights, or a hub id like owner/name")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:  # hub and connection errors are OSErrors, a malformed id a ValueError
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path}: no such folder here, and not to be had from the hub: {reason}") from None
+
+
+def find_model(path: str | Path) -> tuple[Path, Path | None]:
+    """(folder of a model, folder of a PEFT adapter on it or None), as `path` names the one or the other.
+
+    An adapter's base is what its `base_model_name_or_path` names: a folder, seen from here or from the adapter, or a
+    hub id.
+    """
+    from jaxrlhf.hf.tensor_files import read_json
+
+    folder = find_folder(path)
+    info = folder / PEFT_INFO
+    if not info.is_file() or any((folder / name).exists() for name in ("model.safetensors", INDEX)):
+        return folder, None
+    base = read_json(info).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{info}: base_model_name_or_path is {base!r}; it must name the model that the adapter is for")
+    beside = folder / Path(base).expanduser()
+    try:
+        return find_folder(beside if beside.is_dir() and not Path(base).expanduser().is_dir() else base), folder
+    except UserError as error:
+        raise UserError(f"{info}: base_model_name_or_path: {error}; correct the entry, or merge the adapter") from None
+
+
+@contextlib.contextmanager
+def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
+    """A folder to write into and whether this process is the one that writes; the others wait for it."""
+    primary = jax.process_index() == 0
+    with atomic_directory(target, replace=True) if primary else contextlib.nullcontext(target) as folder:
+        yield folder, primary
+        if primary:
+            names = sorted(file.name for file in folder.iterdir())
+            (folder / MARK).write_text("\n".join(["# jaxrlhf wrote these files, and may replace them", *names, ""]))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"written {target.name}")
+
+
+def check_replaceable(target: Path, of_kind: str) -> None:
+    """`UserError` where a folder holds anything but what was written here before, as its `MARK` lists it.
+
+    `of_kind` is a file that what is to be written has, so that a model is not replaced by an adapter.
+    """
+    if not target.is_dir():
+        return
+    mark = target / MARK
+    written = {MARK, *mark.read_text(encoding="utf-8").splitlines()[1:]} if mark.is_file() else set()
+    if strangers := sorted({file.name for file in target.iterdir()} - (written if of_kind in written else set())):
+        raise UserError(f"{target}: holds {strangers[0]}, which would be lost; give a new or empty folder")

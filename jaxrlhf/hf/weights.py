@@ -1,0 +1,129 @@
+"""Pretrained folders in, merged folders out.
+
+Not here: adapters (`adapter_files.py`, `peft.py`), sequence classifiers (`classifiers.py`); downloading anything but
+JSON, safetensors and tokenizer files.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from jaxrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from jaxrlhf.errors import UserError
+from jaxrlhf.hf.families import config_document, place, read_config, token_entry, token_ids
+from jaxrlhf.hf.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
+from jaxrlhf.hf.layout import match, merged_tensors, plain_tensors, read_decoder, tied_as_stored
+from jaxrlhf.hf.peft import with_adapter
+from jaxrlhf.hf.tensor_files import main_dtype, read_checkpoint, read_json, write_checkpoint, write_json
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder, with_config
+from jaxrlhf.models.quantize import KINDS
+from jaxrlhf.records import Adapter
+
+
+def load_pretrained(
+    path: str | Path,
+    dtype: str = AUTO,
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
+) -> tuple[Decoder, Tokenizer | None]:
+    """The decoder and the tokenizer (None where there is none) of a Hugging Face folder or hub id.
+
+    Of a PEFT adapter's folder: its base with the adapter merged, and its own tokenizer before the base's.
+    Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto": to the one that most of them have. On
+    a mesh each parameter lies as `models.sharding.parameter_sharding` says, and each process reads its slices only.
+    `quantize` "int8" or "nf4" keeps the linear layers of the blocks as codes (see `quantize.py`), made on the
+    host a part at a time. Programs of the model are for the mesh's devices, or for jax's default one, with float32
+    products in float32; `decoder.with_target` changes that. Raises `UserError` naming file and entry or tensor where
+    the folder cannot be used.
+    """
+    check_dtype(None if dtype == AUTO else dtype)
+    if quantize not in (None, *KINDS):
+        raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
+    folder, adapter = find_model(path)
+    if adapter is not None and quantize is not None:
+        raise UserError(f"{path}: an adapter is not merged into {quantize} codes: merge it first, or drop quantize")
+    document = read_json(folder / "config.json")
+    config = read_config(document, str(folder / "config.json"))
+    config, tensors = tied_as_stored(config, plain_tensors(read_checkpoint(folder)), folder)
+    stored = match(config, tensors, folder)
+    dtype = main_dtype(stored.values()) if dtype == AUTO else dtype
+    tokenizer = (load_tokenizer(str(adapter)) if adapter else None) or load_tokenizer(str(folder))
+    named = "eos_token_id" in {**document, **(document.get("text_config") or {})}
+    config, tokenizer = _with_tokens(config, folder, tokenizer, named)
+    base = read_decoder(config, stored, dtype, mesh, quantize)
+    return (base if adapter is None else with_adapter(base, adapter, folder, mesh)[0]), tokenizer
+
+
+def with_tokenizer(base: Decoder, tokenizer: Tokenizer) -> tuple[Decoder, Tokenizer]:
+    """A base and another tokenizer for each other: the base's stop tokens are then those of both."""
+    tokenizer = tokenizer.for_model(base.config.vocab_size, base.config.stop_tokens, foreign=True)
+    return with_config(base, dataclasses.replace(base.config, stop_tokens=tokenizer.stop_ids)), tokenizer
+
+
+def save_pretrained(
+    path: str | Path,
+    base: Decoder,
+    adapter: Adapter | None = None,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    dtype: str | None = None,
+) -> None:
+    """Writes base and adapter, merged, as a folder that transformers opens, in the base's dtype or the one given.
+
+    Weights are rounded once, after merging. A scalar head is left out. The folder appears complete or not at all; an
+    older model there is replaced. Raises `UserError` where anything else is there, and for a weight too large for
+    `dtype`.
+    """
+    target = Path(path).expanduser().absolute()
+    check_dtype(dtype)
+    check_replaceable(target, "config.json")
+    config = base.config
+    tensors, dtype = merged_tensors(base, adapter, dtype)
+    if place(config, "lm_head/kernel").tensor in tensors:  # an adapter may have parted it from the embedding
+        config = dataclasses.replace(config, tie_embeddings=False)
+    generation = {
+        "bos_token_id": config.bos_token,
+        "eos_token_id": token_entry(config.stop_tokens),
+        "pad_token_id": config.pad_token,
+    }
+    with written_once(target) as (folder, primary):
+        write_checkpoint(folder, tensors, max_shard_bytes, primary)
+        if primary:
+            write_json(folder / "config.json", config_document(config, dtype))
+            write_json(folder / "generation_config.json", generation)
+            if tokenizer is not None:
+                tokenizer.save(str(folder))
+
+
+def _with_tokens(
+    config: DecoderConfig, folder: Path, tokenizer: Tokenizer | None, named: bool
+) -> tuple[DecoderConfig, Tokenizer | None]:
+    """The config with the tokens that end answers and fill up rows, and the tokenizer with the same ends.
+
+    All that `generation_config.json`, `config.json`, the tokenizer and its chat template name end an answer. Where
+    `config.json` has not `named` any, the family's default counts only if nothing else does. Masks say what is real,
+    so a missing pad token may be any: a stop token, or 0.
+    """
+    file = folder / "generation_config.json"
+    generation = read_json(file) if file.exists() else {}
+    found = {}
+    for entry in ("eos_token_id", "pad_token_id"):
+        try:
+            found[entry] = token_ids(generation.get(entry))
+        except ValueError as error:
+            raise UserError(f"{file}: {entry} must be {error}, not {generation[entry]!r}") from None
+    stops = found["eos_token_id"]
+    if named or not (stops or (tokenizer is not None and tokenizer.stop_ids)):
+        stops = tuple(dict.fromkeys([*stops, *config.stop_tokens]))
+    if tokenizer is not None:
+        tokenizer = tokenizer.for_model(config.vocab_size, stops)
+        stops = tokenizer.stop_ids
+    for token in stops:
+        if token >= config.vocab_size:
+            raise UserError(f"{folder}: eos_token_id {token} is outside the vocabulary of {config.vocab_size} tokens")
+    own_pad = None if tokenizer is None else tokenizer.pad_id
+    pads = (*found["pad_token_id"], config.pad_token, own_pad, *stops, 0)
+    pad = next(token for token in pads if token is not None and token < config.vocab_size)
+    return dataclasses.replace(config, stop_tokens=stops, pad_token=pad), tokenizer

@@ -1,0 +1,74 @@
+"""What a decoder is: shape, constants, and what may differ between layers. The names are ours, for all families."""
+
+import dataclasses
+
+from jaxrlhf.config import NewModelConfig
+from jaxrlhf.models.rope import Rope
+from jaxrlhf.models.target import ON_CPU, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may differ from layer to layer."""
+
+    window: int | None = None  # a query sees this many tokens, itself included; None: all before it
+    rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: no rotary positions
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and constants of a decoder, in our names; `hf/families.py` reads it from a `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # repeated to the last layer
+    norm: str = "rms"  # a key of norms.NORMS
+    norm_eps: float = 1e-6
+    pre_norms: bool = True  # before attention and MLP
+    post_norms: bool = False  # after them, before the residual sum
+    qk_norm: str | None = None  # norm on queries and keys: "head" each head, "projection" all heads at once
+    parallel_residual: bool = False  # attention and MLP read the same input
+    learned_positions: bool = False
+    activation: str = "silu"  # a key of activations.ACTIVATIONS
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    query_scalar: int | None = None  # queries are divided by its root; None: head_dim
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    initializer_range: float = 0.02
+    target: Target = ON_CPU  # what its programs are for; no part of what the model is, and not saved with it
+    family: str = "llama"
+    bos_token: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+    pad_token: int | None = None
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        return self.layer_kinds[layer % len(self.layer_kinds)]
+
+
+def new_decoder_config(new: NewModelConfig, vocab_size: int, eos: int, pad: int) -> DecoderConfig:
+    """A Llama of the sizes that settings give, for a vocabulary with these end and pad tokens."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=new.hidden_size,
+        intermediate_size=new.intermediate_size,
+        layers=new.layers,
+        heads=new.heads,
+        kv_heads=new.kv_heads,
+        head_dim=new.hidden_size // new.heads,
+        max_positions=new.max_positions,
+        tie_embeddings=True,
+        initializer_range=new.hidden_size**-0.5,
+        stop_tokens=(eos,),
+        pad_token=pad,
+    )

@@ -1,0 +1,249 @@
+"""The ppo stage: sample, score, update, again; then a table of what it changed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.algorithms.running import gain_and_bias
+from jaxrlhf.config import AdapterConfig, PPOConfig, PPOStageConfig
+from jaxrlhf.data.prompts import PromptSet, load_prompts
+from jaxrlhf.data.sft import SFTData, load_demonstrations
+from jaxrlhf.data.sources import check_source
+from jaxrlhf.distributed import processes
+from jaxrlhf.errors import UserError
+from jaxrlhf.hf.adapter_files import load_adapter
+from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_whole, scaled_head, without_head
+from jaxrlhf.models.sharding import place
+from jaxrlhf.records import Adapter
+from jaxrlhf.rewards.from_first import on_first
+from jaxrlhf.rewards.functions import FunctionReward
+from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own
+from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rollout.sampling import truncates
+from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
+from jaxrlhf.stages.keys import key_for
+from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.stages.ppo.iteration import Iteration
+from jaxrlhf.stages.ppo.remarks import remarks
+from jaxrlhf.stages.ppo.sampler import Drawn, Sampler
+from jaxrlhf.stages.ppo.value import starting_value
+from jaxrlhf.stages.roles import Roles, mark_finished, save_role
+from jaxrlhf.stages.settings import check_adapter, check_stage, rate_text, with_optimizers
+from jaxrlhf.steps.annotate import Control
+from jaxrlhf.steps.ppo import complete, init_ppo
+
+SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOInputs:
+    """Prompts, rows, functions and adapters that have been read and checked."""
+
+    prompts: PromptSet
+    evaluation: PromptSet
+    rewards: Rewards
+    gold: FunctionReward | None
+    policy: Adapter | None = None  # where settings name one
+    reference: Adapter | None = None  # where settings name one
+    pretraining: SFTData | None = None
+
+
+def check(run: Run, roles: Roles) -> None:
+    """UserError where the settings do not fit the model, the mesh or the stages before."""
+    config = run.config.ppo
+    mix = config.pretraining
+    for source in filter(None, (config.data, config.evaluation_data, mix and mix.data)):
+        check_source(source)
+    check_adapter(roles.base, run.config.adapter_or(config.adapter), "ppo.adapter")
+    check_adapter(roles.base, run.config.adapter_or(config.value_adapter), "ppo.value_adapter")
+    for note in check_stage(run.config, "ppo", roles.base.config, run.mesh):
+        run.say(note)
+    for remark in remarks(config):
+        run.say(f"ppo: {remark}")
+    if truncates(config.sampling):
+        run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
+    reward_adapter = "reward" in roles.adapters or "reward_model" in run.config.stages
+    if needs_own(config.reward) and not reward_adapter:
+        raise UserError(
+            "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has "
+            "(model.run), or give a reward model (ppo.reward.path=FOLDER) or a function "
+            "(ppo.reward.kind=function ppo.reward.function=path.py:name)"
+        )
+
+
+def load(run: Run, roles: Roles) -> PPOInputs:
+    """Reads adapters, rewards, prompts and rows; UserError where they cannot be used."""
+    config = run.config.ppo
+    policy = _named_adapter(roles, config.policy, "ppo.policy")
+    reference = _named_adapter(roles, config.reference, "ppo.reference")
+    products, time = run.config.model.matmul_precision, roles.tokenizer.chats.time
+    rewards = load_rewards(config.reward, run.mesh, "ppo.reward", run.say, time, products)
+    gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
+    prompts = load_prompts(config.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
+    run.say(f"ppo: {prompts.report}")
+    evaluation = prompts
+    if config.evaluation_data is not None:
+        evaluation = load_prompts(config.evaluation_data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
+        run.say(f"ppo: evaluation: {evaluation.report}")
+    for given in (prompts, evaluation):
+        check_prompts(rewards, given, "ppo.reward")
+        if gold is not None:
+            gold.check_columns(set().union(*given.columns), "ppo.gold")
+    inputs = PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
+    _check_kinds(run, inputs)
+    if "sft" not in run.config.stages:  # else the adapters are not there yet
+        jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
+    return inputs
+
+
+def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:
+    mix, tokenizer = run.config.ppo.pretraining, roles.tokenizer
+    if mix is None:
+        return None
+    examples, report = load_demonstrations(mix.data, tokenizer, mix.max_length, "cut")
+    run.say(f"ppo: pretraining: {report}")
+    return SFTData(examples, mix.batch_size, mix.max_length, run.config.seed, pad_id=tokenizer.pad_id)
+
+
+def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
+    """Runs the stage; the roles with policy and value."""
+    config = run.config.ppo
+    start = place(run.mesh, starting_policy(run, roles, inputs))
+    reference = place(run.mesh, starting_reference(run, roles, inputs, start))
+
+    value, says_scores = starting_value(run, roles)
+    for name, adapter, own in (("policy", start, config.adapter), ("value model", value, config.value_adapter)):
+        if note := _kept_rank(adapter or {}, run.config.adapter_or(own)):
+            run.say(f"ppo: the {name} {note}")
+    update_config = _completed(config, start, value)
+    run.say(f"ppo: {_told(update_config, start, value)}")
+
+    def model_reward() -> ModelReward:
+        adapter = place(run.mesh, roles.adapters["reward"])
+        return ModelReward(roles.base, adapter, run.mesh, update_config.microbatch_size)
+
+    reward = compose(inputs.rewards, model_reward)
+    sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold))
+    ppo = init_ppo(start, value, update_config)
+    iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)
+    state = {"ppo": ppo, "control": Control.start(config.kl.coef), "draws": jnp.int32(0)}
+    if config.refresh_reference:
+        state["reference"] = reference
+    with Loop(run, "ppo", state, config.iterations, config.save_every) as loop:
+        if config.score.normalise == "initial" and not loop.first:
+            loop.state["control"] = control = iteration.fitted(start, inputs.prompts, loop.state["control"])
+            if says_scores:  # of the reward as it is: it must say what becomes of them
+                value = scaled_head(loop.state["ppo"].value, *gain_and_bias(control.moments))
+                loop.state["ppo"] = loop.state["ppo"].replace(value=place(run.mesh, value))
+        for step in loop.steps():
+            noting = functools.partial(_note_samples, run, step + 1)
+            loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, noting)
+            loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
+        ppo = loop.result()["ppo"]
+    trained = _trained(ppo, update_config)
+    for name, adapter in trained.items():
+        save_role(run.config.run_dir, name, adapter)
+    policies = {"before": start, "after": ppo.policy} | ({"average of": ppo.average} if ppo.average else {})
+    reached = {name: iteration.evaluate(policy, ppo.value, inputs.evaluation) for name, policy in policies.items()}
+    run.samples.write("ppo", config.iterations, {name.split()[0]: e.samples for name, e in reached.items()})
+    mark_finished(run.config.run_dir, "ppo", {name.split()[0]: e.numbers for name, e in reached.items()})
+    if processes.is_first():
+        print(comparison(reached))
+    return dataclasses.replace(roles, adapters=roles.adapters | trained)
+
+
+def _note_samples(run: Run, number: int, drawn: Drawn) -> None:
+    """A line of samples.jsonl where iteration `number` is to have one."""
+    if number % run.config.ppo.sample_every == 0:
+        run.samples.write("ppo", number, {"samples": samples_of(drawn.answers, drawn.scores)[:SAMPLES]})
+
+
+def _trained(ppo, config: PPOConfig) -> dict[str, Adapter]:
+    """The roles that the stage leaves, each whole: a value head on the policy's trunk brings that trunk along."""
+    trained = {"policy": ppo.policy}
+    if ppo.value:
+        trained["value"] = {**ppo.policy, **ppo.value} if config.value_trunk == "policy" else ppo.value
+    return trained | ({"average": ppo.average} if ppo.average else {})
+
+
+def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter | None:
+    """The adapter that a setting names, without the head that a reward adapter has."""
+    if folder is None:
+        return None
+    try:
+        return without_head(load_adapter(folder, roles.base))
+    except UserError as error:
+        raise UserError(f"{key_path}: {error}") from None
+
+
+def starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
+    """A copy, because the update gives away its buffers: of the adapter named, else of the reference; else fresh."""
+    config = run.config.adapter_or(run.config.ppo.adapter)
+    for adapter in (inputs.policy, inputs.reference, roles.reference):
+        if adapter is not None:
+            return as_kind(roles.base, adapter, config.kind)
+    return init_adapter(roles.base, config, key_for(run.config.seed, "ppo", 0, "policy"))
+
+
+def _kept_rank(adapter: Adapter, wanted: AdapterConfig) -> str | None:
+    """What to know where an adapter that is gone on with has other ranks than the settings; None where it has not."""
+    ranks = sorted({leaves["lora_a"].shape[1] for leaves in adapter.values() if "lora_a" in leaves})
+    if not ranks or ranks == [wanted.rank]:
+        return None
+    return f"keeps rank {', '.join(map(str, ranks))} of the adapter that it starts from; the settings say {wanted.rank}"
+
+
+def _check_kinds(run: Run, inputs: PPOInputs) -> None:
+    """UserError where the policy is to be LoRA pairs, and the adapter that it starts from is whole."""
+    kind = run.config.adapter_or(run.config.ppo.adapter).kind
+    named = (("policy", inputs.policy), ("reference", inputs.reference))
+    name, start = next(((name, adapter) for name, adapter in named if adapter is not None), ("", None))
+    if start is not None and kind == "lora" and is_whole(start):
+        why = "" if name == "policy" else ", and the policy starts from it where ppo.policy names no other"
+        raise UserError(
+            f"ppo.{name}: {getattr(run.config.ppo, name)} holds whole weights{why}, but ppo.adapter.kind is lora; give "
+            "ppo.adapter.kind=full, or a LoRA adapter"
+        )
+
+
+def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapter) -> Adapter | None:
+    """The adapter named, else the SFT adapter, else None: the base itself.
+
+    Where the policy is to take its place later, it has the policy's leaves from the start: one compilation.
+    """
+    reference = roles.reference if inputs.reference is None else inputs.reference
+    if not run.config.ppo.refresh_reference:
+        return reference
+    if reference is None:
+        return bare(roles.base, policy)
+    reference = as_kind(roles.base, reference, run.config.adapter_or(run.config.ppo.adapter).kind)
+    shapes = [jax.tree.map(np.shape, tree) for tree in (reference, policy)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            "ppo.refresh_reference: the policy cannot become the reference, whose adapter has other modules or ranks; "
+            "start both from one adapter, or leave ppo.policy and ppo.reference out"
+        )
+    return reference
+
+
+def _completed(config: PPOStageConfig, policy: Adapter, value: Adapter | None) -> PPOConfig:
+    """The update's settings with all that the answers, the adapters and the iterations decide."""
+    update = complete(config.update, config.batch_size * config.sampling.samples_per_prompt)
+    steps = update.epochs * update.minibatches
+    trained = {"optimizer": ("policy", policy), "value_optimizer": ("value", value or {})}
+    totals = {
+        "optimizer": (config.iterations - update.value_warmup) * steps,
+        "value_optimizer": config.iterations * steps,
+    }
+    return with_optimizers(update, trained, totals)
+
+
+def _told(update: PPOConfig, policy: Adapter, value: Adapter | None) -> str:
+    """The steps of an iteration and the learning rates, in a line."""
+    steps = f"{update.epochs} x {update.minibatches} optimizer steps an iteration (epochs x minibatches)"
+    rates = [f"learning rate of the policy {rate_text(update.optimizer, policy)}"]
+    rates += [f"of the value model {rate_text(update.value_optimizer, value)}"] if value else []
+    return f"{steps}; {', '.join(rates)}"

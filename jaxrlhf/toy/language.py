@@ -1,0 +1,188 @@
+"""The language of the assistant world: its questions, what counts as an answer, and the true score of one.
+
+A question asks for one fact in one phrasing; an answer states a value, bare or as a sentence, and may be polite
+or rude and may ramble. About 15% of all (fact, phrasing) combinations are the test split; each of their facts
+is trained on in its other phrasings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.toy.facts import (
+    LEADS,
+    NEUTRAL_CLOSERS,
+    NEUTRAL_OPENERS,
+    POLITE_CLOSERS,
+    POLITE_OPENERS,
+    RUDE_CLOSERS,
+    RUDE_OPENERS,
+    TAILS,
+    TOPICS,
+    Topic,
+)
+
+RIGHT, POLITE, SHORT = 0.6, 0.2, 0.2  # the parts of the gold score; they sum to 1
+RAMBLE_WORDS = 5  # this many words of rambling cost all of SHORT
+HELD_OUT_FACTS = 0.6  # this share of facts has one of its four phrasings in the test split: 15% of combinations
+SPLITS = ("train", "test")
+SEED = 20_240_317
+
+OPENERS = POLITE_OPENERS + RUDE_OPENERS + NEUTRAL_OPENERS
+CLOSERS = POLITE_CLOSERS + RUDE_CLOSERS + NEUTRAL_CLOSERS
+
+Random = np.random.Generator
+Item = TypeVar("Item")
+
+
+# ---------------------------------------------------------------- questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fact in one of its phrasings."""
+
+    topic: Topic
+    subject: str
+    phrasing: int
+
+    @property
+    def prompt(self) -> str:
+        return self.topic.questions[self.phrasing].format(subject=self.subject)
+
+    @property
+    def value(self) -> str:
+        """The one right value."""
+        return self.topic.facts[self.subject]
+
+    def sentence(self, value: str) -> str:
+        """The full statement of a value, right or wrong."""
+        return self.topic.statement.format(subject=self.subject, value=value)
+
+    def wrong_values(self) -> list[str]:
+        """Plausible wrong values: the topic's others, without words of the subject itself."""
+        return [v for v in self.topic.values if v != self.value and v not in self.subject.split()]
+
+
+def pick(rng: Random, items: Sequence[Item]) -> Item:
+    """One of the items, each as likely."""
+    return items[int(rng.integers(len(items)))]
+
+
+def _split_questions() -> dict[str, list[Question]]:
+    """All questions, (fact, phrasing) combinations, by split."""
+    rng = np.random.default_rng([SEED, 0])
+    split: dict[str, list[Question]] = {name: [] for name in SPLITS}
+    for topic in TOPICS:
+        for subject in topic.facts:
+            held_out = pick(rng, range(len(topic.questions))) if rng.random() < HELD_OUT_FACTS else None
+            for phrasing in range(len(topic.questions)):
+                split["test" if phrasing == held_out else "train"].append(Question(topic, subject, phrasing))
+    return split
+
+
+QUESTIONS = _split_questions()
+_BY_PROMPT = {question.prompt: question for questions in QUESTIONS.values() for question in questions}
+
+VOCABULARY: tuple[str, ...] = tuple(
+    sorted(
+        {
+            word
+            for question in _BY_PROMPT.values()
+            for text in (question.prompt, question.sentence(question.value), *OPENERS, *CLOSERS, *LEADS, *TAILS)
+            for word in text.split()
+        }
+    )
+)
+"""Every word, punctuation included, that prompts and answers are made of."""
+
+
+# ---------------------------------------------------------------- the true score
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a well-formed answer says."""
+
+    value: str
+    manner: str | None  # the opener or closer, if any
+    ramble_words: int  # words of leads and tails
+
+
+def parse(question: Question, text: str) -> Answer | None:
+    """Reads an answer to a question; None where the text is not one.
+
+    The grammar: [opener] [lead] statement [tail [another tail]] [closer], with an opener or a closer but not both.
+    The statement is a value of the question's topic, bare ("blue .") or in the sentence about the question's own
+    subject ("the sky is blue ."). Anything else is no answer: an unknown word, a second value, a manner or tail
+    said twice, a statement about something else, an end that is missing.
+    """
+    words = text.split()
+    opener, words = take(words, OPENERS)
+    lead, words = take(words, LEADS)
+    value, words = _take_statement(question, words)
+    if value is None:
+        return None
+    tails = []
+    for _ in range(2):
+        tail, words = take(words, tuple(t for t in TAILS if t not in tails))
+        tails += [tail] if tail else []
+    closer, words = take(words, CLOSERS)
+    if words or (opener and closer):
+        return None
+    return Answer(value, opener or closer, sum(len(part.split()) for part in (lead or "", *tails)))
+
+
+def take(words: list[str], phrases: tuple[str, ...]) -> tuple[str | None, list[str]]:
+    """The phrase that the words begin with (no phrase begins another), and the rest."""
+    for phrase in phrases:
+        n = len(phrase.split())
+        if words[:n] == phrase.split():
+            return phrase, words[n:]
+    return None, words
+
+
+def _take_statement(question: Question, words: list[str]) -> tuple[str | None, list[str]]:
+    """The value that the words begin by stating, and the rest."""
+    for value in question.topic.values:
+        for statement in (question.sentence(value), f"{value} ."):
+            n = len(statement.split())
+            if words[:n] == statement.split():
+                return value, words[n:]
+    return None, words
+
+
+def score_answer(question: Question, answer: Answer | None) -> float:
+    """The true score in [0, 1]: the right value, a polite manner, no rambling; 0 for what is no answer."""
+    if answer is None:
+        return 0.0
+    right = answer.value == question.value
+    polite = answer.manner in POLITE_OPENERS + POLITE_CLOSERS
+    short = max(0.0, 1.0 - answer.ramble_words / RAMBLE_WORDS)
+    return RIGHT * right + POLITE * polite + SHORT * short
+
+
+def gold(question: Question, text: str) -> float:
+    """The true score of a text as answer to a question."""
+    return score_answer(question, parse(question, text))
+
+
+def gold_score(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """The true score of each completion, in [0, 1]; 1.0 is within reach for every prompt.
+
+    A reward function (`jaxrlhf.toy.world:gold_score`); other columns are not needed. Raises UserError where a
+    prompt is no question of this world.
+    """
+    scores = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        question = _BY_PROMPT.get(" ".join(prompt.split()))
+        if question is None:
+            raise UserError(
+                f"gold_score: prompt {prompt!r} is no question of the assistant world; "
+                "use it on builtin:assistant-prompts only"
+            )
+        scores.append(gold(question, completion))
+    return scores

@@ -1,0 +1,1 @@
+from small_models import *  # noqa: F403  (fixtures of small random models)
