@@ -12,7 +12,7 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import LoadReport
 from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.ppo.iteration import Iteration
+from jaxrlhf.stages.ppo.iteration import Iteration, StageState
 from jaxrlhf.stages.ppo.sampler import Sampler
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.stages.shapes import Shapes
@@ -44,7 +44,7 @@ def time_iterations(shapes: Shapes, timed: dict[str, Timed], iterations: int) ->
     }
 
 
-def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, dict[str, Any]]:
+def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, StageState]:
     """(the iteration, its first state), from what the programs were given."""
     annotate, experience, update = timed["annotate"], timed["experience"], timed["update"]
     base, reference = annotate.args[0], annotate.args[3]
@@ -56,9 +56,8 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, dict
     iteration = Iteration(run, sampler.roles, sampler, update.args[-1], state, reference, None)
     iteration.annotate, iteration.experience = annotate, experience
     iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # rows of a mix are the same each time
-    carried = {"ppo": state, "control": control, "draws": iteration.count(0)}
-    refreshed = {"reference": reference} if shapes.config.ppo.refresh_reference else {}
-    return iteration, carried | refreshed
+    refreshed = reference if shapes.config.ppo.refresh_reference else None
+    return iteration, StageState(state, control, iteration.count(0), refreshed)
 
 
 class _RandomReward:

@@ -56,7 +56,7 @@ def held(tree):
 class Watched(ppo.Iteration):
     def __call__(self, *given):
         result = super().__call__(*given)
-        trees = {"base": named_parameters(self.roles.base), "state": result[0]["ppo"], "experience": result[2]}
+        trees = {"base": named_parameters(self.roles.base), "state": result[0].ppo, "experience": result[2]}
         found.update({name: held(tree) for name, tree in trees.items()})
         return result
 

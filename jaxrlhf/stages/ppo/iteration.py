@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.algorithms.running import update_moments
@@ -25,7 +26,7 @@ from jaxrlhf.rewards.answers import Answers
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.ppo.sampler import Asked, Clock, Drawn, Sampler
+from jaxrlhf.stages.ppo.sampler import Clock, Sampled, Sampler, ScoredRollout
 from jaxrlhf.stages.programs import annotate_program, experience_program, update_program
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
@@ -33,12 +34,18 @@ from jaxrlhf.steps.ppo import computed_steps
 from jaxrlhf.tracking.health import PAUSED
 
 
-class Iteration:
-    """One PPO iteration as a function of the state: what it uses and does not change stands here.
+@struct.dataclass
+class StageState:
+    """All that the iterations to come depend on: what a checkpoint holds."""
 
-    The state is a dict: `ppo` (PPOState), `control` (Control), `draws` (i32[], rollouts of training prompts so far:
-    the place in the data), and `reference` (Adapter) where that is refreshed.
-    """
+    ppo: PPOState
+    control: Control
+    draws: jax.Array  # i32[]; rollouts of training prompts so far: the place in the data
+    reference: Adapter | None = None  # where it is refreshed
+
+
+class Iteration:
+    """One PPO iteration as a function of the state: what it uses and does not change stands here."""
 
     def __init__(
         self,
@@ -65,48 +72,52 @@ class Iteration:
         self._said_truncated = False
 
     def __call__(
-        self, state: dict, step: int, prompts: PromptSet, meanwhile: Callable[[Drawn], None] = lambda drawn: None
-    ) -> tuple[dict, dict[str, float], Experience]:
+        self,
+        state: StageState,
+        step: int,
+        prompts: PromptSet,
+        meanwhile: Callable[[ScoredRollout], None] = lambda scored: None,
+    ) -> tuple[StageState, dict[str, float], Experience]:
         """(state, metrics, experience) of the iteration after `step` iterations.
 
         `meanwhile` is called while the update runs, with what was drawn. Times are of the wall clock and add up to the
         iteration: time/rollout until the answers are there, time/reward from then until their scores are,
         time/annotate what was waited from then for logprobs, values and advantages, time/update the rest.
         """
-        config, clock, ppo, draws = self.config, Clock(), state["ppo"], int(state["draws"])
-        models = (ppo.policy, ppo.value, state.get("reference", self.reference))
-        asked = self.sampler.ask(ppo.policy, prompts, draws)
-        # Where groups may give way to others, nothing is known of the answers before their scores.
-        begun = None if config.resample else self._begun(models, prompts, asked)
-        drawn, draws, metrics = self.sampler.draw(asked, ppo.policy, prompts, draws, clock)
-        annotated, greedy = self._begun(models, prompts, drawn) if begun is None else begun
+        config, clock, ppo, draws = self.config, Clock(), state.ppo, int(state.draws)
+        models = (ppo.policy, ppo.value, self.reference if state.reference is None else state.reference)
+        scored, (annotated, greedy) = self.sampler.draw(
+            ppo.policy, prompts, draws, lambda sampled: self._begun(models, prompts, sampled), clock
+        )
+        draws += scored.draws
         greedy = None if greedy is None else self.sampler.scores(greedy)
         clock.lap("time/reward", greedy)
-        experience, control, noted = self._experience(drawn, annotated, greedy, state["control"])
+        experience, control, noted = self._experience(scored, annotated, greedy, state.control)
         clock.lap("time/annotate", experience)
         paused, updated = self._paused(noted), {}
         if not paused.get(PAUSED):
             key = key_for(self.run.config.seed, "ppo", step, "update")
             ppo, updated = self.update(ppo, self.roles.base, experience, key, self.update_config, mix=self._mix(step))
-        meanwhile(drawn)
+        meanwhile(scored)
         if step + 1 < config.iterations:
             self.sampler.look_ahead(prompts, draws)
             self._mix_ahead = (step + 1, self._made_mix(step + 1))
         clock.lap("time/update", ppo)
-        metrics |= drawn.means() | _floats(noted) | paused | _floats(updated)
+        metrics = scored.metrics | scored.means() | _floats(noted) | paused | _floats(updated)
         self._say_truncated(metrics)
-        sampled = metrics["length/mean"] * self.rows
+        tokens = metrics["length/mean"] * self.rows
         computed = computed_steps(metrics, self.update_config)
         passes = 0 if metrics.get(PAUSED) else computed / self.update_config.minibatches
         metrics |= clock.laps | {
-            "tokens_per_second/rollout": sampled * metrics.get("groups/draws", 1) / clock.laps["time/rollout"],
-            "tokens_per_second/update": sampled * passes / clock.laps["time/update"],
+            "tokens_per_second/rollout": tokens * scored.draws / clock.laps["time/rollout"],
+            "tokens_per_second/update": tokens * passes / clock.laps["time/update"],
             "memory/peak_bytes": peak_memory_bytes(),
             **{f"compiles/{p.name}": p.compiles for p in self.programs},
         }
-        state = state | {"ppo": ppo, "control": control, "draws": self.count(draws)}
+        state = StageState(ppo, control, self.count(draws), state.reference)
         if config.refresh_reference and (step + 1) % config.refresh_reference == 0:
-            state["reference"] = jax.tree.map(jnp.copy, ppo.policy)  # a copy: the next update gives the policy away
+            # A copy: the next update gives the policy away.
+            state = state.replace(reference=jax.tree.map(jnp.copy, ppo.policy))
         return state, metrics, experience
 
     def _say_truncated(self, metrics: dict[str, float]) -> None:
@@ -124,21 +135,21 @@ class Iteration:
         return place_batch(self.run.mesh, np.int32(number))
 
     def _begun(
-        self, models: tuple[Adapter, Adapter, Adapter | None], prompts: PromptSet, asked: Asked
+        self, models: tuple[Adapter, Adapter, Adapter | None], prompts: PromptSet, sampled: Sampled
     ) -> tuple[Annotated, Answers | None]:
         """What needs no scores, given to the devices: the passes of (policy, value, reference) over the answers, and
         greedy answers where the advantages are measured from them.
         """
         needed = ADVANTAGES[self.config.advantage.estimator].needs_greedy
-        greedy = self.sampler.ask_greedy(models[0], prompts, asked.chosen) if needed else None
-        return self.annotate(self.roles.base, *models, asked.answers.rollout, self.update_config), greedy
+        greedy = self.sampler.answer_greedily(models[0], prompts, sampled.chosen) if needed else None
+        return self.annotate(self.roles.base, *models, sampled.answers.rollout, self.update_config), greedy
 
     def _experience(
-        self, drawn: Drawn, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control
+        self, scored: ScoredRollout, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control
     ) -> tuple[Experience, Control, dict[str, jax.Array]]:
         """(experience, next control, metrics); see `steps.annotate.score_experience`."""
-        scores = place_batch(self.run.mesh, drawn.scores)
-        return self.experience(drawn.answers.rollout, annotated, scores, greedy, control, self.settings)
+        scores = place_batch(self.run.mesh, scored.scores)
+        return self.experience(scored.answers.rollout, annotated, scores, greedy, control, self.settings)
 
     def fitted(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
         """The control with the moments of scores before the first iteration, for `score.normalise` initial."""
@@ -161,13 +172,13 @@ class Iteration:
             chosen = np.arange(start, start + size) % len(prompts)
             key = key_for(self.run.config.seed, "evaluation", start, "rollout")
             answers = self.sampler.answer(policy, prompts, chosen, key)
-            annotated, greedy = self._begun((policy, value, self.reference), prompts, Asked(answers, chosen))
-            drawn = Drawn(answers, chosen, self.sampler.measured(answers))
+            annotated, greedy = self._begun((policy, value, self.reference), prompts, Sampled(answers, chosen))
+            scored = ScoredRollout(answers, chosen, self.sampler.measured(answers))
             greedy = None if greedy is None else self.sampler.scores(greedy)
-            experience = self._experience(drawn, annotated, greedy, control)[0]
-            for name, values in (drawn.rows | rows_measured(*fetch((experience, answers.rollout)))).items():
+            experience = self._experience(scored, annotated, greedy, control)[0]
+            for name, values in (scored.rows | rows_measured(*fetch((experience, answers.rollout)))).items():
                 rows_of.setdefault(name, []).append(values[: (wanted - start) * self.group])
-            samples += samples_of(answers, drawn.scores)
+            samples += samples_of(answers, scored.scores)
         means = {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}
         return Evaluation(means, samples[:SAMPLES])
 

@@ -6,6 +6,8 @@ function here returns its answers: what the devices are to do next can be given 
 
 import dataclasses
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -22,20 +24,24 @@ from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.programs import greedy_program, merge_program, rollout_program
 from jaxrlhf.stages.roles import Roles
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """Answers, and whose they are."""
+class Sampled:
+    """Answers, and to which prompts."""
 
     answers: Answers
     chosen: np.ndarray  # i64[prompts]; numbers of the prompts
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn(Asked):
+class ScoredRollout(Sampled):
     """Answers with what is measured of each."""
 
     rows: dict[str, np.ndarray]  # f32[B] each, by metric name
+    draws: int = 1  # rollouts that it took
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the draws
 
     @property
     def scores(self) -> np.ndarray:
@@ -96,20 +102,36 @@ class Sampler:
         answered = program(self.roles.base, policy, placed, key, sampling)
         return self._answers(answered, prompts, chosen, sampling.samples_per_prompt)
 
-    def ask(self, policy: Adapter, prompts: PromptSet, draw: int) -> Asked:
-        """Samples the answers of a draw."""
+    def draw(
+        self, policy: Adapter, prompts: PromptSet, draws: int, begin: Callable[[Sampled], T], clock: Clock
+    ) -> tuple[ScoredRollout, T]:
+        """The answers of an iteration with their scores, after `draws` rollouts of the prompts; and what `begin` gave.
+
+        `begin` gives the devices what needs answers and no scores. It is called before the host reads them; where
+        groups may give way to others (`resample`), nothing is known of the answers before their scores, and it is
+        called after. Samples, scores and, where settings say so, samples again.
+        """
+        sampled = self._sampled(policy, prompts, draws)
+        if not self.config.resample:
+            begun = begin(sampled)
+            return self._scored(sampled, clock), begun
+        scored = self._resampled(self._scored(sampled, clock), policy, prompts, draws, clock)
+        return scored, begin(scored)
+
+    def _sampled(self, policy: Adapter, prompts: PromptSet, draw: int) -> Sampled:
+        """The answers of a draw, under way."""
         if self._ahead is None or self._ahead[0] is not prompts or self._ahead[1] != draw:
             self.look_ahead(prompts, draw)
         (_, _, chosen, placed), self._ahead = self._ahead, None
         key = key_for(self.run.config.seed, "ppo", draw, "rollout")
-        return Asked(self.answer(policy, prompts, chosen, key, placed=placed), chosen)
+        return Sampled(self.answer(policy, prompts, chosen, key, placed=placed), chosen)
 
     def look_ahead(self, prompts: PromptSet, draw: int) -> None:
         """Makes the prompts of a draw ready, while the devices do something else."""
         chosen = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
         self._ahead = prompts, draw, chosen, self._placed(prompts, chosen)
 
-    def ask_greedy(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> Answers:
+    def answer_greedily(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> Answers:
         """One greedy answer to each of the chosen prompts."""
         return self.answer(policy, prompts, chosen, jax.random.key(0), self.greedy)
 
@@ -148,25 +170,22 @@ class Sampler:
         """The answers with their scores f32[B], of the reward alone."""
         return answers.rollout, place_batch(self.run.mesh, np.asarray(fetch(self.reward(answers)), np.float32))
 
-    def draw(
-        self, asked: Asked, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
-    ) -> tuple[Drawn, int, dict[str, float]]:
-        """(answers, draws so far, metrics) of an iteration that begins after `draws` draws with what was `asked`.
+    def _resampled(
+        self, scored: ScoredRollout, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
+    ) -> ScoredRollout:
+        """Dynamic sampling: groups whose scores are all equal, which teach group baselines nothing, give way.
 
-        With `resample`, groups whose scores are all equal, which teach group baselines nothing, give way to groups of
-        the next prompts, in at most so many further draws (2503.14476); what is left after that stays as it is.
+        They give way to groups of the next prompts, in at most `resample` further draws (2503.14476); what is left
+        after that stays as it is.
         """
-        drawn, metrics = self._scored(asked, clock), {}
-        if not self.config.resample:
-            return drawn, draws + 1, metrics
-        group, count, scores = self.sampling.samples_per_prompt, 1, [drawn.scores]
-        teaches = np.array(informative_groups(drawn.scores, group))
-        metrics["groups/informative_drawn"] = float(np.mean(teaches))
+        group, count, scores = self.sampling.samples_per_prompt, 1, [scored.scores]
+        teaches = np.array(informative_groups(scored.scores, group))
+        metrics = {"groups/informative_drawn": float(np.mean(teaches))}
         keep = np.arange(len(teaches))
         # Also where nothing gives way: what follows gets its rows from one program, and is compiled once.
-        drawn = self._merged(drawn, drawn, keep, prompts)
+        scored = self._merged(scored, scored, keep, prompts)
         while not teaches.all() and count <= self.config.resample:
-            more = self._scored(self.ask(policy, prompts, draws + count), clock)
+            more = self._scored(self._sampled(policy, prompts, draws + count), clock)
             count += 1
             scores.append(more.scores)
             found = np.flatnonzero(np.array(informative_groups(more.scores, group)))
@@ -174,28 +193,30 @@ class Sampler:
             source = keep.copy()
             source[slots] = len(keep) + found[: len(slots)]
             teaches[slots] = True
-            drawn = self._merged(drawn, more, source, prompts)
+            scored = self._merged(scored, more, source, prompts)
         metrics |= {
             "groups/informative": float(np.mean(teaches)),
             "groups/draws": float(count),
             "reward/drawn": float(np.mean(scores)),
         }
-        return drawn, draws + count, metrics
+        return dataclasses.replace(scored, draws=count, metrics=metrics)
 
-    def _scored(self, asked: Asked, clock: Clock) -> Drawn:
-        clock.lap("time/rollout", asked.answers.rollout)
-        rows = self.measured(asked.answers)
+    def _scored(self, sampled: Sampled, clock: Clock) -> ScoredRollout:
+        clock.lap("time/rollout", sampled.answers.rollout)
+        rows = self.measured(sampled.answers)
         clock.lap("time/reward", ())
-        return Drawn(asked.answers, asked.chosen, rows)
+        return ScoredRollout(sampled.answers, sampled.chosen, rows)
 
-    def _merged(self, first: Drawn, second: Drawn, source: np.ndarray, prompts: PromptSet) -> Drawn:
+    def _merged(
+        self, first: ScoredRollout, second: ScoredRollout, source: np.ndarray, prompts: PromptSet
+    ) -> ScoredRollout:
         """Groups by number: below the count of groups those of the first, from there on those of the second."""
         group = self.sampling.samples_per_prompt
         by_row = (source[:, None] * group + np.arange(group)).reshape(-1)
         chosen = np.concatenate([first.chosen, second.chosen])[source]
         rollout = self.merge(first.answers.rollout, second.answers.rollout, by_row.astype(np.int32))
         rows = {name: np.concatenate([values, second.rows[name]])[by_row] for name, values in first.rows.items()}
-        return Drawn(self._answers(rollout, prompts, chosen, group), chosen, rows)
+        return ScoredRollout(self._answers(rollout, prompts, chosen, group), chosen, rows)
 
     def _answers(self, answered: Rollout, prompts: PromptSet, chosen: np.ndarray, group: int) -> Answers:
         asked = np.repeat(chosen, group)

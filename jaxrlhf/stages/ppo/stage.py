@@ -26,9 +26,9 @@ from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
-from jaxrlhf.stages.ppo.iteration import Iteration
+from jaxrlhf.stages.ppo.iteration import Iteration, StageState
 from jaxrlhf.stages.ppo.remarks import remarks
-from jaxrlhf.stages.ppo.sampler import Drawn, Sampler
+from jaxrlhf.stages.ppo.sampler import Sampler, ScoredRollout
 from jaxrlhf.stages.ppo.value import starting_value
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
 from jaxrlhf.stages.settings import check_adapter, check_stage, rate_text, with_optimizers
@@ -129,20 +129,21 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold))
     ppo = init_ppo(start, value, update_config)
     iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)
-    state = {"ppo": ppo, "control": Control.start(config.kl.coef), "draws": jnp.int32(0)}
-    if config.refresh_reference:
-        state["reference"] = reference
+    refreshed = reference if config.refresh_reference else None
+    state = StageState(ppo, Control.start(config.kl.coef), jnp.int32(0), refreshed)
     with Loop(run, "ppo", state, config.iterations, config.save_every) as loop:
         if config.score.normalise == "initial" and not loop.first:
-            loop.state["control"] = control = iteration.fitted(start, inputs.prompts, loop.state["control"])
+            control = iteration.fitted(start, inputs.prompts, loop.state.control)
+            loop.state = loop.state.replace(control=control)
             if says_scores:  # of the reward as it is: it must say what becomes of them
-                value = scaled_head(loop.state["ppo"].value, *gain_and_bias(control.moments))
-                loop.state["ppo"] = loop.state["ppo"].replace(value=place(run.mesh, value))
+                ppo = loop.state.ppo
+                value = place(run.mesh, scaled_head(ppo.value, *gain_and_bias(control.moments)))
+                loop.state = loop.state.replace(ppo=ppo.replace(value=value))
         for step in loop.steps():
             noting = functools.partial(_note_samples, run, step + 1)
             loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, noting)
             loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
-        ppo = loop.result()["ppo"]
+        ppo = loop.result().ppo
     trained = _trained(ppo, update_config)
     for name, adapter in trained.items():
         save_role(run.config.run_dir, name, adapter)
@@ -155,10 +156,10 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
 
 
-def _note_samples(run: Run, number: int, drawn: Drawn) -> None:
+def _note_samples(run: Run, number: int, scored: ScoredRollout) -> None:
     """A line of samples.jsonl where iteration `number` is to have one."""
     if number % run.config.ppo.sample_every == 0:
-        run.samples.write("ppo", number, {"samples": samples_of(drawn.answers, drawn.scores)[:SAMPLES]})
+        run.samples.write("ppo", number, {"samples": samples_of(scored.answers, scored.scores)[:SAMPLES]})
 
 
 def _trained(ppo, config: PPOConfig) -> dict[str, Adapter]:
