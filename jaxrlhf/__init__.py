@@ -1,53 +1,53 @@
-"""jaxrlhf: aligns language models with human preferences, in JAX and Flax. The programmatic API."""
+"""jaxrlhf: aligns language models with human preferences, in JAX and Flax. The programmatic API.
 
-from jaxrlhf.algorithms.advantages import gae
-from jaxrlhf.algorithms.kl import shape_rewards
-from jaxrlhf.config import AdapterConfig, AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling, ScoreConfig
-from jaxrlhf.data.prompts import left_pad
-from jaxrlhf.hf.adapter_files import load_adapter, save_adapter
-from jaxrlhf.hf.peft import load_peft, save_peft
-from jaxrlhf.hf.weights import load_pretrained, save_pretrained
-from jaxrlhf.models.adapters import bind, init_adapter, merge, parameter_count, value_head
-from jaxrlhf.models.precision import compiler_options
-from jaxrlhf.records import Annotated, Experience, PPOState, Prompts, Rollout
-from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.steps.annotate import Control, ExperienceSettings, annotate, annotate_experience, build_experience
-from jaxrlhf.steps.ppo import init_ppo, ppo_update
+A name is imported when it is first used, so that commands can set jax up before it is loaded, and start at once.
+"""
 
-__all__ = [
-    "AdapterConfig",
-    "AdvantageConfig",
-    "Annotated",
-    "Control",
-    "Experience",
-    "ExperienceSettings",
-    "KLConfig",
-    "OptimizerConfig",
-    "PPOConfig",
-    "PPOState",
-    "Prompts",
-    "Rollout",
-    "Sampling",
-    "ScoreConfig",
-    "annotate",
-    "annotate_experience",
-    "bind",
-    "build_experience",
-    "compiler_options",
-    "gae",
-    "init_adapter",
-    "init_ppo",
-    "left_pad",
-    "load_adapter",
-    "load_peft",
-    "load_pretrained",
-    "merge",
-    "parameter_count",
-    "ppo_update",
-    "rollout",
-    "save_adapter",
-    "save_peft",
-    "save_pretrained",
-    "shape_rewards",
-    "value_head",
-]
+import importlib
+import sys
+import types
+from typing import Any
+
+_NAMES = {
+    "jaxrlhf.algorithms.advantages": ("gae",),
+    "jaxrlhf.algorithms.kl": ("shape_rewards",),
+    "jaxrlhf.config": (
+        "AdapterConfig", "AdvantageConfig", "KLConfig", "OptimizerConfig", "PPOConfig", "Sampling", "ScoreConfig"
+    ),
+    "jaxrlhf.data.prompts": ("left_pad",),
+    "jaxrlhf.hf.adapter_files": ("load_adapter", "save_adapter"),
+    "jaxrlhf.hf.peft": ("load_peft", "save_peft"),
+    "jaxrlhf.hf.weights": ("load_pretrained", "save_pretrained"),
+    "jaxrlhf.models.adapters": ("bind", "init_adapter", "merge", "parameter_count", "value_head"),
+    "jaxrlhf.models.precision": ("compiler_options",),
+    "jaxrlhf.records": ("Annotated", "Experience", "PPOState", "Prompts", "Rollout"),
+    "jaxrlhf.rollout.decode": ("rollout",),
+    "jaxrlhf.steps.annotate": ("Control", "ExperienceSettings", "annotate", "annotate_experience", "build_experience"),
+    "jaxrlhf.steps.ppo": ("init_ppo", "ppo_update"),
+}  # fmt: skip
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = found  # the next use asks no more
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+class _Package(types.ModuleType):
+    """The room `rollout/` has a function's name; here the name means the function, also once the room is loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _MODULES or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

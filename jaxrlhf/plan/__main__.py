@@ -8,7 +8,8 @@ import sys
 from jaxrlhf.command import main_of
 from jaxrlhf.errors import UserError
 
-# Of the process that compiles for cards: one that is there stays untouched, and XLA is asked each time.
+# Of the process that compiles for cards, before jax is loaded: a card that is there stays untouched, and XLA is asked
+# each time.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "JAX_ENABLE_COMPILATION_CACHE": "0", "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -34,6 +35,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    if "jax" not in sys.modules:
+        os.environ.update(_ENVIRONMENT)
     from jaxrlhf.config.reading import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -56,6 +59,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if not _ENVIRONMENT.items() <= os.environ.items():  # jax, imported with the package, has read it already
-        os.execve(sys.executable, sys.orig_argv, os.environ | _ENVIRONMENT)
     sys.exit(main())
