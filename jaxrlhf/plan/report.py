@@ -47,7 +47,8 @@ def _stage(stage: StagePlan, memory: float) -> list[str]:
         rows = f"{stage.stage}.batch_size={stage.largest_batch:,}"
         lines.append(f"largest batch: {rows}; {stage.held_back_by} holds it back")
     elif stage.largest_batch == 0:
-        lines.append(f"largest batch: none fits; {stage.held_back_by} takes too much with any")
+        less = "; a smaller microbatch_size takes less" if "update" in stage.held_back_by else ""
+        lines.append(f"largest batch: none fits; {stage.held_back_by} takes too much with any{less}")
     if len(stage.remat) > 1:
         setting = "ppo.update.remat" if stage.stage == "ppo" else f"{stage.stage}.remat"
         peaks = (f"{p} {_gib(size)} GiB{'' if size <= memory else ', too much'}" for p, size in stage.remat.items())
