@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,11 @@ from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.annotate import annotate, build_experience
 from jaxrlhf.steps.ppo import init_ppo, ppo_update
+
+# Under nohup, or as a shell's background job, signals are ignored that the tests send to what they start.
+for number, usual in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 V, P, R = 12, 5, 6
 PROMPT_LENGTHS = (5, 3, 1, 4, 2, 5, 3, 1)
