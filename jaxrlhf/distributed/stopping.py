@@ -112,9 +112,9 @@ class StopSignals:
                     self._end(f"interrupted twice{self._lost()}")
 
     def _note(self, received: signal.Signals) -> None:
-        self._signal = received
         if received == signal.SIGHUP:
-            _leave_terminal()
+            _leave_terminal()  # before the main thread hears of it, and prints
+        self._signal = received
         if self.at_work is None:
             self._end(f"stopped by {received.name}")
         _say(f"{received.name}: the step under way ends and is saved, within {self.grace:g} s")
