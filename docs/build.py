@@ -18,10 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from jaxrlhf.__main__ import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "build" / "docs"
 
-COMMANDS = ("train", "generate", "export", "plan", "bench")
 
 # The API page's parts: first module name under the package, heading. Others come after them under their own name.
 ROOMS = {

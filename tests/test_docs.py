@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import jaxrlhf
+from jaxrlhf.__main__ import COMMANDS
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.config.table import find_setting
 from jaxrlhf.data.tokenizers import build_word_tokenizer
@@ -24,7 +25,6 @@ from jaxrlhf.toy.world import VOCABULARY
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("train", "generate", "export", "plan", "bench")
 
 
 def blocks(page, language):

@@ -117,7 +117,7 @@ def _start(shapes: Shapes, rates: Rates) -> dict[str, Any]:
 
 
 def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
-    """Of an iteration, or of an optimizer step: sums over its programs, and the tokens that it samples or reads."""
+    """Seconds, least seconds and tokens of an iteration (ppo) or an optimizer step, summed over its programs."""
     seconds, least = (sum(p["calls"] * p[name] for p in programs) for name in ("seconds", "least_seconds"))
     tokens = programs[0]["tokens"]
     sums = {"seconds": seconds, "least_seconds": least, "share": least / seconds}

@@ -26,7 +26,7 @@ class Exchange:
 
 
 def collectives_of(text: str, mesh: Mapping[str, int], turns: int) -> dict[str, Exchange]:
-    """Those of a compiled module by kind and axes ("all-reduce over tensor"), the largest first.
+    """The collectives of a compiled module by kind and axes ("all-reduce over tensor"), the largest first.
 
     Each loop counts as often as it turns: `turns` where the text does not say how often; each branch as if it were
     taken once.

@@ -100,7 +100,7 @@ class Work:
 
 
 def _work(flops: float, weights: float, tokens: float, reduced: float = 0.0, gradients: float = 0.0) -> Work:
-    """Of one phase, without a cache."""
+    """The work of a program of one phase, without a cache."""
     return Work(np.array([flops], float), np.array([weights], float), np.zeros(1), tokens, reduced, gradients)
 
 
@@ -126,7 +126,7 @@ class _Weights:
     mergeable: collections.Counter[_Pair] = dataclasses.field(default_factory=collections.Counter)  # and how many
 
     def flops(self, tokens: Any, values: int, backward: bool) -> Any:
-        """Of the products of so many tokens forward, or also of their gradients."""
+        """Floating-point operations of the products with these weights, forward, or with their gradients too."""
         total = 2 * (self.plain + self.pairs) * tokens
         if backward:
             total += (2 * self.plain + 2 * self.trained + 4 * self.pairs - 2 * self.unused) * tokens
@@ -186,7 +186,7 @@ class Role:
         values: int = 1,
         backward: bool = False,
     ) -> Any:
-        """Of real tokens, pairs that see each other (summed over layers), logits and scalar-head positions.
+        """Operations of a pass, by the numbers of real tokens, pairs seen (over all layers), logits and scalars.
 
         `unread` counts the tokens whose last state is unused, `values` those that the adapter has in turn while the
         tokens pass; 0: it is in the kernels already. `backward` adds the gradient of what the adapter trains.
@@ -213,8 +213,8 @@ class Role:
         return sum((filled if window is None else np.minimum(filled, window)).sum(-1) for window in windows)
 
     def weight_bytes(self, logits: bool, tokens: Any, merged: bool = False) -> Any:
-        """Of the base and the adapter as a pass reads them: of the embedding only the tokens' rows, unless it is the
-        head too. `merged`: pairs that may be are in the kernels."""
+        """Bytes of base and adapter that a pass reads: of the embedding only the tokens' rows, unless it is the head
+        too. `merged`: LoRA pairs that may be merged are in the kernels already."""
         total = self.blocks + self.adapter_bytes - (self.merged_bytes if merged else 0.0)
         for name, leaf in self.tables.items():
             head = self.config.tie_embeddings and name.startswith("embed_tokens")
@@ -225,7 +225,7 @@ class Role:
         return total
 
     def cache_bytes(self, keys: Any) -> Any:
-        """Of keys and values, `keys` summed over rows and layers."""
+        """Bytes of cached keys and values, where `keys` is their number over rows and layers."""
         return 2 * self.config.kv_heads * self.config.head_dim * self.activations.itemsize * keys
 
     def reduced(self, tokens: float) -> float:

@@ -29,7 +29,7 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
 
 
 def told(change: Change) -> str:
-    """What a person is told of a change that is allowed."""
+    """The line that a run prints on a changed setting that may change."""
     return f"{described(change)}: {_SAID}" if _noted(change[0], ROUNDING) else described(change)
 
 

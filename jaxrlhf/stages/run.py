@@ -137,7 +137,7 @@ def _set_clock(run: Run, roles: Roles) -> datetime.datetime:
 
 
 def _checksums(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Of the tokens of all rows that each stage has read, by stage and set."""
+    """A checksum of the tokens in each set of rows that was read, by stage and set."""
     return {
         stage: {name: rows.checksum() for name, rows in vars(read).items() if hasattr(rows, "checksum")}
         for stage, read in inputs.items()
