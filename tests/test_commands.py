@@ -164,4 +164,4 @@ def test_help_names_every_setting_with_its_default(processes):
 
 def test_module_lists_the_commands(processes):
     shown = processes.run("-m", "jaxrlhf").output
-    assert "jaxrlhf.train" in shown and "jaxrlhf.generate" in shown
+    assert "jaxrlhf train" in shown and "jaxrlhf generate" in shown
