@@ -95,7 +95,7 @@ def _last_json(text: str) -> dict[str, Any]:
 
 
 def ours(found: dict[str, Any]) -> dict[str, float]:
-    """The parts of what `jaxrlhf.bench --json` wrote; the whole is PPO's own iteration, with its host work."""
+    """The parts of what `jaxrlhf bench --json` wrote; the whole is PPO's own iteration, with its host work."""
     (stage,) = (s for s in found["stages"] if s["stage"] == "ppo")
     seconds = stage["loop"]["by_program"]
     return {
@@ -110,7 +110,7 @@ def ours(found: dict[str, Any]) -> dict[str, float]:
 def run_ours(overrides: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "jaxrlhf.bench", "--config", "configs/bench.yaml", "--json", str(target)]
+        command = [sys.executable, "-m", "jaxrlhf", "bench", "--config", "configs/bench.yaml", "--json", str(target)]
         _output([*command, *overrides])
         found = json.loads(target.read_text(encoding="utf-8"))
         if [stage["stage"] for stage in found["stages"]] != ["ppo"]:

@@ -75,7 +75,7 @@ def child(arguments: list[str], phases: Path) -> int:
     note("", 1)
     from jaxrlhf import train
     from jaxrlhf.checkpoint.checkpoints import Checkpoints
-    from jaxrlhf.distributed.programs import Program
+    from jaxrlhf.distributed.jit import Program
     from jaxrlhf.stages import loop, run
 
     stage = ["start"]

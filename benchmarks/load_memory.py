@@ -35,7 +35,7 @@ print(json.dumps({"peak": after - before, "parameters": sum(leaf.nbytes for leaf
 
 def write_random_llama(folder: Path, size: float, stored: str) -> None:
     """A sharded Llama of about `size` bytes, written tensor by tensor."""
-    from jaxrlhf.hf.families import config_document, place
+    from jaxrlhf.hf.families import address_of, config_document
     from jaxrlhf.hf.tensor_files import Pending, write_checkpoint, write_json
     from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters
 
@@ -45,7 +45,7 @@ def write_random_llama(folder: Path, size: float, stored: str) -> None:
     config = DecoderConfig(32000, hidden, 4 * hidden // 3 * 2, layers, 16, 16, 128, 2048)
     tensors = {}
     for name, leaf in named_parameters(abstract_decoder(config)).items():
-        where = place(config, name)
+        where = address_of(config, name)
         shape = leaf.shape[::-1] if where.transposed else leaf.shape
         tensors[where.tensor] = Pending(dtype, shape, lambda shape=shape: np.full(shape, 0.01, dtype))
     write_checkpoint(folder, tensors, max_shard_bytes=500_000_000)

@@ -2,7 +2,7 @@
 
     python benchmarks/regress.py [--store] [--rounds 2]
 
-Runs `jaxrlhf.bench` on the standard work, with answers of full length, and compares each program's share of its limit
+Runs `jaxrlhf bench` on the standard work, with answers of full length, and compares each program's share of its limit
 (least possible time at the machine's own rates, measured beside it, by the time of its fastest call) with
 benchmarks/ratios.json. What takes more than 1.2 times as long as stored is named, and the exit status is 1. Each work
 is measured in `--rounds` processes; of all of them the fastest call and the best rates count, since other jobs on a
@@ -67,7 +67,7 @@ def slower(now: dict[str, dict[str, float]], stored: dict[str, dict[str, float]]
 def measure(overrides: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "jaxrlhf.bench", "--config", "configs/bench.yaml", "--json", str(target)]
+        command = [sys.executable, "-m", "jaxrlhf", "bench", "--config", "configs/bench.yaml", "--json", str(target)]
         command += ["--iterations", "0", "--repeats", "10", *overrides]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:

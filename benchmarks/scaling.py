@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--rounds 3] [key.path=value ...]
 
-Runs `jaxrlhf.bench` on each in turn, with answers of full length, round after round, and prints how many times as
+Runs `jaxrlhf bench` on each in turn, with answers of full length, round after round, and prints how many times as
 long as the standard work each program takes (in its fastest call over all rounds), beside how many times as much
 arithmetic it has. Twice the tokens have four times the attention.
 """
@@ -33,7 +33,7 @@ def measure(model: dict[str, int], overrides: list[str]) -> dict[str, tuple[floa
         target = Path(folder) / "bench.json"
         given = json.loads(MODEL.read_text(encoding="utf-8")) | model
         (Path(folder) / "config.json").write_text(json.dumps(given), encoding="utf-8")
-        command = [sys.executable, "-m", "jaxrlhf.bench", "--config", "configs/bench.yaml", "--json", str(target)]
+        command = [sys.executable, "-m", "jaxrlhf", "bench", "--config", "configs/bench.yaml", "--json", str(target)]
         command += ["--iterations", "0", "--repeats", "5", f"model.path={folder}", *overrides]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:

@@ -159,9 +159,7 @@ def commands():
     """The help page of each command; that of train without its list of settings."""
     parts = []
     for name in COMMANDS:
-        module, text = importlib.import_module(f"jaxrlhf.{name}"), io.StringIO()
-        if not hasattr(module, "parse"):
-            module = importlib.import_module(f"jaxrlhf.{name}.__main__")
+        module, text = importlib.import_module(f"jaxrlhf.cli.{name}"), io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             module.parse(["--help"])
         page = text.getvalue().split("\nsettings:\n")[0].rstrip()

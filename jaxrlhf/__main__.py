@@ -11,14 +11,13 @@ COMMANDS = {
     "plan": "memory, work, exchange and least time of a run on N cards, without cards or weights",
     "bench": "time each program of a run against the limits of this machine",
 }
-MODULES = {"plan": "jaxrlhf.plan.__main__", "bench": "jaxrlhf.bench.__main__"}  # of the others: jaxrlhf.NAME
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The status that the command ends with."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in COMMANDS:
-        return importlib.import_module(MODULES.get(name, f"jaxrlhf.{name}")).main(rest)
+        return importlib.import_module(f"jaxrlhf.cli.{name}").main(rest)
     if name in ("-h", "--help", "help"):
         print("jaxrlhf aligns language models with human preferences. Commands:\n")
         for command, what in COMMANDS.items():

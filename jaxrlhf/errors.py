@@ -19,7 +19,7 @@ class Fault(Exception):
     """Something outside the program stopped it midway: one line with what and where."""
 
 
-def told_elsewhere(error: Exception, line: str) -> Exception:
+def reported_elsewhere(error: Exception, line: str) -> Exception:
     """The same error, for a process that need not say it: another one does. `line` is what it says instead."""
     error.elsewhere = line
     return error

@@ -1,77 +1,8 @@
-"""python -m jaxrlhf.train --config FILE [key.path=value ...]: runs the stages that the config names."""
+"""python -m jaxrlhf.train --config FILE [key.path=value ...]: the same as `jaxrlhf train`."""
 
-import argparse
-import math
-import os
 import sys
 
-from jaxrlhf.command import main_of
-from jaxrlhf.distributed.stopping import StopSignals
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, given {text}")
-    return seconds
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    from jaxrlhf.config.table import settings_help
-
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxrlhf.train",
-        description="Runs the stages that a config names (sft, reward_model, ppo). The same command continues a run.",
-        epilog="settings:\n\n" + settings_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
-    several = parser.add_argument_group(
-        "several processes",
-        "The same command on each; only --process differs. Without these flags the environment says "
-        "(JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS), else SLURM, Open MPI, a TPU host or an indexed job "
-        "of Kubernetes; see launch/README.md.",
-    )
-    for flag, kind, metavar, text in (
-        ("coordinator", str, "HOST:PORT", "where process 0 listens"),
-        ("processes", int, "N", "how many there are; 1: this one alone"),
-        ("process", int, "I", "which one this is, from 0"),
-    ):
-        variable = os.environ.get(f"JAXRLHF_{flag.upper()}") or None
-        several.add_argument(f"--{flag}", type=kind, default=variable, metavar=metavar, help=text)
-    several.add_argument(
-        "--start-timeout", type=_seconds, default=300, metavar="SECONDS", help="to wait for all to come (default: 300)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
-    return parser.parse_args(arguments)
-
-
-def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
-    from jaxrlhf.config.reading import load_config
-    from jaxrlhf.distributed import processes
-
-    place = processes.find_place(arguments.coordinator, arguments.processes, arguments.process)
-    with processes.joined(place, arguments.start_timeout):
-        if not processes.alone():
-            stop.share()
-        config = processes.agreed(lambda: load_config(arguments.config, arguments.overrides))
-        stop.grace = config.checkpoints.grace
-        processes.check_alike("settings", config.model_dump(mode="json"), "start all with the same command and file")
-        from jaxrlhf.stages.run import run_stages
-
-        run_stages(config, stop)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    afterwards = "; the same command goes on from the last checkpoint, if there is one"
-    with StopSignals() as stop:
-        from jaxrlhf.distributed import processes
-
-        return processes.ended(main_of(lambda: train(parse(arguments), stop), afterwards))
-
+from jaxrlhf.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import jaxrlhf
-from jaxrlhf import generate, train
+from jaxrlhf.cli import generate, train
 from jaxrlhf.config.reading import dump_config, load_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.models.config import DecoderConfig

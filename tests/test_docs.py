@@ -19,7 +19,7 @@ from jaxrlhf.config.table import find_setting
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.stages.ppo.settings import check_algorithm
+from jaxrlhf.stages.ppo.checks import check_algorithm
 from jaxrlhf.toy.world import VOCABULARY
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +38,7 @@ def spans(page):
 
 def parser_of(name):
     """The function that parses a command's arguments."""
-    module = importlib.import_module(f"jaxrlhf.{name}")
-    return (module if hasattr(module, "parse") else importlib.import_module(f"jaxrlhf.{name}.__main__")).parse
+    return importlib.import_module(f"jaxrlhf.cli.{name}").parse
 
 
 @pytest.fixture(scope="module")

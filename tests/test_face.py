@@ -45,7 +45,7 @@ def test_without_a_command_all_are_listed(arguments, capsys, monkeypatch):
 def test_each_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
-    assert ended.value.code == 0 and f"jaxrlhf.{name}" in capsys.readouterr().out
+    assert ended.value.code == 0 and f"jaxrlhf {name}" in capsys.readouterr().out
 
 
 def test_a_misspelt_command_is_one_line(capsys):

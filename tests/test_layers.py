@@ -1,10 +1,10 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    commands > bench > plan > stages > steps > rollout, rewards > hf > models, data > algorithms, toy
+    cli > bench > plan > stages > steps > rollout, rewards > hf > models, data > algorithms, toy
     > tracking > checkpoint > distributed > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `hf` stands above `data` because a
-pretrained model comes with its tokenizer. A file at the top of the package is a command unless it is
+pretrained model comes with its tokenizer. A file at the top of the package is the entry of a command unless it is
 named below.
 """
 
@@ -29,8 +29,9 @@ RANKS = {
     "stages": 10,
     "plan": 11,
     "bench": 12,  # with the plan's closed form
+    "cli": 13,
 }  # fmt: skip
-COMMANDS = 13
+TOP = 14
 BOTTOM = {"errors", "config", "records"}
 ONLY = {  # rooms that may import less than their rank allows
     "errors": set(),
@@ -83,10 +84,8 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> list[Import]:
 
 
 def _room(parts: list[str], folders: set[str]) -> str:
-    """The room of a module below the package; `commands`: a command, a `__main__`, or the package itself."""
-    if parts and parts[-1] != "__main__" and (parts[0] in RANKS or parts[0] in folders):
-        return parts[0]
-    return "commands"
+    """The room of a module below the package; `top`: `train`, `__main__`, or the package itself."""
+    return parts[0] if parts and (parts[0] in RANKS or parts[0] in folders) else "top"
 
 
 def violations(root: Path) -> list[str]:
@@ -124,7 +123,7 @@ def _wrong_way(here: str, there: str) -> list[str]:
         return []
     if here in ONLY and there not in ONLY[here]:
         return [f"{here} may import only {', '.join(sorted(ONLY[here])) or 'nothing of the package'}"]
-    own, other = RANKS.get(here, COMMANDS), RANKS.get(there, COMMANDS)
+    own, other = RANKS.get(here, TOP), RANKS.get(there, TOP)
     if other > own:
         return [f"{here} imports {there}, which is above it"]
     if other == own and there not in BOTTOM:
@@ -164,8 +163,8 @@ def test_the_walk_sees_the_package():
         ("models/a.py", "from jaxrlhf.stages.ppo.stage import run", "models imports stages, which is above it"),
         ("models/a.py", "from jaxrlhf import stages", "models imports stages, which is above it"),
         ("models/a.py", "import jaxrlhf.stages.ppo.stage as p", "models imports stages, which is above it"),
-        ("models/a.py", "import jaxrlhf", "models imports commands, which is above it"),
-        ("models/a.py", "from jaxrlhf import train", "models imports commands, which is above it"),
+        ("models/a.py", "import jaxrlhf", "models imports top, which is above it"),
+        ("models/a.py", "from jaxrlhf import train", "models imports top, which is above it"),
         ("models/a.py", "from ..stages import ppo", "models imports stages, which is above it"),
         ("models/a.py", "from .. import stages", "models imports stages, which is above it"),
         ("models/__init__.py", "from ..stages import ppo", "models imports stages, which is above it"),
@@ -175,7 +174,7 @@ def test_the_walk_sees_the_package():
          "models imports steps, which is above it"),
         ("data/a.py", "from jaxrlhf.models import decoder", "data imports models, which is beside it"),
         ("rewards/a.py", "from jaxrlhf.rollout import decode", "rewards imports rollout, which is beside it"),
-        ("stages/a.py", "from jaxrlhf.train import main", "stages imports commands, which is above it"),
+        ("stages/a.py", "from jaxrlhf.train import main", "stages imports top, which is above it"),
         ("algorithms/a.py", "from jaxrlhf.config import PPOConfig", "algorithms may import only errors, records"),
         ("algorithms/a.py", "from jaxrlhf.models import decoder", "algorithms may import only errors, records"),
         ("tracking/a.py", "from jaxrlhf.algorithms import masked", "tracking imports algorithms, which is above it"),
@@ -211,7 +210,7 @@ def test_a_planted_violation_is_found(tmp_path, file, source, complaint):
             "stages/a.py",
             "from jaxrlhf.steps import ppo\nfrom jaxrlhf.config.reading import x\nfrom . import b",
         ),
-        ("train.py", "from jaxrlhf import generate, stages\nfrom jaxrlhf.config.reading import load_config"),
+        ("train.py", "from jaxrlhf.cli import generate, stages\nfrom jaxrlhf.config.reading import load_config"),
         ("__init__.py", "from jaxrlhf.models.decoder import Decoder"),
         ("data/a.py", "def f():\n    import torch, datasets"),
         ("hf/a.py", "from jaxrlhf.data.tokenizers import load_tokenizer"),

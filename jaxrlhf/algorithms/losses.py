@@ -133,17 +133,17 @@ def cross_entropy(logits: Array, targets: Array, mask: Array) -> Array:
 
 
 def pairwise_loss(
-    chosen_scores: Array, rejected_scores: Array, margin: Array, centring: Array | float, weight: Array
+    chosen_scores: Array, rejected_scores: Array, margin: Array, center_rewards_coef: Array | float, weight: Array
 ) -> tuple[Array, Array]:
-    """Bradley-Terry loss of a reward model (2203.02155), with a margin (2307.09288) and centring (2312.09244).
+    """Bradley-Terry loss of a reward model (2203.02155), with a margin (2307.09288), centred (2312.09244).
 
-    loss = -log sigmoid(chosen - rejected - margin) + centring * (chosen + rejected)^2
+    loss = -log sigmoid(chosen - rejected - margin) + center_rewards_coef * (chosen + rejected)^2
 
     Args:
       chosen_scores: f32[B]; of the better answers.
       rejected_scores: f32[B].
       margin: f32[B]; 0 where none is known.
-      centring: f32[]; keeps scores around 0, which the first term leaves open.
+      center_rewards_coef: f32[]; keeps scores around 0, which the first term leaves open.
       weight: f32[B]; 0 on rows that only fill up the batch, whatever their scores.
 
     Returns:
@@ -158,7 +158,7 @@ def pairwise_loss(
         for x in (chosen_scores, rejected_scores, margin)
     )
     # softplus(-x) = -log sigmoid(x), without overflow on either side.
-    losses = jax.nn.softplus(rejected + margin - chosen) + centring * jnp.square(chosen + rejected)
+    losses = jax.nn.softplus(rejected + margin - chosen) + center_rewards_coef * jnp.square(chosen + rejected)
     total = jnp.sum(weight)
     share = weight / jnp.where(total > 0, total, 1.0)
     return jnp.sum(share * losses), jnp.sum(share * (chosen > rejected))

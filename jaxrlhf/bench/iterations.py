@@ -10,7 +10,7 @@ import numpy as np
 from jaxrlhf.bench.timing import Timed
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import LoadReport
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo.iteration import Iteration, StageState
 from jaxrlhf.stages.ppo.sampler import Sampler
@@ -70,7 +70,7 @@ class _RandomReward:
         self.models = [program for name, program in timed.items() if name.startswith("reward ")]
         self.random = np.random.default_rng(shapes.config.seed)
 
-    def __call__(self, answers: Answers) -> np.ndarray | jax.Array:
+    def __call__(self, answers: Completions) -> np.ndarray | jax.Array:
         for model in self.models:
             for _ in range(round(model.times)):
                 model.again()

@@ -14,14 +14,14 @@ from jaxrlhf.bench.machine import describe, forget_peak, measure_rates
 from jaxrlhf.bench.timing import Timed, time_program
 from jaxrlhf.checkpoint.compilation_cache import kept_programs
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.jit import compiled_with, peak_memory_bytes
 from jaxrlhf.distributed.mesh import make_mesh
-from jaxrlhf.distributed.programs import compiled_with, peak_memory_bytes
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device
 from jaxrlhf.plan.work import Rates, work_of
 from jaxrlhf.stages.calls import Call, calls_of
-from jaxrlhf.stages.settings import check_stage
+from jaxrlhf.stages.checks import check_stage
 from jaxrlhf.stages.shapes import Shapes, read_model, resolved
 
 _MEAN_SHARE = 4  # of geometric lengths: the mean is the limit divided by this, before they are cut at the limit

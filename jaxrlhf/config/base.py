@@ -18,7 +18,7 @@ REMAT = (
     "full: each layer from its input. XLA undoes it on a CPU (docs/plan.md)"
 )
 
-# Notes on a field (its `json_schema_extra`). On continuing a run (`stages/continuing.py`):
+# Notes on a field (its `json_schema_extra`). On continuing a run (`stages/resuming.py`):
 FREE = {"on_continuing": "free"}  # may change: no step that is still to come depends on it
 ROUNDING = {"on_continuing": "rounding"}  # may change: the same operations, sums may round otherwise
 CHOICE = {"on_continuing": "choice"}  # may change as long as the run's result is its last step

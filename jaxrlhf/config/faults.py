@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from jaxrlhf.config.table import Place, described, one_line, place_of, settings, without_kinds
+from jaxrlhf.config.table import SettingPath, described, one_line, path_of, settings, without_kinds
 
-Origins = Mapping[Place, str]
+Origins = Mapping[SettingPath, str]
 """Where each key was given: "FILE:LINE" or "override 'KEY=VALUE'"."""
 
 
@@ -30,7 +30,7 @@ def _shared(one: dict, other: dict) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one["loc"]), len(other["loc"])))
 
 
-def _origin(fault: dict, keys: Place, path: str, origins: Origins) -> str:
+def _origin(fault: dict, keys: SettingPath, path: str, origins: Origins) -> str:
     """File and line, or override, that the fault comes from."""
     if fault["type"] == "value_error":  # about a whole section: an override of a key that it names is the cause
         words = re.findall(r"\w+", fault["msg"])
@@ -45,8 +45,8 @@ def _origin(fault: dict, keys: Place, path: str, origins: Origins) -> str:
     return path
 
 
-def _message(fault: dict, place: Place) -> str:
-    dotted, known = ".".join(without_kinds(place)), place_of(place)
+def _message(fault: dict, place: SettingPath) -> str:
+    dotted, known = ".".join(without_kinds(place)), path_of(place)
     setting = settings().get(known or ())
     if fault["type"] == "extra_forbidden":
         return f"unknown key {dotted}; {_nearest(place)}"
@@ -64,10 +64,10 @@ def _message(fault: dict, place: Place) -> str:
     return f"{dotted} must be {kind}; given {described(fault['input'])}{hint}"
 
 
-def _nearest(place: Place) -> str:
+def _nearest(place: SettingPath) -> str:
     """The known key that was probably meant, or the list of known ones."""
     *section, name = place
-    above = place_of(section) or ()
+    above = path_of(section) or ()
     below = [other for other in settings() if other[: len(above)] == above and len(other) > len(above)]
     known = [other[-1] for other in below if len(other) == len(above) + 1]
     dotted = without_kinds(section)

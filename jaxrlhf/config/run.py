@@ -153,7 +153,7 @@ class RewardModelConfig(Settings):
     max_length: PositiveInt = Field(512, description="tokens per sequence")
     overflow: Overflow = Field("cut", description="sequences longer than max_length: cut the prompt's start, drop the pair, or stop")
     buckets: PositiveInt = Field(4, description="sequence lengths that batches are padded to, each compiled once")
-    centring: NonNegativeFloat = Field(0.01, description="weight of (chosen + rejected)^2, which keeps scores around 0")
+    center_rewards_coef: NonNegativeFloat = Field(0.01, description="weight of (chosen + rejected)^2, which keeps scores around 0")
     remat: Remat = Field("dots", description=REMAT, json_schema_extra=ROUNDING)
     save_every: PositiveInt = Field(100, description="steps between checkpoints", json_schema_extra=CHOICE)
 

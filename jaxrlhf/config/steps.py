@@ -55,15 +55,15 @@ class Sampling(Settings):
     )
     pad_token: NonNegativeInt | None = Field(None, description="token id after the end; null: the model's own")
     samples_per_prompt: PositiveInt = Field(1, description="answers to each prompt: a group, from one prefill")
-    halvings: NonNegativeInt = Field(
+    max_compactions: NonNegativeInt = Field(
         4, description="how often the rows that decoding computes are halved as answers end; each compiles the step once more; 0: off", json_schema_extra=ROUNDING
     )
 
 
-class Rates(NamedTuple):
+class LearningRates(NamedTuple):
     """Learning rates by what is trained."""
 
-    whole: float  # every weight, of a model of width `RATED_WIDTH` or more
+    full: float  # every weight, of a model of width `RATED_WIDTH` or more
     lora: float  # low-rank pairs, or a scalar head alone: the base under them stays as it is
 
 
@@ -71,10 +71,10 @@ class Rates(NamedTuple):
 # inputs: rates that carry small models break large ones. Whole models at the rates of TRL, OpenRLHF and verl; LoRA, whose
 # lora_a shrinks with the width, at 10 times as much or more, as their guides say. docs/defaults.md has the sources.
 LEARNING_RATES = {
-    "sft": Rates(whole=2e-5, lora=2e-4),
-    "reward_model": Rates(whole=1e-5, lora=1e-4),
-    "policy": Rates(whole=1e-6, lora=2e-5),
-    "value": Rates(whole=1e-5, lora=1e-4),
+    "sft": LearningRates(full=2e-5, lora=2e-4),
+    "reward_model": LearningRates(full=1e-5, lora=1e-4),
+    "policy": LearningRates(full=1e-6, lora=2e-5),
+    "value": LearningRates(full=1e-5, lora=1e-4),
 }
 
 
@@ -174,7 +174,7 @@ class ScoreConfig(Settings):
     normalise: Literal["none", "initial", "running", "batch"] = Field(
         "none", description="scores to mean 0 and deviation 1; initial: of answers before the first iteration (1909.08593); running: of all so far; batch: of the iteration's (whitening)"
     )
-    initial_answers: PositiveInt = Field(256, description="normalise=initial: answers that gain and bias are fitted on, at least")
+    initial_completions: PositiveInt = Field(256, description="normalise=initial: answers that gain and bias are fitted on, at least")
     clip: PositiveFloat | None = number(None, "scores are held within +- this, after they are normalised; null: off")
     missing_eos: Literal["subtract", "replace"] = Field(
         "subtract", description="an answer that did not end; subtract: missing_eos_penalty is taken off its score; replace: its score becomes -missing_eos_penalty"

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxrlhf.config.run import RunConfig
 
-Place = tuple[str, ...]
+SettingPath = tuple[str, ...]
 REQUIRED = object()
 ANY = "*"
 KINDS = tuple(f"kind={kind}" for kind in ("model", "function", "classifier", "http", "sum"))
@@ -33,20 +33,20 @@ class Setting:
 
 
 @functools.cache
-def settings() -> dict[Place, Setting]:
+def settings() -> dict[SettingPath, Setting]:
     """Every section and setting by its place, in the order of `RunConfig`."""
     schema = RunConfig.model_json_schema()
-    found: dict[Place, Setting] = {}
+    found: dict[SettingPath, Setting] = {}
 
     def definition(node: dict) -> dict:
         return schema["$defs"][node["$ref"].split("/")[-1]]
 
-    def add(section: dict, place: Place, defaults: dict[str, Any]) -> None:
+    def add(section: dict, place: SettingPath, defaults: dict[str, Any]) -> None:
         for name, node in section["properties"].items():
             default = defaults.get(name, node.get("default", REQUIRED))
             enter(node, (*place, name), default)
 
-    def enter(node: dict, place: Place, default: Any) -> None:
+    def enter(node: dict, place: SettingPath, default: Any) -> None:
         """A row for a setting or section, and for what a section or a mapping of sections holds."""
         (inner,) = (option for option in node.get("anyOf", [node]) if option.get("type") != "null")
         options = {definition(option)["properties"]["kind"]["const"]: option for option in inner.get("oneOf", [])}
@@ -67,31 +67,31 @@ def settings() -> dict[Place, Setting]:
 
 
 @functools.cache
-def _places() -> frozenset[Place]:
+def _paths() -> frozenset[SettingPath]:
     """Every place and all that are above one."""
     return frozenset(place[:depth] for place in settings() for depth in range(len(place) + 1))
 
 
-def place_of(names: Sequence[str]) -> Place | None:
+def path_of(names: Sequence[str]) -> SettingPath | None:
     """Where names lead that may leave kinds out and give a mapping's own names; the first of several, or None."""
-    places: list[Place] = [()]
+    places: list[SettingPath] = [()]
     for name in names:
         steps = [(kind, step) for kind in (None, *KINDS) for step in (name, ANY)]
         ways = [(*place, *filter(None, step)) for place in places for step in steps]
-        places = [way for way in ways if way in _places()]
+        places = [way for way in ways if way in _paths()]
     return places[0] if places else None
 
 
 def find_setting(names: Sequence[str]) -> Setting | None:
     """The setting that names lead to; of an entry of a mapping that is no section, the mapping. None: there is none."""
     for length in range(len(names), 0, -1):
-        setting = settings().get(place_of(names[:length]) or ())
+        setting = settings().get(path_of(names[:length]) or ())
         if setting is not None:
             return setting if length == len(names) or setting.kind.startswith("mapping") else None
     return None
 
 
-def without_kinds(place: Sequence[str]) -> Place:
+def without_kinds(place: Sequence[str]) -> SettingPath:
     """A place as a file has it."""
     return tuple(name for name in place if not name.startswith("kind="))
 
@@ -112,7 +112,7 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def spelt(place: Place) -> str:
+def spelt(place: SettingPath) -> str:
     """A place in one word, such as `ppo.reward[http].url`."""
     return re.sub(r"\.kind=(\w+)", r"[\1]", ".".join(place))
 

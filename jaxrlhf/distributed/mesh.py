@@ -57,7 +57,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def laid_out(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Inside a `Program` on a mesh (or under `jax.set_mesh`): x with each dimension split over these of its axes.
 
     What flows between layers would else follow the weights that it meets, and each device would compute every row.
@@ -83,7 +83,7 @@ def split_rows(batch: Any, parts: int) -> Any:
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
         raise ValueError(f"{rows} rows cannot be split into {parts} equal parts")
-    return jax.tree.map(lambda x: laid_out(x.reshape(parts, rows // parts, *x.shape[1:]), None, BATCH_AXES), batch)
+    return jax.tree.map(lambda x: constrain(x.reshape(parts, rows // parts, *x.shape[1:]), None, BATCH_AXES), batch)
 
 
 def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
@@ -98,7 +98,7 @@ def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
         )
 
 
-def place_batch(mesh: Mesh, tree: Any) -> Any:
+def shard_batch(mesh: Mesh, tree: Any) -> Any:
     """The same tree with the rows of each leaf split over the mesh; scalars are replicated.
 
     Every process gives the whole batch and keeps its own share.

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxrlhf.config.differences import differences
-from jaxrlhf.errors import UserError, told_elsewhere
+from jaxrlhf.errors import UserError, reported_elsewhere
 
 START_TIMEOUT = 300.0  # seconds; clusters start their tasks minutes apart
 HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead: a minute in all, with its echoes
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessSpec:
     """Where a process stands among those of a run; `coordinator` is HOST:PORT of process 0. None: jax detects it."""
 
     coordinator: str | None
@@ -50,10 +50,10 @@ class Place:
 # ---------------------------------------------------------------- who am I
 
 
-def find_place(
+def find_process_spec(
     coordinator: str | None, processes: int | None, process: int | None, environment: Mapping[str, str] = os.environ
-) -> Place | None:
-    """This process's place, or None where it is the only one; `UserError` where what is given makes no whole."""
+) -> ProcessSpec | None:
+    """This process's spec, or None where it is the only one; `UserError` where what is given makes no whole."""
     if processes == 1 and not process:
         return None
     given = {"coordinator": coordinator, "processes": processes, "process": process}
@@ -70,7 +70,7 @@ def find_place(
         raise UserError(f"--process: {process}, but {processes or 'the'} processes are numbered from 0 on")
     if coordinator is not None:
         _address(coordinator)
-    return Place(**given)
+    return ProcessSpec(**given)
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -81,7 +81,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that jax knows has started this process as one of several: jax then finds its place."""
+    """Whether a launcher that jax knows has started this process as one of several: jax then finds its spec."""
 
     def several(name: str) -> bool:
         count = environment.get(name, "")
@@ -100,46 +100,46 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def joined(place: Place | None, timeout: float = START_TIMEOUT) -> Iterator[None]:
+def joined(spec: ProcessSpec | None, timeout: float = START_TIMEOUT) -> Iterator[None]:
     """The block runs on all processes of the run, with jax started on all, and ends when it has ended on all.
 
     To enter before any jax computation. After an exception a process leaves with `ended`. Raises `UserError` where the
     processes were not started alike; where they do not find each other within `timeout` seconds, says so and ends.
     """
-    if place is None:
+    if spec is None:
         yield
         return
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    _start(place, timeout)
-    own = {"number of processes": place.processes or jax.process_count(), "version of jax": jax.__version__}
+    _start(spec, timeout)
+    own = {"number of processes": spec.processes or jax.process_count(), "version of jax": jax.__version__}
     check_alike("start", own, "start all processes alike")
     yield
     barrier()
     jax.distributed.shutdown()
 
 
-def _start(place: Place, timeout: float) -> None:
+def _start(spec: ProcessSpec, timeout: float) -> None:
     import jax
 
     options: dict[str, Any] = {}
-    if None not in dataclasses.astuple(place):
+    if None not in dataclasses.astuple(spec):
         options["cluster_detection_method"] = "deactivate"
-        host, port = _address(place.coordinator)
+        host, port = _address(spec.coordinator)
         if host in _LOOPBACK:
-            options["coordinator_bind_address"] = place.coordinator
-        if place.process == 0:
+            options["coordinator_bind_address"] = spec.coordinator
+        if spec.process == 0:
             _check_free(host, port)
     # jax aborts with a C++ trace where processes are missing. One line, a little earlier, is for people.
-    missing = threading.Timer(timeout, _give_up, (place, timeout))
+    missing = threading.Timer(timeout, _give_up, (spec, timeout))
     missing.daemon = True
     missing.start()
     try:
         jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process,
+            spec.coordinator,
+            spec.processes,
+            spec.process,
             initialization_timeout=int(timeout) + 60,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=SHUTDOWN,
@@ -167,13 +167,13 @@ def _check_free(host: str, port: int) -> None:
         ) from None
 
 
-def _give_up(place: Place, timeout: float) -> None:
-    who = "this process" if place.process is None else f"process {place.process} of {place.processes or 'several'}"
-    where = f" at {place.coordinator}" if place.coordinator else ""
+def _give_up(spec: ProcessSpec, timeout: float) -> None:
+    who = "this process" if spec.process is None else f"process {spec.process} of {spec.processes or 'several'}"
+    where = f" at {spec.coordinator}" if spec.coordinator else ""
     silent = ""
     try:
-        if place.coordinator:
-            socket.create_connection(_address(place.coordinator), timeout=5).close()
+        if spec.coordinator:
+            socket.create_connection(_address(spec.coordinator), timeout=5).close()
     except OSError as error:
         silent = f" (nothing answers there: {error.strerror or error}; process 0 has not come, or cannot be reached)"
     print(
@@ -272,7 +272,7 @@ def agreed(make: Callable[[], T], error: type[Exception] = UserError) -> T:
     if first == jax.process_index():
         raise fault
     # Process 0 has the terminal.
-    raise told_elsewhere(error(why), f"{who} failed: {why if is_first() else 'its own output says why'}")
+    raise reported_elsewhere(error(why), f"{who} failed: {why if is_first() else 'its own output says why'}")
 
 
 def from_first(make: Callable[[], bytes], error: type[Exception] = UserError) -> bytes:

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxrlhf.data.tokenizers import Tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
-from jaxrlhf.hf.families import FAMILIES, config_document, place, read_config
+from jaxrlhf.hf.families import FAMILIES, address_of, config_document, read_config
 from jaxrlhf.hf.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
 from jaxrlhf.hf.layout import in_dtype, load_parameter, match, merged_tensors, pending, plain_tensors, read_decoder
 from jaxrlhf.hf.peft import with_adapter
@@ -61,7 +61,7 @@ def load_sequence_classifier(
     config = dataclasses.replace(read_config(document, str(folder / "config.json")), tie_embeddings=True)
     tensors = plain_tensors(read_checkpoint(folder))
     head = None
-    if adapter is None or place(config, f"{SCORE}/kernel").tensor in tensors:
+    if adapter is None or address_of(config, f"{SCORE}/kernel").tensor in tensors:
         _check_labels(document, config, folder / "config.json")
         head = _head(tensors, config, folder)
     stored = match(config, {name: tensor for name, tensor in tensors.items() if tensor is not head}, folder)
@@ -71,7 +71,8 @@ def load_sequence_classifier(
     if head is not None:
         wanted = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
         sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", wanted.shape)
-        found = {SCORE: {"kernel": load_parameter(head, wanted, config, place(config, f"{SCORE}/kernel"), sharding)}}
+        address = address_of(config, f"{SCORE}/kernel")
+        found = {SCORE: {"kernel": load_parameter(head, wanted, config, address, sharding)}}
         if document.get(BIAS) is not None:
             found[SCORE]["bias"] = jnp.full(1, _bias(document[BIAS], folder / "config.json"))
     if adapter is not None:
@@ -115,8 +116,8 @@ def save_sequence_classifier(
             stacklevel=2,
         )
     tensors, dtype = merged_tensors(base, adapter, dtype)
-    tensors.pop(place(config, "lm_head/kernel").tensor, None)
-    name = place(config, f"{SCORE}/kernel").tensor
+    tensors.pop(address_of(config, "lm_head/kernel").tensor, None)
+    name = address_of(config, f"{SCORE}/kernel").tensor
     tensors[name] = in_dtype(name, pending(adapter[SCORE]["kernel"], transposed=True), dtype)
     with written_once(target) as (folder, primary):
         write_checkpoint(folder, tensors, max_shard_bytes, primary)
@@ -148,7 +149,7 @@ def _bias(value: Any, where: Path) -> float:
 
 
 def _head(tensors: dict[str, StoredTensor], config: DecoderConfig, folder: Path) -> StoredTensor:
-    name, wanted = place(config, f"{SCORE}/kernel").tensor, (1, config.hidden_size)
+    name, wanted = address_of(config, f"{SCORE}/kernel").tensor, (1, config.hidden_size)
     if name not in tensors:
         raise UserError(f"{folder}: tensor {name} is missing, the head of a sequence classifier")
     if tensors[name].shape != wanted:

@@ -4,10 +4,10 @@ from typing import Any
 
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.family import (
-    Place,
+    TensorAddress,
+    address_in,
     family_document,
     is_ignored_by,
-    place_of,
     read_family_config,
     token_entry,
     token_ids,
@@ -16,7 +16,7 @@ from jaxrlhf.hf.family_rows import FAMILIES
 from jaxrlhf.hf.wrappers import WRAPPERS, text_document
 from jaxrlhf.models.config import DecoderConfig
 
-__all__ = ["FAMILIES", "config_document", "is_ignored", "place", "read_config", "token_entry", "token_ids"]
+__all__ = ["FAMILIES", "address_of", "config_document", "is_ignored", "read_config", "token_entry", "token_ids"]
 
 
 def read_config(document: dict[str, Any], where: str) -> DecoderConfig:
@@ -34,9 +34,9 @@ def config_document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     return family_document(FAMILIES[config.family], config, dtype)
 
 
-def place(config: DecoderConfig, name: str) -> Place:
+def address_of(config: DecoderConfig, name: str) -> TensorAddress:
     """Where the parameter `module/leaf` of ours stands in the family's checkpoints."""
-    return place_of(FAMILIES[config.family], name)
+    return address_in(FAMILIES[config.family], name)
 
 
 def is_ignored(config: DecoderConfig, tensor: str) -> bool:

@@ -74,7 +74,7 @@ class Family:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class TensorAddress:
     """Where a parameter of ours stands in a checkpoint."""
 
     tensor: str
@@ -199,18 +199,19 @@ def _check(config: DecoderConfig, where: str) -> None:
 # ---------------------------------------------------------------- tensors
 
 
-def place_of(family: Family, name: str) -> Place:
+def address_in(family: Family, name: str) -> TensorAddress:
     """Where the parameter `module/leaf` stands in the family's checkpoints; `KeyError` where no rule covers it."""
     module, _, leaf = name.rpartition("/")
     for rule in family.modules:
         if match := re.fullmatch(rule.ours, module):
-            return Place(f"{match.expand(rule.theirs)}.{LEAVES[leaf]}", rule.transposed and leaf == "kernel", rule.part)
+            tensor = f"{match.expand(rule.theirs)}.{LEAVES[leaf]}"
+            return TensorAddress(tensor, rule.transposed and leaf == "kernel", rule.part)
     raise KeyError(f"no rule of {family.architecture} covers the parameter {name!r}")
 
 
 def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
     """Whether a checkpoint may hold this tensor though the decoder has no place for it."""
-    if config.tie_embeddings and tensor == place_of(family, "lm_head/kernel").tensor:
+    if config.tie_embeddings and tensor == address_in(family, "lm_head/kernel").tensor:
         return True  # a second copy of the embedding
     return any(re.fullmatch(pattern, tensor) for pattern in family.ignored)
 

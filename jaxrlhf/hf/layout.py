@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.hf.families import FAMILIES, is_ignored, place
-from jaxrlhf.hf.family import Part, Place
+from jaxrlhf.hf.families import FAMILIES, address_of, is_ignored
+from jaxrlhf.hf.family import Part, TensorAddress
 from jaxrlhf.hf.tensor_files import Pending, StoredTensor
 from jaxrlhf.hf.wrappers import plain_name
 from jaxrlhf.models.adapters import merge
@@ -37,7 +37,7 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
     """
     matched, used = {}, set()
     for name, wanted in named_parameters(abstract_decoder(config)).items():
-        where = place(config, name)
+        where = address_of(config, name)
         theirs = _name_in(tensors, config, where.tensor)
         if theirs not in tensors:
             hint = ""
@@ -72,7 +72,8 @@ def tied_as_stored(
     Tied, with a head that differs from the embedding: they are two. Tied, with the head alone: it is the embedding.
     """
     head, embedding = (
-        _name_in(tensors, config, place(config, name).tensor) for name in ("lm_head/kernel", "embed_tokens/embedding")
+        _name_in(tensors, config, address_of(config, name).tensor)
+        for name in ("lm_head/kernel", "embed_tokens/embedding")
     )
     if not config.tie_embeddings or head not in tensors:
         return config, tensors
@@ -127,7 +128,7 @@ def read_decoder(
     quantized = {} if quantize is None else linear_shapes(abstract)
     for name, wanted in named_parameters(abstract).items():
         module, _, leaf = name.partition("/")
-        where = place(config, name)
+        where = address_of(config, name)
         if leaf == "kernel" and module in quantized:
             columns = _column_reader(stored[name], config, where)
             values |= load_quantized(module, kind_of(config, module, quantize), wanted.shape, columns, mesh)
@@ -137,7 +138,7 @@ def read_decoder(
     return with_parameters(abstract if quantize is None else abstract_quantized(abstract, quantize), values)
 
 
-def stored_shape(shape: tuple[int, ...], config: DecoderConfig, where: Place) -> tuple[int, ...]:
+def stored_shape(shape: tuple[int, ...], config: DecoderConfig, where: TensorAddress) -> tuple[int, ...]:
     """The shape of the checkpoint's tensor in which a parameter of ours stands."""
     if where.part is not None:
         shape = (*shape[:-1], where.part.groups(config) * sum(where.part.sizes(config)))
@@ -154,13 +155,13 @@ def _part_of(view: np.ndarray, config: DecoderConfig, part: Part) -> np.ndarray:
     return grouped[..., start : start + sizes[part.index]].reshape(*view.shape[:-1], -1)
 
 
-def _view(stored: StoredTensor, config: DecoderConfig, where: Place) -> np.ndarray:
+def _view(stored: StoredTensor, config: DecoderConfig, where: TensorAddress) -> np.ndarray:
     """A parameter as it lies in the file."""
     view = stored.view().T if where.transposed else stored.view()
     return view if where.part is None else _part_of(view, config, where.part)
 
 
-def _column_reader(stored: StoredTensor, config: DecoderConfig, where: Place) -> Callable[[slice], np.ndarray]:
+def _column_reader(stored: StoredTensor, config: DecoderConfig, where: TensorAddress) -> Callable[[slice], np.ndarray]:
     """Reads outputs of a kernel, float32."""
     view = _view(stored, config, where)
 
@@ -177,7 +178,7 @@ def load_parameter(
     stored: StoredTensor,
     wanted: jax.ShapeDtypeStruct,
     config: DecoderConfig,
-    where: Place,
+    where: TensorAddress,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """A parameter on its devices, each slice read and cast on its own."""
@@ -206,14 +207,14 @@ def merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) ->
 
 def _tensors(config: DecoderConfig, parameters: dict[str, jax.Array]) -> dict[str, Pending]:
     """The checkpoint's tensors of our parameters; the parts of a fused one are put together when it is fetched."""
-    pieces: dict[str, list[tuple[Place, jax.Array]]] = {}
+    pieces: dict[str, list[tuple[TensorAddress, jax.Array]]] = {}
     for name, value in parameters.items():
-        where = place(config, name)
+        where = address_of(config, name)
         pieces.setdefault(where.tensor, []).append((where, value))
     return {tensor: _fused(config, parts) for tensor, parts in pieces.items()}
 
 
-def _fused(config: DecoderConfig, pieces: list[tuple[Place, jax.Array]]) -> Pending:
+def _fused(config: DecoderConfig, pieces: list[tuple[TensorAddress, jax.Array]]) -> Pending:
     where, first = pieces[0]
     if where.part is None:
         return pending(first, where.transposed)

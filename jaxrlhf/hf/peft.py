@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.hf.families import place
+from jaxrlhf.hf.families import address_of
 from jaxrlhf.hf.family import Part
 from jaxrlhf.hf.folders import PEFT_INFO, check_dtype, check_replaceable, written_once
 from jaxrlhf.hf.layout import in_dtype, on_host, pending
 from jaxrlhf.hf.peft_config import NEWER_NAMES, PeftConfig, peft_document, read_peft_config
-from jaxrlhf.hf.peft_whole import EMBEDDING, beyond_peft, check_foldable, folded_dora, module_of, whole_weights
+from jaxrlhf.hf.peft_full import EMBEDDING, beyond_peft, check_foldable, folded_dora, module_of, whole_weights
 from jaxrlhf.hf.tensor_files import Pending, StoredTensor, read_json, read_tensors, write_json, write_tensors
 from jaxrlhf.hf.wrappers import plain_name
 from jaxrlhf.models.adapters import HEAD, LORA_LEAVES, SCORE, merge, without_head
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import Decoder, linear_shapes
-from jaxrlhf.models.sharding import place as place_on
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter
 from jaxrlhf.tracking.notices import notice
 
@@ -107,7 +107,7 @@ def with_adapter(
     """The base with the adapter of a PEFT folder merged, and the adapter's scalar head alone, {} where it has none."""
     adapter = load_peft(folder, base)
     notice(f"{folder}: an adapter; it is merged into its base, {base_folder}")
-    adapter = adapter if mesh is None else place_on(mesh, adapter)
+    adapter = adapter if mesh is None else shard(mesh, adapter)
     return merge(base, adapter), {SCORE: adapter[SCORE]} if SCORE in adapter else {}
 
 
@@ -186,7 +186,7 @@ def _layers(base: Decoder) -> dict[str, _Layer]:
     layers: dict[str, _Layer] = {}
     head = {HEAD: (base.config.hidden_size, base.config.vocab_size)}
     for ours, (fan_in, fan_out) in (linear_shapes(base) | head).items():
-        where = place(base.config, f"{ours}/kernel")
+        where = address_of(base.config, f"{ours}/kernel")
         outputs = np.arange(fan_out) if where.part is None else _outputs(base.config, where.part)
         module = module_of(base, ours)
         layers.setdefault(module, _Layer(fan_in, {}, where.transposed)).outputs[ours] = outputs

@@ -11,7 +11,7 @@ import jax
 
 from jaxrlhf.data.tokenizers import Tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
-from jaxrlhf.hf.families import config_document, place, read_config, token_entry, token_ids
+from jaxrlhf.hf.families import address_of, config_document, read_config, token_entry, token_ids
 from jaxrlhf.hf.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
 from jaxrlhf.hf.layout import match, merged_tensors, plain_tensors, read_decoder, tied_as_stored
 from jaxrlhf.hf.peft import with_adapter
@@ -81,7 +81,7 @@ def save_pretrained(
     check_replaceable(target, "config.json")
     config = base.config
     tensors, dtype = merged_tensors(base, adapter, dtype)
-    if place(config, "lm_head/kernel").tensor in tensors:  # an adapter may have parted it from the embedding
+    if address_of(config, "lm_head/kernel").tensor in tensors:  # an adapter may have parted it from the embedding
         config = dataclasses.replace(config, tie_embeddings=False)
     generation = {
         "bos_token_id": config.bos_token,

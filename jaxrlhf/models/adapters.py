@@ -72,9 +72,9 @@ def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> A
 
     `lora` of an adapter that is whole is a `UserError`: no pairs of a low rank compute what it does.
     """
-    if kind == "lora" and is_whole(adapter):
+    if kind == "lora" and is_full(adapter):
         raise UserError("holds whole weights, which LoRA pairs cannot stand for; give kind full, or a LoRA adapter")
-    if kind == "lora" or is_whole(adapter):
+    if kind == "lora" or is_full(adapter):
         return jax.tree.map(lambda x: jnp.array(x, copy=True), adapter)
     whole = init_adapter(base, AdapterConfig(kind="full"), jax.random.key(0))
     for path, leaves in adapter.items():
@@ -201,7 +201,7 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
     return merged
 
 
-def is_whole(adapter: Adapter) -> bool:
+def is_full(adapter: Adapter) -> bool:
     """Whether the adapter is a copy of the model's own weights: neither LoRA pairs nor a scalar head alone."""
     return bool(without_head(adapter)) and not any("lora_a" in leaves for leaves in adapter.values())
 

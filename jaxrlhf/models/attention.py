@@ -47,38 +47,38 @@ def within_window(mask_BTS: jax.Array, window: int, at: jax.Array | int = 0) -> 
     return mask_BTS & (at + jnp.arange(T)[:, None] - jnp.arange(S) < window)
 
 
-class Turns(NamedTuple):
+class RotaryTables(NamedTuple):
     """Cosine and sine of each position's angles, for all layers and heads that turn alike; float32."""
 
     cos_BT1F: jax.Array
     sin_BT1F: jax.Array
 
 
-def turns_of(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, factor: float = 1.0) -> Turns:
+def rotary_tables(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, factor: float = 1.0) -> RotaryTables:
     """Of positions below `slots`; `frequencies` is f32[F], radians per position, and `factor` multiplies both."""
     angle_SF = jnp.arange(slots, dtype=jnp.float32)[:, None] * frequencies
-    # Looked up in a table: XLA would compute a cosine anew for every head that it turns, in every layer.
-    return Turns(*((factor * f(angle_SF))[positions_BT][:, :, None] for f in (jnp.cos, jnp.sin)))
+    # Looked up in a table: XLA would compute a cosine anew for every head that it rotates, in every layer.
+    return RotaryTables(*((factor * f(angle_SF))[positions_BT][:, :, None] for f in (jnp.cos, jnp.sin)))
 
 
 @jax.custom_vjp
-def rotate(x_BTNH: jax.Array, turns: Turns) -> jax.Array:
+def rotate(x_BTNH: jax.Array, rotary: RotaryTables) -> jax.Array:
     """Rotary positions (2104.09864), halves paired as in Hugging Face's Llama: the first 2F <= H dimensions turn.
 
-    The gradient turns back; that of what was split and joined would be padded and summed. None reaches the turns.
+    The gradient turns back; that of what was split and joined would be padded and summed. None reaches the tables.
     """
-    cos, sin = turns
+    cos, sin = rotary
     F = cos.shape[-1]
     first, second = jnp.split(x_BTNH[..., : 2 * F].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x_BTNH.dtype), x_BTNH[..., 2 * F :]], axis=-1)
 
 
-def _rotate_back(turns: Turns, d_BTNH: jax.Array) -> tuple[jax.Array, Turns]:
-    return rotate(d_BTNH, Turns(turns.cos_BT1F, -turns.sin_BT1F)), jax.tree.map(jnp.zeros_like, turns)
+def _rotate_back(rotary: RotaryTables, d_BTNH: jax.Array) -> tuple[jax.Array, RotaryTables]:
+    return rotate(d_BTNH, RotaryTables(rotary.cos_BT1F, -rotary.sin_BT1F)), jax.tree.map(jnp.zeros_like, rotary)
 
 
-rotate.defvjp(lambda x, turns: (rotate(x, turns), turns), _rotate_back)
+rotate.defvjp(lambda x, rotary: (rotate(x, rotary), rotary), _rotate_back)
 
 
 def attend(

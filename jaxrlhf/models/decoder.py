@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
+from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
 from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.attention import (
-    Turns,
+    RotaryTables,
     attend,
     attend_causal,
     causal_mask,
     positions_of,
+    rotary_tables,
     rotate,
-    turns_of,
     within_window,
 )
 from jaxrlhf.models.config import DecoderConfig, LayerKind
@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         self.k_norm = nnx.data(normed and make.norm(normed[1]))
         self.config, self.kind = config, kind
 
-    def __call__(self, x_BTD, turns: Turns | None, mask_BTS, cache: LayerCache | None, at, first: int):
+    def __call__(self, x_BTD, rotary: RotaryTables | None, mask_BTS, cache: LayerCache | None, at, first: int):
         config = self.config
         if self.qkv_proj is None:
             projected = self.q_proj(x_BTD[:, first:]), self.k_proj(x_BTD), self.v_proj(x_BTD)
@@ -95,9 +95,9 @@ class Attention(nnx.Module):
             q_BTX, *projected = jnp.split(self.qkv_proj(x_BTD), [N * H, (N + K) * H], axis=-1)
             projected = q_BTX[:, first:], *projected
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, projected, (self.q_norm, self.k_norm, None))
-        if turns is not None:
-            q_BTNH = rotate(q_BTNH, Turns(*(x[:, first:] for x in turns)))
-            k_BTKH = rotate(k_BTKH, turns)
+        if rotary is not None:
+            q_BTNH = rotate(q_BTNH, RotaryTables(*(x[:, first:] for x in rotary)))
+            k_BTKH = rotate(k_BTKH, rotary)
         fresh = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
         run = attend_causal if cache is None else attend
         cache = fresh if cache is None else cache.with_new(fresh, at)
@@ -139,9 +139,9 @@ class Block(nnx.Module):
         self.mlp_post_norm = nnx.data(make.norm(size) if post else None)
         self.parallel = config.parallel_residual
 
-    def __call__(self, x_BTD, turns: Turns | None, mask_BTS, cache: LayerCache | None, at, first: int):
+    def __call__(self, x_BTD, rotary: RotaryTables | None, mask_BTS, cache: LayerCache | None, at, first: int):
         """(states [B,T-first,D] from slot `first` on, cache of all slots)."""
-        attended, cache = self.attention(_normed(self.attention_norm, x_BTD), turns, mask_BTS, cache, at, first)
+        attended, cache = self.attention(_normed(self.attention_norm, x_BTD), rotary, mask_BTS, cache, at, first)
         x_BTD = x_BTD[:, first:]
         middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
         read_BTD = x_BTD if self.parallel else middle_BTD
@@ -220,7 +220,8 @@ class Decoder(nnx.Module):
         # Whole sequences stay where their rows are, and the weights come to them. One token a row is less than the
         # weights: in decoding it goes where they are.
         lies = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")
-        x_BTD = laid_out(laid_out(self.embed_tokens(tokens_BT), "data", None, "fsdp"), *lies)  # as the table, then rows
+        x_BTD = constrain(self.embed_tokens(tokens_BT), "data", None, "fsdp")  # as the table is sharded
+        x_BTD = constrain(x_BTD, *lies)
         if self.config.embedding_scale != 1:  # rounded to the model's dtype, as it was in training
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.embed_positions is not None:
@@ -229,13 +230,13 @@ class Decoder(nnx.Module):
         masks = {w: mask_BTS if w is None else within_window(mask_BTS, w, 0 if at is None else at) for w in windows}
         ropes = {kind.rope for kind in self.config.layer_kinds} - {None}
         S, H = mask_BTS.shape[2], self.config.head_dim
-        turned = {r: turns_of(positions_BT, S, *frequencies(r, H, S if slots is None else slots)) for r in ropes}
+        tables = {r: rotary_tables(positions_BT, S, *frequencies(r, H, S if slots is None else slots)) for r in ropes}
         caches = []
         for index, block in enumerate(self.layers):
             kind, before = self.config.layer_kind(index), None if cache is None else cache[index]
             skipped = first if index == self.config.layers - 1 else 0
-            x_BTD, layer_cache = run(block, x_BTD, turned.get(kind.rope), masks[kind.window], before, at, skipped)
-            x_BTD = laid_out(x_BTD, *lies)
+            x_BTD, layer_cache = run(block, x_BTD, tables.get(kind.rope), masks[kind.window], before, at, skipped)
+            x_BTD = constrain(x_BTD, *lies)
             caches.append(layer_cache)
         return self.final_norm(x_BTD), caches
 
@@ -247,7 +248,7 @@ class Decoder(nnx.Module):
         logits = jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
         if self.lm_head is not None and self.lm_head.lora_a is not None:
             logits += self.lm_head.pair_product(hidden_BTD)
-        logits = laid_out(logits, BATCH_AXES, None, "tensor")
+        logits = constrain(logits, BATCH_AXES, None, "tensor")
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

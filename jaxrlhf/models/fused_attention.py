@@ -11,7 +11,7 @@ longer does.
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
+from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.config import DecoderConfig
 
@@ -32,12 +32,12 @@ def attend_fused(
     k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, odd_S), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
     mask_B1TS = jnp.pad(mask_BTS, ((0, 0), (0, odd_T), (0, odd_S)))[:, None]
     # All three must lie alike, and whole along length and head.
-    q_BTNH, k_BSKH, v_BSKH = (laid_out(x, BATCH_AXES, None, "tensor", None) for x in (q_BTNH, k_BSKH, v_BSKH))
+    q_BTNH, k_BSKH, v_BSKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (q_BTNH, k_BSKH, v_BSKH))
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
         v_BSKH,
-        mask=laid_out(mask_B1TS, BATCH_AXES, None, None, None),
+        mask=constrain(mask_B1TS, BATCH_AXES, None, None, None),
         scale=scale,
         is_causal=T == S,
         implementation="cudnn",

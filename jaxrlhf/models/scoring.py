@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.losses import token_logprobs
-from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
+from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
 from jaxrlhf.models.decoder import Decoder
 
 # Logits that are held at a time, on each device: on a CPU 16 MiB, which its cache may keep; elsewhere 512 MiB, so that
@@ -90,12 +90,12 @@ def from_logits(
         return reduce(model.logits(hidden), given)
     parts = -(-R // size)
     size = -(-R // parts)  # as equal as can be
-    kernel = laid_out(model.head_kernel(), None, "tensor")  # brought together once, not in each part
+    kernel = constrain(model.head_kernel(), None, "tensor")  # brought together once, not in each part
 
     def cut(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, ((0, 0), (0, parts * size - R)) + ((0, 0),) * (x.ndim - 2))
         split = padded.reshape(B, parts, size, *x.shape[2:]).swapaxes(0, 1)
-        return laid_out(split, None, BATCH_AXES)
+        return constrain(split, None, BATCH_AXES)
 
     def joined(x: jax.Array) -> jax.Array:
         return x.swapaxes(0, 1).reshape(B, parts * size, *x.shape[3:])[:, :R]

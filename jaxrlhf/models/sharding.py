@@ -78,7 +78,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def place(mesh: Mesh, tree: Any) -> Any:
+def shard(mesh: Mesh, tree: Any) -> Any:
     """The same tree with each leaf where `tree_shardings` puts it, committed: its placement is part of a program.
 
     A leaf that lies there already is not copied: donating the result gives away the given tree's buffers too.

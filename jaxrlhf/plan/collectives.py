@@ -19,17 +19,16 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """One kind of collective along the same mesh axes, all its turns together; per device."""
+    """One kind of collective along the same mesh axes, all its calls together; per device."""
 
     count: float
     sent: float  # bytes, in a ring
 
 
-def collectives_of(text: str, mesh: Mapping[str, int], turns: int) -> dict[str, Exchange]:
+def collectives_of(text: str, mesh: Mapping[str, int], unknown_trips: int) -> dict[str, Exchange]:
     """The collectives of a compiled module by kind and axes ("all-reduce over tensor"), the largest first.
 
-    Each loop counts as often as it turns: `turns` where the text does not say how often; each branch as if it were
-    taken once.
+    Each loop counts as often as it runs: `unknown_trips` where the text does not say; each branch counts once.
     """
     bodies = {name: (bool(entry), body.splitlines()) for entry, name, body in _COMPUTATION.findall(text)}
     done: dict[str, dict[str, np.ndarray]] = {}
@@ -41,7 +40,7 @@ def collectives_of(text: str, mesh: Mapping[str, int], turns: int) -> dict[str, 
                 if (match := _COLLECTIVE.match(line)) and (read := _read(match, mesh)):
                     found[read[0]] += (1.0, read[1])
                 trips = _TRIPS.search(line)
-                times = (int(trips[1]) if trips else turns) if " while(" in line else 1
+                times = (int(trips[1]) if trips else unknown_trips) if " while(" in line else 1
                 for inner in (*_CALLED.findall(line), *re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(line)))):
                     for key, counts in counted(inner).items():
                         found[key] += times * counts

@@ -80,7 +80,7 @@ def compiled(call: Call, mesh: Mapping[str, int]) -> Compiled:
     return Compiled(
         float(memory.output_size_in_bytes - memory.alias_size_in_bytes),
         float(memory.temp_size_in_bytes),
-        collectives_of(program.as_text(), mesh, call.turns),
+        collectives_of(program.as_text(), mesh, call.trips),
         time.perf_counter() - start,
     )
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.jit import compiled_with
 from jaxrlhf.distributed.mesh import AXES, mesh_sizes
-from jaxrlhf.distributed.programs import compiled_with
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.plan.cards import Card, target_file
 from jaxrlhf.plan.compiling import Compiled, compiled, extrapolated, mesh_of_cards, missing, without_cudnn
 from jaxrlhf.plan.work import Rates, work_of
 from jaxrlhf.stages.calls import Call, calls_of
-from jaxrlhf.stages.settings import check_stage, shares_of, valid_batches
+from jaxrlhf.stages.checks import check_stage, shares_of, valid_batches
 from jaxrlhf.stages.shapes import Shapes, bytes_per_device, read_model, resolved
 
 # Layers of the models that are compiled for a deeper one: all layers have the same shapes, so that memory and
@@ -113,7 +113,7 @@ def _at_full_length(config: RunConfig) -> RunConfig:
     if config.ppo is None:
         return config
     full = {
-        "sampling": config.ppo.sampling.model_copy(update={"halvings": 0}),
+        "sampling": config.ppo.sampling.model_copy(update={"max_compactions": 0}),
         "update": config.ppo.update.model_copy(update={"buckets": 1}),
     }
     return config.model_copy(update={"ppo": config.ppo.model_copy(update=full)})
@@ -223,7 +223,7 @@ class _StagePlanner:
 
 def cache_bytes(call: Call, shapes: Shapes) -> float:
     """Bytes of keys and values of all positions, per card: what a loop of decoding holds at least."""
-    if call.turns == 1:
+    if call.trips == 1:
         return 0.0
     model, mesh, (rows, positions) = shapes.model, shapes.mesh.shape, call.result.tokens.shape
     heads = model.kv_heads / (mesh["tensor"] if model.kv_heads % mesh["tensor"] == 0 else 1)

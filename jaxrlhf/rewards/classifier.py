@@ -18,7 +18,7 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import HUB_ID, one_line
 from jaxrlhf.data.tokenizers import load_tokenizer
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
 
@@ -51,7 +51,7 @@ class ClassifierReward:
         for number, chat in enumerate(chats, start=1):
             self.chats.whole_text(chat.followed_by("a"), f"prompt {number}: ")
 
-    def __call__(self, answers: Answers) -> np.ndarray:
+    def __call__(self, answers: Completions) -> np.ndarray:
         return finite(self.name, self.scores(readings(answers, self.config, self.chats.exists)))
 
     def scores(self, read: list[Reading]) -> np.ndarray:

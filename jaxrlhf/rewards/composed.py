@@ -9,7 +9,7 @@ import numpy as np
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain, with_abstained
+from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.functions import RewardFault, checked_scores
 
 # `reward/NAME` of the metrics that have this name already, and the ending of those that tell where a part abstained.
@@ -40,10 +40,10 @@ class ComposedReward:
         self.name = " + ".join(f"{weight:g} {name}" for name, (_, weight) in self.parts.items())
         self.may_abstain = any(may_abstain(part) for part, _ in self.parts.values())
 
-    def __call__(self, answers: Answers) -> np.ndarray:
+    def __call__(self, answers: Completions) -> np.ndarray:
         return self.scores_and_parts(answers)[0]
 
-    def scores_and_parts(self, answers: Answers) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def scores_and_parts(self, answers: Completions) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(scores f32[B], each part's own scores f32[B] without its weight, by name)."""
         # All are called before any is fetched: the device computes one part while another waits for a server.
         given = {name: _called(name, part, answers) for name, (part, _) in self.parts.items()}
@@ -55,7 +55,7 @@ class ComposedReward:
         return with_abstained(total.astype(np.float32), abstained), scores
 
 
-def _called(name: str, part: Reward, answers: Answers):
+def _called(name: str, part: Reward, answers: Completions):
     try:
         return part(answers)
     except UserError:

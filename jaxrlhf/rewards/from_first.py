@@ -8,7 +8,7 @@ for the whole batch is also what a reward function is promised, whatever the num
 import numpy as np
 
 from jaxrlhf.distributed.processes import alone, from_first
-from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain, with_abstained
+from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
@@ -20,7 +20,7 @@ class FromFirst:
     def __init__(self, reward: Reward):
         self.reward, self.name, self.may_abstain = reward, reward.name, may_abstain(reward)
 
-    def __call__(self, answers: Answers) -> np.ndarray:
+    def __call__(self, answers: Completions) -> np.ndarray:
         answers.gather()
 
         def score() -> bytes:

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers, with_abstained
+from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.event_loop import run_async
 
 
@@ -97,7 +97,7 @@ class FunctionReward:
                 f"{key_path}: {self.name} requires {', '.join(missing)}; the data gives {', '.join(sorted(given))}"
             )
 
-    def __call__(self, answers: Answers) -> np.ndarray:
+    def __call__(self, answers: Completions) -> np.ndarray:
         # Copies: a function that sorts or pops what it is given must change neither the data, which a run that goes
         # on later reads anew, nor what the other parts of a sum see.
         columns = copy.deepcopy(columns_of(answers.rows))

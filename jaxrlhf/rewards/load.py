@@ -15,8 +15,8 @@ from jaxrlhf.config import (
 )
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Reward
 from jaxrlhf.rewards.classifier import ClassifierReward
+from jaxrlhf.rewards.completions import Reward
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.from_first import on_first
 from jaxrlhf.rewards.functions import FunctionReward

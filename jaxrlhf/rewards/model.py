@@ -2,14 +2,14 @@
 
 import jax
 
+from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import split_rows
-from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter, Rollout
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 
 
 def score_rollout(
@@ -47,5 +47,5 @@ class ModelReward:
         self.base, self.adapter, self.microbatch_size = base, adapter, microbatch_size
         self.program = score_program(mesh, base)
 
-    def __call__(self, answers: Answers) -> jax.Array:
+    def __call__(self, answers: Completions) -> jax.Array:
         return self.program(self.base, self.adapter, answers.rollout, microbatch_size=self.microbatch_size)

@@ -10,18 +10,18 @@ import numpy as np
 
 from jaxrlhf.config import ModelRewardConfig
 from jaxrlhf.data.prompts import PromptSet
-from jaxrlhf.distributed.mesh import check_batch, place_batch, replicated
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
+from jaxrlhf.distributed.mesh import check_batch, replicated, shard_batch
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.classifiers import load_sequence_classifier
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores
-from jaxrlhf.models.sharding import place
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Adapter
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
 
 BUCKETS = 4  # padded lengths, each half of the next; each is compiled once, when the first text needs it
@@ -48,7 +48,7 @@ class PretrainedReward:
         check_batch(mesh, config.batch_size, f"{key_path}.batch_size")
         base, adapter, self.tokenizer = load_sequence_classifier(config.path, config.dtype, mesh)
         self.base = with_target(base, target_of(mesh, matmul_precision))
-        self.adapter = place(mesh, adapter)
+        self.adapter = shard(mesh, adapter)
         self.max_length = min(config.max_length, self.base.config.max_positions)
         self._check_tokenizer(key_path)
         self.chats = self.tokenizer.chats
@@ -62,7 +62,7 @@ class PretrainedReward:
         for _ in self.tokenizer.encode_chats([chat.followed_by("a") for chat in chats], where):
             pass
 
-    def __call__(self, answers: Answers) -> np.ndarray:
+    def __call__(self, answers: Completions) -> np.ndarray:
         ids = self.encode(readings(answers, self.config, self.tokenizer.has_chat_template), answers.ended)
         size = min(self.config.batch_size, len(ids))
         chosen = batches([len(row) for row in ids], size)
@@ -103,7 +103,7 @@ class PretrainedReward:
         for i in range(size):
             row = rows[i if i < len(rows) else 0]
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
-        return place_batch(self.mesh, (tokens, mask))
+        return shard_batch(self.mesh, (tokens, mask))
 
     def _check_tokenizer(self, key_path: str) -> None:
         if self.tokenizer is None:

@@ -10,14 +10,14 @@ import numpy as np
 
 from jaxrlhf.config.rewards import ReadingRewardConfig
 from jaxrlhf.data.chats import Chat, as_chat, content_text
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault
 
 Reading = tuple[str | Chat | None, str]
 """(None, text), (prompt, completion) as two segments, or (chat, completion) as a chat."""
 
 
-def readings(answers: Answers, config: ReadingRewardConfig, has_chat_template: bool) -> list[Reading]:
+def readings(answers: Completions, config: ReadingRewardConfig, has_chat_template: bool) -> list[Reading]:
     """One reading per answer, as `config.input` says; `has_chat_template` is of the scorer's tokenizer.
 
     In a text, a text prompt stands as the data gave it with the answer right behind it, and a chat's prompt is what

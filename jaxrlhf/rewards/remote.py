@@ -30,7 +30,7 @@ import numpy as np
 
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers, abstained_rows, with_abstained
+from jaxrlhf.rewards.completions import Completions, abstained_rows, with_abstained
 from jaxrlhf.rewards.event_loop import run_async
 from jaxrlhf.rewards.functions import RewardFault, checked_scores, columns_of
 
@@ -92,7 +92,7 @@ class HTTPReward:
         self.max_bytes, self.concurrency, self.max_wait = max_bytes, concurrency, max_wait
         self.say = say
 
-    def __call__(self, answers: Answers) -> np.ndarray:
+    def __call__(self, answers: Completions) -> np.ndarray:
         count = len(answers.prompts)
         batches = [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
         requests = [self._request(answers, texts) for texts in batches]
@@ -129,7 +129,7 @@ class HTTPReward:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _request(self, answers: Answers, texts: slice) -> bytes:
+    def _request(self, answers: Completions, texts: slice) -> bytes:
         columns = columns_of(answers.rows[texts])
         for name, values in columns.items():
             try:

@@ -1,7 +1,7 @@
 """The rollout: sample answers to a batch of prompts, in one compiled program.
 
 B rows, P prompt tokens, R response tokens, S = P + R, V vocabulary. Of the rows b are at work: those whose answers have
-ended are left behind when half of them have, again and again (`Sampling.halvings`).
+ended are left behind when half of them have, again and again (`Sampling.max_compactions`).
 """
 
 import jax
@@ -10,7 +10,7 @@ from flax import struct
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
-from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out
+from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
 from jaxrlhf.models.adapters import bind, for_decoding
 from jaxrlhf.models.attention import causal_mask, positions_of
 from jaxrlhf.models.decoder import Cache, Decoder
@@ -55,7 +55,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     pad_token = (base.config.pad_token or 0) if sampling.pad_token is None else sampling.pad_token
     greedy = jnp.asarray(sampling.temperature) == 0
     temperature = jnp.where(greedy, 1.0, sampling.temperature)
-    uniforms = laid_out(row_uniforms(key, B, R), BATCH_AXES)
+    uniforms = constrain(row_uniforms(key, B, R), BATCH_AXES)
 
     def extend(t: jax.Array, answers: _Answers, work: _AtWork, logits: jax.Array) -> tuple[_Answers, _AtWork]:
         """Samples token t of each row at work from logits f32[b,V]."""
@@ -107,7 +107,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     )
     first = jnp.repeat(model.logits(hidden)[:, 0], n, axis=0)
     state = (jnp.int32(1), *extend(jnp.int32(0), answers, work, first))
-    sizes = _sizes(B, sampling.halvings)
+    sizes = _sizes(B, sampling.max_compactions)
     for rows, fewer in zip(sizes, (*sizes[1:], 0)):
         state = (*state[:2], _first_alive(state[2], rows))
         state = jax.lax.while_loop(lambda s, fewer=fewer: (s[0] < R) & (jnp.sum(s[2].alive) > fewer), decode, state)
@@ -122,7 +122,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     )
 
 
-def _sizes(rows: int, halvings: int) -> list[int]:
+def _sizes(rows: int, max_compactions: int) -> list[int]:
     """How many rows are at work, from all on.
 
     Rows that lie on several devices stay at work there: to move their caches takes longer.
@@ -130,7 +130,7 @@ def _sizes(rows: int, halvings: int) -> list[int]:
     mesh = jax.sharding.get_abstract_mesh()
     if any(mesh.shape.get(axis, 1) > 1 for axis in BATCH_AXES):
         return [rows]
-    smaller = (-(-rows // 2**i) for i in range(1, halvings + 1))
+    smaller = (-(-rows // 2**i) for i in range(1, max_compactions + 1))
     return [rows, *dict.fromkeys(size for size in smaller if size < rows)]
 
 

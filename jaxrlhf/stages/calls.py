@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import ModelRewardConfig, PPOConfig
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
 from jaxrlhf.hf.folders import AUTO
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import abstract_decoder
@@ -20,6 +20,7 @@ from jaxrlhf.records import Annotated, Experience, PreferenceBatch, Prompts, Rol
 from jaxrlhf.rewards.load import needs_own, parts_of
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
+from jaxrlhf.stages.checks import with_optimizers, with_total_steps
 from jaxrlhf.stages.programs import (
     annotate_program,
     experience_program,
@@ -30,7 +31,6 @@ from jaxrlhf.stages.programs import (
     static_arguments,
     update_program,
 )
-from jaxrlhf.stages.settings import with_optimizers, with_total_steps
 from jaxrlhf.stages.shapes import Shapes, folder_dtype, mask, numbers, read_folder, tokens
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
@@ -51,7 +51,7 @@ class Call:
     rows: Any  # what of the arguments are rows of data
     lives: dict[str, Any]  # what the stage holds while it runs, by part: weights, adapters, optimizer
     times: float = 1.0  # how often an iteration, or an optimizer step, runs it
-    turns: int = 1  # of a loop whose length is not in the program: the steps of decoding
+    trips: int = 1  # of a loop whose length is not in the program: the steps of decoding
     remat: str | None = None  # what an update computes again; None: it is no update
 
     def with_remat(self, policy: str) -> "Call":
@@ -83,7 +83,7 @@ def _reward_model(shapes: Shapes) -> list[Call]:
     B, L = config.batch_size, config.max_length
     sides = (tokens(B, L), mask(B, L))
     batch = shapes.rows(PreferenceBatch(*sides, *sides, margin=numbers(B), weight=numbers(B)))
-    return [_step(shapes, "reward_model", reward_model_program, state, batch, config, (config.centring,))]
+    return [_step(shapes, "reward_model", reward_model_program, state, batch, config, (config.center_rewards_coef,))]
 
 
 def _ppo(shapes: Shapes) -> list[Call]:
@@ -105,13 +105,13 @@ def _ppo(shapes: Shapes) -> list[Call]:
     prompts, answers = shapes.rows((Prompts(tokens(B, P), mask(B, P)), _rollout(B * n, P, R)))
     sample = rollout_program(mesh, base)
     given = (base, state.policy, prompts, key)
-    calls = [Call("rollout", sample, (*given, sampling), {}, answers, prompts, lives, turns=R - 1)]
+    calls = [Call("rollout", sample, (*given, sampling), {}, answers, prompts, lives, trips=R - 1)]
     greedy = None
     if ADVANTAGES[config.advantage.estimator].needs_greedy:
         alone = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         greedy = shapes.rows((_rollout(B, P, R), numbers(B)))
         program = greedy_program(mesh, base, sample, n)
-        calls.append(Call("greedy", program, (*given, alone), {}, greedy[0], prompts, lives, turns=R - 1))
+        calls.append(Call("greedy", program, (*given, alone), {}, greedy[0], prompts, lives, trips=R - 1))
     if scorer is not None:
         size = {"microbatch_size": update.microbatch_size}
         calls.append(

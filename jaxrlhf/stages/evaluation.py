@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxrlhf.records import Experience, Rollout
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 
 SAMPLES = 8  # answers kept for a person to read
 WIDTH = 100
@@ -38,7 +38,7 @@ def rows_measured(experience: Experience, rollout: Rollout) -> dict[str, np.ndar
     }
 
 
-def samples_of(answers: Answers, scores) -> list[dict]:
+def samples_of(answers: Completions, scores) -> list[dict]:
     """One record per answer: prompt, completion, score."""
     return [
         {"prompt": prompt, "completion": completion, "score": round(float(score), 4)}

@@ -8,7 +8,7 @@ from jaxrlhf.config.reading import load_config
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.folders import PEFT_INFO
 from jaxrlhf.hf.peft import save_peft
-from jaxrlhf.hf.peft_whole import beyond_peft
+from jaxrlhf.hf.peft_full import beyond_peft
 from jaxrlhf.hf.weights import save_pretrained
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.quantize import quantization
@@ -20,7 +20,7 @@ DEFAULT_ROLES = {"merged": ("policy", "sft"), "peft": ("policy", "sft"), "reward
 
 
 def export_role(arguments: argparse.Namespace) -> list[str]:
-    """Writes the folder that is asked for; lines that say what was written. See `jaxrlhf.export` for arguments.
+    """Writes the folder that is asked for; lines that say what was written. See `jaxrlhf export` for arguments.
 
     Raises `UserError`, before anything is written, where run or role is not there, the role does not suit the format,
     or the folder holds something else.

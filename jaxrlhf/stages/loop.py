@@ -15,7 +15,7 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import Fault
-from jaxrlhf.models.sharding import place
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.tracking.health import Health, stop_with_batch
 from jaxrlhf.tracking.metrics import MetricsLog, Progress
@@ -66,7 +66,7 @@ class Loop:
         folder = run.folder / "checkpoints" / stage
         scored, lowest = self.settings.best or "", self.settings.best_is == "lowest"
         self.checkpoints = Checkpoints(folder, self.settings.keep, scored, lowest)
-        self.state = place(run.mesh, state)
+        self.state = shard(run.mesh, state)
         found = self.checkpoints.restore_latest(self.state, run.say)
         self.first, notes = 0, {}
         if found is not None:

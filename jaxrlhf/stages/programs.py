@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import RewardModelConfig, SFTConfig
+from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import batch_sharding, replicated
-from jaxrlhf.distributed.programs import Program
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.sharding import tree_shardings

@@ -8,17 +8,17 @@ import numpy as np
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
 from jaxrlhf.data.sources import check_source
-from jaxrlhf.distributed.mesh import fetch, place_batch
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
+from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter, TrainState
+from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, steps_text, with_total_steps
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import reward_model_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.stages.settings import check_adapter, check_stage, rate_text, steps_text, with_total_steps
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.reward_model import pair_scores
 
@@ -83,8 +83,8 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
     with Loop(run, "reward_model", state, total, config.save_every) as loop:
         for step in loop.steps():
-            batch = place_batch(run.mesh, inputs.train.batch(step))
-            loop.state, metrics = update(loop.state, roles.base, batch, optimizer, config.centring, **static)
+            batch = shard_batch(run.mesh, inputs.train.batch(step))
+            loop.state, metrics = update(loop.state, roles.base, batch, optimizer, config.center_rewards_coef, **static)
             metrics["compiles/update"] = update.compiles
             loop.submitted(step, metrics, shown, int(batch.chosen.size + batch.rejected.size), batch)
         adapter = loop.result().adapter
@@ -100,7 +100,7 @@ def evaluate(run: Run, base: Decoder, adapter: Adapter, data: PreferenceData) ->
     """Share of pairs whose chosen answer scores higher (ties count half), and the mean and deviation of scores."""
     program = Program(pair_scores, "pair_scores", run.mesh, compiler_options(base))
     batches = list(data.all_batches())
-    scores = fetch([program(base, adapter, place_batch(run.mesh, batch)) for batch in batches])
+    scores = fetch([program(base, adapter, shard_batch(run.mesh, batch)) for batch in batches])
     real = np.concatenate([batch.weight > 0 for batch in batches])
     chosen, rejected = (np.concatenate(side)[real] for side in zip(*scores))
     both = np.concatenate([chosen, rejected])

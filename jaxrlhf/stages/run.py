@@ -17,19 +17,19 @@ from jaxrlhf.checkpoint.run_dir import begun_at, check_run, make_folder, open_ru
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.reading import dump_config
 from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.jit import compiled_with
 from jaxrlhf.distributed.mesh import make_mesh
-from jaxrlhf.distributed.programs import compiled_with
 from jaxrlhf.distributed.stopping import StopSignals
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
-from jaxrlhf.models.sharding import place
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.stages import reward_model, sft
-from jaxrlhf.stages.continuing import makes_longer, may_change, told
+from jaxrlhf.stages.checks import end_notes
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo import stage as ppo
+from jaxrlhf.stages.resuming import makes_longer, may_change, told
 from jaxrlhf.stages.roles import Roles, check_none_gone, finished_stages, load_roles, mark_unfinished, save_base
-from jaxrlhf.stages.settings import end_notes
 from jaxrlhf.tracking.metrics import MetricsLog
 
 SHARED = "give a folder on a file system that all hosts share"
@@ -99,7 +99,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     processes.check_alike(f"things in run_dir {folder}", written, SHARED)
     if makes_base:
         save_base(config.run_dir, roles.base, roles.tokenizer)
-    roles.base = place(run.mesh, roles.base)
+    roles.base = shard(run.mesh, roles.base)
     train = {"sft": sft.train, "reward_model": reward_model.train, "ppo": ppo.train}
     for stage in todo:
         roles = train[stage](run, roles, inputs[stage])

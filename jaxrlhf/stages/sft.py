@@ -7,18 +7,18 @@ import jax.numpy as jnp
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.sources import check_source
-from jaxrlhf.distributed.mesh import fetch, place_batch
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
+from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
-from jaxrlhf.models.sharding import place
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter, TrainState
+from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, steps_text, with_total_steps
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import sft_program, static_arguments
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
-from jaxrlhf.stages.settings import check_adapter, check_stage, rate_text, steps_text, with_total_steps
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.sft import sft_evaluate
 
@@ -68,7 +68,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     update, static = sft_program(run.mesh, roles.base, state), static_arguments(config)
     with Loop(run, "sft", state, total, config.save_every) as loop:
         for step in loop.steps():
-            batch = place_batch(run.mesh, inputs.train.batch(step))
+            batch = shard_batch(run.mesh, inputs.train.batch(step))
             loop.state, metrics = update(loop.state, roles.base, batch, optimizer, **static)
             metrics["compiles/update"] = update.compiles
             loop.submitted(step, metrics, {"loss": "sft/loss"}, int(batch.tokens.size), batch)
@@ -80,7 +80,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
 def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) -> float:
     """Mean cross-entropy per learnt token, in nats."""
     program = Program(sft_evaluate, "sft_evaluate", run.mesh, compiler_options(base))
-    sums = [program(base, adapter, place_batch(run.mesh, batch)) for batch in data.all_batches()]
+    sums = [program(base, adapter, shard_batch(run.mesh, batch)) for batch in data.all_batches()]
     losses, tokens = zip(*fetch(sums))
     return float(sum(losses) / max(sum(tokens), 1))
 
@@ -88,7 +88,7 @@ def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) ->
 def _finish(run: Run, roles: Roles, adapter: Adapter, reached: dict[str, float]) -> Roles:
     folder = run.config.run_dir
     if run.config.sft_trains_base:
-        base = place(run.mesh, merge(roles.base, adapter))
+        base = shard(run.mesh, merge(roles.base, adapter))
         save_base(folder, base, roles.tokenizer)
         roles = Roles(base, roles.tokenizer)  # adapters of the old base do not fit the new one
     else:

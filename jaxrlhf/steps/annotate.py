@@ -14,7 +14,7 @@ from jaxrlhf.algorithms.kl import BOUND, adapt_kl_coef, kl_estimate, shape_rewar
 from jaxrlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, masked_variance, whiten
 from jaxrlhf.algorithms.running import RunningMoments, init_moments
 from jaxrlhf.config import AdvantageConfig, KLConfig, PPOConfig, ScoreConfig
-from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out, split_rows
+from jaxrlhf.distributed.mesh import BATCH_AXES, constrain, split_rows
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
@@ -95,13 +95,13 @@ def annotate(
     order = None
     if buckets > 1:
         order = shortest_first(rollout)
-        rollout = jax.tree.map(lambda x: laid_out(x[order], BATCH_AXES), rollout)
+        rollout = jax.tree.map(lambda x: constrain(x[order], BATCH_AXES), rollout)
     parts = jax.lax.map(lambda rows: by_longest(passes, rows, buckets), split_rows(rollout, microbatches))
     annotated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
     if order is None:
         return annotated
     back = jnp.argsort(order)
-    return jax.tree.map(lambda x: laid_out(x[back], BATCH_AXES), annotated)
+    return jax.tree.map(lambda x: constrain(x[back], BATCH_AXES), annotated)
 
 
 def build_experience(

@@ -8,7 +8,7 @@ import optax
 
 from jaxrlhf.config import OptimizerConfig
 from jaxrlhf.config.steps import LEARNING_RATES, RATED_WIDTH
-from jaxrlhf.models.adapters import is_whole
+from jaxrlhf.models.adapters import is_full
 from jaxrlhf.steps.metrics import Metrics, count, share
 
 
@@ -17,7 +17,7 @@ def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfi
     if config.learning_rate is not None:
         return config
     rates = LEARNING_RATES[role]
-    rate = rates.whole * _narrowness(params) if is_whole(params) else rates.lora
+    rate = rates.full * _narrowness(params) if is_full(params) else rates.lora
     return config.model_copy(update={"learning_rate": rate})
 
 

@@ -14,7 +14,7 @@ from jaxrlhf.algorithms.masked import aggregate, masked_sum
 from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES, importance_weights
 from jaxrlhf.algorithms.running import ema
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.distributed.mesh import BATCH_AXES, laid_out, split_rows
+from jaxrlhf.distributed.mesh import BATCH_AXES, constrain, split_rows
 from jaxrlhf.models.adapters import SCORE, bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
@@ -100,7 +100,7 @@ def ppo_update(
 
     def step(state: PPOState, given: tuple[jax.Array, SFTBatch | None]):
         rows_of_step, mix_of_step = given
-        minibatch = jax.tree.map(lambda x: laid_out(x[rows_of_step], BATCH_AXES), experience)
+        minibatch = jax.tree.map(lambda x: constrain(x[rows_of_step], BATCH_AXES), experience)
         state, metrics = _minibatch_step(state, base, minibatch, config, mix_of_step)
         return state, (metrics, jnp.float32(1.0))
 
@@ -144,7 +144,7 @@ def _minibatch_step(
     tokens, length = jnp.maximum(jnp.sum(minibatch.response_mask), 1), minibatch.response_mask.shape[1]
     if config.buckets > 1 and size < rows:
         order = shortest_first(minibatch)
-        minibatch = jax.tree.map(lambda x: laid_out(x[order], BATCH_AXES), minibatch)
+        minibatch = jax.tree.map(lambda x: constrain(x[order], BATCH_AXES), minibatch)
 
     def loss(trees: tuple[Adapter, Adapter], part: Experience):
         return ppo_loss(*by_leaf(trees), base, part, config, tokens, rows, length)

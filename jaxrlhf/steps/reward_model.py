@@ -33,7 +33,7 @@ def reward_model_update(
     base: Decoder,
     batch: PreferenceBatch,
     config: OptimizerConfig,
-    centring: jax.Array | float,
+    center_rewards_coef: jax.Array | float,
     microbatches: int = 1,
     remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -44,7 +44,7 @@ def reward_model_update(
     def loss(adapter: Adapter, part: PreferenceBatch) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores(base, adapter, part, remat)
         part_of_all = jnp.sum(part.weight) / weight
-        value, accuracy = pairwise_loss(chosen, rejected, part.margin, centring, part.weight)
+        value, accuracy = pairwise_loss(chosen, rejected, part.margin, center_rewards_coef, part.weight)
         mean = jnp.sum(part.weight * (chosen + rejected)) / 2 / weight
         return value * part_of_all, {"accuracy": share(accuracy * part_of_all), "score": share(mean)}
 

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.bench import __main__ as bench
 from jaxrlhf.bench import machine
 from jaxrlhf.bench.filling import Filler
 from jaxrlhf.bench.measure import with_lengths
 from jaxrlhf.bench.timing import slowest
+from jaxrlhf.cli import bench
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.distributed.mesh import make_mesh

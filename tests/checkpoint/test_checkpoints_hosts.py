@@ -14,7 +14,7 @@ from jaxrlhf.distributed.processes import largest, of_first
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.checkpoint.lock import RunLock
 from jaxrlhf.distributed.mesh import make_mesh
-from jaxrlhf.models.sharding import place
+from jaxrlhf.models.sharding import shard
 
 rank, folder = jax.process_index(), pathlib.Path(sys.argv[3])
 assert largest(rank * 7) == 7 and of_first(rank + 3) == 3
@@ -22,7 +22,7 @@ mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
 
 def tree(step):
     up = np.arange(64, dtype=np.float32).reshape(8, 8) + step
-    return {"up": place(mesh, {"layers.0.mlp.up_proj": {"kernel": up}}), "position": step}
+    return {"up": shard(mesh, {"layers.0.mlp.up_proj": {"kernel": up}}), "position": step}
 
 def same(found, step):
     pairs = zip(found["up"]["layers.0.mlp.up_proj"]["kernel"].addressable_shards,

@@ -9,13 +9,13 @@ import pytest
 
 from jaxrlhf.checkpoint import compilation_cache as module
 from jaxrlhf.checkpoint.compilation_cache import AUTO, kept_programs
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
 
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
 from jaxrlhf.checkpoint.compilation_cache import kept_programs
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
 
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))

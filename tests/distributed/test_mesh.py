@@ -60,8 +60,8 @@ EIGHT = """
 import jax, jax.numpy as jnp, numpy as np, sys
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
-from jaxrlhf.distributed.mesh import batch_sharding, make_mesh, place_batch
-from jaxrlhf.models.sharding import parameter_sharding, place, tree_shardings
+from jaxrlhf.distributed.mesh import batch_sharding, make_mesh, shard_batch
+from jaxrlhf.models.sharding import parameter_sharding, shard, tree_shardings
 assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -71,11 +71,11 @@ up, down = jax.random.normal(jax.random.key(0), (2, 16, 32))
 tree = {"layers.0.mlp.up_proj": {"kernel": up, "lora_scale": jnp.float32(2)},
         "layers.0.mlp.down_proj": {"kernel": down.T}}
 tree = jax.tree.map(np.array, tree)  # a placed tree may share buffers with the one it comes from
-placed = place(mesh, tree)
+placed = shard(mesh, tree)
 up = placed["layers.0.mlp.up_proj"]["kernel"]
 assert up.addressable_shards[0].data.shape == (8, 16)
 assert up.sharding == parameter_sharding(mesh, "layers.0.mlp.up_proj/kernel", up.shape)
-rows = place_batch(mesh, {"x": np.arange(128.0, dtype=np.float32).reshape(8, 16), "n": np.float32(3)})
+rows = shard_batch(mesh, {"x": np.arange(128.0, dtype=np.float32).reshape(8, 16), "n": np.float32(3)})
 assert rows["x"].sharding == batch_sharding(mesh) and rows["x"].addressable_shards[0].data.shape == (2, 16)
 
 def f(t, b):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxrlhf import train
+from jaxrlhf.cli import train
 from jaxrlhf.distributed import processes
-from jaxrlhf.distributed.processes import Place, find_place
+from jaxrlhf.distributed.processes import ProcessSpec, find_process_spec
 from jaxrlhf.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,12 +25,12 @@ BOUND = 60  # seconds in which all processes end when one fails
 # A process of a run as a command makes it. What the last argument says is done within the block.
 PROCESS = """
 import os, sys, time
-from jaxrlhf.command import main_of
+from jaxrlhf.cli.exits import main_of
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import UserError
 
-own = processes.find_place(sys.argv[1] or None, *(int(n) if n else None for n in sys.argv[2:4]))
+own = processes.find_process_spec(sys.argv[1] or None, *(int(n) if n else None for n in sys.argv[2:4]))
 processes.HEARTBEAT = 10
 
 def command():
@@ -52,14 +52,14 @@ MESH = """
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
-from jaxrlhf.distributed.mesh import fetch, make_mesh, place_batch
-from jaxrlhf.models.sharding import place
+from jaxrlhf.distributed.mesh import fetch, make_mesh, shard_batch
+from jaxrlhf.models.sharding import shard
 
 mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
 up = {"kernel": np.arange(64, dtype=np.float32).reshape(8, 8), "bias": np.arange(8, dtype=np.float32)}
-placed = place(mesh, {"layers.0.mlp.up_proj": up})
-rows = place_batch(mesh, np.arange(16, dtype=np.float32).reshape(8, 2))
+placed = shard(mesh, {"layers.0.mlp.up_proj": up})
+rows = shard_batch(mesh, np.arange(16, dtype=np.float32).reshape(8, 2))
 assert [shard.data.shape for shard in rows.addressable_shards] == [(2, 2), (2, 2)]
 assert float(jax.jit(lambda x: x.sum())(rows)) == 120
 np.testing.assert_array_equal(fetch(rows), np.arange(16).reshape(8, 2))
@@ -307,25 +307,25 @@ CLUSTERS = {
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_jax_is_asked_where_a_cluster_started_several(cluster):
     environment, asked = CLUSTERS[cluster]
-    assert find_place(None, None, None, environment) == (Place(None, None, None) if asked else None)
-    assert find_place(None, 1, None, environment) is None, "a flag that says so goes before the cluster"
+    assert find_process_spec(None, None, None, environment) == (ProcessSpec(None, None, None) if asked else None)
+    assert find_process_spec(None, 1, None, environment) is None, "a flag that says so goes before the cluster"
     if asked:
-        assert find_place("here:1", None, None, environment) == Place("here:1", None, None)
+        assert find_process_spec("here:1", None, None, environment) == ProcessSpec("here:1", None, None)
 
 
 def test_flags_go_before_the_environment(monkeypatch):
-    def place(*flags):
+    def shard(*flags):
         given = train.parse(["--config", "FILE", *flags])
-        return find_place(given.coordinator, given.processes, given.process, {})
+        return find_process_spec(given.coordinator, given.processes, given.process, {})
 
     for name, value in (("COORDINATOR", "node:1234"), ("PROCESSES", "4"), ("PROCESS", "3")):
         monkeypatch.setenv(f"JAXRLHF_{name}", value)
-    assert place() == Place("node:1234", 4, 3)
-    assert place("--coordinator", "[::1]:99", "--processes", "5", "--process", "0") == Place("[::1]:99", 5, 0)
-    assert place("--processes", "1", "--process", "0") is None
+    assert shard() == ProcessSpec("node:1234", 4, 3)
+    assert shard("--coordinator", "[::1]:99", "--processes", "5", "--process", "0") == ProcessSpec("[::1]:99", 5, 0)
+    assert shard("--processes", "1", "--process", "0") is None
     for name in ("COORDINATOR", "PROCESSES", "PROCESS"):
         monkeypatch.setenv(f"JAXRLHF_{name}", "")
-    assert place() is None
+    assert shard() is None
 
 
 UNUSABLE = {
@@ -341,7 +341,7 @@ UNUSABLE = {
 def test_what_makes_no_whole_is_refused(case):
     given, message = UNUSABLE[case]
     with pytest.raises(UserError, match=message):
-        find_place(*given, {})
+        find_process_spec(*given, {})
 
 
 def test_a_process_alone_does_everything_itself():
@@ -360,8 +360,8 @@ CACHE = """
 from jaxrlhf.checkpoint.compilation_cache import kept_programs
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
-from jaxrlhf.distributed.mesh import make_mesh, place_batch
-rows = place_batch(make_mesh(MeshConfig()), np.arange(4, dtype=np.float32))
+from jaxrlhf.distributed.mesh import make_mesh, shard_batch
+rows = shard_batch(make_mesh(MeshConfig()), np.arange(4, dtype=np.float32))
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
 setting = os.environ["FOLDERS"].split(":")[0 if first else -1]

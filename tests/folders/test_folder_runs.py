@@ -10,7 +10,7 @@ import transformers
 import yaml
 from hub_folders import FOLDERS
 
-from jaxrlhf import export, generate, train
+from jaxrlhf.cli import export, generate, train
 from jaxrlhf.config import PreferencesConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.preferences import load_preferences
@@ -56,7 +56,7 @@ def config_of(folder, tokenizer, rows):
         },
         "ppo": {
             "data": {"path": rows("prompts", [{"prompt": prompt[asked]} for asked in TAUGHT])}, "iterations": 2,
-            "max_prompt_tokens": PROMPT, "batch_size": 4, "sampling": {"max_new_tokens": NEW, "halvings": 0},
+            "max_prompt_tokens": PROMPT, "batch_size": 4, "sampling": {"max_new_tokens": NEW, "max_compactions": 0},
             "evaluation_prompts": 4, "update": {"epochs": 1, "minibatches": 2},
         },
     }  # fmt: skip

@@ -14,7 +14,7 @@ from jaxrlhf.config import AdapterConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.adapter_files import load_adapter, save_adapter
-from jaxrlhf.hf.families import place
+from jaxrlhf.hf.families import address_of
 from jaxrlhf.hf.folders import HUB_FILES, MARK
 from jaxrlhf.hf.tensor_files import INDEX, SINGLE, read_checkpoint
 from jaxrlhf.hf.weights import load_pretrained, save_pretrained
@@ -124,7 +124,7 @@ def test_each_tensor_lands_where_the_table_says_in_the_dtype_asked_for(small, fo
     assert tokenizer is None
     stored = load_file(folder / SINGLE)
     for name, leaf in named_parameters(loaded).items():
-        theirs, transposed = place(small.config, name).tensor, place(small.config, name).transposed
+        theirs, transposed = address_of(small.config, name).tensor, address_of(small.config, name).transposed
         value = stored[theirs].T if transposed else stored[theirs]
         assert leaf.dtype == dtype
         assert np.asarray(leaf).tobytes() == value.astype(leaf.dtype).tobytes()

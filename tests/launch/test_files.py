@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrlhf import train
-from jaxrlhf.distributed.processes import find_place
+from jaxrlhf.cli import train
+from jaxrlhf.distributed.processes import find_process_spec
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"
@@ -106,7 +106,7 @@ def test_the_jobset_agrees_with_itself():
     index = next(entry["valueFrom"]["fieldRef"]["fieldPath"] for entry in container["env"] if "valueFrom" in entry)
     assert "job-completion-index" in index and job["completionMode"] == "Indexed"
     for process in range(job["completions"]):
-        place = find_place(variables["JAXRLHF_COORDINATOR"], int(variables["JAXRLHF_PROCESSES"]), process, {})
+        place = find_process_spec(variables["JAXRLHF_COORDINATOR"], int(variables["JAXRLHF_PROCESSES"]), process, {})
         assert (place.processes, place.process) == (job["parallelism"], process)
         # JobSet's names: <jobset>-<replicated job>-<job>-<pod>.<jobset>
         assert place.coordinator.partition(":")[0] == f"{name}-{workers['name']}-0-0.{name}"

@@ -11,7 +11,7 @@ from jaxrlhf.models.adapters import (
     bare,
     bind,
     init_adapter,
-    is_whole,
+    is_full,
     linear_shapes,
     merge,
     parameter_count,
@@ -195,7 +195,7 @@ def test_a_lora_adapter_as_a_whole_one(small, batch, forward, lora, head):
     np.testing.assert_allclose(forward(bind(small, whole), *batch), forward(bind(small, adapter), *batch), atol=1e-5)
     if head:
         np.testing.assert_array_equal(whole[SCORE]["kernel"], adapter[SCORE]["kernel"])
-    assert is_whole(whole) and not is_whole(adapter)
+    assert is_full(whole) and not is_full(adapter)
     jax.tree.map(np.testing.assert_array_equal, as_kind(small, whole, "full"), whole)
     jax.tree.map(np.testing.assert_array_equal, as_kind(small, adapter, "lora"), adapter)
     with pytest.raises(UserError, match="holds whole weights"):

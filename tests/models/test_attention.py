@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models.attention import attend, attend_causal, causal_mask, positions_of, rotate, turns_of
+from jaxrlhf.models.attention import attend, attend_causal, causal_mask, positions_of, rotary_tables, rotate
 from jaxrlhf.models.target import Target
 
 
@@ -50,7 +50,7 @@ def test_rotation_is_one_of_complex_numbers():
     positions = np.array([[0, 1, 2, 3, 4], [0, 0, 7, 8, 900]])
     frequencies = 10000.0 ** -(np.arange(4) / 4)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * frequencies)
-    turns = turns_of(positions, 901, frequencies.astype(np.float32))
+    turns = rotary_tables(positions, 901, frequencies.astype(np.float32))
     rotated = np.asarray(jax.jit(rotate)(x, turns))
     np.testing.assert_allclose(rotated, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
     np.testing.assert_array_equal(rotated[:, 0], x[:, 0])  # position 0 turns nothing
@@ -62,7 +62,7 @@ def test_only_distances_enter_the_products():
 
     @jax.jit
     def product(i, j):
-        turns_q, turns_k = (turns_of(jnp.full((1, 1), position), 50, frequencies) for position in (i, j))
+        turns_q, turns_k = (rotary_tables(jnp.full((1, 1), position), 50, frequencies) for position in (i, j))
         return jnp.sum(rotate(q, turns_q) * rotate(k, turns_k))
 
     np.testing.assert_allclose(product(3, 1), product(41, 39), atol=1e-4)
@@ -72,7 +72,7 @@ def test_only_distances_enter_the_products():
 def test_a_rotation_s_gradient_turns_back():
     generator = np.random.default_rng(2)
     x, d = generator.standard_normal((2, 2, 5, 3, 10)).astype(np.float32)  # of 10 dimensions 8 turn
-    turns = turns_of(generator.integers(0, 9, (2, 5)), 9, (10000.0 ** -(np.arange(4) / 4)).astype(np.float32), 1.3)
+    turns = rotary_tables(generator.integers(0, 9, (2, 5)), 9, (10000.0 ** -(np.arange(4) / 4)).astype(np.float32), 1.3)
 
     def plain(x):
         first, second = x[..., :4], x[..., 4:8]

@@ -379,7 +379,7 @@ from jaxrlhf.config import MeshConfig
 from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.distributed.mesh import make_mesh
-from jaxrlhf.models.sharding import parameter_sharding, place
+from jaxrlhf.models.sharding import parameter_sharding, shard
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
 tokens = np.arange(12).reshape(2, 6) % 8
 whole, _ = load_pretrained(sys.argv[1], quantize="nf4")
@@ -389,7 +389,7 @@ for name, leaf in named_parameters(split).items():
     np.testing.assert_array_equal(leaf, named_parameters(whole)[name], err_msg=name)
     if "/kernel_" in name and "scale" not in name:
         assert leaf.addressable_shards[0].data.size == leaf.size // 4, name
-assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(place(mesh, whole))))
+assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(shard(mesh, whole))))
 run = jax.jit(Decoder.__call__)
 np.testing.assert_allclose(run(split, tokens), run(whole, tokens), atol=1e-5)
 """

@@ -12,7 +12,7 @@ from jaxrlhf.config import MeshConfig
 from jaxrlhf.distributed.mesh import AXES, make_mesh
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import abstract_decoder, named_parameters
-from jaxrlhf.models.sharding import PARAMETER_AXES, leaf_name, parameter_sharding, place, tree_shardings
+from jaxrlhf.models.sharding import PARAMETER_AXES, leaf_name, parameter_sharding, shard, tree_shardings
 
 
 def _abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
@@ -91,7 +91,7 @@ def test_trees_are_named_by_their_paths():
     assert specs["0.nu.layers.0.mlp.up_proj/kernel"] == PartitionSpec("fsdp", "tensor")
     assert specs["0/count"] == PartitionSpec()
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    placed = place(one, state)
+    placed = shard(one, state)
     assert all(leaf.committed for leaf in jax.tree.leaves(placed))
 
 

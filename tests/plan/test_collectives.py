@@ -17,7 +17,7 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.plan.collectives import collectives_of
 from jaxrlhf.distributed.mesh import make_mesh
-from jaxrlhf.models.sharding import place
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.stages.shapes import Shapes, bytes_per_device
 from jaxrlhf.steps.ppo import init_ppo
 
@@ -30,7 +30,7 @@ mesh = make_mesh(config.mesh)
 def of(function, *given, out):
     args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, p)) for s, p in given]
     lowered = jax.jit(function, out_shardings=NamedSharding(mesh, out)).lower(*args)
-    return collectives_of(lowered.compile().as_text(), mesh.shape, turns=5)
+    return collectives_of(lowered.compile().as_text(), mesh.shape, unknown_trips=5)
 
 def only(found, kind):
     (exchange,) = found.values()
@@ -70,11 +70,11 @@ def real(tree):
     first = mesh.devices.flat[0]
     leaves = [x for x in jax.tree.leaves(tree)]
     return sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == first)
-base = place(mesh, Decoder(shape, jax.random.key(0)))
+base = shard(mesh, Decoder(shape, jax.random.key(0)))
 assert bytes_per_device(shapes.base) == real(base)
 lora = AdapterConfig(rank=4)
 policy, value = init_adapter(base, lora, jax.random.key(1)), init_adapter(base, lora, jax.random.key(2), "value")
-state = place(mesh, init_ppo(policy, value, config.ppo.update))
+state = shard(mesh, init_ppo(policy, value, config.ppo.update))
 planned = shapes.placed(jax.eval_shape(lambda p, v: init_ppo(p, v, config.ppo.update),
                                        shapes.adapter(lora), shapes.adapter(lora, "value")))
 assert bytes_per_device(planned) == real(state)

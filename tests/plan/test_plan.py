@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxrlhf.cli.plan import main
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.distributed.mesh import AXES, mesh_sizes
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import abstract_decoder, named_parameters
 from jaxrlhf.plan import planner
-from jaxrlhf.plan.__main__ import main
 from jaxrlhf.plan.cards import CARDS, find_card, parse_memory, target_file
 from jaxrlhf.plan.collectives import Exchange
 from jaxrlhf.plan.compiling import Compiled, extrapolated, missing

@@ -41,7 +41,7 @@ RUN = """
 import json, sys
 import jax
 from jaxrlhf.config import RunConfig
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
 from jaxrlhf.stages.run import run_stages
 
 seen, call = {}, Program.__call__

@@ -5,7 +5,7 @@ import pytest
 
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.records import Rollout
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 
 WORDS = ["is", "it", "good", "bad", "very", "so", "not", "."]
 
@@ -34,7 +34,7 @@ def answered(policy_tokenizer):
         ended = np.array([ended for _, _, ended in rows])
         zeros = np.zeros(len(rows), np.float32)
         rollout = Rollout(tokens, mask, mask[:, before:], np.zeros((len(rows), after)), ended, zeros)
-        return Answers(rollout, [prompt for prompt, _, _ in rows], [{}] * len(rows), tokenizer, chats)
+        return Completions(rollout, [prompt for prompt, _, _ in rows], [{}] * len(rows), tokenizer, chats)
 
     return make
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers, abstained_rows, may_abstain
+from jaxrlhf.rewards.completions import Completions, abstained_rows, may_abstain
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 
@@ -21,7 +21,7 @@ class Fixed:
         return self.scores
 
 
-ANSWERS = Answers(None, ["a", "b", "c"], [{}] * 3, None)
+ANSWERS = Completions(None, ["a", "b", "c"], [{}] * 3, None)
 
 
 def test_the_score_is_the_weighted_sum_and_parts_are_known_by_name():

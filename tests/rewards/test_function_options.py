@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers, abstained_rows
+from jaxrlhf.rewards.completions import Completions, abstained_rows
 from jaxrlhf.rewards.event_loop import run_async
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 
@@ -17,7 +17,7 @@ LIBRARY = "jaxrlhf.rewards.library"
 
 @pytest.fixture
 def answers():
-    answers = Answers(None, ["p", "q"], [{"answer": "4", "gold": 4}, {"answer": "5", "gold": 6}], None)
+    answers = Completions(None, ["p", "q"], [{"answer": "4", "gold": 4}, {"answer": "5", "gold": 6}], None)
     answers.__dict__["completions"] = [" it is 4", " it is 6"]
     return answers
 
@@ -187,7 +187,7 @@ def test_options_of_the_library_are_checked_when_the_reward_is_made(name, option
 
 def test_a_column_never_fills_an_option_of_the_library(answers):
     rows = [{"n": 1, "unit": "x"}, {"n": 2, "unit": "y"}]
-    odd = Answers(None, answers.prompts, rows, None)
+    odd = Completions(None, answers.prompts, rows, None)
     odd.__dict__["completions"] = ["a b a b a b", "a b c d"]
     np.testing.assert_allclose(FunctionReward(f"{LIBRARY}:repetition", "ppo.gold", {"n": 2})(odd), [-3 / 5, 0])
 
@@ -204,7 +204,7 @@ def test_a_package_that_is_missing_is_named_before_anything_runs(monkeypatch, na
 
 def test_a_row_whose_column_holds_nothing_of_use_is_named_and_one_without_has_no_score(answers):
     reward = FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")
-    odd = Answers(None, answers.prompts, [{"answer": "4"}, {"answer": "four"}], None)
+    odd = Completions(None, answers.prompts, [{"answer": "4"}, {"answer": "four"}], None)
     odd.__dict__["completions"] = answers.completions
     with pytest.raises(RewardFault, match=r"numeric_answer raised ValueError: column answer, row 1 holds no number"):
         reward(odd)

@@ -8,7 +8,7 @@ import pytest
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import Rollout
-from jaxrlhf.rewards.answers import Answers, abstained_rows
+from jaxrlhf.rewards.completions import Completions, abstained_rows
 from jaxrlhf.rewards.from_first import FromFirst
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault, load_function
 
@@ -33,7 +33,7 @@ def answers():
     zeros = np.zeros(3)
     rollout = Rollout(tokens, mask, response_mask, np.zeros((3, 3)), zeros.astype(bool), zeros)
     rows = [{"level": 1, "label": "a"}, {"level": 2}, {"level": 3, "label": "c"}]
-    return Answers(rollout, ["one", "two", "one"], rows, tokenizer)
+    return Completions(rollout, ["one", "two", "one"], rows, tokenizer)
 
 
 @pytest.fixture

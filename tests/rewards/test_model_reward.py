@@ -4,7 +4,7 @@ import pytest
 
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.scoring import sequence_scores
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.model import ModelReward, score_rollout
 
 
@@ -14,7 +14,7 @@ def reward(tiny, make_adapter):
 
 
 def scored(reward, rollout):
-    return np.asarray(reward(Answers(rollout, [""] * 8, [{}] * 8, None)))
+    return np.asarray(reward(Completions(rollout, [""] * 8, [{}] * 8, None)))
 
 
 def test_scores_are_those_of_whole_sequences(tiny, reward, sampled):

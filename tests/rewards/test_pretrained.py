@@ -215,10 +215,10 @@ import jax, numpy as np
 from jaxrlhf.config import MeshConfig, ModelRewardConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.records import Rollout
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.pretrained import PretrainedReward
 from jaxrlhf.rewards.reading import readings
-from jaxrlhf.distributed.mesh import make_mesh, place_batch
+from jaxrlhf.distributed.mesh import make_mesh, shard_batch
 
 assert len(jax.devices()) == 4
 words = build_word_tokenizer(["is", "it", "good", "bad"])
@@ -228,7 +228,7 @@ for shape in ({"data": 1}, {"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}):
     mesh = make_mesh(MeshConfig(**shape), jax.devices()[: np.prod(list(shape.values()))])
     reward = PretrainedReward(ModelRewardConfig(path=sys.argv[1], batch_size=4), mesh, "ppo.reward")
     split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(reward.base)]
-    scores = reward(Answers(place_batch(mesh, rollout), ["is it"] * 8, [{}] * 8, words))
+    scores = reward(Completions(shard_batch(mesh, rollout), ["is it"] * 8, [{}] * 8, words))
     print(any(split), *scores)
 """
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.answers import Answers, abstained_rows
+from jaxrlhf.rewards.completions import Completions, abstained_rows
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.remote import HTTPReward, _seconds, retry_delay
 
 
 def answers_of(completions, rows=None):
-    answers = Answers(None, [f"prompt {i}" for i in range(len(completions))], rows or [{}] * len(completions), None)
+    answers = Completions(None, [f"prompt {i}" for i in range(len(completions))], rows or [{}] * len(completions), None)
     answers.__dict__["completions"] = list(completions)
     return answers
 

@@ -12,7 +12,7 @@ from jaxrlhf.models.config import LayerKind
 from jaxrlhf.models.rope import Rope
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.sampling import draw, row_uniforms
-from jaxrlhf.stages.settings import check_one_rope
+from jaxrlhf.stages.checks import check_one_rope
 
 KEY = jax.random.key(28)  # answers of every kind that the tests below want
 STOPS = (4, 5, 9)
@@ -119,7 +119,7 @@ def test_neither_pad_nor_the_limit_changes_what_is_real(answer):
 def test_rows_that_are_left_behind_change_nothing(answer, samples, length, sizes):
     """Eight rows go on as four, or 24 as twelve, six and so on, in another order than they stand in."""
     settings = {"stop_tokens": STOPS, "samples_per_prompt": samples, "max_new_tokens": length}
-    whole, halved = (answer(halvings=halvings, **settings) for halvings in (0, len(sizes)))
+    whole, halved = (answer(max_compactions=max_compactions, **settings) for max_compactions in (0, len(sizes)))
     for name in FIELDS:
         if name != "sample_logprobs":
             np.testing.assert_array_equal(getattr(whole, name), getattr(halved, name), err_msg=name)

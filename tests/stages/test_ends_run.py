@@ -6,7 +6,7 @@ import jax
 import pytest
 from tokenizers import AddedToken
 
-from jaxrlhf import export
+from jaxrlhf.cli import export
 from jaxrlhf.config import DemonstrationsConfig, PreferencesConfig, RunConfig
 from jaxrlhf.data.preferences import load_preferences
 from jaxrlhf.data.sft import load_demonstrations

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import export
 from jaxrlhf.checkpoint.run_dir import open_run
+from jaxrlhf.cli import export
 from jaxrlhf.config import AdapterConfig, RunConfig
 from jaxrlhf.config.reading import dump_config
 from jaxrlhf.distributed.mesh import make_mesh

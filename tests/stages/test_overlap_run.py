@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from jaxrlhf.config import RunConfig
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.stages.ppo.sampler import Clock, Sampler
 from jaxrlhf.stages.run import run_stages

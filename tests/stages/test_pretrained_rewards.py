@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf import train
+from jaxrlhf.cli import train
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.reading import dump_config
 from jaxrlhf.data.tokenizers import build_word_tokenizer
@@ -18,7 +18,7 @@ from jaxrlhf.models.adapters import with_head
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Rollout
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.load import load_rewards
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo import stage as ppo
@@ -75,7 +75,7 @@ def scores_of(reward, sample, tokenizer):
     tokens, mask = np.array([prompt + response]), np.ones((1, len(prompt + response)), bool)
     nothing = np.zeros(1)
     rollout = Rollout(tokens, mask, mask[:, len(prompt) :], nothing, nothing.astype(bool), nothing)
-    return reward(Answers(rollout, [sample["prompt"]], [{}], tokenizer))
+    return reward(Completions(rollout, [sample["prompt"]], [{}], tokenizer))
 
 
 @pytest.mark.parametrize("kind", ["model", "classifier"])

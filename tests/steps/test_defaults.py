@@ -28,12 +28,12 @@ def whole(tiny):
 @pytest.mark.parametrize("role", sorted(LEARNING_RATES))
 def test_the_rate_is_chosen_by_the_tree_and_one_that_is_given_stays(tiny, roles, whole, role):
     rates = LEARNING_RATES[role]
-    assert rates.lora > rates.whole
+    assert rates.lora > rates.full
     of = lambda tree: with_rate(OptimizerConfig(), role, tree).learning_rate  # noqa: E731
     assert of(roles.policy) == of(roles.value) == of(value_head(tiny)) == rates.lora
-    assert of(whole) == of({**whole, **value_head(tiny)}) == rates.whole * RATED_WIDTH / tiny.config.hidden_size
+    assert of(whole) == of({**whole, **value_head(tiny)}) == rates.full * RATED_WIDTH / tiny.config.hidden_size
     wide = {"embed_tokens": {"embedding": jax.ShapeDtypeStruct((9, 4096), jnp.float32)}}
-    assert of(wide) == rates.whole, "narrow models alone get more"
+    assert of(wide) == rates.full, "narrow models alone get more"
     assert of({**roles.policy, "embed_tokens": whole["embed_tokens"]}) == rates.lora, "LoRA with a module beside it"
     assert with_rate(OptimizerConfig(learning_rate=0.0), role, whole).learning_rate == 0.0
 

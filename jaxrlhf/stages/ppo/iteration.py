@@ -18,11 +18,11 @@ from jaxrlhf.algorithms.running import update_moments
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
-from jaxrlhf.distributed.mesh import fetch, place_batch
-from jaxrlhf.distributed.programs import peak_memory_bytes
-from jaxrlhf.models.sharding import place
+from jaxrlhf.distributed.jit import peak_memory_bytes
+from jaxrlhf.distributed.mesh import fetch, shard_batch
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter, Annotated, Experience, PPOState, Rollout, SFTBatch
-from jaxrlhf.rewards.answers import Answers
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, rows_measured, samples_of
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
@@ -132,11 +132,11 @@ class Iteration:
 
     def count(self, number: int) -> jax.Array:
         """A number of the state, i32[], where the programs and the checkpoints want it."""
-        return place_batch(self.run.mesh, np.int32(number))
+        return shard_batch(self.run.mesh, np.int32(number))
 
     def _begun(
         self, models: tuple[Adapter, Adapter, Adapter | None], prompts: PromptSet, sampled: Sampled
-    ) -> tuple[Annotated, Answers | None]:
+    ) -> tuple[Annotated, Completions | None]:
         """What needs no scores, given to the devices: the passes of (policy, value, reference) over the answers, and
         greedy answers where the advantages are measured from them.
         """
@@ -148,24 +148,24 @@ class Iteration:
         self, scored: ScoredRollout, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control
     ) -> tuple[Experience, Control, dict[str, jax.Array]]:
         """(experience, next control, metrics); see `steps.annotate.score_experience`."""
-        scores = place_batch(self.run.mesh, scored.scores)
+        scores = shard_batch(self.run.mesh, scored.scores)
         return self.experience(scored.answers.rollout, annotated, scores, greedy, control, self.settings)
 
     def fitted(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
         """The control with the moments of scores before the first iteration, for `score.normalise` initial."""
-        batches = -(-self.config.score.initial_answers // self.rows)
+        batches = -(-self.config.score.initial_completions // self.rows)
         moments = control.moments
         for i in range(batches):
             chosen = prompts.rows(self.run.config.seed, i, self.config.batch_size)
             key = key_for(self.run.config.seed, "ppo", i, "initial scores")
             scores = self.sampler.measured(self.sampler.answer(policy, prompts, chosen, key))["reward/score"]
             moments = update_moments(moments, jnp.asarray(scores))
-        return place(self.run.mesh, control.replace(moments=moments))
+        return shard(self.run.mesh, control.replace(moments=moments))
 
     def evaluate(self, policy: Adapter, value: Adapter, prompts: PromptSet) -> Evaluation:
         """Answers to `evaluation_prompts` prompts in turn, with the same programs at the same shapes."""
         size, wanted = self.config.batch_size, self.config.evaluation_prompts
-        control = place(self.run.mesh, Control.start(0.0))
+        control = shard(self.run.mesh, Control.start(0.0))
         rows_of: dict[str, list[np.ndarray]] = {}
         samples = []
         for start in range(0, wanted, size):
@@ -202,7 +202,7 @@ class Iteration:
             return None
         steps = self.update_config.epochs * self.update_config.minibatches
         batches = [self.pretraining.batch(step * steps + i) for i in range(steps)]
-        return place_batch(self.run.mesh, jax.tree.map(lambda *parts: np.concatenate(parts), *batches))
+        return shard_batch(self.run.mesh, jax.tree.map(lambda *parts: np.concatenate(parts), *batches))
 
 
 def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:

@@ -68,8 +68,8 @@ def _idle(config: PPOStageConfig) -> Iterator[tuple[str, str]]:
     for name in ("clip_low", "clip_high") if update.loss == "pg" else ():
         if _changed(update, name):
             yield f"update.{name}", "pg has no ratio"
-    if score.normalise != "initial" and _changed(score, "initial_answers"):
-        yield "score.initial_answers", f"ppo.score.normalise is {score.normalise}"
+    if score.normalise != "initial" and _changed(score, "initial_completions"):
+        yield "score.initial_completions", f"ppo.score.normalise is {score.normalise}"
     if config.kl.target is None and _changed(config.kl, "horizon"):
         yield "kl.horizon", "there is no ppo.kl.target"
     compares = needs.needs_group or estimator.startswith("reinforce")

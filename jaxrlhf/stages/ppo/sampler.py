@@ -15,9 +15,9 @@ import numpy as np
 from jaxrlhf.algorithms.shaping import informative_groups
 from jaxrlhf.config import Sampling
 from jaxrlhf.data.prompts import PromptSet
-from jaxrlhf.distributed.mesh import fetch, place_batch
+from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.records import Adapter, Prompts, Rollout
-from jaxrlhf.rewards.answers import Answers, Reward, abstained_rows, may_abstain
+from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain
 from jaxrlhf.rewards.composed import ABSTAINED, ComposedReward
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
@@ -31,7 +31,7 @@ T = TypeVar("T")
 class Sampled:
     """Answers, and to which prompts."""
 
-    answers: Answers
+    answers: Completions
     chosen: np.ndarray  # i64[prompts]; numbers of the prompts
 
 
@@ -91,7 +91,7 @@ class Sampler:
         key: jax.Array,
         sampling: Sampling | None = None,
         placed: Prompts | None = None,
-    ) -> Answers:
+    ) -> Completions:
         """Samples answers to each of the chosen prompts, given by their numbers; those to one stand side by side.
 
         `placed` are the prompts as the program wants them, where they are ready.
@@ -131,15 +131,15 @@ class Sampler:
         chosen = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
         self._ahead = prompts, draw, chosen, self._placed(prompts, chosen)
 
-    def answer_greedily(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> Answers:
+    def answer_greedily(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> Completions:
         """One greedy answer to each of the chosen prompts."""
         return self.answer(policy, prompts, chosen, jax.random.key(0), self.greedy)
 
     def _placed(self, prompts: PromptSet, chosen: np.ndarray) -> Prompts:
         padded, _, _ = prompts.take(chosen)
-        return place_batch(self.run.mesh, padded)
+        return shard_batch(self.run.mesh, padded)
 
-    def measured(self, answers: Answers) -> dict[str, np.ndarray]:
+    def measured(self, answers: Completions) -> dict[str, np.ndarray]:
         """f32[B] by metric name: the score that is maximised, its parts, and the gold score; 0 where one abstained.
 
         Beside each that may abstain stands where it did: its share is then a metric.
@@ -166,9 +166,9 @@ class Sampler:
             self.run.say(f"ppo: {reward.name} abstained on all {count} answers of a batch and counts 0 there ({named})")
         return {metric: np.asarray(scores, np.float32), named: abstained.astype(np.float32)}
 
-    def scores(self, answers: Answers) -> tuple[Rollout, jax.Array]:
+    def scores(self, answers: Completions) -> tuple[Rollout, jax.Array]:
         """The answers with their scores f32[B], of the reward alone."""
-        return answers.rollout, place_batch(self.run.mesh, np.asarray(fetch(self.reward(answers)), np.float32))
+        return answers.rollout, shard_batch(self.run.mesh, np.asarray(fetch(self.reward(answers)), np.float32))
 
     def _resampled(
         self, scored: ScoredRollout, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
@@ -218,7 +218,7 @@ class Sampler:
         rows = {name: np.concatenate([values, second.rows[name]])[by_row] for name, values in first.rows.items()}
         return ScoredRollout(self._answers(rollout, prompts, chosen, group), chosen, rows)
 
-    def _answers(self, answered: Rollout, prompts: PromptSet, chosen: np.ndarray, group: int) -> Answers:
+    def _answers(self, answered: Rollout, prompts: PromptSet, chosen: np.ndarray, group: int) -> Completions:
         asked = np.repeat(chosen, group)
         texts, rows, chats = ([kind[i] for i in asked] for kind in (prompts.texts, prompts.columns, prompts.chats))
-        return Answers(answered, texts, rows, self.roles.tokenizer, chats)
+        return Completions(answered, texts, rows, self.roles.tokenizer, chats)

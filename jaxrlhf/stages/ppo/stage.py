@@ -15,14 +15,15 @@ from jaxrlhf.data.sources import check_source
 from jaxrlhf.distributed import processes
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.adapter_files import load_adapter
-from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_whole, scaled_head, without_head
-from jaxrlhf.models.sharding import place
+from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_full, scaled_head, without_head
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.from_first import on_first
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.sampling import truncates
+from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, with_optimizers
 from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
@@ -31,7 +32,6 @@ from jaxrlhf.stages.ppo.remarks import remarks
 from jaxrlhf.stages.ppo.sampler import Sampler, ScoredRollout
 from jaxrlhf.stages.ppo.value import starting_value
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.stages.settings import check_adapter, check_stage, rate_text, with_optimizers
 from jaxrlhf.steps.annotate import Control
 from jaxrlhf.steps.ppo import complete, init_ppo
 
@@ -111,8 +111,8 @@ def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     """Runs the stage; the roles with policy and value."""
     config = run.config.ppo
-    start = place(run.mesh, starting_policy(run, roles, inputs))
-    reference = place(run.mesh, starting_reference(run, roles, inputs, start))
+    start = shard(run.mesh, starting_policy(run, roles, inputs))
+    reference = shard(run.mesh, starting_reference(run, roles, inputs, start))
 
     value, says_scores = starting_value(run, roles)
     for name, adapter, own in (("policy", start, config.adapter), ("value model", value, config.value_adapter)):
@@ -122,7 +122,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     run.say(f"ppo: {_told(update_config, start, value)}")
 
     def model_reward() -> ModelReward:
-        adapter = place(run.mesh, roles.adapters["reward"])
+        adapter = shard(run.mesh, roles.adapters["reward"])
         return ModelReward(roles.base, adapter, run.mesh, update_config.microbatch_size)
 
     reward = compose(inputs.rewards, model_reward)
@@ -137,7 +137,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
             loop.state = loop.state.replace(control=control)
             if says_scores:  # of the reward as it is: it must say what becomes of them
                 ppo = loop.state.ppo
-                value = place(run.mesh, scaled_head(ppo.value, *gain_and_bias(control.moments)))
+                value = shard(run.mesh, scaled_head(ppo.value, *gain_and_bias(control.moments)))
                 loop.state = loop.state.replace(ppo=ppo.replace(value=value))
         for step in loop.steps():
             noting = functools.partial(_note_samples, run, step + 1)
@@ -202,7 +202,7 @@ def _check_kinds(run: Run, inputs: PPOInputs) -> None:
     kind = run.config.adapter_or(run.config.ppo.adapter).kind
     named = (("policy", inputs.policy), ("reference", inputs.reference))
     name, start = next(((name, adapter) for name, adapter in named if adapter is not None), ("", None))
-    if start is not None and kind == "lora" and is_whole(start):
+    if start is not None and kind == "lora" and is_full(start):
         why = "" if name == "policy" else ", and the policy starts from it where ppo.policy names no other"
         raise UserError(
             f"ppo.{name}: {getattr(run.config.ppo, name)} holds whole weights{why}, but ppo.adapter.kind is lora; give "

@@ -8,7 +8,7 @@ only its trunk is of use, with a head of 0: normalised scores have a mean of 0.
 """
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
-from jaxrlhf.models.adapters import as_kind, init_adapter, is_whole, scaled_head, value_head, with_head
+from jaxrlhf.models.adapters import as_kind, init_adapter, is_full, scaled_head, value_head, with_head
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.load import own_gain
 from jaxrlhf.stages.keys import key_for
@@ -29,7 +29,7 @@ def starting_value(run: Run, roles: Roles) -> tuple[Adapter | None, bool]:
         return value_head(base), False
     wanted, key = run.config.adapter_or(config.value_adapter), key_for(run.config.seed, "ppo", 0, "value")
     reward = roles.adapters.get("reward") if config.value_from == "reward" else None
-    if reward is not None and wanted.kind == "lora" and is_whole(reward):
+    if reward is not None and wanted.kind == "lora" and is_full(reward):
         run.say(
             "ppo: the value model starts fresh: the reward adapter holds whole weights, and the value's is LoRA pairs; "
             "ppo.value_adapter.kind=full starts from it, and so does a reward model trained as LoRA pairs"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxrlhf.cli.export import main as export
+from jaxrlhf.cli.generate import main as generate
 from jaxrlhf.config import RunConfig
 from jaxrlhf.errors import UserError
-from jaxrlhf.export import main as export
-from jaxrlhf.generate import main as generate
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.stages.run import run_stages
 
@@ -139,7 +139,7 @@ def test_a_shared_trunk_warm_up_and_fitted_scores(tmp_path):
     run_stages(
         config(
             tmp_path / "run", tmp_path / "reward.py", iterations=3, value_adapter=None,
-            score={"normalise": "initial", "initial_answers": 6, "overlong_penalty": 1.0, "overlong_buffer": 2},
+            score={"normalise": "initial", "initial_completions": 6, "overlong_penalty": 1.0, "overlong_buffer": 2},
             update={"epochs": 2, "minibatches": 1, "value_trunk": "policy", "value_warmup": 1, "optimizer": FAST},
         )
     )  # fmt: skip

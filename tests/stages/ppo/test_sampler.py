@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from jaxrlhf.rewards.answers import Answers, with_abstained
+from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.stages.ppo.sampler import Sampler
 
-ANSWERS = Answers(None, ["a", "b", "c"], [{}] * 3, None)
+ANSWERS = Completions(None, ["a", "b", "c"], [{}] * 3, None)
 
 
 class Given:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.hf.families import place
+from jaxrlhf.hf.families import address_of
 from jaxrlhf.hf.layout import load_parameter, stored_shape
 from jaxrlhf.hf.peft_config import NEWER_NAMES, PeftConfig
 from jaxrlhf.hf.tensor_files import StoredTensor
@@ -29,7 +29,7 @@ RESIZE = "tokens were added or removed; merge it with PEFT (merge_and_unload) an
 def module_of(base: Decoder, ours: str) -> str:
     """transformers' name of a module of ours that has one kernel or embedding."""
     leaf = "embedding" if ours == EMBEDDING else "kernel"
-    module = place(base.config, f"{ours}/{leaf}").tensor.removesuffix(".weight")
+    module = address_of(base.config, f"{ours}/{leaf}").tensor.removesuffix(".weight")
     return NEWER_NAMES.get(module, module)
 
 
@@ -51,7 +51,7 @@ def whole_weights(
     values = named_parameters(base)
     apart = [f"{EMBEDDING}/embedding", f"{HEAD}/kernel"]
     for name, leaf in abstract.items():
-        where = place(base.config, name)
+        where = address_of(base.config, name)
         if name in apart or where.tensor not in saved:
             continue
         value = _read(base, saved[where.tensor], name, leaf.shape)
@@ -59,7 +59,7 @@ def whole_weights(
             path, _, part = name.partition("/")
             adapter.setdefault(path, {})[part] = value
     _embedding_and_head(adapter, base, saved, embedding_pair, head_pair, config, file)
-    for tensor in (*(place(base.config, name).tensor for name in abstract), f"{module_of(base, HEAD)}.weight"):
+    for tensor in (*(address_of(base.config, name).tensor for name in abstract), f"{module_of(base, HEAD)}.weight"):
         saved.pop(tensor, None)
     return adapter
 
@@ -127,7 +127,7 @@ def check_foldable(base: Decoder, file: Path) -> None:
 
 
 def _read(base: Decoder, tensor: StoredTensor, name: str, shape: tuple[int, ...]) -> jax.Array:
-    where = place(base.config, name)
+    where = address_of(base.config, name)
     if math.prod(tensor.shape) == 0 or tensor.shape != stored_shape(shape, base.config, where):
         wanted = list(stored_shape(shape, base.config, where))
         raise UserError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; this base wants {wanted}")

@@ -1,17 +1,17 @@
-"""python -m jaxrlhf.bench --config FILE [key.path=value ...]: how fast a run's programs are, and could be, here."""
+"""jaxrlhf bench --config FILE [key.path=value ...]: how fast a run's programs are, and could be, here."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from jaxrlhf.command import main_of
+from jaxrlhf.cli.exits import main_of
 from jaxrlhf.errors import UserError
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m jaxrlhf.bench",
+        prog="jaxrlhf bench",
         description="Times each program of a run's stages on this machine, with random weights, prompts and scores, "
         "and says what share that is of the least possible time: arithmetic at the rate of a large matrix product, or "
         "bytes at the rate of memory, both measured in the same run. Of model.path only config.json is read; no data "
@@ -87,7 +87,3 @@ def _check_targets(arguments: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     return main_of(lambda: bench(parse(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,7 @@ from jaxrlhf.records import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class Completions:
     """A rollout, and its text for those who want text."""
 
     rollout: Rollout
@@ -57,7 +57,7 @@ class Reward(Protocol):
 
     name: str
 
-    def __call__(self, answers: Answers) -> np.ndarray | jax.Array: ...
+    def __call__(self, answers: Completions) -> np.ndarray | jax.Array: ...
 
 
 def may_abstain(reward: Reward) -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.config.run import PROGRAMS
-from jaxrlhf.distributed.programs import ALL, Program, check_options, compiled_with, options_of, peak_memory_bytes
+from jaxrlhf.distributed.jit import ALL, Program, check_options, compiled_with, options_of, peak_memory_bytes
 from jaxrlhf.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -85,7 +85,7 @@ def test_options_and_name_reach_jit():
 PLACEMENT = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxrlhf.distributed.programs import Program
+from jaxrlhf.distributed.jit import Program
 program = Program(lambda x: x * 2, "program")
 mesh = Mesh(np.array(jax.devices()), ("data",))
 x = np.ones(8, np.float32)

@@ -4,8 +4,8 @@ import pytest
 
 from jaxrlhf.config import AdvantageConfig, PPOConfig, PPOStageConfig
 from jaxrlhf.errors import UserError
+from jaxrlhf.stages.ppo.checks import check_algorithm
 from jaxrlhf.stages.ppo.remarks import remarks
-from jaxrlhf.stages.ppo.settings import check_algorithm
 
 GROUP = {"samples_per_prompt": 8}
 GRPO = {"advantage": {"estimator": "grpo"}, "sampling": GROUP}
@@ -112,7 +112,7 @@ def idle(*names):
             idle("ppo.value_from (ppo.update.value_trunk is policy)"),
         ),
         ({"update": {"loss": "pg", "clip_low": 0.1}}, idle("ppo.update.clip_low (pg has no ratio)")),
-        ({"score": {"initial_answers": 9}}, idle("ppo.score.initial_answers (ppo.score.normalise is none)")),
+        ({"score": {"initial_completions": 9}}, idle("ppo.score.initial_completions (ppo.score.normalise is none)")),
         ({"kl": {"horizon": 5}}, idle("ppo.kl.horizon (there is no ppo.kl.target)")),
         (
             {"update": {"mask_truncated": True}, "score": {"missing_eos_penalty": 1.0}},

@@ -10,12 +10,12 @@ from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, PPOStageCo
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.distributed.mesh import BATCH_AXES, check_batch
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.adapters import SCORE, check_kind, is_whole, target_paths
+from jaxrlhf.models.adapters import SCORE, check_kind, is_full, target_paths
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.fused_attention import check_model
 from jaxrlhf.records import Adapter
-from jaxrlhf.stages.ppo.settings import check_algorithm
+from jaxrlhf.stages.ppo.checks import check_algorithm
 from jaxrlhf.steps.optimizer import with_rate
 from jaxrlhf.steps.ppo import complete
 
@@ -106,7 +106,7 @@ def with_optimizers(update: PPOConfig, trained: Mapping[str, tuple[str, Any]], s
 
 def rate_text(config: OptimizerConfig, tree: Adapter) -> str:
     """A learning rate and what it is for, in words."""
-    what = "a whole model" if is_whole(tree) else "a head" if set(tree) == {SCORE} else "a LoRA adapter"
+    what = "a whole model" if is_full(tree) else "a head" if set(tree) == {SCORE} else "a LoRA adapter"
     return f"{config.learning_rate:g} for {what}"
 
 

@@ -12,7 +12,7 @@ import pytest
 from processes import Process
 from safetensors.numpy import load_file
 
-from jaxrlhf import train
+from jaxrlhf.cli import train
 from jaxrlhf.tracking.metrics import MetricsLog
 
 pytestmark = pytest.mark.slow

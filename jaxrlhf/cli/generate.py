@@ -1,15 +1,14 @@
-"""python -m jaxrlhf.generate --run DIR|--model DIR --prompt TEXT|--prompts FILE: answers, role by role."""
+"""jaxrlhf generate --run DIR|--model DIR --prompt TEXT|--prompts FILE: answers, role by role."""
 
 import argparse
 import json
-import sys
 
-from jaxrlhf.command import main_of
+from jaxrlhf.cli.exits import main_of
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m jaxrlhf.generate", description="Answers prompts with the roles of a run, or with a model."
+        prog="jaxrlhf generate", description="Answers prompts with the roles of a run, or with a model."
     )
     origin = parser.add_mutually_exclusive_group(required=True)
     origin.add_argument("--run", metavar="DIR", help="directory of a run")
@@ -39,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from jaxrlhf.stages.answering import answer_prompts
+    from jaxrlhf.stages.generating import answer_prompts
 
     for record in answer_prompts(arguments):
         if arguments.json:
@@ -53,7 +52,3 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     return main_of(lambda: generate(parse(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

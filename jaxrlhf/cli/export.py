@@ -1,14 +1,13 @@
-"""python -m jaxrlhf.export --run DIR --to DIR --format merged|peft|reward: a run's model for other programs."""
+"""jaxrlhf export --run DIR --to DIR --format merged|peft|reward: a run's model for other programs."""
 
 import argparse
-import sys
 
-from jaxrlhf.command import main_of
+from jaxrlhf.cli.exits import main_of
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m jaxrlhf.export",
+        prog="jaxrlhf export",
         description="Writes a role of a run as a folder that transformers, PEFT and serving engines open.",
     )
     parser.add_argument("--run", metavar="DIR", required=True, help="directory of a run")
@@ -46,7 +45,3 @@ def export(arguments: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     return main_of(lambda: export(parse(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

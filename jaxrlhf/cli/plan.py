@@ -1,11 +1,11 @@
-"""python -m jaxrlhf.plan --config FILE --devices N [key.path=value ...]: what a run needs, without cards or weights."""
+"""jaxrlhf plan --config FILE --devices N [key.path=value ...]: what a run needs, without cards or weights."""
 
 import argparse
 import json
 import os
 import sys
 
-from jaxrlhf.command import main_of
+from jaxrlhf.cli.exits import main_of
 from jaxrlhf.errors import UserError
 
 # Of the process that compiles for cards, before jax is loaded: a card that is there stays untouched, and XLA is asked
@@ -18,7 +18,7 @@ _ENVIRONMENT = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m jaxrlhf.plan",
+        prog="jaxrlhf plan",
         description="Memory, arithmetic, exchange and least time of each program of a run on N cards. Needs neither "
         "cards nor weights: of model.path only config.json is read. The programs are compiled for these cards by XLA "
         "itself, with models of a few layers where the model is deep; without its compiler for cards the closed form "
@@ -56,7 +56,3 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     return main_of(lambda: plan(parse(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,16 +19,16 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
+from jaxrlhf.stages.checks import check_tokens
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.roles import Roles, load_origin, load_run
-from jaxrlhf.stages.settings import check_tokens
 
 BATCH = 32
 LENGTH_STEP = 32  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
 def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
-    """One record per prompt, in order: {"prompt", "answers": {role: text}}; see `jaxrlhf.generate` for arguments."""
+    """One record per prompt, in order: {"prompt", "answers": {role: text}}; see `jaxrlhf generate` for arguments."""
     config = None
     if arguments.run is not None:
         roles = load_run(arguments.run)

@@ -23,7 +23,7 @@ _given: Options = {}
 
 
 class Program:
-    """`jax.jit` of a function, under a name, that knows how often it was compiled; on `mesh`, see `mesh.laid_out`.
+    """`jax.jit` of a function, under a name, that knows how often it was compiled; on `mesh`, see `mesh.constrain`.
 
     `compiles` stays at 1 as long as every call has the shapes, dtypes, static values and placement of the first.
     A change of placement alone (another sharding, or an array that was not yet committed to its device) compiles
