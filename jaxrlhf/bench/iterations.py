@@ -70,13 +70,13 @@ class _RandomReward:
         self.models = [program for name, program in timed.items() if name.startswith("reward ")]
         self.random = np.random.default_rng(shapes.config.seed)
 
-    def __call__(self, answers: Completions) -> np.ndarray | jax.Array:
+    def __call__(self, completions: Completions) -> np.ndarray | jax.Array:
         for model in self.models:
             for _ in range(round(model.times)):
                 model.again()
         if self.own is not None:
-            return self.own(*self.own.args[:2], answers.rollout)
-        return self.random.standard_normal(answers.rollout.tokens.shape[0]).astype(np.float32)
+            return self.own(*self.own.args[:2], completions.rollout)
+        return self.random.standard_normal(completions.rollout.tokens.shape[0]).astype(np.float32)
 
 
 def _prompts(shapes: Shapes) -> PromptSet:

@@ -24,7 +24,7 @@ from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readin
 
 
 class ClassifierReward:
-    """A reward (see `answers.Reward`) from a folder or hub id that `AutoModelForSequenceClassification` reads.
+    """A reward (see `completions.Reward`) from a folder or hub id that `AutoModelForSequenceClassification` reads.
 
     Texts longer than `max_length` lose their start, special tokens excepted; of two segments the longer one first.
     Rows of about the same length share a forward pass, padded on the right.
@@ -51,8 +51,8 @@ class ClassifierReward:
         for number, chat in enumerate(chats, start=1):
             self.chats.whole_text(chat.followed_by("a"), f"prompt {number}: ")
 
-    def __call__(self, answers: Completions) -> np.ndarray:
-        return finite(self.name, self.scores(readings(answers, self.config, self.chats.exists)))
+    def __call__(self, completions: Completions) -> np.ndarray:
+        return finite(self.name, self.scores(readings(completions, self.config, self.chats.exists)))
 
     def scores(self, read: list[Reading]) -> np.ndarray:
         """Scores f32[B] of B readings."""

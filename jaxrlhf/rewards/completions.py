@@ -29,7 +29,7 @@ class Completions:
         _ = self._ids, self.ended
 
     @cached_property
-    def completions(self) -> list[str]:
+    def texts(self) -> list[str]:
         """The B answers as text, without special tokens, as they follow their prompts; decoded once, on first use."""
         return [self.tokenizer.decode_after(prompt, response) for prompt, response in self._ids]
 
@@ -57,7 +57,7 @@ class Reward(Protocol):
 
     name: str
 
-    def __call__(self, answers: Completions) -> np.ndarray | jax.Array: ...
+    def __call__(self, completions: Completions) -> np.ndarray | jax.Array: ...
 
 
 def may_abstain(reward: Reward) -> bool:

@@ -17,7 +17,7 @@ TAKEN, ABSTAINED = ("score", "gold", "shaped", "adjusted", "score_std", "drawn",
 
 
 class ComposedReward:
-    """A reward (see `answers.Reward`): the sum of weight times part, where a part that abstains counts 0.
+    """A reward (see `completions.Reward`): the sum of weight times part, where a part that abstains counts 0.
 
     It abstains itself where all parts do that have a weight.
 
@@ -40,14 +40,14 @@ class ComposedReward:
         self.name = " + ".join(f"{weight:g} {name}" for name, (_, weight) in self.parts.items())
         self.may_abstain = any(may_abstain(part) for part, _ in self.parts.values())
 
-    def __call__(self, answers: Completions) -> np.ndarray:
-        return self.scores_and_parts(answers)[0]
+    def __call__(self, completions: Completions) -> np.ndarray:
+        return self.scores_and_parts(completions)[0]
 
-    def scores_and_parts(self, answers: Completions) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def scores_and_parts(self, completions: Completions) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(scores f32[B], each part's own scores f32[B] without its weight, by name)."""
         # All are called before any is fetched: the device computes one part while another waits for a server.
-        given = {name: _called(name, part, answers) for name, (part, _) in self.parts.items()}
-        count = len(answers.prompts)
+        given = {name: _called(name, part, completions) for name, (part, _) in self.parts.items()}
+        count = len(completions.prompts)
         scores = {name: _fetched(name, values, count) for name, values in given.items()}
         total = sum(np.float64(weight) * np.asarray(scores[name]) for name, (_, weight) in self.parts.items())
         weighed = [name for name, (_, weight) in self.parts.items() if weight] or list(self.parts)
@@ -55,9 +55,9 @@ class ComposedReward:
         return with_abstained(total.astype(np.float32), abstained), scores
 
 
-def _called(name: str, part: Reward, answers: Completions):
+def _called(name: str, part: Reward, completions: Completions):
     try:
-        return part(answers)
+        return part(completions)
     except UserError:
         raise
     except RewardFault as error:

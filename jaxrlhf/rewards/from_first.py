@@ -15,16 +15,16 @@ from jaxrlhf.rewards.pretrained import PretrainedReward
 
 
 class FromFirst:
-    """A reward (see `answers.Reward`) that process 0 asks, for all; what it fails with is raised on all."""
+    """A reward (see `completions.Reward`) that process 0 asks, for all; what it fails with is raised on all."""
 
     def __init__(self, reward: Reward):
         self.reward, self.name, self.may_abstain = reward, reward.name, may_abstain(reward)
 
-    def __call__(self, answers: Completions) -> np.ndarray:
-        answers.gather()
+    def __call__(self, completions: Completions) -> np.ndarray:
+        completions.gather()
 
         def score() -> bytes:
-            scores = self.reward(answers)
+            scores = self.reward(completions)
             return np.stack([np.asarray(scores, np.float32), abstained_rows(scores).astype(np.float32)]).tobytes()
 
         scores, abstained = np.frombuffer(from_first(score, RewardFault), np.float32).reshape(2, -1)

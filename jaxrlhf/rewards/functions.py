@@ -34,7 +34,7 @@ class RewardFault(RuntimeError):
 
 
 class FunctionReward:
-    """A reward (see `answers.Reward`) that calls a Python function on text.
+    """A reward (see `completions.Reward`) that calls a Python function on text.
 
     `options` are keywords of every call and go before columns of the same name. `columns` renames: keyword of the
     function -> column of the data. `timeout` in seconds ends an async function; one that is not async cannot be
@@ -97,12 +97,12 @@ class FunctionReward:
                 f"{key_path}: {self.name} requires {', '.join(missing)}; the data gives {', '.join(sorted(given))}"
             )
 
-    def __call__(self, answers: Completions) -> np.ndarray:
+    def __call__(self, completions: Completions) -> np.ndarray:
         # Copies: a function that sorts or pops what it is given must change neither the data, which a run that goes
         # on later reads anew, nor what the other parts of a sum see.
-        columns = copy.deepcopy(columns_of(answers.rows))
+        columns = copy.deepcopy(columns_of(completions.rows))
         columns |= {keyword: columns.get(name) for keyword, name in self.columns.items() if name in columns}
-        given = columns | {"prompts": list(answers.prompts), "completions": list(answers.completions)}
+        given = columns | {"prompts": list(completions.prompts), "completions": list(completions.texts)}
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}
         try:
@@ -114,11 +114,11 @@ class FunctionReward:
         except BaseException as error:  # sys.exit would end the run as if it had succeeded; so may a panic of Rust
             what = f"{type(error).__name__}: {one_line(error)}"
             raise RewardFault(f"reward function {self.name} raised {what}") from error
-        return checked_scores(scores, len(answers.prompts), f"reward function {self.name}")
+        return checked_scores(scores, len(completions.prompts), f"reward function {self.name}")
 
 
 def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
-    """Scores f32[count] of what `source` returned, masked and 0 where that is None (see `answers.with_abstained`).
+    """Scores f32[count] of what `source` returned, masked and 0 where that is None (see `completions.with_abstained`).
 
     RewardFault where it is no list of `count` finite numbers and None.
     """

@@ -33,7 +33,7 @@ def score_program(mesh: jax.sharding.Mesh | None, base: Decoder) -> Program:
 
 
 class ModelReward:
-    """A reward (see `answers.Reward`) that never leaves the device."""
+    """A reward (see `completions.Reward`) that never leaves the device."""
 
     name = "reward_model"
 
@@ -47,5 +47,5 @@ class ModelReward:
         self.base, self.adapter, self.microbatch_size = base, adapter, microbatch_size
         self.program = score_program(mesh, base)
 
-    def __call__(self, answers: Completions) -> jax.Array:
-        return self.program(self.base, self.adapter, answers.rollout, microbatch_size=self.microbatch_size)
+    def __call__(self, completions: Completions) -> jax.Array:
+        return self.program(self.base, self.adapter, completions.rollout, microbatch_size=self.microbatch_size)

@@ -38,7 +38,7 @@ def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
 
 
 class PretrainedReward:
-    """A reward (see `answers.Reward`) from a folder or hub id that `load_sequence_classifier` reads."""
+    """A reward (see `completions.Reward`) from a folder or hub id that `load_sequence_classifier` reads."""
 
     def __init__(
         self, config: ModelRewardConfig, mesh: jax.sharding.Mesh, key_path: str, matmul_precision: str = "highest"
@@ -62,8 +62,8 @@ class PretrainedReward:
         for _ in self.tokenizer.encode_chats([chat.followed_by("a") for chat in chats], where):
             pass
 
-    def __call__(self, answers: Completions) -> np.ndarray:
-        ids = self.encode(readings(answers, self.config, self.tokenizer.has_chat_template), answers.ended)
+    def __call__(self, completions: Completions) -> np.ndarray:
+        ids = self.encode(readings(completions, self.config, self.tokenizer.has_chat_template), completions.ended)
         size = min(self.config.batch_size, len(ids))
         chosen = batches([len(row) for row in ids], size)
         # All are under way before the first is waited for.

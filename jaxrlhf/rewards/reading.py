@@ -17,15 +17,15 @@ Reading = tuple[str | Chat | None, str]
 """(None, text), (prompt, completion) as two segments, or (chat, completion) as a chat."""
 
 
-def readings(answers: Completions, config: ReadingRewardConfig, has_chat_template: bool) -> list[Reading]:
+def readings(completions: Completions, config: ReadingRewardConfig, has_chat_template: bool) -> list[Reading]:
     """One reading per answer, as `config.input` says; `has_chat_template` is of the scorer's tokenizer.
 
     In a text, a text prompt stands as the data gave it with the answer right behind it, and a chat's prompt is what
     its messages say, a line each, with the answer on the next, or right behind the beginning that it goes on from. A
     template puts them as it likes.
     """
-    chats = answers.chats or [None] * len(answers.prompts)
-    rows = zip(answers.prompts, chats, answers.completions)
+    chats = completions.chats or [None] * len(completions.prompts)
+    rows = zip(completions.prompts, chats, completions.texts)
     found: list[Reading] = []
     for text, chat, continuation in rows:
         begun = chat is not None and chat.begun

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class HTTPReward:
-    """A reward (see `answers.Reward`) that a server gives; the module's text tells what is sent and what comes back.
+    """A reward (see `completions.Reward`) from a server; the module docstring gives requests and responses.
 
     url         http or https; a user and password in it are sent as basic authentication
     batch_size  answers per request
@@ -92,10 +92,10 @@ class HTTPReward:
         self.max_bytes, self.concurrency, self.max_wait = max_bytes, concurrency, max_wait
         self.say = say
 
-    def __call__(self, answers: Completions) -> np.ndarray:
-        count = len(answers.prompts)
+    def __call__(self, completions: Completions) -> np.ndarray:
+        count = len(completions.prompts)
         batches = [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
-        requests = [self._request(answers, texts) for texts in batches]
+        requests = [self._request(completions, texts) for texts in batches]
         try:
             return run_async(self._score(requests, [texts.stop - texts.start for texts in batches]))
         except RewardFault:
@@ -129,15 +129,15 @@ class HTTPReward:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _request(self, answers: Completions, texts: slice) -> bytes:
-        columns = columns_of(answers.rows[texts])
+    def _request(self, completions: Completions, texts: slice) -> bytes:
+        columns = columns_of(completions.rows[texts])
         for name, values in columns.items():
             try:
                 json.dumps(values, allow_nan=False)
             except (TypeError, ValueError) as error:
                 what = f"column {name} cannot be sent as JSON: {one_line(error)}"
                 raise RewardFault(f"reward server {self.name}: {what}") from error
-        request = {"prompts": list(answers.prompts[texts]), "completions": answers.completions[texts]}
+        request = {"prompts": list(completions.prompts[texts]), "completions": completions.texts[texts]}
         return json.dumps(request | {"columns": columns}).encode()
 
     async def _exchange(self, client: "httpx2.AsyncClient", request: bytes) -> list:

@@ -38,11 +38,11 @@ def rows_measured(experience: Experience, rollout: Rollout) -> dict[str, np.ndar
     }
 
 
-def samples_of(answers: Completions, scores) -> list[dict]:
+def samples_of(completions: Completions, scores) -> list[dict]:
     """One record per answer: prompt, completion, score."""
     return [
         {"prompt": prompt, "completion": completion, "score": round(float(score), 4)}
-        for prompt, completion, score in zip(answers.prompts, answers.completions, np.asarray(scores))
+        for prompt, completion, score in zip(completions.prompts, completions.texts, np.asarray(scores))
     ]
 
 

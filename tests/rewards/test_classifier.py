@@ -88,7 +88,7 @@ def direct(folder, *texts):
 
 @pytest.mark.parametrize("kind", CASES)
 def test_scores_are_those_of_a_direct_call_whatever_the_batch(kind, folders, answered, rows):
-    answers = answered(rows)
+    completions = answered(rows)
     settings = {
         "text": lambda prompt, answer: (f"{prompt} {answer}",),
         "completion": lambda prompt, answer: (answer,),
@@ -98,39 +98,39 @@ def test_scores_are_those_of_a_direct_call_whatever_the_batch(kind, folders, ans
         expected = np.array([direct(folders[kind], *texts(prompt, answer))[2] for prompt, answer, _ in rows])
         assert expected.std() > 0.01
         for size in (1, 4, 16):
-            scores = make(folders[kind], label="glad", input=read, batch_size=size)(answers)
+            scores = make(folders[kind], label="glad", input=read, batch_size=size)(completions)
             assert scores.dtype == np.float32 and scores.shape == (6,)
             np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 def test_auto_is_text_and_a_template_spells_it(folders, answered, rows):
-    answers, folder = answered(rows), folders["bert"]
-    np.testing.assert_array_equal(make(folder, label=2)(answers), make(folder, label=2, input="text")(answers))
-    spelt = make(folder, label=2, template="{completion} {x} . {prompt} ?")(answers)
+    completions, folder = answered(rows), folders["bert"]
+    np.testing.assert_array_equal(make(folder, label=2)(completions), make(folder, label=2, input="text")(completions))
+    spelt = make(folder, label=2, template="{completion} {x} . {prompt} ?")(completions)
     expected = [direct(folder, f"{answer} {{x}} . {prompt} ?")[2] for prompt, answer, _ in rows]
     np.testing.assert_allclose(spelt, expected, atol=1e-5)
 
 
 def test_what_of_the_label_is_the_score(folders, answered, rows, tmp_path):
-    answers, folder = answered(rows), folders["bert"]
+    completions, folder = answered(rows), folders["bert"]
     logits = np.array([direct(folder, f"{prompt} {answer}") for prompt, answer, _ in rows])
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for index, name in enumerate(NAMES):
         for label in (name, index, str(index)):
-            np.testing.assert_allclose(make(folder, label=label)(answers), logits[:, index], atol=1e-5)
-    probable = make(folder, label="calm", score="probability")(answers)
+            np.testing.assert_allclose(make(folder, label=label)(completions), logits[:, index], atol=1e-5)
+    probable = make(folder, label="calm", score="probability")(completions)
     np.testing.assert_allclose(probable, shares[:, 1], atol=1e-5)
-    logarithm = make(folder, label="calm", score="log_probability")(answers)
+    logarithm = make(folder, label="calm", score="log_probability")(completions)
     np.testing.assert_allclose(logarithm, np.log(probable), atol=1e-5)
     # Labels that do not exclude each other, and one alone: a sigmoid.
     many = {"problem_type": "multi_label_classification"}
     for names, settings, label in ((NAMES, many, "calm"), (["glad"], {}, None)):
         save_model(tmp_path, "bert", names, **settings)
         tokenizer_of().save_pretrained(tmp_path)
-        logit = make(tmp_path, label=label)(answers)
+        logit = make(tmp_path, label=label)(completions)
         share = 1 / (1 + np.exp(-logit))
-        np.testing.assert_allclose(make(tmp_path, label=label, score="probability")(answers), share, atol=1e-5)
-        logarithm = make(tmp_path, label=label, score="log_probability")(answers)
+        np.testing.assert_allclose(make(tmp_path, label=label, score="probability")(completions), share, atol=1e-5)
+        logarithm = make(tmp_path, label=label, score="log_probability")(completions)
         np.testing.assert_allclose(logarithm, np.log(share), atol=1e-5)
 
 
@@ -151,9 +151,9 @@ TEMPLATE = (
 
 def test_a_chat_goes_through_the_template_where_there_is_one(folders, answered, tmp_path):
     chat = Chat([{"role": "user", "content": "is it bad"}, {"role": "assistant", "content": "so so"}])
-    answers = answered([("is it bad so so", "not good", True), ("is it", "good", True)], chats=[chat, None])
+    completions = answered([("is it bad so so", "not good", True), ("is it", "good", True)], chats=[chat, None])
     plain = [direct(folders["bert"], "is it bad so so not good")[1], direct(folders["bert"], "is it good")[1]]
-    np.testing.assert_allclose(make(folders["bert"], label=1)(answers), plain, atol=1e-5)
+    np.testing.assert_allclose(make(folders["bert"], label=1)(completions), plain, atol=1e-5)
     save_model(tmp_path, "bert")
     tokenizer_of(TEMPLATE).save_pretrained(tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
@@ -161,8 +161,8 @@ def test_a_chat_goes_through_the_template_where_there_is_one(folders, answered, 
     ids = tokenizer_of().convert_tokens_to_ids([f"[{x}]" if x.isupper() else x for x in whole])
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0, 1]
-    np.testing.assert_allclose(make(tmp_path, label=1)(answers), [wanted, plain[1]], atol=1e-5)
-    turned = make(tmp_path, label=1, input="chat")(answers)  # a text is one turn of a user
+    np.testing.assert_allclose(make(tmp_path, label=1)(completions), [wanted, plain[1]], atol=1e-5)
+    turned = make(tmp_path, label=1, input="chat")(completions)  # a text is one turn of a user
     np.testing.assert_allclose(turned[0], wanted, atol=1e-5)
     assert abs(turned[1] - plain[1]) > 1e-4
 

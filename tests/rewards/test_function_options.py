@@ -16,10 +16,10 @@ LIBRARY = "jaxrlhf.rewards.library"
 
 
 @pytest.fixture
-def answers():
-    answers = Completions(None, ["p", "q"], [{"answer": "4", "gold": 4}, {"answer": "5", "gold": 6}], None)
-    answers.__dict__["completions"] = [" it is 4", " it is 6"]
-    return answers
+def completions():
+    completions = Completions(None, ["p", "q"], [{"answer": "4", "gold": 4}, {"answer": "5", "gold": 6}], None)
+    completions.__dict__["texts"] = [" it is 4", " it is 6"]
+    return completions
 
 
 @pytest.fixture
@@ -46,16 +46,16 @@ async def score(gold):
 """
 
 
-def test_an_async_function_is_awaited_always_on_the_same_loop(reward, answers):
+def test_an_async_function_is_awaited_always_on_the_same_loop(reward, completions):
     score = reward(ASYNC)
     for _ in range(3):
-        np.testing.assert_array_equal(score(answers), np.float32([2, 3]))
+        np.testing.assert_array_equal(score(completions), np.float32([2, 3]))
     assert len(score.function.__globals__["loops"]) == 1
 
 
-def test_an_async_function_within_a_running_loop(reward, answers):
+def test_an_async_function_within_a_running_loop(reward, completions):
     async def notebook():
-        return score(answers)
+        return score(completions)
 
     score = reward(ASYNC)
     import asyncio
@@ -76,13 +76,13 @@ def test_an_async_function_within_a_running_loop(reward, answers):
         ("return ['1', '2']", "no list of numbers"),
     ],
 )
-def test_faults_of_an_async_function(reward, answers, body, words):
+def test_faults_of_an_async_function(reward, completions, body, words):
     source = f"import asyncio, sys, time\nasync def inner():\n    sys.exit(1)\nasync def score(prompts):\n    {body}\n"
     with pytest.raises(RewardFault) as fault:
-        reward(source, timeout=0.05 if "sleep" in body else 5.0)(answers)
+        reward(source, timeout=0.05 if "sleep" in body else 5.0)(completions)
     assert words in str(fault.value) and "\n" not in str(fault.value)
     # The loop survives it, or the next call gets another.
-    np.testing.assert_array_equal(reward(ASYNC, timeout=5.0)(answers), np.float32([2, 3]))
+    np.testing.assert_array_equal(reward(ASYNC, timeout=5.0)(completions), np.float32([2, 3]))
 
 
 def test_a_time_out_cancels_the_function():
@@ -118,25 +118,26 @@ def test_a_process_ends_though_a_thread_of_an_async_function_does_not(processes)
     assert done.errors.splitlines()[-1] == "TimeoutError: took longer than 0.05 s"
 
 
-def test_an_error_in_a_thread_of_an_async_function_is_its_own(reward, answers):
+def test_an_error_in_a_thread_of_an_async_function_is_its_own(reward, completions):
     source = "import asyncio\nasync def score(gold):\n    return await asyncio.to_thread(lambda: [1 / 0])\n"
     with pytest.raises(RewardFault, match="raised ZeroDivisionError: division by zero"):
-        reward(source)(answers)
+        reward(source)(completions)
 
 
-def test_options_reach_every_call_and_go_before_columns(reward, answers):
+def test_options_reach_every_call_and_go_before_columns(reward, completions):
     source = "def score(prompts, gold, bonus=0.0):\n    return [bonus + (gold if gold == 9 else 0) for _ in prompts]"
-    np.testing.assert_array_equal(reward(source, options={"bonus": 0.5, "gold": 9})(answers), np.float32([9.5, 9.5]))
+    with_options = reward(source, options={"bonus": 0.5, "gold": 9})
+    np.testing.assert_array_equal(with_options(completions), np.float32([9.5, 9.5]))
     required = reward("def score(prompts, scale):\n    return [scale] * len(prompts)", options={"scale": 3})
     required.check_columns({"answer"}, "ppo.reward")  # an option fills what no column does
-    np.testing.assert_array_equal(required(answers), [3, 3])
+    np.testing.assert_array_equal(required(completions), [3, 3])
 
 
-def test_columns_are_renamed(answers):
+def test_columns_are_renamed(completions):
     score = FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold", columns={"answer": "gold"})
     score.check_columns({"gold"}, "ppo.gold")
-    np.testing.assert_array_equal(score(answers), [1, 1])
-    np.testing.assert_array_equal(FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")(answers), [1, 0])
+    np.testing.assert_array_equal(score(completions), [1, 1])
+    np.testing.assert_array_equal(FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")(completions), [1, 0])
     with pytest.raises(UserError, match="the data has no column gold; it has answer"):
         score.check_columns({"answer"}, "ppo.gold")
 
@@ -185,10 +186,10 @@ def test_options_of_the_library_are_checked_when_the_reward_is_made(name, option
     assert message.startswith("ppo.gold: ") and words in message and "\n" not in message
 
 
-def test_a_column_never_fills_an_option_of_the_library(answers):
+def test_a_column_never_fills_an_option_of_the_library(completions):
     rows = [{"n": 1, "unit": "x"}, {"n": 2, "unit": "y"}]
-    odd = Completions(None, answers.prompts, rows, None)
-    odd.__dict__["completions"] = ["a b a b a b", "a b c d"]
+    odd = Completions(None, completions.prompts, rows, None)
+    odd.__dict__["texts"] = ["a b a b a b", "a b c d"]
     np.testing.assert_allclose(FunctionReward(f"{LIBRARY}:repetition", "ppo.gold", {"n": 2})(odd), [-3 / 5, 0])
 
 
@@ -202,12 +203,12 @@ def test_a_package_that_is_missing_is_named_before_anything_runs(monkeypatch, na
         FunctionReward(f"{LIBRARY}:{name}", "ppo.gold")
 
 
-def test_a_row_whose_column_holds_nothing_of_use_is_named_and_one_without_has_no_score(answers):
+def test_a_row_whose_column_holds_nothing_of_use_is_named_and_one_without_has_no_score(completions):
     reward = FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")
-    odd = Completions(None, answers.prompts, [{"answer": "4"}, {"answer": "four"}], None)
-    odd.__dict__["completions"] = answers.completions
+    odd = Completions(None, completions.prompts, [{"answer": "4"}, {"answer": "four"}], None)
+    odd.__dict__["texts"] = completions.texts
     with pytest.raises(RewardFault, match=r"numeric_answer raised ValueError: column answer, row 1 holds no number"):
         reward(odd)
     without = dataclasses.replace(odd, rows=[{"answer": "4"}, {}])
-    without.__dict__["completions"] = answers.completions
+    without.__dict__["texts"] = completions.texts
     np.testing.assert_array_equal(abstained_rows(reward(without)), [False, True])

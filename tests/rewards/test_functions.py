@@ -16,7 +16,7 @@ WORDS = ["red", "green", "blue", "one", "two"]
 
 
 @pytest.fixture(scope="module")
-def answers():
+def completions():
     """Three answers to prompts of one word; what stands past their end is not theirs."""
     tokenizer = build_word_tokenizer(WORDS)
     ids = {word: tokenizer.encode_prompt(word)[-1] for word in WORDS}
@@ -48,15 +48,15 @@ def reward(tmp_path):
     return make
 
 
-def test_completions_are_the_real_tokens_without_special_ones(answers):
-    assert answers.completions == [" red green", " green", ""]  # with the blank that parts them from their prompts
-    assert answers.completions is answers.completions  # decoded once
+def test_completions_are_the_real_tokens_without_special_ones(completions):
+    assert completions.texts == [" red green", " green", ""]  # with the blank that parts them from their prompts
+    assert completions.texts is completions.texts  # decoded once
 
 
-def test_a_function_gets_prompts_completions_and_every_column(reward, answers):
+def test_a_function_gets_prompts_completions_and_every_column(reward, completions):
     score = reward("seen = {}\ndef score(**given):\n    seen.update(given)\n    return [0.6, 1, True]")
-    np.testing.assert_array_equal(score(answers), np.float32([0.6, 1, 1]))
-    assert score(answers).dtype == np.float32
+    np.testing.assert_array_equal(score(completions), np.float32([0.6, 1, 1]))
+    assert score(completions).dtype == np.float32
     assert score.function.__globals__["seen"] == {
         "prompts": ["one", "two", "one"],
         "completions": [" red green", " green", ""],
@@ -65,15 +65,15 @@ def test_a_function_gets_prompts_completions_and_every_column(reward, answers):
     }
 
 
-def test_without_kwargs_it_gets_what_it_names(reward, answers):
+def test_without_kwargs_it_gets_what_it_names(reward, completions):
     score = reward("def score(level, completions, bonus=0.25):\n    return [x / 3 + bonus for x in level]")
-    np.testing.assert_allclose(score(answers), np.float32([1 / 3, 2 / 3, 1]) + 0.25, rtol=1e-6)
+    np.testing.assert_allclose(score(completions), np.float32([1 / 3, 2 / 3, 1]) + 0.25, rtol=1e-6)
 
 
-def test_arrays_of_any_number_type_are_scores(reward, answers):
+def test_arrays_of_any_number_type_are_scores(reward, completions):
     for kind in ("float64", "int64", "bool", "float16"):
         score = reward(f"import numpy as np\ndef score(prompts):\n    return np.array([0, 1, 1], '{kind}')")
-        np.testing.assert_array_equal(score(answers), np.float32([0, 1, 1]))
+        np.testing.assert_array_equal(score(completions), np.float32([0, 1, 1]))
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_arrays_of_any_number_type_are_scores(reward, answers):
         ("raise type('PanicException', (BaseException,), {})('of Rust')", "raised PanicException: of Rust"),
     ],
 )
-def test_what_is_no_score_is_a_fault_that_names_the_function(reward, answers, body, words):
+def test_what_is_no_score_is_a_fault_that_names_the_function(reward, completions, body, words):
     if "torch" in body:
         pytest.importorskip("torch")
     imports = "import numpy as np\n" + "import torch\n" * ("torch" in body)
     score = reward(f"{imports}def score(prompts, completions):\n    {body}")
     with pytest.raises(RewardFault) as fault:
-        score(answers)
+        score(completions)
     message = str(fault.value)
     assert words in message and score.name in message and "\n" not in message
 
@@ -125,8 +125,8 @@ def test_what_is_no_score_is_a_fault_that_names_the_function(reward, answers, bo
         ("[0.5, 0.0, 2.0]", []),
     ],
 )
-def test_a_function_abstains_with_none_and_counts_0_there(reward, answers, how, body, abstained):
-    scores = reward(f"import numpy as np\n{how} score(prompts):\n    return {body}")(answers)
+def test_a_function_abstains_with_none_and_counts_0_there(reward, completions, how, body, abstained):
+    scores = reward(f"import numpy as np\n{how} score(prompts):\n    return {body}")(completions)
     np.testing.assert_array_equal(np.flatnonzero(abstained_rows(scores)), abstained)
     expected = np.float32([0.5, 0, 2])
     expected[abstained] = 0
@@ -134,35 +134,35 @@ def test_a_function_abstains_with_none_and_counts_0_there(reward, answers, how, 
     assert scores.dtype == np.float32 and isinstance(scores, np.ma.MaskedArray) == bool(abstained)
 
 
-def test_process_0_tells_the_others_where_a_reward_abstained(reward, answers):
+def test_process_0_tells_the_others_where_a_reward_abstained(reward, completions):
     score = reward("def score(prompts):\n    return [0.5, None, 2]")
     shared = FromFirst(score)
     assert shared.may_abstain and shared.name == score.name
-    for got, expected in zip((shared(answers), score(answers)), (score(answers),) * 2):
+    for got, expected in zip((shared(completions), score(completions)), (score(completions),) * 2):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
         np.testing.assert_array_equal(abstained_rows(got), [False, True, False])
 
 
-def test_what_a_function_does_to_its_lists_changes_nothing_for_others(reward, answers):
+def test_what_a_function_does_to_its_lists_changes_nothing_for_others(reward, completions):
     rows = [{"names": ["ada", "bo"]} for _ in range(3)]
-    answers = dataclasses.replace(answers, rows=rows)
+    completions = dataclasses.replace(completions, rows=rows)
     score = reward(
         "def score(prompts, completions, names):\n"
         "    return [float(len(completions.pop()) + len(known.pop())) for known in names]"
     )
     for _ in range(2):
-        np.testing.assert_array_equal(score(answers), np.float32([2, 8, 12]))
-    assert answers.completions == [" red green", " green", ""] and rows == [{"names": ["ada", "bo"]}] * 3
+        np.testing.assert_array_equal(score(completions), np.float32([2, 8, 12]))
+    assert completions.texts == [" red green", " green", ""] and rows == [{"names": ["ada", "bo"]}] * 3
 
 
-def test_ctrl_c_is_no_fault_of_the_function(reward, answers):
+def test_ctrl_c_is_no_fault_of_the_function(reward, completions):
     with pytest.raises(KeyboardInterrupt):
-        reward("def score(prompts):\n    raise KeyboardInterrupt")(answers)
+        reward("def score(prompts):\n    raise KeyboardInterrupt")(completions)
 
 
-def test_a_column_that_the_data_has_not_is_a_fault(reward, answers):
+def test_a_column_that_the_data_has_not_is_a_fault(reward, completions):
     with pytest.raises(RewardFault, match=r"missing 1 required .*'gold_answer'"):
-        reward("def score(completions, gold_answer):\n    return [1, 2, 3]")(answers)
+        reward("def score(completions, gold_answer):\n    return [1, 2, 3]")(completions)
 
 
 def test_functions_of_modules_and_files(tmp_path):

@@ -69,13 +69,13 @@ def test_a_sum_may_hold_the_runs_own_reward():
     class Own:
         name = "own"
 
-        def __call__(self, answers):
+        def __call__(self, completions):
             return np.float32([1.0, 2.0])
 
-    class Answers:
-        prompts, completions, rows = ["a", "b"], ["one two three", "one"], [{}, {}]
+    class FakeCompletions:
+        prompts, texts, rows = ["a", "b"], ["one two three", "one"], [{}, {}]
 
     whole = compose(rewards, Own)
     assert isinstance(whole, ComposedReward)
-    np.testing.assert_allclose(whole(Answers()), [2.0, 4.0 + 0.5 * (-2 / 3)], rtol=1e-6)
+    np.testing.assert_allclose(whole(FakeCompletions()), [2.0, 4.0 + 0.5 * (-2 / 3)], rtol=1e-6)
     assert isinstance(compose(load(), Own), Own)

@@ -82,14 +82,14 @@ def test_an_exported_reward_adapter_scores_as_it_did_in_its_run(make, answered, 
     """The same tokens, through text and back: the EOS where an answer ended, none where it did not."""
     base = make_base(policy_tokenizer)
     save_sequence_classifier(tmp_path / "out", base, head(), policy_tokenizer)
-    answers = answered(rows)
-    expected = np.asarray(ModelReward(base, head())(answers))
+    completions = answered(rows)
+    expected = np.asarray(ModelReward(base, head())(completions))
     assert expected.std() > 0.1
-    scores = make(tmp_path / "out")(answers)
+    scores = make(tmp_path / "out")(completions)
     assert scores.shape == (6,) and scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    without = make(tmp_path / "out", end_at_eos=False)(answers)
-    ended = np.asarray(answers.rollout.ended)
+    without = make(tmp_path / "out", end_at_eos=False)(completions)
+    ended = np.asarray(completions.rollout.ended)
     assert (np.abs(without - expected)[ended] > 1e-3).all()
     np.testing.assert_allclose(without[~ended], expected[~ended], atol=1e-5)
 
@@ -100,39 +100,39 @@ def test_its_products_are_as_exact_as_the_run_s(mesh, folder):
 
 
 def test_another_tokenizer_reads_the_text(make, folder, answered, rows):
-    answers = answered(rows)
+    completions = answered(rows)
     expected = [direct(folder, f"<bos> {p} {c}" + " <eos>" * ended) for p, c, ended in rows]
     assert np.std(expected) > 0.1
     for size in (1, 4, 16):
-        np.testing.assert_allclose(make(folder, batch_size=size)(answers), expected, atol=1e-4)
+        np.testing.assert_allclose(make(folder, batch_size=size)(completions), expected, atol=1e-4)
     expected = [direct(folder, f"<bos> {c}" + " <eos>" * ended) for p, c, ended in rows]
-    np.testing.assert_allclose(make(folder, input="completion")(answers), expected, atol=1e-4)
-    spelt = make(folder, template="{completion} ? {prompt}", end_at_eos=False)(answers)
+    np.testing.assert_allclose(make(folder, input="completion")(completions), expected, atol=1e-4)
+    spelt = make(folder, template="{completion} ? {prompt}", end_at_eos=False)(completions)
     np.testing.assert_allclose(spelt, [direct(folder, f"<bos> {c} ? {p}") for p, c, _ in rows], atol=1e-4)
 
 
 def test_a_chat_goes_through_the_models_own_template(make, folder, answered):
     chat = Chat([{"role": "user", "content": "is it bad"}])
     rows = [("is it bad", "not bad", True), ("is it bad", "not", False), ("is it", "good", True)]
-    answers = answered(rows, chats=[chat, chat, None])
+    completions = answered(rows, chats=[chat, chat, None])
     texts = ["<user> is it bad <eos> <assistant> not bad <eos>", "<user> is it bad <eos> <assistant> not <eos>"]
     expected = [direct(folder, text) for text in [*texts, "<bos> is it good <eos>"]]
-    np.testing.assert_allclose(make(folder)(answers), expected, atol=1e-4)
-    np.testing.assert_allclose(make(folder, end_at_eos=True)(answers), expected, atol=1e-4)
+    np.testing.assert_allclose(make(folder)(completions), expected, atol=1e-4)
+    np.testing.assert_allclose(make(folder, end_at_eos=True)(completions), expected, atol=1e-4)
     expected[2] = direct(folder, "<user> is it <eos> <assistant> good <eos>")  # a text as a user's turn
-    np.testing.assert_allclose(make(folder, input="chat")(answers), expected, atol=1e-4)
+    np.testing.assert_allclose(make(folder, input="chat")(completions), expected, atol=1e-4)
     read = [direct(folder, f"<bos> is it bad {c}" + " <eos>" * ended) for _, c, ended in rows[:2]]
-    np.testing.assert_allclose(make(folder, input="text")(answers)[:2], read, atol=1e-4)
+    np.testing.assert_allclose(make(folder, input="text")(completions)[:2], read, atol=1e-4)
 
 
 def test_an_answer_that_goes_on_from_a_beginning_is_one_turn(make, folder, answered):
     chat = Chat([{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is "}], begun=True)
-    answers = answered([("is it it is", "not bad", True)], chats=[chat])
+    completions = answered([("is it it is", "not bad", True)], chats=[chat])
     whole = direct(folder, "<user> is it <eos> <assistant> it is not bad <eos>")
-    np.testing.assert_allclose(make(folder)(answers), [whole], atol=1e-4)
-    np.testing.assert_allclose(make(folder, end_at_eos=True)(answers), [whole], atol=1e-4)
+    np.testing.assert_allclose(make(folder)(completions), [whole], atol=1e-4)
+    np.testing.assert_allclose(make(folder, end_at_eos=True)(completions), [whole], atol=1e-4)
     with_text = direct(folder, "<bos> is it it is not bad <eos>")
-    np.testing.assert_allclose(make(folder, input="text")(answers), [with_text], atol=1e-4)
+    np.testing.assert_allclose(make(folder, input="text")(completions), [with_text], atol=1e-4)
     make(folder).check_prompts(SimpleNamespace(texts=["is it"], chats=[chat]))
 
 
@@ -144,9 +144,9 @@ def test_tools_and_template_arguments_reach_the_models_own_template(make, answer
     chats = [Chat(messages, [{"name": "?"}], {"so": True}), Chat(messages)]
     whole = "<user> is it <eos> <assistant> good <eos>"
     wanted = [tokenizer.fast(text, add_special_tokens=False)["input_ids"] for text in (f"? so {whole}", whole)]
-    answers = answered([("is it", "good", True)] * 2, chats=chats)
+    completions = answered([("is it", "good", True)] * 2, chats=chats)
     reward = make(tmp_path)
-    assert reward.encode(readings(answers, reward.config, True), answers.ended) == wanted
+    assert reward.encode(readings(completions, reward.config, True), completions.ended) == wanted
 
 
 def test_a_template_that_writes_on_after_the_eos(make, answered, tmp_path):
@@ -154,14 +154,14 @@ def test_a_template_that_writes_on_after_the_eos(make, answered, tmp_path):
     written = CHAT.replace("<eos>\n", "<eos> ?\n").replace("'<assistant> '", "'<assistant> so '")
     tokenizer = build_word_tokenizer(OTHER, chat_template=written)
     save_sequence_classifier(tmp_path / "out", make_base(tokenizer), head(), tokenizer)
-    answers = answered([("is it", "good", True)], chats=[Chat([{"role": "user", "content": "is it"}])])
+    completions = answered([("is it", "good", True)], chats=[Chat([{"role": "user", "content": "is it"}])])
     whole = direct(tmp_path / "out", "<user> is it <eos> ? <assistant> good <eos> ?")
-    np.testing.assert_allclose(make(tmp_path / "out")(answers), [whole], atol=1e-4)
+    np.testing.assert_allclose(make(tmp_path / "out")(completions), [whole], atol=1e-4)
     tokenizer = build_word_tokenizer(OTHER, chat_template=written.replace(" ?", ""))
     save_sequence_classifier(tmp_path / "blank", make_base(tokenizer), head(), tokenizer)
-    prompt, answer = tokenizer.encode_pair(answers.chats[0], "good")
+    prompt, answer = tokenizer.encode_pair(completions.chats[0], "good")
     cut = direct(tmp_path / "blank", " ".join(tokenizer.fast.convert_ids_to_tokens(prompt + answer)))
-    np.testing.assert_allclose(make(tmp_path / "blank", end_at_eos=True)(answers), [cut], atol=1e-4)
+    np.testing.assert_allclose(make(tmp_path / "blank", end_at_eos=True)(completions), [cut], atol=1e-4)
 
 
 def test_prompts_that_the_template_refuses_are_found_beforehand(make, folder):
@@ -267,6 +267,6 @@ def test_a_score_that_is_no_number_is_a_fault(make, folder, answered, rows):
 
 def test_what_stands_between_prompt_and_answer_is_kept(answered):
     """Words are joined by blanks, which belong to no word: an answer alone has lost the one before it."""
-    answers = answered([("is it", "good bad", True), ("", "so", False), ("is  it ", "", True)])
-    assert answers.completions == [" good bad", "so", ""]
-    assert dataclasses.replace(answers).ended == [True, False, True]
+    completions = answered([("is it", "good bad", True), ("", "so", False), ("is  it ", "", True)])
+    assert completions.texts == [" good bad", "so", ""]
+    assert dataclasses.replace(completions).ended == [True, False, True]

@@ -15,10 +15,10 @@ from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.remote import HTTPReward, _seconds, retry_delay
 
 
-def answers_of(completions, rows=None):
-    answers = Completions(None, [f"prompt {i}" for i in range(len(completions))], rows or [{}] * len(completions), None)
-    answers.__dict__["completions"] = list(completions)
-    return answers
+def completions_of(texts, rows=None):
+    completions = Completions(None, [f"prompt {i}" for i in range(len(texts))], rows or [{}] * len(texts), None)
+    completions.__dict__["texts"] = list(texts)
+    return completions
 
 
 class Server(ThreadingHTTPServer):
@@ -112,7 +112,7 @@ def reward_of(server, **settings):
 
 def test_what_is_sent_and_what_comes_back(server):
     rows = [{"level": 1, "tags": ["a"]}, {"level": 2.5}, {"level": "é"}]
-    scores = reward_of(server)(answers_of(["one", "", "thrée"], rows))
+    scores = reward_of(server)(completions_of(["one", "", "thrée"], rows))
     np.testing.assert_array_equal(scores, np.float32([3, 0, 5]))
     assert scores.dtype == np.float32
     assert server.requests == [
@@ -131,7 +131,7 @@ def test_null_abstains_whatever_batch_it_is_in(server):
         body({"scores": [None if n == 2 else n for n in lengths]})(handler, request)
 
     server.behaviours = [none_of_two]
-    scores = reward_of(server, batch_size=2)(answers_of(["x" * n for n in (2, 3, 1, 5, 2)]))
+    scores = reward_of(server, batch_size=2)(completions_of(["x" * n for n in (2, 3, 1, 5, 2)]))
     np.testing.assert_array_equal(np.asarray(scores), np.float32([0, 3, 1, 5, 0]))
     np.testing.assert_array_equal(abstained_rows(scores), [True, False, False, False, True])
 
@@ -143,11 +143,11 @@ def test_batches_keep_their_order_however_fast_each_is(server):
 
     server.behaviours = [first_is_last]
     texts = ["x" * n for n in (5, 3, 8, 1, 9, 2, 7)]
-    np.testing.assert_array_equal(reward_of(server, batch_size=2)(answers_of(texts)), [5, 3, 8, 1, 9, 2, 7])
+    np.testing.assert_array_equal(reward_of(server, batch_size=2)(completions_of(texts)), [5, 3, 8, 1, 9, 2, 7])
     assert sorted(len(request["prompts"]) for request in server.requests) == [1, 2, 2, 2]
     # The columns of a batch are its own rows'.
     rows = [{"n": n} for n in range(7)]
-    reward_of(server, batch_size=4, concurrency=1)(answers_of(texts, rows))
+    reward_of(server, batch_size=4, concurrency=1)(completions_of(texts, rows))
     assert [request["columns"]["n"] for request in server.requests[-2:]] == [[0, 1, 2, 3], [4, 5, 6]]
 
 
@@ -165,7 +165,7 @@ def test_no_more_requests_at_once_than_allowed(server, concurrency):
         scores_of_length(handler, request)
 
     server.behaviours = [counting]
-    reward_of(server, batch_size=1, concurrency=concurrency)(answers_of(["a"] * 6))
+    reward_of(server, batch_size=1, concurrency=concurrency)(completions_of(["a"] * 6))
     assert most[0] == concurrency
 
 
@@ -173,7 +173,7 @@ def test_no_more_requests_at_once_than_allowed(server, concurrency):
 def test_what_may_pass_is_tried_again(server, trouble):
     server.behaviours = [trouble, trouble, scores_of_length]
     said = []
-    np.testing.assert_array_equal(reward_of(server, say=said.append)(answers_of(["four"])), [4])
+    np.testing.assert_array_equal(reward_of(server, say=said.append)(completions_of(["four"])), [4])
     assert len(server.requests) == 3
     assert len(said) == 2 and all(server.url in line and "trying again in 0.0 s" in line for line in said)
     assert all(request == server.requests[0] for request in server.requests)
@@ -248,7 +248,7 @@ def test_an_endless_answer_is_not_read(server):
     # An answer of exactly the limit is read.
     answer = b'{"scores": [1.5]}'
     server.behaviours = [body(answer)]
-    assert reward_of(server, max_bytes=len(answer))(answers_of(["a"])) == [1.5]
+    assert reward_of(server, max_bytes=len(answer))(completions_of(["a"])) == [1.5]
     assert "longer than" in fault_of(reward_of(server, max_bytes=len(answer) - 1))
 
 
@@ -268,10 +268,10 @@ def test_one_bad_batch_is_a_fault_of_all(server):
 def test_secrets_are_sent_and_never_shown(server, monkeypatch):
     monkeypatch.setenv("SCORE_TOKEN", "abc-secret")
     reward = HTTPReward(server.url + "?key=hidden", headers_env="SCORE_TOKEN", retries=0)
-    assert reward(answers_of(["four"])) == [4]
+    assert reward(completions_of(["four"])) == [4]
     assert server.headers_seen[-1]["Authorization"] == "Bearer abc-secret"
     with_login = HTTPReward(server.url.replace("//", "//me:p%40ss@"), retries=0)
-    assert with_login(answers_of(["four"])) == [4]
+    assert with_login(completions_of(["four"])) == [4]
     assert server.headers_seen[-1]["Authorization"] == "Basic bWU6cEBzcw=="
     server.behaviours = [status(401)]
     for one in (reward, with_login):
@@ -283,7 +283,7 @@ def test_secrets_are_sent_and_never_shown(server, monkeypatch):
 def test_a_column_that_is_no_json_is_named(server):
     for odd in ({1, 2}, b"bytes", float("nan")):
         with pytest.raises(RewardFault, match="column extra cannot be sent as JSON"):
-            reward_of(server)(answers_of(["a", "b"], [{"extra": 1}, {"extra": odd}]))
+            reward_of(server)(completions_of(["a", "b"], [{"extra": 1}, {"extra": odd}]))
     assert not server.requests
 
 
@@ -349,7 +349,7 @@ def test_retry_after_is_seconds_or_a_date():
 
 def fault_of(reward, count=1):
     with pytest.raises(RewardFault) as fault:
-        reward(answers_of(["text"] * count))
+        reward(completions_of(["text"] * count))
     message = str(fault.value)
     assert message.startswith(f"reward server {reward.name}") and "\n" not in message
     return message

@@ -117,13 +117,13 @@ def test_the_reward_reads_the_chat_and_not_what_the_policy_made_of_it(tmp_path):
     inputs = ppo.load(run, run_roles)
     reward = inputs.rewards[""][0]
     policy = ppo.starting_policy(run, run_roles, inputs)
-    answers = Sampler(run, run_roles, reward, None).answer(policy, inputs.prompts, np.arange(8), jax.random.key(5))
+    completions = Sampler(run, run_roles, reward, None).answer(policy, inputs.prompts, np.arange(8), jax.random.key(5))
     scorer = reward.tokenizer
     seen = []
     reward.program = lambda base, adapter, tokens, mask: (seen.append((tokens, mask)), np.zeros(len(tokens)))[1]
-    reward(answers)
+    reward(completions)
     read = {scorer.fast.decode(np.asarray(row)[np.asarray(real)]) for t, m in seen for row, real in zip(t, m)}
-    spoken = [f"user {text} <eos> assistant {said} <eos>" for text, said in zip(texts, answers.completions)]
+    spoken = [f"user {text} <eos> assistant {said} <eos>" for text, said in zip(texts, completions.texts)]
     assert read == {text.replace("  ", " ") for text in spoken}
 
 

@@ -142,14 +142,14 @@ class Iteration:
         """
         needed = ADVANTAGES[self.config.advantage.estimator].needs_greedy
         greedy = self.sampler.answer_greedily(models[0], prompts, sampled.chosen) if needed else None
-        return self.annotate(self.roles.base, *models, sampled.answers.rollout, self.update_config), greedy
+        return self.annotate(self.roles.base, *models, sampled.completions.rollout, self.update_config), greedy
 
     def _experience(
         self, scored: ScoredRollout, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control
     ) -> tuple[Experience, Control, dict[str, jax.Array]]:
         """(experience, next control, metrics); see `steps.annotate.score_experience`."""
         scores = shard_batch(self.run.mesh, scored.scores)
-        return self.experience(scored.answers.rollout, annotated, scores, greedy, control, self.settings)
+        return self.experience(scored.completions.rollout, annotated, scores, greedy, control, self.settings)
 
     def fitted(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
         """The control with the moments of scores before the first iteration, for `score.normalise` initial."""
@@ -171,14 +171,14 @@ class Iteration:
         for start in range(0, wanted, size):
             chosen = np.arange(start, start + size) % len(prompts)
             key = key_for(self.run.config.seed, "evaluation", start, "rollout")
-            answers = self.sampler.answer(policy, prompts, chosen, key)
-            annotated, greedy = self._begun((policy, value, self.reference), prompts, Sampled(answers, chosen))
-            scored = ScoredRollout(answers, chosen, self.sampler.measured(answers))
+            completions = self.sampler.answer(policy, prompts, chosen, key)
+            annotated, greedy = self._begun((policy, value, self.reference), prompts, Sampled(completions, chosen))
+            scored = ScoredRollout(completions, chosen, self.sampler.measured(completions))
             greedy = None if greedy is None else self.sampler.scores(greedy)
             experience = self._experience(scored, annotated, greedy, control)[0]
-            for name, values in (scored.rows | rows_measured(*fetch((experience, answers.rollout)))).items():
+            for name, values in (scored.rows | rows_measured(*fetch((experience, completions.rollout)))).items():
                 rows_of.setdefault(name, []).append(values[: (wanted - start) * self.group])
-            samples += samples_of(answers, scored.scores)
+            samples += samples_of(completions, scored.scores)
         means = {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}
         return Evaluation(means, samples[:SAMPLES])
 

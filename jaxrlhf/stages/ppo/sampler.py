@@ -31,7 +31,7 @@ T = TypeVar("T")
 class Sampled:
     """Answers, and to which prompts."""
 
-    answers: Completions
+    completions: Completions
     chosen: np.ndarray  # i64[prompts]; numbers of the prompts
 
 
@@ -100,7 +100,7 @@ class Sampler:
         program = self.greedy_rollout if sampling is self.greedy else self.rollout
         placed = self._placed(prompts, chosen) if placed is None else placed
         answered = program(self.roles.base, policy, placed, key, sampling)
-        return self._answers(answered, prompts, chosen, sampling.samples_per_prompt)
+        return self._completions(answered, prompts, chosen, sampling.samples_per_prompt)
 
     def draw(
         self, policy: Adapter, prompts: PromptSet, draws: int, begin: Callable[[Sampled], T], clock: Clock
@@ -139,20 +139,20 @@ class Sampler:
         padded, _, _ = prompts.take(chosen)
         return shard_batch(self.run.mesh, padded)
 
-    def measured(self, answers: Completions) -> dict[str, np.ndarray]:
+    def measured(self, completions: Completions) -> dict[str, np.ndarray]:
         """f32[B] by metric name: the score that is maximised, its parts, and the gold score; 0 where one abstained.
 
         Beside each that may abstain stands where it did: its share is then a metric.
         """
         rows: dict[str, np.ndarray] = {}
         if self.gold is not None:
-            rows |= self._noted("reward/gold", self.gold, self.gold(answers))
+            rows |= self._noted("reward/gold", self.gold, self.gold(completions))
         if isinstance(self.reward, ComposedReward):
-            scores, parts = self.reward.scores_and_parts(answers)
+            scores, parts = self.reward.scores_and_parts(completions)
             for name, values in parts.items():
                 rows |= self._noted(f"reward/{name}", self.reward.parts[name][0], values)
         else:
-            scores = self.reward(answers)
+            scores = self.reward(completions)
         return rows | self._noted("reward/score", self.reward, scores, f"reward/{ABSTAINED[1:]}")
 
     def _noted(self, metric: str, reward: Reward, scores, named: str | None = None) -> dict[str, np.ndarray]:
@@ -166,9 +166,9 @@ class Sampler:
             self.run.say(f"ppo: {reward.name} abstained on all {count} answers of a batch and counts 0 there ({named})")
         return {metric: np.asarray(scores, np.float32), named: abstained.astype(np.float32)}
 
-    def scores(self, answers: Completions) -> tuple[Rollout, jax.Array]:
+    def scores(self, completions: Completions) -> tuple[Rollout, jax.Array]:
         """The answers with their scores f32[B], of the reward alone."""
-        return answers.rollout, shard_batch(self.run.mesh, np.asarray(fetch(self.reward(answers)), np.float32))
+        return completions.rollout, shard_batch(self.run.mesh, np.asarray(fetch(self.reward(completions)), np.float32))
 
     def _resampled(
         self, scored: ScoredRollout, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
@@ -202,10 +202,10 @@ class Sampler:
         return dataclasses.replace(scored, draws=count, metrics=metrics)
 
     def _scored(self, sampled: Sampled, clock: Clock) -> ScoredRollout:
-        clock.lap("time/rollout", sampled.answers.rollout)
-        rows = self.measured(sampled.answers)
+        clock.lap("time/rollout", sampled.completions.rollout)
+        rows = self.measured(sampled.completions)
         clock.lap("time/reward", ())
-        return ScoredRollout(sampled.answers, sampled.chosen, rows)
+        return ScoredRollout(sampled.completions, sampled.chosen, rows)
 
     def _merged(
         self, first: ScoredRollout, second: ScoredRollout, source: np.ndarray, prompts: PromptSet
@@ -214,11 +214,11 @@ class Sampler:
         group = self.sampling.samples_per_prompt
         by_row = (source[:, None] * group + np.arange(group)).reshape(-1)
         chosen = np.concatenate([first.chosen, second.chosen])[source]
-        rollout = self.merge(first.answers.rollout, second.answers.rollout, by_row.astype(np.int32))
+        rollout = self.merge(first.completions.rollout, second.completions.rollout, by_row.astype(np.int32))
         rows = {name: np.concatenate([values, second.rows[name]])[by_row] for name, values in first.rows.items()}
-        return ScoredRollout(self._answers(rollout, prompts, chosen, group), chosen, rows)
+        return ScoredRollout(self._completions(rollout, prompts, chosen, group), chosen, rows)
 
-    def _answers(self, answered: Rollout, prompts: PromptSet, chosen: np.ndarray, group: int) -> Completions:
+    def _completions(self, answered: Rollout, prompts: PromptSet, chosen: np.ndarray, group: int) -> Completions:
         asked = np.repeat(chosen, group)
         texts, rows, chats = ([kind[i] for i in asked] for kind in (prompts.texts, prompts.columns, prompts.chats))
         return Completions(answered, texts, rows, self.roles.tokenizer, chats)

@@ -159,7 +159,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
 def _note_samples(run: Run, number: int, scored: ScoredRollout) -> None:
     """A line of samples.jsonl where iteration `number` is to have one."""
     if number % run.config.ppo.sample_every == 0:
-        run.samples.write("ppo", number, {"samples": samples_of(scored.answers, scored.scores)[:SAMPLES]})
+        run.samples.write("ppo", number, {"samples": samples_of(scored.completions, scored.scores)[:SAMPLES]})
 
 
 def _trained(ppo, config: PPOConfig) -> dict[str, Adapter]:

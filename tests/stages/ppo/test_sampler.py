@@ -8,7 +8,7 @@ from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.stages.ppo.sampler import Sampler
 
-ANSWERS = Completions(None, ["a", "b", "c"], [{}] * 3, None)
+COMPLETIONS = Completions(None, ["a", "b", "c"], [{}] * 3, None)
 
 
 class Given:
@@ -19,7 +19,7 @@ class Given:
     def __init__(self, name, *scores):
         self.name, self.scores = name, scores
 
-    def __call__(self, answers):
+    def __call__(self, completions):
         numbers = np.float32([0 if score is None else score for score in self.scores])
         return with_abstained(numbers, np.array([score is None for score in self.scores]))
 
@@ -33,7 +33,7 @@ def sampler_of(reward, gold=None):
 
 def test_an_abstaining_reward_counts_0_and_its_share_is_a_metric():
     sampler, said = sampler_of(Given("half", 0.5, None, 2.0), gold=Given("gold", None, 1.0, 1.0))
-    rows = sampler.measured(ANSWERS)
+    rows = sampler.measured(COMPLETIONS)
     expected = {
         "reward/score": [0.5, 0, 2], "reward/abstained": [0, 1, 0],
         "reward/gold": [0, 1, 1], "reward/gold_abstained": [1, 0, 0],
@@ -46,7 +46,7 @@ def test_an_abstaining_reward_counts_0_and_its_share_is_a_metric():
 
 def test_in_a_sum_each_part_is_told_of():
     parts = {"a": (Given("first", 1.0, None, None), 1.0), "b": (Given("second", 2.0, 2.0, None), 0.5)}
-    rows = sampler_of(ComposedReward(parts))[0].measured(ANSWERS)
+    rows = sampler_of(ComposedReward(parts))[0].measured(COMPLETIONS)
     np.testing.assert_array_equal(rows["reward/score"], np.float32([2, 1, 0]))
     np.testing.assert_array_equal(rows["reward/a_abstained"], [0, 1, 1])
     np.testing.assert_array_equal(rows["reward/b_abstained"], [0, 0, 1])
@@ -56,5 +56,5 @@ def test_in_a_sum_each_part_is_told_of():
 def test_a_reward_that_abstains_throughout_is_said_once():
     sampler, said = sampler_of(Given("silent", None, None, None))
     for _ in range(2):
-        np.testing.assert_array_equal(sampler.measured(ANSWERS)["reward/score"], [0, 0, 0])
+        np.testing.assert_array_equal(sampler.measured(COMPLETIONS)["reward/score"], [0, 0, 0])
     assert said == ["ppo: silent abstained on all 3 answers of a batch and counts 0 there (reward/abstained)"]
