@@ -1,6 +1,6 @@
-"""jaxrlhf: aligns language models with human preferences, in JAX and Flax. The programmatic API.
+"""jaxrlhf aligns language models with human preferences, in JAX and Flax. This is the public API.
 
-A name is imported when it is first used, so that commands can set jax up before it is loaded, and start at once.
+Names are imported on first use: commands start quickly and can configure jax before it is imported.
 """
 
 import importlib
@@ -33,9 +33,8 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = found  # the next use asks no more
-    return found
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:
@@ -43,7 +42,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """The room `rollout/` has a function's name; here the name means the function, also once the room is loaded."""
+    """Keeps `jaxrlhf.rollout` the function: importing the subpackage of that name would replace it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _MODULES or not isinstance(value, types.ModuleType):

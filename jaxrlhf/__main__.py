@@ -1,32 +1,32 @@
-"""jaxrlhf COMMAND, also python -m jaxrlhf COMMAND: runs a command, or lists them."""
+"""jaxrlhf COMMAND, or python -m jaxrlhf COMMAND: runs a command. Without a command: lists all."""
 
 import difflib
 import importlib
 import sys
 
 COMMANDS = {
-    "train": "run the stages that a config names: sft, reward_model, ppo",
-    "generate": "answer prompts with a run's base, SFT and PPO policy, or with a model folder",
-    "export": "write a run's model as a folder: merged, PEFT adapter, or reward model",
-    "plan": "memory, work, exchange and least time of a run on N cards, without cards or weights",
-    "bench": "time each program of a run against the limits of this machine",
+    "train": "run the stages of a config: sft, reward_model, ppo",
+    "generate": "complete prompts with the base, SFT and PPO policy of a run, or with a model folder",
+    "export": "write a trained model as a folder: merged, PEFT adapter, or reward model",
+    "plan": "estimate memory, arithmetic, communication and time of a run on N GPUs, without GPUs or weights",
+    "bench": "time each compiled program of a run against the limits of this machine",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The status that the command ends with."""
+    """Runs a command and returns its exit status."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in COMMANDS:
         return importlib.import_module(f"jaxrlhf.cli.{name}").main(rest)
     if name in ("-h", "--help", "help"):
         print("jaxrlhf aligns language models with human preferences. Commands:\n")
-        for command, what in COMMANDS.items():
-            print(f"  jaxrlhf {command:10} {what}")
-        print("\nEach explains itself with --help.")
+        for command, description in COMMANDS.items():
+            print(f"  jaxrlhf {command:10} {description}")
+        print("\njaxrlhf COMMAND --help lists the options of a command.")
         return 0
     near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(COMMANDS)}"
-    print(f"error: no command {name}; {hint}", file=sys.stderr)
+    hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+    print(f"error: unknown command {name}; {hint}", file=sys.stderr)
     return 2
 
 

@@ -1,31 +1,30 @@
-"""The exceptions that are written for the person at the keyboard: the commands print them without a traceback.
+"""Exceptions with a message for the user. Commands print the message without a traceback.
 
-A `UserError` says in one line what is wrong, where (file and line, key path, tensor name) and what would
-be right; exit status 2. Nothing has been compiled or written by then. A `Fault` says in one line what outside the
-program stopped it midway, such as a full disk; exit status 1. Everything else that goes wrong is a fault of the
-program: a traceback, and status 1.
+A `UserError` says in one line what is wrong, where (file and line, key path, tensor name) and what would be right. It
+is raised before anything is compiled or written; exit status 2. A `Fault` says in one line what outside the program
+stopped a run, such as a full disk; exit status 1. Any other exception is a bug: a traceback and exit status 1.
 """
 
 
 class UserError(Exception):
-    """Input that cannot be used: one line with what, where and what would be right."""
+    """Invalid input: one line with what is wrong, where, and what would be right."""
 
 
 class SharedFault(UserError):
-    """A fault of what all rows share, such as the chat template: no single row is named, or dropped, for it."""
+    """An error in something that all rows share, such as the chat template. No single row is named or dropped."""
 
 
 class Fault(Exception):
-    """Something outside the program stopped it midway: one line with what and where."""
+    """An error from outside the program during a run: one line with what failed and where."""
 
 
 def reported_elsewhere(error: Exception, line: str) -> Exception:
-    """The same error, for a process that need not say it: another one does. `line` is what it says instead."""
+    """Marks an error that another process reports, and returns it. This process prints `line` instead."""
     error.elsewhere = line
     return error
 
 
 def short(value: object) -> str:
-    """A value in a message, cut at 60 characters."""
+    """Returns the value's repr for a message, cut at 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

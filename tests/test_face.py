@@ -50,5 +50,5 @@ def test_each_command_explains_itself(name, capsys):
 
 def test_a_misspelt_command_is_one_line(capsys):
     assert main(["trian", "--config", "x"]) == 2
-    assert capsys.readouterr().err == "error: no command trian; the nearest is train\n"
+    assert capsys.readouterr().err == "error: unknown command trian; did you mean train?\n"
     assert main(["generate", "--run", "nowhere", "--prompt", "x"]) == 2

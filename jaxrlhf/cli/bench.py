@@ -1,4 +1,4 @@
-"""jaxrlhf bench --config FILE [key.path=value ...]: how fast a run's programs are, and could be, here."""
+"""jaxrlhf bench --config FILE [key.path=value ...]: times the programs of a run on this machine."""
 
 import argparse
 import json
@@ -12,35 +12,35 @@ from jaxrlhf.errors import UserError
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jaxrlhf bench",
-        description="Times each program of a run's stages on this machine, with random weights, prompts and scores, "
-        "and says what share that is of the least possible time: arithmetic at the rate of a large matrix product, or "
-        "bytes at the rate of memory, both measured in the same run. Of model.path only config.json is read; no data "
-        "is read and no reward function called. Then PPO's own iterations, with what the host does in them.",
+        description="Times each compiled program of a run on this machine, with random weights, prompts and scores, "
+        "and compares it with the least possible time: arithmetic at the speed of a large matrix product, or bytes at "
+        "memory bandwidth, both measured here. Then times whole PPO iterations, including the host's work. Reads only "
+        "config.json of model.path, reads no data and calls no reward function.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
     parser.add_argument(
         "--lengths",
         choices=("full", "geometric"),
         default="full",
-        help="answers: all of the full length (default), or of geometric lengths with a mean of about a quarter of it",
+        help="completion lengths: full (default), or geometric with a mean of about a quarter of the full length",
     )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed calls of each program; default 5")
     parser.add_argument(
-        "--iterations", type=int, default=5, metavar="N", help="iterations of PPO as a whole; default 5, 0: none"
+        "--iterations", type=int, default=5, metavar="N", help="timed PPO iterations; default 5, 0: none"
     )
     parser.add_argument(
         "--only",
         metavar="PROGRAM,...",
         default="",
-        help="times these programs alone, such as rollout,update; no iterations",
+        help="time only these programs, such as rollout,update; no iterations",
     )
     parser.add_argument(
         "--profile",
         metavar="FOLDER",
-        help="writes a trace of jax.profiler for each program there, and prints the kernels that took most",
+        help="write a jax.profiler trace of each program there, and print its slowest kernels",
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="writes JSON after each program; -: to standard output, without the table"
+        "--json", metavar="FILE", help="write JSON after each program; -: to standard output, without the table"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
@@ -49,17 +49,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def bench(arguments: argparse.Namespace) -> None:
     from jaxrlhf.config.reading import load_config
 
-    for name, least in (("repeats", 1), ("iterations", 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name}: must be at least {least}, not {getattr(arguments, name)}")
+    for name, minimum in (("repeats", 1), ("iterations", 0)):
+        if getattr(arguments, name) < minimum:
+            raise UserError(f"--{name}: must be at least {minimum}, not {getattr(arguments, name)}")
     config = load_config(arguments.config, arguments.overrides)
     _check_targets(arguments)
     from jaxrlhf.bench.measure import Options, measure
 
     only = tuple(name.strip() for name in arguments.only.split(",") if name.strip())
     options = Options(arguments.lengths, arguments.repeats, arguments.iterations, only, arguments.profile)
-    for found, text in measure(config, options, lambda text: print(text, file=sys.stderr, flush=True)):
-        document = json.dumps(found, indent=1)
+    for results, text in measure(config, options, lambda text: print(text, file=sys.stderr, flush=True)):
+        document = json.dumps(results, indent=1)
         if arguments.json != "-":
             print(text, flush=True)
             if arguments.json is not None:
@@ -69,7 +69,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def _check_targets(arguments: argparse.Namespace) -> None:
-    """`UserError` where a file or folder cannot be written: better said before measuring than after."""
+    """Raises `UserError` before measuring where an output file or folder cannot be written."""
     option, target = "--profile", arguments.profile
     try:
         if target is not None:
@@ -82,7 +82,7 @@ def _check_targets(arguments: argparse.Namespace) -> None:
             if not existed:
                 Path(target).unlink()
     except OSError as error:
-        raise UserError(f"{option}: {target!r} cannot be written: {error.strerror}; name another place") from None
+        raise UserError(f"{option}: {target!r} cannot be written: {error.strerror}; give another path") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

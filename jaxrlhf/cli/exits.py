@@ -1,4 +1,4 @@
-"""What all commands share: faults as one line, and the exit status that says whose they are."""
+"""Exit statuses and one-line error messages, shared by all commands."""
 
 import sys
 import traceback
@@ -9,17 +9,18 @@ from jaxrlhf.errors import Fault, UserError
 
 
 def main_of(command: Callable[[], None], afterwards: str = "") -> int:
-    """Runs a command; its exit status:
+    """Runs a command and returns its exit status:
 
-    0  done
-    1  a fault in the middle of a run, of the program or of the machine
-    2  input that cannot be used
-    129, 130, 143  ended by SIGHUP, Ctrl-C or SIGTERM
+    0  success
+    1  a run failed: a bug, or an error from outside the program
+    2  invalid input
+    129, 130, 143  stopped by SIGHUP, Ctrl-C or SIGTERM
 
-    `afterwards` says what a person can do after a fault or an interruption.
+    `afterwards` is appended to the message of a failure or an interruption: what the user can do next.
     """
     try:
         command()
+        return 0
     except UserError as error:
         print(_line(error), file=sys.stderr)
         return 2
@@ -31,18 +32,15 @@ def main_of(command: Callable[[], None], afterwards: str = "") -> int:
         return 130
     except Fault as fault:
         print(f"error: {fault}{afterwards}", file=sys.stderr)
-        return 1
     except Exception as error:
         if hasattr(error, "elsewhere"):
             print(_line(error), file=sys.stderr)
-            return 1
-        traceback.print_exc()
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(f"error: {what}{afterwards}", file=sys.stderr)
-        return 1
-    return 0
+        else:
+            traceback.print_exc()
+            print(f"error: {type(error).__name__}: {' '.join(str(error).split())}{afterwards}", file=sys.stderr)
+    return 1
 
 
 def _line(error: Exception) -> str:
-    """What this process says of an error that another process may tell."""
+    """The message for this process; another process may report the error itself."""
     return f"stopped: {error.elsewhere}" if hasattr(error, "elsewhere") else f"error: {error}"

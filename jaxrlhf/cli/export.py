@@ -1,4 +1,4 @@
-"""jaxrlhf export --run DIR --to DIR --format merged|peft|reward: a run's model for other programs."""
+"""jaxrlhf export --run DIR --to DIR --format merged|peft|reward: exports a trained model for other programs."""
 
 import argparse
 
@@ -8,30 +8,30 @@ from jaxrlhf.cli.exits import main_of
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jaxrlhf export",
-        description="Writes a role of a run as a folder that transformers, PEFT and serving engines open.",
+        description="Exports a role of a run as a folder that transformers, PEFT or a serving engine can load.",
     )
-    parser.add_argument("--run", metavar="DIR", required=True, help="directory of a run")
-    parser.add_argument("--to", metavar="DIR", required=True, help="folder to write; an older export there is replaced")
+    parser.add_argument("--run", metavar="DIR", required=True, help="run directory")
+    parser.add_argument("--to", metavar="DIR", required=True, help="output folder; an older export there is replaced")
     parser.add_argument(
         "--format",
         choices=("merged", "peft", "reward"),
         required=True,
-        help="merged: a whole language model; peft: its LoRA adapter; reward: a sequence classifier with one label",
+        help="merged: a full language model; peft: its LoRA adapter; reward: a sequence classifier with one label",
     )
     parser.add_argument(
         "--role",
         choices=("policy", "sft", "average", "reward", "value"),
         default=None,
-        help="default: policy, else sft; of the format reward: reward, else value",
+        help="default: policy, else sft; with --format reward: reward, else value",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default=None,
-        help="of the weights written (default: the one they have in the run)",
+        help="dtype of the exported weights (default: as in the run)",
     )
     parser.add_argument(
-        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="of a file of weights (default: 5e9)"
+        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="per weight file (default: 5e9)"
     )
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""jaxrlhf generate --run DIR|--model DIR --prompt TEXT|--prompts FILE: answers, role by role."""
+"""jaxrlhf generate --run DIR|--model DIR --prompt TEXT|--prompts FILE: completes prompts with each role."""
 
 import argparse
 import json
@@ -8,29 +8,29 @@ from jaxrlhf.cli.exits import main_of
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="jaxrlhf generate", description="Answers prompts with the roles of a run, or with a model."
+        prog="jaxrlhf generate", description="Completes prompts with roles of a run, or with a model folder."
     )
     origin = parser.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--run", metavar="DIR", help="directory of a run")
+    origin.add_argument("--run", metavar="DIR", help="run directory")
     origin.add_argument("--model", metavar="DIR", help="Hugging Face folder or hub id")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times")
-    asked.add_argument("--prompts", metavar="FILE", help="rows with a prompt: JSON, JSON Lines or Parquet")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated")
+    source.add_argument("--prompts", metavar="FILE", help="prompts from a JSON, JSON Lines or Parquet file")
     parser.add_argument(
         "--roles",
         metavar="NAMES",
         default=None,
-        help="of a run: base, sft, policy, average, by commas; side by side (default: the last one that was trained)",
+        help="roles of a run to compare, such as base,sft,policy,average (default: the one trained last)",
     )
     parser.add_argument("--prompt-field", default=None, help="column of --prompts (default: prompt, messages or text)")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="default: the run's, else 64")
     parser.add_argument("--temperature", type=float, default=None, help="0: greedy (default: the run's, else 1.0)")
-    parser.add_argument("--top-k", type=int, default=None, help="keep the k likeliest (default: the run's, else off)")
+    parser.add_argument("--top-k", type=int, default=None, help="as --top-p, but from the k likeliest tokens")
     parser.add_argument(
         "--top-p",
         type=float,
         default=None,
-        help="keep the likeliest tokens that together have at most p (default: the run's, else off)",
+        help="sample from the likeliest tokens with total probability p (default: the run's, else off)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
@@ -38,9 +38,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from jaxrlhf.stages.generating import answer_prompts
+    from jaxrlhf.stages.generating import complete_prompts
 
-    for record in answer_prompts(arguments):
+    for record in complete_prompts(arguments):
         if arguments.json:
             print(json.dumps(record, ensure_ascii=False))
             continue

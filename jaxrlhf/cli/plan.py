@@ -1,4 +1,4 @@
-"""jaxrlhf plan --config FILE --devices N [key.path=value ...]: what a run needs, without cards or weights."""
+"""jaxrlhf plan --config FILE --devices N [key.path=value ...]: estimates a run without GPUs or weights."""
 
 import argparse
 import json
@@ -8,8 +8,7 @@ import sys
 from jaxrlhf.cli.exits import main_of
 from jaxrlhf.errors import UserError
 
-# Of the process that compiles for cards, before jax is loaded: a card that is there stays untouched, and XLA is asked
-# each time.
+# Set before jax is imported: local GPUs stay unused, and each plan compiles afresh.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "JAX_ENABLE_COMPILATION_CACHE": "0", "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -19,17 +18,17 @@ _ENVIRONMENT = {
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jaxrlhf plan",
-        description="Memory, arithmetic, exchange and least time of each program of a run on N cards. Needs neither "
-        "cards nor weights: of model.path only config.json is read. The programs are compiled for these cards by XLA "
-        "itself, with models of a few layers where the model is deep; without its compiler for cards the closed form "
-        "is given, and a line says what to install.",
+        description="Estimates memory, arithmetic, communication and least time of each program of a run on N GPUs. "
+        "Needs neither GPUs nor weights, only config.json of model.path. XLA compiles the programs for these GPUs; "
+        "deep models are extrapolated from a few layers. Without XLA's GPU compiler the figures come from closed "
+        "formulas, and a line says what to install.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
-    parser.add_argument("--devices", required=True, type=int, metavar="N", help="number of cards, such as 8 or 512")
+    parser.add_argument("--devices", required=True, type=int, metavar="N", help="number of GPUs, such as 8 or 512")
     parser.add_argument("--card", default="h100", help="h100, h200, a100, a100-40, b200, l40s; default h100")
-    parser.add_argument("--memory", metavar="SIZE", help="of each card, such as 80GiB; default: the card's")
-    parser.add_argument("--per-host", type=int, default=8, metavar="N", help="cards of a host; default 8")
-    parser.add_argument("--json", action="store_true", help="prints JSON")
+    parser.add_argument("--memory", metavar="SIZE", help="memory of each GPU, such as 80GiB; default: the card's")
+    parser.add_argument("--per-host", type=int, default=8, metavar="N", help="GPUs per host; default 8")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
 

@@ -1,4 +1,4 @@
-"""jaxrlhf train --config FILE [key.path=value ...]: runs the stages that the config names."""
+"""jaxrlhf train --config FILE [key.path=value ...]: runs the stages of a config."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, given {text}")
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text}")
     return seconds
 
 
@@ -23,26 +23,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(
         prog="jaxrlhf train",
-        description="Runs the stages that a config names (sft, reward_model, ppo). The same command continues a run.",
+        description="Runs the stages of a config: sft, reward_model, ppo. The same command resumes an interrupted run.",
         epilog="settings:\n\n" + settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
     several = parser.add_argument_group(
         "several processes",
-        "The same command on each; only --process differs. Without these flags the environment says "
-        "(JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS), else SLURM, Open MPI, a TPU host or an indexed job "
-        "of Kubernetes; see launch/README.md.",
+        "Run the same command on each host; only --process differs. Without these flags the values come from "
+        "JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES and JAXRLHF_PROCESS, else from SLURM, Open MPI, a TPU host or an "
+        "indexed Kubernetes job; see launch/README.md.",
     )
     for flag, kind, metavar, text in (
-        ("coordinator", str, "HOST:PORT", "where process 0 listens"),
-        ("processes", int, "N", "how many there are; 1: this one alone"),
-        ("process", int, "I", "which one this is, from 0"),
+        ("coordinator", str, "HOST:PORT", "address of process 0"),
+        ("processes", int, "N", "number of processes; 1: no coordination"),
+        ("process", int, "I", "index of this process, from 0"),
     ):
         variable = os.environ.get(f"JAXRLHF_{flag.upper()}") or None
         several.add_argument(f"--{flag}", type=kind, default=variable, metavar=metavar, help=text)
     several.add_argument(
-        "--start-timeout", type=_seconds, default=300, metavar="SECONDS", help="to wait for all to come (default: 300)"
+        "--start-timeout", type=_seconds, default=300, metavar="SECONDS", help="wait for all to start (default: 300)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_args(arguments)
@@ -65,7 +65,7 @@ def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    afterwards = "; the same command goes on from the last checkpoint, if there is one"
+    afterwards = "; the same command continues from the last checkpoint, if any"
     with StopSignals() as stop:
         from jaxrlhf.distributed import processes
 

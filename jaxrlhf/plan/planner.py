@@ -169,7 +169,8 @@ class _StagePlanner:
 
     def _program(self, call: Call, found: Compiled | None) -> ProgramPlan:
         config, card, mesh = self.shapes.config, self.options.card, self.shapes.mesh.shape
-        parts = {name: float(bytes_per_device(call.lives.get(name))) for name in ("weights", "adapters", "optimizer")}
+        kinds = ("weights", "adapters", "optimizer")
+        parts = {kind: float(bytes_per_device(call.resident.get(kind))) for kind in kinds}
         parts["rows"] = float(bytes_per_device(call.rows)) + (0.0 if found is None else found.results)
         # The line through few layers may be that of the prompts' pass, while with many the loop is the fuller moment.
         temporaries = None if found is None else max(found.temporaries, cache_bytes(call, self.shapes))

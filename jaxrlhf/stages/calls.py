@@ -1,6 +1,6 @@
-"""What a run's stages call: each program with the shapes of what it is given and of what it gives.
+"""The program calls of each stage: every program with the shapes of its arguments and of its result.
 
-`plan` compiles these calls, `bench` runs them on arrays of these shapes. A test holds them to what the stages give.
+`plan` compiles these calls; `bench` runs them on arrays of these shapes. A test compares them with a real run.
 """
 
 import dataclasses
@@ -25,47 +25,46 @@ from jaxrlhf.stages.programs import (
     annotate_program,
     experience_program,
     greedy_program,
-    reward_model_program,
     rollout_program,
-    sft_program,
     static_arguments,
+    train_program,
     update_program,
 )
 from jaxrlhf.stages.shapes import Shapes, folder_dtype, mask, numbers, read_folder, tokens
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 from jaxrlhf.steps.ppo import complete, init_ppo
+from jaxrlhf.steps.reward_model import reward_model_update
+from jaxrlhf.steps.sft import sft_update
 
-STEPS = 1000  # of an optimizer, which schedules need; the number changes no shape
+STEPS = 1000  # optimizer steps, for schedules; any number gives the same shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One program and what it is given."""
+    """One program with the shapes of its arguments."""
 
     name: str
     program: Program
     args: tuple
     kwargs: dict[str, Any]
-    result: Any  # shapes of what it gives, where a later call takes it; None: none does
-    rows: Any  # what of the arguments are rows of data
-    lives: dict[str, Any]  # what the stage holds while it runs, by part: weights, adapters, optimizer
-    times: float = 1.0  # how often an iteration, or an optimizer step, runs it
-    trips: int = 1  # of a loop whose length is not in the program: the steps of decoding
-    remat: str | None = None  # what an update computes again; None: it is no update
+    result: Any  # shapes of the result if a later call uses it, else None
+    rows: Any  # the arguments that are rows of data
+    resident: dict[str, Any]  # arrays that stay in memory: weights, adapters, optimizer
+    times: float = 1.0  # runs per iteration or optimizer step
+    trips: int = 1  # iterations of a loop whose length is dynamic: decoding steps
+    remat: str | None = None  # rematerialisation policy of an update; None for other programs
 
     def with_remat(self, policy: str) -> "Call":
-        """The same update under another policy: of PPO its last argument has it, of other stages an argument's name."""
-        args, kwargs = self.args, self.kwargs
-        if "remat" in kwargs:
-            kwargs = kwargs | {"remat": policy}
-        else:
-            args = (*args[:-1], args[-1].model_copy(update={"remat": policy}))
-        return dataclasses.replace(self, args=args, kwargs=kwargs, remat=policy)
+        """Returns the same update with another rematerialisation policy."""
+        if "remat" in self.kwargs:  # sft and reward_model; in PPO the settings, the last argument, have it
+            return dataclasses.replace(self, kwargs=self.kwargs | {"remat": policy}, remat=policy)
+        args = (*self.args[:-1], self.args[-1].model_copy(update={"remat": policy}))
+        return dataclasses.replace(self, args=args, remat=policy)
 
 
 def calls_of(stage: str, shapes: Shapes) -> list[Call]:
-    """The programs of an optimizer step (sft, reward_model) or an iteration (ppo), in order."""
+    """Returns the calls of an optimizer step (sft, reward_model) or an iteration (ppo), in order."""
     return _STAGES[stage](shapes)
 
 
@@ -73,28 +72,30 @@ def _sft(shapes: Shapes) -> list[Call]:
     config = shapes.config.sft
     state = _train_state(shapes, shapes.adapter(shapes.config.adapter_or(config.adapter)))
     batch = shapes.rows(_sft_batch(config.batch_size, config.max_length))
-    return [_step(shapes, "sft", sft_program, state, batch, config, ())]
+    program = train_program(sft_update, shapes.mesh, shapes.base, state)
+    return [_training_call(shapes, "sft", program, state, batch, ())]
 
 
 def _reward_model(shapes: Shapes) -> list[Call]:
-    """On the longest of its padded lengths."""
+    """At the longest padded length."""
     config = shapes.config.reward_model
     state = _train_state(shapes, shapes.adapter(shapes.config.adapter_or(config.adapter), "reward"))
     B, L = config.batch_size, config.max_length
     sides = (tokens(B, L), mask(B, L))
     batch = shapes.rows(PreferenceBatch(*sides, *sides, margin=numbers(B), weight=numbers(B)))
-    return [_step(shapes, "reward_model", reward_model_program, state, batch, config, (config.center_rewards_coef,))]
+    program = train_program(reward_model_update, shapes.mesh, shapes.base, state)
+    return [_training_call(shapes, "reward_model", program, state, batch, (config.center_rewards_coef,))]
 
 
 def _ppo(shapes: Shapes) -> list[Call]:
     config, mesh, base = shapes.config.ppo, shapes.mesh, shapes.base
     policy, value = _policy_and_value(shapes)
     rates = {"optimizer": ("policy", policy), "value_optimizer": ("value", value or {})}
-    whole = complete(config.update, config.batch_size * config.sampling.samples_per_prompt)
-    update = with_optimizers(whole, rates, dict.fromkeys(rates, STEPS))
-    state = shapes.placed(jax.eval_shape(lambda p, v: init_ppo(p, v, update), policy, value))
+    update = complete(config.update, config.batch_size * config.sampling.samples_per_prompt)
+    update = with_optimizers(update, rates, dict.fromkeys(rates, STEPS))
+    state = shapes.sharded(jax.eval_shape(lambda p, v: init_ppo(p, v, update), policy, value))
     reference, scorer, models = _reference(shapes, policy), _own_reward(shapes), _reward_models(shapes)
-    lives = {
+    resident = {
         "weights": (base, [model.args[0] for model in models]),
         "adapters": (state.policy, state.value, state.average, reference, scorer, [m.args[1] for m in models]),
         "optimizer": (state.policy_optimizer, state.value_optimizer),
@@ -102,54 +103,52 @@ def _ppo(shapes: Shapes) -> list[Call]:
     B, P, sampling = config.batch_size, config.max_prompt_tokens, config.sampling
     n, R = sampling.samples_per_prompt, sampling.max_new_tokens
     key = jax.eval_shape(lambda: jax.random.key(0))
-    prompts, answers = shapes.rows((Prompts(tokens(B, P), mask(B, P)), _rollout(B * n, P, R)))
+    prompts, rollout = shapes.rows((Prompts(tokens(B, P), mask(B, P)), _rollout(B * n, P, R)))
     sample = rollout_program(mesh, base)
-    given = (base, state.policy, prompts, key)
-    calls = [Call("rollout", sample, (*given, sampling), {}, answers, prompts, lives, trips=R - 1)]
+    inputs = (base, state.policy, prompts, key)
+    calls = [Call("rollout", sample, (*inputs, sampling), {}, rollout, prompts, resident, trips=R - 1)]
     greedy = None
     if ADVANTAGES[config.advantage.estimator].needs_greedy:
-        alone = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
+        greedy_sampling = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         greedy = shapes.rows((_rollout(B, P, R), numbers(B)))
         program = greedy_program(mesh, base, sample, n)
-        calls.append(Call("greedy", program, (*given, alone), {}, greedy[0], prompts, lives, trips=R - 1))
+        calls.append(Call("greedy", program, (*inputs, greedy_sampling), {}, greedy[0], prompts, resident, trips=R - 1))
     if scorer is not None:
         size = {"microbatch_size": update.microbatch_size}
-        calls.append(
-            Call("reward", score_program(mesh, base), (base, scorer, answers), size, None, answers, lives)
-        )
-    calls += [dataclasses.replace(model, lives=lives) for model in models]
+        calls.append(Call("reward", score_program(mesh, base), (base, scorer, rollout), size, None, rollout, resident))
+    calls += [dataclasses.replace(model, resident=resident) for model in models]
     annotated = shapes.rows(Annotated(*(numbers(B * n, R),) * 3))
-    args = (base, state.policy, state.value, reference, answers, update)
-    calls.append(Call("annotate", annotate_program(mesh, base), args, {}, annotated, answers, lives))
+    args = (base, state.policy, state.value, reference, rollout, update)
+    calls.append(Call("annotate", annotate_program(mesh, base), args, {}, annotated, rollout, resident))
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
-    control = shapes.placed(jax.eval_shape(lambda: Control.start(0.0)))
-    rows = (answers, annotated, shapes.rows(numbers(B * n)), greedy)
-    experience = shapes.rows(_experience(answers, annotated))
+    control = shapes.sharded(jax.eval_shape(lambda: Control.start(0.0)))
+    rows = (rollout, annotated, shapes.rows(numbers(B * n)), greedy)
+    experience = shapes.rows(_experience(rollout, annotated))
     args = (*rows, control, settings)
-    calls.append(Call("experience", experience_program(mesh), args, {}, (experience,), rows, lives))
+    calls.append(Call("experience", experience_program(mesh), args, {}, (experience,), rows, resident))
     rows = (experience, _mix(shapes, update))
     args = (state, base, experience, key, update)
-    calls.append(
-        Call("update", update_program(mesh, base, state), args, {"mix": rows[1]}, None, rows, lives,
-             remat=update.remat)
-    )  # fmt: skip
+    program = update_program(mesh, base, state)
+    calls.append(Call("update", program, args, {"mix": rows[1]}, None, rows, resident, remat=update.remat))
     return calls
 
 
 _STAGES: dict[str, Callable[[Shapes], list[Call]]] = {"sft": _sft, "reward_model": _reward_model, "ppo": _ppo}
 
 
-def _step(shapes: Shapes, stage: str, make: Callable[..., Program], state: TrainState, batch: Any, config, more):
-    base, optimizer = shapes.base, with_rate(with_total_steps(config.optimizer, STEPS), stage, state.adapter)
-    lives = {"weights": base, "adapters": state.adapter, "optimizer": state.optimizer}
-    args, name = (state, base, batch, optimizer, *more), f"{stage}_update"
-    program = make(shapes.mesh, base, state)
-    return Call(name, program, args, static_arguments(config), None, batch, lives, remat=config.remat)
+def _training_call(
+    shapes: Shapes, stage: str, program: Program, state: TrainState, batch: Any, more: tuple[float, ...]
+) -> Call:
+    config = getattr(shapes.config, stage)
+    optimizer = with_rate(with_total_steps(config.optimizer, STEPS), stage, state.adapter)
+    resident = {"weights": shapes.base, "adapters": state.adapter, "optimizer": state.optimizer}
+    args = (state, shapes.base, batch, optimizer, *more)
+    return Call(program.name, program, args, static_arguments(config), None, batch, resident, remat=config.remat)
 
 
 def _train_state(shapes: Shapes, adapter: Any) -> TrainState:
     optimizer = jax.eval_shape(init_optimizer, adapter)
-    return shapes.placed(TrainState(adapter, optimizer, jax.ShapeDtypeStruct((), jnp.int32)))
+    return shapes.sharded(TrainState(adapter, optimizer, jax.ShapeDtypeStruct((), jnp.int32)))
 
 
 def _sft_batch(rows: int, length: int) -> SFTBatch:
@@ -161,10 +160,10 @@ def _rollout(rows: int, P: int, R: int) -> Rollout:
     return Rollout(tokens(rows, P + R), mask(rows, P + R), mask(rows, R), numbers(rows, R), ended, numbers(rows))
 
 
-def _experience(answers: Rollout, annotated: Annotated) -> Experience:
-    kept = ("tokens", "mask", "response_mask", "temperature", "sample_logprobs")
-    told = {name: getattr(answers, name) for name in kept} | vars(annotated)
-    return Experience(**told, advantages=annotated.values, returns=annotated.values, kl_coef=answers.temperature)
+def _experience(rollout: Rollout, annotated: Annotated) -> Experience:
+    shared = ("tokens", "mask", "response_mask", "temperature", "sample_logprobs")
+    fields = {name: getattr(rollout, name) for name in shared} | vars(annotated)
+    return Experience(**fields, advantages=annotated.values, returns=annotated.values, kl_coef=rollout.temperature)
 
 
 def _policy_and_value(shapes: Shapes) -> tuple[Any, Any]:
@@ -173,22 +172,22 @@ def _policy_and_value(shapes: Shapes) -> tuple[Any, Any]:
     if not ADVANTAGES[config.advantage.estimator].needs_value:
         return policy, None
     if config.update.value_trunk == "policy":
-        return policy, shapes.placed(jax.eval_shape(value_head, shapes.base))
+        return policy, shapes.sharded(jax.eval_shape(value_head, shapes.base))
     return policy, shapes.adapter(run.adapter_or(config.value_adapter), "value")
 
 
 def _reference(shapes: Shapes, policy: Any) -> Any:
-    """The reference's adapter; None where it is the base itself."""
+    """The adapter of the reference, or None if the base is the reference."""
     run, config = shapes.config, shapes.config.ppo
     if config.refresh_reference is not None:
-        return shapes.placed(jax.eval_shape(bare, shapes.base, policy))
+        return shapes.sharded(jax.eval_shape(bare, shapes.base, policy))
     if config.reference is not None or ("sft" in run.stages and not run.sft_trains_base):
         return shapes.adapter(run.adapter_or(run.sft.adapter if run.sft is not None else config.adapter))
     return None
 
 
 def _own_reward(shapes: Shapes) -> Any:
-    """The reward adapter of the run, where PPO's reward is it or has it as a part."""
+    """The reward adapter of the run if PPO's reward uses it, else None."""
     run = shapes.config
     if not needs_own(run.ppo.reward):
         return None
@@ -197,20 +196,18 @@ def _own_reward(shapes: Shapes) -> Any:
 
 
 def _reward_models(shapes: Shapes) -> list[Call]:
-    """The decoders that score with a base of their own, each on all answers, at the longest padded length."""
-    config, calls = shapes.config.ppo, []
+    """The calls of reward models with a base of their own: all completions, at the longest padded length."""
+    config = shapes.config.ppo
     rows = config.batch_size * config.sampling.samples_per_prompt
-    for part in parts_of(config.reward):
-        if isinstance(part, ModelRewardConfig) and part.path is not None:
-            calls.append(_reward_of(shapes, part, rows))
-    return calls
+    models = [part for part in parts_of(config.reward) if isinstance(part, ModelRewardConfig) and part.path is not None]
+    return [_reward_model_call(shapes, part, rows) for part in models]
 
 
-def _reward_of(shapes: Shapes, part: ModelRewardConfig, rows: int) -> Call:
+def _reward_model_call(shapes: Shapes, part: ModelRewardConfig, rows: int) -> Call:
     model = read_folder(part.path)
     dtype = folder_dtype(part.path) if part.dtype == AUTO else part.dtype
-    base = shapes.placed(abstract_decoder(shapes.for_mesh(model), dtype))
-    head = shapes.placed(jax.eval_shape(value_head, base))
+    base = shapes.sharded(abstract_decoder(shapes.for_mesh(model), dtype))
+    head = shapes.sharded(jax.eval_shape(value_head, base))
     size, length = min(part.batch_size, rows), min(part.max_length, model.max_positions)
     batch = shapes.rows((tokens(size, length), mask(size, length)))
     program = token_score_program(shapes.mesh, base)

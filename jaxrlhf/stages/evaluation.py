@@ -1,4 +1,4 @@
-"""What PPO changed: numbers before and after, and answers side by side, as a person reads them."""
+"""The final comparison of a PPO run: metrics before and after, and sample completions side by side."""
 
 import dataclasses
 import textwrap
@@ -9,27 +9,27 @@ import numpy as np
 from jaxrlhf.records import Experience, Rollout
 from jaxrlhf.rewards.completions import Completions
 
-SAMPLES = 8  # answers kept for a person to read
+SAMPLES = 8  # completions kept for reading
 WIDTH = 100
 LABELS = {
     "reward/score": "reward that was maximised",
     "reward/gold": "gold score (never trained on)",
-    "kl/k1": "KL to the reference, nats per answer",
-    "length/mean": "tokens per answer",
-    "length/eos_share": "share of answers that ended",
+    "kl/k1": "KL to the reference, nats per completion",
+    "length/mean": "tokens per completion",
+    "length/eos_share": "share of completions that ended",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A policy's answers to the evaluation prompts: means by metric name, and some of the answers."""
+    """Metrics of a policy on the evaluation prompts, and some of its completions."""
 
-    numbers: dict[str, float]
+    means: dict[str, float]  # by metric name
     samples: list[dict]
 
 
-def rows_measured(experience: Experience, rollout: Rollout) -> dict[str, np.ndarray]:
-    """What is measured of each of B answers beside its scores, [B] each, by metric name. Takes numpy arrays."""
+def row_metrics(experience: Experience, rollout: Rollout) -> dict[str, np.ndarray]:
+    """Metrics of each of B completions except its scores, [B] by metric name. Takes numpy arrays."""
     mask = rollout.response_mask
     return {
         "kl/k1": np.sum(np.where(mask, experience.logprobs - experience.ref_logprobs, 0.0), axis=1),
@@ -39,20 +39,20 @@ def rows_measured(experience: Experience, rollout: Rollout) -> dict[str, np.ndar
 
 
 def samples_of(completions: Completions, scores) -> list[dict]:
-    """One record per answer: prompt, completion, score."""
+    """Returns the first `SAMPLES` completions as records of prompt, completion and score."""
     return [
         {"prompt": prompt, "completion": completion, "score": round(float(score), 4)}
-        for prompt, completion, score in zip(completions.prompts, completions.texts, np.asarray(scores))
+        for prompt, completion, score in zip(completions.prompts[:SAMPLES], completions.texts, np.asarray(scores))
     ]
 
 
 def comparison(evaluations: Mapping[str, Evaluation], samples: int = 5) -> str:
-    """The final table with a column for each policy, and sample answers of the first and the last side by side."""
+    """Returns the final table, a column for each policy, and `samples` completions before and after PPO."""
     width = max(14, *(len(f"{name} PPO") + 2 for name in evaluations))
-    lines = ["", " " * 40 + "".join(f"{f'{name} PPO':>{width}}" for name in evaluations)]
+    lines = ["", " " * 42 + "".join(f"{f'{name} PPO':>{width}}" for name in evaluations)]
     for name, label in LABELS.items():
-        if all(name in e.numbers for e in evaluations.values()):
-            lines.append(f"{label:40}" + "".join(f"{e.numbers[name]:{width}.3f}" for e in evaluations.values()))
+        if all(name in e.means for e in evaluations.values()):
+            lines.append(f"{label:42}" + "".join(f"{e.means[name]:{width}.3f}" for e in evaluations.values()))
     before, after = evaluations["before"], evaluations["after"]
     for old, new in list(zip(before.samples, after.samples))[:samples]:
         lines += ["", *_wrapped("prompt", old["prompt"])]

@@ -1,4 +1,4 @@
-"""A role of a run as a folder for other programs, for the export command."""
+"""Exports a role of a run as a folder for other programs: the export command."""
 
 import argparse
 from pathlib import Path
@@ -20,10 +20,10 @@ DEFAULT_ROLES = {"merged": ("policy", "sft"), "peft": ("policy", "sft"), "reward
 
 
 def export_role(arguments: argparse.Namespace) -> list[str]:
-    """Writes the folder that is asked for; lines that say what was written. See `jaxrlhf export` for arguments.
+    """Writes the export and returns lines that describe it. See `jaxrlhf export` for the arguments.
 
-    Raises `UserError`, before anything is written, where run or role is not there, the role does not suit the format,
-    or the folder holds something else.
+    Raises `UserError`, before anything is written, if the run or role does not exist, the format cannot represent the
+    role, or the target folder holds something else.
     """
     if arguments.max_shard_bytes < 1:
         raise UserError(f"--max-shard-bytes: must be at least 1, not {arguments.max_shard_bytes}")
@@ -38,11 +38,11 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
         save_pretrained(arguments.to, roles.base, adapter, roles.tokenizer, arguments.max_shard_bytes, arguments.dtype)
     elif arguments.format == "peft":
         save_peft(arguments.to, roles.base, adapter, base_path, arguments.dtype)
-        lines.append(f"it belongs on {base_path}{', which was made in a run: give it along' if own else ''}")
+        lines.append(f"its base is {base_path}{', which a run made: ship it with the adapter' if own else ''}")
         if (Path(base_path) / PEFT_INFO).is_file():
-            lines.append("that is an adapter itself, merged into its base here: for PEFT, merge the two into a folder")
+            lines.append("that base is an adapter itself: for PEFT, merge it into its own base first")
         if (codes := quantization(roles.base)) is not None:
-            lines.append(f"it was trained on that base in {codes} codes; on plain weights it computes a little else")
+            lines.append(f"it was trained on that base in {codes} codes; on plain weights its outputs differ slightly")
     else:
         from jaxrlhf.hf.classifiers import save_sequence_classifier
 
@@ -53,7 +53,7 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
 
 
 def base_of(config: RunConfig) -> tuple[str, bool]:
-    """The folder or hub id of a run's base, and whether a run made or changed it."""
+    """Returns the folder or hub id of a run's base, and whether a run made or changed it."""
     own = Path(config.run_dir, "roles", "base")
     if own.is_dir():
         return str(own.absolute()), True
@@ -65,36 +65,36 @@ def base_of(config: RunConfig) -> tuple[str, bool]:
 
 
 def _check_target(target: str, config: RunConfig, base_path: str) -> None:
-    """`UserError` where writing would replace what the run is made of."""
+    """Raises `UserError` if the export would replace an input or a role of the run."""
     folder = Path(target).expanduser().resolve()
     origins = [base_path, config.run_dir, config.model.tokenizer]
     if config.ppo is not None:
         origins += [config.ppo.policy, config.ppo.reference]
         origins += [getattr(part, "path", None) for part in parts_of(config.ppo.reward)]
-    kept = {Path(origin).expanduser().resolve() for origin in origins if origin is not None}
-    if folder in kept or folder.is_relative_to(Path(config.run_dir, "roles").resolve()):
-        raise UserError(f"--to {target}: is what the run was made from or is made of; give a folder of its own")
+    protected = {Path(origin).expanduser().resolve() for origin in origins if origin is not None}
+    if folder in protected or folder.is_relative_to(Path(config.run_dir, "roles").resolve()):
+        raise UserError(f"--to {target}: the run was made from this folder, or needs it; give another folder")
 
 
-def _role(roles: Roles, config: RunConfig, wanted: str | None, format: str) -> tuple[str, Adapter | None]:
-    """Name and adapter of the role asked for, or of the format's first that the run has."""
+def _role(roles: Roles, config: RunConfig, name: str | None, format: str) -> tuple[str, Adapter | None]:
+    """Returns name and adapter of the requested role, else of the first default role of the format."""
     known: dict[str, Adapter | None] = {name: roles.adapters[name] for name in ADAPTERS if name in roles.adapters}
     if config.sft_trains_base:
-        known["sft"] = None  # SFT trained the whole model: its result is the base
-    names = DEFAULT_ROLES[format] if wanted is None else (wanted,)
-    for name in names:
-        if name in known:
-            return name, known[name]
+        known["sft"] = None  # after a full fine-tune the base is the SFT model
+    names = DEFAULT_ROLES[format] if name is None else (name,)
+    for candidate in names:
+        if candidate in known:
+            return candidate, known[candidate]
     raise UserError(
         f"--role: this run has no role {' or '.join(names)}; it has {', '.join(known) or 'none'}"
-        f"{' (a reward adapter is exported by --format reward)' if wanted is None and format != 'reward' else ''}"
+        f"{' (to export a reward adapter, give --format reward)' if name is None and format != 'reward' else ''}"
     )
 
 
 def _check_suited(name: str, adapter: Adapter | None, format: str) -> None:
-    """`UserError` where the format has no place for what the role is."""
-    whole = adapter is None or any(beyond_peft(path, leaves) for path, leaves in adapter.items())
-    if format == "peft" and whole:
-        raise UserError(f"--format peft: {name} has whole weights, not LoRA pairs; give --format merged")
+    """Raises `UserError` if the format cannot represent the role."""
+    full = adapter is None or any(beyond_peft(path, leaves) for path, leaves in adapter.items())
+    if format == "peft" and full:
+        raise UserError(f"--format peft: {name} has full weights, not LoRA pairs; give --format merged")
     if format == "reward" and (adapter is None or SCORE not in adapter):
         raise UserError(f"--format reward: {name} has no scalar head; give --role reward, or --role value")

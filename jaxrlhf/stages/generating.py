@@ -1,4 +1,4 @@
-"""Answers to prompts from a run's roles or from a model, for the generate command."""
+"""Completes prompts with the roles of a run or with a model: the generate command."""
 
 import argparse
 import sys
@@ -24,11 +24,11 @@ from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.roles import Roles, load_origin, load_run
 
 BATCH = 32
-LENGTH_STEP = 32  # prompts are padded to a multiple of this, so that few programs are compiled
+LENGTH_STEP = 32  # prompts are padded to a multiple of this length, to limit compilations
 
 
-def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
-    """One record per prompt, in order: {"prompt", "answers": {role: text}}; see `jaxrlhf generate` for arguments."""
+def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
+    """Yields {"prompt", "answers": {role: text}} for each prompt. See `jaxrlhf generate` for the arguments."""
     config = None
     if arguments.run is not None:
         roles = load_run(arguments.run)
@@ -36,75 +36,69 @@ def answer_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
         chosen = _chosen_roles(roles, arguments.roles, config)
     else:
         if arguments.roles not in (None, "base"):
-            raise UserError(f"--roles {arguments.roles}: a model folder has the role base only; use --run")
+            raise UserError(f"--roles {arguments.roles}: a model folder has only the role base; give --run")
         base, tokenizer = load_pretrained(arguments.model)
         if tokenizer is None:
-            raise UserError(f"{arguments.model}: has no tokenizer files, so there is no text in or out")
+            raise UserError(f"{arguments.model}: has no tokenizer files; give a model folder with a tokenizer")
         roles = Roles(base, tokenizer)
         chosen = {"base": (base, None)}
     sampling = _sampling(arguments, config, roles)
     prompts, ids = _prompts(arguments, config, roles, sampling)
     program = jax.jit(rollout, compiler_options=compiler_options(roles.base))
-    with kept_programs(AUTO if config is None else config.compilation_cache, _say):
-        yield from _records(program, chosen, roles.tokenizer, prompts, ids, sampling, arguments.seed)
+    with kept_programs(
+        AUTO if config is None else config.compilation_cache, lambda text: print(text, file=sys.stderr)
+    ):
+        for start in range(0, len(prompts), BATCH):
+            batch = ids[start : start + BATCH]
+            if len(ids) > 1:  # pad the last batch with its first prompt, so that all batches have one shape
+                batch = batch + [batch[0]] * (BATCH - len(batch))
+            key = key_for(arguments.seed, "generate", start, "rollout")
+            texts = {
+                role: _completions(program, *model, roles.tokenizer, batch, sampling, key)
+                for role, model in chosen.items()
+            }
+            for i, prompt in enumerate(prompts[start : start + BATCH]):
+                shown = prompt.messages if isinstance(prompt, Chat) else prompt
+                yield {"prompt": shown, "answers": {role: completions[i] for role, completions in texts.items()}}
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _records(
-    program, chosen: dict, tokenizer: Tokenizer, prompts: list, ids: list, sampling: Sampling, seed: int
-) -> Iterator[dict]:
-    for start in range(0, len(prompts), BATCH):
-        part = ids[start : start + BATCH]
-        # Rows that fill up the last batch repeat its first prompt, so that it has the other batches' shape.
-        part = part + [part[0]] * (BATCH - len(part) if len(ids) > 1 else 0)
-        key = key_for(seed, "generate", start, "rollout")
-        answers = {role: _answers(program, *model, tokenizer, part, sampling, key) for role, model in chosen.items()}
-        for i, prompt in enumerate(prompts[start : start + BATCH]):
-            given = prompt.messages if isinstance(prompt, Chat) else prompt
-            yield {"prompt": given, "answers": {role: texts[i] for role, texts in answers.items()}}
-
-
-def _answers(
+def _completions(
     program, base: Decoder, adapter: Adapter | None, tokenizer: Tokenizer, ids: list, sampling: Sampling, key
 ) -> list[str]:
-    """One answer to each of the prompts `ids`."""
-    room = base.config.max_positions - sampling.max_new_tokens
-    length = min(-(-max(map(len, ids)) // LENGTH_STEP) * LENGTH_STEP, room)
-    answered = jax.device_get(program(base, adapter, left_pad(ids, length, tokenizer.pad_id), key, sampling))
-    responses = zip(answered.tokens[:, length:], answered.response_mask)
+    """Returns one completion of each prompt in `ids`."""
+    limit = base.config.max_positions - sampling.max_new_tokens
+    length = min(-(-max(map(len, ids)) // LENGTH_STEP) * LENGTH_STEP, limit)
+    rollout = jax.device_get(program(base, adapter, left_pad(ids, length, tokenizer.pad_id), key, sampling))
+    responses = zip(rollout.tokens[:, length:], rollout.response_mask)
     return [tokenizer.decode(row[mask].tolist()) for row, mask in responses]
 
 
-def _chosen_roles(roles: Roles, wanted: str | None, config: RunConfig) -> dict[str, tuple[Decoder, Adapter | None]]:
-    """The models of the roles asked for, or of the last one that was trained."""
-    known: dict[str, tuple[Decoder, Adapter | None]] = {}
-    retrained = config.sft_trains_base
-    known["base"] = (roles.base, None)
-    if retrained or "sft" in roles.adapters:
+def _chosen_roles(roles: Roles, option: str | None, config: RunConfig) -> dict[str, tuple[Decoder, Adapter | None]]:
+    """Returns (base, adapter) for each role in `--roles`, or for the role trained last."""
+    known: dict[str, tuple[Decoder, Adapter | None]] = {"base": (roles.base, None)}
+    if config.sft_trains_base or "sft" in roles.adapters:
         known["sft"] = (roles.base, roles.reference)
     known |= {name: (roles.base, roles.adapters[name]) for name in ("average", "policy") if name in roles.adapters}
-    names = [list(known)[-1]] if wanted is None else [name.strip() for name in wanted.split(",")]
+    names = [list(known)[-1]] if option is None else [name.strip() for name in option.split(",")]
     for name in names:
         if name not in known:
             raise UserError(f"--roles: this run has no role {name!r}; it has {', '.join(known)}")
-    if retrained and "base" in names:  # SFT trained the whole model: the run's base is its result
+    if config.sft_trains_base and "base" in names:  # after a full fine-tune the run's base is the SFT model
         known["base"] = (load_origin(config), None)
     return {name: known[name] for name in names}
 
 
 def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Roles) -> Sampling:
+    """Returns the run's sampling settings with the options of the command line."""
     run = config.ppo.sampling if config is not None and config.ppo is not None else Sampling()
-    given = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    changed = {name: value for name, value in given.items() if value is not None}
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    options = {name: value for name, value in options.items() if value is not None}
     try:
-        sampling = Sampling(**{**run.model_dump(), **changed, "samples_per_prompt": 1})
+        sampling = Sampling(**{**run.model_dump(), **options, "samples_per_prompt": 1})
     except pydantic.ValidationError as error:
-        fault = error.errors()[0]
-        option = str(fault["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option}: {fault['msg']}, given {fault['input']}") from None
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option}: {first['msg']}, not {first['input']}") from None
     check_tokens(roles.base.config, sampling, "ppo.sampling of the run")
     return sampling
 
@@ -112,28 +106,28 @@ def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Ro
 def _prompts(
     arguments: argparse.Namespace, config: RunConfig | None, roles: Roles, sampling: Sampling
 ) -> tuple[list, list]:
-    """All prompts, as given and as token ids; UserError, with its place, for one that cannot be answered."""
+    """Returns all prompts and their token ids. Raises `UserError`, with file and line, for an invalid prompt."""
     if arguments.prompt is not None:
         prompts, places = arguments.prompt, [f"--prompt {text[:40]!r}" for text in arguments.prompt]
     else:
-        given = {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
-        if config is not None and (stage := config.ppo or config.sft) is not None:  # chats as the run wrote them
-            given |= {"tools": stage.data.tools, "chat_template_kwargs": stage.data.chat_template_kwargs}
-        rows, prompts, _ = read_prompts(PromptsConfig(path=arguments.prompts, **given))
+        settings = {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
+        if config is not None and (stage := config.ppo or config.sft) is not None:  # chats formatted as in the run
+            settings |= {"tools": stage.data.tools, "chat_template_kwargs": stage.data.chat_template_kwargs}
+        rows, prompts, _ = read_prompts(PromptsConfig(path=arguments.prompts, **settings))
         places = [row.where for row in rows]
     positions = roles.base.config.max_positions
-    room = positions - sampling.max_new_tokens
-    if room < 1:
-        raise UserError(f"--max-new-tokens: {sampling.max_new_tokens}, but the model has {positions} positions in all")
+    limit = positions - sampling.max_new_tokens
+    if limit < 1:
+        raise UserError(f"--max-new-tokens: {sampling.max_new_tokens}, but the model has only {positions} positions")
     encoded = list(roles.tokenizer.encode_prompts(prompts, places))
     for place, ids in zip(places, encoded):
         if not len(ids):
-            raise UserError(f"{place}: an empty prompt, and the tokenizer has no BOS to begin with; give some text")
+            raise UserError(f"{place}: an empty prompt, and the tokenizer has no BOS token; give some text")
         if (fault := roles.tokenizer.fault(ids)) is not None:
             raise UserError(f"{place}: {fault}")
-        if len(ids) > room:
+        if len(ids) > limit:
             raise UserError(
-                f"{place}: {len(ids)} tokens and {sampling.max_new_tokens} new ones are more than the model's "
-                f"{positions} positions; want at most {room} prompt tokens"
+                f"{place}: {len(ids)} tokens and {sampling.max_new_tokens} new tokens exceed the model's {positions} "
+                f"positions; give at most {limit} prompt tokens"
             )
     return prompts, encoded

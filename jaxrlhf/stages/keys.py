@@ -1,4 +1,4 @@
-"""One seed: every key is folded from (seed, stage, iteration, purpose)."""
+"""Random keys. Every key is folded from (seed, stage, iteration, purpose)."""
 
 import zlib
 
@@ -6,7 +6,7 @@ import jax
 
 
 def key_for(seed: int, stage: str, iteration: int, purpose: str) -> jax.Array:
-    """The key of one use. Names enter by their CRC-32, which is the same everywhere and always."""
+    """Returns the key for one purpose. Names are hashed with CRC-32, which is stable across processes and versions."""
     key = jax.random.key(seed)
     for part in (zlib.crc32(stage.encode()), iteration, zlib.crc32(purpose.encode())):
         key = jax.random.fold_in(key, part)

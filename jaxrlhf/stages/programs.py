@@ -1,8 +1,8 @@
-"""The programs that the stages compile: what each is called, what it gives away, and where its results lie.
+"""The compiled programs of the stages: names, donated arguments and output shardings.
 
-Those that run a base, arrays or shapes, are compiled as its dtype needs it (`models.precision`).
-The stages run them, plans compile them and benchmarks time them: all take them from here, and what each is given stands
-in `stages.calls`. The programs of rewards stand beside their rewards (`rewards.model`, `rewards.pretrained`).
+Stages run these programs, `plan` compiles them and `bench` times them; `stages.calls` has their arguments' shapes.
+A program that computes with the base gets the compiler options of its dtype (`models.precision`). `rewards.model` and
+`rewards.pretrained` have the programs of rewards.
 """
 
 from collections.abc import Callable
@@ -21,79 +21,62 @@ from jaxrlhf.records import PPOState, Rollout, TrainState
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.annotate import annotate_for_update, score_experience
 from jaxrlhf.steps.ppo import ppo_update
-from jaxrlhf.steps.reward_model import reward_model_update
-from jaxrlhf.steps.sft import sft_update
 
 Mesh = jax.sharding.Mesh
-_STATIC = ("microbatches", "remat")  # of the steps of sft and reward_model: part of what is compiled
 
 
-def sft_program(mesh: Mesh, base: Decoder, state: TrainState) -> Program:
-    """`sft_update`; it takes over the memory of its state, arrays or shapes as in `state`."""
-    return _training(sft_update, mesh, base, state)
-
-
-def reward_model_program(mesh: Mesh, base: Decoder, state: TrainState) -> Program:
-    """`reward_model_update`; it takes over the memory of its state."""
-    return _training(reward_model_update, mesh, base, state)
+def train_program(step: Callable, mesh: Mesh, base: Decoder, state: TrainState) -> Program:
+    """`sft_update` or `reward_model_update`. Donates the state; `state` may hold arrays or shapes."""
+    static = ("microbatches", "remat")
+    sharding = (tree_shardings(mesh, state), None)
+    options = {"donate_argnums": 0, "static_argnames": static, "out_shardings": sharding}
+    return Program(step, step.__name__, mesh, compiler_options(base), **options)
 
 
 def static_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
-    """What the settings say of the arguments that are part of what is compiled."""
+    """The static arguments of a `train_program`."""
     size = config.microbatch_size or config.batch_size
     return {"microbatches": config.batch_size // size, "remat": config.remat}
 
 
 def rollout_program(mesh: Mesh, base: Decoder) -> Program:
-    """Answers, by rows over the mesh."""
-    return _rows(rollout, "rollout", mesh, base)
+    """`rollout`, with rows split over the mesh."""
+    return _by_rows(rollout, "rollout", mesh, base)
 
 
 def greedy_program(mesh: Mesh, base: Decoder, samples: Program, group: int) -> Program:
-    """Greedy answers: of no group they are the program `samples` at another temperature; beside groups its own."""
-    return samples if group == 1 else _rows(rollout, "rollout_greedy", mesh, base)
+    """`rollout` for greedy completions: the program `samples` if groups have size 1, else a program of its own."""
+    return samples if group == 1 else _by_rows(rollout, "rollout_greedy", mesh, base)
 
 
 def merge_program(mesh: Mesh) -> Program:
-    """Chosen rows of two rollouts. They lie as those of a rollout: what is given either is compiled once."""
-    return _rows(_merge, "merge", mesh)
+    """Selects rows of two rollouts. The result has a rollout's sharding, so that later programs compile once."""
+    return _by_rows(_merge, "merge", mesh)
 
 
 def annotate_program(mesh: Mesh, base: Decoder) -> Program:
-    """`annotate_for_update`: the passes over a rollout, which need no scores."""
-    return _rows(annotate_for_update, "annotate", mesh, base)
+    """`annotate_for_update`: the forward passes over a rollout, which need no scores."""
+    return _by_rows(annotate_for_update, "annotate", mesh, base)
 
 
 def experience_program(mesh: Mesh) -> Program:
-    """`score_experience`; what the next iteration is given lies where the first was given it."""
-    placed = (batch_sharding(mesh), replicated(mesh), None)
-    return Program(score_experience, "experience", mesh, out_shardings=placed)
+    """`score_experience`. The next control is replicated like the first, so that the program compiles once."""
+    sharding = (batch_sharding(mesh), replicated(mesh), None)
+    return Program(score_experience, "experience", mesh, out_shardings=sharding)
 
 
 def update_program(mesh: Mesh, base: Decoder, state: PPOState) -> Program:
-    """`ppo_update`; it takes over the memory of its state, arrays or shapes as in `state`."""
-    placed = (tree_shardings(mesh, state), None)
-    return Program(ppo_update, "update", mesh, compiler_options(base), donate_argnums=0, out_shardings=placed)
+    """`ppo_update`. Donates the state; `state` may hold arrays or shapes."""
+    sharding = (tree_shardings(mesh, state), None)
+    return Program(ppo_update, "update", mesh, compiler_options(base), donate_argnums=0, out_shardings=sharding)
 
 
-def _training(step: Callable, mesh: Mesh, base: Decoder, state: TrainState) -> Program:
-    return Program(
-        step,
-        step.__name__,
-        mesh,
-        compiler_options(base),
-        donate_argnums=0,
-        static_argnames=_STATIC,
-        out_shardings=(tree_shardings(mesh, state), None),
-    )
-
-
-def _rows(function: Callable, name: str, mesh: Mesh, base: Decoder | None = None) -> Program:
-    """Without a base: a program that computes nothing in its dtype."""
+def _by_rows(function: Callable, name: str, mesh: Mesh, base: Decoder | None = None) -> Program:
+    """A program whose outputs are split by rows. `base` is None if it computes nothing in the base's dtype."""
     options = None if base is None else compiler_options(base)
     return Program(function, name, mesh, options, out_shardings=batch_sharding(mesh))
 
 
 def _merge(first: Rollout, second: Rollout, source: jax.Array) -> Rollout:
-    """Rows i32[B] of both rollouts, one after the other."""
+    """Selects rows i32[B] of the two rollouts, numbered one after the other."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[source], first, second)

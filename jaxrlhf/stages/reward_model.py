@@ -1,4 +1,4 @@
-"""The reward_model stage: learn which of two answers people prefer."""
+"""The reward_model stage: learns which of two completions people prefer."""
 
 import dataclasses
 
@@ -17,22 +17,22 @@ from jaxrlhf.records import Adapter, TrainState
 from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, steps_text, with_total_steps
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
-from jaxrlhf.stages.programs import reward_model_program, static_arguments
+from jaxrlhf.stages.programs import static_arguments, train_program
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
-from jaxrlhf.steps.reward_model import pair_scores
+from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModelInputs:
-    """Pairs that have been read and checked."""
+    """The stage's checked pairs."""
 
     train: PreferenceData
     heldout: PreferenceData
 
 
 def check(run: Run, roles: Roles) -> None:
-    """UserError where the settings do not fit the model or the mesh, or a source is not there."""
+    """Raises `UserError` if the settings do not fit the model or the mesh, or a data source is missing."""
     config = run.config.reward_model
     for source in filter(None, (config.data, config.test_data)):
         check_source(source)
@@ -42,7 +42,7 @@ def check(run: Run, roles: Roles) -> None:
 
 
 def load(run: Run, roles: Roles) -> RewardModelInputs:
-    """Reads the stage's pairs; UserError where they cannot be used."""
+    """Reads the stage's pairs. Raises `UserError` if they are invalid."""
     config, tokenizer = run.config.reward_model, roles.tokenizer
 
     def read(source) -> list[Pair]:
@@ -51,35 +51,34 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
         return pairs
 
     def data(pairs: list[Pair]) -> PreferenceData:
-        return PreferenceData(
-            pairs, config.batch_size, config.max_length, run.config.seed, config.buckets, tokenizer.pad_id
-        )
+        sizes = (config.batch_size, config.max_length)
+        return PreferenceData(pairs, *sizes, run.config.seed, config.buckets, tokenizer.pad_id)
 
     pairs = read(config.data)
     if config.test_data is not None:
         return RewardModelInputs(data(pairs), data(read(config.test_data)))
     rows, held = hold_out(len(pairs), config.heldout, run.config.seed)
-    if not len(held):  # fewer than ten pairs: the accuracy is that of the training pairs
+    if not len(held):
         held = rows
-        run.say(f"reward_model: {len(pairs)} pairs are too few to hold any out: accuracy is on the training pairs")
+        run.say(f"reward_model: no held-out pairs (of {len(pairs)}): accuracy is on the training pairs")
     return RewardModelInputs(data([pairs[i] for i in rows]), data([pairs[i] for i in held]))
 
 
 def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
-    """Runs the stage; the roles with the reward adapter."""
+    """Runs the stage. Returns the roles with the reward adapter."""
     config = run.config.reward_model
     key = key_for(run.config.seed, "reward_model", 0, "adapter")
-    wanted = run.config.adapter_or(config.adapter)
+    adapter_config = run.config.adapter_or(config.adapter)
     if config.start == "sft" and roles.reference is not None:
-        adapter = with_head(as_kind(roles.base, roles.reference, wanted.kind), roles.base, "reward", key)
+        adapter = with_head(as_kind(roles.base, roles.reference, adapter_config.kind), roles.base, "reward", key)
     else:
-        adapter = init_adapter(roles.base, wanted, key, head="reward")
+        adapter = init_adapter(roles.base, adapter_config, key, head="reward")
     total = config.epochs * len(inputs.train)
     optimizer = with_rate(with_total_steps(config.optimizer, total), "reward_model", adapter)
     steps = steps_text(config.epochs, len(inputs.train))
     run.say(f"reward_model: {steps}; learning rate {rate_text(optimizer, adapter)}")
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
-    update, static = reward_model_program(run.mesh, roles.base, state), static_arguments(config)
+    update, static = train_program(reward_model_update, run.mesh, roles.base, state), static_arguments(config)
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
     with Loop(run, "reward_model", state, total, config.save_every) as loop:
         for step in loop.steps():
@@ -97,7 +96,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
 
 
 def evaluate(run: Run, base: Decoder, adapter: Adapter, data: PreferenceData) -> dict[str, float]:
-    """Share of pairs whose chosen answer scores higher (ties count half), and the mean and deviation of scores."""
+    """Share of pairs whose chosen side scores higher (ties count half), and mean and standard deviation of scores."""
     program = Program(pair_scores, "pair_scores", run.mesh, compiler_options(base))
     batches = list(data.all_batches())
     scores = fetch([program(base, adapter, shard_batch(run.mesh, batch)) for batch in batches])

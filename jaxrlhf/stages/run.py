@@ -1,6 +1,6 @@
-"""A whole run: everything is read and checked first, then the stages run in order, each once.
+"""Runs the stages of a config in order, after all of their inputs have been read and checked.
 
-A finished stage is not run again: the same command continues where the run stood.
+Finished stages are skipped, so the same command resumes a run.
 """
 
 import contextlib
@@ -28,20 +28,21 @@ from jaxrlhf.stages import reward_model, sft
 from jaxrlhf.stages.checks import end_notes
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo import stage as ppo
-from jaxrlhf.stages.resuming import makes_longer, may_change, told
-from jaxrlhf.stages.roles import Roles, check_none_gone, finished_stages, load_roles, mark_unfinished, save_base
+from jaxrlhf.stages.resuming import change_text, makes_longer, may_change
+from jaxrlhf.stages.roles import Roles, check_none_missing, finished_stages, load_roles, mark_unfinished, save_base
 from jaxrlhf.tracking.metrics import MetricsLog
 
 SHARED = "give a folder on a file system that all hosts share"
+STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 
 
 def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
-    """Runs the stages of `config` that have not finished yet; the roles at the end.
+    """Runs the stages of `config` that have not finished yet, and returns the final roles.
 
-    Raises `UserError`, before anything is compiled or written, where settings, files, rows or model cannot
-    be used, or where another run is at work in the directory. Where `stop` is asked to, `Stopped` ends the run.
+    Raises `UserError`, before anything is compiled or written, if settings, files, rows or model are invalid, or if
+    another process uses the run directory. Raises `Stopped` after a signal to `stop`.
     """
-    # Absolute from here on: a reward function may change the working directory.
+    # Absolute, because a reward function may change the working directory.
     folder, writes = Path(config.run_dir).absolute(), jax.process_index() == 0
     config = config.model_copy(update={"run_dir": str(folder)})
     run = Run(
@@ -51,63 +52,62 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
         MetricsLog(folder / "samples.jsonl" if writes else None),
         stop,
     )
-    with contextlib.ExitStack() as open_things:
-        open_things.enter_context(compiled_with(config.compiler_options))
-        lock = open_things.enter_context(RunLock(folder, writes, run.say))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compiled_with(config.compiler_options))
+        lock = stack.enter_context(RunLock(folder, writes, run.say))
         for log in run.logs.values():
-            open_things.enter_context(contextlib.closing(log))
-        open_things.enter_context(kept_programs(config.compilation_cache, run.say))
+            stack.enter_context(contextlib.closing(log))
+        stack.enter_context(kept_programs(config.compilation_cache, run.say))
         return _run_stages(run, lock, writes)
 
 
 def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     config, folder, allowed = run.config, run.folder, may_change(run.config)
     changes = processes.agreed(lambda: check_run(folder, dump_config(config), allowed))
-    begun = (folder / "config.yaml").is_file()
-    if begun:
+    exists = (folder / "config.yaml").is_file()
+    if exists:
         lock.take()
     roles = processes.agreed(lambda: _load_roles(run))
     for line in end_notes(config, roles.tokenizer):
         run.say(line)
-    begins = _set_clock(run, roles)
+    start = _set_clock(run, roles)
     finished = finished_stages(config.run_dir)
-    again = {"ppo"} & {*finished} if any(map(makes_longer, changes)) else set()
-    todo = [stage for stage in config.stages if stage not in finished or stage in again]
+    continued = {"ppo"} & {*finished} if any(map(makes_longer, changes)) else set()
+    todo = [stage for stage in config.stages if stage not in finished or stage in continued]
     for stage in config.stages:
         if stage not in todo:
-            run.say(f"{stage}: has finished before")
+            run.say(f"{stage}: already finished")
     inputs = processes.agreed(lambda: _load_inputs(run, roles, todo))
-    makes_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
-    found = {"adapters": sorted(roles.adapters), "finished": sorted(finished), "base to make": makes_base}
-    # Every process has then read what is there before process 0 writes more.
-    processes.check_alike(f"things in run_dir {folder}", found, SHARED)
+    needs_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
+    contents = {"adapters": sorted(roles.adapters), "finished": sorted(finished), "base to make": needs_base}
+    # This also waits until every process has read the directory; process 0 writes to it next.
+    processes.check_alike(f"contents of run_dir {folder}", contents, SHARED)
     if not processes.alone():
         processes.check_alike("data", _checksums(inputs), "give all hosts the same files of data and tokenizer")
-    if not begun:
+    if not exists:
         processes.agreed(lambda: make_folder(folder))
         lock.take()
-        processes.agreed(lambda: _check_not_begun(folder, writes))
-    for text in map(told, changes):
+        processes.agreed(lambda: _check_still_new(folder, writes))
+    for text in map(change_text, changes):
         run.say(f"run_dir {folder}: {text}")
-    for stage in again if writes else ():
+    for stage in continued if writes else ():
         mark_unfinished(config.run_dir, stage)
     processes.agreed(lambda: open_run(folder, dump_config(config), writes, allowed))
     if writes:
-        record_begin(folder, begins)
+        record_begin(folder, start)
     processes.barrier()
     written = {"config.yaml": "present" if (folder / "config.yaml").is_file() else "absent"}
-    processes.check_alike(f"things in run_dir {folder}", written, SHARED)
-    if makes_base:
+    processes.check_alike(f"contents of run_dir {folder}", written, SHARED)
+    if needs_base:
         save_base(config.run_dir, roles.base, roles.tokenizer)
     roles.base = shard(run.mesh, roles.base)
-    train = {"sft": sft.train, "reward_model": reward_model.train, "ppo": ppo.train}
     for stage in todo:
-        roles = train[stage](run, roles, inputs[stage])
+        roles = STAGES[stage].train(run, roles, inputs[stage])
     return roles
 
 
 def _load_roles(run: Run) -> Roles:
-    check_none_gone(run.config)
+    check_none_missing(run.config)
     roles = load_roles(run.config, run.mesh)
     if run.config.model.attention == "cudnn":
         check_model(roles.base.config, run.mesh.shape["tensor"])
@@ -116,40 +116,40 @@ def _load_roles(run: Run) -> Roles:
     return roles
 
 
-def _check_not_begun(folder: Path, writes: bool) -> None:
+def _check_still_new(folder: Path, writes: bool) -> None:
+    """Raises `UserError` if another process has started a run in the folder since it was read."""
     if writes and (folder / "config.yaml").exists():
-        raise UserError(f"run_dir {folder}: another process began a run there meanwhile; give the command again")
+        raise UserError(f"run_dir {folder}: another process has just started a run there; give the command again")
 
 
 def _set_clock(run: Run, roles: Roles) -> datetime.datetime:
-    """When the run began, or begins now: what chat templates take for the date, on every day and on every host."""
+    """Sets the date of chat templates to the start of the run, on all processes, and returns it."""
     template = roles.tokenizer.chats
 
     def time() -> bytes:
         return (begun_at(run.folder) or template.now()).isoformat().encode()
 
-    began = datetime.datetime.fromisoformat(processes.from_first(time).decode())
+    start = datetime.datetime.fromisoformat(processes.from_first(time).decode())
     today = template.now().date()
-    if template.uses_time and began.date() != today:
-        run.say(f"run_dir {run.folder}: the chat template writes {began.date()}, when the run began, and not {today}")
-    template.time = began
-    return began
+    if template.uses_time and start.date() != today:
+        run.say(f"run_dir {run.folder}: the chat template writes {start.date()}, the start of the run, not {today}")
+    template.time = start
+    return start
 
 
 def _checksums(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A checksum of the tokens in each set of rows that was read, by stage and set."""
+    """Checksums of the token rows, by stage and data set."""
     return {
-        stage: {name: rows.checksum() for name, rows in vars(read).items() if hasattr(rows, "checksum")}
-        for stage, read in inputs.items()
+        stage: {name: rows.checksum() for name, rows in vars(data).items() if hasattr(rows, "checksum")}
+        for stage, data in inputs.items()
     }
 
 
 def _load_inputs(run: Run, roles: Roles, todo: list[str]) -> dict:
-    """What each stage reads, so that a bad setting or row of the last one stops the run before the first.
+    """Checks and reads the inputs of all stages, so that an error in any of them is found before the first one runs.
 
-    Settings come before any row, and PPO's reward functions and prompts before the larger sets.
+    Checks settings before it reads rows, and reads PPO's rewards and prompts before the larger data sets.
     """
-    stages = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
     for stage in todo:
-        stages[stage].check(run, roles)
-    return {stage: stages[stage].load(run, roles) for stage in reversed(todo)}
+        STAGES[stage].check(run, roles)
+    return {stage: STAGES[stage].load(run, roles) for stage in reversed(todo)}

@@ -1,4 +1,4 @@
-"""A run's arrays as shapes on its mesh: base, adapters, optimizers and batches. No memory is taken."""
+"""Shapes of a run's arrays on its mesh: base, adapters, optimizers and batches. Allocates no memory."""
 
 import dataclasses
 import functools
@@ -32,62 +32,60 @@ _LAYER = re.compile(r"layers\.\d+\.")
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """The settings with what a run finds out for itself: the base's dtype, and the number of minibatches."""
-    model = config.model.model_copy(update={"dtype": model_dtype(config.model)})
-    if config.ppo is None:
-        return config.model_copy(update={"model": model})
-    answers = config.ppo.batch_size * config.ppo.sampling.samples_per_prompt
-    ppo = config.ppo.model_copy(update={"update": complete(config.ppo.update, answers)})
-    return config.model_copy(update={"model": model, "ppo": ppo})
+    """Returns the settings with the values that a run derives: the base's dtype and the number of minibatches."""
+    changes: dict[str, Any] = {"model": config.model.model_copy(update={"dtype": model_dtype(config.model)})}
+    if (ppo := config.ppo) is not None:
+        update = complete(ppo.update, ppo.batch_size * ppo.sampling.samples_per_prompt)
+        changes["ppo"] = ppo.model_copy(update={"update": update})
+    return config.model_copy(update=changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Makes the shapes of one run: its settings, its mesh, and a model of `layers` layers."""
+    """Makes the shapes of one run from its settings, mesh and decoder config."""
 
     config: RunConfig
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
     model: DecoderConfig
 
     def with_layers(self, layers: int) -> "Shapes":
-        """The same run on a model of so many of its layers."""
+        """Returns the same run with the number of layers replaced."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, layers=layers))
 
     @functools.cached_property
     def base(self) -> Decoder:
-        """The frozen base, for the mesh's devices, with the attention of the settings."""
+        """The frozen base, for the mesh's devices."""
         model = self.for_mesh(self.model, self.config.model.attention)
         abstract = abstract_decoder(model, model_dtype(self.config.model))
         kind = self.config.model.quantize
-        return self.placed(abstract if kind is None else abstract_quantized(abstract, kind))
+        return self.sharded(abstract if kind is None else abstract_quantized(abstract, kind))
 
     def adapter(self, config: AdapterConfig, head: Literal["value", "reward"] | None = None) -> Adapter:
-        """An adapter on the base; `UserError` where it names modules that the model lacks."""
+        """Returns an adapter on the base. Raises `UserError` if it targets modules that the model lacks."""
         if config.kind == "lora":
             target_paths(self.base, config)
         if self.model.layers == 1 or any(_LAYER.match(target) for target in config.target_modules):
-            made = jax.eval_shape(lambda base: init_adapter(base, config, jax.random.key(0), head), self.base)
-        else:  # all layers are alike; to trace the draws of each takes seconds
-            first = self.with_layers(1).adapter(config, head)
-            deep = range(self.model.layers)
-            made = {_LAYER.sub(f"layers.{i}.", path): leaves for i in deep for path, leaves in first.items()}
-        return self.placed(made)
+            adapter = jax.eval_shape(lambda base: init_adapter(base, config, jax.random.key(0), head), self.base)
+        else:  # all layers are alike, and tracing the initialisation of each takes seconds
+            first, layers = self.with_layers(1).adapter(config, head), range(self.model.layers)
+            adapter = {_LAYER.sub(f"layers.{i}.", path): leaves for i in layers for path, leaves in first.items()}
+        return self.sharded(adapter)
 
     def for_mesh(self, model: DecoderConfig, attention: str = "xla") -> DecoderConfig:
-        """The model for the mesh's devices; a mesh without devices is one of cards."""
+        """Returns the decoder config for the mesh's devices. An abstract mesh stands for GPUs."""
         precision = self.config.model.matmul_precision
         abstract = isinstance(self.mesh, jax.sharding.AbstractMesh)
         target = Target("gpu", matmul_precision=precision) if abstract else target_of(self.mesh, precision)
         return dataclasses.replace(model, target=dataclasses.replace(target, attention=attention))
 
-    def placed(self, tree: Any) -> Any:
-        """The tree's shapes where `tree_shardings` puts them."""
+    def sharded(self, tree: Any) -> Any:
+        """Returns the tree's shapes with the shardings of `tree_shardings`."""
         return jax.tree.map(_shape, tree, tree_shardings(self.mesh, tree))
 
     def rows(self, tree: Any) -> Any:
-        """The tree's shapes with their rows split over the mesh; scalars are whole."""
-        split, whole = batch_sharding(self.mesh), replicated(self.mesh)
-        return jax.tree.map(lambda leaf: _shape(leaf, split if leaf.shape else whole), tree)
+        """Returns the tree's shapes with rows split over the mesh and scalars replicated."""
+        by_rows, scalar = batch_sharding(self.mesh), replicated(self.mesh)
+        return jax.tree.map(lambda leaf: _shape(leaf, by_rows if leaf.shape else scalar), tree)
 
 
 def _shape(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -110,7 +108,7 @@ def numbers(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of a device's share of every leaf."""
+    """Bytes of a tree on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -119,7 +117,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def read_model(config: ModelConfig) -> DecoderConfig:
-    """The decoder that the settings name, from its `config.json` alone; `UserError` where it cannot be read."""
+    """Reads the decoder config of a run's model without its weights. Raises `UserError` if there is none."""
     if config.new is not None:
         tokenizer = build_word_tokenizer(VOCABULARY)
         return new_decoder_config(config.new, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
@@ -134,7 +132,7 @@ def read_model(config: ModelConfig) -> DecoderConfig:
 
 
 def model_dtype(config: ModelConfig) -> str:
-    """The dtype that a run would load the model in, as far as `config.json` says it; where it does not, float32."""
+    """The dtype in which a run would load the model: by the settings, else by `config.json`, else float32."""
     if config.dtype != AUTO or config.new is not None:
         return "float32" if config.dtype == AUTO else config.dtype
     if config.run is not None:
@@ -147,22 +145,22 @@ def model_dtype(config: ModelConfig) -> str:
 
 
 def folder_dtype(path: str) -> str:
-    """The dtype that a folder's, or hub id's, `config.json` names for its weights; float32 where it names none."""
+    """The dtype that the `config.json` of a folder or hub id names, else float32."""
     document, _ = _read_document(path)
-    inner = document.get("text_config")  # of a multimodal model, which may name it there alone
-    places = [document, inner] if isinstance(inner, dict) else [document]
-    named = [place[entry] for place in places for entry in ("dtype", "torch_dtype") if place.get(entry) in DTYPES]
-    return next(iter(named), "float32")
+    inner = document.get("text_config")  # a multimodal model may name it only there
+    sections = [document, inner] if isinstance(inner, dict) else [document]
+    names = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]
+    return next((name for name in names if name in DTYPES), "float32")
 
 
 def read_folder(path: str) -> DecoderConfig:
-    """The decoder of a folder's, or hub id's, `config.json`."""
+    """Reads the decoder config of a folder or hub id."""
     document, file = _read_document(path)
     return read_config(document, str(file))
 
 
 def _read_document(path: str) -> tuple[dict[str, Any], Path]:
-    """A `config.json`, and where it lies. Of a hub id nothing else is fetched."""
+    """Reads the `config.json` of a folder or hub id; returns it with its path. Downloads no other file."""
     folder = Path(path).expanduser()
     if (folder / PEFT_INFO).is_file():
         folder = find_model(folder)[0]
@@ -174,7 +172,7 @@ def _read_document(path: str) -> tuple[dict[str, Any], Path]:
             file = Path(huggingface_hub.hf_hub_download(path, "config.json"))
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"{path}: no such folder here, and not to be had from the hub: {reason}") from None
+            raise UserError(f"{path}: no such folder, and the hub download failed: {reason}") from None
     if not file.is_file():
-        raise UserError(f"{path}: no such folder with a config.json, which is all that a plan needs of a model")
+        raise UserError(f"{path}: no such folder with a config.json; give a model folder or a hub id")
     return read_json(file), file

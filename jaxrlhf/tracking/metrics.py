@@ -1,4 +1,4 @@
-"""What a run tells while it goes: one JSON line per step in a file, one progress line on a terminal."""
+"""The logs of a run: JSON lines in files, and a progress line on a terminal."""
 
 import contextlib
 import io
@@ -18,12 +18,11 @@ from jaxrlhf.errors import Fault, UserError
 
 
 class MetricsLog:
-    """Appends JSON lines, each with the stage and step that it belongs to; a kill after `write` loses none.
+    """Appends JSON lines with stage and step to a file. A kill after `write` returns loses no line.
 
-    Serves `metrics.jsonl` (`seconds` and slash-named floats) and `samples.jsonl` (text, several lines per step).
-    Lines are in the order of the run: within a stage steps never go back, and stages follow one another.
-    On several hosts one process writes; `path` None writes nothing. A disk that takes no more is a `Fault`; the file
-    keeps its whole lines.
+    Used for `metrics.jsonl` (`seconds` and slash-named floats) and `samples.jsonl` (text). Lines are in the order of
+    the run: stages follow one another, and steps within a stage never decrease. With `path` None nothing is written,
+    as on all processes but the first. A full disk raises `Fault`; the file keeps its complete lines.
     """
 
     def __init__(self, path: str | Path | None):
@@ -32,7 +31,7 @@ class MetricsLog:
         self._lines = 0  # of the open file
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line. Values may be scalar arrays; floats that are not finite are written as null."""
+        """Appends one line. Values may be arrays; non-finite floats become null."""
         if self._path is None:
             return
         record = {"stage": stage, "step": int(step), **{key: _plain(value) for key, value in values.items()}}
@@ -45,7 +44,7 @@ class MetricsLog:
         whole = os.fstat(file.fileno()).st_size
         try:
             left = memoryview(line)
-            while left:  # a disk that is nearly full may take a part
+            while left:  # a nearly full disk may accept only a part
                 left = left[file.write(left) :]
         except OSError:
             with contextlib.suppress(OSError):
@@ -54,7 +53,7 @@ class MetricsLog:
         self._lines += 1
 
     def lines(self) -> int:
-        """How many lines there are."""
+        """Returns the number of lines."""
         if self._path is None or not (self._file or self._path.exists()):
             return 0
         with self._faults():
@@ -62,18 +61,17 @@ class MetricsLog:
         return self._lines
 
     def sync(self) -> None:
-        """Forces all lines to disk, so that they outlast a failure of power too."""
+        """Flushes all lines to disk, so that they survive a power failure."""
         if self._file is not None:
             with self._faults():
                 os.fsync(self._file.fileno())
 
     def truncate(self, stage: str, step: int, lines: int | None = None) -> int:
-        """Forgets what came after `step` of `stage`, of this stage and of later ones; for a resumed run.
+        """Removes the lines after `step` of `stage`, including those of later stages, before a run resumes.
 
-        Where the stage has no line up to `step`, its lines and all that follow go. What is beyond the first `lines`
-        goes as well: a line of that very step that was written later. A last line that a kill cut in half goes too.
-        The file is replaced at once or not at all. Raises `UserError` where a line is not JSON. Returns how many of the
-        first `lines` are gone.
+        Also removes an incomplete last line, and all lines beyond the first `lines`: the checkpoint of `step` had no
+        more. The file is replaced atomically. Raises `UserError` for a line that is not JSON. Returns how many of the
+        first `lines` are missing.
         """
         self.close()
         if self._path is None:
@@ -82,9 +80,9 @@ class MetricsLog:
             return lines or 0
         with self._faults():
             data = self._path.read_bytes()
-            *found, _ = data.split(b"\n")  # what follows the last newline is no whole line
-            keep = _lines_to_keep([self._parse(line, i) for i, line in enumerate(found, start=1)], stage, step)
-            kept = b"".join(line + b"\n" for line in found[: keep if lines is None else min(keep, lines)])
+            *complete, _ = data.split(b"\n")  # the text after the last newline is an incomplete line
+            keep = _lines_to_keep([self._parse(line, i) for i, line in enumerate(complete, start=1)], stage, step)
+            kept = b"".join(line + b"\n" for line in complete[: keep if lines is None else min(keep, lines)])
             if kept != data:
                 atomic_write(self._path, kept.decode("utf-8"))
         return 0 if lines is None else max(lines - keep, 0)
@@ -112,7 +110,7 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            raise Fault(f"{self._path}: cannot be written: {reason(error)}; it keeps the lines before") from error
+            raise Fault(f"{self._path}: cannot be written: {reason(error)}; earlier lines are kept") from error
 
     def close(self) -> None:
         """Closes the file; the next `write` opens it again."""
@@ -122,7 +120,10 @@ class MetricsLog:
 
 
 def _lines_to_keep(places: list[tuple[str, int]], stage: str, step: int) -> int:
-    """How many leading lines of (stage, step) stay."""
+    """The number of leading lines, given by (stage, step), up to `step` of `stage`.
+
+    All lines before the stage if it has none up to `step`; all lines if it has none.
+    """
     of_stage = [i for i, (name, _) in enumerate(places) if name == stage]
     up_to = [i for i in of_stage if places[i][1] <= step]
     if up_to:
@@ -131,19 +132,17 @@ def _lines_to_keep(places: list[tuple[str, int]], stage: str, step: int) -> int:
 
 
 def _drop_half_line(path: Path) -> int:
-    """Cuts off what follows the last newline: a line that a kill interrupted. How many lines there are."""
+    """Removes an incomplete last line, left by a kill. Returns the number of lines."""
     if not path.exists():
         return 0
     with open(path, "rb+") as file:
         data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            file.truncate(whole)
+        file.truncate(data.rfind(b"\n") + 1)
     return data.count(b"\n")
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it."""
+    """Converts arrays to lists and non-finite floats to None, recursively, for JSON."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -154,24 +153,20 @@ def _plain(value: Any) -> Any:
 
 
 class Progress:
-    """One line on a terminal that says how far a stage is; silent where stderr is no terminal."""
+    """A progress line of a stage on stderr; nothing if stderr is not a terminal."""
 
     def __init__(self, stage: str, total: int, done: int = 0):
-        self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._last = time.perf_counter()
-        # dynamic_ncols follows a resized window; the file is given so that a redirected stderr is honoured.
-        self._bar = (
-            tqdm(total=total, initial=done, desc=stage, unit="step", file=sys.stderr, dynamic_ncols=True)
-            if self._shown
-            else None
+        shown = sys.stderr is not None and sys.stderr.isatty()
+        # `file` is given because tqdm's default ignores a stderr that was redirected after its import.
+        self._bar = tqdm(
+            total=total, initial=done, desc=stage, unit="step", file=sys.stderr, dynamic_ncols=True, disable=not shown
         )
 
     def update(self, values: Mapping[str, float], tokens: int | None = None) -> None:
-        """One step further. `tokens` is how many this step worked on; the line shows them per second."""
+        """Advances by one step and shows the values. `tokens`: number of tokens in this step, shown per second."""
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
-        if self._bar is None:
-            return
         shown = {name: f"{float(value):.3g}" for name, value in values.items()}
         if tokens is not None:
             shown["tok/s"] = f"{tokens / max(elapsed, 1e-9):.0f}"
@@ -180,8 +175,7 @@ class Progress:
 
     def close(self) -> None:
         """Ends the line."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def __enter__(self) -> "Progress":
         return self

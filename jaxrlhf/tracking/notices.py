@@ -1,14 +1,14 @@
-"""One line for the person at the keyboard about input that is read in another way than its words suggest."""
+"""One-line notices for the user about input that is interpreted in a way its author may not expect."""
 
 import sys
 
 from jaxrlhf.distributed import processes
 
-_given: set[str] = set()
+_printed: set[str] = set()
 
 
 def notice(text: str) -> None:
-    """Prints a line on stderr, once in a process; on several hosts one of them prints it."""
-    if text not in _given and processes.is_first():
+    """Prints a line on stderr, once per process. Of several processes, process 0 prints."""
+    if text not in _printed and processes.is_first():
         print(f"note: {text}", file=sys.stderr, flush=True)
-    _given.add(text)
+    _printed.add(text)

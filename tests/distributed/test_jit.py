@@ -202,9 +202,9 @@ def test_the_setting_knows_every_program_of_the_package():
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
-            if node.func.id == "Program" or (node.func.id == "_rows" and file.name == "programs.py"):
+            if node.func.id == "Program" or (node.func.id == "_by_rows" and file.name == "programs.py"):
                 names.add(getattr(node.args[1], "value", None))
-            elif node.func.id == "_training":  # under the name of its step
+            elif node.func.id == "train_program":  # under the name of its step
                 names.add(node.args[0].id)
     names = {name for name in names if isinstance(name, str)}  # without the helpers that hand a name on
     assert names | {ALL} == set(PROGRAMS)

@@ -75,7 +75,7 @@ assert bytes_per_device(shapes.base) == real(base)
 lora = AdapterConfig(rank=4)
 policy, value = init_adapter(base, lora, jax.random.key(1)), init_adapter(base, lora, jax.random.key(2), "value")
 state = shard(mesh, init_ppo(policy, value, config.ppo.update))
-planned = shapes.placed(jax.eval_shape(lambda p, v: init_ppo(p, v, config.ppo.update),
+planned = shapes.sharded(jax.eval_shape(lambda p, v: init_ppo(p, v, config.ppo.update),
                                        shapes.adapter(lora), shapes.adapter(lora, "value")))
 assert bytes_per_device(planned) == real(state)
 assert jax.tree.map(jnp.shape, planned) == jax.tree.map(jnp.shape, state)

@@ -10,7 +10,7 @@ from jaxrlhf.checkpoint.run_dir import check_run
 from jaxrlhf.config import RunConfig
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter
-from jaxrlhf.stages.roles import check_none_gone, load_roles, mark_finished, save_base, save_role
+from jaxrlhf.stages.roles import check_none_missing, load_roles, mark_finished, save_base, save_role
 from jaxrlhf.tracking.metrics import MetricsLog
 
 SMALL = {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 16, "max_positions": 32}
@@ -47,7 +47,7 @@ def files(left):
 
 
 def test_what_is_sound_is_loaded(run):
-    check_none_gone(config(run))
+    check_none_missing(config(run))
     assert set(load_roles(config(run)).adapters) == {"sft"}
     assert len(files(run)) >= 6
 
@@ -74,11 +74,11 @@ def test_every_file_of_a_role_that_is_damaged_is_named(run, role, harm):
     load_roles(config(run))
 
 
-@pytest.mark.parametrize("role, why", [("base", "the run has made it"), ("sft", "the stage sft has left it")])
+@pytest.mark.parametrize("role, why", [("base", "the run made it"), ("sft", "the stage sft saved it")])
 def test_a_role_that_is_gone_is_not_made_anew(run, role, why):
     shutil.rmtree(run / "roles" / role)
-    with pytest.raises(UserError, match=f"roles/{role}: is gone, and {why}"):
-        check_none_gone(config(run))
+    with pytest.raises(UserError, match=f"roles/{role}: is missing, but {why}"):
+        check_none_missing(config(run))
 
 
 def test_a_role_that_is_written_again_is_sound(run):

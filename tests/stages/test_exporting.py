@@ -119,7 +119,7 @@ def test_a_merged_folder_is_whole_sharded_and_of_the_dtype_asked_for(run, tmp_pa
 def test_an_adapter_for_peft_belongs_on_the_base_that_the_run_made(run, tokens, tmp_path, capsys):
     exported("--run", run.folder, "--to", tmp_path / "x", "--format", "peft")
     base = str(run.folder / "roles" / "base")
-    assert f"it belongs on {base}, which was made in a run" in capsys.readouterr().out
+    assert f"its base is {base}, which a run made" in capsys.readouterr().out
     assert json.loads((tmp_path / "x" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     computed = theirs(tmp_path / "x", tokens, peft_on=base)
     np.testing.assert_allclose(computed, logits(run.base, run.adapters["policy"], tokens), atol=1e-4)
@@ -134,7 +134,7 @@ def test_an_adapter_for_peft_belongs_on_the_base_that_the_run_was_given(run, tmp
     for name in ("first", "second"):
         exported("--run", name, "--to", f"{name}-adapter", "--format", "peft", "--dtype", "bfloat16")
         out = capsys.readouterr().out
-        assert out.endswith(f"it belongs on {tmp_path / 'model'}\n")
+        assert out.endswith(f"its base is {tmp_path / 'model'}\n")
     half = load_peft(tmp_path / "second-adapter", run.base)
     policy = load_roles(RunConfig.model_validate({"run_dir": "second", "model": {"run": "first"}, "stages": ["sft"],
                                                   "sft": SFT})).adapters["policy"]  # fmt: skip
@@ -185,7 +185,7 @@ def test_what_cannot_be_exported_is_one_line_and_status_2(run, tmp_path, capsys)
     cases = [
         (tmp_path / "none", to, "merged", [], ["none", "config.yaml"]),
         (whole.folder, to, "merged", ["--role", "policy"], ["no role policy", "it has reward, sft"]),
-        (whole.folder, to, "peft", [], ["sft", "whole weights", "--format merged"]),
+        (whole.folder, to, "peft", [], ["sft", "full weights", "--format merged"]),
         (run.folder, to, "reward", ["--role", "sft"], ["sft", "no scalar head", "--role reward"]),
         (run.folder, to, "merged", ["--max-shard-bytes", "0"], ["--max-shard-bytes", "0"]),
         (run.folder, tmp_path / "notes", "merged", [], ["notes.txt", "empty folder"]),

@@ -286,7 +286,7 @@ def check_link(link, reached, straight):
         assert isinstance(link.error, RewardFault)
     else:
         assert link.status == 1 and link.message.startswith("error: RewardFault: ")
-        assert link.message.endswith("; the same command goes on from the last checkpoint, if there is one")
+        assert link.message.endswith("; the same command continues from the last checkpoint, if any")
     assert link.saved == reached
     assert [lasting(record) for record in link.records] == [lasting(record) for record in lines(straight)[:reached]]
 

@@ -47,7 +47,7 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_end_the_run(tmp_path
     (tmp_path / "sick.py").write_text(SICK)
     reward = {"kind": "function", "function": f"{tmp_path / 'sick.py'}:score"}
     settings = RUN | {"run_dir": str(tmp_path / "run"), "ppo": RUN["ppo"] | {"reward": reward}}
-    with pytest.raises(Fault, match=r"ppo: 3 steps in a row were not learnt from.*not finite.*batch\.safetensors"):
+    with pytest.raises(Fault, match=r"ppo: 3 steps in a row made no update.*not finite.*batch\.safetensors"):
         run_stages(RunConfig.model_validate(settings | {"health": {"patience": 3}}))
     records = lines(tmp_path / "run")
     assert [record["optimizer/skipped"] for record in records] == [0, 0, 2, 2, 2]

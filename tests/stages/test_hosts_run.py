@@ -188,7 +188,7 @@ def test_a_run_of_four_that_loses_one_ends_at_once_and_goes_on_to_the_same_bits(
     assert not (killed.run_dir / "roles" / "finished.json").exists()
 
     status, said = Launched(runs.folder, "killed", 4).end()
-    assert status == 0 and "goes on after step" in said, said
+    assert status == 0 and "resumes after step" in said, said
     for role in ("policy", "value"):
         file = Path("roles", role, "adapter.safetensors")
         assert (killed.run_dir / file).read_bytes() == (runs.folder / "four" / file).read_bytes(), role
@@ -228,7 +228,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(runs, slow, number,
     assert stopped.checkpoint(done).exists()
 
     found, said = Launched(runs.folder, name, 2).end()
-    assert found == 0 and f"goes on after step {done}" in said, said
+    assert found == 0 and f"resumes after step {done}" in said, said
     for role in ("policy", "value"):
         file = Path("roles", role, "adapter.safetensors")
         assert (stopped.run_dir / file).read_bytes() == (runs.folder / "two" / file).read_bytes(), role

@@ -5,7 +5,7 @@ import pytest
 from jaxrlhf.checkpoint.run_dir import check_run, open_run
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.reading import dump_config
-from jaxrlhf.stages.resuming import may_change, told
+from jaxrlhf.stages.resuming import change_text, may_change
 
 CONFIG = {
     "run_dir": "run",
@@ -86,7 +86,7 @@ def test_a_change_is_allowed_or_not(change, settings, allowed):
     ids=lambda value: str(value).replace(" ", ""),
 )
 def test_what_may_round_otherwise_is_said(change, rounds):
-    assert ("round otherwise" in told(change)) is rounds
+    assert ("round differently" in change_text(change)) is rounds
 
 
 def test_a_changed_run_has_the_new_settings_in_its_file(tmp_path):
@@ -94,7 +94,7 @@ def test_a_changed_run_has_the_new_settings_in_its_file(tmp_path):
     open_run(tmp_path, dump_config(config))
     changed = config.model_copy(update={"compiler_options": {"update": {"xla_gpu_triton_gemm_any": True}}})
     for other, was in ((changed, "absent"), (config, "a section")):
-        (line,) = map(told, check_run(tmp_path, dump_config(other), may_change(other)))
+        (line,) = map(change_text, check_run(tmp_path, dump_config(other), may_change(other)))
         assert line.startswith(f"compiler_options.update was {was}") and "bit for bit" in line
         open_run(tmp_path, dump_config(other), may_change=may_change(other))
         assert (tmp_path / "config.yaml").read_text() == dump_config(other)

@@ -62,7 +62,7 @@ def events(monkeypatch):
     noting(Program, "__call__", lambda program, *_: program.name)
     noting(FunctionReward, "__call__", asked)
     noting(MetricsLog, "write", lambda log, *_: log._path.stem)
-    noting(Sampler, "look_ahead", lambda *_: "prompts")
+    noting(Sampler, "prefetch", lambda *_: "prompts")
     noting(Clock, "lap", lambda clock, name, _: name)
     return found
 

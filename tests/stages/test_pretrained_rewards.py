@@ -117,7 +117,7 @@ def test_the_reward_reads_the_chat_and_not_what_the_policy_made_of_it(tmp_path):
     inputs = ppo.load(run, run_roles)
     reward = inputs.rewards[""][0]
     policy = ppo.starting_policy(run, run_roles, inputs)
-    completions = Sampler(run, run_roles, reward, None).answer(policy, inputs.prompts, np.arange(8), jax.random.key(5))
+    completions = Sampler(run, run_roles, reward, None).sample(policy, inputs.prompts, np.arange(8), jax.random.key(5))
     scorer = reward.tokenizer
     seen = []
     reward.program = lambda base, adapter, tokens, mask: (seen.append((tokens, mask)), np.zeros(len(tokens)))[1]

@@ -191,7 +191,7 @@ def test_the_best_checkpoint_is_handed_on(workshop, tmp_path, capfd):
     best = max(due, key=lambda record: record["sft/loss"])
     assert best is not records[-1], "the test wants a best one before the end"
     assert saved(tmp_path / "run") == [best["step"], records[-1]["step"]]
-    assert f"sft: hands on step {best['step']}, with sft/loss" in capfd.readouterr().err
+    assert f"sft: uses step {best['step']}, which has the best sft/loss" in capfd.readouterr().err
     assert role(tmp_path / "run") != role(workshop / "straight")
     shutil.rmtree(tmp_path / "run/roles/sft")
     (tmp_path / "run/roles/finished.json").write_text("{}")
@@ -247,7 +247,7 @@ def test_a_step_that_takes_too_long_is_given_up(process, tmp_path):
     started.send(signal.SIGTERM)
     assert started.wait(60) == 143 and time.monotonic() - began < 30
     last = started.errors.splitlines()[-1]
-    assert "1 s were not enough; ppo: step 0 is saved, what came after it is lost" in last, started.errors
+    assert "1 s were not enough; ppo: step 0 is saved, later steps are lost" in last, started.errors
 
 
 def test_more_iterations_are_those_of_a_longer_run(tmp_path, capfd):
@@ -258,7 +258,7 @@ def test_more_iterations_are_those_of_a_longer_run(tmp_path, capfd):
     assert command(tmp_path, "run", reward, "ppo.iterations=1") == 2
     assert "ppo.iterations was 2, is now 1" in capfd.readouterr().err
     assert command(tmp_path, "run", reward, "ppo.iterations=4") == 0
-    assert "ppo: goes on after step 2 of 4" in capfd.readouterr().err
+    assert "ppo: resumes after step 2 of 4" in capfd.readouterr().err
     assert command(tmp_path, "long", reward, "ppo.iterations=4") == 0
     assert role(tmp_path / "run", "policy") == role(tmp_path / "long", "policy")
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
@@ -277,7 +277,7 @@ def test_a_run_goes_on_with_other_devices(workshop, process, tmp_path, capfd):
     done = len(steps(tmp_path / "run"))
     assert command(workshop, tmp_path / "run") == 0
     said = capfd.readouterr().err
-    assert "mesh.data was 2, is now -1" in said and f"sft: goes on after step {done}" in said
+    assert "mesh.data was 2, is now -1" in said and f"sft: resumes after step {done}" in said
     assert "was made on the mesh data=2 x fsdp=2 x tensor=1, this one is data=1 x fsdp=1 x tensor=1" in said
     assert steps(tmp_path / "run") == steps(workshop / "straight")
     found, wanted = (load_file(f / "roles/sft/adapter.safetensors") for f in (tmp_path / "run", workshop / "straight"))
@@ -309,7 +309,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(workshop, process, tmp
         assert started.wait(300) == 1, started.errors
         last = started.errors.splitlines()[-1]
         assert last.startswith("error: ") and "No space left on device" in last and str(disk / "run") in last
-        assert "the same command goes on" in last and "Traceback" not in started.errors
+        assert "the same command continues" in last and "Traceback" not in started.errors
         assert steps(disk / "run") == list(range(1, len(steps(disk / "run")) + 1))
         assert saved(disk / "run") == [2, 4] and len(steps(disk / "run")) < 10
         subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)

@@ -123,7 +123,7 @@ def test_progress(monkeypatch, terminal):
     with Progress("ppo", total=10, done=4) as progress:
         for _ in range(3):
             progress.update({"reward": jnp.float32(1.23456), "kl": 0.1}, tokens=100)
-        progress._bar and progress._bar.refresh()
+        progress._bar.refresh()
     shown = stderr.getvalue()
     if terminal:
         assert "ppo" in shown and "7/10" in shown and "reward=1.23" in shown and "tok/s=" in shown

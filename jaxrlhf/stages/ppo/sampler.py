@@ -1,7 +1,7 @@
-"""Sampling and scoring within the ppo stage: answers to prompts, what is measured of each, and dynamic sampling.
+"""Sampling and scoring in the ppo stage: rollouts, reward metrics and dynamic sampling.
 
-A draw is one rollout: `batch_size` prompts with `samples_per_prompt` answers each, B rows. Sampling is under way when a
-function here returns its answers: what the devices are to do next can be given to them while the host reads text.
+A draw is one rollout: B completions, `samples_per_prompt` for each of `batch_size` prompts. Methods that return
+completions do not wait for the devices, so that the caller can dispatch more programs before the host reads the text.
 """
 
 import dataclasses
@@ -29,23 +29,23 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Answers, and to which prompts."""
+    """Completions with the indices of their prompts."""
 
     completions: Completions
-    chosen: np.ndarray  # i64[prompts]; numbers of the prompts
+    indices: np.ndarray  # i64[prompts]
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredRollout(Sampled):
-    """Answers with what is measured of each."""
+    """Completions with their scores and other reward metrics."""
 
-    rows: dict[str, np.ndarray]  # f32[B] each, by metric name
-    draws: int = 1  # rollouts that it took
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the draws
+    rows: dict[str, np.ndarray]  # f32[B] by metric name
+    draws: int = 1  # number of rollouts drawn
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of dynamic sampling
 
     @property
     def scores(self) -> np.ndarray:
-        """f32[B]; of the reward that is maximised."""
+        """f32[B]; scores of the reward that is maximised."""
         return self.rows["reward/score"]
 
     def means(self) -> dict[str, float]:
@@ -54,14 +54,14 @@ class ScoredRollout(Sampled):
 
 
 class Clock:
-    """Wall-clock seconds by phase; a phase that comes again adds up."""
+    """Wall-clock seconds by phase. Repeated phases add up."""
 
     def __init__(self):
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str, result) -> None:
-        """Ends a phase when its result is there."""
+        """Waits for `result` and ends a phase."""
         jax.block_until_ready(result)
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
@@ -69,7 +69,7 @@ class Clock:
 
 
 class Sampler:
-    """Draws answers and has them scored."""
+    """Samples completions and scores them."""
 
     def __init__(self, run: Run, roles: Roles, reward: Reward, gold: Reward | None):
         config = run.config.ppo
@@ -77,148 +77,147 @@ class Sampler:
         self.sampling = config.sampling
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         self.rollout = rollout_program(run.mesh, roles.base)
-        group = self.sampling.samples_per_prompt
-        self.greedy_rollout = greedy_program(run.mesh, roles.base, self.rollout, group)
+        self.greedy_rollout = greedy_program(run.mesh, roles.base, self.rollout, self.sampling.samples_per_prompt)
         self.merge = merge_program(run.mesh)
-        self._ahead: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # whose prompts, draw, numbers, tokens
-        self._silent: set[str] = set()  # metrics of rewards that were said to have abstained throughout
+        self._prefetched: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # prompts, draw, indices, tokens
+        self._warned: set[str] = set()  # metrics of rewards reported to abstain on a whole batch
 
-    def answer(
+    def sample(
         self,
         policy: Adapter,
         prompts: PromptSet,
-        chosen: np.ndarray,
+        indices: np.ndarray,
         key: jax.Array,
         sampling: Sampling | None = None,
-        placed: Prompts | None = None,
+        tokens: Prompts | None = None,
     ) -> Completions:
-        """Samples answers to each of the chosen prompts, given by their numbers; those to one stand side by side.
+        """Samples completions of the prompts at `indices`. Completions of one prompt are adjacent rows.
 
-        `placed` are the prompts as the program wants them, where they are ready.
+        `tokens` are these prompts on the devices, if they were prefetched.
         """
         sampling = self.sampling if sampling is None else sampling
         program = self.greedy_rollout if sampling is self.greedy else self.rollout
-        placed = self._placed(prompts, chosen) if placed is None else placed
-        answered = program(self.roles.base, policy, placed, key, sampling)
-        return self._completions(answered, prompts, chosen, sampling.samples_per_prompt)
+        tokens = self._tokens(prompts, indices) if tokens is None else tokens
+        rollout = program(self.roles.base, policy, tokens, key, sampling)
+        return self._completions(rollout, prompts, indices, sampling.samples_per_prompt)
+
+    def sample_greedily(self, policy: Adapter, prompts: PromptSet, indices: np.ndarray) -> Completions:
+        """Decodes one greedy completion of each prompt at `indices`."""
+        return self.sample(policy, prompts, indices, jax.random.key(0), self.greedy)
 
     def draw(
-        self, policy: Adapter, prompts: PromptSet, draws: int, begin: Callable[[Sampled], T], clock: Clock
+        self, policy: Adapter, prompts: PromptSet, draws: int, dispatch: Callable[[Sampled], T], clock: Clock
     ) -> tuple[ScoredRollout, T]:
-        """The answers of an iteration with their scores, after `draws` rollouts of the prompts; and what `begin` gave.
+        """Samples and scores the completions of an iteration, after `draws` earlier rollouts of the prompts.
 
-        `begin` gives the devices what needs answers and no scores. It is called before the host reads them; where
-        groups may give way to others (`resample`), nothing is known of the answers before their scores, and it is
-        called after. Samples, scores and, where settings say so, samples again.
+        `dispatch` starts the device programs that need completions but no scores; its result is returned too. It is
+        called before the host reads the text. With `resample` it is called after scoring, because the scores decide
+        which completions are kept.
         """
-        sampled = self._sampled(policy, prompts, draws)
+        sampled = self._sample_draw(policy, prompts, draws)
         if not self.config.resample:
-            begun = begin(sampled)
-            return self._scored(sampled, clock), begun
-        scored = self._resampled(self._scored(sampled, clock), policy, prompts, draws, clock)
-        return scored, begin(scored)
+            dispatched = dispatch(sampled)
+            return self._score(sampled, clock), dispatched
+        scored = self._resample(self._score(sampled, clock), policy, prompts, draws, clock)
+        return scored, dispatch(scored)
 
-    def _sampled(self, policy: Adapter, prompts: PromptSet, draw: int) -> Sampled:
-        """The answers of a draw, under way."""
-        if self._ahead is None or self._ahead[0] is not prompts or self._ahead[1] != draw:
-            self.look_ahead(prompts, draw)
-        (_, _, chosen, placed), self._ahead = self._ahead, None
-        key = key_for(self.run.config.seed, "ppo", draw, "rollout")
-        return Sampled(self.answer(policy, prompts, chosen, key, placed=placed), chosen)
+    def prefetch(self, prompts: PromptSet, draw: int) -> None:
+        """Prepares the prompts of a draw while the devices are busy."""
+        indices = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
+        self._prefetched = prompts, draw, indices, self._tokens(prompts, indices)
 
-    def look_ahead(self, prompts: PromptSet, draw: int) -> None:
-        """Makes the prompts of a draw ready, while the devices do something else."""
-        chosen = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
-        self._ahead = prompts, draw, chosen, self._placed(prompts, chosen)
+    def reward_metrics(self, completions: Completions) -> dict[str, np.ndarray]:
+        """Scores completions: f32[B] by metric name, for the reward, its parts and the gold reward.
 
-    def answer_greedily(self, policy: Adapter, prompts: PromptSet, chosen: np.ndarray) -> Completions:
-        """One greedy answer to each of the chosen prompts."""
-        return self.answer(policy, prompts, chosen, jax.random.key(0), self.greedy)
-
-    def _placed(self, prompts: PromptSet, chosen: np.ndarray) -> Prompts:
-        padded, _, _ = prompts.take(chosen)
-        return shard_batch(self.run.mesh, padded)
-
-    def measured(self, completions: Completions) -> dict[str, np.ndarray]:
-        """f32[B] by metric name: the score that is maximised, its parts, and the gold score; 0 where one abstained.
-
-        Beside each that may abstain stands where it did: its share is then a metric.
+        A reward that may abstain scores 0 where it does, and has a second metric that is 1 there.
         """
         rows: dict[str, np.ndarray] = {}
         if self.gold is not None:
-            rows |= self._noted("reward/gold", self.gold, self.gold(completions))
+            rows |= self._metrics_of("reward/gold", self.gold, self.gold(completions))
         if isinstance(self.reward, ComposedReward):
             scores, parts = self.reward.scores_and_parts(completions)
             for name, values in parts.items():
-                rows |= self._noted(f"reward/{name}", self.reward.parts[name][0], values)
+                rows |= self._metrics_of(f"reward/{name}", self.reward.parts[name][0], values)
         else:
             scores = self.reward(completions)
-        return rows | self._noted("reward/score", self.reward, scores, f"reward/{ABSTAINED[1:]}")
+        return rows | self._metrics_of("reward/score", self.reward, scores, f"reward/{ABSTAINED[1:]}")
 
-    def _noted(self, metric: str, reward: Reward, scores, named: str | None = None) -> dict[str, np.ndarray]:
-        """Scores f32[B], and where there is something to tell, the rows f32[B] in which the reward abstained."""
-        if not may_abstain(reward):
-            return {metric: np.asarray(fetch(scores), np.float32)}
-        named, abstained = named or f"{metric}{ABSTAINED}", abstained_rows(scores)
-        if abstained.all() and named not in self._silent:
-            self._silent.add(named)
-            count = len(abstained)
-            self.run.say(f"ppo: {reward.name} abstained on all {count} answers of a batch and counts 0 there ({named})")
-        return {metric: np.asarray(scores, np.float32), named: abstained.astype(np.float32)}
-
-    def scores(self, completions: Completions) -> tuple[Rollout, jax.Array]:
-        """The answers with their scores f32[B], of the reward alone."""
+    def with_scores(self, completions: Completions) -> tuple[Rollout, jax.Array]:
+        """Returns the rollout and its scores f32[B], without other metrics."""
         return completions.rollout, shard_batch(self.run.mesh, np.asarray(fetch(self.reward(completions)), np.float32))
 
-    def _resampled(
+    def _metrics_of(self, metric: str, reward: Reward, scores, abstained: str | None = None) -> dict[str, np.ndarray]:
+        """Scores f32[B], and whether the reward abstained, under the name `abstained`."""
+        if not may_abstain(reward):
+            return {metric: np.asarray(fetch(scores), np.float32)}
+        abstained, rows = abstained or f"{metric}{ABSTAINED}", abstained_rows(scores)
+        if rows.all() and abstained not in self._warned:
+            self._warned.add(abstained)
+            self.run.say(
+                f"ppo: {reward.name} abstained on all {len(rows)} completions of a batch; they score 0 ({abstained})"
+            )
+        return {metric: np.asarray(scores, np.float32), abstained: rows.astype(np.float32)}
+
+    def _tokens(self, prompts: PromptSet, indices: np.ndarray) -> Prompts:
+        padded, _, _ = prompts.take(indices)
+        return shard_batch(self.run.mesh, padded)
+
+    def _sample_draw(self, policy: Adapter, prompts: PromptSet, draw: int) -> Sampled:
+        if self._prefetched is None or self._prefetched[0] is not prompts or self._prefetched[1] != draw:
+            self.prefetch(prompts, draw)
+        (_, _, indices, tokens), self._prefetched = self._prefetched, None
+        key = key_for(self.run.config.seed, "ppo", draw, "rollout")
+        return Sampled(self.sample(policy, prompts, indices, key, tokens=tokens), indices)
+
+    def _score(self, sampled: Sampled, clock: Clock) -> ScoredRollout:
+        clock.lap("time/rollout", sampled.completions.rollout)
+        rows = self.reward_metrics(sampled.completions)
+        clock.lap("time/reward", ())
+        return ScoredRollout(sampled.completions, sampled.indices, rows)
+
+    def _resample(
         self, scored: ScoredRollout, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
     ) -> ScoredRollout:
-        """Dynamic sampling: groups whose scores are all equal, which teach group baselines nothing, give way.
+        """Dynamic sampling (2503.14476): replaces groups with equal scores, which have no advantage.
 
-        They give way to groups of the next prompts, in at most `resample` further draws (2503.14476); what is left
-        after that stays as it is.
+        Replacements come from the next prompts, in at most `resample` further draws. Groups that are still equal then
+        stay.
         """
         group, count, scores = self.sampling.samples_per_prompt, 1, [scored.scores]
-        teaches = np.array(informative_groups(scored.scores, group))
-        metrics = {"groups/informative_drawn": float(np.mean(teaches))}
-        keep = np.arange(len(teaches))
-        # Also where nothing gives way: what follows gets its rows from one program, and is compiled once.
+        informative = np.array(informative_groups(scored.scores, group))
+        metrics = {"groups/informative_drawn": float(np.mean(informative))}
+        keep = np.arange(len(informative))
+        # Merge even if nothing is replaced: later programs then see one sharding and compile once.
         scored = self._merged(scored, scored, keep, prompts)
-        while not teaches.all() and count <= self.config.resample:
-            more = self._scored(self._sampled(policy, prompts, draws + count), clock)
+        while not informative.all() and count <= self.config.resample:
+            more = self._score(self._sample_draw(policy, prompts, draws + count), clock)
             count += 1
             scores.append(more.scores)
-            found = np.flatnonzero(np.array(informative_groups(more.scores, group)))
-            slots = np.flatnonzero(~teaches)[: len(found)]
+            replacements = np.flatnonzero(np.array(informative_groups(more.scores, group)))
+            slots = np.flatnonzero(~informative)[: len(replacements)]
             source = keep.copy()
-            source[slots] = len(keep) + found[: len(slots)]
-            teaches[slots] = True
+            source[slots] = len(keep) + replacements[: len(slots)]
+            informative[slots] = True
             scored = self._merged(scored, more, source, prompts)
         metrics |= {
-            "groups/informative": float(np.mean(teaches)),
+            "groups/informative": float(np.mean(informative)),
             "groups/draws": float(count),
             "reward/drawn": float(np.mean(scores)),
         }
         return dataclasses.replace(scored, draws=count, metrics=metrics)
 
-    def _scored(self, sampled: Sampled, clock: Clock) -> ScoredRollout:
-        clock.lap("time/rollout", sampled.completions.rollout)
-        rows = self.measured(sampled.completions)
-        clock.lap("time/reward", ())
-        return ScoredRollout(sampled.completions, sampled.chosen, rows)
-
     def _merged(
         self, first: ScoredRollout, second: ScoredRollout, source: np.ndarray, prompts: PromptSet
     ) -> ScoredRollout:
-        """Groups by number: below the count of groups those of the first, from there on those of the second."""
+        """Selects the groups `source` of two rollouts; the groups of `second` are numbered after those of `first`."""
         group = self.sampling.samples_per_prompt
         by_row = (source[:, None] * group + np.arange(group)).reshape(-1)
-        chosen = np.concatenate([first.chosen, second.chosen])[source]
+        indices = np.concatenate([first.indices, second.indices])[source]
         rollout = self.merge(first.completions.rollout, second.completions.rollout, by_row.astype(np.int32))
         rows = {name: np.concatenate([values, second.rows[name]])[by_row] for name, values in first.rows.items()}
-        return ScoredRollout(self._completions(rollout, prompts, chosen, group), chosen, rows)
+        return ScoredRollout(self._completions(rollout, prompts, indices, group), indices, rows)
 
-    def _completions(self, answered: Rollout, prompts: PromptSet, chosen: np.ndarray, group: int) -> Completions:
-        asked = np.repeat(chosen, group)
-        texts, rows, chats = ([kind[i] for i in asked] for kind in (prompts.texts, prompts.columns, prompts.chats))
-        return Completions(answered, texts, rows, self.roles.tokenizer, chats)
+    def _completions(self, rollout: Rollout, prompts: PromptSet, indices: np.ndarray, group: int) -> Completions:
+        repeated = np.repeat(indices, group)
+        texts, rows, chats = ([kind[i] for i in repeated] for kind in (prompts.texts, prompts.columns, prompts.chats))
+        return Completions(rollout, texts, rows, self.roles.tokenizer, chats)

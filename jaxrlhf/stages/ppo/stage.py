@@ -1,4 +1,4 @@
-"""The ppo stage: sample, score, update, again; then a table of what it changed."""
+"""The ppo stage: iterations of sampling, scoring and updating, then a table of the results."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, 
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, with_optimizers
-from jaxrlhf.stages.evaluation import SAMPLES, comparison, samples_of
+from jaxrlhf.stages.evaluation import comparison, samples_of
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo.iteration import Iteration, StageState
@@ -40,19 +40,19 @@ SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 
 @dataclasses.dataclass(frozen=True)
 class PPOInputs:
-    """Prompts, rows, functions and adapters that have been read and checked."""
+    """The stage's checked prompts, rewards, adapters and pretraining rows."""
 
     prompts: PromptSet
     evaluation: PromptSet
     rewards: Rewards
     gold: FunctionReward | None
-    policy: Adapter | None = None  # where settings name one
-    reference: Adapter | None = None  # where settings name one
+    policy: Adapter | None = None  # of ppo.policy
+    reference: Adapter | None = None  # of ppo.reference
     pretraining: SFTData | None = None
 
 
 def check(run: Run, roles: Roles) -> None:
-    """UserError where the settings do not fit the model, the mesh or the stages before."""
+    """Raises `UserError` if the settings do not fit the model, the mesh or the earlier stages."""
     config = run.config.ppo
     mix = config.pretraining
     for source in filter(None, (config.data, config.evaluation_data, mix and mix.data)):
@@ -64,18 +64,17 @@ def check(run: Run, roles: Roles) -> None:
     for remark in remarks(config):
         run.say(f"ppo: {remark}")
     if truncates(config.sampling):
-        run.say("ppo: top_k, top_p or min_p are on: logprobs are those of the whole distribution, not the sampled one")
-    reward_adapter = "reward" in roles.adapters or "reward_model" in run.config.stages
-    if needs_own(config.reward) and not reward_adapter:
+        run.say("ppo: with top_k, top_p or min_p, logprobs are still those of the full distribution")
+    if needs_own(config.reward) and "reward" not in roles.adapters and "reward_model" not in run.config.stages:
         raise UserError(
-            "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has "
+            "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has one "
             "(model.run), or give a reward model (ppo.reward.path=FOLDER) or a function "
             "(ppo.reward.kind=function ppo.reward.function=path.py:name)"
         )
 
 
 def load(run: Run, roles: Roles) -> PPOInputs:
-    """Reads adapters, rewards, prompts and rows; UserError where they cannot be used."""
+    """Reads adapters, rewards, prompts and rows. Raises `UserError` if they are invalid."""
     config = run.config.ppo
     policy = _named_adapter(roles, config.policy, "ppo.policy")
     reference = _named_adapter(roles, config.reference, "ppo.reference")
@@ -88,13 +87,13 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     if config.evaluation_data is not None:
         evaluation = load_prompts(config.evaluation_data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
         run.say(f"ppo: evaluation: {evaluation.report}")
-    for given in (prompts, evaluation):
-        check_prompts(rewards, given, "ppo.reward")
+    for prompt_set in (prompts, evaluation):
+        check_prompts(rewards, prompt_set, "ppo.reward")
         if gold is not None:
-            gold.check_columns(set().union(*given.columns), "ppo.gold")
+            gold.check_columns(set().union(*prompt_set.columns), "ppo.gold")
     inputs = PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
     _check_kinds(run, inputs)
-    if "sft" not in run.config.stages:  # else the adapters are not there yet
+    if "sft" not in run.config.stages:  # otherwise the SFT adapter does not exist yet
         jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
     return inputs
 
@@ -109,17 +108,17 @@ def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:
 
 
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
-    """Runs the stage; the roles with policy and value."""
+    """Runs the stage. Returns the roles with policy, value and average."""
     config = run.config.ppo
     start = shard(run.mesh, starting_policy(run, roles, inputs))
     reference = shard(run.mesh, starting_reference(run, roles, inputs, start))
 
-    value, says_scores = starting_value(run, roles)
+    value, predicts_scores = starting_value(run, roles)
     for name, adapter, own in (("policy", start, config.adapter), ("value model", value, config.value_adapter)):
         if note := _kept_rank(adapter or {}, run.config.adapter_or(own)):
             run.say(f"ppo: the {name} {note}")
-    update_config = _completed(config, start, value)
-    run.say(f"ppo: {_told(update_config, start, value)}")
+    update_config = _with_defaults(config, start, value)
+    run.say(f"ppo: {_update_text(update_config, start, value)}")
 
     def model_reward() -> ModelReward:
         adapter = shard(run.mesh, roles.adapters["reward"])
@@ -135,35 +134,35 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
         if config.score.normalise == "initial" and not loop.first:
             control = iteration.fitted(start, inputs.prompts, loop.state.control)
             loop.state = loop.state.replace(control=control)
-            if says_scores:  # of the reward as it is: it must say what becomes of them
+            if predicts_scores:  # before normalisation; the value must predict normalised scores
                 ppo = loop.state.ppo
                 value = shard(run.mesh, scaled_head(ppo.value, *gain_and_bias(control.moments)))
                 loop.state = loop.state.replace(ppo=ppo.replace(value=value))
         for step in loop.steps():
-            noting = functools.partial(_note_samples, run, step + 1)
-            loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, noting)
+            log_samples = functools.partial(_log_samples, run, step + 1)
+            loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, log_samples)
             loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
         ppo = loop.result().ppo
     trained = _trained(ppo, update_config)
     for name, adapter in trained.items():
         save_role(run.config.run_dir, name, adapter)
     policies = {"before": start, "after": ppo.policy} | ({"average of": ppo.average} if ppo.average else {})
-    reached = {name: iteration.evaluate(policy, ppo.value, inputs.evaluation) for name, policy in policies.items()}
-    run.samples.write("ppo", config.iterations, {name.split()[0]: e.samples for name, e in reached.items()})
-    mark_finished(run.config.run_dir, "ppo", {name.split()[0]: e.numbers for name, e in reached.items()})
+    results = {name: iteration.evaluate(policy, ppo.value, inputs.evaluation) for name, policy in policies.items()}
+    run.samples.write("ppo", config.iterations, {name.split()[0]: e.samples for name, e in results.items()})
+    mark_finished(run.config.run_dir, "ppo", {name.split()[0]: e.means for name, e in results.items()})
     if processes.is_first():
-        print(comparison(reached))
+        print(comparison(results))
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
 
 
-def _note_samples(run: Run, number: int, scored: ScoredRollout) -> None:
-    """A line of samples.jsonl where iteration `number` is to have one."""
+def _log_samples(run: Run, number: int, scored: ScoredRollout) -> None:
+    """Writes a line of samples.jsonl every `sample_every` iterations."""
     if number % run.config.ppo.sample_every == 0:
-        run.samples.write("ppo", number, {"samples": samples_of(scored.completions, scored.scores)[:SAMPLES]})
+        run.samples.write("ppo", number, {"samples": samples_of(scored.completions, scored.scores)})
 
 
 def _trained(ppo, config: PPOConfig) -> dict[str, Adapter]:
-    """The roles that the stage leaves, each whole: a value head on the policy's trunk brings that trunk along."""
+    """The adapters to save, by role. A value head on the policy's trunk is saved with that trunk."""
     trained = {"policy": ppo.policy}
     if ppo.value:
         trained["value"] = {**ppo.policy, **ppo.value} if config.value_trunk == "policy" else ppo.value
@@ -171,7 +170,7 @@ def _trained(ppo, config: PPOConfig) -> dict[str, Adapter]:
 
 
 def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter | None:
-    """The adapter that a setting names, without the head that a reward adapter has."""
+    """Loads the adapter of a setting, without the head that a reward adapter has."""
     if folder is None:
         return None
     try:
@@ -181,7 +180,7 @@ def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter |
 
 
 def starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
-    """A copy, because the update gives away its buffers: of the adapter named, else of the reference; else fresh."""
+    """Returns a copy of the adapter in ppo.policy, else of the reference, else a fresh one. Updates donate it."""
     config = run.config.adapter_or(run.config.ppo.adapter)
     for adapter in (inputs.policy, inputs.reference, roles.reference):
         if adapter is not None:
@@ -189,31 +188,31 @@ def starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
     return init_adapter(roles.base, config, key_for(run.config.seed, "ppo", 0, "policy"))
 
 
-def _kept_rank(adapter: Adapter, wanted: AdapterConfig) -> str | None:
-    """What to know where an adapter that is gone on with has other ranks than the settings; None where it has not."""
+def _kept_rank(adapter: Adapter, config: AdapterConfig) -> str | None:
+    """A warning if the starting adapter has other ranks than the settings, else None."""
     ranks = sorted({leaves["lora_a"].shape[1] for leaves in adapter.values() if "lora_a" in leaves})
-    if not ranks or ranks == [wanted.rank]:
+    if not ranks or ranks == [config.rank]:
         return None
-    return f"keeps rank {', '.join(map(str, ranks))} of the adapter that it starts from; the settings say {wanted.rank}"
+    return f"keeps rank {', '.join(map(str, ranks))} of its starting adapter; the settings say {config.rank}"
 
 
 def _check_kinds(run: Run, inputs: PPOInputs) -> None:
-    """UserError where the policy is to be LoRA pairs, and the adapter that it starts from is whole."""
+    """Raises `UserError` if the policy is a LoRA adapter but starts from a full fine-tune."""
     kind = run.config.adapter_or(run.config.ppo.adapter).kind
     named = (("policy", inputs.policy), ("reference", inputs.reference))
     name, start = next(((name, adapter) for name, adapter in named if adapter is not None), ("", None))
     if start is not None and kind == "lora" and is_full(start):
-        why = "" if name == "policy" else ", and the policy starts from it where ppo.policy names no other"
+        why = "" if name == "policy" else ", and the policy starts from it without ppo.policy"
         raise UserError(
-            f"ppo.{name}: {getattr(run.config.ppo, name)} holds whole weights{why}, but ppo.adapter.kind is lora; give "
+            f"ppo.{name}: {getattr(run.config.ppo, name)} holds full weights{why}, but ppo.adapter.kind is lora; give "
             "ppo.adapter.kind=full, or a LoRA adapter"
         )
 
 
 def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapter) -> Adapter | None:
-    """The adapter named, else the SFT adapter, else None: the base itself.
+    """Returns the adapter in ppo.reference, else the SFT adapter, else None: the base is the reference.
 
-    Where the policy is to take its place later, it has the policy's leaves from the start: one compilation.
+    With `refresh_reference` it has the leaves of the policy from the start, so that programs compile once.
     """
     reference = roles.reference if inputs.reference is None else inputs.reference
     if not run.config.ppo.refresh_reference:
@@ -224,14 +223,14 @@ def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapte
     shapes = [jax.tree.map(np.shape, tree) for tree in (reference, policy)]
     if shapes[0] != shapes[1]:
         raise UserError(
-            "ppo.refresh_reference: the policy cannot become the reference, whose adapter has other modules or ranks; "
+            "ppo.refresh_reference: the policy cannot replace the reference, whose adapter has other modules or ranks; "
             "start both from one adapter, or leave ppo.policy and ppo.reference out"
         )
     return reference
 
 
-def _completed(config: PPOStageConfig, policy: Adapter, value: Adapter | None) -> PPOConfig:
-    """The update's settings with all that the answers, the adapters and the iterations decide."""
+def _with_defaults(config: PPOStageConfig, policy: Adapter, value: Adapter | None) -> PPOConfig:
+    """Returns the update settings with minibatches, learning rates and step counts filled in."""
     update = complete(config.update, config.batch_size * config.sampling.samples_per_prompt)
     steps = update.epochs * update.minibatches
     trained = {"optimizer": ("policy", policy), "value_optimizer": ("value", value or {})}
@@ -242,9 +241,9 @@ def _completed(config: PPOStageConfig, policy: Adapter, value: Adapter | None) -
     return with_optimizers(update, trained, totals)
 
 
-def _told(update: PPOConfig, policy: Adapter, value: Adapter | None) -> str:
-    """The steps of an iteration and the learning rates, in a line."""
-    steps = f"{update.epochs} x {update.minibatches} optimizer steps an iteration (epochs x minibatches)"
+def _update_text(update: PPOConfig, policy: Adapter, value: Adapter | None) -> str:
+    """The optimizer steps per iteration and the learning rates, as text."""
+    steps = f"{update.epochs} x {update.minibatches} optimizer steps per iteration (epochs x minibatches)"
     rates = [f"learning rate of the policy {rate_text(update.optimizer, policy)}"]
     rates += [f"of the value model {rate_text(update.value_optimizer, value)}"] if value else []
     return f"{steps}; {', '.join(rates)}"

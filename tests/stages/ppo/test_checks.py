@@ -51,14 +51,14 @@ def test_the_kl_of_grpo_stands_in_the_loss(estimator):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"update": {"loss": "pg", "epochs": 2}}, "ppo.update.loss: pg knows no ratio"),
-        ({"update": {"loss": "pg", "minibatches": 4}}, "ppo.update.loss: pg knows no ratio"),
+        ({"update": {"loss": "pg", "epochs": 2}}, "ppo.update.loss: pg has no ratio"),
+        ({"update": {"loss": "pg", "minibatches": 4}}, "ppo.update.loss: pg has no ratio"),
         ({"update": {"kl_loss": "k1"}}, "ppo.update.kl_loss: the gradient of k1 in the loss is 0"),
-        ({"update": {"kl_loss": "k2"}, "kl": {"estimator": "k3"}}, "ppo.kl.estimator: is of KL in the reward"),
-        ({**GRPO, "kl": {"estimator": "k2"}}, "ppo.kl.estimator: is of KL in the reward"),
-        ({**GRPO, "update": {"kl_loss": None}}, "ppo.update.kl_loss: grpo divides by the deviation"),
-        ({"update": {"dual_clip": 1.2, "clip_high": 0.28}}, "ppo.update.dual_clip: 1.2 is within the clip of 1 + 0.28"),
-        ({"update": {"dual_clip": 1.2}}, "ppo.update.dual_clip: 1.2 is within the clip of 1 + 0.2"),
+        ({"update": {"kl_loss": "k2"}, "kl": {"estimator": "k3"}}, "ppo.kl.estimator: applies to KL in the reward"),
+        ({**GRPO, "kl": {"estimator": "k2"}}, "ppo.kl.estimator: applies to KL in the reward"),
+        ({**GRPO, "update": {"kl_loss": None}}, "ppo.update.kl_loss: grpo divides by the standard deviation"),
+        ({"update": {"dual_clip": 1.2, "clip_high": 0.28}}, "ppo.update.dual_clip: must be above the clip of 1 + 0.28"),
+        ({"update": {"dual_clip": 1.2}}, "ppo.update.dual_clip: must be above the clip of 1 + 0.2"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_a_line(given, words):
@@ -82,25 +82,25 @@ def test_what_is_next_to_that_is_not(given):
 
 
 def idle(*names):
-    return "settings that do nothing here: " + ", ".join(names)
+    return "settings without effect here: " + ", ".join(names)
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"update": {"loss": "gspo", "clip_low": 0.2, "clip_high": 0.2}}, "gspo clips one ratio per answer"),
+        ({"update": {"loss": "gspo", "clip_low": 0.2, "clip_high": 0.2}}, "gspo clips one ratio per completion"),
         ({"update": {"loss": "cispo", "clip_low": 0.2}}, "cispo has no lower bound in its paper"),
         ({"kl": {"estimator": "k2"}}, "ppo.kl.estimator=k2 in the reward"),
         ({"kl": {"estimator": "k3"}}, "ppo.kl.estimator=k3 in the reward"),
-        ({"advantage": {"estimator": "remax"}}, "remax measures from the greedy answer's score"),
+        ({"advantage": {"estimator": "remax"}}, "remax subtracts the score of the greedy completion"),
         ({"advantage": {"estimator": "dr_grpo", "whiten_advantages": True}}, "ppo.advantage.whiten_advantages divides"),
         ({"resample": 2, "sampling": GROUP}, "ppo.resample replaces groups with equal scores"),
-        ({"update": {"value_coef": 0.5}}, "ppo.update.value_coef: Adam takes the scale off"),
+        ({"update": {"value_coef": 0.5}}, "ppo.update.value_coef: Adam removes the scale"),
         (
             {**GRPO, "advantage": {"estimator": "grpo", "lam": 0.9, "gamma": 0.9}, "value_from": "fresh"},
             idle(
                 "ppo.advantage.lam (grpo has no value model)", "ppo.value_from (grpo has no value model)",
-                "ppo.advantage.gamma (grpo takes an answer for one action)",
+                "ppo.advantage.gamma (grpo treats a completion as one action)",
             ),
         ),
         (
@@ -116,7 +116,7 @@ def idle(*names):
         ({"kl": {"horizon": 5}}, idle("ppo.kl.horizon (there is no ppo.kl.target)")),
         (
             {"update": {"mask_truncated": True}, "score": {"missing_eos_penalty": 1.0}},
-            idle("ppo.score.missing_eos_penalty (ppo.update.mask_truncated leaves out answers that did not end)"),
+            idle("ppo.score.missing_eos_penalty (ppo.update.mask_truncated masks completions that did not end)"),
         ),
     ],
 )  # fmt: skip

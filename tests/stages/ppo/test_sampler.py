@@ -27,13 +27,13 @@ class Given:
 def sampler_of(reward, gold=None):
     """A sampler that can measure, and the list of what it says."""
     sampler, said = Sampler.__new__(Sampler), []
-    sampler.reward, sampler.gold, sampler.run, sampler._silent = reward, gold, SimpleNamespace(say=said.append), set()
+    sampler.reward, sampler.gold, sampler.run, sampler._warned = reward, gold, SimpleNamespace(say=said.append), set()
     return sampler, said
 
 
 def test_an_abstaining_reward_counts_0_and_its_share_is_a_metric():
     sampler, said = sampler_of(Given("half", 0.5, None, 2.0), gold=Given("gold", None, 1.0, 1.0))
-    rows = sampler.measured(COMPLETIONS)
+    rows = sampler.reward_metrics(COMPLETIONS)
     expected = {
         "reward/score": [0.5, 0, 2], "reward/abstained": [0, 1, 0],
         "reward/gold": [0, 1, 1], "reward/gold_abstained": [1, 0, 0],
@@ -46,7 +46,7 @@ def test_an_abstaining_reward_counts_0_and_its_share_is_a_metric():
 
 def test_in_a_sum_each_part_is_told_of():
     parts = {"a": (Given("first", 1.0, None, None), 1.0), "b": (Given("second", 2.0, 2.0, None), 0.5)}
-    rows = sampler_of(ComposedReward(parts))[0].measured(COMPLETIONS)
+    rows = sampler_of(ComposedReward(parts))[0].reward_metrics(COMPLETIONS)
     np.testing.assert_array_equal(rows["reward/score"], np.float32([2, 1, 0]))
     np.testing.assert_array_equal(rows["reward/a_abstained"], [0, 1, 1])
     np.testing.assert_array_equal(rows["reward/b_abstained"], [0, 0, 1])
@@ -56,5 +56,5 @@ def test_in_a_sum_each_part_is_told_of():
 def test_a_reward_that_abstains_throughout_is_said_once():
     sampler, said = sampler_of(Given("silent", None, None, None))
     for _ in range(2):
-        np.testing.assert_array_equal(sampler.measured(COMPLETIONS)["reward/score"], [0, 0, 0])
-    assert said == ["ppo: silent abstained on all 3 answers of a batch and counts 0 there (reward/abstained)"]
+        np.testing.assert_array_equal(sampler.reward_metrics(COMPLETIONS)["reward/score"], [0, 0, 0])
+    assert said == ["ppo: silent abstained on all 3 completions of a batch; they score 0 (reward/abstained)"]

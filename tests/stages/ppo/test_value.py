@@ -65,8 +65,8 @@ def sum_of(*weights):
     [(OWN, "none", 1.0), (OWN, "initial", 1.0), (sum_of(2.0), "none", 2.0), (sum_of(0.5, 0.0), "initial", 0.5)],
 )
 def test_where_the_reward_is_the_adapter_the_value_starts_from_all_of_it(tiny, reward, of, normalise, gain):
-    value, says_scores, said = start(tiny, {"reward": reward}, of, score={"normalise": normalise})
-    assert says_scores and not said
+    value, predicts_scores, said = start(tiny, {"reward": reward}, of, score={"normalise": normalise})
+    assert predicts_scores and not said
     assert same(trunk(value), trunk(reward))
     np.testing.assert_array_equal(value[SCORE]["kernel"], gain * reward[SCORE]["kernel"])
     np.testing.assert_array_equal(value[SCORE]["bias"], np.zeros(1, np.float32))
@@ -84,33 +84,33 @@ def test_where_the_reward_is_the_adapter_the_value_starts_from_all_of_it(tiny, r
     ],
 )
 def test_elsewhere_from_its_trunk_with_a_head_of_0(tiny, reward, of, normalise, why):
-    value, says_scores, said = start(tiny, {"reward": reward}, of, score={"normalise": normalise})
-    assert not says_scores and same(trunk(value), trunk(reward))
+    value, predicts_scores, said = start(tiny, {"reward": reward}, of, score={"normalise": normalise})
+    assert not predicts_scores and same(trunk(value), trunk(reward))
     assert set(value[SCORE]) == {"kernel", "bias"} and not any(leaf.any() for leaf in value[SCORE].values())
     assert said == [f"ppo: the value model starts from the reward adapter's trunk with a head of 0: {why}"]
 
 
 def test_a_whole_reward_adapter_does_not_make_the_critic_whole(tiny):
     whole = init_adapter(tiny, AdapterConfig(kind="full"), jax.random.key(1), "reward")
-    value, says_scores, said = start(tiny, {"reward": whole})
+    value, predicts_scores, said = start(tiny, {"reward": whole})
     fresh, _, nothing = start(tiny, {})
-    assert same(value, fresh) and not says_scores and not nothing
-    assert len(said) == 1 and "ppo.value_adapter.kind=full starts from it" in said[0]
-    value, says_scores, said = start(tiny, {"reward": whole}, value_adapter={"kind": "full"})
-    assert says_scores and not said and same(trunk(value), trunk(whole))
+    assert same(value, fresh) and not predicts_scores and not nothing
+    assert len(said) == 1 and "give ppo.value_adapter.kind=full" in said[0]
+    value, predicts_scores, said = start(tiny, {"reward": whole}, value_adapter={"kind": "full"})
+    assert predicts_scores and not said and same(trunk(value), trunk(whole))
 
 
 def test_a_whole_critic_starts_from_a_lora_reward(tiny, reward):
-    value, says_scores, _ = start(tiny, {"reward": reward}, value_adapter={"kind": "full"})
-    assert says_scores and not any("lora_a" in leaves for leaves in value.values())
+    value, predicts_scores, _ = start(tiny, {"reward": reward}, value_adapter={"kind": "full"})
+    assert predicts_scores and not any("lora_a" in leaves for leaves in value.values())
 
 
 @pytest.mark.parametrize(
     "given", [{"value_from": "fresh"}, {"update": {"value_trunk": "policy"}}, {"advantage": {"estimator": "reinforce"}}]
 )
 def test_where_settings_want_none_of_it(tiny, reward, given):
-    value, says_scores, said = start(tiny, {"reward": reward}, **given)
-    assert not says_scores and not said
+    value, predicts_scores, said = start(tiny, {"reward": reward}, **given)
+    assert not predicts_scores and not said
     assert value is None if "advantage" in given else not value[SCORE]["kernel"].any()
 
 
@@ -119,7 +119,7 @@ def test_a_policy_of_lora_pairs_does_not_start_from_whole_weights(tiny, make_ada
     whole = init_adapter(tiny, AdapterConfig(kind="full"), jax.random.key(1))
     given = {"policy": None, "reference": None}
     run, _ = run_of(OWN, **{name: "folder"})
-    with pytest.raises(UserError, match=rf"ppo.{name}: folder holds whole weights.* give ppo.adapter.kind=full"):
+    with pytest.raises(UserError, match=rf"ppo.{name}: folder holds full weights.* give ppo.adapter.kind=full"):
         ppo._check_kinds(run, SimpleNamespace(**given | {name: whole}))
     ppo._check_kinds(run, SimpleNamespace(**given | {name: make_adapter(tiny, 1)}))
     ppo._check_kinds(run, SimpleNamespace(policy=make_adapter(tiny, 1), reference=whole))  # which is not trained
@@ -154,9 +154,9 @@ def test_at_the_start_ending_is_neither_good_nor_bad(tiny, sampled, scale_three,
     """
     reward, scores = scale_three
     moments = init_moments() if normalise == "none" else update_moments(init_moments(), scores)
-    value, says_scores, _ = start(tiny, {"reward": reward}, score={"normalise": normalise})
+    value, predicts_scores, _ = start(tiny, {"reward": reward}, score={"normalise": normalise})
     if normalise == "initial":
-        assert says_scores
+        assert predicts_scores
         value = scaled_head(value, *gain_and_bias(moments))
     given = (sampled.tokens, sampled.mask, sampled.response_mask)
     zeros, last = jnp.zeros(sampled.response_mask.shape), jnp.sum(sampled.response_mask, axis=1) - 1
