@@ -1,9 +1,8 @@
-"""A folder under seal: one record of every file's size and CRC-32, so that damage is found before it is read.
+"""Checksums of a folder: `record.json` holds every file's size and CRC-32, so that damage is found before loading.
 
-Files are hashed, not the arrays in them: descriptions and indices are covered to the last byte too, the devices and
-processes that read may be others than those that wrote, and several processes can share the reading. CRC-32 is
-zlib's: it finds every flipped bit and every burst of up to 32, and misses one in 4e9 of other accidents, at several
-times the speed of cryptographic hashes, which guard against people and not against disks.
+Files are hashed rather than arrays: this covers metadata and indices too, the reading devices and processes may differ
+from the writing ones, and several processes share the work. CRC-32 (zlib's) finds every burst of up to 32 flipped bits
+and misses one in 4e9 of other accidents, at several times the speed of a cryptographic hash.
 """
 
 import contextlib
@@ -17,34 +16,33 @@ from typing import Any
 from jaxrlhf.checkpoint.files import atomic_write, sync
 
 RECORD = "record.json"
-_CHUNK = 1 << 22
-# Reading again will not help: the medium is at fault. Others (no permission, stale handles) are no damage.
+# Errors that mean lost data. Others, such as a missing permission, are not damage.
 _LOST = (errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Damaged(Exception):
-    """A sealed folder that is not what was sealed: what, and in which file."""
+    """A sealed folder has changed; the text says which file, and how."""
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
-    """Forces every file and folder to disk, and writes `record.json`: their sizes and checksums, and `content`.
+    """Syncs every file and folder to disk and writes `record.json` with their checksums and `content`.
 
-    Everything in the folder is part of it from here on. Raises `OSError` where that cannot be written.
+    Every file in the folder is covered. Raises `OSError` where the disk refuses.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = _measured(path)
+            files[path.relative_to(folder).as_posix()] = _size_and_crc(path)
         sync(path)
     text = json.dumps({"files": files, "content": content})
     atomic_write(folder / RECORD, json.dumps({"crc32": zlib.crc32(text.encode()), "sealed": text}))
 
 
 def unseal(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
-    """What was given to `seal` as `content`, after a look at the files; raises `Damaged` at the first that has changed.
+    """Checks the files and returns the `content` of `seal`; raises `Damaged` at the first file that has changed.
 
-    Only every `shares`-th file is read, by size, so that several processes can share the work. Raises `OSError` where
-    a file cannot be read for a reason that is no damage.
+    Several processes share the work: each reads every `shares`-th file, by size, from number `share` on. Raises
+    `OSError` where a file cannot be read for another reason than damage.
     """
     try:
         with _damage(RECORD):
@@ -55,22 +53,21 @@ def unseal(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
         if outer["crc32"] != zlib.crc32(text.encode()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{RECORD} is not as it was written") from None
+        raise Damaged(f"{RECORD} has changed since it was written") from None
     for name in sorted(files, key=lambda name: (-files[name][0], name))[share::shares]:
         with _damage(name):
-            size, crc = _measured(folder / name)
+            size, crc = _size_and_crc(folder / name)
         if size != files[name][0]:
             raise Damaged(f"{name} has {size} bytes instead of {files[name][0]}")
         if crc != files[name][1]:
-            raise Damaged(f"{name} is not as it was written")
+            raise Damaged(f"{name} has changed since it was written")
     return content
 
 
-def _measured(path: Path) -> list[int]:
-    """[size, CRC-32] of a file."""
+def _size_and_crc(path: Path) -> list[int]:
     size, crc = 0, 0
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(1 << 22):
             size += len(chunk)
             crc = zlib.crc32(chunk, crc)
     return [size, crc]
@@ -78,7 +75,7 @@ def _measured(path: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """What the block cannot read counts as damage where reading again will not help."""
+    """Raises `Damaged` for an `OSError` that means lost data."""
     try:
         yield
     except OSError as error:

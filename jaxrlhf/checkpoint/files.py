@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all (written beside their place, synced, renamed), and what disks refuse."""
+"""Atomic files and folders (written beside their place, synced, renamed), and the reasons of disk errors."""
 
 import contextlib
 import errno
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from jaxrlhf.errors import Fault, UserError
 
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 def atomic_write(path: str | Path, text: str) -> None:
-    """Writes a text file that appears complete or not at all. Raises `OSError` where it cannot."""
+    """Writes a text file that appears complete or not at all. Raises `OSError` where that fails."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a kill left behind there is overwritten
+    temporary = path.with_name(f".{path.name}.tmp")  # overwrites what a killed process left
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -26,30 +26,29 @@ def atomic_write(path: str | Path, text: str) -> None:
         sync(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # what a full disk has taken of it
+            temporary.unlink(missing_ok=True)  # frees space on a full disk
         raise
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
-    """Gives an empty folder to write into; it becomes `path` once the block has ended well.
+    """Yields an empty folder to write into, which becomes `path` when the block ends without an exception.
 
-    Where `path` holds something, `replace` says that it may go: it stays until the new folder is complete, and for
-    good where the block raises. Leftovers of an earlier kill are removed. Raises `UserError` where a folder cannot
-    be made there, or `path` is not empty and may not be replaced, and `Fault` where the disk refuses what the block
-    writes.
+    With `replace` the old contents of `path` stay until the new folder is complete. Leftovers of a killed process are
+    removed. Raises `UserError` where the folder cannot be created, or `path` is not empty and `replace` is false, and
+    `Fault` where the disk refuses a write of the block.
     """
     path = Path(os.path.abspath(path))
-    temporary, retired = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if retired.exists() and not path.exists():  # killed between the two renames below
-            os.replace(retired, path)
-        for leftover in (temporary, retired):
+        if old.exists() and not path.exists():  # killed between the two renames below
+            os.replace(old, path)
+        for leftover in (temporary, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
         if path.exists() and not replace and any(path.iterdir()):
-            raise UserError(f"{path}: holds something already; give another folder, or remove this one")
+            raise UserError(f"{path}: is not empty; give another folder, or remove this one")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; give a folder")
         temporary.mkdir()
@@ -62,21 +61,21 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
                 sync(Path(folder, name))
             sync(Path(folder))
         if path.exists():
-            os.replace(path, retired)
+            os.replace(path, old)
         os.replace(temporary, path)
         sync(path.parent)
     except Exception as error:
-        if not disk_refuses(error):
+        if _error_number(error) not in _DISK_ERRORS:
             raise
-        raise Fault(f"{path}: cannot be written: {reason(error)}; what was there before is untouched") from error
+        raise Fault(f"{path}: cannot be written: {reason(error)}; its old contents are untouched") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(retired, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
-    """Forces a file's or folder's contents to disk, so that a rename never overtakes what it names."""
+    """Forces a file or folder to disk, so that its contents are there before it is renamed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,27 +83,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_refuses(error: BaseException) -> bool:
-    """Whether an exception, Python's or a library's, comes from a disk that is full, read-only, at fault or gone."""
-    return _system_error(error) in _REFUSALS
-
-
-def _system_error(error: BaseException) -> int | None:
-    """The number of the system's error that lies under an exception; None where none does."""
-    while True:
+def _error_number(error: BaseException) -> int | None:
+    """The errno of an exception or of its first cause that has one."""
+    while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        # What is written in C++ or Rust gives only text: tensorstore, safetensors.
-        if found := re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error)):
-            return int(found[1] or found[2])
-        if error.__cause__ is None:
-            return None
+        # Libraries in C++ and Rust (tensorstore, safetensors) give only text.
+        if match := re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error)):
+            return int(match[1] or match[2])
         error = error.__cause__
+    return None
 
 
 def reason(error: BaseException) -> str:
-    """Why something could not be written or read, as short as the system says it."""
-    number = _system_error(error)
+    """The operating system's message for an exception, or the text of its root cause; at most 200 characters."""
+    number = _error_number(error)
     if number is not None:
         return os.strerror(number)
     while error.__cause__ is not None:

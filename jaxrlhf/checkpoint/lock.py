@@ -1,7 +1,7 @@
-"""One run at a time in a directory: filelock's lock on the file `lock`, which says who holds it.
+"""A lock that keeps a second run out of a run directory: filelock's, on the file `lock`, which names the holder.
 
-It ends with its process, however that ends, and no child of the process keeps it. On NFS it holds between hosts where
-the server's lock service works. Where a file system has no locks, the run says so and goes on.
+The lock ends with its process, and children of the process do not keep it. On NFS it holds between hosts where the
+server's lock service works. On a file system without locks the run prints a warning and continues.
 """
 
 import contextlib
@@ -23,63 +23,54 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """The lock of a run's directory. On several hosts one process takes it for all, and all of them ask for it."""
+    """The lock of a run directory. Every process of a run calls `take`; the one with `takes` locks for all."""
 
     def __init__(self, folder: str | Path, takes: bool = True, say: Callable[[str], None] = print):
         self._folder, self._takes, self._say = Path(folder).absolute(), takes, say
-        self._lock = filelock.FileLock(self._folder / "lock", blocking=False, thread_local=False, on_acquired=_sign)
+        self._path = self._folder / "lock"
+        self._lock = filelock.FileLock(self._path, blocking=False, thread_local=False, on_acquired=_write_holder)
         self.held = False
 
     def take(self) -> None:
-        """Takes the lock of a folder that exists; `UserError` on every process where another run has it."""
+        """Locks an existing folder; `UserError` on every process where another run holds the lock."""
         if self.held:
             return
-        refusal = self._try() if self._takes else ""
+        refusal = self._acquire() if self._takes else ""
         if largest(int(bool(refusal))):
-            raise UserError(refusal or f"{self._folder}: another run is at work there, as process 0 says")
+            raise UserError(refusal or f"{self._folder}: in use by another run; process 0 says which")
         self.held = True
 
-    def _try(self) -> str:
-        """Why it cannot be had; "" where it is."""
-        path = self._folder / "lock"
+    def _acquire(self) -> str:
+        """Returns an error message, or "" on success."""
         try:
             self._lock.acquire()
         except filelock.Timeout:
-            who = _holder(path)
-            return f"run_dir {self._folder}: {who} is running there; wait for it, stop it, or give another run_dir"
+            holder = "another process"
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                entry = json.loads(self._path.read_bytes())
+                holder = f"process {entry['pid']} on {entry['host']}, since {entry['since']},"
+            return f"run_dir {self._folder}: {holder} is running there; wait for it, stop it, or give another run_dir"
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
-                return f"{path}: cannot be written: {reason(error)}; give another run_dir, or make it writable"
-            self._say(f"{self._folder}: no locks here ({reason(error)}): see to it that no second run uses it")
+                return f"{self._path}: cannot be written: {reason(error)}; give another run_dir, or make it writable"
+            self._say(f"{self._folder}: no locks on this file system ({reason(error)}): start no second run there")
         return ""
-
-    def release(self) -> None:
-        """Lets go. The file stays: another process may have it open already."""
-        self.held = False
-        if self._lock.is_locked:
-            with contextlib.suppress(OSError):
-                os.truncate(self._lock.lock_file, 0)
-            self._lock.release()
 
     def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.release()
+        """Releases the lock. The file stays: another process may have opened it."""
+        self.held = False
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, 0)
+            self._lock.release()
 
 
-def _sign(descriptor: int) -> None:
-    """Writes process, host and time into the lock file. A full disk is no error: the lock holds without them."""
-    told = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+def _write_holder(descriptor: int) -> None:
+    """Writes process, host and time into the lock file. The lock holds without them, such as on a full disk."""
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(told) + "\n").encode(), 0)
-
-
-def _holder(path: Path) -> str:
-    """Who has the lock, as far as the file tells."""
-    try:
-        found = json.loads(path.read_bytes())
-        return f"process {found['pid']} on {found['host']}, since {found['since']},"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)

@@ -1,4 +1,4 @@
-"""A run is its directory: opened once, continued by the same settings. On several hosts one process writes."""
+"""The run directory: created once, and continued with the same settings only. On several hosts one process writes."""
 
 import datetime
 import os
@@ -11,96 +11,93 @@ from jaxrlhf.config.reading import parse_yaml
 from jaxrlhf.errors import UserError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-BEGUN = "begun.txt"  # when the run began: chat templates that write the date write that one
+START = "begun.txt"  # when the run started; chat templates that write the date use it
 
 
 def open_run(
     run_dir: str | Path, config_text: str, writes: bool = True, may_change: Callable[[Change], bool] = lambda _: False
 ) -> Path:
-    """Creates the directory with its `config.yaml`, or finds it there with the same settings.
+    """Creates the directory with its `config.yaml`, or opens one with the same settings, and returns its path.
 
-    `config_text` is YAML. On several hosts all compare, and one `writes`. Settings that `may_change` are written anew.
-    Raises `UserError` where the directory belongs to a run with other settings (the first key that differs is
-    named), or cannot be written.
+    `config_text` is YAML. On several hosts all processes compare, and one `writes`. Settings that `may_change` are
+    updated in the file. Raises `UserError` where other settings differ (the first is named), or the directory cannot
+    be written.
     """
     folder = Path(run_dir)
     file = folder / "config.yaml"
     make_folder(folder)
-    try:
-        changed = not file.exists() or _changes(folder, config_text, may_change)
-        if changed and writes:
-            atomic_write(file, config_text)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
+    if (not file.exists() or _changes(folder, config_text, may_change)) and writes:
+        _write(folder, file, config_text)
     return folder
 
 
 def begun_at(run_dir: str | Path) -> datetime.datetime | None:
-    """When the run began, as `record_begin` has written it; None where it has not."""
-    path = Path(run_dir) / BEGUN
+    """When the run started, as written by `record_begin`; None before that."""
+    path = Path(run_dir) / START
     try:
         return datetime.datetime.fromisoformat(path.read_text(encoding="utf-8").strip())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no time when a run began ({error}); restore it, or give another run_dir") from None
+        raise UserError(f"{path}: not a start time of a run ({error}); restore it, or give another run_dir") from None
 
 
 def record_begin(run_dir: str | Path, time: datetime.datetime) -> None:
-    """Writes when the run began, unless that is written already."""
-    path = Path(run_dir) / BEGUN
-    try:
-        if not path.exists():
-            atomic_write(path, time.isoformat() + "\n")
-    except OSError as error:
-        raise _unwritable(path.parent, error) from None
+    """Writes when the run started, unless it is written already."""
+    path = Path(run_dir) / START
+    if not path.exists():
+        _write(path.parent, path, time.isoformat() + "\n")
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the run's folder; `UserError` where that cannot be."""
+    """Creates the run directory; `UserError` where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise _unwritable(folder, error.strerror) from None
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"run_dir {folder}: cannot be written: {error.strerror}; give another run_dir, or make this one writable"
-    )
+def _write(folder: Path, file: Path, text: str) -> None:
+    try:
+        atomic_write(file, text)
+    except OSError as error:
+        raise _unwritable(folder, error.strerror) from None
+
+
+def _unwritable(folder: Path, why: str) -> UserError:
+    return UserError(f"run_dir {folder}: cannot be written: {why}; give another run_dir, or make this one writable")
 
 
 def check_run(
     run_dir: str | Path, config_text: str, may_change: Callable[[Change], bool] = lambda _: False
 ) -> list[Change]:
-    """The settings that a run in `run_dir` is continued with and did not begin with; writes nothing.
+    """The settings that differ from those in `run_dir`, none for a new run; writes nothing.
 
-    `UserError` where `run_dir` is a file, cannot be written, or holds a run with other settings that may not change.
+    `UserError` where `run_dir` is a file, cannot be written, or holds a run whose differing settings may not change.
     """
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir {folder}: is a file; give a folder")
     for name in LOGS:
         if (folder / name).exists() and not (folder / name).is_file():
-            raise UserError(f"{folder / name}: is no file, and the run's log goes there; give another run_dir")
-    nearest = next(above for above in (folder, *folder.absolute().parents) if above.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"run_dir {folder}: {nearest} cannot be written; give another run_dir, or make it writable")
-    if not (folder / "config.yaml").is_file():
-        left = next((name for name in ("checkpoints", "roles", *LOGS) if (folder / name).exists()), None)
-        if left is not None:
+            raise UserError(f"{folder / name}: must be a file, for the run's log; give another run_dir")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"{parent} is not writable")
+    if (folder / "config.yaml").is_file():
+        return _changes(folder, config_text, may_change)
+    for name in ("checkpoints", "roles", *LOGS):
+        if (folder / name).exists():
             raise UserError(
-                f"run_dir {folder}: has {left} of a run, but no config.yaml that says which; restore that, or give "
-                "another run_dir"
+                f"run_dir {folder}: has {name} of a run but no config.yaml; restore that file, or give another run_dir"
             )
-        return []
-    return _changes(folder, config_text, may_change)
+    return []
 
 
 def _changes(folder: Path, new_text: str, may_change: Callable[[Change], bool]) -> list[Change]:
     try:
         old = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
-    except (UserError, UnicodeDecodeError):
+    except (UserError, UnicodeDecodeError, OSError):
         old = None
     if not isinstance(old, dict):
         raise UserError(f"{folder / 'config.yaml'}: not a run's settings; give another run_dir, or remove this one")

@@ -1,4 +1,4 @@
-"""Compiled programs: how often each was compiled, with which of XLA's options, and the memory that they took."""
+"""Compiled programs: how often each was compiled, its XLA options, and the peak memory of the process."""
 
 import contextlib
 import functools
@@ -16,19 +16,19 @@ from jaxrlhf.errors import UserError
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 _running: list["Program"] = []  # programs being called, innermost last; dispatch is on the main thread
 
-ALL = "all"  # what stands under this name is for every program
+ALL = "all"  # the options under this name are for every program
 Options = Mapping[str, Mapping[str, Any]]  # program -> option -> value
 
-_given: Options = {}
+_active_options: Options = {}
 
 
 class Program:
-    """`jax.jit` of a function, under a name, that knows how often it was compiled; on `mesh`, see `mesh.constrain`.
+    """`jax.jit` of a function under a name, with a count of its compilations; `mesh` is the one that `constrain` sees.
 
-    `compiles` stays at 1 as long as every call has the shapes, dtypes, static values and placement of the first.
-    A change of placement alone (another sharding, or an array that was not yet committed to its device) compiles
-    again without tracing again, so both are counted and the larger number is told. XLA gets `compiler_options`, and
-    before them what stands under its name where it is made: `compiled_with`.
+    `compiles` stays at 1 as long as every call has the shapes, dtypes, static values and shardings of the first.
+    A new sharding, or an array that is not yet committed to its device, compiles again without tracing again. So both
+    traces and compilations are counted, and `compiles` is the larger number. XLA gets `compiler_options`, overridden by
+    the options of `compiled_with`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Program:
 
     @property
     def compiles(self) -> int:
-        """How often the program was compiled so far."""
+        """How often the program has been compiled."""
         return max(self.traces, self._backend_compiles)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +70,7 @@ class Program:
 
 
 def _count_compile(event: str, seconds: float, **details: Any) -> None:
-    # Tracing runs small programs of its own (constants): only the one that carries the name is counted.
+    # Tracing compiles small programs of its own (constants), which have other names.
     if event == _BACKEND_COMPILE and _running and details.get("fun_name") == f"jit({_running[-1].name})":
         _running[-1]._backend_compiles += 1
 
@@ -80,47 +80,38 @@ jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 @contextlib.contextmanager
 def compiled_with(options: Options) -> Iterator[None]:
-    """Programs that are made inside the block are compiled with their options; `UserError` as from `check_options`.
+    """Every `Program` created in the block is compiled with these options; `UserError` as in `check_options`.
 
-    Of the whole process, as what compiles at the same time belongs to one run.
+    The options hold for the whole process.
     """
-    global _given
+    global _active_options
     check_options(options)
-    before, _given = _given, options
+    before, _active_options = _active_options, options
     try:
         yield
     finally:
-        _given = before
+        _active_options = before
 
 
 def options_of(program: str, own: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """What the program of this name is compiled with: its `own` options, unless the given ones say otherwise.
-
-    None: nothing is said.
-    """
-    return {**(own or {}), **_given.get(ALL, {}), **_given.get(program, {})} or None
+    """XLA options of a program: its `own`, overridden by those of `compiled_with`; None where there are none."""
+    return {**(own or {}), **_active_options.get(ALL, {}), **_active_options.get(program, {})} or None
 
 
 def check_options(options: Options) -> None:
-    """`UserError` where this XLA knows an option not at all, or not with that value: it is asked, with a sum."""
-    for program, named in options.items():
-        for option, value in named.items():
+    """`UserError` for an option or value that this XLA refuses; compiles a small program with each option."""
+    for program, values in options.items():
+        for option, value in values.items():
             try:
-                jax.jit(_probe, compiler_options={option: value})(np.float32(0))
-            except Exception as error:  # jax or XLA, and in the words of either
-                raise UserError(f"compiler_options.{program}.{option}: {_reason(error)}") from None
-
-
-def _probe(x: jax.Array) -> jax.Array:
-    return x + 1
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "No such compile option" in text:
-        return f"the XLA of jax {jax.__version__} knows no such option; leave it out, or look up how it is called there"
-    text = re.sub(r"^[A-Z_]+: (While setting option \w+, )?", "", text)
-    return f"XLA does not take it: {text[:200]}"
+                jax.jit(jax.lax.neg, compiler_options={option: value})(np.float32(0))
+            except Exception as error:  # of jax or of XLA
+                text = " ".join(str(error).split())
+                if "No such compile option" in text:
+                    reason = f"the XLA of jax {jax.__version__} has no such option; remove it, or look up its new name"
+                else:
+                    detail = re.sub(r"^[A-Z_]+: (While setting option \w+, )?", "", text)
+                    reason = f"XLA refuses the value: {detail[:200]}"
+                raise UserError(f"compiler_options.{program}.{option}: {reason}") from None
 
 
 def peak_memory_bytes() -> int:

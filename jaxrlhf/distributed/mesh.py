@@ -1,8 +1,8 @@
-"""The device mesh, and how batches lie on it. The parameters' table is in `models.sharding`.
+"""The device mesh, and the sharding of batches on it. `models.sharding` has the sharding of parameters.
 
 Axes: `data` holds copies of the base, `fsdp` splits weights by rows (gathered layer by layer), `tensor` splits
-layers by heads and MLP width. A batch is split over `data` and `fsdp`. All axes are `AxisType.Auto`: XLA places
-the collectives, the shardings of the arguments say the rest.
+layers by heads and MLP width. A batch is split over `data` and `fsdp`. All axes are `AxisType.Auto`: XLA inserts
+the collectives that the shardings of the arguments require.
 """
 
 import math
@@ -22,64 +22,64 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh [data, fsdp, tensor] over `devices`, by default all of every process; `UserError` as in `mesh_sizes`."""
+    """The mesh [data, fsdp, tensor] over `devices` (default: all of every process); `UserError` as in `mesh_sizes`."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_sizes(config, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Sizes of the axes data, fsdp and tensor over so many devices.
+    """Sizes of the axes data, fsdp and tensor over `count` devices; `UserError` where their product is another number.
 
-    An axis of -1 takes the devices that the others leave. Raises `UserError` where the product is not their number.
+    An axis of -1 takes the devices that the others leave.
     """
-    given = {axis: getattr(config, axis) for axis in AXES}
-    filler = next((axis for axis in AXES if given[axis] == -1), "data")
-    others = math.prod(size for axis, size in given.items() if axis != filler)
-    sizes = given | {filler: count // others} if given[filler] == -1 else given
-    if math.prod(sizes.values()) != count:
-        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    free = next((axis for axis in AXES if sizes[axis] == -1), "data")
+    others = math.prod(size for axis, size in sizes.items() if axis != free)
+    filled = sizes | {free: count // others} if sizes[free] == -1 else sizes
+    if math.prod(filled.values()) != count:
+        divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
-            f"{' x '.join(f'mesh.{axis}={size}' for axis, size in given.items())} does not fit {count} "
-            f"device{'s' * (count != 1)}: with mesh.{filler}=-1, which takes what the others leave, "
-            f"{' x '.join(f'mesh.{axis}' for axis in AXES if axis != filler)} is {others} and must be one of {fitting}"
+            f"{' x '.join(f'mesh.{axis}={size}' for axis, size in sizes.items())} does not fit {count} "
+            f"device{'s' * (count != 1)}: with mesh.{free}=-1, which takes what the others leave, "
+            f"{' x '.join(f'mesh.{axis}' for axis in AXES if axis != free)} is {others} and must be one of {divisors}"
         )
-    return tuple(sizes.values())
+    return tuple(filled.values())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on each device."""
+    """A full copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the first dimension) split over `data` and `fsdp`, whole along `tensor`."""
+    """Rows (the first dimension) split over `data` and `fsdp`, replicated over `tensor`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Inside a `Program` on a mesh (or under `jax.set_mesh`): x with each dimension split over these of its axes.
+    """Returns x with each dimension split over the given mesh axes; for use inside a `Program` on a mesh.
 
-    What flows between layers would else follow the weights that it meets, and each device would compute every row.
-    Dimensions without axes are whole. Axes that do not divide a dimension are left out, the last ones first. Without a
-    mesh, or on one whose axes are not `AxisType.Auto`, x is returned as it is.
+    Without it activations would follow the sharding of the weights, and each device would compute every row.
+    Dimensions without axes are not split. Axes that do not divide a dimension are dropped, the last ones first. x is
+    unchanged without a mesh, and on a mesh whose axes are not `AxisType.Auto`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
         return x
 
-    def fitted(size: int, wanted: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
-        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
-        while wanted and size % math.prod(mesh.shape.get(axis, 1) for axis in wanted):
-            wanted = wanted[:-1]
-        return tuple(axis for axis in wanted if axis in mesh.shape) or None
+    def dividing(size: int, names: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        names = (names,) if isinstance(names, str) else names or ()
+        while names and size % math.prod(mesh.shape.get(axis, 1) for axis in names):
+            names = names[:-1]
+        return tuple(axis for axis in names if axis in mesh.shape) or None
 
-    spec = PartitionSpec(*(fitted(size, wanted) for size, wanted in zip(x.shape, axes)))
+    spec = PartitionSpec(*(dividing(size, names) for size, names in zip(x.shape, axes)))
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def split_rows(batch: Any, parts: int) -> Any:
-    """A tree of [B, ...] as a tree of [parts, B / parts, ...]; raises ValueError where B does not divide."""
+    """Reshapes each leaf [B, ...] of a tree to [parts, B / parts, ...]; ValueError where B does not divide."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
         raise ValueError(f"{rows} rows cannot be split into {parts} equal parts")
@@ -87,43 +87,43 @@ def split_rows(batch: Any, parts: int) -> Any:
 
 
 def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
-    """Raises `UserError` where `rows`, set by `key_path`, cannot be split evenly over `data` and `fsdp`."""
+    """`UserError` where `rows`, the setting at `key_path`, cannot be split evenly over `data` and `fsdp`."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % shares:
         below = rows - rows % shares
-        fitting = f"{below} or {below + shares}" if below else f"{shares} or a multiple of it"
+        sizes = f"{below} or {below + shares}" if below else f"{shares} or a multiple of it"
         raise UserError(
             f"{key_path}: {rows} rows cannot be split over {shares} devices (mesh.data {mesh.shape['data']} x "
-            f"mesh.fsdp {mesh.shape['fsdp']}); {fitting} would fit"
+            f"mesh.fsdp {mesh.shape['fsdp']}); {sizes} would fit"
         )
 
 
 def shard_batch(mesh: Mesh, tree: Any) -> Any:
-    """The same tree with the rows of each leaf split over the mesh; scalars are replicated.
+    """Returns the tree with the rows of each leaf split over the mesh, and scalars replicated.
 
-    Every process gives the whole batch and keeps its own share.
+    Every process passes the full batch.
     """
-    rows, whole = batch_sharding(mesh), replicated(mesh)
-    return jax.tree.map(lambda leaf: put(leaf, rows if getattr(leaf, "ndim", 0) else whole), tree)
+    rows, scalar = batch_sharding(mesh), replicated(mesh)
+    return jax.tree.map(lambda leaf: put(leaf, rows if getattr(leaf, "ndim", 0) else scalar), tree)
 
 
 def fetch(tree: Any) -> Any:
-    """The tree as whole numpy arrays, on every process; those that are split over processes are gathered."""
+    """Returns the tree as full numpy arrays on every process; leaves that are split over processes are gathered."""
 
-    def whole(leaf: Any) -> np.ndarray:
+    def full(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             if leaf.is_fully_replicated:
                 return np.asarray(leaf.addressable_data(0))
             return multihost_utils.process_allgather(leaf, tiled=True)
         return np.asarray(leaf)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(full, tree)
 
 
 def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """The leaf as it shall lie; every process gives all of it."""
+    """Places a leaf with this sharding; every process passes the full leaf."""
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    # Every process has the whole leaf: it takes its share. device_put would send it round to compare it first.
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    # Across processes device_put would send the leaf to all of them to compare it.
+    full = np.asarray(leaf)
+    return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])

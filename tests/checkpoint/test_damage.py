@@ -81,7 +81,7 @@ def test_a_damaged_latest_falls_back_and_says_so(saved, tmp_path, name):
         assert Path(file).name in said[0] and "\n" not in said[0], file
         assert sorted(p.name for p in folder.iterdir()) == ["4", "9.damaged", "latest.json"]
         again, said = _restored(folder)  # and from here on nothing is missing
-        assert again.step == 4 and len(said) == 1 and "step 9 is gone" in said[0]
+        assert again.step == 4 and len(said) == 1 and "step 9 is missing" in said[0]
         with Checkpoints(folder) as checkpoints:
             checkpoints.restore_latest(_tree(0), said.append)
             checkpoints.save(9, _tree(9))
@@ -110,9 +110,9 @@ def test_removed_checkpoints_are_noticed(saved, tmp_path):
     shutil.copytree(saved, folder)
     shutil.rmtree(folder / "9")
     found, said = _restored(folder)
-    assert found.step == 4 and len(said) == 1 and "the checkpoint of step 9 is gone; goes on from step 4" in said[0]
+    assert found.step == 4 and len(said) == 1 and "the checkpoint of step 9 is missing; resuming from step 4" in said[0]
     shutil.rmtree(folder / "4")
-    with pytest.raises(UserError, match="a checkpoint of step 9 was here, and none is left"):
+    with pytest.raises(UserError, match="a checkpoint of step 9 was saved here, and none is left"):
         _restored(folder)
     (folder / "latest.json").write_text("nonsense")
     with pytest.raises(UserError, match="none is left"):

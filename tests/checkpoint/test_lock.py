@@ -77,7 +77,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     with RunLock(tmp_path, say=said.append) as lock:
         lock.take()
         assert lock.held
-    assert len(said) == 1 and "no locks here" in said[0] and str(tmp_path) in said[0]
+    assert len(said) == 1 and "no locks on this file system" in said[0] and str(tmp_path) in said[0]
 
 
 def test_a_lock_that_cannot_be_written(tmp_path):

@@ -111,7 +111,7 @@ def test_atomic_directory_replaces_only_where_it_may(tmp_path):
     target.mkdir()
     with atomic_directory(target) as folder:  # empty: nothing is lost
         (folder / "a").write_text("1")
-    with pytest.raises(UserError, match="holds something already"), atomic_directory(target):
+    with pytest.raises(UserError, match="is not empty"), atomic_directory(target):
         pass
     with pytest.raises(ZeroDivisionError), atomic_directory(target, replace=True):
         1 / 0  # noqa: B018
@@ -161,5 +161,5 @@ def test_when_a_run_began_is_written_once(tmp_path):
     record_begin(tmp_path, later)
     assert begun_at(tmp_path) == first
     (tmp_path / "begun.txt").write_text("yesterday\n")
-    with pytest.raises(UserError, match=r"begun.txt: no time when a run began \(.*yesterday.*\); restore it"):
+    with pytest.raises(UserError, match=r"begun.txt: not a start time of a run \(.*yesterday.*\); restore it"):
         begun_at(tmp_path)

@@ -168,7 +168,7 @@ attempt(lambda: processes.agreed(lambda: int(sys.argv[3])))
 attempt(lambda: processes.agreed(fail(True)))
 attempt(lambda: processes.agreed(fail(sys.argv[3] == "2")))
 attempt(alike({"seed": 0}))
-print(processes.largest(7 * int(sys.argv[3])), processes.of_first(3 + int(sys.argv[3])))
+print(processes.largest(7 * int(sys.argv[3])))
 attempt(alike({"ppo": {"epochs": 1 if sys.argv[3] != "1" else 2}, "seed": 0}))
 """
 
@@ -182,19 +182,19 @@ def test_what_processes_agree_on():
     error, *others = [line[3].split(" | ") for line in lines]
     assert error == ["IndexError list index out of range", ""] and {line[0] for line in others} == {error[0]}
     for line in others:
-        assert re.fullmatch(r"process 0 of 3 \(host \S+, pid \d+\) failed: its own output says why", line[1])
+        assert re.fullmatch(r"process 0 of 3 \(host \S+, pid \d+\) failed: see its own output", line[1])
     assert [line[4] for line in lines] == ["called 3 first True alone False", *["called 0 first False alone False"] * 2]
     assert [line[5] for line in lines] == ["0", "1", "2"]
     # What all find wrong is process 0's to say; what one finds is said by that one, and told to process 0.
     assert lines[0][6] == "UserError a.yaml:0: no such key | "
     for line in lines[1:]:
-        assert re.search(r"\| process 0 of 3 \(host \S+, pid \d+\) failed: its own output says why$", line[6])
+        assert re.search(r"\| process 0 of 3 \(host \S+, pid \d+\) failed: see its own output$", line[6])
     assert lines[2][7] == "UserError a.yaml:2: no such key | "
     assert re.search(r"\| process 2 of 3 \(host \S+, pid \d+\) failed: a\.yaml:2: no such key$", lines[0][7])
-    assert re.search(r"\| process 2 of 3 .* failed: its own output says why$", lines[1][7])
-    assert [line[8:10] for line in lines] == [["None", "14 3"]] * 3
-    complaint = r"process 1 \(host .*\) has other settings than process 0: ppo.epochs is 2, there 1; start all alike"
-    assert re.fullmatch(rf"UserError {complaint} \| ", lines[1][10]) and re.search(complaint, lines[0][10])
+    assert re.search(r"\| process 2 of 3 .* failed: see its own output$", lines[1][7])
+    assert [line[8:10] for line in lines] == [["None", "14"]] * 3
+    complaint = r"process 1 \(host .*\) and process 0 differ in settings: ppo.epochs is 2, on process 0 it is 1; start"
+    assert re.fullmatch(rf"UserError {complaint} all alike \| ", lines[1][10]) and re.search(complaint, lines[0][10])
 
 
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
@@ -242,7 +242,7 @@ def test_a_signal_to_one_process_stops_all_before_the_same_step(number, status):
         processes.running[1].send_signal(number)
         ends = processes.ends()
     assert [ends[0][0], ends[1][0]] == [143, status], ends
-    assert f"{number.name}: the step under way ends and is saved, within 60 s" in ends[1][2]
+    assert f"{number.name}: the current step ends and is saved, within 60 s" in ends[1][2]
     steps = [re.search(r"^stopped by SIG\w+: step (\d+) is saved; the same", ends[i][2], re.MULTILINE) for i in (0, 1)]
     assert steps[0][1] == steps[1][1]
 
@@ -252,7 +252,7 @@ def test_processes_that_were_started_unalike_are_refused():
     with Processes("pass", 2, counts={1: 3}, LATE="0.5") as processes:
         ends = processes.ends()
     assert [status for status, _, _ in ends.values()] == [2, 2], ends
-    assert "has other start than process 0: number of processes is 3, there 2; start all processes alike" in ends[1][2]
+    assert "differ in start: number of processes is 3, on process 0 it is 2; start all processes" in ends[1][2]
 
 
 def test_processes_that_do_not_come_are_not_waited_for_forever():
@@ -261,14 +261,14 @@ def test_processes_that_do_not_come_are_not_waited_for_forever():
     for i, (status, out, err) in ends.items():
         assert status == 2 and not out
         # Process 0 may be the last to listen.
-        came = rf"error: process {i} of 3: not all processes came together at localhost:\d+ within 5 s( \(.*\))?; start"
+        came = rf"error: process {i} of 3: not all processes connected at localhost:\d+ within 5 s( \(.*\))?; start"
         assert re.match(came, err) and err.count("\n") == 1, err
 
 
 def test_a_coordinator_that_does_not_answer_is_told():
     with Processes("pass", 2, absent=(0,), timeout=2.0) as processes:
         ((status, _, err),) = processes.ends().values()
-    assert status == 2 and "within 2 s (nothing answers there: Connection refused; process 0 has not come, or" in err
+    assert status == 2 and "within 2 s (no connection: Connection refused; process 0 has not started, or" in err
 
 
 def test_a_port_that_is_taken_is_named():
@@ -331,8 +331,8 @@ def test_flags_go_before_the_environment(monkeypatch):
 UNUSABLE = {
     "part of it": (("node:1", None, None), "--coordinator: given without --processes .* and --process"),
     "no port": (("node", 2, 0), "--coordinator: must be HOST:PORT"),
-    "no such process": (("node:1", 2, 2), "--process: 2, but 2 processes are numbered from 0 on"),
-    "a negative process": (("node:1", 2, -1), "--process: -1, but 2 processes are numbered from 0 on"),
+    "no such process": (("node:1", 2, 2), "--process: 2, but 2 processes are numbered from 0"),
+    "a negative process": (("node:1", 2, -1), "--process: -1, but 2 processes are numbered from 0"),
     "no process": (("node:1", 0, 0), "--processes: must be at least 1, given 0"),
 }
 

@@ -67,7 +67,7 @@ def test_work_ends_in_good_order(number, status):
     returned, stdout, stderr, _ = _run(STEPS, 30, number)
     assert returned == status
     assert stdout == f"stopped by {number.name}: all is saved\n"
-    assert stderr == f"{number.name}: the step under way ends and is saved, within 30 s\n"
+    assert stderr == f"{number.name}: the current step ends and is saved, within 30 s\n"
 
 
 def test_several_sigterms_are_one():
@@ -86,7 +86,7 @@ def test_the_bound_holds_while_python_cannot_run():
     returned, stdout, stderr, seconds = _run(STUCK, 0.5, signal.SIGTERM, size=4000)
     assert returned == 143 and stdout == "" and seconds < 15
     first, last = stderr.splitlines()
-    assert first == "SIGTERM: the step under way ends and is saved, within 0.5 s"
+    assert first == "SIGTERM: the current step ends and is saved, within 0.5 s"
     assert last == "stopped by SIGTERM: 0.5 s were not enough; step 3 is lost; the same command continues"
 
 

@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_same_weights(workshop, run, capf
     data.write_bytes(flipped)
     assert command(workshop, run) == 0
     said = [line for line in capfd.readouterr().err.splitlines() if ": damaged: " in line]
-    assert len(said) == 1 and data.name in said[0] and "goes on from step 4" in said[0]
+    assert len(said) == 1 and data.name in said[0] and "resuming from step 4" in said[0]
     assert same(workshop, run)
 
 
