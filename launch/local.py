@@ -166,7 +166,7 @@ def _cause(status: int) -> int:
 
 
 def _first_to_fail(failed: list[tuple[Child, int]]) -> tuple[Child, int]:
-    """The child that caused the failure: one that others name, else a stuck one if all others aborted, else the first."""
+    """The child that caused the failure: one that others name, else a stuck one if all others aborted, or the first."""
     named = collections.Counter(number for child, _ in failed for number in _named_by(child))
     for number, _ in named.most_common():
         for child, status in failed:
