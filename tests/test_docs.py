@@ -76,8 +76,8 @@ def test_library_page_runs_as_printed(run_folder, capsys):
         for block in blocks(page, "python"):
             exec(compile(block, page.name, "exec"), names)
     assert len(capsys.readouterr().out.splitlines()) == 3
-    assert names["advantages"].shape == names["answers"].response_mask.shape
-    for path, leaves in names["again"].items():
+    assert names["advantages"].shape == names["samples"].response_mask.shape
+    for path, leaves in names["loaded"].items():
         for leaf, value in leaves.items():
             assert (value == names["state"].policy[path][leaf]).all(), (path, leaf)
     merged, _ = jaxrlhf.load_pretrained(run_folder / "my-policy")
