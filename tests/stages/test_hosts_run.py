@@ -223,7 +223,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(runs, slow, number,
     os.kill(stopped.process.pid, number)
     found, said = stopped.end(120)
     assert found == status and "is saved; the same command continues" in said, said
-    assert re.fullmatch(r"launch: process \d of 2 .* was asked to stop, .*", said.rstrip("\n").splitlines()[-1])
+    assert re.fullmatch(r"launch: process \d of 2 .* was stopped by a signal, .*", said.rstrip("\n").splitlines()[-1])
     done = len(lines(stopped.run_dir, "metrics.jsonl"))
     assert stopped.checkpoint(done).exists()
 

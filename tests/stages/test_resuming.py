@@ -134,7 +134,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_trained(workshop, run, cap
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert command(workshop, run) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "every checkpoint is damaged" in errors[0] and "restore one of them" in errors[0]
+    assert len(errors) == 1 and "every checkpoint is damaged" in errors[0] and "restore a checkpoint from a copy" in errors[0]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -142,7 +142,7 @@ def test_checkpoints_that_somebody_removed_are_missed(workshop, run, capfd):
     for step in saved(run):
         shutil.rmtree(run / "checkpoints/sft" / str(step))
     assert command(workshop, run) == 2
-    assert "a checkpoint of step 6 was here, and none is left" in capfd.readouterr().err
+    assert "a checkpoint of step 6 was saved here, and none is left" in capfd.readouterr().err
     shutil.rmtree(run / "checkpoints/sft")  # the way out that it names
     assert command(workshop, run) == 0
     assert same(workshop, run)
