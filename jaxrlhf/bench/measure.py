@@ -12,7 +12,7 @@ from jaxrlhf.bench.filling import Filler
 from jaxrlhf.bench.iterations import time_iterations
 from jaxrlhf.bench.machine import describe, forget_peak, measure_rates
 from jaxrlhf.bench.timing import Timed, time_program
-from jaxrlhf.checkpoint.compilation_cache import kept_programs
+from jaxrlhf.checkpoint.compilation_cache import cached_programs
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed.jit import compiled_with, peak_memory_bytes
 from jaxrlhf.distributed.mesh import make_mesh
@@ -47,7 +47,7 @@ def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> 
     mesh, model = make_mesh(config.mesh), read_model(config.model)
     config = resolved(with_lengths(config, options.lengths, model.vocab_size))
     shapes, filler, began = Shapes(config, mesh, model), Filler(model, config.seed), time.perf_counter()
-    with kept_programs(None, say), compiled_with(config.compiler_options):  # compiling is timed: nothing is loaded
+    with cached_programs(None, say), compiled_with(config.compiler_options):  # compiling is timed: nothing is loaded
         calls = _checked_calls(shapes, options.only, say)
         say("measures the machine")
         start = time.perf_counter()

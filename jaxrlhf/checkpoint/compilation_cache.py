@@ -30,7 +30,7 @@ _ENABLED = "jax_enable_compilation_cache"
 
 
 @contextlib.contextmanager
-def kept_programs(setting: str | None, say: Callable[[str], None]) -> Iterator[str | None]:
+def cached_programs(setting: str | None, say: Callable[[str], None]) -> Iterator[str | None]:
     """Loads compiled programs from a folder and keeps new ones there; yields the folder, or None without one.
 
     `setting` is a folder, None for none, or `AUTO`: that of jax's own setting (JAX_COMPILATION_CACHE_DIR), else

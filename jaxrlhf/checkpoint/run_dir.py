@@ -31,8 +31,8 @@ def open_run(
     return folder
 
 
-def begun_at(run_dir: str | Path) -> datetime.datetime | None:
-    """When the run started, as written by `record_begin`; None before that."""
+def started_at(run_dir: str | Path) -> datetime.datetime | None:
+    """When the run started, as written by `record_start`; None before that."""
     path = Path(run_dir) / START
     try:
         return datetime.datetime.fromisoformat(path.read_text(encoding="utf-8").strip())
@@ -42,7 +42,7 @@ def begun_at(run_dir: str | Path) -> datetime.datetime | None:
         raise UserError(f"{path}: not a start time of a run ({error}); restore it, or give another run_dir") from None
 
 
-def record_begin(run_dir: str | Path, time: datetime.datetime) -> None:
+def record_start(run_dir: str | Path, time: datetime.datetime) -> None:
     """Writes when the run started, unless it is written already."""
     path = Path(run_dir) / START
     if not path.exists():
@@ -89,7 +89,7 @@ def check_run(
     for name in ("checkpoints", "roles", *LOGS):
         if (folder / name).exists():
             raise UserError(
-                f"run_dir {folder}: has {name} of a run but no config.yaml; restore that file, or give another run_dir"
+                f"run_dir {folder}: has {name} of a run, but no config.yaml; restore it, or give another run_dir"
             )
     return []
 

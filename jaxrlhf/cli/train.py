@@ -69,4 +69,4 @@ def main(arguments: list[str] | None = None) -> int:
     with StopSignals() as stop:
         from jaxrlhf.distributed import processes
 
-        return processes.ended(main_of(lambda: train(parse(arguments), stop), afterwards))
+        return processes.exit_status(main_of(lambda: train(parse(arguments), stop), afterwards))

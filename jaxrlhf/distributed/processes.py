@@ -96,7 +96,7 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 def joined(spec: ProcessSpec | None, timeout: float = START_TIMEOUT) -> Iterator[None]:
     """Starts jax on all processes, runs the block, and waits at its end for all processes.
 
-    Enter it before any jax computation; after an exception, exit the process with `ended`. Raises `UserError` where
+    Enter it before any jax computation; after an exception, exit with `exit_status`. Raises `UserError` where
     the processes were started with different settings. Where not all are there within `timeout` seconds, prints an
     error and exits with status 2.
     """
@@ -173,7 +173,7 @@ def _give_up(spec: ProcessSpec, timeout: float) -> None:
     os._exit(2)
 
 
-def ended(status: int) -> int:
+def exit_status(status: int) -> int:
     """Returns the exit status; after a failure in a run of several processes, exits at once instead."""
     if status == 0 or alone():
         return status

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import pydantic
 
-from jaxrlhf.checkpoint.compilation_cache import AUTO, kept_programs
+from jaxrlhf.checkpoint.compilation_cache import AUTO, cached_programs
 from jaxrlhf.config import PromptsConfig, RunConfig, Sampling
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.chats import Chat
@@ -45,7 +45,7 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
     sampling = _sampling(arguments, config, roles)
     prompts, ids = _prompts(arguments, config, roles, sampling)
     program = jax.jit(rollout, compiler_options=compiler_options(roles.base))
-    with kept_programs(
+    with cached_programs(
         AUTO if config is None else config.compilation_cache, lambda text: print(text, file=sys.stderr)
     ):
         for start in range(0, len(prompts), BATCH):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.checkpoint.checksums import RECORD, Damaged, seal, unseal
 from jaxrlhf.checkpoint.files import atomic_write
-from jaxrlhf.checkpoint.run_dir import begun_at
+from jaxrlhf.checkpoint.run_dir import started_at
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.sources import one_line
@@ -132,7 +132,7 @@ def load_run(
     changes = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
     roles = load_roles(config, mesh)
-    roles.tokenizer.chats.time = begun_at(run_dir)  # the same prompts as in the run
+    roles.tokenizer.chats.time = started_at(run_dir)  # the same prompts as in the run
     return roles
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from jaxrlhf.checkpoint.compilation_cache import kept_programs
+from jaxrlhf.checkpoint.compilation_cache import cached_programs
 from jaxrlhf.checkpoint.lock import RunLock
-from jaxrlhf.checkpoint.run_dir import begun_at, check_run, make_folder, open_run, record_begin
+from jaxrlhf.checkpoint.run_dir import check_run, make_folder, open_run, record_start, started_at
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.reading import dump_config
 from jaxrlhf.distributed import processes
@@ -57,7 +57,7 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
         lock = stack.enter_context(RunLock(folder, writes, run.say))
         for log in run.logs.values():
             stack.enter_context(contextlib.closing(log))
-        stack.enter_context(kept_programs(config.compilation_cache, run.say))
+        stack.enter_context(cached_programs(config.compilation_cache, run.say))
         return _run_stages(run, lock, writes)
 
 
@@ -94,7 +94,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
         mark_unfinished(config.run_dir, stage)
     processes.agreed(lambda: open_run(folder, dump_config(config), writes, allowed))
     if writes:
-        record_begin(folder, start)
+        record_start(folder, start)
     processes.barrier()
     written = {"config.yaml": "present" if (folder / "config.yaml").is_file() else "absent"}
     processes.check_alike(f"contents of run_dir {folder}", written, SHARED)
@@ -127,7 +127,7 @@ def _set_clock(run: Run, roles: Roles) -> datetime.datetime:
     template = roles.tokenizer.chats
 
     def time() -> bytes:
-        return (begun_at(run.folder) or template.now()).isoformat().encode()
+        return (started_at(run.folder) or template.now()).isoformat().encode()
 
     start = datetime.datetime.fromisoformat(processes.from_first(time).decode())
     today = template.now().date()

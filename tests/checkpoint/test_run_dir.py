@@ -7,7 +7,7 @@ import pytest
 
 from jaxrlhf.checkpoint import files as module
 from jaxrlhf.checkpoint.files import atomic_directory, atomic_write
-from jaxrlhf.checkpoint.run_dir import begun_at, open_run, record_begin
+from jaxrlhf.checkpoint.run_dir import open_run, record_start, started_at
 from jaxrlhf.config.differences import differences
 from jaxrlhf.errors import UserError
 
@@ -156,10 +156,10 @@ def test_everything_is_synced_before_it_is_named(tmp_path, monkeypatch):
 
 def test_when_a_run_began_is_written_once(tmp_path):
     first, later = datetime.datetime(2026, 9, 1, 8, 5), datetime.datetime(2026, 9, 2)
-    assert begun_at(tmp_path) is None and begun_at(tmp_path / "absent") is None
-    record_begin(tmp_path, first)
-    record_begin(tmp_path, later)
-    assert begun_at(tmp_path) == first
+    assert started_at(tmp_path) is None and started_at(tmp_path / "absent") is None
+    record_start(tmp_path, first)
+    record_start(tmp_path, later)
+    assert started_at(tmp_path) == first
     (tmp_path / "begun.txt").write_text("yesterday\n")
     with pytest.raises(UserError, match=r"begun.txt: not a start time of a run \(.*yesterday.*\); restore it"):
-        begun_at(tmp_path)
+        started_at(tmp_path)

@@ -45,7 +45,7 @@ with StopSignals() as stop:
     status = main_of(command)
     if sys.argv[3] != "0":
         time.sleep(float(os.environ.get("LATE", 0)))
-    sys.exit(processes.ended(status))
+    sys.exit(processes.exit_status(status))
 """
 
 MESH = """
@@ -351,13 +351,13 @@ def test_a_process_alone_does_everything_itself():
         processes.check_alike("settings", {"a": 1}, "")
         assert processes.alone() and processes.is_first()
         assert processes.agreed(lambda: 3) == 3
-    assert processes.ended(1) == 1
+    assert processes.exit_status(1) == 1
     with pytest.raises(IndexError):
         processes.from_first(lambda: [][1], IndexError)
 
 
 CACHE = """
-from jaxrlhf.checkpoint.compilation_cache import kept_programs
+from jaxrlhf.checkpoint.compilation_cache import cached_programs
 import jax, numpy as np
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.distributed.mesh import make_mesh, shard_batch
@@ -365,7 +365,7 @@ rows = shard_batch(make_mesh(MeshConfig()), np.arange(4, dtype=np.float32))
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
 setting = os.environ["FOLDERS"].split(":")[0 if first else -1]
-with kept_programs(setting, lambda text: print("said", text)) as folder:
+with cached_programs(setting, lambda text: print("said", text)) as folder:
     print("folder", folder)
     del found[:]
     jax.jit(lambda x: (x * 11.5).sum())(rows)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import jaxrlhf
-from jaxrlhf.checkpoint.run_dir import record_begin
+from jaxrlhf.checkpoint.run_dir import record_start
 from jaxrlhf.config import ModelRewardConfig, RunConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.distributed.mesh import MeshConfig, make_mesh
@@ -50,7 +50,7 @@ def test_a_run_begins_once(clock, tmp_path):
     said = []
     run = SimpleNamespace(folder=tmp_path, say=said.append)
     roles = SimpleNamespace(tokenizer=build_word_tokenizer(WORDS, chat_template=DATED))
-    record_begin(tmp_path, _set_clock(run, roles))
+    record_start(tmp_path, _set_clock(run, roles))
     assert not said
     clock.day = 21
     again = SimpleNamespace(tokenizer=build_word_tokenizer(WORDS, chat_template=DATED))
