@@ -276,6 +276,6 @@ def test_hosts_that_read_other_data_are_refused(tmp_path):
     said = [process.communicate(timeout=120)[1] for process in running]
     assert [process.returncode for process in running] == [2, 2], said
     checksum = r"'?[0-9a-f]{16}'?"
-    complaint = rf"differ in data: ppo\.prompts is {checksum}, on process 0 it is {checksum}; give all hosts the same"
+    complaint = rf"and process 0 differ in data: ppo\.prompts is {checksum}, on process 0 it is {checksum}; give all"
     assert re.search(rf"error: process 1 \(host .*\) {complaint}", said[1]) and re.search(complaint, said[0]), said
     assert not (tmp_path / "unlike").exists()
