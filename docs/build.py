@@ -85,7 +85,7 @@ def settings():
             section[1].append(row(table, place, setting))
     parts = []
     for place, (description, rows) in sections.items():
-        name = table.spelt(place)
+        name = table.dotted(place)
         if name:
             level, text = "##" if len(place) == 1 else "###", sentence(html.escape(description))
             parts.append(f"{level} {name} {{ #{name} }}\n\n{text}\n")
@@ -97,12 +97,12 @@ def settings():
 def row(table, place, setting):
     required, path = setting.default is table.REQUIRED, ".".join(table.without_kinds(place))
     facts = [html.escape(setting.kind)]
-    facts.append("required" if required else f"default <code>{table.shown(setting.default)}</code>")
-    facts.append("traced" if setting.notes.get("traced") else "")
-    facts.append(NOTES.get(setting.notes.get("on_continuing"), ""))
+    facts.append("required" if required else f"default <code>{table.as_yaml(setting.default)}</code>")
+    facts.append("traced" if setting.metadata.get("traced") else "")
+    facts.append(NOTES.get(setting.metadata.get("on_resume"), ""))
     name = f"<code>{path}</code><br><small>{' · '.join(filter(None, facts))}</small>"
     text = sentence(html.escape(setting.description))
-    return f'<tr id="{table.spelt(place)}"><td>{name}</td><td>{text}</td></tr>\n'
+    return f'<tr id="{table.dotted(place)}"><td>{name}</td><td>{text}</td></tr>\n'
 
 
 def sentence(text):

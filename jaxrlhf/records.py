@@ -1,7 +1,7 @@
-"""The records that steps pass to each other: frozen pytrees of arrays, each field with its shape.
+"""The data that flows between steps: frozen pytrees of arrays.
 
-B rows, P prompt tokens (left-padded), R response tokens, S = P + R, L tokens of a training sequence.
-Response position t holds token P + t; logprobs, values and rewards at t belong to that token.
+B rows, P prompt tokens (left-padded), R response tokens, S = P + R, L tokens of a training sequence. Response
+position t holds token P + t; logprobs, values and rewards at t belong to that token.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ import jax
 from flax import struct
 
 from jaxrlhf.config import AdvantageConfig, KLConfig, OptimizerConfig, PPOConfig, Sampling, ScoreConfig, Settings
-from jaxrlhf.config.base import note
+from jaxrlhf.config.base import metadata
 
 Adapter = dict[str, dict[str, jax.Array]]
-"""Module path -> leaf name -> array. LoRA: `lora_a` [in, rank], `lora_b` [rank, out] and the constant
-`lora_scale` []. Other leaves replace those of the module; the path `score` adds the scalar head."""
+"""Module path -> leaf name -> array. A LoRA pair is `lora_a` [in, rank], `lora_b` [rank, out] and the constant
+`lora_scale` []. Any other leaf replaces the module's own. The path `score` is the scalar head."""
 
 
 @struct.dataclass
@@ -22,20 +22,20 @@ class SFTBatch:
     """Right-padded sequences for next-token training."""
 
     tokens: jax.Array  # i32[B,L]
-    segments: jax.Array  # i32[B,L]; 0 is padding, rows packed into one sequence count 1, 2, ...
-    loss_mask: jax.Array  # bool[B,L]; True on tokens that count in the loss
+    segments: jax.Array  # i32[B,L]; 0 is padding, rows packed into one sequence are 1, 2, ...
+    loss_mask: jax.Array  # bool[B,L]; the tokens to learn
 
 
 @struct.dataclass
 class PreferenceBatch:
-    """Right-padded pairs; row i of both sides has the same prompt."""
+    """Right-padded preference pairs; row i of both sides has the same prompt."""
 
     chosen: jax.Array  # i32[B,L]
     chosen_mask: jax.Array  # bool[B,L]
     rejected: jax.Array  # i32[B,L]
     rejected_mask: jax.Array  # bool[B,L]
-    margin: jax.Array  # f32[B]; 0 where the data has none
-    weight: jax.Array  # f32[B]; 0 on rows that pad the last batch
+    margin: jax.Array  # f32[B]; 0 if the data has none
+    weight: jax.Array  # f32[B]; 0 on padding rows of the last batch
 
 
 @struct.dataclass
@@ -48,10 +48,10 @@ class Prompts:
 
 @struct.dataclass
 class Rollout:
-    """Prompts with sampled completions. Masks, not token ids, mark real tokens."""
+    """Prompts with sampled completions. The masks tell real tokens from padding, not the token ids."""
 
     tokens: jax.Array  # i32[B,S]
-    mask: jax.Array  # bool[B,S]; real prompt and response tokens
+    mask: jax.Array  # bool[B,S]; real tokens of prompt and completion
     response_mask: jax.Array  # bool[B,R]; up to and including the stop token
     sample_logprobs: jax.Array  # f32[B,R]; of the sampled token at `temperature`; 0 past the end
     ended: jax.Array  # bool[B]; the completion ended with a stop token
@@ -60,7 +60,7 @@ class Rollout:
 
 @struct.dataclass
 class Annotated:
-    """Logprobs and values of a rollout's response tokens. 0 past the end."""
+    """Logprobs and values of a rollout's response tokens; 0 past the end."""
 
     logprobs: jax.Array  # f32[B,R]
     ref_logprobs: jax.Array  # f32[B,R]
@@ -73,7 +73,7 @@ class Experience:
 
     tokens: jax.Array  # i32[B,S]
     mask: jax.Array  # bool[B,S]
-    response_mask: jax.Array  # bool[B,R]; tokens in the loss: all of a completion, or none with `mask_truncated`
+    response_mask: jax.Array  # bool[B,R]; tokens in the losses; with `mask_truncated` none of a truncated completion
     temperature: jax.Array  # f32[B]
     sample_logprobs: jax.Array  # f32[B,R]
     logprobs: jax.Array  # f32[B,R]; old, from the policy that sampled
@@ -81,7 +81,7 @@ class Experience:
     values: jax.Array  # f32[B,R]; old
     advantages: jax.Array  # f32[B,R]
     returns: jax.Array  # f32[B,R]
-    kl_coef: jax.Array  # f32[B]; of the KL term in the loss; 0 if the KL is in the reward
+    kl_coef: jax.Array  # f32[B]; of the KL term in the loss, 0 if KL is part of the reward
 
 
 @struct.dataclass
@@ -95,10 +95,10 @@ class TrainState:
 
 @struct.dataclass
 class PPOState:
-    """Policy and value, their optimizers, and the count of optimizer steps."""
+    """Policy and value with their optimizers, and the number of optimizer steps."""
 
     policy: Any  # Adapter
-    value: Any  # Adapter; only a head if it shares the policy's trunk; empty without a value model
+    value: Any  # Adapter; a head only if it shares the policy's trunk; empty without a value model
     average: Any  # Adapter; moving average of the policy, or empty
     policy_optimizer: Any  # optax state
     value_optimizer: Any  # optax state
@@ -106,21 +106,18 @@ class PPOState:
 
 
 def _register_settings(cls: type[Settings]) -> None:
-    """Registers a settings class as a pytree: traced fields and sections are leaves, the rest is static."""
-
-    def is_section(name: str) -> bool:
-        annotation = cls.model_fields[name].annotation
-        return isinstance(annotation, type) and issubclass(annotation, Settings)
-
-    dynamic = tuple(name for name in cls.model_fields if note(cls, name, "traced") or is_section(name))
+    """Registers a settings class as a pytree: traced fields and nested sections are children, the rest is static."""
+    fields = cls.model_fields
+    sections = [n for n, f in fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Settings)]
+    children = tuple(n for n in fields if n in sections or metadata(cls, n, "traced"))
 
     def flatten(settings):
-        structure = tuple((n, getattr(settings, n)) for n in cls.model_fields if n not in dynamic)
-        return tuple(getattr(settings, n) for n in dynamic), structure
+        static = tuple((n, getattr(settings, n)) for n in fields if n not in children)
+        return tuple(getattr(settings, n) for n in children), static
 
-    def unflatten(structure, leaves):
-        # No validation: leaves may be tracers or batched arrays.
-        return cls.model_construct(**dict(structure), **dict(zip(dynamic, leaves)))
+    def unflatten(static, leaves):
+        # Not validated again: leaves may be tracers or batched arrays.
+        return cls.model_construct(**dict(static), **dict(zip(children, leaves)))
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
 

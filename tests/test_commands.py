@@ -53,7 +53,7 @@ PPO += ["ppo.reward={kind: function, function: 'jaxrlhf.toy.world:gold_score'}"]
 FEW = ["--max-new-tokens", "4"]
 
 BAD = {
-    "unknown key": (["ppo.itertions=3"], r"ppo\.itertions; the nearest known one is ppo\.iterations$"),
+    "unknown key": (["ppo.itertions=3"], r"ppo\.itertions; did you mean ppo\.iterations\?$"),
     "key of a section below": (["ppo.klcoef=3"], r"ppo\.klcoef; there is ppo\.kl\.coef$"),
     "wrong type": (["ppo.iterations=many"], r"ppo\.iterations.*many"),
     "out of bounds": (["ppo.update.epochs=0"], r"ppo\.update\.epochs.*(1|0)"),

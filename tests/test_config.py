@@ -155,13 +155,13 @@ def test_what_changed_is_named_by_what_is_dumped(write):
 
 def test_help_lists_every_setting_with_type_default_and_description():
     lines = settings_help().splitlines()
-    bound = "the ratio is clipped below 1 - clip_low; not given: with gspo 3e-4, with cispo 1, which is no bound"
+    bound = "clips the ratio below 1 - clip_low; the default is 3e-4 with gspo, and 1 with cispo, which is no bound"
     assert f"ppo.update.clip_low  float >= 0 = 0.2  {bound}" in lines
-    assert "run_dir  text, required  directory of the run; the same command continues it" in lines
-    assert any(line.startswith("ppo.sampling.top_p  float > 0 and <= 1 or null = null  keep") for line in lines)
+    assert "run_dir  text, required  directory of the run; the same command resumes it" in lines
+    assert any(line.startswith("ppo.sampling.top_p  float > 0 and <= 1 or null = null  samples") for line in lines)
     modules = "adapter.target_modules  non-empty list of text = [all-linear]  modules"
     assert any(line.startswith(modules) for line in lines)
-    assert any(line.startswith("adapter.kind  lora | full = lora  lora: low-rank") for line in lines)
+    assert any(line.startswith("adapter.kind  lora | full = lora  lora trains low-rank") for line in lines)
     assert "sft  section or null = null  settings of the sft stage" in lines
     keys = [line.split("  ")[0] for line in lines]
     assert len(keys) == len(set(keys))
@@ -183,13 +183,13 @@ def test_help_lists_every_setting_with_type_default_and_description():
     ("override", "message"),
     [
         # the key
-        ("ppo.update.clip_lo=0.1", "unknown key ppo.update.clip_lo; the nearest known one is ppo.update.clip_low"),
-        ("sead=1", "unknown key sead; the nearest known one is seed"),
-        ("sft.learning_rate=1", "unknown key sft.learning_rate; there is sft.optimizer.learning_rate"),
-        ("mesh.zzz=1", "unknown key mesh.zzz; known ones in mesh: data, fsdp, tensor"),
-        ("zzz=null", "unknown key zzz; known ones here: run_dir, seed, stages, model, mesh, adapter, sft, "),
+        ("ppo.update.clip_lo=0.1", "unknown key ppo.update.clip_lo; did you mean ppo.update.clip_low?"),
+        ("sead=1", "unknown key sead; did you mean seed?"),
+        ("sft.learning_rate=1", "unknown key sft.learning_rate; did you mean sft.optimizer.learning_rate?"),
+        ("mesh.zzz=1", "unknown key mesh.zzz; the keys of mesh are data, fsdp, tensor"),
+        ("zzz=null", "unknown key zzz; the keys here are run_dir, seed, stages, model, mesh, adapter, sft, "),
         ("seed.x=1", "seed must be int >= 0 and < 4294967296; given a section"),
-        ("run_dir.x=1", 'run_dir is the text "runs/a", not a section with keys of its own'),
+        ("run_dir.x=1", 'run_dir is the text "runs/a", not a section with keys'),
         ("seed", "write it as key.path=value, such as ppo.kl.coef=0.1"),
         ("=3", "write it as key.path=value, such as ppo.kl.coef=0.1"),
         ("a..b=3", "write it as key.path=value, such as ppo.kl.coef=0.1"),
@@ -199,9 +199,9 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("seed=abc", 'seed must be int >= 0 and < 4294967296; given the text "abc"'),
         ("ppo.kl.coef=true", "ppo.kl.coef must be float >= 0; given true"),
         ("sft.packing=yes", 'sft.packing must be true | false; given the text "yes"'),
-        ("run_dir=1e5", "run_dir must be text; given 100000.0; text that looks like a number is written in quotes"),
-        ("sft=3", "sft must be a section with keys of its own or null; given 3"),
-        ("sft.optimizer=[1]", "sft.optimizer must be a section with keys of its own; given the list [1]"),
+        ("run_dir=1e5", "run_dir must be text; given 100000.0; put text that looks like a number in quotes"),
+        ("sft=3", "sft must be a section with keys or null; given 3"),
+        ("sft.optimizer=[1]", "sft.optimizer must be a section with keys; given the list [1]"),
         ("sft.remat=1", "sft.remat must be none | dots | full; given 1"),
         ("sft.optimizer.warmup_steps=2.5", "sft.optimizer.warmup_steps must be int >= 0 and < 2147483648; given 2.5"),
         ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo; given the text "sft"'),
@@ -215,33 +215,33 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.sampling.top_p=.nan", "ppo.sampling.top_p must be float > 0 and <= 1 or null; given .nan"),
         ("ppo.batch_size=0", "ppo.batch_size must be int >= 1; given 0"),
         # what is missing
-        ("ppo.data.path=null", "ppo.data.path is missing; it takes text: file, folder, hub id, or builtin:"),
-        ("model=null", "model is missing; it takes section: the base model"),
+        ("ppo.data.path=null", "ppo.data.path is missing; give text: file, folder, hub id, or builtin:"),
+        ("model=null", "model is missing; give section: the base model"),
         # what belongs together
         ("model.path=x", "model: give exactly one of path, run, new; given: path, new"),
         ("stages=[ppo, sft]", "stages run in the order sft, reward_model, ppo, each once; given ['ppo', 'sft']"),
         ("model.new.heads=3", "model.new: heads (3) must be a multiple of kv_heads (2)"),
-        ("mesh.tensor=-1", "mesh: axes are at least 1, and one of them may be -1; given"),
-        ("compiler_options.rolout.xla_a=1", "compiler_options: there is no program rolout; the nearest is rollout"),
-        ("compiler_options={zzz: {xla_a: 1}}", "compiler_options: there is no program zzz; known ones: all, rollout, "),
+        ("mesh.tensor=-1", "mesh: each axis must be at least 1, or -1 on at most one axis; given"),
+        ("compiler_options.rolout.xla_a=1", "compiler_options: there is no program rolout; did you mean rollout?"),
+        ("compiler_options={zzz: {xla_a: 1}}", "compiler_options: there is no program zzz; programs are all, rollout, "),
         ("compiler_options.update=fast", "compiler_options: update takes options by name, such as {"),
         ("compiler_options.update.xla_a=[1]", "compiler_options: update.xla_a must be true, false, a number or text"),
         ("compiler_options=fast", 'compiler_options must be mapping of names; given the text "fast"'),
         # of several kinds
         ("ppo.reward.kind=htp", "ppo.reward.kind must be model | function | classifier | http | sum; given htp"),
         ("ppo.reward.kind=3", "ppo.reward.kind must be model | function | classifier | http | sum; given 3"),
-        ("ppo.reward={kind: http}", "ppo.reward.url is missing; it takes text: gets {prompts, completions, columns}"),
-        ("ppo.reward={kind: function}", "ppo.reward.function is missing; it takes text: module:function or path.py:"),
+        ("ppo.reward={kind: http}", "ppo.reward.url is missing; give text: URL that receives {prompts, "),
+        ("ppo.reward={kind: function}", "ppo.reward.function is missing; give text: module:function or path.py:"),
         ("ppo.reward={kind: sum, parts: {}}", "ppo.reward.parts must be mapping of names; given a section"),
-        ("ppo.reward={kind: http, url: x, path: y}", "unknown key ppo.reward.path; is for kind: model and kind: "),
-        ("ppo.reward.url=http://x", "unknown key ppo.reward.url; is for kind: http; kind: model takes kind, "),
-        ("ppo.reward.paht=x", "unknown key ppo.reward.paht; the nearest known one is ppo.reward.path"),
+        ("ppo.reward={kind: http, url: x, path: y}", "unknown key ppo.reward.path; it belongs to kind: model and "),
+        ("ppo.reward.url=http://x", "unknown key ppo.reward.url; it belongs to kind: http; kind: model has "),
+        ("ppo.reward.paht=x", "unknown key ppo.reward.paht; did you mean ppo.reward.path?"),
         ("ppo.reward.max_length=0", "ppo.reward.max_length must be int >= 1; given 0"),
-        ("ppo.reward.template=x", "ppo.reward: template holds {completion}, and {prompt} where that is wanted"),
+        ("ppo.reward.template=x", "ppo.reward: template must contain {completion}, may contain {prompt}, "),
         ("ppo.reward={kind: sum, parts: {a: {kind: sum}}}", "ppo.reward.parts.a.kind must be model | function | "),
         ("ppo.reward={kind: sum, parts: {a: {weight: x}}}", 'ppo.reward.parts.a.weight must be float; given the'),
-        ("ppo.reward={kind: sum, parts: {a: {url: x}}}", "unknown key ppo.reward.parts.a.url; is for kind: "),
-        ("ppo.reward=3", "ppo.reward must be a section with keys of its own; given 3"),
+        ("ppo.reward={kind: sum, parts: {a: {url: x}}}", "unknown key ppo.reward.parts.a.url; it belongs to kind: "),
+        ("ppo.reward=3", "ppo.reward must be a section with keys; given 3"),
         # the value
         ("seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed=!!python/object:os.system x", "not valid YAML: could not determine a constructor"),
@@ -256,14 +256,14 @@ def test_wrong_override(write, override, message):
 
 def test_wrong_file_says_the_line(write):
     assert _error(write(FULL.replace("coef", "ceof"))) == (
-        "run.yaml:16: unknown key ppo.kl.ceof; the nearest known one is ppo.kl.coef"
+        "run.yaml:16: unknown key ppo.kl.ceof; did you mean ppo.kl.coef?"
     )
     assert _error(write(FULL.replace("coef: 0.1", "coef: many"))) == (
         'run.yaml:16: ppo.kl.coef must be float >= 0; given the text "many"'
     )
     assert _error(write(FULL.replace("{layers: 2}", "{heads: 3}"))).startswith("run.yaml:4: model.new: heads (3) must")
     missing = FULL.replace("    path: builtin:assistant-prompts\n", "    limit: 5\n")
-    assert _error(write(missing)).startswith("run.yaml:13: ppo.data.path is missing; it takes text")
+    assert _error(write(missing)).startswith("run.yaml:13: ppo.data.path is missing; give text")
     assert _error(write(FULL.split("ppo:")[0])) == "run.yaml: stages names ppo, but there is no section ppo"
 
 
@@ -274,7 +274,7 @@ def test_an_override_is_not_blamed_for_what_the_file_says(write):
 
 def test_several_faults_are_counted_and_a_misspelt_key_comes_first(write):
     error = _error(write(FULL.replace("run_dir", "rundir").replace("0.1", "-1")), "seed=x")
-    assert error == "run.yaml:2: unknown key rundir; the nearest known one is run_dir (and 3 more)"
+    assert error == "run.yaml:2: unknown key rundir; did you mean run_dir? (and 3 more)"
 
 
 @pytest.mark.parametrize(
@@ -289,10 +289,10 @@ def test_several_faults_are_counted_and_a_misspelt_key_comes_first(write):
         ("1: 2\n", "run.yaml:1: a key must be the name of a setting; given 1"),
         ("? [a]\n: 2\n", "run.yaml:1: a key must be the name of a setting; given"),
         ("ppo: &a\n  kl: *a\n", "run.yaml:1: ppo.kl contains itself"),
-        (ALIASES, "more than 100,000 values, aliases written out; settings are fewer"),
-        ("seed: " + "[" * 60 + "]" * 60, "run.yaml:1: sections and lists in one another deeper than 50; settings need"),
-        ("seed: " + "[" * 5000, "run.yaml: sections and lists in one another deeper than 50; settings need fewer"),
-        ("", "run.yaml: run_dir is missing; it takes text: directory of the run; the same command continues it (and"),
+        (ALIASES, "more than 100,000 values with aliases expanded; settings need fewer"),
+        ("seed: " + "[" * 60 + "]" * 60, "run.yaml:1: more than 50 nested sections and lists; settings need"),
+        ("seed: " + "[" * 5000, "run.yaml: more than 50 nested sections and lists; settings need fewer"),
+        ("", "run.yaml: run_dir is missing; give text: directory of the run; the same command resumes it (and"),
     ],
 )
 def test_wrong_file(write, text, message):
@@ -304,5 +304,5 @@ def test_file_that_cannot_be_read(write, tmp_path):
     assert _error("none.yaml") == "none.yaml: no such config file"
     assert _error(str(tmp_path)).endswith("is a directory; give the YAML file in it")
     (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
-    assert _error("binary.yaml") == "binary.yaml: not text in UTF-8 (byte 3); give a YAML file"
+    assert _error("binary.yaml") == "binary.yaml: not UTF-8 text (byte 3); give a YAML file"
     assert _error("run.yaml/x").startswith("run.yaml/x: cannot be read: Not a directory")

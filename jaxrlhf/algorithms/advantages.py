@@ -1,9 +1,9 @@
-"""How much better a token was than expected: generalised advantage estimation and its relatives without values.
+"""Advantage estimators: generalised advantage estimation (GAE) and estimators without a value model.
 
-Index convention: at response position t the policy sees state s_t, takes the token a_t and gets r_t. V_t is
-the value of s_t, before the token. The end of an answer is a discount of 0 in the data, not a branch.
+Index convention: at response position t the policy sees state s_t, takes token a_t and receives r_t. V_t is the
+value of s_t, before the token. The end of a completion is a discount of 0 in the data, not a branch.
 
-`ADVANTAGES` names them all behind one signature. A new one is a function and a line of that table.
+`ADVANTAGES` holds every estimator behind one signature. A new estimator is a function and a line of that table.
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
-from jaxrlhf.algorithms.masked import Axis, masked_sum, whiten
+from jaxrlhf.algorithms.masked import Axis, masked_sum, whiten, zero_masked
 
 
 def _step_back(advantage: Array, at_t: tuple[Array, Array]) -> tuple[Array, Array]:
-    """From A_{t+1} to A_t; a function of the module, so that `scan` recognises it and compiles it once."""
+    """Computes A_t from A_{t+1}. A module-level function, so that `scan` compiles it once."""
     delta, decay = at_t
     advantage = delta + decay * advantage
     return advantage, advantage
 
 
 def truncated_gae(rewards: Array, values: Array, discounts: Array, lam: Array | float) -> Array:
-    """Advantages of one sequence with a discount per step.
+    """Advantages of one unmasked sequence with a discount per step.
 
     delta_t = r_t + discount_t * V_{t+1} - V_t
     A_t     = delta_t + discount_t * lam * A_{t+1},  A_T = 0
 
-    Advantages plus values are the TD(lambda) returns. Not masked: every position is real.
+    Advantages plus values are the TD(lambda) returns.
 
     Args:
       rewards: f32[T].
@@ -53,38 +53,31 @@ def truncated_gae(rewards: Array, values: Array, discounts: Array, lam: Array | 
 
 
 def _gae_row(rewards: Array, values: Array, mask: Array, gamma: Array, lam: Array) -> tuple[Array, Array]:
-    """`gae` of one row: everything [R]."""
-    rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
-    values = jnp.where(mask, jnp.asarray(values, jnp.float32), 0.0)
-    continues = jnp.append(mask[1:], False)
-    discounts = jnp.where(continues, gamma, 0.0)
+    """`gae` of one row: all arrays [R], and 0 past the end."""
+    discounts = jnp.where(jnp.append(mask[1:], False), gamma, 0.0)
     advantages = truncated_gae(rewards, jnp.append(values, 0.0), discounts, lam)
-    # Past the end rewards, values and discounts are 0, and so are the advantages.
     return advantages, advantages + values
 
 
 def gae(
     rewards: Array, values: Array, mask: Array, gamma: Array | float, lam: Array | float
 ) -> tuple[Array, Array]:
-    """Advantages and returns of answers of unequal length (Schulman et al., 1506.02438).
+    """Advantages and returns of completions of unequal length (Schulman et al., 1506.02438).
 
-    The value after the last real token is 0: an answer ends there, whether with a stop token or at the length
-    limit. What stands past the end never leaks in. Returns are of the advantages as they come out here,
-    before any whitening.
+    A completion ends at its last real token, by a stop token or by the length limit: the value after it is 0.
 
     Args:
       rewards: f32[B,R].
       values: f32[B,R].
-      mask: bool[B,R]; True from the first token to the last real one. A gap ends an answer and starts another.
+      mask: bool[B,R]; True from the first token to the last real one. A gap ends one episode and starts another.
       gamma: discount, f32[].
       lam: lambda, f32[]; 1 gives discounted rewards-to-go minus values, 0 the one-step TD error.
 
     Returns:
-      advantages f32[B,R] and returns f32[B,R] = advantages + values; both 0 where the mask is False.
+      advantages f32[B,R], not whitened, and returns f32[B,R] = advantages + values; both 0 where the mask is False.
     """
-    chex.assert_rank([rewards, values, mask], 2)
-    chex.assert_equal_shape([rewards, values, mask])
-    chex.assert_type(mask, bool)
+    chex.assert_rank(mask, 2)
+    rewards, values = zero_masked(mask, rewards, values)
     gamma, lam = jnp.asarray(gamma, jnp.float32), jnp.asarray(lam, jnp.float32)
     return jax.vmap(_gae_row, in_axes=(0, 0, 0, None, None))(rewards, values, mask, gamma, lam)
 
@@ -99,129 +92,127 @@ Compute = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Advantage:
-    """One estimator, and what must be there for it.
+    """An estimator and its requirements.
 
       compute(rewards, mask, values, group, greedy, gamma, lam) -> (advantages, returns)
 
     Args of `compute`:
-      rewards: f32[B,R]; per token, shaped with the KL penalty where that is part of the reward.
+      rewards: f32[B,R]; per token, including the KL penalty where that is part of the reward.
       mask: bool[B,R]; True from the first token to the last real one.
-      values: f32[B,R]; 0 where there is no value model.
-      group: int, static; rows i*group to (i+1)*group - 1 answer the same prompt. It must divide B.
-      greedy: f32[B]; the return of the greedy answer to the same prompt, 0 where none was sampled.
-      gamma: f32[]; discount, of those that reason by token. Whole answers are not discounted.
-      lam: f32[]; lambda, of GAE alone.
+      values: f32[B,R]; 0 without a value model.
+      group: int, static, a divisor of B; rows i*group to (i+1)*group - 1 are completions of one prompt.
+      greedy: f32[B]; return of the greedy completion of the same prompt, 0 if none was sampled.
+      gamma: f32[]; discount. Estimators that treat a completion as one action ignore it.
+      lam: f32[]; lambda, used by GAE only.
 
-    Both results are f32[B,R] and 0 where the mask is False. Returns are what the baseline was taken from: GAE's
-    are the value model's target; the others' are rewards-to-go or, where the answer counts as one action, its
-    summed rewards on each of its tokens.
+    Both results are f32[B,R] and 0 where the mask is False. GAE's returns are the value model's target. The other
+    estimators return rewards-to-go or, where a completion is one action, its summed reward on each of its tokens.
 
-    An empty answer has no token to learn from. It counts for nothing: means, deviations and the number of answers
-    in a group are those of the others. Where all answers that are compared have one and the same return, the
-    advantages are exactly 0; so are those of an answer that is alone in its group.
+    Empty completions are left out of means, deviations and group sizes. If all compared completions have the same
+    return, the advantages are exactly 0. A completion alone in its group has advantage 0.
     """
 
     compute: Compute
-    source: str  # the paper: its arXiv number, or author and year
+    source: str  # arXiv number, or author and year
     needs_value: bool = False  # a value model
-    needs_group: bool = False  # several answers to each prompt: group > 1
-    needs_greedy: bool = False  # the return of a greedy answer to each prompt
+    needs_group: bool = False  # several completions per prompt: group > 1
+    needs_greedy: bool = False  # the return of a greedy completion per prompt
 
 
 def _mean(x: Array, real: Array, axis: Axis = None) -> Array:
     """Mean of x[real] along `axis`, which is kept; exactly x where all of them are equal.
 
-    Rounding would otherwise leave a remainder, and a division by the deviation makes that large.
+    A plain mean of equal numbers may differ from them by rounding, and dividing by the deviation would amplify that.
     """
     top = jnp.max(jnp.where(real, x, -jnp.inf), axis=axis, keepdims=True)
-    top = stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # -inf: nothing is real
+    top = stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # -inf: no position is real
     count = jnp.sum(real, axis=axis, keepdims=True, dtype=jnp.float32)
     return top + jnp.sum(jnp.where(real, x - top, 0.0), axis=axis, keepdims=True) / jnp.maximum(count, 1.0)
 
 
 def _rewards_to_go(rewards: Array, mask: Array, gamma: Array | float) -> Array:
-    """G_t = r_t + gamma * G_{t+1}: f32[B,R]; GAE without values, at lambda 1."""
+    """G_t = r_t + gamma * G_{t+1}: f32[B,R]. This is GAE with values of 0 and lambda 1."""
     return gae(rewards, jnp.zeros(rewards.shape), mask, gamma, 1.0)[0]
 
 
-def _on_tokens(answers: Array, mask: Array) -> Array:
-    """One number per answer on each of its tokens: f32[B] -> f32[B,R], 0 where the mask is False."""
-    return jnp.where(mask, answers[:, None], 0.0)
+def _on_tokens(per_row: Array, mask: Array) -> Array:
+    """Repeats one number per completion on each of its tokens: f32[B] -> f32[B,R], 0 where the mask is False."""
+    return jnp.where(mask, per_row[:, None], 0.0)
 
 
-def _above_group(rewards: Array, mask: Array, group: int) -> tuple[Array, Array, Array]:
-    """Answers among those to the same prompt: return minus the group's mean, answers that count, returns.
+def _group_advantages(rewards: Array, mask: Array, group: int) -> tuple[Array, Array, Array]:
+    """Per completion, f32[B] each: return minus group mean, non-empty completions in the group, return.
 
-    Each f32[B]; the first is 0 for empty answers, and the second is at least 0 and at most `group`.
+    The first is 0 for empty completions.
     """
     chex.assert_rank([rewards, mask], 2)
     chex.assert_is_divisible(rewards.shape[0], group)
     returns = masked_sum(rewards, mask, axis=1)
     by_group, real = returns.reshape(-1, group), jnp.any(mask, axis=1).reshape(-1, group)
-    above = jnp.where(real, by_group - _mean(by_group, real, axis=1), 0.0)
+    centered = jnp.where(real, by_group - _mean(by_group, real, axis=1), 0.0)
     count = jnp.broadcast_to(jnp.sum(real, axis=1, keepdims=True, dtype=jnp.float32), real.shape)
-    return above.reshape(-1), count.reshape(-1), returns
+    return centered.reshape(-1), count.reshape(-1), returns
 
 
 def _gae(rewards, mask, values, group, greedy, gamma, lam):
-    """`gae` behind the common signature."""
+    """`gae` with the common signature."""
     return gae(rewards, values, mask, gamma, lam)
 
 
 def reinforce(rewards, mask, values, group, greedy, gamma, lam):
-    """A_t = G_t - mean over the batch's answers of G_0 (Williams 1992, with a constant baseline)."""
+    """A_t = G_t - mean of G_0 over the batch (Williams 1992, with a constant baseline)."""
     to_go = _rewards_to_go(rewards, mask, gamma)
     baseline = _mean(to_go[:, :1], jnp.any(mask, axis=1)[:, None])
     return jnp.where(mask, to_go - baseline, 0.0), to_go
 
 
 def rloo(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - mean of the group's other answers = n / (n - 1) * (r_i - mean of the group) (2402.14740)."""
-    above, count, returns = _above_group(rewards, mask, group)
-    advantages = above * count / jnp.maximum(count - 1.0, 1.0)
+    """A_i = r_i - mean of the group's other completions = n / (n - 1) * (r_i - group mean) (2402.14740)."""
+    centered, count, returns = _group_advantages(rewards, mask, group)
+    advantages = centered * count / jnp.maximum(count - 1.0, 1.0)
     return _on_tokens(advantages, mask), _on_tokens(returns, mask)
 
 
 def grpo(rewards, mask, values, group, greedy, gamma, lam):
     """A_i = (r_i - mean) / (deviation + 1e-4) of the group, with the unbiased deviation (2402.03300; as in TRL)."""
-    above, count, returns = _above_group(rewards, mask, group)
-    squares = jnp.sum(jnp.square(above).reshape(-1, group), axis=1, keepdims=True)
+    centered, count, returns = _group_advantages(rewards, mask, group)
+    squares = jnp.sum(jnp.square(centered).reshape(-1, group), axis=1, keepdims=True)
     squares = jnp.broadcast_to(squares, (squares.shape[0], group)).reshape(-1)
     variance = squares / jnp.maximum(count - 1.0, 1.0)
     # The square root has no gradient at 0.
     deviation = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
-    return _on_tokens(above / (deviation + 1e-4), mask), _on_tokens(returns, mask)
+    return _on_tokens(centered / (deviation + 1e-4), mask), _on_tokens(returns, mask)
 
 
 def dr_grpo(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - mean of the group: GRPO without deviation (2503.20783), whose loss aggregates by constant."""
-    above, _, returns = _above_group(rewards, mask, group)
-    return _on_tokens(above, mask), _on_tokens(returns, mask)
+    """A_i = r_i - group mean: GRPO without the deviation (2503.20783). Its loss aggregates by constant."""
+    centered, _, returns = _group_advantages(rewards, mask, group)
+    return _on_tokens(centered, mask), _on_tokens(returns, mask)
 
 
 def reinforce_plus_plus(rewards, mask, values, group, greedy, gamma, lam):
     """A_t = (G_t - mean) / deviation, over all tokens of the global batch (2501.03262).
 
-    The normalisation is part of the method and done here, by `whiten`; done once more it changes nothing.
+    The whitening is part of the method. Whitening the result again changes nothing.
     """
     to_go = _rewards_to_go(rewards, mask, gamma)
     return whiten(to_go - _mean(to_go, mask), mask), to_go
 
 
 def reinforce_plus_plus_baseline(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - mean of the group, then normalised over all tokens of the global batch (2501.03262).
+    """A_i = r_i - group mean, then whitened over all tokens of the global batch (2501.03262).
 
-    Unlike GRPO's, the deviation is that of the batch: a group that nearly agrees is not blown up.
+    The deviation is the batch's, unlike GRPO's, so a group whose scores are nearly equal is not amplified.
     """
-    above, _, returns = _above_group(rewards, mask, group)
-    tokens = _on_tokens(above, mask)
+    centered, _, returns = _group_advantages(rewards, mask, group)
+    tokens = _on_tokens(centered, mask)
     return whiten(tokens - _mean(tokens, mask), mask), _on_tokens(returns, mask)
 
 
 def remax(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - return of the greedy answer to the same prompt (2310.10505).
+    """A_i = r_i - return of the greedy completion of the same prompt (2310.10505).
 
-    Both returns should be of one kind: if the sampled one holds a KL penalty, so should the greedy one.
+    Either both returns include a KL penalty or neither does.
     """
     chex.assert_rank([rewards, mask, greedy], [2, 2, 1])
     chex.assert_equal_shape_prefix([rewards, greedy], 1)

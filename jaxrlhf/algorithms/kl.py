@@ -1,4 +1,4 @@
-"""The distance from the reference: its estimators, its coefficient's controller, the rewards made of it."""
+"""KL divergence from the reference: per-token estimators, the KL loss, the adaptive coefficient, shaped rewards."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
-# The steepest slope of one token's estimate. verl (k3) and OpenRLHF (k2, k3) hold the estimate itself within 10.
+from jaxrlhf.algorithms.masked import zero_masked
+
+# The steepest slope of one token's estimate. verl (k3) and OpenRLHF (k2, k3) clip the estimate itself at 10.
 BOUND = 10.0
 
-Bound = Array | float | None  # f32[]; None switches a bound off
+Bound = Array | float | None  # f32[]; None means unbounded
 
 
 def _k1(r: Array, bound: Bound) -> Array:
@@ -31,9 +33,9 @@ def _k3(r: Array, bound: Bound) -> Array:
     return jnp.expm1(near) - near + jnp.expm1(near) * (r - near)
 
 
-# On the log-ratio r = ref - policy of a token that the policy sampled (J. Schulman, "Approximating KL
-# Divergence", 2020). All estimate KL(policy || ref). k1 has no bias and may be negative; k2 has a bias and is
-# not; k3 has no bias and is never negative.
+# Estimators of KL(policy || reference) from r = ref - policy of a token that the policy sampled (J. Schulman,
+# "Approximating KL Divergence", 2020). k1 is unbiased and may be negative. k2 is biased and never negative. k3 is
+# unbiased and never negative.
 ESTIMATORS: dict[str, Callable[[Array, Bound], Array]] = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 
@@ -44,18 +46,17 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bou
       k2  r^2 / 2          up to |r| = bound
       k3  exp(r) - 1 - r   up to r = log(1 + bound)
 
-    Beyond, k2 and k3 go on as the straight line that touches them there, of slope `bound`: a token that the policy
-    has left far behind is drawn back, and cannot outweigh all others (k3 of one token 20 nats off weighs as much as
-    480 million tokens; at 89 nats it is infinite). Peers cut the estimate off instead, and with it the pull.
+    Beyond these points k2 and k3 continue as the tangent line, of slope `bound`. So a token far from the reference
+    is still pulled back but cannot outweigh the batch: unbounded, k3 of a token 20 nats away is 480 million.
 
-    There is no mask here: where gradients flow, put 0 into both logprobs past the end first, for k3 of garbage
-    may be infinite.
+    Nothing is masked here. Where gradients flow, set both logprobs to 0 past the end first, because k3 of padding may
+    be infinite.
 
     Args:
       logprobs: any shape; of the sampled tokens under the policy.
       ref_logprobs: same shape; under the reference.
       estimator: "k1", "k2" or "k3"; another name is a KeyError.
-      bound: f32[] of at least 1; None: none.
+      bound: f32[] of at least 1; None means unbounded.
 
     Returns:
       f32 of the same shape, in nats.
@@ -66,22 +67,21 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bou
 
 
 def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str, bound: Bound = BOUND) -> Array:
-    """The estimate as a term of the loss, per token: the gradient flows through `logprobs`.
+    """The KL estimate as a loss per token; the gradient flows through `logprobs`.
 
-    A good estimate of the value need not have the gradient of the KL. With r = ref - policy, on samples of the
-    policy itself (2510.01555):
+    A good estimate of the KL need not have the KL's gradient. With r = ref - policy, on samples from the policy
+    (2510.01555):
 
-      k1  grad = grad logprob              of expectation 0, whatever the reference: useless in a loss
-      k2  grad = -r * grad logprob         in expectation the gradient of KL(policy || ref), and that of k1
-                                           in the reward: the one to take
-      k3  grad = (1 - exp(r)) * grad logprob   -r to first order, so biased; in expectation the gradient of the
-                                           other direction, KL(ref || policy). As in GRPO (2402.03300)
+      k1  grad = grad logprob              0 in expectation: useless as a loss
+      k2  grad = -r * grad logprob         in expectation the gradient of KL(policy || ref), the same as k1 in the
+                                           reward: recommended
+      k3  grad = (1 - exp(r)) * grad logprob   equal to k2's to first order in r, so biased; in expectation the
+                                           gradient of KL(ref || policy). As in GRPO (2402.03300)
 
-    On samples of an older policy all three lack its importance ratio. The factor of grad logprob is held within
-    `bound` (see `kl_estimate`).
+    On samples from an older policy all three lack its importance ratio. `bound` limits the factor of grad logprob.
 
     Args:
-      logprobs: f32[B,R]; of the policy that is trained.
+      logprobs: f32[B,R]; of the policy being trained.
       ref_logprobs: f32[B,R]; constants.
       mask: bool[B,R].
       estimator: a name from `ESTIMATORS`.
@@ -90,12 +90,9 @@ def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str, b
     Returns:
       f32[B,R] in nats; 0 where the mask is False.
     """
-    chex.assert_rank([logprobs, ref_logprobs, mask], 2)
-    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
-    chex.assert_type(mask, bool)
-    # Both are 0 past the end, and so is every estimate of a log-ratio of 0.
-    ref_logprobs = stop_gradient(jnp.where(mask, ref_logprobs, 0.0))
-    return kl_estimate(jnp.where(mask, logprobs, 0.0), ref_logprobs, estimator, bound)
+    chex.assert_rank(mask, 2)
+    logprobs, ref_logprobs = zero_masked(mask, logprobs, ref_logprobs)  # every estimate at r = 0 is 0
+    return kl_estimate(logprobs, stop_gradient(ref_logprobs), estimator, bound)
 
 
 def adapt_kl_coef(
@@ -105,19 +102,19 @@ def adapt_kl_coef(
     batch: Array | float,
     horizon: Array | float,
 ) -> Array:
-    """The log-space proportional controller of 1909.08593, section 2.2.
+    """KL coefficient of the next iteration, by the proportional controller of 1909.08593, section 2.2.
 
     kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * batch / horizon)
 
     Args:
-      kl_coef: f32[]; the coefficient in use.
-      kl: f32[]; measured KL per answer (summed over its tokens, mean over answers), in nats.
-      target: f32[] > 0; the KL per answer to aim at.
-      batch: answers in this iteration.
-      horizon: answers over which the coefficient reacts.
+      kl_coef: f32[]; the current coefficient.
+      kl: f32[]; measured KL per completion (summed over its tokens, mean over completions), in nats.
+      target: f32[] > 0; the desired KL per completion, in nats.
+      batch: completions in this iteration.
+      horizon: completions over which the coefficient adapts.
 
     Returns:
-      f32[]; the coefficient of the next iteration. Of the same sign as before while batch < 5 * horizon.
+      f32[]; of the same sign as before while batch < 5 * horizon.
     """
     error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
     return jnp.asarray(kl_coef, jnp.float32) * (1.0 + error * batch / horizon)
@@ -132,26 +129,24 @@ def shape_rewards(
     estimator: str = "k1",
     kl_bound: Bound = BOUND,
 ) -> Array:
-    """Rewards per token: -kl_coef * KL_t everywhere, and the score on the last real token (1909.08593).
+    """Rewards per token: -kl_coef * KL_t on every token, plus the score on the last real token (1909.08593).
 
     Args:
-      scores: f32[B]; one per answer.
+      scores: f32[B]; one per completion.
       logprobs: f32[B,R]; of the policy that sampled.
       ref_logprobs: f32[B,R].
-      mask: bool[B,R]; the answer's real tokens.
+      mask: bool[B,R]; the completion's real tokens.
       kl_coef: f32[].
       estimator: a name from `ESTIMATORS`.
       kl_bound: as in `kl_estimate`.
 
     Returns:
-      f32[B,R]; 0 where the mask is False. An empty answer has no token to hold its score, and gets nothing.
+      f32[B,R]; 0 where the mask is False. The score of an empty completion is lost: it has no token to hold it.
     """
-    chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
-    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
-    chex.assert_equal_shape_prefix([scores, logprobs], 1)
-    chex.assert_type(mask, bool)
-    kl = kl_estimate(jnp.where(mask, logprobs, 0.0), jnp.where(mask, ref_logprobs, 0.0), estimator, kl_bound)
+    chex.assert_rank([scores, mask], [1, 2])
+    chex.assert_equal_shape_prefix([scores, mask], 1)
+    kl = kl_estimate(*zero_masked(mask, logprobs, ref_logprobs), estimator, kl_bound)
     position = jnp.arange(mask.shape[1])
-    last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1, which is nowhere: empty
+    last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1 matches no position: empty
     score = jnp.where(position == last, jnp.asarray(scores, jnp.float32)[:, None], 0.0)
     return jnp.where(mask, -kl_coef * kl, 0.0) + score

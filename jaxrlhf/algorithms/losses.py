@@ -1,9 +1,8 @@
-"""Losses per token, and what they are made of: log-probabilities and entropies from logits.
+"""Value, cross-entropy and pairwise losses; log-probabilities and entropies from logits.
 
-The policy's own losses are in `policy_losses`.
-
-Nothing is reduced over tokens here (`masked.aggregate` does that), so that accumulation over microbatches is
-exact. Everything is float32 inside. Masked positions give 0 in value and gradient whatever stands there.
+Policy losses are in `policy_losses`. Losses per token are not reduced here (see `masked.aggregate`), so that
+accumulation over microbatches is exact. All arithmetic is float32. Masked positions contribute 0 to value and
+gradient, whatever they hold.
 """
 
 import chex
@@ -12,35 +11,33 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
+from jaxrlhf.algorithms.masked import zero_masked
+
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
 def value_loss(
     values: Array, old_values: Array, returns: Array, mask: Array, clip: Array | float
 ) -> tuple[Array, Array]:
-    """Squared error of the values, with a step from the old values that pays up to `clip` only.
+    """PPO's clipped value loss per token (2403.17031).
 
     loss_t = 1/2 max((V_t - R_t)^2, (clip(V_t, V_old_t - clip, V_old_t + clip) - R_t)^2)
 
-    As detailed in 2403.17031. The gradient is that of `values` alone.
+    The gradient flows through `values` only.
 
     Args:
-      values: f32[B,R]; of the value model that is trained.
-      old_values: f32[B,R]; those that the advantages were computed with.
+      values: f32[B,R]; of the value model being trained.
+      old_values: f32[B,R]; the values that the advantages were computed from.
       returns: f32[B,R].
       mask: bool[B,R].
-      clip: f32[]; infinity switches it off.
+      clip: f32[]; infinity disables it.
 
     Returns:
-      loss f32[B,R], 0 where the mask is False; and bool[B,R], True where the clipped error is the larger one:
-      this token has no gradient left.
+      loss f32[B,R], 0 where the mask is False; and bool[B,R], True where the clipped error is the larger one, so
+      that the token has no gradient.
     """
-    chex.assert_rank([values, old_values, returns, mask], 2)
-    chex.assert_equal_shape([values, old_values, returns, mask])
-    chex.assert_type(mask, bool)
-    values, old_values, returns = (
-        jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (values, old_values, returns)
-    )
+    chex.assert_rank(mask, 2)
+    values, old_values, returns = zero_masked(mask, values, old_values, returns)
     old_values, returns = stop_gradient((old_values, returns))
     clipped_values = jnp.clip(values, old_values - clip, old_values + clip)
     error = jnp.square(values - returns)
@@ -49,55 +46,55 @@ def value_loss(
     return loss, clipped_error > error
 
 
-# log softmax(logits / T) = shifted - log sum exp(shifted), with shifted = (logits - peak) / T. The peak is taken off
-# first, where float32 subtracts exactly; the small difference then keeps its precision beside large logits.
+# log softmax(logits / T) = shifted - log sum exp(shifted), with shifted = (logits - peak) / T. The peak is subtracted
+# before the division, because float32 subtraction of near numbers is exact.
 
 
 def _peak(logits: Array) -> Array:
-    """The largest logit, a constant: f32[...,V] -> f32[...,1]. Finite where every token is ruled out by -inf."""
+    """The largest logit, a constant: f32[...,V] -> f32[...,1]. Finite even if all logits are -inf."""
     return stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), _LOWEST))
 
 
 def _log_total(shifted: Array) -> Array:
     """log sum exp of shifted logits: f32[...,V] -> f32[...,1]. -inf has probability 0 and gradient 0."""
     total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)
-    # The peak itself adds 1: the total is at least 1, or 0 in a row of -inf. 1/2 stands clear of both.
+    # The peak itself contributes 1, so the total is at least 1, or 0 in a row of -inf. 1/2 separates the cases.
     return jnp.log(jnp.maximum(total, 0.5))
 
 
 def _entropy(shifted: Array, log_total: Array) -> Array:
-    """-sum p log p over the last axis, with 0 log 0 = 0 in value and gradient."""
+    """Entropy -sum p log p over the last axis, with 0 log 0 = 0 in value and gradient."""
     log_p = shifted - log_total
     return -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, _LOWEST), axis=-1)
 
 
 def _at(logits: Array, tokens: Array) -> Array:
-    """The logits of the given tokens: [...,V], i32[...] -> f32[...,1].
+    """Gathers the tokens' logits: [...,V], i32[...] -> f32[...,1].
 
-    For the raw logits: gathered from shifted ones, the whole [...,V] array would have to be written to memory.
+    Use it on the raw logits: a gather from shifted ones would write the full [...,V] array to memory.
     """
     return jnp.asarray(jnp.take_along_axis(logits, tokens[..., None], axis=-1), jnp.float32)
 
 
 def entropy_from_logits(logits: Array) -> Array:
-    """Entropy of softmax(logits) in nats: [...,V] -> f32[...]. Tokens with logit -inf count for nothing."""
+    """Entropy of softmax(logits) in nats: [...,V] -> f32[...]. A logit of -inf has probability 0."""
     logits = jnp.asarray(logits, jnp.float32)
     shifted = logits - _peak(logits)
     return _entropy(shifted, _log_total(shifted))
 
 
 def token_logprobs(logits: Array, tokens: Array, temperature: Array | float) -> tuple[Array, Array]:
-    """Log-probabilities of tokens under softmax(logits / temperature), and that distribution's entropy.
+    """Log-probabilities of tokens under softmax(logits / temperature), and the entropy of that distribution.
 
-    One function for old, new and reference log-probabilities, so that temperature acts alike in all of them.
+    Old, new and reference logprobs all come from this function, so that temperature applies equally to them.
 
     Args:
-      logits: [B,R,V]; those that predict `tokens`, before temperature.
-      tokens: i32[B,R]; in [0, V), pad included.
-      temperature: f32[B], one per row, or a single number; greater than 0.
+      logits: [B,R,V]; the predictions of `tokens`, before temperature.
+      tokens: i32[B,R]; in [0, V), padding included.
+      temperature: f32[B] or a scalar; greater than 0.
 
     Returns:
-      logprobs f32[B,R] and entropy f32[B,R], in nats. Not masked: a token of logit -inf has logprob -inf.
+      logprobs f32[B,R] and entropy f32[B,R], in nats, not masked. A token with logit -inf has logprob -inf.
     """
     chex.assert_rank([logits, tokens], [3, 2])
     chex.assert_equal_shape_prefix([logits, tokens], 2)
@@ -116,8 +113,8 @@ def cross_entropy(logits: Array, targets: Array, mask: Array) -> Array:
 
     Args:
       logits: [...,V].
-      targets: i32[...]; in [0, V) where the mask is True, anything elsewhere (-100, say).
-      mask: bool[...]; the tokens that are learnt.
+      targets: i32[...]; in [0, V) where the mask is True; unused elsewhere, so -100 is fine.
+      mask: bool[...]; the tokens to learn.
 
     Returns:
       f32[...] in nats; 0 where the mask is False.
@@ -135,20 +132,20 @@ def cross_entropy(logits: Array, targets: Array, mask: Array) -> Array:
 def pairwise_loss(
     chosen_scores: Array, rejected_scores: Array, margin: Array, center_rewards_coef: Array | float, weight: Array
 ) -> tuple[Array, Array]:
-    """Bradley-Terry loss of a reward model (2203.02155), with a margin (2307.09288), centred (2312.09244).
+    """Bradley-Terry loss of a reward model (2203.02155) with margin (2307.09288) and centering (2312.09244).
 
     loss = -log sigmoid(chosen - rejected - margin) + center_rewards_coef * (chosen + rejected)^2
 
     Args:
-      chosen_scores: f32[B]; of the better answers.
+      chosen_scores: f32[B]; of the better completions.
       rejected_scores: f32[B].
-      margin: f32[B]; 0 where none is known.
-      center_rewards_coef: f32[]; keeps scores around 0, which the first term leaves open.
-      weight: f32[B]; 0 on rows that only fill up the batch, whatever their scores.
+      margin: f32[B]; 0 if unknown.
+      center_rewards_coef: f32[]; keeps scores near 0, because the first term depends on differences only.
+      weight: f32[B]; 0 on padding rows, whose scores are ignored.
 
     Returns:
-      loss f32[], weighted mean over pairs; accuracy f32[], weighted share of pairs with chosen > rejected (a tie
-      is no success). Both 0 where all weights are.
+      loss f32[], the weighted mean over pairs; accuracy f32[], the weighted share of pairs with chosen > rejected
+      (a tie counts as wrong). Both are 0 if all weights are.
     """
     chex.assert_rank([chosen_scores, rejected_scores, margin, weight], 1)
     chex.assert_equal_shape([chosen_scores, rejected_scores, margin, weight])

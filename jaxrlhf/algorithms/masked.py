@@ -1,8 +1,8 @@
-"""Reductions over real positions: sum, mean, variance, whitening, aggregation of a loss.
+"""Masked reductions: sum, mean, variance, whitening, aggregation of a loss.
 
-A mask is bool and True where a position is real. What stands elsewhere (pad, garbage, NaN) changes no value
-and no gradient: it is replaced by 0 before any arithmetic, never multiplied by 0 after it. Everything is
-float32 inside. Under `jit` with sharded arrays the reductions run over the global batch.
+A mask is bool and True where a position is real. Other positions (padding, garbage, NaN) change no value and no
+gradient: they are replaced by 0 before any arithmetic, not multiplied by 0 after it. All arithmetic is float32.
+Under `jit` with sharded arrays the reductions run over the global batch.
 """
 
 from collections.abc import Callable
@@ -14,30 +14,31 @@ from jax.lax import stop_gradient
 
 Axis = int | tuple[int, ...] | None
 
-# Float32 numbers this near to each other, relative to the largest, differ by the rounding of a few sums.
+# Float32 numbers that differ by less than this, relative to the largest, differ by rounding only.
 ROUNDING = 8 * float(jnp.finfo(jnp.float32).eps)
 
 
-def _real(x: Array, mask: Array) -> Array:
-    """x in float32, 0 where the mask is False."""
-    chex.assert_equal_shape([x, mask])
+def zero_masked(mask: Array, *arrays: Array) -> tuple[Array, ...]:
+    """The arrays in float32, 0 where the mask is False. Raises if a shape differs or the mask is not bool."""
+    chex.assert_equal_shape([mask, *arrays])
     chex.assert_type(mask, bool)
-    return jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
+    return tuple(jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in arrays)
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> Array:
-    """Sum of x[mask] along `axis` (all of it by default). x any shape, mask bool of the same shape; f32."""
-    return jnp.sum(_real(x, mask), axis=axis)
+    """Sum of x[mask] along `axis` (default: all), f32. x has any shape, mask bool the same."""
+    (x,) = zero_masked(mask, x)
+    return jnp.sum(x, axis=axis)
 
 
 def masked_mean(x: Array, mask: Array, axis: Axis = None) -> Array:
-    """Mean of x[mask] along `axis` (all of it by default), 0 where the mask is empty. Shapes as `masked_sum`."""
+    """Mean of x[mask] along `axis` (default: all), 0 where the mask is empty. Shapes as in `masked_sum`."""
     count = jnp.sum(mask, axis=axis, dtype=jnp.float32)
     return masked_sum(x, mask, axis) / jnp.maximum(count, 1.0)
 
 
 def masked_variance(x: Array, mask: Array, unbiased: bool = True) -> Array:
-    """Variance of x[mask], in two passes: the mean first, then the squared distances from it (see `_deviations`).
+    """Variance of x[mask], in two passes: first the mean, then the squared deviations (see `_deviations`).
 
     Args:
       x: any shape.
@@ -45,7 +46,7 @@ def masked_variance(x: Array, mask: Array, unbiased: bool = True) -> Array:
       unbiased: divide by count - 1 (Bessel's correction) instead of count.
 
     Returns:
-      f32[]; exactly 0 where fewer than two positions are real, or where x differs by rounding only.
+      f32[]; exactly 0 if fewer than two positions are real or x varies by rounding only.
     """
     return _variance(_deviations(x, mask)[1], mask, unbiased)
 
@@ -58,29 +59,28 @@ def _variance(deviations: Array, mask: Array, unbiased: bool = True) -> Array:
 def _deviations(x: Array, mask: Array) -> tuple[Array, Array]:
     """(mean f32[], x - mean f32 of x's shape, 0 where the mask is False).
 
-    The sum of many equal numbers rounds, so that their mean may lie beside them: it is held within the range of x, and
-    what the first mean left over is taken off in a second pass. Where the range is at most `ROUNDING` of the largest
-    magnitude, nothing but rounding varies, and the deviations are exactly 0: divided by their own size they would
-    be noise of deviation 1.
+    The mean of many equal numbers may differ from them by rounding. So the mean is clipped to the range of x, and a
+    second pass subtracts the mean of the deviations. If the range is at most `ROUNDING` of the largest magnitude,
+    x varies by rounding only and the deviations are exactly 0; whitening would turn them into noise of deviation 1.
     """
-    x = _real(x, mask)
+    (x,) = zero_masked(mask, x)
     lowest = stop_gradient(jnp.min(jnp.where(mask, x, jnp.inf)))
     highest = stop_gradient(jnp.max(jnp.where(mask, x, -jnp.inf)))
     mean = jnp.where(jnp.any(mask), jnp.clip(masked_mean(x, mask), lowest, highest), 0.0)
     deviations = jnp.where(mask, x - mean, 0.0)
-    left = masked_mean(deviations, mask)
+    remainder = masked_mean(deviations, mask)
     varies = highest - lowest > ROUNDING * jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
-    return mean + left, jnp.where(mask & varies, deviations - left, 0.0)
+    return mean + remainder, jnp.where(mask & varies, deviations - remainder, 0.0)
 
 
 def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8) -> Array:
     """(x - mean) / sqrt(var + epsilon) over the real positions, with the unbiased variance.
 
     Args:
-      x: any shape; for advantages the whole global batch, so that no device or minibatch has a scale of its own.
+      x: any shape; for advantages the global batch, so that all devices and minibatches share one scale.
       mask: bool, same shape.
-      shift_mean: False adds the mean back, which is how rewards are whitened (2403.17031).
-      epsilon: added to the variance. An x that differs by rounding only becomes exactly 0 (or its mean).
+      shift_mean: False adds the mean back, as for rewards (2403.17031).
+      epsilon: added to the variance. An x that varies by rounding only becomes exactly 0 (or its mean).
 
     Returns:
       f32 of x's shape; 0 where the mask is False.
@@ -93,19 +93,19 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8
 def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
     """1 - Var(returns - values) / Var(returns) over the real positions.
 
-    1: the values predict the returns; 0: no better than a constant; below 0: worse than one.
+    1 means that the values predict the returns, 0 that they are no better than a constant, below 0 worse.
 
     Args:
-      values, returns: any one shape.
+      values, returns: any shape, the same for both.
       mask: bool, same shape.
 
     Returns:
-      f32[]; 0 where the returns do not vary, or by rounding only.
+      f32[]; 0 if the returns vary by rounding only.
     """
-    values, returns = _real(values, mask), _real(returns, mask)
+    values, returns = zero_masked(mask, values, returns)
     total = masked_variance(returns, mask)
-    left = masked_variance(returns - values, mask)
-    return jnp.where(total > 0, 1.0 - left / jnp.where(total > 0, total, 1.0), 0.0)
+    unexplained = masked_variance(returns - values, mask)
+    return jnp.where(total > 0, 1.0 - unexplained / jnp.where(total > 0, total, 1.0), 0.0)
 
 
 def _by_token(loss: Array, mask: Array, total_tokens: Array, total_rows: Array, length: int) -> Array:
@@ -135,21 +135,21 @@ def aggregate(
     total_rows: Array | float,
     length: int | None = None,
 ) -> Array:
-    """One microbatch's share of a minibatch's loss: the shares of all microbatches sum to the loss of the whole.
+    """A microbatch's share of its minibatch's loss; the shares of all microbatches sum to that loss.
 
     With N = total_tokens, B = total_rows and sums over this microbatch's rows i and real tokens t:
 
-      token     sum_it loss_it / N                  every token of the minibatch weighs the same
-      sequence  sum_i (mean_t loss_it) / B          every answer weighs the same; an empty one adds 0
-      constant  sum_it loss_it / (B * R)            long answers are not diluted (Dr. GRPO, 2503.20783)
+      token     sum_it loss_it / N           every token has the same weight
+      sequence  sum_i (mean_t loss_it) / B   every completion has the same weight; an empty one adds 0
+      constant  sum_it loss_it / (B * R)     a token's weight does not depend on lengths (Dr. GRPO, 2503.20783)
 
     Args:
       loss: f32[b,R], per token.
       mask: bool[b,R].
       how: "token", "sequence" or "constant"; another name is a KeyError.
-      total_tokens: real tokens of the whole minibatch, over all microbatches and devices.
-      total_rows: rows of the whole minibatch. 0 of either gives a loss of 0.
-      length: the R of "constant", where these rows were cut to the length of their longest answer; None: the loss's.
+      total_tokens: real tokens of the minibatch, over all microbatches and devices.
+      total_rows: rows of the minibatch. If it or `total_tokens` is 0, the loss is 0.
+      length: the R of "constant", if these rows were cut to their longest completion; None takes that of `loss`.
 
     Returns:
       f32[].

@@ -1,4 +1,4 @@
-"""What is carried from one iteration to the next: moments of the scores, averages of weights."""
+"""Running statistics: moments of the scores, and a moving average of weights."""
 
 from typing import TypeVar
 
@@ -15,20 +15,20 @@ Tree = TypeVar("Tree")
 
 @struct.dataclass
 class RunningMoments:
-    """Count, mean and spread of all scores so far; part of what a checkpoint holds."""
+    """Count, mean and spread of all scores so far; saved in checkpoints."""
 
-    count: Array  # f32[]; whole up to 2^24 answers, a share of them beyond
+    count: Array  # f32[]; exact up to 2^24 scores
     mean: Array  # f32[]
-    squares: Array  # f32[]; sum of squared distances from the mean
+    squares: Array  # f32[]; sum of squared deviations from the mean
 
 
 def init_moments() -> RunningMoments:
-    """Returns the moments before any score has been seen."""
+    """The moments of no scores."""
     return RunningMoments(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
 def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
-    """Moments of both together (Chan, Golub and LeVeque 1979).
+    """Moments of two sets of scores together (Chan, Golub and LeVeque 1979).
 
     delta = mean_b - mean_a;  n = n_a + n_b
     mean  = mean_a + delta * n_b / n
@@ -42,30 +42,30 @@ def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
 
 
 def update_moments(moments: RunningMoments, scores: Array) -> RunningMoments:
-    """The moments with f32[B] more scores. No sum of raw squares: it would lose the spread beside a large mean."""
+    """The moments with the scores f32[B] added. Sums deviations, because raw squares lose precision at a large mean."""
     chex.assert_rank(scores, 1)
     scores = jnp.asarray(scores, jnp.float32)
     count = jnp.float32(scores.shape[0])
-    # Counted from the first score: equal ones then have exactly no spread, and not that of rounding.
+    # Relative to the first score, so that equal scores have a spread of exactly 0.
     origin = jnp.sum(scores[:1])
     mean = origin + jnp.sum(scores - origin) / jnp.maximum(count, 1.0)
     return merge_moments(moments, RunningMoments(count, mean, jnp.sum(jnp.square(scores - mean))))
 
 
 def gain_and_bias(moments: RunningMoments) -> tuple[Array, Array]:
-    """(gain, bias) f32[] of 1909.08593, 1 / deviation and -mean / deviation: gain * score + bias is `normalise`."""
+    """(gain, bias) f32[] with gain * score + bias = `normalise` (1909.08593): 1 / deviation, -mean / deviation."""
     gain = 1.0 / _deviation(moments)
     return gain, -moments.mean * gain
 
 
 def normalise(moments: RunningMoments, scores: Array) -> Array:
-    """(score - mean) / deviation by the moments.
+    """(score - mean) / deviation, with the mean and deviation of `moments`.
 
-    The deviation is the root of the unbiased variance. Moments of fewer than two scores, or of scores that were all
-    equal (or differed by rounding only), have no scale: their deviation is taken as 1.
+    The deviation is the root of the unbiased variance. It is taken as 1 if the moments hold fewer than two scores,
+    or scores that vary by rounding only.
 
     Args:
-      moments: of some answers at the start, of all so far, or of this batch alone (whitening).
+      moments: of initial completions, of all so far, or of this batch only (whitening).
       scores: f32[B].
 
     Returns:
@@ -75,7 +75,7 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
 
 
 def _deviation(moments: RunningMoments) -> Array:
-    """Standard deviation f32[] of the scores so far; 1 where they do not vary, so that it can divide."""
+    """Standard deviation f32[] of the scores so far; 1 if they do not vary, so that it can divide."""
     variance = moments.squares / jnp.maximum(moments.count - 1.0, 1.0)
     varies = variance > jnp.square(ROUNDING * moments.mean)
     return jnp.sqrt(jnp.where(varies, variance, 1.0))
@@ -84,15 +84,15 @@ def _deviation(moments: RunningMoments) -> Array:
 def ema(old: Tree, new: Tree, decay: Array | float) -> Tree:
     """Exponential moving average of a tree of arrays: decay * old + (1 - decay) * new.
 
-    In float32, and each leaf in the dtype that the old one has. Keep the average in float32: the steps of a slow
+    Computed in float32; each leaf keeps the dtype of `old`. Use float32 for the average, because the steps of a slow
     one are below the resolution of bfloat16.
 
     Args:
-      old, new: trees of one structure and of equal shapes.
+      old, new: trees of the same structure and shapes.
       decay: f32[] in [0, 1]; 0 takes the new tree, 1 keeps the old one.
 
     Returns:
-      tree of the structure of `old`; where both are equal, exactly that.
+      A tree like `old`; unchanged where old and new are equal.
     """
     chex.assert_trees_all_equal_structs(old, new)
     chex.assert_trees_all_equal_shapes(old, new)

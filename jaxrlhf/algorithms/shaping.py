@@ -1,7 +1,6 @@
-"""What becomes of a score before it is a reward: one number per answer, B answers, R tokens.
+"""Score shaping: clipping, the missing-EOS rule and length penalties. B completions, one score each.
 
-Scores here are all real: there is no mask. Penalties are 0 or less, and are added. What brings scores to mean 0 and
-deviation 1 is in `running`.
+Penalties are 0 or less and are added to the scores. Normalisation is in `running`.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from jax import Array
 
 
 def clip_scores(scores: Array, limit: Array | float) -> Array:
-    """Scores held within [-limit, limit]: f32[B] -> f32[B]; infinity switches it off."""
+    """Scores clipped to [-limit, limit]: f32[B] -> f32[B]; infinity disables it."""
     return jnp.clip(jnp.asarray(scores, jnp.float32), -limit, limit)
 
 
@@ -23,10 +22,10 @@ MISSING_EOS: dict[str, Callable[[Array, Array | float], Array]] = {
 
 
 def missing_eos(scores: Array, ended: Array, penalty: Array | float, how: str = "subtract") -> Array:
-    """The rule for answers that did not end with a stop token.
+    """Penalises completions that did not end with a stop token.
 
       subtract  score - penalty (TRL)
-      replace   -penalty, whatever the answer said so far (2403.17031, with a penalty of 1)
+      replace   -penalty, whatever the score (2403.17031, with a penalty of 1)
 
     Args:
       scores: f32[B].
@@ -35,7 +34,7 @@ def missing_eos(scores: Array, ended: Array, penalty: Array | float, how: str = 
       how: a name from `MISSING_EOS`; another is a KeyError.
 
     Returns:
-      f32[B]; scores of answers that ended are as they were.
+      f32[B]; scores of completions that ended are unchanged.
     """
     chex.assert_rank([scores, ended], 1)
     chex.assert_equal_shape([scores, ended])
@@ -50,32 +49,32 @@ def length_penalty(lengths: Array, free: Array | float, per_token: Array | float
 
 
 def overlong_penalty(lengths: Array, limit: Array | float, buffer: Array | float) -> Array:
-    """DAPO's soft over-long punishment (2503.14476, equation 13), to be scaled and added to the scores.
+    """DAPO's soft overlong penalty (2503.14476, equation 13), to be scaled and added to the scores.
 
-      0                                 length <= limit - buffer
+      0                                    length <= limit - buffer
       (limit - buffer - length) / buffer   within the buffer before the limit
-      -1                                beyond the limit
+      -1                                   beyond the limit
 
     Args:
-      lengths: i32[B]; tokens of each answer.
-      limit: f32[]; the longest answer that is not punished in full, in tokens.
-      buffer: f32[] >= 0; tokens before the limit. 0 is a hard limit.
+      lengths: i32[B]; tokens of each completion.
+      limit: f32[]; tokens; longer completions get the full penalty.
+      buffer: f32[] >= 0; tokens before the limit over which the penalty grows. 0 is a hard limit.
 
     Returns:
       f32[B] in [-1, 0].
     """
     limit, buffer = jnp.asarray(limit, jnp.float32), jnp.asarray(buffer, jnp.float32)
     beyond = jnp.asarray(lengths, jnp.float32) - (limit - buffer)
-    # Lengths are whole: a buffer of less than one token holds none, and beyond is 1 or more or not at all.
+    # Lengths are integers, so with a buffer of 0 `beyond` is at least 1 or not positive.
     return -jnp.clip(beyond / jnp.maximum(buffer, 1e-6), 0.0, 1.0)
 
 
 def informative_groups(scores: Array, group: int) -> Array:
-    """Which prompts have answers of different scores: those that teach group baselines something (2503.14476).
+    """Which prompts have completions with different scores; others give group baselines no gradient (2503.14476).
 
     Args:
-      scores: f32[B]; rows i*group to (i+1)*group - 1 answer the same prompt.
-      group: answers per prompt, static; divides B. A group of one is never informative.
+      scores: f32[B]; rows i*group to (i+1)*group - 1 are completions of one prompt.
+      group: completions per prompt, static, a divisor of B. A group of one is never informative.
 
     Returns:
       bool[B/group].

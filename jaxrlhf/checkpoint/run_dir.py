@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxrlhf.checkpoint.files import atomic_write
-from jaxrlhf.config.differences import Change, described, differences
+from jaxrlhf.config.differences import Change, describe_change, differences
 from jaxrlhf.config.reading import parse_yaml
 from jaxrlhf.errors import UserError
 
@@ -106,7 +106,7 @@ def _changes(folder: Path, new_text: str, may_change: Callable[[Change], bool]) 
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise UserError(
-            f"run_dir {folder} holds a run with other settings: {described(refused[0])}{more}; give another run_dir, "
-            "or the same settings to continue that run"
+            f"run_dir {folder} holds a run with other settings: {describe_change(refused[0])}{more}; give another "
+            "run_dir, or the same settings to continue that run"
         )
     return changed

@@ -1,8 +1,8 @@
-"""Every setting: its type, default, bounds and one line of description. No jax import.
+"""All settings, with type, default, bounds and description. Does not import jax.
 
-What the step functions take stands in `steps.py`, where rows come from in `data.py`, where scores come from in
-`rewards.py`, and what a run is made of in `run.py`. `reading.py` reads files and overrides, `table.py` has every setting
-for help, and `faults.py` says what is wrong.
+`steps.py` has the settings of the step functions, `data.py` of data sources, `rewards.py` of rewards, and `run.py` of
+a run and its stages. `reading.py` reads files and overrides, `table.py` lists every setting, and `faults.py` explains
+errors.
 """
 
 from jaxrlhf.config.base import Overflow, Settings

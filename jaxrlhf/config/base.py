@@ -1,4 +1,4 @@
-"""What all settings share: types with their bounds, the base class of sections, and what is noted of a field."""
+"""Shared by all settings: bounded types, the base class of sections, and field metadata."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,36 +12,33 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 UnitFloat = Annotated[float, Field(ge=0, le=1)]
 Overflow = Literal["cut", "drop", "stop"]
 
-Remat = Literal["none", "dots", "full"]
-REMAT = (
-    "what the backward pass computes again, to save memory; none: nothing; dots: all but the products with weights; "
-    "full: each layer from its input. XLA undoes it on a CPU (docs/plan.md)"
-)
-
-# Notes on a field (its `json_schema_extra`). On continuing a run (`stages/resuming.py`):
-FREE = {"on_continuing": "free"}  # may change: no step that is still to come depends on it
-ROUNDING = {"on_continuing": "rounding"}  # may change: the same operations, sums may round otherwise
-CHOICE = {"on_continuing": "choice"}  # may change as long as the run's result is its last step
-LONGER = {"on_continuing": "longer"}  # may grow where a step is the same however many follow
+# Whether a setting may change when a run is resumed (`json_schema_extra` of its field; see `stages/resuming.py`).
 # A field without one of these may not change.
+FREE = {"on_resume": "free"}  # yes: later steps do not depend on it
+ROUNDING = {"on_resume": "rounding"}  # yes: later steps compute the same, but sums may round differently
+CHOICE = {"on_resume": "choice"}  # if `checkpoints.result` is "last": it decides which checkpoint is the result
+LONGER = {"on_resume": "longer"}  # it may grow, if a step does not depend on how many follow
+
+Remat = Annotated[
+    Literal["none", "dots", "full"],
+    Field(
+        description="what the backward pass recomputes to save memory: nothing (none), everything except products with weights (dots), or each layer from its input (full); no effect on a CPU, where XLA removes it (docs/plan.md)",
+        json_schema_extra=ROUNDING,
+    ),
+]
 
 
 class Settings(BaseModel):
-    """Base of all sections: immutable, strict types, no unknown keys; hashable where they enter compiled steps."""
+    """Base class of all sections: immutable, strictly typed, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 def number(default: float | None, description: str, **bounds: Any) -> Any:
-    """A field that enters compiled steps as an array (traced): changing it compiles nothing, and it may be batched."""
+    """A traced field: it enters compiled steps as an array, so changing it recompiles nothing and it may be batched."""
     return Field(default, description=description, json_schema_extra={"traced": True}, **bounds)
 
 
-def names(default: tuple[str, ...] | None, description: str, **kwargs: Any) -> Any:
-    """A field for a list of names; a YAML list becomes a tuple, so that the section stays hashable."""
-    return Field(default, description=description, strict=False, **kwargs)
-
-
-def note(section: type[BaseModel], field: str, name: str) -> Any:
-    """What a field's notes say under `name`; None where they say nothing."""
+def metadata(section: type[BaseModel], field: str, name: str) -> Any:
+    """An entry of a field's `json_schema_extra`, or None."""
     return (section.model_fields[field].json_schema_extra or {}).get(name)

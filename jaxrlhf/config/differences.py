@@ -1,36 +1,32 @@
-"""Which settings differ between two trees of plain data, as YAML and JSON have them."""
+"""Compares the settings of two runs, as plain YAML or JSON data."""
 
 from typing import Any
+
+from jaxrlhf.config.table import as_yaml
 
 ABSENT = "absent"  # the value of a key that one side lacks
 Change = tuple[str, Any, Any]  # key path, old value, new value
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> list[Change]:
-    """(key path, old value, new value) where two trees of settings differ, in the order of `new`.
+    """(key path, old value, new value) of every difference, in the order of `new`.
 
-    A key that one side lacks has the value "absent" there; a section on one side only is named as a whole.
+    A key that one side lacks has the value "absent" there. A section that one side lacks is one difference.
     """
-    found = []
+    changes = []
     for key in [*new, *(key for key in old if key not in new)]:
         path = f"{above}.{key}" if above else str(key)
         before, after = old.get(key, ABSENT), new.get(key, ABSENT)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, path)
-        # 1 and True, or 1 and 1.0, are equal in Python and yet different settings.
+            changes += differences(before, after, path)
+        # 1, 1.0 and True are equal in Python but different settings.
         elif before != after or type(before) is not type(after):
-            found.append((path, before, after))
-    return found
+            changes.append((path, before, after))
+    return changes
 
 
-def described(change: Change) -> str:
-    """One change of settings in words."""
+def describe_change(change: Change) -> str:
+    """A change as "KEY was OLD, is now NEW"."""
     key, before, after = change
-    return f"{key} was {_short(before)}, is now {_short(after)}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "a section"
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    old, new = ("a section" if isinstance(value, dict) else as_yaml(value) for value in (before, after))
+    return f"{key} was {old}, is now {new}"

@@ -1,7 +1,6 @@
-"""Reads a run's settings: a YAML file, overrides from the command line, and one line for whatever is wrong.
+"""Reads the settings of a run from a YAML file and command-line overrides, with one-line errors.
 
-Scalars are read by the rules of YAML 1.2: `1e-4` is a float, `no`, `on` and `2024-01-01` are text, `012` is
-twelve.
+Scalars follow YAML 1.2: `1e-4` is a float, `no`, `on` and `2024-01-01` are text, `012` is twelve.
 """
 
 import io
@@ -17,23 +16,23 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.faults import explain
-from jaxrlhf.config.table import described, find_setting, one_line
+from jaxrlhf.config.table import describe, find_setting, one_line
 from jaxrlhf.errors import UserError
 
 KeyPath = tuple[str, ...]
-DEPTH, VALUES = 50, 100_000  # bounds on what a file may cost
-_TOO_DEEP = f"sections and lists in one another deeper than {DEPTH}; settings need fewer"
+MAX_DEPTH, MAX_VALUES = 50, 100_000  # of a file, to bound its cost
+_TOO_DEEP = f"more than {MAX_DEPTH} nested sections and lists; settings need fewer"
 
 
 # ---------------------------------------------------------------- the public functions
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The settings of a YAML file, changed by overrides such as `ppo.kl.coef=0.1`, checked.
+    """Reads and validates the settings of a YAML file, after overrides such as `ppo.kl.coef=0.1`.
 
-    An override's value is YAML; it makes sections that are not there. `null`, in an override or in the file, is a
-    setting's value where it takes null, and else resets it to its default. Paths among the settings stay as they are
-    written: relative to the current directory. Raises `UserError` for a file, override or setting that cannot be used.
+    An override's value is YAML, and missing sections are created. `null` is a value for settings that accept it and
+    resets all others to their default. Paths in settings are relative to the current directory. Raises `UserError`
+    for an unusable file, override or setting.
     """
     data, origins = _read(str(path))
     for override in overrides:
@@ -56,7 +55,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _Constructor(SafeConstructor):
-    """Dates stay text: no setting is one, and run_dir=2024-01-01 is a name."""
+    """Reads dates as text, because no setting is a date and run_dir=2024-01-01 is a name."""
 
 
 _Constructor.add_constructor(
@@ -65,16 +64,16 @@ _Constructor.add_constructor(
 
 
 def _yaml() -> YAML:
-    """Reader and writer of YAML 1.2."""
+    """A reader and writer of YAML 1.2."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 1000, False
-    yaml.representer.ignore_aliases = lambda data: True  # equal sections are written out rather than as anchors
+    yaml.representer.ignore_aliases = lambda data: True  # write equal sections in full, not as anchors
     return yaml
 
 
 def parse_yaml(text: str, where: str, origins: dict[KeyPath, str] | None = None) -> Any:
-    """The value of one YAML document; `UserError` says where it is wrong. `origins` receives the place of every key."""
+    """The value of a YAML document, or a `UserError` with its line. Fills `origins` with the source of every key."""
     try:
         yaml = _yaml()
         node = yaml.compose(text)
@@ -89,12 +88,12 @@ def parse_yaml(text: str, where: str, origins: dict[KeyPath, str] | None = None)
         ) from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_DEEP}") from None
-    except (YAMLError, ValueError, TypeError, AttributeError) as error:  # also a tag that its value does not fit
+    except (YAMLError, ValueError, TypeError, AttributeError) as error:  # also from a tag that does not fit its value
         raise UserError(f"{where}: not valid YAML: {one_line(str(error))}") from None
 
 
 class _Walk:
-    """Notes the line of each key, and refuses what YAML allows and a settings file must not have."""
+    """Records the line of each key, and rejects YAML that a settings file must not contain."""
 
     def __init__(self, where: str, origins: dict[KeyPath, str]):
         self.where, self.origins, self.seen = where, origins, 0
@@ -104,12 +103,12 @@ class _Walk:
         self.seen += 1
         if id(node) in above:
             raise UserError(f"{line}: {'.'.join(path)} contains itself")
-        if len(above) > DEPTH:
+        if len(above) > MAX_DEPTH:
             raise UserError(f"{line}: {_TOO_DEEP}")
-        if self.seen > VALUES:  # a few aliases of aliases make billions
-            raise UserError(f"{line}: more than {VALUES:,} values, aliases written out; settings are fewer")
+        if self.seen > MAX_VALUES:  # a few nested aliases expand to billions
+            raise UserError(f"{line}: more than {MAX_VALUES:,} values with aliases expanded; settings need fewer")
         if isinstance(node, SequenceNode):
-            for child in node.value:  # the keys of sections in a list have no key path
+            for child in node.value:  # keys inside a list have no key path
                 self.walk(child, (*path, "[]"), (*above, id(node)))
         if isinstance(node, MappingNode):
             self._mapping(node, path, (*above, id(node)))
@@ -121,8 +120,8 @@ class _Walk:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.tag != "tag:yaml.org,2002:str":
-                given = one_line(str(key.value))
-                raise UserError(f"{self.where}:{line}: a key must be the name of a setting; given {given}")
+                text = one_line(str(key.value))
+                raise UserError(f"{self.where}:{line}: a key must be the name of a setting; given {text}")
             if key.value in lines:
                 dotted = ".".join((*path, key.value))
                 raise UserError(
@@ -134,7 +133,7 @@ class _Walk:
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """The file's settings, and where each key stands ("file:line")."""
+    """The settings of a file, and the source "FILE:LINE" of each key."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -142,14 +141,14 @@ def _read(path: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory; give the YAML file in it") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8 (byte {error.start}); give a YAML file") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); give a YAML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     origins: dict[KeyPath, str] = {}
     data = parse_yaml(text, path, origins)
     if data is not None and not isinstance(data, dict):
-        raise UserError(f"{path}: must hold settings as `key: value`; given {described(data)}")
-    return _plain(data or {}), origins  # rebuilt: sections that share an anchor become separate ones
+        raise UserError(f"{path}: must hold settings as `key: value`; given {describe(data)}")
+    return _plain(data or {}), origins  # a copy, in which sections that share an anchor are separate
 
 
 def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> None:
@@ -166,9 +165,7 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
             origins[path[:depth]] = where
         section = section[name]
         if not isinstance(section, dict):
-            raise UserError(
-                f"{where}: {'.'.join(path[:depth])} is {described(section)}, not a section with keys of its own"
-            )
+            raise UserError(f"{where}: {'.'.join(path[:depth])} is {describe(section)}, not a section with keys")
     for known in [known for known in origins if known[: len(path)] == path]:
         del origins[known]
     section[path[-1]] = parse_yaml(value, where)
@@ -176,7 +173,7 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
 
 
 def _drop_nulls(data: dict[str, Any], path: KeyPath) -> None:
-    """Removes known settings that are null and may not be, in place: there null means the default."""
+    """Removes settings that are null but do not accept it, in place, so that they get their default."""
     for name, value in list(data.items()):
         setting = find_setting((*path, name))
         if value is None and setting is not None and not setting.kind.endswith("or null"):
@@ -186,7 +183,7 @@ def _drop_nulls(data: dict[str, Any], path: KeyPath) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same value with lists for tuples, as YAML has it."""
+    """The value with tuples as lists, copied."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

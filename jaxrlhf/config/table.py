@@ -1,7 +1,7 @@
-"""The settings as a table: every section and setting with type, bounds, default and description, for help and messages.
+"""A table of all settings with type, bounds, default and description, for help, docs and messages.
 
-A place is a tuple of names as pydantic tells it: in a section that has several kinds the kind is a part of it, spelt
-`kind=http`, and what is below a mapping of names (the parts of a sum) stands under `*`.
+A setting's place is a tuple of names in pydantic's form. In a section with several kinds it includes the kind, as in
+`kind=http`. Entries of a mapping with free names (the parts of a sum) are under `*`.
 """
 
 import functools
@@ -22,68 +22,67 @@ KINDS = tuple(f"kind={kind}" for kind in ("model", "function", "classifier", "ht
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table."""
+    """A row of the table."""
 
-    kind: str  # type and bounds, as help and messages say them
-    default: Any  # REQUIRED where there is none
+    kind: str  # type and bounds, as text
+    default: Any  # or REQUIRED
     description: str
     is_section: bool
-    notes: dict[str, Any]  # of its field, see `config.base`
-    kinds: tuple[str, ...] = ()  # of a section that has several
+    metadata: dict[str, Any]  # of its field, see `config.base`
+    kinds: tuple[str, ...] = ()  # of a section with several
 
 
 @functools.cache
 def settings() -> dict[SettingPath, Setting]:
-    """Every section and setting by its place, in the order of `RunConfig`."""
+    """Every section and setting by place, in the order of `RunConfig`."""
     schema = RunConfig.model_json_schema()
-    found: dict[SettingPath, Setting] = {}
+    table: dict[SettingPath, Setting] = {}
 
     def definition(node: dict) -> dict:
         return schema["$defs"][node["$ref"].split("/")[-1]]
 
-    def add(section: dict, place: SettingPath, defaults: dict[str, Any]) -> None:
+    def add_section(section: dict, place: SettingPath, defaults: dict[str, Any]) -> None:
         for name, node in section["properties"].items():
-            default = defaults.get(name, node.get("default", REQUIRED))
-            enter(node, (*place, name), default)
+            add(node, (*place, name), defaults.get(name, node.get("default", REQUIRED)))
 
-    def enter(node: dict, place: SettingPath, default: Any) -> None:
-        """A row for a setting or section, and for what a section or a mapping of sections holds."""
+    def add(node: dict, place: SettingPath, default: Any) -> None:
+        """Adds a setting or section and everything below it."""
         (inner,) = (option for option in node.get("anyOf", [node]) if option.get("type") != "null")
         options = {definition(option)["properties"]["kind"]["const"]: option for option in inner.get("oneOf", [])}
         kind = f"section of kind {' | '.join(options)}" if options else "section" if "$ref" in inner else _kind(inner)
         kind += " or null" * ("anyOf" in node)
         is_section = bool(options) or "$ref" in inner
-        found[place] = Setting(kind, default, node.get("description", ""), is_section, node, tuple(options))
+        table[place] = Setting(kind, default, node.get("description", ""), is_section, node, tuple(options))
         if "$ref" in inner:
-            add(definition(inner), place, default if isinstance(default, dict) else {})
+            add_section(definition(inner), place, default if isinstance(default, dict) else {})
         for name, option in options.items():
-            add(definition(option), (*place, f"kind={name}"), {})
+            add_section(definition(option), (*place, f"kind={name}"), {})
         entries = inner.get("additionalProperties")
         if isinstance(entries, dict) and "oneOf" in entries:
-            enter(entries, (*place, ANY), REQUIRED)
+            add(entries, (*place, ANY), REQUIRED)
 
-    add(schema, (), {})
-    return found
+    add_section(schema, (), {})
+    return table
 
 
 @functools.cache
-def _paths() -> frozenset[SettingPath]:
-    """Every place and all that are above one."""
+def _prefixes() -> frozenset[SettingPath]:
+    """Every place and every prefix of one."""
     return frozenset(place[:depth] for place in settings() for depth in range(len(place) + 1))
 
 
 def path_of(names: Sequence[str]) -> SettingPath | None:
-    """Where names lead that may leave kinds out and give a mapping's own names; the first of several, or None."""
+    """The place of a key path that may omit kinds and has a mapping's own names; the first match, or None."""
     places: list[SettingPath] = [()]
     for name in names:
         steps = [(kind, step) for kind in (None, *KINDS) for step in (name, ANY)]
-        ways = [(*place, *filter(None, step)) for place in places for step in steps]
-        places = [way for way in ways if way in _paths()]
+        candidates = [(*place, *filter(None, step)) for place in places for step in steps]
+        places = [candidate for candidate in candidates if candidate in _prefixes()]
     return places[0] if places else None
 
 
 def find_setting(names: Sequence[str]) -> Setting | None:
-    """The setting that names lead to; of an entry of a mapping that is no section, the mapping. None: there is none."""
+    """The setting at a key path, or None. For an entry of a mapping that is no section, it is the mapping."""
     for length in range(len(names), 0, -1):
         setting = settings().get(path_of(names[:length]) or ())
         if setting is not None:
@@ -92,35 +91,35 @@ def find_setting(names: Sequence[str]) -> Setting | None:
 
 
 def without_kinds(place: Sequence[str]) -> SettingPath:
-    """A place as a file has it."""
+    """The place as a key path in a file, without kinds."""
     return tuple(name for name in place if not name.startswith("kind="))
 
 
 def settings_help() -> str:
-    """Every setting, one line each: key path, type and bounds, default, description."""
+    """One line per setting: key path, type and bounds, default, description."""
     lines = []
     for place, setting in settings().items():
-        if ANY in place:  # as where they stand alone
+        if ANY in place:  # the kinds have lines of their own
             continue
         if setting.is_section:
             default = " = null" if setting.default is None else ""
         elif setting.default is REQUIRED:
             default = ", required"
         else:
-            default = f" = {shown(setting.default)}"
-        lines.append(f"{spelt(place)}  {setting.kind}{default}  {setting.description}")
+            default = f" = {as_yaml(setting.default)}"
+        lines.append(f"{dotted(place)}  {setting.kind}{default}  {setting.description}")
     return "\n".join(lines)
 
 
-def spelt(place: SettingPath) -> str:
-    """A place in one word, such as `ppo.reward[http].url`."""
+def dotted(place: SettingPath) -> str:
+    """The place as text, such as `ppo.reward[http].url`."""
     return re.sub(r"\.kind=(\w+)", r"[\1]", ".".join(place))
 
 
 def _kind(schema: dict) -> str:
     """Type and bounds of a schema that is no section."""
     if "enum" in schema or "const" in schema:
-        return " | ".join(shown(value) for value in schema.get("enum", [schema.get("const")]))
+        return " | ".join(as_yaml(value) for value in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "object":
         return "mapping of names"
     if schema["type"] == "array":
@@ -128,27 +127,27 @@ def _kind(schema: dict) -> str:
         return f"{'non-empty ' if schema.get('minItems') else ''}list of {items}"
     kind = {"integer": "int", "number": "float", "boolean": "true | false", "string": "text"}[schema["type"]]
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {shown(schema[name])}" for name, sign in signs.items() if name in schema]
+    bounds = [f"{sign} {as_yaml(schema[name])}" for name, sign in signs.items() if name in schema]
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 
-def described(value: Any) -> str:
-    """A value in the words of a message."""
+def describe(value: Any) -> str:
+    """A value in the words of a message, such as `the text "abc"`."""
     if isinstance(value, dict):
         return "a section"
     if isinstance(value, list | tuple):
-        return f"the list {shown(value)}"
-    return f"the text {json.dumps(one_line(value), ensure_ascii=False)}" if isinstance(value, str) else shown(value)
+        return f"the list {as_yaml(value)}"
+    return f"the text {json.dumps(one_line(value), ensure_ascii=False)}" if isinstance(value, str) else as_yaml(value)
 
 
-def shown(value: Any) -> str:
-    """A value as it would stand in the file, on one line and not too long."""
+def as_yaml(value: Any) -> str:
+    """A value as in a YAML file, on one line of at most 80 characters."""
     if isinstance(value, list | tuple):
-        text = f"[{', '.join(shown(item) for item in value)}]"
+        text = f"[{', '.join(as_yaml(item) for item in value)}]"
     elif isinstance(value, float):
         text = repr(value) if math.isfinite(value) else f".{value}".replace(".-", "-.")
     elif isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_][\w./:-]*", value) and value.lower() not in ("null", "true", "false")
+        plain = re.fullmatch(r"[A-Za-z_/][\w./:-]*", value) and value.lower() not in ("null", "true", "false")
         text = value if plain else json.dumps(value, ensure_ascii=False)
     else:
         text = json.dumps(value, default=str)
@@ -156,6 +155,6 @@ def shown(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text on one line and not too long."""
+    """Text on one line of at most 160 characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= 160 else text[:157] + "..."

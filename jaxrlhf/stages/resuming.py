@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.base import CHOICE, FREE, LONGER, ROUNDING
-from jaxrlhf.config.differences import Change, described
+from jaxrlhf.config.differences import Change, describe_change
 from jaxrlhf.config.table import find_setting
 
 
@@ -29,8 +29,8 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
 def change_text(change: Change) -> str:
     """Describes an allowed change of a setting in a line for the user."""
     if _has_rule(change[0], ROUNDING):
-        return f"{described(change)}: sums may round differently, so the run may not continue bit for bit"
-    return described(change)
+        return f"{describe_change(change)}: sums may round differently, so the run may not continue bit for bit"
+    return describe_change(change)
 
 
 def makes_longer(change: Change) -> bool:
@@ -41,7 +41,7 @@ def makes_longer(change: Change) -> bool:
 def _has_rule(key: str, rule: dict[str, str]) -> bool:
     """Whether a setting has this rule. An entry of a mapping has the rule of the mapping's field."""
     setting = find_setting(key.split("."))
-    return setting is not None and rule.items() <= setting.notes.items()
+    return setting is not None and rule.items() <= setting.metadata.items()
 
 
 def _same_steps_in_longer_runs(config: RunConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Between sampling and learning: logprobs, values, shaped rewards, advantages.
+"""Turns a rollout into experience: logprobs, values, shaped rewards, advantages.
 
 B rows, R response tokens.
 """
@@ -14,40 +14,40 @@ from jaxrlhf.algorithms.kl import BOUND, adapt_kl_coef, kl_estimate, shape_rewar
 from jaxrlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, masked_variance, whiten
 from jaxrlhf.algorithms.running import RunningMoments, init_moments
 from jaxrlhf.config import AdvantageConfig, KLConfig, PPOConfig, ScoreConfig
-from jaxrlhf.distributed.mesh import BATCH_AXES, constrain, split_rows
+from jaxrlhf.distributed.mesh import split_rows
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
-from jaxrlhf.steps.microbatches import by_longest, shortest_first
+from jaxrlhf.steps.microbatches import by_longest, shortest_first, take_rows
 from jaxrlhf.steps.ppo import complete, single_step
 from jaxrlhf.steps.scores import adjust_scores, score_moments
 
-WHITENED = ("gae", "reinforce")  # estimators whose advantages are whitened where settings do not say
+WHITENED = ("gae", "reinforce")  # estimators whose advantages are whitened by default
 
 
 @struct.dataclass
 class Control:
-    """What one iteration hands to the next beside policy and value."""
+    """State carried from one iteration to the next, besides policy and value."""
 
     kl_coef: jax.Array  # f32[]
-    moments: RunningMoments  # of the scores, as `score.normalise` has it
+    moments: RunningMoments  # of the scores that `score.normalise` selects
 
     @classmethod
     def start(cls, kl_coef: float) -> "Control":
-        """Before the first iteration."""
+        """The state before the first iteration."""
         return cls(jnp.float32(kl_coef), init_moments())
 
 
 @struct.dataclass
 class ExperienceSettings:
-    """The settings of `annotate_experience`."""
+    """Settings of `annotate_experience`."""
 
     kl: KLConfig
     advantage: AdvantageConfig
     score: ScoreConfig
     update: PPOConfig
-    group: int = struct.field(pytree_node=False, default=1)  # answers to each prompt
+    group: int = struct.field(pytree_node=False, default=1)  # completions per prompt
 
 
 def annotate(
@@ -62,46 +62,44 @@ def annotate(
     value_trunk: Literal["own", "policy"] = "own",
     buckets: int = 1,
 ) -> Annotated:
-    """What policy, reference and value say of the answers; see `records.Annotated`.
+    """Logprobs, reference logprobs and values of the completions.
 
-    `value` None or empty gives values of 0; with `value_trunk` "policy" it is a head on the policy's trunk.
-    `temperature` None takes the rollout's own. With `microbatches` the rows go through in equal parts, one after
-    another, at the shapes of the update's own forward pass. `recompute_policy=False` takes the sampling logprobs for
-    the policy's, where the update makes no use of old ones (one step an iteration). `buckets` as in `PPOConfig`: each
-    part is cut to the length of its longest answer, rows of like length together.
+    Args:
+      value: None or empty gives values of 0.
+      temperature: f32[] divides the logits; None takes the rollout's.
+      microbatches: equal parts that are computed one after another, at the shapes of the update's forward pass.
+      recompute_policy: False takes the sampling logprobs as the policy's; for updates that use no old logprobs.
+      value_trunk: with "policy", `value` is a head on the policy's trunk.
+      buckets: as in `PPOConfig`; each part is cut to its longest completion, and sorting makes lengths alike.
     """
     if temperature is not None:
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
 
     R = rollout.response_mask.shape[1]
 
-    def passes(rows: Rollout) -> Annotated:
-        given = (rows.tokens, rows.mask, rows.response_mask)
-        ref_logprobs, _ = response_logprobs(bind(base, reference), *given, rows.temperature)
+    def forward(rows: Rollout) -> Annotated:
+        inputs = (rows.tokens, rows.mask, rows.response_mask)
+        ref_logprobs, _ = response_logprobs(bind(base, reference), *inputs, rows.temperature)
         logprobs, values = rows.sample_logprobs, jnp.zeros(rows.response_mask.shape, jnp.float32)
         if value and value_trunk == "policy":
-            both = bind(base, {**(policy or {}), **value})
-            logprobs, _, values = response_logprobs_and_values(both, *given, rows.temperature)
+            model = bind(base, {**(policy or {}), **value})
+            logprobs, _, values = response_logprobs_and_values(model, *inputs, rows.temperature)
         else:
             if recompute_policy:
-                logprobs, _ = response_logprobs(bind(base, policy), *given, rows.temperature)
+                logprobs, _ = response_logprobs(bind(base, policy), *inputs, rows.temperature)
             if value:
-                values = response_values(bind(base, value), *given)
+                values = response_values(bind(base, value), *inputs)
         annotated = Annotated(logprobs, ref_logprobs, values)
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, R - x.shape[1]))), annotated)
 
     if microbatches == 1:
-        return by_longest(passes, rollout, buckets)
-    order = None
-    if buckets > 1:
-        order = shortest_first(rollout)
-        rollout = jax.tree.map(lambda x: constrain(x[order], BATCH_AXES), rollout)
-    parts = jax.lax.map(lambda rows: by_longest(passes, rows, buckets), split_rows(rollout, microbatches))
+        return by_longest(forward, rollout, buckets)
+    order = shortest_first(rollout) if buckets > 1 else None
+    if order is not None:
+        rollout = take_rows(rollout, order)
+    parts = jax.lax.map(lambda rows: by_longest(forward, rows, buckets), split_rows(rollout, microbatches))
     annotated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
-    if order is None:
-        return annotated
-    back = jnp.argsort(order)
-    return jax.tree.map(lambda x: constrain(x[back], BATCH_AXES), annotated)
+    return annotated if order is None else take_rows(annotated, jnp.argsort(order))
 
 
 def build_experience(
@@ -122,22 +120,27 @@ def build_experience(
     kl_bound: jax.Array | float | None = BOUND,
     mask_truncated: bool = False,
 ) -> tuple[Experience, dict[str, jax.Array]]:
-    """Rewards shaped by KL, advantages and whitening over the whole batch; (experience, metrics).
+    """(experience, metrics) from scores: KL-shaped rewards, advantages, whitening over the global batch.
 
-    `scores` is f32[B], see `steps.scores` for what may come before. `advantage` is a name of
-    `algorithms.advantages.ADVANTAGES`, with `group` answers to each prompt and the `greedy` answers' scores f32[B]
-    where it wants them. `whiten_advantages` None: those that are not compared within the batch already. `kl_bound` is
-    for k2 and k3, in rewards and metrics: see `algorithms.kl.kl_estimate`. With `mask_truncated` an answer that did not
-    end has no token in the experience's `response_mask`: the update does not know of it, nor does whitening; estimators
-    that compare answers see its score as before.
+    Args:
+      scores: f32[B]; see `steps.scores` for the preceding normalisation and penalties.
+      kl_coef: f32[]; weight of the KL in the reward or, with `kl_in_loss`, in the loss.
+      gamma, lam, estimator, whiten_rewards: as in `AdvantageConfig` and `KLConfig`.
+      whiten_advantages: None whitens those of the estimators in `WHITENED`.
+      advantage: a name from `algorithms.advantages.ADVANTAGES`.
+      group: completions per prompt.
+      greedy: f32[B]; scores of the greedy completions, for estimators that need them.
+      kl_bound: bound of k2 and k3 in rewards and metrics, see `algorithms.kl.kl_estimate`.
+      mask_truncated: removes completions that did not end from the experience's `response_mask` and from whitening.
+        Estimators that compare completions still see their scores.
     """
     mask = rollout.response_mask
-    learnt = mask & rollout.ended[:, None] if mask_truncated else mask
+    learned = mask & rollout.ended[:, None] if mask_truncated else mask
     scores = scores.astype(jnp.float32)
     in_reward, in_loss = (0.0, kl_coef) if kl_in_loss else (kl_coef, 0.0)
     rewards = shape_rewards(scores, annotated.logprobs, annotated.ref_logprobs, mask, in_reward, estimator, kl_bound)
     if whiten_rewards:
-        rewards = whiten(rewards, learnt, shift_mean=False)
+        rewards = whiten(rewards, learned, shift_mean=False)
     greedy = jnp.zeros(scores.shape, jnp.float32) if greedy is None else greedy
     compute = ADVANTAGES[advantage].compute
     advantages, returns = compute(rewards, mask, annotated.values, group, greedy, gamma, lam)
@@ -149,13 +152,13 @@ def build_experience(
     experience = Experience(
         tokens=rollout.tokens,
         mask=rollout.mask,
-        response_mask=learnt,
+        response_mask=learned,
         temperature=rollout.temperature,
         sample_logprobs=rollout.sample_logprobs,
         logprobs=annotated.logprobs,
         ref_logprobs=annotated.ref_logprobs,
         values=annotated.values,
-        advantages=whiten(advantages, learnt) if whiten_advantages else advantages,
+        advantages=whiten(advantages, learned) if whiten_advantages else advantages,
         returns=returns,
         kl_coef=jnp.full(scores.shape, in_loss, jnp.float32),
     )
@@ -186,7 +189,7 @@ def annotate_for_update(
     rollout: Rollout,
     update: PPOConfig,
 ) -> Annotated:
-    """`annotate` as an update with these settings wants it. Needs no scores: it may run while they are come by."""
+    """`annotate` with the arguments that `update` implies. Needs no scores, so it may run while they are computed."""
     rows = rollout.tokens.shape[0]
     update = complete(update, rows)
     return annotate(
@@ -195,7 +198,7 @@ def annotate_for_update(
         value,
         reference,
         rollout,
-        # The old logprobs come at the shapes of the update's own.
+        # At the update's own shapes the old logprobs are bit-identical to the first minibatch's new ones.
         microbatches=rows // (update.microbatch_size or rows // update.minibatches),
         recompute_policy=not single_step(update),
         value_trunk=update.value_trunk,
@@ -211,10 +214,11 @@ def score_experience(
     control: Control,
     settings: ExperienceSettings,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
-    """`adjust_scores` and `build_experience`: all that waits for the scores; (experience, next control, metrics).
+    """`adjust_scores` and `build_experience`, the part that needs scores; (experience, next control, metrics).
 
-    `scores` f32[B] are those of the reward; `greedy` holds one greedy answer to each prompt with its score, where
-    the advantages are measured from them.
+    Args:
+      scores: f32[B]; from the reward, before normalisation and penalties.
+      greedy: one greedy completion per prompt and their scores, for estimators that need them; else None.
     """
     kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
     moments = score_moments(control.moments, scores, settings.score)

@@ -1,10 +1,9 @@
-"""Trainable trees with their small arrays joined into a few.
+"""Joins the small arrays of trainable trees into a few, to launch fewer optimizer kernels on a GPU.
 
-An optimizer works on each array in a few kernels, and an adapter has hundreds of small arrays: on a GPU their launches,
-not their numbers, would take the time of a step. Only the loop of optimizer steps inside of a compiled update uses this
-form: it begins with `joined` and ends with `by_leaf`. States between updates, and so checkpoints, have one leaf per
-parameter. A program of a single optimizer step (SFT, reward model) keeps its leaves: to join and part them in each step
-launches about as many kernels.
+An optimizer launches a few kernels per array, and an adapter has hundreds of small arrays, so launches would dominate
+a step. Only the loop of optimizer steps inside a PPO update uses this form, from `joined` to `by_leaf`. States between
+updates and in checkpoints have one leaf per parameter. Programs with one optimizer step (SFT, reward model) do not use
+it, because joining and splitting would launch as many kernels as it saves.
 """
 
 import math
@@ -16,62 +15,63 @@ from flax import struct
 
 from jaxrlhf.models.sharding import leaf_name, parameter_sharding
 
-LARGEST = 2**20  # numbers; a larger leaf stays alone: its kernel is worth a launch, and a copy of it takes memory
+LARGEST = 2**20  # numbers; a larger leaf is not joined: its launch cost is negligible, and a copy takes memory
 
 
 @struct.dataclass
 class Flat:
-    """A dict of arrays, of which small ones are joined: matrices as [1, N], vectors and scalars as [N], by dtype.
+    """A dict of arrays whose small leaves are joined, by dtype: matrices as [1, N], vectors and scalars as [N].
 
-    A joined array keeps that much of its parts' shapes because weight decay spares vectors and scalars.
+    The number of dimensions matters, because weight decay applies to matrices only.
     """
 
     arrays: dict[str, jax.Array]
     structure: jax.tree_util.PyTreeDef = struct.field(pytree_node=False)
-    places: tuple[tuple[str, tuple[int, ...]], ...] = struct.field(pytree_node=False)  # of each leaf: array and shape
+    leaves: tuple[tuple[str, tuple[int, ...]], ...] = struct.field(pytree_node=False)  # array name and shape of each
 
     def tree(self) -> dict[str, Any]:
-        """The dict with its own leaves."""
+        """The dict with one leaf per parameter."""
         shapes: dict[str, list[tuple[int, ...]]] = {}
-        for name, shape in self.places:
+        for name, shape in self.leaves:
             shapes.setdefault(name, []).append(shape)
-        leaves = {name: iter(_split(self.arrays[name], parts)) for name, parts in shapes.items()}
-        return jax.tree.unflatten(self.structure, [next(leaves[name]) for name, _ in self.places])
+        parts = {name: iter(_split(self.arrays[name], of_array)) for name, of_array in shapes.items()}
+        return jax.tree.unflatten(self.structure, [next(parts[name]) for name, _ in self.leaves])
 
 
 def joined(state: Any) -> Any:
-    """The state with each dict in it (adapters and their moments) as a `Flat`.
+    """The state with each dict in it (adapters and their optimizer moments) as a `Flat`.
 
-    A leaf that the mesh splits stays alone, as a large one does: joined, every device would hold all of it. So of a
-    whole model only norms and biases are joined, and on a mesh with `fsdp` or `tensor` only what is replicated.
+    Leaves that the mesh shards are not joined, because every device would hold all of the joined array. So a full
+    fine-tune joins norms and biases only, and a mesh with `fsdp` or `tensor` joins replicated leaves only.
     """
-    return jax.tree.map(lambda part: _join(part) if isinstance(part, dict) else part, state, is_leaf=_is_dict)
+    return jax.tree.map(_join, state, is_leaf=_is_dict)
 
 
 def by_leaf(state: Any) -> Any:
-    """The state as it was before `joined`."""
+    """Undoes `joined`."""
     return jax.tree.map(lambda part: part.tree() if isinstance(part, Flat) else part, state, is_leaf=_is_flat)
 
 
-def _join(tree: dict[str, Any]) -> Flat | dict[str, Any]:
-    if not tree:
-        return tree
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
-    parts: dict[str, list[jax.Array]] = {}
-    places = []
+def _join(part: Any) -> Any:
+    """A non-empty dict as a `Flat`; anything else unchanged."""
+    if not _is_dict(part) or not part:
+        return part
+    pairs, structure = jax.tree_util.tree_flatten_with_path(part)
+    arrays: dict[str, list[jax.Array]] = {}
+    leaves = []
     for path, leaf in pairs:
         name = leaf_name(path)
         if _may_join(name, leaf):
             name = f"{jnp.dtype(leaf.dtype).name} {'matrices' if leaf.ndim > 1 else 'vectors'}"
-        parts.setdefault(name, []).append(leaf)
-        places.append((name, leaf.shape))
-    return Flat({name: _concatenated(leaves) for name, leaves in parts.items()}, structure, tuple(places))
+        arrays.setdefault(name, []).append(leaf)
+        leaves.append((name, leaf.shape))
+    return Flat({name: _concatenated(of_array) for name, of_array in arrays.items()}, structure, tuple(leaves))
 
 
 def _may_join(name: str, leaf: jax.Array) -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
     if leaf.size > LARGEST:
         return False
+    mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1 or parameter_sharding(mesh, name, leaf.shape).is_fully_replicated
 
 

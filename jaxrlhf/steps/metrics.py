@@ -1,4 +1,4 @@
-"""Metrics that carry how they are reduced: over the parts of a batch, and over the steps of an update."""
+"""Metrics that know how to reduce over microbatches and over the steps of an update."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -9,10 +9,10 @@ from flax import struct
 
 
 class Reduction(NamedTuple):
-    """How the values of one metric become one."""
+    """How a metric is reduced."""
 
-    parts: Callable[[jax.Array, jax.Array], jax.Array]  # of two parts of a batch
-    steps: Callable[[jax.Array, jax.Array], jax.Array]  # values f32[steps] and which were computed, f32[steps] of 0, 1
+    parts: Callable[[jax.Array, jax.Array], jax.Array]  # combines two microbatches
+    steps: Callable[[jax.Array, jax.Array], jax.Array]  # values f32[steps], 1 or 0 for computed steps -> f32[]
 
 
 REDUCTIONS = {
@@ -35,37 +35,37 @@ Metrics = dict[str, Metric]
 
 
 def share(value: jax.Array) -> Metric:
-    """A part's share of the whole batch's number: shares add up. Over steps: the mean."""
+    """A microbatch's share of the batch's value: summed over microbatches, averaged over steps."""
     return Metric(value, "share")
 
 
 def count(value: jax.Array) -> Metric:
-    """A count: adds up over parts and over steps."""
+    """A count: summed over microbatches and steps."""
     return Metric(value, "count")
 
 
 def largest(value: jax.Array) -> Metric:
-    """A maximum, over parts and over steps."""
+    """A maximum over microbatches and steps."""
     return Metric(value, "largest")
 
 
 def of_first_step(value: jax.Array) -> Metric:
-    """A maximum over parts; of an update's steps the first counts."""
+    """A maximum over microbatches of the first step."""
     return Metric(value, "first")
 
 
 def merged(one: Metrics, other: Metrics) -> Metrics:
-    """The metrics of two parts of a batch together."""
+    """Combines the metrics of two microbatches."""
     return {
         name: Metric(REDUCTIONS[a.reduction].parts(a.value, other[name].value), a.reduction) for name, a in one.items()
     }
 
 
 def over_steps(metrics: Metrics, seen: jax.Array) -> dict[str, jax.Array]:
-    """Numbers f32[] of one update from those of its steps, f32[steps]; `seen` f32[steps]: 1 where one was computed."""
+    """Reduces f32[steps] to f32[] per metric; `seen` f32[steps] is 1 for steps that were computed, else 0."""
     return {name: REDUCTIONS[metric.reduction].steps(metric.value, seen) for name, metric in metrics.items()}
 
 
 def plain(metrics: Mapping[str, Metric]) -> dict[str, jax.Array]:
-    """The numbers alone."""
+    """The values without their reductions."""
     return {name: metric.value for name, metric in metrics.items()}

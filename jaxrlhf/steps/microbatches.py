@@ -1,4 +1,4 @@
-"""A batch in parts, with the gradient of the whole; and parts cut to the length of their longest answer.
+"""Gradient accumulation over microbatches, and microbatches cut to their longest completion.
 
 B rows, R response tokens.
 """
@@ -9,20 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.distributed.mesh import split_rows
+from jaxrlhf.distributed.mesh import BATCH_AXES, constrain, split_rows
 from jaxrlhf.steps.metrics import Metrics, merged
 
 
 def shortest_first(rows: Any) -> jax.Array:
-    """Order i32[B] of rows (`records.Rollout` or `Experience`) by the length of their answers: parts of like length."""
+    """Order i32[B] of rows (a `Rollout` or `Experience`) by completion length."""
     return jnp.argsort(jnp.sum(rows.response_mask, axis=1), stable=True)
 
 
-def by_longest(run: Callable[[Any], Any], rows: Any, buckets: int) -> Any:
-    """run(rows), with answers cut to the least of `buckets` lengths that holds the longest of them.
+def take_rows(tree: Any, order: jax.Array) -> Any:
+    """The rows `order` i32[N] of each leaf [B, ...], sharded like a batch."""
+    return jax.tree.map(lambda x: constrain(x[order], BATCH_AXES), tree)
 
-    `rows` is a `records.Rollout` or `Experience`, whose arrays of two dimensions end with the R response tokens. Each
-    length is compiled; one of them runs. What `run` returns must have the same shapes for all.
+
+def by_longest(run: Callable[[Any], Any], rows: Any, buckets: int) -> Any:
+    """run(rows), with completions cut to the shortest of `buckets` lengths that fits them all.
+
+    `rows` is a `Rollout` or `Experience`, whose two-dimensional arrays end with the R response tokens. All lengths are
+    compiled and one is executed, so `run` must return the same shapes for each.
     """
     if buckets == 1:
         return run(rows)
@@ -44,15 +49,14 @@ def accumulate(
     parts: int,
     buckets: int = 1,
 ) -> tuple[jax.Array, Metrics, Any]:
-    """(loss, metrics, gradient) of a whole batch, computed in `parts` equal parts one after another.
+    """(loss, metrics, gradient) of a batch, accumulated over `parts` equal microbatches.
 
-    `loss(params, part)` must return its part's share of the whole batch's loss (divided by the whole's
-    totals), so that sums over parts are exact. Each metric says how its parts are put together.
-    With `buckets` each part is cut, see `by_longest`.
+    `loss(params, part)` must return the microbatch's share of the batch's loss (divided by the batch's totals), so
+    that sums over microbatches are exact. With `buckets` each microbatch is cut, see `by_longest`.
     """
 
     def gradient(params: Any, part: Any):
-        # The choice of a length stands outside of the gradient: inside, each would keep the activations of all.
+        # The switch over lengths is outside the gradient: inside, activations of all lengths would be kept.
         return by_longest(lambda rows: jax.value_and_grad(loss, has_aux=True)(params, rows), part, buckets)
 
     if parts == 1:

@@ -1,4 +1,4 @@
-"""AdamW with clipping and a schedule; its numbers are traced, so changing one compiles nothing."""
+"""AdamW with gradient clipping and a schedule. Its numbers are traced, so changing one recompiles nothing."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ from jaxrlhf.steps.metrics import Metrics, count, share
 
 
 def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfig:
-    """The optimizer with the learning rate of a role in `LEARNING_RATES`, by what `params` is, where it has none."""
+    """Fills in a missing learning rate: that of `role` in `LEARNING_RATES`, for LoRA or a full fine-tune of `params`.
+
+    The rate of a full fine-tune grows in proportion for models narrower than `RATED_WIDTH`.
+    """
     if config.learning_rate is not None:
         return config
-    rates = LEARNING_RATES[role]
-    rate = rates.full * _narrowness(params) if is_full(params) else rates.lora
+    rate = LEARNING_RATES[role].lora
+    if is_full(params):
+        embedding = params.get("embed_tokens", {}).get("embedding")
+        scale = 1.0 if embedding is None else max(1.0, RATED_WIDTH / embedding.shape[-1])
+        rate = LEARNING_RATES[role].full * scale
     return config.model_copy(update={"learning_rate": rate})
 
 
-def _narrowness(params: Any) -> float:
-    """How many times narrower than `RATED_WIDTH` a whole model is; at least 1."""
-    embedding = params.get("embed_tokens", {}).get("embedding")
-    return 1.0 if embedding is None else max(1.0, RATED_WIDTH / embedding.shape[-1])
-
-
 def init_optimizer(params: Any) -> optax.OptState:
-    """The state before the first step; its structure depends on no setting."""
+    """The optimizer state before the first step. Its structure depends on no setting."""
     return _transformation(OptimizerConfig()).init(params)
 
 
@@ -41,13 +41,12 @@ def optimizer_step(
     step: jax.Array,
     loss: jax.Array | float = 0.0,
 ) -> tuple[Any, optax.OptState, Metrics]:
-    """(params, state, metrics) after one step; `step` i32[] counts the steps done before, `loss` f32[] is this one's.
+    """(params, state, metrics) after one optimizer step.
 
-    Adam as in PyTorch: m / (sqrt(v) + epsilon) with both moments corrected for bias; weight decay is
-    decoupled and spares vectors and scalars (biases, norms, LoRA scales). Where the loss or the gradient's norm is not
-    finite, nothing changes, and the metric `skipped` is 1. Raises ValueError without a learning rate (`with_rate`).
-
-    Each array takes a few kernels; `params`, `grads` and `state` may be trees of few arrays (`flat.joined`).
+    `step` i32[] counts the previous steps; `loss` f32[] is the current one. Adam is PyTorch's: m / (sqrt(v) + epsilon)
+    with bias-corrected moments. Weight decay is decoupled and skips vectors and scalars (biases, norms, LoRA scales).
+    If the loss or the gradient's norm is not finite, nothing changes and the metric `skipped` is 1. Raises ValueError
+    without a learning rate (see `with_rate`).
     """
     rate = learning_rate(config, step)
     norm = optax.global_norm(grads)
@@ -59,20 +58,20 @@ def optimizer_step(
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
-    """Rate f32[] of the step after `step` steps: linear warm-up, then constant or decay to 0 at total_steps."""
+    """Learning rate f32[] after `step` steps: linear warm-up, then constant or decay to 0 at total_steps."""
     if config.learning_rate is None:
-        raise ValueError("learning_rate is None; with_rate chooses one by role")
+        raise ValueError("learning_rate is None; with_rate fills it in by role")
     step = jnp.asarray(step, jnp.float32)
-    warm = jnp.where(config.warmup_steps > 0, (step + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
+    warmup = jnp.where(config.warmup_steps > 0, (step + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
     if config.schedule == "constant":
         decay = 1.0
     else:
         if config.total_steps is None:
             raise ValueError(f"schedule {config.schedule} needs total_steps")
         span = jnp.maximum(config.total_steps - config.warmup_steps, 1)
-        done = jnp.clip((step - config.warmup_steps) / span, 0.0, 1.0)
-        decay = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * done))
-    return config.learning_rate * jnp.minimum(warm, 1.0) * decay
+        progress = jnp.clip((step - config.warmup_steps) / span, 0.0, 1.0)
+        decay = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return config.learning_rate * jnp.minimum(warmup, 1.0) * decay
 
 
 def _transformation(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""Reward model: which of two answers is better (1706.03741, 2009.01325).
+"""Reward model update on preference pairs (1706.03741, 2009.01325).
 
 B pairs, L tokens.
 """
@@ -20,7 +20,7 @@ from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 def pair_scores(
     base: Decoder, adapter: Adapter, batch: PreferenceBatch, remat: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores (chosen, rejected) f32[B] at the last real tokens; both sides share one forward pass."""
+    """(chosen, rejected) scores f32[B] at the last real tokens, from one forward pass over both."""
     tokens = jnp.concatenate([batch.chosen, batch.rejected])
     mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
     scores = sequence_scores(bind(base, adapter), tokens, mask, remat)
@@ -37,19 +37,19 @@ def reward_model_update(
     microbatches: int = 1,
     remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the pairwise loss, averaged over pairs by weight."""
+    """(state, metrics) after one optimizer step on the pairwise loss, a weighted mean over pairs."""
     config = with_rate(config, "reward_model", state.adapter)
     weight = jnp.maximum(jnp.sum(batch.weight), 1e-6)
 
     def loss(adapter: Adapter, part: PreferenceBatch) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores(base, adapter, part, remat)
-        part_of_all = jnp.sum(part.weight) / weight
+        fraction = jnp.sum(part.weight) / weight  # of the batch
         value, accuracy = pairwise_loss(chosen, rejected, part.margin, center_rewards_coef, part.weight)
         mean = jnp.sum(part.weight * (chosen + rejected)) / 2 / weight
-        return value * part_of_all, {"accuracy": share(accuracy * part_of_all), "score": share(mean)}
+        metrics = {"reward_model/accuracy": share(accuracy * fraction), "reward_model/score": share(mean)}
+        return value * fraction, metrics
 
     value, metrics, grads = accumulate(loss, state.adapter, batch, microbatches)
-    adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step, value)
-    measured = {f"reward_model/{name}": number for name, number in plain(metrics).items()}
-    metrics = {"reward_model/loss": value} | measured | {f"optimizer/{k}": v for k, v in plain(noted).items()}
-    return TrainState(adapter, optimizer, state.step + 1), metrics
+    adapter, optimizer, of_step = optimizer_step(config, grads, state.optimizer, state.adapter, state.step, value)
+    metrics |= {f"optimizer/{name}": metric for name, metric in of_step.items()}
+    return TrainState(adapter, optimizer, state.step + 1), {"reward_model/loss": value} | plain(metrics)

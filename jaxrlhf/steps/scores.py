@@ -1,6 +1,6 @@
-"""From the scores that a reward gives to those that are learnt from: their scale, then penalties in that scale.
+"""Adjusts the reward's scores before they enter the experience: normalisation, clipping, then penalties.
 
-B answers, R response tokens.
+B completions, R response tokens.
 """
 
 import jax
@@ -13,10 +13,10 @@ from jaxrlhf.records import Rollout
 
 
 def score_moments(moments: RunningMoments, scores: jax.Array, config: ScoreConfig) -> RunningMoments:
-    """The moments that an iteration with these scores, f32[B], normalises by, and that the next one goes on from.
+    """Moments that normalise this iteration's scores f32[B], and from which the next iteration continues.
 
-    `initial`: those given, which were fitted before the first iteration. `running`: with these scores in them.
-    `batch`: of these scores alone.
+    With `initial` they are the moments passed in, fitted before the first iteration; with `running` the scores are
+    added; with `batch` they are those of the scores only.
     """
     if config.normalise == "running":
         return update_moments(moments, scores)
@@ -26,7 +26,7 @@ def score_moments(moments: RunningMoments, scores: jax.Array, config: ScoreConfi
 
 
 def adjust_scores(scores: jax.Array, rollout: Rollout, moments: RunningMoments, config: ScoreConfig) -> jax.Array:
-    """Scores f32[B] normalised by the moments and clipped; then the missing-EOS rule and penalties for length."""
+    """Scores f32[B] after normalisation, clipping, the missing-EOS rule and length penalties, in this order."""
     scores = scores.astype(jnp.float32)
     if config.normalise != "none":
         scores = normalise(moments, scores)

@@ -18,18 +18,17 @@ from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 
 
 def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str = "none") -> jax.Array:
-    """Summed cross-entropy f32[] in nats over the learnt tokens, each predicted from those before it."""
+    """Cross-entropy f32[] in nats, summed over the tokens to learn."""
     model = bind(base, adapter)
     hidden = model.encode(batch.tokens, batch.segments, remat)
-    # The first token of a sequence is predicted by nothing; data never marks it as learnt.
-    targets = batch.tokens[:, 1:], learnt_tokens(batch)
+    targets = batch.tokens[:, 1:], learned_tokens(batch)
     return jnp.sum(from_logits(model, hidden[:, :-1], targets, lambda logits, target: cross_entropy(logits, *target)))
 
 
-def learnt_tokens(batch: SFTBatch) -> jax.Array:
-    """bool[B,L-1]: tokens 1..L-1 that are learnt and follow a token of their own segment."""
-    same = batch.segments[:, 1:] == batch.segments[:, :-1]
-    return batch.loss_mask[:, 1:] & same & (batch.segments[:, 1:] > 0)
+def learned_tokens(batch: SFTBatch) -> jax.Array:
+    """Which of tokens 1..L-1 to learn, bool[B,L-1]: in the loss mask and after a token of the same segment."""
+    same_segment = batch.segments[:, 1:] == batch.segments[:, :-1]
+    return batch.loss_mask[:, 1:] & same_segment & (batch.segments[:, 1:] > 0)
 
 
 def sft_update(
@@ -40,19 +39,19 @@ def sft_update(
     microbatches: int = 1,
     remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the mean loss per learnt token; rows may be split into microbatches."""
+    """(state, metrics) after one optimizer step on the mean loss per learned token."""
     config = with_rate(config, "sft", state.adapter)
-    tokens = jnp.maximum(jnp.sum(learnt_tokens(batch)), 1)
+    tokens = jnp.maximum(jnp.sum(learned_tokens(batch)), 1)
 
     def loss(adapter: Adapter, part: SFTBatch) -> tuple[jax.Array, dict]:
         return sft_loss(base, adapter, part, remat) / tokens, {}
 
     value, _, grads = accumulate(loss, state.adapter, batch, microbatches)
-    adapter, optimizer, noted = optimizer_step(config, grads, state.optimizer, state.adapter, state.step, value)
-    metrics = {"sft/loss": value, "sft/tokens": tokens} | {f"optimizer/{k}": v for k, v in plain(noted).items()}
+    adapter, optimizer, of_step = optimizer_step(config, grads, state.optimizer, state.adapter, state.step, value)
+    metrics = {"sft/loss": value, "sft/tokens": tokens} | {f"optimizer/{k}": v for k, v in plain(of_step).items()}
     return TrainState(adapter, optimizer, state.step + 1), metrics
 
 
 def sft_evaluate(base: Decoder, adapter: Adapter | None, batch: SFTBatch) -> tuple[jax.Array, jax.Array]:
-    """(summed loss f32[], learnt tokens i32[]) of a batch."""
-    return sft_loss(base, adapter, batch), jnp.sum(learnt_tokens(batch))
+    """(summed loss f32[], learned tokens i32[]) of a batch."""
+    return sft_loss(base, adapter, batch), jnp.sum(learned_tokens(batch))

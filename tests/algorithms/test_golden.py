@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxrlhf.algorithms import advantages, kl, losses, masked, policy_losses
-from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES
 
 GOLDEN = Path(__file__).parent / "golden"
 VECTORS = json.loads((GOLDEN / "published_vectors.json").read_text())
@@ -24,7 +23,7 @@ gae = jax.jit(advantages.gae)
 # TRL and tunix have no bound on k3.
 kl_estimate = jax.jit(functools.partial(kl.kl_estimate, bound=None), static_argnames="estimator")
 shape_rewards = jax.jit(functools.partial(kl.shape_rewards, kl_bound=None), static_argnames="estimator")
-ppo_policy_loss = jax.jit(policy_losses.ppo_policy_loss)
+policy_loss = jax.jit(policy_losses.policy_loss)
 token_logprobs = jax.jit(losses.token_logprobs)
 value_loss = jax.jit(losses.value_loss)
 aggregate = jax.jit(masked.aggregate, static_argnames="how")
@@ -132,7 +131,7 @@ def test_losses_of_a_minibatch(name, update, minibatch):
     rows = step["rows"]
     real, real_p1 = real[rows], real_p1[rows]
     clip = settings["cliprange"]
-    policy, diagnostics = ppo_policy_loss(
+    policy, diagnostics = policy_loss(
         step["new_logprobs"], record["logprobs"][rows], record["advantages_whitened"][rows], real, clip, clip
     )
     value, value_clipped = value_loss(
@@ -180,7 +179,7 @@ def test_rlax_clipped_surrogate():
     for adv, expected in zip(vector["advantages"], vector["expected_loss"], strict=True):
         epsilon = vector["epsilon"]
         for dual_clip in (None, 10.0):  # no ratio comes near 10
-            loss, _ = ppo_policy_loss(new, old, jnp.array([adv]), everything, epsilon, epsilon, dual_clip)
+            loss, _ = policy_loss(new, old, jnp.array([adv]), everything, epsilon, epsilon, dual_clip)
             np.testing.assert_allclose(loss.mean(), expected, atol=vector["atol"])
 
 
@@ -188,7 +187,7 @@ def test_rlax_policy_gradient_by_the_table():
     vector = {key: np.array(VECTORS["policy_gradient"][key]) for key in VECTORS["policy_gradient"]}
     logprobs, _ = token_logprobs(vector["logits"], vector["actions"], 1.0)
     weighted = vector["advantages"] * vector["weights"]
-    loss, _ = POLICY_LOSSES["pg"](logprobs, logprobs, weighted, np.ones((2, 3), bool), 0.2, 0.2, None)
+    loss, _ = policy_losses.policy_loss(logprobs, logprobs, weighted, np.ones((2, 3), bool), 0.2, 0.2, loss="pg")
     np.testing.assert_allclose(loss.mean(axis=1), vector["expected"], atol=vector["atol"])
 
 

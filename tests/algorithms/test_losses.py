@@ -14,7 +14,7 @@ from jaxrlhf.algorithms import losses, policy_losses
 close = np.testing.assert_allclose
 
 # Compiled once per shape: faster than operation by operation.
-ppo_policy_loss = jax.jit(policy_losses.ppo_policy_loss)
+policy_loss = jax.jit(policy_losses.policy_loss)
 value_loss = jax.jit(losses.value_loss)
 token_logprobs = jax.jit(losses.token_logprobs)
 cross_entropy = jax.jit(losses.cross_entropy)
@@ -44,7 +44,7 @@ def test_policy_loss_by_hand():
     old = jnp.full((1, 6), -1.0)
 
     def total(logprobs):
-        loss, diagnostics = ppo_policy_loss(logprobs, old, advantages, mask, 0.2, 0.3)
+        loss, diagnostics = policy_loss(logprobs, old, advantages, mask, 0.2, 0.3)
         return loss.sum(), (loss, diagnostics)
 
     gradient, (loss, diagnostics) = jax.grad(total, has_aux=True)(old + jnp.log(ratio))
@@ -61,7 +61,7 @@ def test_policy_loss_by_hand():
 @hypothesis.given(masked_arrays(3))
 def test_policy_loss_equals_numpy(case):
     new, old, advantages, mask = case
-    loss, diagnostics = ppo_policy_loss(new, old, advantages, mask, 0.1, 0.3)
+    loss, diagnostics = policy_loss(new, old, advantages, mask, 0.1, 0.3)
     ratio = np.exp(new.astype(np.float64) - old)
     unclipped, clipped = -advantages * ratio, -advantages * np.clip(ratio, 0.9, 1.3)
     close(loss, np.where(mask, np.maximum(unclipped, clipped), 0), rtol=1e-4, atol=1e-6)
@@ -76,7 +76,7 @@ def test_at_ratio_1_the_gradient_is_that_of_the_policy_gradient():
     advantages, mask = jnp.array([[1.5, -0.5]]), jnp.ones((1, 2), bool)
 
     def total(new, old):
-        loss, diagnostics = ppo_policy_loss(new, old, advantages, mask, 0.2, 0.2)
+        loss, diagnostics = policy_loss(new, old, advantages, mask, 0.2, 0.2)
         return loss.sum(), diagnostics
 
     gradients, diagnostics = jax.grad(total, argnums=(0, 1), has_aux=True)(logprobs, logprobs)
@@ -89,7 +89,7 @@ def test_only_what_is_trained_has_a_gradient():
     arrays = [jnp.array([[x]]) for x in (-1.0, -1.1, 0.7)]
     mask = jnp.ones((1, 1), bool)
     cases = [
-        (lambda *a: ppo_policy_loss(*a, mask, 0.2, 0.2), True),
+        (lambda *a: policy_loss(*a, mask, 0.2, 0.2), True),
         (lambda *a: value_loss(*a, mask, 0.2), True),
         (lambda *a: value_loss(*a, mask, 0.05), False),  # clipped: the old value's own turn to have none
     ]
@@ -140,7 +140,7 @@ def test_garbage_past_the_end_reaches_no_value_and_no_gradient():
     a, b, c = jnp.array(np.random.default_rng(0).normal(size=(3, 2, 4)), jnp.float32)
 
     def policy(new, old, advantages):
-        loss, diagnostics = policy_losses.ppo_policy_loss(new, old, advantages, mask, 0.2, 0.2)
+        loss, diagnostics = policy_losses.policy_loss(new, old, advantages, mask, 0.2, 0.2)
         return loss.sum() + diagnostics["approx_kl"].sum(), (loss, diagnostics)
 
     def value(values, old, returns):
@@ -288,7 +288,7 @@ def test_a_row_where_nothing_is_possible_gives_no_nan():
 
     def total(logits):
         logprobs, entropy = token_logprobs(logits, jnp.zeros((1, 2), int), 1.0)
-        loss, _ = ppo_policy_loss(logprobs, logprobs, mask * 1.0, mask, 0.2, 0.2)
+        loss, _ = policy_loss(logprobs, logprobs, mask * 1.0, mask, 0.2, 0.2)
         return loss.sum() + jnp.where(mask, entropy, 0).sum()
 
     value, gradient = jax.value_and_grad(total)(logits)
@@ -352,7 +352,7 @@ def test_changing_a_setting_compiles_nothing_and_settings_batch():
     @jax.jit
     def both(clip):
         traces.append(clip)
-        policy, _ = policy_losses.ppo_policy_loss(new, old, returns, mask, clip, clip)
+        policy, _ = policy_losses.policy_loss(new, old, returns, mask, clip, clip)
         value, _ = losses.value_loss(new, old, returns, mask, clip)
         return policy, value
 

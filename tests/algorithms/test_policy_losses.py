@@ -24,7 +24,7 @@ def with_gradient(name, new, old, advantages, mask, low=0.2, high=0.2, dual_clip
     """Loss per token, diagnostics, and the gradients of the summed loss by new, old and advantages."""
 
     def total(new, old, advantages):
-        loss, noted = module.POLICY_LOSSES[name](new, old, advantages, mask, low, high, dual_clip)
+        loss, noted = module.policy_loss(new, old, advantages, mask, low, high, dual_clip, loss=name)
         return loss.sum(), (loss, noted)
 
     gradients, (loss, noted) = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(new, old, advantages)
@@ -163,7 +163,7 @@ def test_gspo_has_the_gradient_of_the_sequence_objective():
         return -(s * advantage).mean()
 
     def ours(new):
-        loss, _ = module.gspo_policy_loss(new, old, advantage[:, None] * mask, mask, 0.9, 9.0)
+        loss, _ = module.policy_loss(new, old, advantage[:, None] * mask, mask, 0.9, 9.0, loss="gspo")
         return masked.aggregate(loss, mask, "sequence", mask.sum(), 3)
 
     for a, b in zip(jax.value_and_grad(ours)(new), jax.value_and_grad(sequence)(new)):
@@ -218,7 +218,7 @@ def test_log_ratios_end_at_their_bound_and_have_no_gradient_beyond(name):
 
     def found(distance, bound):
         def total(new):
-            loss, noted = module.POLICY_LOSSES[name](new, old, advantages, mask, 0.9, 1e9, None, bound)
+            loss, noted = module.policy_loss(new, old, advantages, mask, 0.9, 1e9, None, bound, name)
             return loss.sum(), noted
 
         old = jnp.full((1, 2), -1.0 - distance)
@@ -248,7 +248,7 @@ def accumulated(name, how, parts, new, old, advantages, mask):
     """Value and gradient of the minibatch's loss, as the sum over microbatches of so many rows each."""
 
     def share(new, old, advantages, rows):
-        loss, _ = module.POLICY_LOSSES[name](new, old, advantages, rows, 0.2, 0.3, 3.0)
+        loss, _ = module.policy_loss(new, old, advantages, rows, 0.2, 0.3, 3.0, loss=name)
         return masked.aggregate(loss, rows, how, mask.sum(), len(mask))
 
     value, gradient, start = 0.0, [], 0

@@ -43,7 +43,7 @@ def test_a_host_that_does_not_write_compares_all_the_same(tmp_path):
         (CONFIG.replace("0.1", "0.2"), "ppo.kl.coef was 0.1, is now 0.2;"),
         (CONFIG.replace("null", "6.0"), "ppo.kl.target was null, is now 6.0;"),
         (CONFIG.replace("seed: 1", "seed: true"), "seed was 1, is now true;"),
-        (CONFIG.replace("[a, b]", "[a]"), "ppo.stages was ['a', 'b'], is now ['a'];"),
+        (CONFIG.replace("[a, b]", "[a]"), "ppo.stages was [a, b], is now [a];"),
         ("seed: 1\nppo: null\n", "ppo was a section, is now null;"),
         (CONFIG + "new: 3\n", "new was absent, is now 3;"),
         (CONFIG.replace("seed: 1\n", ""), "seed was 1, is now absent;"),

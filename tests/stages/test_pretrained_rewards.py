@@ -134,14 +134,14 @@ BAD = {
     "no classifier": ({"kind": "classifier", "path": "./absent"}, "ppo.reward.path: ./absent: no such folder"),
     "label of a reward model": (
         {"path": "plain", "label": "good"},
-        "ppo.reward.label; is for kind: classifier",
+        "ppo.reward.label; it belongs to kind: classifier",
     ),
     "kind without path": ({"kind": "classifier"}, "ppo.reward.path is missing"),
     "function with path": (
         {"kind": "function", "function": "a:b", "path": "x"},
-        "ppo.reward.path; is for kind: model",
+        "ppo.reward.path; it belongs to kind: model",
     ),
-    "template": ({"path": "plain", "template": "{prompt}"}, "ppo.reward: template holds {completion}"),
+    "template": ({"path": "plain", "template": "{prompt}"}, "ppo.reward: template must contain {completion}"),
     "nothing at all": ({}, "ppo.reward.path=FOLDER"),
 }
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import OptimizerConfig, PPOConfig
-from jaxrlhf.config.base import note
+from jaxrlhf.config.base import metadata
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.records import SFTBatch
 from jaxrlhf.steps.metrics import plain
@@ -83,7 +83,7 @@ def test_the_loss_is_its_three_terms_and_metrics_are_means_over_tokens(programs,
 def numbers_of(config, above=()):
     """Path of every number in nested settings that is traced."""
     for name, value in config:
-        if note(type(config), name, "traced") and value is not None:
+        if metadata(type(config), name, "traced") and value is not None:
             yield (*above, name)
         elif hasattr(value, "model_fields_set"):
             yield from numbers_of(value, (*above, name))

@@ -12,7 +12,7 @@ from jaxrlhf.records import SFTBatch
 from jaxrlhf.steps.annotate import annotate
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step
 from jaxrlhf.steps.ppo import init_ppo, ppo_loss
-from jaxrlhf.steps.sft import learnt_tokens, sft_loss
+from jaxrlhf.steps.sft import learned_tokens, sft_loss
 
 KEY = jax.random.key(21)
 FAST = OptimizerConfig(learning_rate=1e-2)
@@ -165,7 +165,7 @@ def test_the_mix_adds_the_gradient_of_its_mean_loss(programs, tiny, roles, exper
     config = PPOConfig(epochs=1, minibatches=1, pretraining_coef=0.7, optimizer=even)
     start = init_ppo(roles.policy, roles.value, config)
     after, metrics = programs.update(start, tiny, experience, KEY, config, mix)
-    tokens, learnt = jnp.sum(experience.response_mask), jnp.sum(learnt_tokens(mix))
+    tokens, learnt = jnp.sum(experience.response_mask), jnp.sum(learned_tokens(mix))
     ppo = jax.jit(jax.grad(lambda p: ppo_loss(p, roles.value, tiny, experience, config, tokens, 8)[0]))(roles.policy)
     loss, text = jax.jit(jax.value_and_grad(lambda p: sft_loss(tiny, p, mix) / learnt))(roles.policy)
     total = jax.tree.map(lambda g, h: g + 0.7 * h, ppo, text)

@@ -7,7 +7,7 @@ from jaxrlhf.config import OptimizerConfig
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.records import SFTBatch, TrainState
 from jaxrlhf.steps.optimizer import init_optimizer
-from jaxrlhf.steps.sft import learnt_tokens, sft_evaluate, sft_loss, sft_update
+from jaxrlhf.steps.sft import learned_tokens, sft_evaluate, sft_loss, sft_update
 
 loss_jit = jax.jit(sft_loss)
 update_jit = jax.jit(sft_update, static_argnames=("microbatches", "remat"))
@@ -72,7 +72,7 @@ def test_a_rows_first_token_is_not_learnt_from_the_row_before():
     packed = SFTBatch(
         tokens=np.ones((1, 6), np.int32), segments=np.array([[1, 1, 2, 2, 0, 0]]), loss_mask=np.ones((1, 6), bool)
     )
-    assert np.asarray(learnt_tokens(packed)).tolist() == [[True, False, True, False, False]]
+    assert np.asarray(learned_tokens(packed)).tolist() == [[True, False, True, False, False]]
 
 
 def test_what_is_not_learnt_changes_nothing(tiny, adapter, batch):
@@ -87,7 +87,7 @@ def test_microbatches_equal_the_whole_and_learning_lowers_the_loss(tiny, adapter
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
     whole, noted = update_jit(state, tiny, batch, config)
     parts, same = update_jit(state, tiny, batch, config, microbatches=3, remat="full")
-    assert len({int(n) for n in learnt_tokens(batch).reshape(3, -1).sum(1)}) > 1
+    assert len({int(n) for n in learned_tokens(batch).reshape(3, -1).sum(1)}) > 1
     for a, b in zip(jax.tree.leaves(parts.adapter), jax.tree.leaves(whole.adapter)):
         np.testing.assert_allclose(a, b, atol=1e-6)
     for name in noted:
