@@ -1,16 +1,16 @@
-"""Every algorithm on the quickstart's task, from one start; and a noisy reward model with and without a KL penalty.
+"""Compares all algorithms on the quickstart's task, and a noisy reward model with and without a KL penalty.
 
     python benchmarks/algorithms.py [--seeds 0,1,2] [--to runs/algorithms] [--only NAME,...] [--iterations N]
 
-Per seed the quickstart's SFT model and reward model are made once, and each row of `ALGORITHMS` starts from them, with
-the same number of answers in all. The same command goes on where it was stopped: what has finished is not run again.
+The quickstart's SFT model and reward model are trained once per seed. Each row of `ALGORITHMS` starts from them, with
+the same total number of completions. If interrupted, the same command resumes and skips finished runs.
 
     DIR/seed-N/                 SFT model and reward model; DIR/NAME/seed-N/ are the runs that start from it
     DIR/algorithms.md, .json    the table, and its figures by seed
     DIR/overoptimisation.svg    gold and proxy by iteration (2210.10760), with and without a KL penalty
     DIR/overoptimisation.json   the figure's numbers
 
-The figure needs matplotlib (`pip install -e '.[dev]'`); it is left out with a word where that is missing.
+The figure needs matplotlib (`pip install -e '.[dev]'`) and is skipped without it.
 """
 
 import argparse
@@ -33,25 +33,25 @@ from jaxrlhf.config.reading import dump_config, load_config
 from jaxrlhf.errors import UserError
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-ANSWERS = 64  # per iteration
-EVALUATED = 512  # answers before and after: to held-out prompts in turn
-ITERATIONS = 70  # those of the quickstart
-COMPILING = 2  # iterations that compile and are left out of the seconds per iteration
+COMPLETIONS = 64  # per iteration
+EVALUATED = 512  # completions of held-out prompts, before and after training
+ITERATIONS = 70  # as in the quickstart
+COMPILING = 2  # first iterations, which compile and do not count in the seconds per iteration
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """A row: what it changes of the quickstart, and `group` answers to each of ANSWERS / group prompts."""
+    """A row: changes to the quickstart's settings, with `group` completions of COMPLETIONS / group prompts."""
 
     paper: str
-    settings: str = ""  # overrides, split by spaces; each is of ppo
+    settings: str = ""  # overrides below `ppo`, separated by spaces
     group: int = 1
     learning_rate: float = 1e-3  # of the policy
 
     @property
     def overrides(self) -> list[str]:
         settings = [
-            f"batch_size={ANSWERS // self.group}",
+            f"batch_size={COMPLETIONS // self.group}",
             f"sampling.samples_per_prompt={self.group}",
             f"evaluation_prompts={EVALUATED // self.group}",
             f"update.optimizer.learning_rate={self.learning_rate}",
@@ -62,7 +62,7 @@ class Algorithm:
 
 GROUP = {"group": 4, "learning_rate": 2e-3}
 WHOLE = "update.aggregation=sequence"
-GRPO = "advantage.estimator=grpo"  # its KL stands in the loss: estimator and coefficient are tuned by row
+GRPO = "advantage.estimator=grpo"  # its KL is part of the loss; estimator and coefficient are tuned per row
 ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm("1707.06347"),
     "ppo-shared-trunk": Algorithm("1707.06347", "update.value_trunk=policy value_adapter=null"),
@@ -73,7 +73,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dr-grpo": Algorithm("2503.20783", "advantage.estimator=dr_grpo update.aggregation=constant", **GROUP),
     "reinforce++": Algorithm("2501.03262", "advantage.estimator=reinforce_plus_plus"),
     "reinforce++-baseline": Algorithm("2501.03262", "advantage.estimator=reinforce_plus_plus_baseline", **GROUP),
-    # The greedy answer's return has no KL penalty in it, so the sampled one's must not have one either.
+    # The greedy completion's return has no KL penalty, so the sampled one's must not have one either.
     "remax": Algorithm("2310.10505", "advantage.estimator=remax update.kl_loss=k3", learning_rate=2e-3),
     "gspo": Algorithm(
         "2507.18071",
@@ -85,7 +85,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         f"{GRPO} update.kl_loss=k2 kl.coef=0.02 update.loss=cispo update.clip_low=1.0 update.clip_high=1.0",
         group=4,
     ),
-    # One step an iteration: without a ratio, later ones would be off-policy.
+    # One step per iteration, because this loss has no ratio to correct later, off-policy ones.
     "pg": Algorithm(
         "Williams 1992",
         "advantage.estimator=rloo update.loss=pg update.epochs=1 update.minibatches=1",
@@ -94,7 +94,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
 }
 
-# The over-optimisation runs: a reward model that saw an eighth of the quickstart's pairs, and PPO for longer.
+# The over-optimisation runs: a reward model trained on an eighth of the quickstart's pairs, and longer PPO.
 OVER = "over-optimisation"
 NOISY = ["reward_model.data.limit=3000"]
 PENALTIES = {"no KL penalty": "ppo.kl.coef=0.0", "KL penalty": "ppo.kl.coef=0.05"}
@@ -106,7 +106,7 @@ LONGER = 100 / 70  # of the other runs' iterations
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """One call of jaxrlhf.train; it has finished when its last stage has."""
+    """One call of jaxrlhf.train."""
 
     folder: Path
     overrides: tuple[str, ...]
@@ -116,11 +116,11 @@ class TrainingRun:
         return [f"run_dir={self.folder}", *self.overrides]
 
     def check(self) -> None:
-        """UserError where a setting is wrong, or the folder holds a run with other settings."""
+        """Raises UserError if a setting is wrong or the folder holds a run with other settings."""
         check_run(self.folder, dump_config(load_config(str(CONFIG), self.arguments)))
 
     def finished(self, stage: str = "ppo") -> dict | None:
-        """What the stage reached; None where it has not finished, or under other settings."""
+        """The stage's results; None if it has not finished or the run has other settings."""
         path = self.folder / "roles" / "finished.json"
         if not path.exists():
             return None
@@ -131,23 +131,23 @@ class TrainingRun:
         return json.loads(path.read_text(encoding="utf-8")).get(stage)
 
     def steps(self) -> list[dict]:
-        """PPO's lines of metrics.jsonl."""
+        """The ppo stage's lines of metrics.jsonl."""
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [line for line in map(json.loads, lines) if line["stage"] == "ppo"]
 
     def run(self, what: str) -> None:
-        """Runs it, or goes on with it; leaves with its exit status where it fails."""
+        """Starts or resumes the run; exits if it fails."""
         command = [sys.executable, "-m", "jaxrlhf.train", "--config", os.path.relpath(CONFIG), *self.arguments]
         print(f"{what}: python", shlex.join(command[1:]), flush=True)
-        # Its last table is in roles/finished.json too; errors and progress go to stderr.
+        # The final table on stdout is also in roles/finished.json; errors and progress go to stderr.
         status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
         if status:
-            sys.exit(f"{what}: jaxrlhf.train left with {status}; the same command goes on from here")
+            sys.exit(f"{what}: jaxrlhf.train ended with status {status}; the same command resumes here")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which runs there are, by seed."""
+    """The runs of each seed."""
 
     to: Path
     seeds: list[int]
@@ -172,7 +172,7 @@ class Plan:
         return TrainingRun(self.to / name / f"seed-{seed}", (*shared, *settings))
 
     def todo(self, names: list[str]) -> list[tuple[str, str, TrainingRun]]:
-        """(what, last stage, run) of every run that the names need, in order: one seed after the other."""
+        """(description, last stage, run) of every run that the names need, in order, one seed after the other."""
         runs = []
         for seed in self.seeds:
             runs.append((f"start, seed {seed}", "reward_model", self.start(seed)))
@@ -189,7 +189,7 @@ class Plan:
 
 
 def measured(run: TrainingRun) -> dict[str, float] | None:
-    """A run's row; None where it has not finished."""
+    """The figures of a run; None if it has not finished."""
     reached = run.finished()
     if reached is None:
         return None
@@ -201,12 +201,12 @@ def measured(run: TrainingRun) -> dict[str, float] | None:
         "proxy after": after["reward/score"],
         "KL": after["kl/k1"],
         "seconds per iteration": statistics.median(step["seconds"] for step in steps[COMPILING:] or steps),
-        "seconds": sum(step["seconds"] for step in steps),  # a resumed run's compilation counts again
+        "seconds": sum(step["seconds"] for step in steps),  # includes compilation, once per start
     }
 
 
 def results(plan: Plan) -> dict[str, dict]:
-    """Per algorithm that any seed has finished: its settings and its figures by seed."""
+    """Algorithm -> its settings and figures by seed, if any seed has finished."""
     found = {}
     for name, algorithm in ALGORITHMS.items():
         rows = {seed: row for seed in plan.seeds if (row := measured(plan.algorithm(name, seed))) is not None}
@@ -216,7 +216,7 @@ def results(plan: Plan) -> dict[str, dict]:
 
 
 def table(found: dict[str, dict]) -> str:
-    """A Markdown table: means over the seeds, with least and greatest."""
+    """The results as a Markdown table: mean (min to max) over seeds."""
     lines = [
         "| algorithm | prompts x answers | gold before | gold after | KL, nats per answer | proxy after "
         "| s per iteration, least | s in all, least | learning rate | other settings under `ppo` |",
@@ -227,12 +227,12 @@ def table(found: dict[str, dict]) -> str:
         columns = {key: [figures[key] for figures in seeds] for key in seeds[0]}
         cells = [
             f"{name} ({row['paper']})",
-            f"{ANSWERS // row['group']} x {row['group']}",
+            f"{COMPLETIONS // row['group']} x {row['group']}",
             f"{statistics.mean(columns['gold before']):.3f}",
             spread(columns["gold after"], 3),
             spread(columns["KL"], 1),
             spread(columns["proxy after"], 2),
-            # The least: another job beside a run only ever adds to its time.
+            # The minimum, because other jobs on the machine only add time.
             f"{min(columns['seconds per iteration']):.2f}",
             f"{min(columns['seconds']):.0f}",
             f"{row['learning_rate']:g}",
@@ -249,7 +249,7 @@ def machine() -> dict[str, str | int]:
 def write_table(plan: Plan) -> str:
     found = results(plan)
     document = {
-        "machine": machine(), "iterations": plan.iterations, "answers per iteration": ANSWERS,
+        "machine": machine(), "iterations": plan.iterations, "answers per iteration": COMPLETIONS,
         "answers evaluated": EVALUATED, "algorithms": found,
     }  # fmt: skip
     atomic_write(plan.to / "algorithms.json", json.dumps(document, indent=1) + "\n")
@@ -261,7 +261,7 @@ def write_table(plan: Plan) -> str:
 
 
 def curves(plan: Plan) -> dict[str, dict[int, dict[str, list[float]]]]:
-    """Penalty -> seed -> name in CURVES -> value by iteration, of the runs that have finished."""
+    """Penalty -> seed -> name in CURVES -> values by iteration, of the finished runs."""
     found: dict[str, dict] = {}
     for penalty in PENALTIES:
         for seed in plan.seeds:
@@ -282,7 +282,7 @@ def write_figure(plan: Plan) -> str:
     try:
         draw(found, plan.to / "overoptimisation.svg")
     except ModuleNotFoundError as missing:
-        print(f"no figure: {missing}; pip install -e '.[dev]'")
+        print(f"figure skipped: {missing}; pip install -e '.[dev]'")
     return summary(found)
 
 
@@ -296,16 +296,16 @@ def integers(text: str) -> list[int]:
 def names(text: str) -> list[str]:
     chosen, known = text.split(","), [OVER, *ALGORITHMS]
     if unknown := [name for name in chosen if name not in known]:
-        raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; there are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"unknown name {unknown[0]!r}; names are {', '.join(known)}")
     return chosen
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], metavar="N,...", help="such as 0,1,2, the default")
-    parser.add_argument("--to", type=Path, default=Path("runs/algorithms"), metavar="DIR", help="for runs and figures")
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], metavar="N,...", help="default: 0,1,2")
+    parser.add_argument("--to", type=Path, default=Path("runs/algorithms"), metavar="DIR", help="output folder")
     parser.add_argument("--only", type=names, default=[OVER, *ALGORITHMS], metavar="NAME,...", help="rows to run")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of each algorithm; the figure: 10/7 of it")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="per algorithm; the figure takes 10/7 of it")
     return parser.parse_args(arguments)
 
 
@@ -332,5 +332,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes here", file=sys.stderr)
         sys.exit(130)

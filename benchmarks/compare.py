@@ -1,10 +1,10 @@
-"""Times this package and a peer in turn on the same work: ours, theirs, ours, theirs, ...; prints the ratios.
+"""Times this package and a peer alternately on the same work, and prints the ratios.
 
     python benchmarks/compare.py --peer trl --python peers/bin/python --script trl_ppo.py [--rounds 3]
         [--script-args "--minibatches 1 --updates 5"] [key.path=value ...]
 
-Key paths go to our side, on top of configs/bench.yaml. The peer's script is any that prints a last line `JSON {...}`
-with seconds per iteration; README.md here says under which keys. A ratio above 1: the peer takes so many times as long.
+Key paths override configs/bench.yaml on our side. The peer's script must print a last line `JSON {...}` with seconds
+per iteration, under the keys in README.md here. A ratio above 1 means that the peer takes that many times as long.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _SCORING = ("reward", "annotate", "experience")
 
 
 def _plain(text: str) -> dict[str, float]:
-    """A script that uses our own names for the parts."""
+    """Reads a script that uses our names for the parts."""
     found = _last_json(text)
     return {part: float(found[part]) for part in PARTS if part in found}
 
@@ -50,7 +50,7 @@ def _generate(text: str) -> dict[str, float]:
 
 
 def _tunix(text: str) -> dict[str, float]:
-    """It prints no JSON, but `median s/iter 1.41 | generate 0.31 | old logp 0.1 | ...`."""
+    """Reads `median s/iter 1.41 | generate 0.31 | old logp 0.1 | ...`, which it prints instead of JSON."""
     line = next((line for line in text.splitlines() if line.startswith("median s/iter")), None)
     peak = re.search(r"peak RSS ([\d.]+) GiB", text)
     if line is None or peak is None:
@@ -67,8 +67,8 @@ def _tunix(text: str) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    read: Callable[[str], dict[str, float]]  # from what its script prints
-    overrides: tuple[str, ...] = ()  # of ours, so that both do the same work
+    read: Callable[[str], dict[str, float]]  # parses the output of its script
+    overrides: tuple[str, ...] = ()  # for our side, so that both do the same work
     arguments: str = ""
 
 
@@ -81,7 +81,7 @@ PEERS = {
 
 
 class Unusable(Exception):
-    """What cannot be compared, in a line for a person."""
+    """A comparison that is not possible, with a one-line message."""
 
 
 def _last_json(text: str) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _last_json(text: str) -> dict[str, Any]:
 
 
 def ours(found: dict[str, Any]) -> dict[str, float]:
-    """The parts of what `jaxrlhf bench --json` wrote; the whole is PPO's own iteration, with its host work."""
+    """The parts from the output of `jaxrlhf bench --json`; the whole is a PPO iteration with its host work."""
     (stage,) = (s for s in found["stages"] if s["stage"] == "ppo")
     seconds = stage["loop"]["by_program"]
     return {
@@ -114,7 +114,7 @@ def run_ours(overrides: list[str]) -> dict[str, float]:
         _output([*command, *overrides])
         found = json.loads(target.read_text(encoding="utf-8"))
         if [stage["stage"] for stage in found["stages"]] != ["ppo"]:
-            raise Unusable("stages: PPO alone is compared; leave them as configs/bench.yaml has them")
+            raise Unusable("stages: only ppo can be compared; do not override stages")
         return ours(found)
 
 
@@ -123,7 +123,7 @@ def run_peer(peer: Peer, python: str, script: Path, arguments: str) -> dict[str,
     try:
         found = peer.read(text)
     except (ValueError, KeyError, TypeError) as error:
-        raise Unusable(f"{script}: what it printed cannot be read: {error}") from None
+        raise Unusable(f"{script}: its output cannot be read: {error}") from None
     if not found or not all(_is_measured(value) for value in found.values()):
         raise Unusable(f"{script}: it printed {found or 'none of ' + ', '.join(PARTS)}; each must be a number above 0")
     return found
@@ -145,7 +145,7 @@ def _output(command: list[str], folder: Path = ROOT) -> str:
 
 
 def table(peer: str, mine: list[dict[str, float]], theirs: list[dict[str, float]]) -> str:
-    """Medians of the rounds with (least to greatest); the ratio is of the medians, its spread of the rounds."""
+    """Median (min to max) over rounds per part; the ratio is that of the medians, with its range over rounds."""
     lines = ["| part | ours | " + peer + " | ratio |", "| --- | --- | --- | --- |"]
     for part in PARTS:
         a, b = ([side[part] for side in sides if part in side] for sides in (mine, theirs))
@@ -168,16 +168,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", required=True, choices=sorted(PEERS))
     parser.add_argument("--python", required=True, help="interpreter of the peer's own environment")
     parser.add_argument("--script", required=True, type=Path, help="the peer's script; it runs in its own folder")
-    parser.add_argument("--script-args", help="its arguments; default: those of the standard work")
+    parser.add_argument("--script-args", help="its arguments; default: those of the standard workload")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side; default 3")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of our side")
     given = parser.parse_intermixed_args(arguments)
     if given.rounds < 1:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
     if not given.script.is_file():
-        parser.error(f"--script: there is no file {given.script}")
+        parser.error(f"--script: no such file: {given.script}")
     if shutil.which(given.python) is None:
-        parser.error(f"--python: {given.python} is no program that can be run")
+        parser.error(f"--python: {given.python} is not an executable program")
     try:
         shlex.split(given.script_args or "")
     except ValueError as error:

@@ -1,11 +1,12 @@
-"""What the defaults do, and what they were chosen against: the figures of docs/defaults.md.
+"""Measures the effect of default settings and their alternatives: the figures of docs/defaults.md.
 
     python benchmarks/defaults.py [steps] [epsilon] [lam] [value]         numbers on random models; minutes
     python benchmarks/defaults.py runs --model FOLDER --data FILE --reward path.py:function [--iterations 100]
 
-`steps`: how far one iteration moves a policy, by width and kind. `epsilon`: what Adam's epsilon leaves of a step at the
-gradients of large models. `lam`: what of a final score reaches the first tokens. `value`: how fast a value model comes
-to its scores' scale. `runs`: PPO with nothing set but model, data, reward and lengths: LoRA, the whole model, GRPO.
+`steps`: how far one iteration moves a policy, by width and kind. `epsilon`: how much of a step Adam's epsilon leaves at
+the gradients of large models. `lam`: how much of a final score reaches the first tokens. `value`: how fast a value
+model reaches the scale of its scores. `runs`: PPO with only model, data, reward and lengths set: LoRA, full fine-tune,
+GRPO.
 """
 
 import argparse
@@ -42,7 +43,7 @@ STORY = {"text_tokens": 8}  # a story's first tokens are the prompt
 
 
 def random_decoder(width: int, seed: int = 3) -> Decoder:
-    """Two layers whose activations have size 1 and whose logits have a deviation of about 2."""
+    """Two layers with activations of size 1 and logits with a deviation of about 2."""
     config = DecoderConfig(
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, layers=2, heads=width // 32,
         kv_heads=width // 32, head_dim=32, max_positions=64, stop_tokens=(), pad_token=0,
@@ -57,8 +58,9 @@ def random_decoder(width: int, seed: int = 3) -> Decoder:
 
 
 def moved(width: int, kind: str, configs: list[PPOConfig]) -> list[tuple[float, float]]:
-    """For each of the settings (KL per token of the old policy to the new one, share of tokens out of 0.8 .. 1.2) after
-    one iteration; all learn from the same answers.
+    """(KL per token from old to new policy, share of ratios outside 0.8 .. 1.2) after one iteration with each config.
+
+    All of them learn from the same completions.
     """
     base = random_decoder(width)
     policy = init_adapter(base, AdapterConfig(kind=kind), jax.random.key(1))
@@ -67,21 +69,21 @@ def moved(width: int, kind: str, configs: list[PPOConfig]) -> list[tuple[float, 
     tokens = jnp.asarray(generator.integers(1, VOCABULARY, (ROWS, PROMPT)), jnp.int32)
     prompts = Prompts(tokens, jnp.ones((ROWS, PROMPT), bool))
     sampling = Sampling(max_new_tokens=ANSWER, stop_tokens=(), max_compactions=0)
-    answers = jax.jit(rollout)(base, policy, prompts, jax.random.key(5), sampling)
-    noted, update, found = jax.jit(annotate), jax.jit(ppo_update), []
-    before = noted(base, policy, value, None, answers)
+    sampled = jax.jit(rollout)(base, policy, prompts, jax.random.key(5), sampling)
+    annotated, update, results = jax.jit(annotate), jax.jit(ppo_update), []
+    before = annotated(base, policy, value, None, sampled)
     scores = jnp.asarray(generator.standard_normal(ROWS), jnp.float32)
-    experience, _ = build_experience(answers, before, scores, 0.05, lam=AdvantageConfig().lam)
+    experience, _ = build_experience(sampled, before, scores, 0.05, lam=AdvantageConfig().lam)
     for config in configs:
         state, _ = update(init_ppo(policy, value, config), base, experience, jax.random.key(0), config)
-        ratio = noted(base, state.policy, value, None, answers).logprobs - before.logprobs
-        outside = (ratio > np.log(1.2)) | (ratio < np.log(0.8))
-        found.append((float((jnp.expm1(ratio) - ratio).mean()), float(outside.mean())))
-    return found
+        log_ratio = annotated(base, state.policy, value, None, sampled).logprobs - before.logprobs
+        outside = (log_ratio > np.log(1.2)) | (log_ratio < np.log(0.8))
+        results.append((float((jnp.expm1(log_ratio) - log_ratio).mean()), float(outside.mean())))
+    return results
 
 
 def steps() -> None:
-    print("one iteration: KL per token, old to new; share of tokens out of the clip range")
+    print("one iteration: KL per token, old to new; share of tokens outside the clip range")
     print("| trained | width | 4 x 1, 1e-4 (before) | 1 x 4, defaults |\n|" + " --- |" * 4)
     for kind, widths in (("lora", (64, 256, 768, 2048)), ("full", (64, 256, 768))):
         for width in widths:
@@ -93,7 +95,7 @@ def steps() -> None:
 
 
 def epsilon() -> None:
-    print("share of Adam's step that is left, where all gradients are alike, by the gradient's norm")
+    print("share of Adam's step that epsilon leaves, if all gradients are equal, by gradient norm")
     print("| trained | gradient norm | each | epsilon 1e-5 | 1e-8 |\n|" + " --- |" * 5)
     for name, count in (("LoRA r16 of 1B", 11e6), ("LoRA r16 of 8B", 42e6), ("whole 1B", 1.2e9), ("whole 8B", 8e9)):
         for norm in (1.0, 0.1):
@@ -103,8 +105,8 @@ def epsilon() -> None:
 
 
 def lam() -> None:
-    print("a fresh value model (0 everywhere), a score of 0 or 1 at the end: whitened advantage of 1 minus that of 0")
-    print("| answer | lam | first token | half way | last | tokens with more than 0.1 |\n|" + " --- |" * 6)
+    print("a value model of 0 everywhere, a final score of 0 or 1: whitened advantage of 1 minus that of 0")
+    print("| tokens | lam | first token | half way | last | tokens with more than 0.1 |\n|" + " --- |" * 6)
     generator = np.random.default_rng(0)
     for length in (64, 320, 1024):
         rewards = np.zeros((256, length), np.float32)
@@ -118,7 +120,7 @@ def lam() -> None:
 
 
 def value() -> None:
-    print("iterations until a value is within a tenth of the scores' deviation of their mean, its loss solved exactly")
+    print("iterations until a value is within a tenth of the scores' deviation of their mean, with its loss minimised")
     print("| scores | value begins at | clip 0.2 | clip 0.5 |\n|" + " --- |" * 4)
     for name, mean, deviation, start in (
         ("0 or 1", 0.4, 0.5, 0.0), ("a reward model's", 3.0, 2.0, 0.0), ("0 to 10", 5.0, 3.0, 0.0),
@@ -128,13 +130,13 @@ def value() -> None:
 
 
 def _iterations(start: float, mean: float, near: float, clip: float) -> int:
-    """How many times the least of `value_loss` on a grid around the old value is taken."""
+    """Number of times that `value_loss` is minimised on a grid around the old value."""
     current, mask = start, jnp.ones((1, 4001), bool)
     for count in range(1, 1000):
         old = jnp.full((1, 4001), current)
         grid = current + jnp.linspace(-2.0, 2.0, 4001)[None]
         losses = np.asarray(value_loss(grid, old, jnp.full_like(grid, mean), mask, clip)[0])[0]
-        # Beyond the clip the loss is flat at best: an optimizer stops where it gets there.
+        # Beyond the clip the loss is flat at best, so an optimizer stops where it reaches that.
         best = np.flatnonzero(losses <= losses.min() + 1e-9)
         current = float(min((float(grid[0, i]) for i in best), key=lambda x: abs(x - current)))
         if abs(current - mean) < near:
@@ -146,13 +148,13 @@ def _iterations(start: float, mean: float, near: float, clip: float) -> int:
 
 RUNS = {
     "LoRA": [],
-    "whole model": ["adapter.kind=full"],
+    "full fine-tune": ["adapter.kind=full"],
     "GRPO": ["ppo.advantage.estimator=grpo", "ppo.sampling.samples_per_prompt=8"],
 }
 
 
 def runs(given: argparse.Namespace) -> None:
-    """Reward by tenth of the run, and KL at its end."""
+    """Prints the reward by tenth of each run, and the KL at its end."""
     ppo = {
         "data": {"path": given.data, **STORY}, "max_prompt_tokens": 16, "overflow": "cut", "sampling":
         {"max_new_tokens": 64}, "reward": {"kind": "function", "function": given.reward},

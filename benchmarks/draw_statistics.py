@@ -1,10 +1,9 @@
-"""Chi-square of the tokens that `rollout.sampling.draw` draws from a large vocabulary, rare ones included.
+"""Chi-square test of `rollout.sampling.draw` on a large vocabulary, including rare tokens.
 
     python benchmarks/draw_statistics.py [--draws 10000000] [--vocabulary 151936] [--seed 0]
 
-prints a table for `benchmarks/README.md`. Bins are single tokens where 25 draws of them are expected; rarer ones are
-pooled in the order of their probability. A line says how often tokens below 2^-24 were drawn, which one float32
-number a draw could not reach.
+Prints a table for `benchmarks/README.md`. A token with at least 25 expected draws is a bin; rarer tokens are pooled in
+order of probability. The table also counts draws of tokens below 2^-24, which one float32 number per draw cannot reach.
 """
 
 import argparse
@@ -18,11 +17,11 @@ from scipy import stats
 from jaxrlhf.rollout.sampling import draw, row_uniforms
 
 CHUNK = 50_000
-EXPECTED = 25  # draws of a bin, at least
+EXPECTED = 25  # least number of expected draws per bin
 
 
 def cases(vocabulary: int) -> dict[str, np.ndarray]:
-    """Logits f32[vocabulary] of three kinds."""
+    """Three kinds of logits, f32[vocabulary]."""
     generator = np.random.default_rng(0)
     noise = generator.normal(0, 2.5, vocabulary)
     likely = np.arange(vocabulary) < 50
@@ -34,7 +33,7 @@ def cases(vocabulary: int) -> dict[str, np.ndarray]:
 
 
 def drawn(logits: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """How often each token is drawn, i64[vocabulary]: one row of logits, with the numbers of rows of a rollout."""
+    """Number of draws of each token, i64[vocabulary], with the random numbers that the rows of a rollout use."""
     logits = jnp.asarray(logits, jnp.float32)[None]
 
     @jax.jit
@@ -54,14 +53,15 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, in
     expected = np.cumsum(counts.sum() * probabilities[order])
     bins = np.zeros(order.size, int)
     start, number = 0.0, 0
-    for i, total in enumerate(expected):  # a bin is full with the token that brings it to EXPECTED
+    for i, total in enumerate(expected):  # the token that brings a bin to EXPECTED completes it
         bins[i] = number
         if total - start >= EXPECTED:
             start, number = total, number + 1
-    bins = np.minimum(bins, number - 1)  # what is left over joins the last bin
-    observed, meant = (np.bincount(bins, x[order]) for x in (counts, counts.sum() * probabilities))
-    statistic = float(((observed - meant) ** 2 / meant).sum())
-    return statistic, len(meant) - 1, float(stats.chi2.sf(statistic, len(meant) - 1))
+    bins = np.minimum(bins, number - 1)  # the remaining tokens join the last bin
+    observed, expected_in_bin = (np.bincount(bins, x[order]) for x in (counts, counts.sum() * probabilities))
+    statistic = float(((observed - expected_in_bin) ** 2 / expected_in_bin).sum())
+    freedom = len(expected_in_bin) - 1
+    return statistic, freedom, float(stats.chi2.sf(statistic, freedom))
 
 
 def main() -> None:
@@ -79,10 +79,10 @@ def main() -> None:
         probabilities = weights / weights.sum()
         statistic, freedom, p = chi_square(counts, probabilities)
         rare = probabilities < 2**-24
-        meant = counts.sum() * probabilities[rare].sum()
+        expected = counts.sum() * probabilities[rare].sum()
         print(
             f"| {name} | {counts.sum():,} | {freedom + 1:,} | {statistic:,.0f} | {p:.2f} | {rare.sum():,} | "
-            f"{meant:,.0f} | {counts[rare].sum():,} | {time.perf_counter() - start:.0f} |",
+            f"{expected:,.0f} | {counts[rare].sum():,} | {time.perf_counter() - start:.0f} |",
             flush=True,
         )
 

@@ -1,9 +1,10 @@
-"""What submitting a step before reading the one before gains: both ways in turn in one run of the sft stage.
+"""Measures the gain of submitting an SFT step before reading the metrics of the previous one.
 
     python benchmarks/host_loop.py [--blocks 20] [key.path=value ...]
 
-Runs the quickstart's SFT in a fresh folder, ten steps at a time with each way, and prints the time of a step with each
-and the median ratio of neighbouring blocks. The first block of each way is left out: it compiles.
+Runs the quickstart's SFT in a temporary folder, in blocks of ten steps that alternately read metrics at once or late.
+Prints the time per step of each, and the median ratio of neighbouring blocks. The first block of each is left out,
+because it compiles.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
-    times: dict[bool, list[float]] = {False: [], True: []}  # seconds of a block, by whether steps were read late
+    times: dict[bool, list[float]] = {False: [], True: []}  # seconds per block, by whether metrics were read late
 
     class Alternating(Loop):
         def submitted(self, step: int, *rest, **named) -> None:

@@ -1,11 +1,11 @@
-"""Kernels that one optimizer step launches on a card, counted in what XLA compiles for it; no card is needed.
+"""Counts the GPU kernels of one optimizer step in the program that XLA compiles; no GPU is needed.
 
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION    (jaxlib's version; 180 MB)
     python benchmarks/kernels.py [--card h100] [--stage ppo|sft] [--layers 6]
 
-`--card` names a description in jaxrlhf/plan/targets. The model is that of configs/bench with so many layers, and LoRA
-of rank 8 on all linear layers; ppo has two of these (policy and value). What is counted are the kernels that come from
-`optimizer_step` and all copies beside them: for ppo in the loop over minibatches, for sft in the whole program.
+`--card` names a description in jaxrlhf/plan/targets. The model is that of configs/bench with `--layers` layers and
+LoRA of rank 8 on all linear layers; ppo has two adapters (policy and value). It counts the kernels of `optimizer_step`
+and all copies around them, for ppo in the loop over minibatches, for sft in the full program.
 """
 
 import argparse
@@ -38,7 +38,7 @@ LAUNCHED = "fusion|custom-call|copy|reduce|concatenate|slice|transpose|select|co
 
 
 def lowered(stage: str, layers: int) -> tuple:
-    """(function, shapes of its arguments): one step of the stage, float32."""
+    """(function, abstract arguments) of one float32 step of the stage."""
     model = dataclasses.replace(read_config(json.loads(MODEL.read_text()), str(MODEL)), layers=layers)
     base, rate = abstract_decoder(model, "float32"), OptimizerConfig(learning_rate=1e-4)
 
@@ -64,7 +64,7 @@ def lowered(stage: str, layers: int) -> tuple:
 
 
 def count(text: str) -> tuple[collections.Counter, int]:
-    """(kernels of the optimizer by kind, all kernels) of the computation that has most of the optimizer's."""
+    """(optimizer kernels by kind, number of all kernels) of the computation with the most optimizer kernels."""
     computation = r"^(?:ENTRY )?%?(?!fused|wrapped)[\w.\-]+ \([^\n]*\) -> [^\n]* \{\n(.*?)^\}"
     best = collections.Counter(), 0
     for body in re.findall(computation, text, re.M | re.S):
@@ -93,7 +93,7 @@ def main() -> None:
     compiled = jitted.lower(*shapes).compile()
     kinds, launched = count(compiled.as_text())
     print(f"{given.stage}, {given.layers} layers: optimizer launches {kinds.total()}: {dict(kinds.most_common())}")
-    print(f"{launched} kernels in the computation that they are in")
+    print(f"{launched} kernels in the computation that contains them")
     print(f"temporaries {compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB")
 
 

@@ -1,15 +1,14 @@
-"""Kills a run at random moments, again and again, and compares what it becomes with a run that nothing interrupted.
+"""Kills a run repeatedly at random moments, and compares its result with that of an uninterrupted run.
 
     python benchmarks/kill_trial.py [--kills 100] [--signals KILL] [--seed 0] [--short] [--folder DIR]
 
-One tiny run (whole-model SFT, reward model, PPO with groups, a sum of the reward adapter and a function, and all that
-PPO can carry from iteration to iteration) is started with the same command until it ends. Each time it is killed
-(SIGKILL, or SIGTERM where --signals names TERM) at a random moment between the start of Python and the share of the
-steps that this kill may let through. At the end the weights of all roles, what the stages reached, metrics.jsonl
-(without clocks, memory and counts of compilations) and samples.jsonl must be the same to the last bit. Prints where
-the kills landed; exit status 1 where anything differs.
+The run is tiny: a full fine-tune in SFT, a reward model, and PPO with groups, a sum of rewards and all state that PPO
+can carry between iterations. It is started with the same command until it finishes, and killed (SIGKILL, or SIGTERM if
+--signals names TERM) each time at a random moment. The n-th kill comes at the latest after its share of the steps. At
+the end the weights of all roles, the stages' results, metrics.jsonl (without clocks, memory and compilation counts) and
+samples.jsonl must be bit-identical. Prints where the kills hit; exit status 1 if anything differs.
 
-Compiled programs are kept in the folder between starts (JAX's persistent cache), which makes a start cheap.
+The folder keeps compiled programs between starts (JAX's persistent cache), which makes a start cheap.
 """
 
 import argparse
@@ -57,15 +56,15 @@ CONFIG = {
         "gold": "jaxrlhf.toy.world:gold_score", "evaluation_prompts": 8, "save_every": 3, "sample_every": 2,
     },
 }  # fmt: skip
-PASSING = ("seconds", "time/", "tokens_per_second/", "memory/", "compiles/")  # of a process, not of the run
+PASSING = ("seconds", "time/", "tokens_per_second/", "memory/", "compiles/")  # metrics of the process, not of the run
 STOPPED = {signal.SIGKILL: -9, signal.SIGTERM: 143}
 
 
-# ---------------------------------------------------------------- the run that is killed
+# ---------------------------------------------------------------- the killed run
 
 
 def child(arguments: list[str], phases: Path) -> int:
-    """The command, with notes of what it is doing. They only watch: what runs is what a person runs."""
+    """Runs the unchanged train command, and records in the file `phases` what it is doing."""
     file = os.open(phases, os.O_WRONLY | os.O_CREAT)
 
     def note(text: str, place: int = 0) -> None:
@@ -115,7 +114,7 @@ def child(arguments: list[str], phases: Path) -> int:
 
 
 def phase_of(file: Path) -> tuple[str, bool]:
-    """What the process was doing, and whether it was saving meanwhile."""
+    """(what the process was doing, whether a save was running)."""
     try:
         text = file.read_text()
     except FileNotFoundError:
@@ -127,7 +126,7 @@ def phase_of(file: Path) -> tuple[str, bool]:
 
 
 def shortened(config: dict) -> dict:
-    """The same with a seventh of the steps."""
+    """The config with a seventh of the steps."""
     short = json.loads(json.dumps(config))
     short["ppo"]["iterations"] = 8
     for stage in ("sft", "reward_model"):
@@ -137,7 +136,7 @@ def shortened(config: dict) -> dict:
 
 
 class Trial:
-    """One run in its folder, started as often as it takes."""
+    """A run in its folder, and the command that starts or resumes it."""
 
     def __init__(self, folder: Path, name: str, short: bool = False):
         self.run, self.phases = folder / name, folder / f"{name}.phases"
@@ -150,19 +149,19 @@ class Trial:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
-        self.said = folder / f"{name}.said"
+        self.output = folder / f"{name}.log"
 
     def start(self) -> subprocess.Popen:
         self.phases.unlink(missing_ok=True)
-        with open(self.said, "ab") as said:
-            return subprocess.Popen(self.command, env=self.environment, stdout=said, stderr=said)
+        with open(self.output, "ab") as output:
+            return subprocess.Popen(self.command, env=self.environment, stdout=output, stderr=output)
 
     def finish(self) -> float:
-        """Runs to the end; seconds that it took."""
+        """Runs to the end; returns the seconds."""
         began = time.monotonic()
         status = self.start().wait()
         if status:
-            sys.exit(f"the run ended with status {status}:\n{self.said.read_text()[-3000:]}")
+            sys.exit(f"the run ended with status {status}:\n{self.output.read_text()[-3000:]}")
         return time.monotonic() - began
 
     def lines(self, name: str = "metrics.jsonl") -> list[dict]:
@@ -175,8 +174,8 @@ class Trial:
 
 
 def kill_once(trial: Trial, number: signal.Signals, wait: float, limit: int, linger: float) -> tuple[str, bool] | None:
-    """Kills after `wait` seconds, or `linger` seconds after there are `limit` steps; where it was then, or None where
-    it ended first."""
+    """Kills the run after `wait` seconds, or `linger` seconds after step `limit`; returns its phase, or None if it
+    finished first."""
     process, began = trial.start(), time.monotonic()
     while time.monotonic() - began < wait and trial.steps() < limit:
         if process.poll() is not None:
@@ -185,23 +184,22 @@ def kill_once(trial: Trial, number: signal.Signals, wait: float, limit: int, lin
     if time.monotonic() - began < wait:
         time.sleep(linger)
     process.send_signal(number)
-    phase = phase_of(trial.phases)  # of a killed process, what it was; SIGTERM lets it go on a little
+    phase = phase_of(trial.phases)  # read after the signal: SIGKILL freezes it, SIGTERM lets it change a little
     status = process.wait()
     if status == 0:
         return None
-    early = number == signal.SIGTERM and status == -signal.SIGTERM  # before the command could listen
+    early = number == signal.SIGTERM and status == -signal.SIGTERM  # before the command installed its handler
     if status != STOPPED[number] and not early:
-        sys.exit(f"the run ended with status {status}:\n{trial.said.read_text()[-3000:]}")
+        sys.exit(f"the run ended with status {status}:\n{trial.output.read_text()[-3000:]}")
     return phase
 
 
 def kill_many(trial: Trial, signals: list[signal.Signals], kills: int, total: int, chance: random.Random):
-    """Where each kill landed. The n-th lets at most its share of all steps through, so that the run outlasts them.
+    """Kills the run `kills` times; returns the phase of each. Steps are rationed so that the run outlasts the kills.
 
-    Half of the kills come at a moment drawn over the start of the process (until its first step, as measured so far),
-    the others in the time after it.
+    Half of the kills fall into the start of the process (until its first step, as measured so far), half after it.
     """
-    landed, starting = [], 10.0
+    phases, starting = [], 10.0
     for number in range(kills):
         before, began = trial.steps(), time.monotonic()
         limit = max(before + 2, int(total * 0.97 * (number + 1) / kills))
@@ -211,15 +209,15 @@ def kill_many(trial: Trial, signals: list[signal.Signals], kills: int, total: in
         if phase is None:
             print(f"the run ended after {number} kills")
             break
-        landed.append(phase)
+        phases.append(phase)
         took = time.monotonic() - began
-        if trial.steps() != before:  # it came to its steps: the start is at most this long
+        if trial.steps() != before:  # it reached a step, so the start took at most this long
             starting = 0.7 * starting + 0.3 * min(took, 2 * starting)
         elif not in_start:
             starting = max(starting, 0.9 * took)
         place = f"step {trial.steps()} of {total}: {phase[0]}{', saving' * phase[1]}"
         print(f"{number + 1}: {took:.1f} s, {place}", flush=True)
-    return landed
+    return phases
 
 
 # ---------------------------------------------------------------- comparing
@@ -230,8 +228,10 @@ def lasting(record: dict) -> dict:
 
 
 def differences(one: Trial, other: Trial, saved_when_due: bool = True) -> list[str]:
-    """What is not the same at the end of two runs, in words; also of their checkpoints where all were `saved_when_due`,
-    and none because a signal asked."""
+    """The differences between two finished runs, in words.
+
+    Compares the steps of checkpoints too if all were `saved_when_due`, so none because of a signal.
+    """
     found = []
     files = {
         str(path.relative_to(trial.run))
@@ -250,7 +250,7 @@ def differences(one: Trial, other: Trial, saved_when_due: bool = True) -> list[s
         if not lines[0]:
             found.append(f"{name} is empty")
         places = [[(line["stage"], line["step"]) for line in part] for part in lines]
-        for word, part in (("lost", set(places[0]) - set(places[1])), ("too many", set(places[1]) - set(places[0]))):
+        for word, part in (("missing", set(places[0]) - set(places[1])), ("extra", set(places[1]) - set(places[0]))):
             found += [f"{name}: {word}: {place}" for place in sorted(part)]
         if len(places[0]) != len(places[1]):
             found.append(f"{name}: {len(places[0])} lines, {len(places[1])} after the kills")
@@ -262,10 +262,10 @@ def differences(one: Trial, other: Trial, saved_when_due: bool = True) -> list[s
     return found
 
 
-def told(landed: list[tuple[str, bool]]) -> str:
-    counts = collections.Counter(phase for phase, _ in landed)
+def summary(phases: list[tuple[str, bool]]) -> str:
+    counts = collections.Counter(phase for phase, _ in phases)
     lines = [f"  {count:4}  {phase}" for phase, count in counts.most_common()]
-    return "\n".join([*lines, f"  {sum(saving for _, saving in landed):4}  of these while a checkpoint was written"])
+    return "\n".join([*lines, f"  {sum(saving for _, saving in phases):4}  of these while a checkpoint was written"])
 
 
 def main() -> int:
@@ -273,10 +273,10 @@ def main() -> int:
         return child(sys.argv[3:], Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="default: 100")
-    parser.add_argument("--signals", default="KILL", help="KILL, TERM or KILL,TERM, drawn each time (default: KILL)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--short", action="store_true", help="a run of a seventh of the steps, for a few kills")
-    parser.add_argument("--folder", type=Path, default=None, help="where to run (default: a temporary folder)")
+    parser.add_argument("--signals", default="KILL", help="KILL, TERM or KILL,TERM (default: KILL)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--short", action="store_true", help="a run with a seventh of the steps, for few kills")
+    parser.add_argument("--folder", type=Path, default=None, help="working folder (default: a temporary one)")
     arguments = parser.parse_args()
     signals = [signal.Signals[f"SIG{name}"] for name in arguments.signals.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
@@ -287,12 +287,12 @@ def main() -> int:
         total = straight.steps()
         print(f"uninterrupted: {total} steps in {seconds:.0f} s", flush=True)
         began = time.monotonic()
-        landed = kill_many(killed, signals, arguments.kills, total, random.Random(arguments.seed))
+        phases = kill_many(killed, signals, arguments.kills, total, random.Random(arguments.seed))
         killed.finish()
-        print(f"{len(landed)} kills in {time.monotonic() - began:.0f} s; where they landed:\n{told(landed)}")
+        print(f"{len(phases)} kills in {time.monotonic() - began:.0f} s, by phase:\n{summary(phases)}")
         found = differences(straight, killed, signals == [signal.SIGKILL])
-        if len(landed) < arguments.kills:
-            found.append(f"only {len(landed)} of {arguments.kills} kills")
+        if len(phases) < arguments.kills:
+            found.append(f"only {len(phases)} of {arguments.kills} kills")
         for line in found:
             print(f"DIFFERENT: {line}")
         names = sorted(str(path.parent.name) for path in (killed.run / "roles").rglob("*.safetensors"))

@@ -1,10 +1,10 @@
-"""Host memory that loading a folder takes beyond the parameters themselves.
+"""Measures the host memory that loading a folder takes beyond the parameters themselves.
 
     python benchmarks/load_memory.py [--gigabytes 2] [--dtype bfloat16] [--stored bfloat16] [--folder DIR]
 
-Without --folder a random sharded Llama of that size is written to a temporary folder first. On a CPU the parameters
-lie in host memory, so what is reported is peak resident memory minus the process's own before loading, minus the
-parameters. The bound that is meant to hold is the largest tensor plus 1 GiB.
+Without --folder it writes a random sharded Llama of that size to a temporary folder first. It reports the peak resident
+memory, minus that before loading, minus the parameters, which on a CPU are in host memory too. The bound is the largest
+tensor plus 1 GiB; exit status 1 above it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ print(json.dumps({"peak": after - before, "parameters": sum(leaf.nbytes for leaf
 
 
 def write_random_llama(folder: Path, size: float, stored: str) -> None:
-    """A sharded Llama of about `size` bytes, written tensor by tensor."""
+    """Writes a sharded Llama of about `size` bytes, tensor by tensor."""
     from jaxrlhf.hf.families import address_of, config_document
     from jaxrlhf.hf.tensor_files import Pending, write_checkpoint, write_json
     from jaxrlhf.models.decoder import DecoderConfig, abstract_decoder, named_parameters

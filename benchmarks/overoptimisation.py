@@ -1,6 +1,6 @@
-"""Over-optimisation of a reward model (2210.10760) as a figure: what `algorithms.py` draws of its runs.
+"""Draws the over-optimisation of a reward model (2210.10760), for `algorithms.py`.
 
-Curves are penalty -> seed -> name in `CURVES` -> value by iteration.
+Curves are penalty -> seed -> name in `CURVES` -> values by iteration.
 """
 
 import statistics
@@ -11,18 +11,18 @@ Curves = dict[str, dict[int, dict[str, list[float]]]]
 CURVES = {"gold": "reward/gold", "proxy": "reward/score", "kl": "kl/k1"}  # name -> metric
 TITLES = {"gold": "gold score (the truth)", "proxy": "proxy: the noisy reward model's score"}
 COLOURS = ("#c1272d", "#0b5fa5")
-SMOOTHED = 5  # iterations whose mean is drawn
-LAST = 10  # iterations that are the end
+SMOOTHED = 5  # iterations averaged per point
+LAST = 10  # iterations averaged for the final value
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Means of SMOOTHED iterations, each with those around it; fewer at the ends."""
+    """Centered moving average over SMOOTHED iterations, fewer at the ends."""
     half = SMOOTHED // 2
     return [statistics.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """Gold and proxy by iteration: thin lines are seeds, bold ones their mean."""
+    """Draws gold and proxy by iteration: thin lines are seeds, bold lines their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,13 +47,13 @@ def draw(curves: Curves, path: Path) -> None:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean (least to greatest)."""
+    """Text of the mean (min to max)."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def summary(curves: Curves) -> str:
-    """Per penalty: the best and the last value of each curve."""
+    """The best and the final value of each curve, per penalty."""
     lines = []
     for penalty, by_seed in curves.items():
         for name in CURVES:

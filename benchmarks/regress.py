@@ -1,13 +1,12 @@
-"""Whether a program has become slower: its share of what this machine can do, against the share stored.
+"""Checks whether a program has become slower, by its share of this machine's limit against the stored share.
 
     python benchmarks/regress.py [--store] [--rounds 2]
 
-Runs `jaxrlhf bench` on the standard work, with answers of full length, and compares each program's share of its limit
-(least possible time at the machine's own rates, measured beside it, by the time of its fastest call) with
-benchmarks/ratios.json. What takes more than 1.2 times as long as stored is named, and the exit status is 1. Each work
-is measured in `--rounds` processes; of all of them the fastest call and the best rates count, since other jobs on a
-machine can take that much from a single one. Shares depend on the kind of machine: each kind has its own entry.
-`--store` writes this machine's.
+Runs `jaxrlhf bench` on the standard workload, with completions of full length. A program's share of its limit is the
+least possible time at the machine's rates, measured in the same process, divided by the time of its fastest call. The
+stored shares are in benchmarks/ratios.json, one entry per kind of machine; `--store` writes this machine's. Programs
+that take more than 1.2 times as long as stored are listed, and the exit status is 1. Each workload is measured in
+`--rounds` processes, of which the fastest call and the best rates count, because other jobs may slow any of them.
 """
 
 import argparse
@@ -25,16 +24,16 @@ WORKS = {"ppo": [], "ppo, value head on the policy's trunk": ["ppo.update.value_
 
 
 def kind_of(found: dict[str, Any]) -> str:
-    """What shares of one machine may be compared with those of another by."""
+    """The kind of machine: shares are comparable within one kind only."""
     machine = found["machine"]
     cores = f", {machine['cores']} cores" if machine["backend"] == "cpu" else ""
     return f"{machine['devices']} x {machine['device']}{cores}"
 
 
 def shares(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Work -> program -> share of its limit, in the fastest call of all rounds, at the best rates of all rounds.
+    """Workload -> program -> share of its limit, from the fastest call and the best rates of all rounds.
 
-    Other jobs on the machine disturb those least. What has no products takes no time that is worth a comparison.
+    Programs without matrix products are skipped: they take too little time to compare.
     """
     machines = [found["machine"] for one in rounds for found in one.values()]
     binding = {"arithmetic": "flops_per_second", "memory": "bytes_per_second"}
@@ -51,12 +50,12 @@ def shares(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float
 
 
 def slower(now: dict[str, dict[str, float]], stored: dict[str, dict[str, float]]) -> list[str]:
-    """One line for each program that takes more than SLOWER times what it took, or that is not measured any more."""
+    """One line per program that takes more than SLOWER times as long as stored, or that is no longer measured."""
     lines = []
     for work, programs in stored.items():
         for name, share in programs.items():
             if name not in now.get(work, {}):
-                lines.append(f"{work}: {name} is not there any more; --store if that is meant")
+                lines.append(f"{work}: {name} is no longer measured; use --store if that is intended")
             elif share > SLOWER * now[work][name]:
                 times = share / now[work][name]
                 limit = f"{now[work][name]:.1%} of its limit, stored {share:.1%}"
@@ -77,15 +76,15 @@ def measure(overrides: list[str]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", action="store_true", help="writes this machine's shares instead of comparing")
-    parser.add_argument("--rounds", type=int, default=2, help="processes for each work; default 2")
+    parser.add_argument("--store", action="store_true", help="write this machine's shares instead of comparing")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per workload; default 2")
     given = parser.parse_args(arguments)
     if given.rounds < 1:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
     try:
         stored = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.is_file() else {}
     except ValueError as error:
-        print(f"error: {RATIOS}: {error}; take it from the repository again", file=sys.stderr)
+        print(f"error: {RATIOS}: {error}; restore it from the repository", file=sys.stderr)
         return 2
     found = [{work: measure(overrides) for work, overrides in WORKS.items()} for _ in range(given.rounds)]
     kind = kind_of(next(iter(found[0].values())))
@@ -96,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if kind not in stored:
         known = ", ".join(stored) or "none"
-        print(f"error: {RATIOS.name} has no shares for {kind}; known are {known}; --store writes them", file=sys.stderr)
+        print(f"error: {RATIOS.name} has no shares for {kind}, only for {known}; --store writes them", file=sys.stderr)
         return 2
     for work, programs in now.items():
         for name, share in programs.items():
@@ -104,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             known = "not stored: --store does" if before is None else f"stored {before:.1%}"
             print(f"{work}: {name} {share:.1%} of its limit, {known}")
     lines = slower(now, stored[kind])
-    print("\n".join(lines) or f"nothing takes more than {SLOWER} times as long")
+    print("\n".join(lines) or f"no program takes more than {SLOWER} times as long")
     return 1 if lines else 0
 
 

@@ -1,10 +1,10 @@
-"""Whether cost grows as the work does: the standard work, and with twice the rows, tokens, layers or vocabulary.
+"""Measures how cost scales with twice the rows, tokens, layers or vocabulary of the standard workload.
 
     python benchmarks/scaling.py [--rounds 3] [key.path=value ...]
 
-Runs `jaxrlhf bench` on each in turn, with answers of full length, round after round, and prints how many times as
-long as the standard work each program takes (in its fastest call over all rounds), beside how many times as much
-arithmetic it has. Twice the tokens have four times the attention.
+Runs `jaxrlhf bench` on each workload in each round, with completions of full length. Prints the factor of each
+program's time (of its fastest call over all rounds) relative to the standard workload, and the factor of its
+arithmetic. Twice the tokens have four times the attention.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "configs" / "bench" / "config.json"
-# What changes: entries of the model's config.json, and settings of the run.
+# Changes to the model's config.json and to the settings of the run.
 WORKS: dict[str, tuple[dict[str, int], list[str]]] = {
     "standard": ({}, []),
     "rows": ({}, ["ppo.batch_size=64"]),
@@ -28,11 +28,11 @@ WORKS: dict[str, tuple[dict[str, int], list[str]]] = {
 
 
 def measure(model: dict[str, int], overrides: list[str]) -> dict[str, tuple[float, float]]:
-    """(seconds of the fastest call, multiplications and additions) of each program that has any."""
+    """Program -> (seconds of its fastest call, floating-point operations), for programs with any."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "bench.json"
-        given = json.loads(MODEL.read_text(encoding="utf-8")) | model
-        (Path(folder) / "config.json").write_text(json.dumps(given), encoding="utf-8")
+        changed = json.loads(MODEL.read_text(encoding="utf-8")) | model
+        (Path(folder) / "config.json").write_text(json.dumps(changed), encoding="utf-8")
         command = [sys.executable, "-m", "jaxrlhf", "bench", "--config", "configs/bench.yaml", "--json", str(target)]
         command += ["--iterations", "0", "--repeats", "5", f"model.path={folder}", *overrides]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
@@ -44,7 +44,7 @@ def measure(model: dict[str, int], overrides: list[str]) -> dict[str, tuple[floa
 
 
 def table(rounds: dict[str, list[dict[str, tuple[float, float]]]]) -> str:
-    """A row for each program; of each work the factor of time, and that of arithmetic."""
+    """A row per program: for each workload the factor of time and of arithmetic."""
     best = {
         work: {name: (min(r[name][0] for r in runs), runs[0][name][1]) for name in runs[0]}
         for work, runs in rounds.items()
@@ -62,15 +62,15 @@ def table(rounds: dict[str, list[dict[str, tuple[float, float]]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each work; default 3")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of all")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per workload; default 3")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of all workloads")
     given = parser.parse_intermixed_args()
     if given.rounds < 1:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
     own = {"model.path", *(text.split("=")[0] for _, settings in WORKS.values() for text in settings)}
     for text in given.overrides:
         if text.split("=")[0] in own:
-            parser.error(f"{text}: {', '.join(sorted(own))} are what the table compares, and are not for you to set")
+            parser.error(f"{text}: {', '.join(sorted(own))} are set by this script and cannot be overridden")
     rounds: dict[str, list] = {work: [] for work in WORKS}
     for number in range(given.rounds):
         for work, (model, overrides) in WORKS.items():

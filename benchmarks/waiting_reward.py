@@ -1,11 +1,11 @@
-"""How much of the time that a reward function waits is hidden behind the device's own work.
+"""Measures how much of a reward function's waiting time is hidden behind work on the device.
 
     python benchmarks/waiting_reward.py [--wait 0.3] [--rounds 2] [key.path=value ...]
 
-runs PPO in fresh processes, in turn with a reward function that answers at once and with one that first waits, as for
-an answer over a network, with 32 prompts, 64 sampled tokens each and 4 epochs on a random Llama of four layers. Prints
-each run's median seconds per iteration and its parts, and how much of the wait an iteration got longer by: logprobs and
-values are computed beside the reward, so that less than the wait is meant.
+Runs PPO in fresh processes, alternately with a reward function that returns at once and one that first waits, as for a
+network, with 32 prompts, 64 sampled tokens each and 4 epochs on a random Llama of four layers. Prints the median
+seconds per iteration and its parts for each run, and the share of the wait that lengthens an iteration. It should be
+below 1, because logprobs and values are computed during the wait.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
-WARM_UP = 2  # iterations: the first compiles, the second finds what was put off
+WARM_UP = 2  # iterations left out: the first compiles, and the second may compile the rest
 REWARD = """
 import time
 
@@ -45,7 +45,7 @@ PARTS = ("seconds", "time/rollout", "time/reward", "time/annotate", "time/update
 
 
 def run(folder: Path, wait: float, overrides: list[str]) -> dict[str, float]:
-    """Part of an iteration -> its median in seconds, in one run in a fresh process."""
+    """Part of an iteration -> median seconds, of one run in a fresh process."""
     folder.mkdir()
     (folder / "reward.py").write_text(REWARD.format(wait=wait), encoding="utf-8")
     own = {"run_dir": str(folder / "run"), "compilation_cache": str(folder.parent / "cache")}
@@ -60,23 +60,23 @@ def run(folder: Path, wait: float, overrides: list[str]) -> dict[str, float]:
         raise SystemExit(done.returncode)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if len(lines) <= WARM_UP:
-        raise SystemExit(f"error: ppo.iterations: must be above {WARM_UP}, which are to warm up, not {len(lines)}")
+        raise SystemExit(f"error: ppo.iterations: must be above {WARM_UP}, the warm-up iterations; given {len(lines)}")
     return {part: statistics.median(line[part] for line in lines[WARM_UP:]) for part in PARTS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wait", type=float, default=0.3, help="seconds that the reward function waits; default 0.3")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each; default 2")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each reward; default 2")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of all runs")
     given = parser.parse_intermixed_args()
     if given.rounds < 1:
         parser.error(f"--rounds: must be at least 1, not {given.rounds}")
     for override in given.overrides:
         if override.startswith(("run_dir", "ppo.reward", "compilation_cache", "stages")):
-            parser.error(f"{override}: this script sets it itself")
+            parser.error(f"{override}: set by this script and cannot be overridden")
     if not 0 < given.wait < 3600:
-        parser.error(f"--wait: must be seconds above 0 and below 3600, not {given.wait}")
+        parser.error(f"--wait: must be above 0 and below 3600 seconds, not {given.wait}")
     found: dict[float, list[dict[str, float]]] = {0.0: [], given.wait: []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(given.rounds):
@@ -87,8 +87,8 @@ def main() -> None:
     at_once, waiting = (statistics.median(one["seconds"] for one in runs) for runs in found.values())
     longer = waiting - at_once
     print(
-        f"an iteration takes {at_once:.3f} s where the reward answers at once and {waiting:.3f} s where it waits "
-        f"{given.wait:g} s: {longer / given.wait:.2f} of the wait is seen"
+        f"an iteration takes {at_once:.3f} s if the reward returns at once and {waiting:.3f} s if it waits "
+        f"{given.wait:g} s: {longer / given.wait:.2f} of the wait is visible"
     )
 
 

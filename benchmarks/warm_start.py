@@ -1,10 +1,10 @@
-"""Seconds from the start of the process to the end of the first PPO iteration: compiled, and loaded from the cache.
+"""Measures the seconds until the first PPO iteration ends, with an empty and with a filled compilation cache.
 
     python benchmarks/warm_start.py [--rounds 3] [key.path=value ...]
 
-runs the quickstart on a few rows, twice in each round and each time in a fresh process and a fresh run_dir: first with
-an empty folder for compiled programs, then with what the first run left there. Prints each round, the best of both,
-and their ratio; and says where the two runs' metrics differ, which they must not.
+Runs the quickstart on a few rows, twice per round, each time in a fresh process and run_dir: first with an empty
+compilation cache, then with the cache of the first run. Prints each round, the best of both, their ratio, and whether
+the metrics of the two runs are equal, as they must be.
 """
 
 import argparse
@@ -25,11 +25,11 @@ PASSING = ("seconds", "time/", "tokens_per_second/", "memory/")
 
 
 def launch(folder: Path, cache: Path, settings: list[str]) -> tuple[float, list[dict]]:
-    """Seconds until the first line of the ppo stage stands in metrics.jsonl, and all lines without clocks."""
+    """(seconds until metrics.jsonl has its first line of the ppo stage, all lines without clocks)."""
     metrics = folder / "metrics.jsonl"
     given = [f"run_dir={folder}", f"compilation_cache={cache}", *SMALL, *settings]
     command = [sys.executable, "-m", "jaxrlhf.train", "--config", "configs/quickstart.yaml", *given]
-    # Python keeps its own compiled files where a person has not forbidden it.
+    # Lets Python write its bytecode files, as it does by default.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     with open(folder.with_suffix(".err"), "w+", encoding="utf-8") as errors:
@@ -49,7 +49,7 @@ def launch(folder: Path, cache: Path, settings: list[str]) -> tuple[float, list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="cold and warm starts of each; default 3")
+    parser.add_argument("--rounds", type=int, default=3, help="number of cold and of warm starts; default 3")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of all runs")
     given = parser.parse_intermixed_args()
     if given.rounds < 1:
