@@ -1,7 +1,4 @@
-"""Reward functions for configs/stories.yaml and the default runs of docs/defaults.md.
-
-Each gets texts and returns one number per text.
-"""
+"""Reward functions for configs/stories.yaml and docs/defaults.md; each returns one number per completion."""
 
 import re
 
@@ -10,17 +7,17 @@ HAPPY = re.compile(r"\b(happy|happily|glad|smiled?|laughed|joy|hugged|fun|best f
 
 
 def happy_ending(prompts, completions, **columns):
-    """1 where the last sentence of the story is a happy one."""
+    """1 if the last sentence of the story is a happy one."""
     return [float(bool(HAPPY.search(_last_sentence(text)))) for text in completions]
 
 
 def mentions_dog(prompts, completions, **columns):
-    """1 where the story tells of a dog."""
+    """1 if the story mentions a dog."""
     return [float(bool(re.search(r"\b(dogs?|puppy|puppies)\b", text, re.IGNORECASE))) for text in completions]
 
 
 def cheerful_words(prompts, completions, **columns):
-    """10 times the share of words that are cheerful: a reward that nearly every answer has some of."""
+    """10 times the share of cheerful words, a dense reward: nearly every story has some."""
     return [10 * sum(word.strip('.,!"').lower() in CHEERFUL for word in text.split()) / max(len(text.split()), 1)
             for text in completions]
 
