@@ -218,7 +218,7 @@ def results(plan: Plan) -> dict[str, dict]:
 def table(found: dict[str, dict]) -> str:
     """The results as a Markdown table: mean (min to max) over seeds."""
     lines = [
-        "| algorithm | prompts x answers | gold before | gold after | KL, nats per answer | proxy after "
+        "| algorithm | prompts x answers | gold before | gold after | KL, nats per completion | proxy after "
         "| s per iteration, least | s in all, least | learning rate | other settings under `ppo` |",
         "|" + " --- |" * 10,
     ]

@@ -97,7 +97,7 @@ def steps() -> None:
 def epsilon() -> None:
     print("share of Adam's step that epsilon leaves, if all gradients are equal, by gradient norm")
     print("| trained | gradient norm | each | epsilon 1e-5 | 1e-8 |\n|" + " --- |" * 5)
-    for name, count in (("LoRA r16 of 1B", 11e6), ("LoRA r16 of 8B", 42e6), ("whole 1B", 1.2e9), ("whole 8B", 8e9)):
+    for name, count in (("LoRA r16 of 1B", 11e6), ("LoRA r16 of 8B", 42e6), ("full 1B", 1.2e9), ("full 8B", 8e9)):
         for norm in (1.0, 0.1):
             each = norm / count**0.5
             left = [each / (each + size) for size in (1e-5, 1e-8)]
@@ -144,7 +144,7 @@ def _iterations(start: float, mean: float, near: float, clip: float) -> int:
     return 1000
 
 
-# ---------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------- runs
 
 RUNS = {
     "LoRA": [],
@@ -178,7 +178,7 @@ def summary(metrics: Path) -> str:
     lines = [line for line in lines if line["stage"] == "ppo"]
     tenths = [[line["reward/score"] for line in part] for part in np.array_split(np.array(lines, object), 10)]
     kl = np.mean([line["kl/k1"] for line in lines[-max(len(lines) // 10, 1) :]])
-    return f"reward by tenth {' '.join(f'{np.mean(part):.3f}' for part in tenths)}; KL per answer at the end {kl:.1f}"
+    return f"reward by tenth {' '.join(f'{np.mean(part):.3f}' for part in tenths)}; KL per completion at the end {kl:.1f}"
 
 
 PARTS = {"steps": steps, "epsilon": epsilon, "lam": lam, "value": value}

@@ -108,22 +108,14 @@ def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
     return jnp.where(total > 0, 1.0 - unexplained / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-def _by_token(loss: Array, mask: Array, total_tokens: Array, total_rows: Array, length: int) -> Array:
-    return masked_sum(loss, mask) / jnp.maximum(total_tokens, 1)
-
-
-def _by_sequence(loss: Array, mask: Array, total_tokens: Array, total_rows: Array, length: int) -> Array:
-    return jnp.sum(masked_mean(loss, mask, axis=-1)) / jnp.maximum(total_rows, 1)
-
-
-def _by_constant(loss: Array, mask: Array, total_tokens: Array, total_rows: Array, length: int) -> Array:
-    return masked_sum(loss, mask) / (jnp.maximum(total_rows, 1) * length)
-
-
-AGGREGATIONS: dict[str, Callable[[Array, Array, Array, Array, int], Array]] = {
-    "token": _by_token,
-    "sequence": _by_sequence,
-    "constant": _by_constant,
+AGGREGATIONS: dict[str, Callable[[Array, Array, Array | float, Array | float, int], Array]] = {
+    "token": lambda loss, mask, tokens, rows, length: masked_sum(loss, mask) / jnp.maximum(tokens, 1),
+    "sequence": lambda loss, mask, tokens, rows, length: (
+        jnp.sum(masked_mean(loss, mask, axis=-1)) / jnp.maximum(rows, 1)
+    ),
+    "constant": lambda loss, mask, tokens, rows, length: (
+        masked_sum(loss, mask) / (jnp.maximum(rows, 1) * length)
+    ),
 }
 
 
