@@ -178,7 +178,7 @@ def summary(metrics: Path) -> str:
     lines = [line for line in lines if line["stage"] == "ppo"]
     tenths = [[line["reward/score"] for line in part] for part in np.array_split(np.array(lines, object), 10)]
     kl = np.mean([line["kl/k1"] for line in lines[-max(len(lines) // 10, 1) :]])
-    return f"reward by tenth {' '.join(f'{np.mean(part):.3f}' for part in tenths)}; KL per completion at the end {kl:.1f}"
+    return f"reward by tenth {' '.join(f'{np.mean(part):.3f}' for part in tenths)}; final KL per completion {kl:.1f}"
 
 
 PARTS = {"steps": steps, "epsilon": epsilon, "lam": lam, "value": value}

@@ -223,7 +223,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("model.new.heads=3", "model.new: heads (3) must be a multiple of kv_heads (2)"),
         ("mesh.tensor=-1", "mesh: each axis must be at least 1, or -1 on at most one axis; given"),
         ("compiler_options.rolout.xla_a=1", "compiler_options: there is no program rolout; did you mean rollout?"),
-        ("compiler_options={zzz: {xla_a: 1}}", "compiler_options: there is no program zzz; programs are all, rollout, "),
+        ("compiler_options={zzz: {xla_a: 1}}", "compiler_options: there is no program zzz; programs are all, roll"),
         ("compiler_options.update=fast", "compiler_options: update takes options by name, such as {"),
         ("compiler_options.update.xla_a=[1]", "compiler_options: update.xla_a must be true, false, a number or text"),
         ("compiler_options=fast", 'compiler_options must be mapping of names; given the text "fast"'),
