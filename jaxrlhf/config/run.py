@@ -75,7 +75,7 @@ class ModelConfig(Settings):
         if len(origins) != 1:
             raise ValueError(f"give exactly one of path, run, new; given: {', '.join(origins) or 'none'}")
         if self.attention == "cudnn" and self.dtype == "float32":
-            raise ValueError("attention cudnn does not support float32; give dtype bfloat16 or float16, or attention xla")
+            raise ValueError("attention is cudnn, which does not support float32; give dtype bfloat16 or float16, or attention xla")
         if self.quantize is not None and self.new is not None:
             raise ValueError("quantize needs a base that stays frozen, but a base made with new must be trained in full")
         return self
