@@ -173,7 +173,7 @@ class PPOStageConfig(Settings):
     max_prompt_tokens: PositiveInt = Field(64, description="longest prompt, in tokens; shorter ones are padded on the left")
     overflow: Overflow = Field("stop", description="longer prompts lose their start (cut), are dropped (drop), or stop the run (stop)")
     iterations: PositiveInt = Field(100, description="number of iterations, each with one rollout and one update", json_schema_extra=LONGER)
-    batch_size: PositiveInt = Field(64, description="prompts per iteration, each with sampling.samples_per_prompt completions")
+    batch_size: PositiveInt = Field(64, description="prompts per rollout, each with sampling.samples_per_prompt completions")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled")
     policy: str | None = Field(None, description="adapter folder (ours or PEFT's) that the policy starts from; null starts from the reference")
     reference: str | None = Field(None, description="adapter folder of the reference; null uses the SFT adapter, or the base if there is none")

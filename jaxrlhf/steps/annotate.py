@@ -198,7 +198,7 @@ def annotate_for_update(
         value,
         reference,
         rollout,
-        # At the update's own shapes the old logprobs are bit-identical to the first minibatch's new ones.
+        # Computed at the update's own shapes, so that the first minibatch's ratio is 1.
         microbatches=rows // (update.microbatch_size or rows // update.minibatches),
         recompute_policy=not single_step(update),
         value_trunk=update.value_trunk,
