@@ -1,9 +1,9 @@
 """Text classifiers of any architecture as rewards: transformers' `*ForSequenceClassification` with torch on the CPU.
 
-The score is of one label: its logit, or its probability or the logarithm of that (over all labels by softmax; by
-sigmoid where it is the only label or labels do not exclude each other). Nothing here touches the accelerator.
+The score is one label's logit, probability or log probability. Probabilities are a softmax over all labels, or a
+sigmoid for a single label and for labels that do not exclude each other. Nothing here uses the accelerator.
 
-Not here: pickled weights and models that bring their own code.
+Left out on purpose: pickled weights and remote code.
 """
 
 import inspect
@@ -26,17 +26,17 @@ from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readin
 class ClassifierReward:
     """A reward (see `completions.Reward`) from a folder or hub id that `AutoModelForSequenceClassification` reads.
 
-    Texts longer than `max_length` lose their start, special tokens excepted; of two segments the longer one first.
-    Rows of about the same length share a forward pass, padded on the right.
+    Texts longer than `max_length` lose their start but keep special tokens; of two segments the longer one is cut
+    first. Rows of similar length share a forward pass, padded on the right.
     """
 
     def __init__(self, config: ClassifierRewardConfig, key_path: str):
-        """`key_path` is the section of the settings, for messages. Raises `UserError` where they cannot be used."""
+        """`key_path` is the config section, for messages. Raises `UserError` for settings that cannot be used."""
         self.config, self.name = config, str(config.path)
         self.model = _load_model(self.name, key_path)
         self.tokenizer = _load_tokenizer(self.name, self.model, key_path)
         self.chats = ChatTemplate(self.tokenizer, self.name)
-        self.rows = self.model.get_input_embeddings().num_embeddings
+        self.vocab_size = self.model.get_input_embeddings().num_embeddings
         self.inputs = set(inspect.signature(self.model.forward).parameters)
         self.label = _label(config, self.model.config, key_path)
         limits = [self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
@@ -46,7 +46,7 @@ class ClassifierReward:
         self._check_forward(key_path)
 
     def check_prompts(self, prompts: PromptSet) -> None:
-        """`UserError` where the chat template refuses a chat."""
+        """Raises `UserError` if the chat template refuses a chat."""
         chats = chats_read(prompts.texts, prompts.chats, self.config, self.chats.exists)
         for number, chat in enumerate(chats, start=1):
             self.chats.whole_text(chat.followed_by("a"), f"prompt {number}: ")
@@ -54,13 +54,13 @@ class ClassifierReward:
     def __call__(self, completions: Completions) -> np.ndarray:
         return finite(self.name, self.scores(readings(completions, self.config, self.chats.exists)))
 
-    def scores(self, read: list[Reading]) -> np.ndarray:
+    def scores(self, readings: list[Reading]) -> np.ndarray:
         """Scores f32[B] of B readings."""
         try:
-            encoded = [self._encode(prompt, text) for prompt, text in read]
-            # Without a pad token there is no batch.
+            encoded = [self._encode(prompt, text) for prompt, text in readings]
+            # Without a pad token rows cannot share a batch.
             size = self.config.batch_size if self.tokenizer.pad_token_id is not None else 1
-            scores = np.empty(len(read), np.float32)
+            scores = np.empty(len(readings), np.float32)
             for rows in batches([len(row["input_ids"]) for row in encoded], size):
                 scores[rows] = self._forward([encoded[i] for i in rows])
         except Exception as error:
@@ -68,20 +68,20 @@ class ClassifierReward:
         return scores
 
     def _encode(self, prompt: str | Chat | None, text: str) -> dict[str, list[int]]:
-        """Ids of one reading, and what else the model takes, one number per token."""
+        """The model's inputs for one reading by name, one number per token."""
         first, second = (text, None) if prompt is None else (prompt, text)
         is_chat = not isinstance(first, str)
         if is_chat:
             first, second = self.chats.whole_text(first.followed_by(text), ""), None
-        # The template has written a chat's special tokens.
+        # A chat's special tokens are part of the text that the template wrote.
         limits = {"truncation": True, "max_length": self.max_length, "add_special_tokens": not is_chat}
-        given = self.tokenizer(first, second, **limits)
-        # A plain tokenizer also tells segments, which not every model knows.
-        encoded = {name: ids for name, ids in given.items() if name in self.inputs}
-        if max(given["input_ids"], default=0) >= self.rows:  # a text may spell out any added token
-            kept = [i for i, token in enumerate(given["input_ids"]) if token < self.rows]
+        outputs = self.tokenizer(first, second, **limits)
+        # The tokenizer may return segment ids that the model does not take.
+        encoded = {name: ids for name, ids in outputs.items() if name in self.inputs}
+        if max(outputs["input_ids"], default=0) >= self.vocab_size:  # text may contain any added token
+            kept = [i for i, token in enumerate(outputs["input_ids"]) if token < self.vocab_size]
             encoded = {name: [ids[i] for i in kept] for name, ids in encoded.items()}
-        if not encoded["input_ids"]:  # an empty text, and no special tokens: something must be read
+        if not encoded["input_ids"]:  # an empty text without special tokens: the model needs at least one token
             encoded = {name: [int(name == "attention_mask")] for name in encoded}
         return encoded
 
@@ -103,16 +103,15 @@ class ClassifierReward:
         """Returns the scored label's scores [B], computed from all labels' logits [B, labels]."""
         import torch
 
-        alone = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
-        if self.config.score == "logit":
-            return logits[:, self.label]
+        independent = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
         if self.config.score == "probability":
-            return (torch.sigmoid(logits) if alone else torch.softmax(logits, dim=1))[:, self.label]
-        logarithm = torch.nn.functional.logsigmoid(logits) if alone else torch.log_softmax(logits, dim=1)
-        return logarithm[:, self.label]
+            logits = torch.sigmoid(logits) if independent else torch.softmax(logits, dim=1)
+        elif self.config.score == "log_probability":
+            logits = torch.nn.functional.logsigmoid(logits) if independent else torch.log_softmax(logits, dim=1)
+        return logits[:, self.label]
 
     def _check_forward(self, key_path: str) -> None:
-        """Scores a text that is as long as texts may be: what does not fit the model shows before the run."""
+        """Scores a text of `max_length` tokens, so that a length the model does not take stops the run here."""
         special = self.tokenizer.num_special_tokens_to_add(pair=self.config.input == "pair")
         if self.max_length <= special:
             raise UserError(f"{key_path}.max_length: {self.max_length}, but {special} are special tokens; give more")
@@ -123,7 +122,7 @@ class ClassifierReward:
 
 
 def _load_model(path: str, key_path: str) -> Any:
-    """The classifier in float32 on the CPU, all of its weights found."""
+    """Loads the classifier in float32 on the CPU; UserError if a weight is missing."""
     try:
         import torch
         from transformers import AutoModelForSequenceClassification
@@ -133,47 +132,47 @@ def _load_model(path: str, key_path: str) -> Any:
     if not os.path.isdir(folder) and (os.path.exists(folder) or not HUB_ID.fullmatch(path)):
         raise UserError(f"{key_path}.path: {path}: no such folder; want one, or a hub id like owner/name")
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
-    except Exception as error:  # not found, refused, pickled, broken: the library raises what it meets
-        raise UserError(f"{key_path}.path: {path} is no text classifier to be used here: {one_line(error)}") from error
-    if found["missing_keys"]:
-        # transformers would go on with random weights in their place.
-        missing = sorted(found["missing_keys"])[0]
+    except Exception as error:  # not found, refused, pickled, broken: the library raises many types
+        raise UserError(f"{key_path}.path: {path} cannot be loaded as a text classifier: {one_line(error)}") from error
+    if loading["missing_keys"]:
+        # transformers fills missing tensors with random weights.
+        missing = sorted(loading["missing_keys"])[0]
         raise UserError(f"{key_path}.path: {path} has no tensor {missing}; want a *ForSequenceClassification folder")
     return model.eval()
 
 
 def _load_tokenizer(path: str, model: Any, key_path: str) -> Any:
-    """The classifier's tokenizer, set up to pad on the right and to cut on the left."""
+    """Loads the classifier's tokenizer, which pads on the right and truncates on the left."""
     try:
         loaded = load_tokenizer(path)
     except UserError as error:
         raise UserError(f"{key_path}.path: {error}") from error
     if loaded is None:
         raise UserError(f"{key_path}.path: {path} has no tokenizer files")
-    rows = model.get_input_embeddings().num_embeddings
-    if loaded.text_size > rows:
-        raise UserError(f"{key_path}.path: the tokenizer of {path} has {loaded.text_size} tokens, the model {rows}")
+    size = model.get_input_embeddings().num_embeddings
+    if loaded.text_size > size:
+        raise UserError(f"{key_path}.path: the tokenizer of {path} has {loaded.text_size} tokens, the model {size}")
     tokenizer = loaded.fast
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # decoders find a text's end by it
+        model.config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers find the last token by it
     return tokenizer
 
 
 def _label(config: ClassifierRewardConfig, model: Any, key_path: str) -> int:
-    """Number of the label that is scored."""
+    """The index of the scored label."""
     names = {int(number): str(name) for number, name in model.id2label.items()}
     listed = ", ".join(f"{name!r} ({number})" for number, name in sorted(names.items()))
     if config.label is None:
         if len(names) != 1:
             raise UserError(f"{key_path}.label: {config.path} has {len(names)} labels, name one: {listed}")
         return 0
-    found = [number for number, name in names.items() if config.label in (name, str(number))]
-    exact = [number for number in found if names[number] == config.label] or found
-    if not exact:
+    matches = [number for number, name in names.items() if name == config.label]
+    matches += [number for number in names if str(number) == config.label]
+    if not matches:
         raise UserError(f"{key_path}.label: {config.path} has no label {config.label!r}; it has {listed}")
-    return exact[0]
+    return matches[0]

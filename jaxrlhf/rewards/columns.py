@@ -1,4 +1,4 @@
-"""What the library of rewards asks of a column and of an option; a misfit is a ValueError of one line."""
+"""Checks that the library of rewards makes of columns and options; a failed check is a one-line ValueError."""
 
 import functools
 import importlib
@@ -11,22 +11,22 @@ from jaxrlhf.errors import UserError
 
 
 def abstains_without(column: str) -> Callable[[Callable[..., list[float]]], Callable[..., list[float | None]]]:
-    """A reward function that gives None where a row's `column` is None, as in mixed data where some rows have none."""
+    """Decorates a reward function to return None for rows whose `column` is None, as in mixed data."""
 
     def wrap(function: Callable[..., list[float]]) -> Callable[..., list[float | None]]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
         def score(*args: Any, **kwargs: Any) -> list[float | None]:
-            given = signature.bind(*args, **kwargs)
-            values = list(given.arguments[column])
-            known = [value for value in values if value is not None]
-            if len(known) == len(values):
-                return function(*given.args, **given.kwargs)
-            # Rows keep their numbers, for messages: one without a reference is scored by another's, and thrown away.
-            given.arguments[column] = [known[0] if value is None else value for value in values] if known else []
-            given.arguments["completions"] = list(given.arguments["completions"]) if known else []
-            scores = function(*given.args, **given.kwargs)  # of no rows: options are checked all the same
+            bound = signature.bind(*args, **kwargs)
+            values = list(bound.arguments[column])
+            present = [value for value in values if value is not None]
+            if len(present) < len(values):
+                # Rows keep their numbers for messages: a row without a value borrows another's; its score is dropped.
+                filled = [present[0] if value is None else value for value in values] if present else []
+                bound.arguments[column] = filled
+                bound.arguments["completions"] = list(bound.arguments["completions"]) if present else []
+            scores = function(*bound.args, **bound.kwargs)  # called without rows as well, to check the options
             return [None if value is None else scores[i] for i, value in enumerate(values)]
 
         return score
@@ -35,12 +35,12 @@ def abstains_without(column: str) -> Callable[[Callable[..., list[float]]], Call
 
 
 def references(column: str, values: Sequence[Any], several: bool = True) -> list[list[str]]:
-    """Per row the acceptable texts: of a text or a number one, of a list all. Row numbers count from 0 in a batch."""
+    """The acceptable texts of each row: a text or number gives one, a list all. Errors count rows from 0."""
     return [_texts(value, f"column {column}, row {i}", several) for i, value in enumerate(values)]
 
 
 def reference(column: str, values: Sequence[Any]) -> list[str]:
-    """Per row the one text that a text or a number stands for."""
+    """The text of each row, whose value is a text or a number."""
     return [texts[0] for texts in references(column, values, several=False)]
 
 
@@ -54,26 +54,26 @@ def _texts(value: Any, where: str, several: bool) -> list[str]:
 
 
 def check_choice(option: str, value: Any, allowed: Sequence[str]) -> None:
-    """ValueError where an option is none of its names."""
+    """Raises ValueError unless the option is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{option} is {value!r}; want {' or '.join(allowed)}")
 
 
 def check_number(option: str, value: Any, low: float, whole: bool = False) -> None:
-    """ValueError where an option is no number of at least `low`."""
+    """Raises ValueError unless the option is a number of at least `low`."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value < float("inf"):
         raise ValueError(f"{option} is {value!r}; want a {'whole ' if whole else ''}number of at least {low:g}")
 
 
 def check_texts(option: str, value: Any) -> None:
-    """ValueError where an option is no list of texts."""
+    """Raises ValueError unless the option is a list of texts."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{option} is {value!r}; want a list of texts")
 
 
 def optional_package(module: str) -> ModuleType:
-    """A module of the optional extra `rewards`; UserError where it is not installed."""
+    """Imports a module of the optional extra `rewards`; UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a reward is given, and the one protocol that all rewards follow."""
+"""The input of a reward, and the protocol that every reward follows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,43 +16,41 @@ from jaxrlhf.records import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """A rollout, and its text for those who want text."""
+    """A rollout of B completions with their prompts; the text is decoded on first use."""
 
     rollout: Rollout
-    prompts: Sequence[str]  # B texts, as the data gave them
-    rows: Sequence[dict[str, Any]]  # B rows: the data's other columns
+    prompts: Sequence[str]  # B texts, as in the data
+    rows: Sequence[dict[str, Any]]  # B rows: the other columns of the data
     tokenizer: Tokenizer
-    chats: Sequence[Chat | None] = ()  # B: the chat that a prompt is, None for text; empty: all are text
+    chats: Sequence[Chat | None] = ()  # B chat prompts, None for a text prompt; empty: all prompts are text
 
     def gather(self) -> None:
-        """Brings what the text needs to this host; on several hosts all call it, and then one can read alone."""
+        """Fetches the tokens to this host. On several hosts all call it; afterwards one host can decode alone."""
         _ = self._ids, self.ended
 
     @cached_property
     def texts(self) -> list[str]:
-        """The B answers as text, without special tokens, as they follow their prompts; decoded once, on first use."""
+        """The B completions as text without special tokens, with the blank that follows the prompt."""
         return [self.tokenizer.decode_after(prompt, response) for prompt, response in self._ids]
 
     @cached_property
     def ended(self) -> list[bool]:
-        """Whether each of the B answers ended by itself."""
+        """Whether each of the B completions ended with a stop token."""
         return fetch(self.rollout.ended).tolist()
 
     @cached_property
     def _ids(self) -> list[tuple[list[int], list[int]]]:
-        """The real tokens of each prompt and its answer."""
-        rollout = self.rollout
-        tokens, mask, answered = fetch((rollout.tokens, rollout.mask, rollout.response_mask))
-        at = tokens.shape[1] - answered.shape[1]
-        rows = zip(tokens, mask[:, :at], answered)
-        return [(row[:at][real].tolist(), row[at:][answer].tolist()) for row, real, answer in rows]
+        """The real tokens of each prompt and of its completion."""
+        tokens, mask, response_mask = fetch((self.rollout.tokens, self.rollout.mask, self.rollout.response_mask))
+        P = tokens.shape[1] - response_mask.shape[1]
+        rows = zip(tokens, mask[:, :P], response_mask)
+        return [(row[:P][real].tolist(), row[P:][own].tolist()) for row, real, own in rows]
 
 
 class Reward(Protocol):
-    """Scores f32[B] of B answers; higher is better.
+    """Scores f32[B] of B completions; higher is better.
 
-    A reward that may abstain has the attribute `may_abstain`. It returns a masked array where it does, of 0 there: see
-    `with_abstained`.
+    A reward that may abstain has the attribute `may_abstain` and returns a masked array, see `with_abstained`.
     """
 
     name: str
@@ -61,17 +59,17 @@ class Reward(Protocol):
 
 
 def may_abstain(reward: Reward) -> bool:
-    """Whether there may be answers that the reward gives no score."""
+    """Whether the reward may leave completions without a score."""
     return getattr(reward, "may_abstain", False)
 
 
 def with_abstained(scores: np.ndarray, abstained: np.ndarray) -> np.ndarray:
-    """The scores f32[B], 0 and masked where `abstained` bool[B]; a plain array where no row is."""
+    """The scores f32[B], 0 and masked where `abstained` bool[B]; a plain array if the reward scored every row."""
     if not abstained.any():
         return scores
     return np.ma.MaskedArray(np.where(abstained, np.float32(0), scores), abstained)
 
 
 def abstained_rows(scores: np.ndarray) -> np.ndarray:
-    """Where a reward has abstained, bool[B]."""
+    """Where a reward abstained, bool[B]."""
     return np.ma.getmaskarray(scores)

@@ -1,4 +1,4 @@
-"""Several rewards as one: their weighted sum, with each part known by name."""
+"""A weighted sum of rewards; each part's scores are also available by name."""
 
 import math
 import re
@@ -12,17 +12,17 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.functions import RewardFault, checked_scores
 
-# `reward/NAME` of the metrics that have this name already, and the ending of those that tell where a part abstained.
+# Names whose metric `reward/NAME` exists already, and the ending of metrics that count where a part abstained.
 TAKEN, ABSTAINED = ("score", "gold", "shaped", "adjusted", "score_std", "drawn", "abstained"), "_abstained"
 
 
 class ComposedReward:
-    """A reward (see `completions.Reward`): the sum of weight times part, where a part that abstains counts 0.
+    """A reward (see `completions.Reward`): the sum of weight times part. A part that abstains counts 0.
 
-    It abstains itself where all parts do that have a weight.
+    The sum abstains where every part with a weight abstains.
 
-    `parts`: name -> (reward, weight). A name becomes the metric `reward/NAME`; a part of weight 0 is only measured.
-    Raises UserError for a name or a weight that cannot be used, and `RewardFault`, which names the part, when called.
+    `parts`: name -> (reward, weight). A name becomes the metric `reward/NAME`; a part of weight 0 is only logged.
+    Raises UserError for a name or weight that cannot be used, and when called `RewardFault`, which names the part.
     """
 
     def __init__(self, parts: Mapping[str, tuple[Reward, float]]):
@@ -44,18 +44,18 @@ class ComposedReward:
         return self.scores_and_parts(completions)[0]
 
     def scores_and_parts(self, completions: Completions) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(scores f32[B], each part's own scores f32[B] without its weight, by name)."""
-        # All are called before any is fetched: the device computes one part while another waits for a server.
-        given = {name: _called(name, part, completions) for name, (part, _) in self.parts.items()}
+        """(scores f32[B], each part's unweighted scores f32[B] by name)."""
+        # All parts are called before any is fetched: the device computes one while another waits for a server.
+        results = {name: _call(name, part, completions) for name, (part, _) in self.parts.items()}
         count = len(completions.prompts)
-        scores = {name: _fetched(name, values, count) for name, values in given.items()}
+        scores = {name: _fetch(name, values, count) for name, values in results.items()}
         total = sum(np.float64(weight) * np.asarray(scores[name]) for name, (_, weight) in self.parts.items())
-        weighed = [name for name, (_, weight) in self.parts.items() if weight] or list(self.parts)
-        abstained = np.logical_and.reduce([abstained_rows(scores[name]) for name in weighed])
+        weighted = [name for name, (_, weight) in self.parts.items() if weight] or list(self.parts)
+        abstained = np.logical_and.reduce([abstained_rows(scores[name]) for name in weighted])
         return with_abstained(total.astype(np.float32), abstained), scores
 
 
-def _called(name: str, part: Reward, completions: Completions):
+def _call(name: str, part: Reward, completions: Completions):
     try:
         return part(completions)
     except UserError:
@@ -66,7 +66,7 @@ def _called(name: str, part: Reward, completions: Completions):
         raise RewardFault(f"reward part {name}: raised {type(error).__name__}: {one_line(error)}") from error
 
 
-def _fetched(name: str, values, count: int) -> np.ndarray:
+def _fetch(name: str, values, count: int) -> np.ndarray:
     """Fetches a part's scores and checks them here, because a NaN in the sum would not say which part it came from."""
-    values = values if isinstance(values, np.ndarray) else fetch(values)  # which would lose where a part abstained
+    values = values if isinstance(values, np.ndarray) else fetch(values)  # fetch would drop the mask of abstentions
     return checked_scores(values, count, f"reward part {name}")

@@ -1,7 +1,7 @@
-"""One event loop of the package's own, for what is async among the rewards.
+"""One event loop for all async rewards, in a daemon thread that lives as long as the process.
 
-It runs in a daemon thread as long as the process does. So what an async function keeps between calls (a client,
-a semaphore) stays bound to a loop that is open, and a caller within a running loop, such as a notebook, can wait.
+Objects that an async function keeps between calls (a client, a semaphore) stay bound to an open loop, and a caller
+that itself runs in a loop, such as a notebook, can wait for a result.
 """
 
 import asyncio
@@ -11,14 +11,14 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-PATIENCE = 0.2  # seconds a loop may take to answer before it counts as blocked
+PATIENCE = 0.2  # seconds without a reply after which a loop counts as blocked
 
 _lock = threading.Lock()
-_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a thread does not survive a fork
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id: a thread does not survive a fork
 
 
 def run_async(awaitable: Awaitable, timeout: float | None = None) -> Any:
-    """What `awaitable` gives, or raises; TimeoutError after `timeout` seconds, even where it blocks the loop."""
+    """The result of `awaitable`; raises its error, or TimeoutError after `timeout` seconds even if it never awaits."""
     future = asyncio.run_coroutine_threadsafe(_awaited(awaitable), _loop())
     try:
         done, _ = concurrent.futures.wait([future], timeout)
@@ -37,10 +37,9 @@ async def _awaited(awaitable: Awaitable) -> Any:
 
 
 class _DaemonThreads(concurrent.futures.ThreadPoolExecutor):
-    """Threads for `asyncio.to_thread` and look-ups of host names; a process that ends does not wait for them.
+    """Daemon threads for `asyncio.to_thread` and host name look-ups.
 
-    It would wait for the standard library's: a call that never returns would keep a run from ending that has given
-    up on it and said so.
+    The process joins the standard library's threads at exit, so a call that never returns would keep it from exiting.
     """
 
     def __init__(self):
@@ -78,13 +77,12 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
         except (SystemExit, KeyboardInterrupt):
-            # A coroutine raised it: asyncio lets it end the loop, but whoever waits for the coroutine gets it too,
-            # once the loop runs on.
+            # Raised by a coroutine. It ends the loop, but the caller of run_async receives it once the loop runs on.
             continue
 
 
 def _forget_if_blocked() -> None:
-    """Leaves a loop behind that code without `await` holds: the next call gets a fresh one."""
+    """Abandons a loop that is blocked by code without `await`; the next call starts a new one."""
     alive = threading.Event()
     _loop().call_soon_threadsafe(alive.set)
     if not alive.wait(PATIENCE):

@@ -1,13 +1,12 @@
 """Rewards from Python functions: `module:function` or `path.py:function`.
 
-A function is called once per batch with keywords `prompts` and `completions` (lists of str) and one list
-per other column of the data, and returns one finite number per answer, as TRL's reward functions do, or None
-for an answer that it does not score: it abstains there, and counts 0. A function without `**kwargs` gets only
-the keywords that it names. It may be `async def`; `options` are keywords that every call gets, such as a target
-length.
+A function is called once per batch with the keywords `prompts` and `completions` (lists of str) and one list per
+other column of the data, as in TRL. It returns one finite number per completion, or None to abstain, which counts 0.
+A function without `**kwargs` receives only the keywords that it names. It may be `async def`. `options` are keywords
+that every call receives, such as a target length.
 
-In the package's own functions (`jaxrlhf.rewards.library`) only options fill the keyword-only parameters, never
-columns of the same name, and options that they cannot use are found when the reward is made.
+In the package's own functions (`jaxrlhf.rewards.library`) only options fill keyword-only parameters, never columns of
+the same name, and options are checked when the reward is built.
 """
 
 import copy
@@ -30,16 +29,16 @@ from jaxrlhf.rewards.event_loop import run_async
 
 
 class RewardFault(RuntimeError):
-    """A reward raised, or returned what is no score: one line that names the culprit."""
+    """A reward raised an error or returned something other than scores; the message is one line and names it."""
 
 
 class FunctionReward:
     """A reward (see `completions.Reward`) that calls a Python function on text.
 
-    `options` are keywords of every call and go before columns of the same name. `columns` renames: keyword of the
-    function -> column of the data. `timeout` in seconds ends an async function; one that is not async cannot be
-    ended. `key_path` is the setting that names the function, for messages. Raises UserError where there is no
-    such function or it takes no such option.
+    `options` are keywords of every call and take precedence over columns of the same name. `columns` renames:
+    keyword of the function -> column of the data. `timeout`, in seconds, ends an async function; other functions
+    cannot be ended. `key_path` is the setting that names the function, for messages. Raises UserError if the
+    function does not exist or does not take an option.
     """
 
     may_abstain = True
@@ -56,8 +55,8 @@ class FunctionReward:
         self.function = load_function(spec, key_path)
         try:
             parameters = inspect.signature(self.function).parameters.values()
-        except ValueError:  # some builtins have none
-            raise UserError(f"{key_path}: {spec} tells no parameters; want prompts, completions, **columns") from None
+        except ValueError:  # some builtins have no signature
+            raise UserError(f"{key_path}: {spec} has no signature; want (prompts, completions, **columns)") from None
         if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
             raise UserError(f"{key_path}: {spec} takes positional arguments; it is called with keywords")
         of_library = (getattr(self.function, "__module__", None) or "").startswith("jaxrlhf.rewards.")
@@ -71,14 +70,14 @@ class FunctionReward:
             self._try_options({p.name for p in fields if p.kind not in optional}, key_path)
 
     def _check_keywords(self, known: set[str], takes_all: bool, key_path: str) -> None:
-        for kind, given in (("option", self.options), ("column", self.columns)):
-            for name in given:
+        for kind, names in (("option", self.options), ("column", self.columns)):
+            for name in names:
                 if name in ("prompts", "completions") or not (takes_all or name in known):
-                    names = ", ".join(sorted(known - {"prompts", "completions"})) or "none"
-                    raise UserError(f"{key_path}: {self.name} takes no {kind} {name!r}; it takes {names}")
+                    others = ", ".join(sorted(known - {"prompts", "completions"})) or "none"
+                    raise UserError(f"{key_path}: {self.name} takes no {kind} {name!r}; it takes {others}")
 
     def _try_options(self, fields: set[str], key_path: str) -> None:
-        """The library's functions check options and packages on no answers as well: before anything compiles."""
+        """Calls a function of the library on an empty batch: it checks its options and optional packages."""
         try:
             self.function(**{name: [] for name in fields} | self.options)
         except UserError as error:
@@ -87,67 +86,65 @@ class FunctionReward:
             raise UserError(f"{key_path}: {self.name}: options: {one_line(error)}") from error
 
     def check_columns(self, columns: set[str], key_path: str) -> None:
-        """`UserError` where the function requires a keyword that the data does not give."""
+        """Raises `UserError` if the function requires a keyword for which the data has no column."""
         if absent := sorted(set(self.columns.values()) - columns):
-            given = ", ".join(sorted(columns)) or "none"
-            raise UserError(f"{key_path}: the data has no column {', '.join(absent)}; it has {given}")
-        given = columns | {"prompts", "completions"} | set(self.columns)
-        if missing := sorted(self.required - given):
-            raise UserError(
-                f"{key_path}: {self.name} requires {', '.join(missing)}; the data gives {', '.join(sorted(given))}"
-            )
+            present = ", ".join(sorted(columns)) or "none"
+            raise UserError(f"{key_path}: the data has no column {', '.join(absent)}; it has {present}")
+        keywords = columns | {"prompts", "completions"} | set(self.columns)
+        if missing := sorted(self.required - keywords):
+            names = ", ".join(sorted(keywords))
+            raise UserError(f"{key_path}: {self.name} requires {', '.join(missing)}; the data has {names}")
 
     def __call__(self, completions: Completions) -> np.ndarray:
-        # Copies: a function that sorts or pops what it is given must change neither the data, which a run that goes
-        # on later reads anew, nor what the other parts of a sum see.
-        columns = copy.deepcopy(columns_of(completions.rows))
-        columns |= {keyword: columns.get(name) for keyword, name in self.columns.items() if name in columns}
-        given = columns | {"prompts": list(completions.prompts), "completions": list(completions.texts)}
+        # Copies: a function that sorts or pops its lists must not change the data or the input of a sum's other parts.
+        keywords = copy.deepcopy(columns_of(completions.rows))
+        keywords |= {keyword: keywords[name] for keyword, name in self.columns.items() if name in keywords}
+        keywords |= {"prompts": list(completions.prompts), "completions": list(completions.texts)}
         if self.accepted is not None:
-            given = {name: value for name, value in given.items() if name in self.accepted}
+            keywords = {name: value for name, value in keywords.items() if name in self.accepted}
         try:
-            scores = self.function(**given | self.options)
+            scores = self.function(**keywords | self.options)
             if inspect.isawaitable(scores):
                 scores = run_async(scores, self.timeout)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # sys.exit would end the run as if it had succeeded; so may a panic of Rust
+        except BaseException as error:  # sys.exit, or a panic in Rust, would end the run as if it had succeeded
             what = f"{type(error).__name__}: {one_line(error)}"
             raise RewardFault(f"reward function {self.name} raised {what}") from error
         return checked_scores(scores, len(completions.prompts), f"reward function {self.name}")
 
 
 def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
-    """Scores f32[count] of what `source` returned, masked and 0 where that is None (see `completions.with_abstained`).
+    """Converts the return value of `source` to scores f32[count], masked and 0 where it is None.
 
-    RewardFault where it is no list of `count` finite numbers and None.
+    Raises RewardFault unless it is a list of `count` entries, each a finite number or None.
     """
     try:
         scores, abstained = _numbers(scores)
-    except Exception as error:  # torch says with a RuntimeError that a tensor still requires grad
+    except Exception as error:  # torch raises RuntimeError for a tensor that requires grad
         raise RewardFault(f"{source} returned no list of numbers: {one_line(error)}") from error
     if scores.shape != (count,):
-        raise RewardFault(f"{source} returned shape {scores.shape} for {count} answers; want one number each")
+        raise RewardFault(f"{source} returned shape {scores.shape} for {count} completions; want one number each")
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
         hint = "; None abstains" if np.isnan(scores[bad[0]]) else ""
-        raise RewardFault(f"{source} returned {scores[bad[0]]} for answer {bad[0]} of {count}{hint}")
+        raise RewardFault(f"{source} returned {scores[bad[0]]} for completion {bad[0]} of {count}{hint}")
     return with_abstained(scores, abstained)
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
-    """One list per column; None where a row has no such column."""
+    """One list per column, with None for rows that lack the column."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def load_function(spec: str, key_path: str) -> Callable:
-    """The function that `module:function` or `path.py:function` names; UserError where there is none.
+    """Imports the function named as `module:function` or `path.py:function`; UserError if that fails.
 
     `key_path` is the setting that names it, for the message.
     """
-    where, separator, name = spec.rpartition(":")
-    if not separator or not where or not name.isidentifier():
+    where, _, name = spec.rpartition(":")
+    if not where or not name.isidentifier():
         raise UserError(f"{key_path}: {spec!r} is neither module:function nor path.py:function")
     try:
         module = _load_file(where, key_path) if where.endswith(".py") else importlib.import_module(where)
@@ -167,7 +164,7 @@ def load_function(spec: str, key_path: str) -> Callable:
 def _load_file(path: str, key_path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"{key_path}: there is no file {path} (from {os.getcwd()})")
-    # A name of its own, so that a file called json.py hides no module; known by it, as dataclasses want.
+    # A prefix, because a file called json.py must not hide a module. Dataclasses look their module up by its name.
     name = f"jaxrlhf_file_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -177,9 +174,9 @@ def _load_file(path: str, key_path: str) -> ModuleType:
 
 
 def _numbers(scores: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(float32 of what are numbers already, where there was None): numpy would also take texts that spell a number."""
+    """(scores f32, where they were None). Refuses text, which numpy would convert to numbers."""
     if scores is None:
-        raise TypeError("it is None; want a list, with None for each answer that is not scored")
+        raise TypeError("it is None; want a list, with None for each completion that is not scored")
     abstained = np.ma.getmaskarray(scores) if isinstance(scores, np.ma.MaskedArray) else False
     scores = np.asarray(scores)
     abstained = np.broadcast_to(abstained, scores.shape)

@@ -1,10 +1,10 @@
-"""Rewards for the usual tasks, each to be named in a run's settings as `jaxrlhf.rewards.library:NAME`.
+"""Rewards for common tasks. A config names one as `jaxrlhf.rewards.library:NAME`.
 
-Each is given `completions`, the columns that its signature names, and options, which are its keyword-only
-parameters; it returns one float per completion, without a network. What an answer cannot be read as scores
-lowest and never raises: answers come from a model. A column or an option that cannot be used is a ValueError of
-one line, since it comes from a person; a row whose column is None gets None: the function abstains there. Most
-columns may hold a list of acceptable texts: the best one counts.
+Each takes `completions`, the columns that its signature names, and options, which are its keyword-only parameters. It
+returns one float per completion and uses no network. A completion that cannot be parsed gets the lowest score and
+never raises, because a model wrote it. A column or option that cannot be used raises a one-line ValueError, because a
+person wrote it. A row whose column is None gets None: the function abstains. Most columns may hold a list of
+acceptable texts; the best match counts.
 """
 
 import re
@@ -33,20 +33,20 @@ __all__ = [
     "span_f1",
 ]
 
-# ---------------------------------------------------------------- the same text
+# ---------------------------------------------------------------- exact text
 
 
 @abstains_without("answer")
 def exact_match(completions: Sequence[str], answer: Sequence[Any], *, normalize: str = "strip") -> list[float]:
-    """1 where the completion is the column `answer`, or one of its list; else 0.
+    """1 if the completion equals the column `answer`, or one text of its list; else 0.
 
-    normalize: none; strip (blanks at both ends); lower (also case, and blanks within made one); squad (also no
-    punctuation and no English articles, as in SQuAD's evaluation, Rajpurkar et al. 2016).
+    normalize: none; strip (remove blanks at both ends); lower (also ignore case and merge blanks); squad (also remove
+    punctuation and English articles, as in SQuAD's evaluation, Rajpurkar et al. 2016).
     """
     check_choice("normalize", normalize, tuple(NORMALIZERS))
     normal = NORMALIZERS[normalize]
-    wanted = references("answer", answer)
-    return [float(normal(text) in map(normal, accepted)) for text, accepted in zip(completions, wanted)]
+    rows = zip(completions, references("answer", answer))
+    return [float(normal(text) in map(normal, accepted)) for text, accepted in rows]
 
 
 def _lower(text: str) -> str:
@@ -62,13 +62,13 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {"none": str, "strip": str.strip,
 
 # ---------------------------------------------------------------- a number
 
-# A sign belongs to a number only where no other number or word stands before it: the last number of "5-3" is 3.
+# A sign belongs to a number unless a number or word precedes it: the last number of "5-3" is 3.
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)\]}])[-+\u2212])?(?:[$€£¥]\s?(?P<inner>[-+\u2212])?)?"
     r"(?P<digits>(?<![0-9])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?<![0-9])(?=\.[0-9]))"
     r"(?P<rest>(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![\w]))?)"
 )
-UNTRAPPED = Context(prec=60, traps=[])  # an answer of a million digits raises nothing
+UNTRAPPED = Context(prec=60, traps=[])  # a completion with a million digits must not raise
 MARKED = re.compile(r"####[\s*_(\\]*?(?=[-+\u2212$€£¥.0-9])")
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 
@@ -77,24 +77,26 @@ BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 def numeric_answer(
     completions: Sequence[str], answer: Sequence[Any], *, tolerance: float = 0.0, strict: bool = False
 ) -> list[float]:
-    r"""1 where the completion's number is that of the column `answer`, as in GSM8K (Cobbe et al. 2021); else 0.
+    r"""1 if the completion's number equals that of the column `answer`, as in GSM8K (Cobbe et al. 2021); else 0.
 
-    The number of the column stands after `####` or in `\boxed{}`, or is all that the column holds. That of the
-    completion stands after its first `####`, else in its last `\boxed{}`, else it is its last number; with
-    `strict` only `####` counts. Read are signs, decimals, exponents, thousands separators (1,234 and 1{,}234)
-    and currency; fractions are not. `tolerance` is absolute.
+    The column's number follows `####`, is in `\boxed{}`, or is the whole column. The completion's number is the one
+    after its first `####`, else the one in its last `\boxed{}`, else its last number; with `strict` only `####`
+    counts. Signs, decimals, exponents, thousands separators (1,234 and 1{,}234) and currencies are parsed, fractions
+    are not. `tolerance` is absolute.
     """
     check_number("tolerance", tolerance, 0)
-    wanted = []
+    expected = []
     for i, text in enumerate(reference("answer", answer)):
-        number = _reference_number(text)
+        number = _first_number(text, (_marked_number, _boxed_number, _whole_number))
         if number is None:
             raise ValueError(
                 f"column answer, row {i} holds no number after ####, in \\boxed{{}} or alone: {text[-40:]!r}"
             )
-        wanted.append(number)
-    found = (_marked_number(text) if strict else _answered_number(text) for text in completions)
-    return [float(_equal(number, right, tolerance)) for number, right in zip(found, wanted)]
+        expected.append(number)
+    parsers = (_marked_number,) if strict else (_marked_number, _boxed_number, _last_number)
+    return [
+        float(_equal(_first_number(text, parsers), right, tolerance)) for text, right in zip(completions, expected)
+    ]
 
 
 def _equal(number: Decimal | None, right: Decimal, tolerance: float) -> bool:
@@ -103,20 +105,14 @@ def _equal(number: Decimal | None, right: Decimal, tolerance: float) -> bool:
     return number == right or abs(UNTRAPPED.subtract(number, right)) <= Decimal(str(tolerance))
 
 
-def _reference_number(text: str) -> Decimal | None:
-    number = _marked_number(text)
-    if number is None:
-        number = _boxed_number(text)
-    if number is None and (whole := NUMBER.fullmatch(_plain(text).strip().rstrip("."))):
-        number = _decimal(whole)
-    return number
+def _first_number(text: str, parsers: Sequence[Callable[[str], Decimal | None]]) -> Decimal | None:
+    """The result of the first parser that finds a number."""
+    return next((number for parse in parsers if (number := parse(text)) is not None), None)
 
 
-def _answered_number(text: str) -> Decimal | None:
-    for read in (_marked_number, _boxed_number, _last_number):
-        if (number := read(text)) is not None:
-            return number
-    return None
+def _whole_number(text: str) -> Decimal | None:
+    match = NUMBER.fullmatch(_plain(text).strip().rstrip("."))
+    return _decimal(match) if match else None
 
 
 def _marked_number(text: str) -> Decimal | None:
@@ -137,7 +133,7 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def _plain(text: str) -> str:
-    r"""TeX's ways to write a thousands separator and a currency, as plain text."""
+    r"""The text with TeX's thousands separators and currency signs written plainly."""
     return text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "$")
 
 
@@ -152,20 +148,20 @@ def _decimal(match: re.Match) -> Decimal:
 
 @abstains_without("answer")
 def multiple_choice(completions: Sequence[str], answer: Sequence[Any], *, letters: str = "ABCDE") -> list[float]:
-    r"""1 where the letter that the completion chooses is that of the column `answer`; else 0.
+    r"""1 if the completion chooses the letter of the column `answer`; else 0.
 
-    The column holds a letter, as "B", "(B)" or "B.", or the choice's index from 0 as a number. The completion's
-    letter is, in this order: the last in `\boxed{}`; the last after "answer" or "correct option", as in "the answer
-    is (B)"; one that the completion starts with, as in "B) blue"; the last in brackets; the last that stands alone.
+    The column holds a letter ("B", "(B)" or "B.") or the choice's index from 0 as a number. The completion's letter
+    is the first of these that exists: the last letter in `\boxed{}`; the last after "answer" or "correct option", as
+    in "the answer is (B)"; one at the start, as in "B) blue"; the last in brackets; the last that stands alone.
     """
     if not isinstance(letters, str) or not re.fullmatch(r"[A-Z]{2,26}", letters):
         raise ValueError(f"letters is {letters!r}; want capital letters such as 'ABCD'")
-    wanted = [_letter_of(value, letters, i) for i, value in enumerate(answer)]
+    expected = [_letter(value, letters, i) for i, value in enumerate(answer)]
     patterns = _choice_patterns(letters)
-    return [float(_chosen(text, patterns) == right) for text, right in zip(completions, wanted)]
+    return [float(_choice(text, patterns) == right) for text, right in zip(completions, expected)]
 
 
-def _letter_of(value: Any, letters: str, row: int) -> str:
+def _letter(value: Any, letters: str, row: int) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(letters):
         return letters[value]
     letter = value.strip().strip("().:").upper() if isinstance(value, str) else ""
@@ -183,15 +179,15 @@ def _choice_patterns(letters: str) -> list[re.Pattern]:
         ),
         re.compile(rf"\A\W*({any_case})(?=\s*\Z|[).:,\]*]|\s*\n)"),
         re.compile(rf"[(\[]({any_case})[)\]]"),
-        # "A dog" and "I think" are no choices.
+        # "A dog" and "I think" are not choices.
         re.compile(rf"(?<![\w'’])(?![AI]\s+[a-z])([{letters}]){alone}"),
     ]
 
 
-def _chosen(text: str, patterns: list[re.Pattern]) -> str | None:
+def _choice(text: str, patterns: list[re.Pattern]) -> str | None:
     for pattern in patterns:
-        if found := pattern.findall(text):
-            return found[-1].upper()
+        if letters := pattern.findall(text):
+            return letters[-1].upper()
     return None
 
 
@@ -199,31 +195,30 @@ def _chosen(text: str, patterns: list[re.Pattern]) -> str | None:
 def label_accuracy(
     completions: Sequence[str], label: Sequence[Any], *, labels: Sequence[str] | None = None, pick: str = "first"
 ) -> list[float]:
-    """1 where the completion names the label of the column `label`; else 0.
+    """1 if the completion names the label of the column `label`; else 0.
 
-    Without `labels` the whole completion must be the label, but for case, blanks and punctuation around it. With
-    `labels`, all there are, the one that counts is the `first` or `last` named as whole words in the completion, or
-    with `only` the one that is named where no other is; the column may then hold an index from 0.
+    Without `labels`, the whole completion must be the label, apart from case and surrounding blanks and punctuation.
+    With `labels`, the list of all labels, the completion's label is the `first` or `last` that it names as whole
+    words, or with `only` the one that it names if it names no other. The column may then hold an index from 0.
     """
     check_choice("pick", pick, ("first", "last", "only"))
     if labels is None:
-        wanted = reference("label", label)
-        return [float(_bare(text) == _bare(right)) for text, right in zip(completions, wanted)]
+        return [float(_bare(text) == _bare(right)) for text, right in zip(completions, reference("label", label))]
     check_texts("labels", labels)
-    known = {_lower(name): name for name in labels}
+    known = {_lower(name) for name in labels}
     if not known or "" in known or len(known) < len(labels):
         raise ValueError(f"labels is {labels!r}; want at least one, no empty one, and none twice")
-    rights = [_known_label(value, labels, known, i) for i, value in enumerate(label)]
+    expected = [_known_label(value, labels, known, i) for i, value in enumerate(label)]
     longest = sorted(known, key=len, reverse=True)  # "not spam" before "spam"
-    named = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in longest))
-    return [float(_named(text, named, pick) == right) for text, right in zip(completions, rights)]
+    pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in longest))
+    return [float(_named_label(text, pattern, pick) == right) for text, right in zip(completions, expected)]
 
 
 def _bare(text: str) -> str:
     return _lower(text).strip(string.punctuation + string.whitespace)
 
 
-def _known_label(value: Any, labels: Sequence[str], known: dict[str, str], row: int) -> str:
+def _known_label(value: Any, labels: Sequence[str], known: set[str], row: int) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return _lower(labels[value])
     if isinstance(value, str) and _lower(value) in known:
@@ -231,27 +226,27 @@ def _known_label(value: Any, labels: Sequence[str], known: dict[str, str], row: 
     raise ValueError(f"column label, row {row} is {value!r}; want one of {', '.join(labels)} or an index from 0")
 
 
-def _named(text: str, pattern: re.Pattern, pick: str) -> str | None:
-    found = pattern.findall(_lower(text))
-    if not found or (pick == "only" and len(set(found)) > 1):
+def _named_label(text: str, pattern: re.Pattern, pick: str) -> str | None:
+    names = pattern.findall(_lower(text))
+    if not names or (pick == "only" and len(set(names)) > 1):
         return None
-    return found[-1 if pick == "last" else 0]
+    return names[-1 if pick == "last" else 0]
 
 
 # ---------------------------------------------------------------- form
 
 
 def regex_format(completions: Sequence[str], *, pattern: str, mode: str = "full", strip: bool = True) -> list[float]:
-    """1 where the completion matches the regular expression `pattern` (Python's `re`; `.` is any character but a
-    new line, `(?s)` makes it any); else 0.
+    """1 if the completion matches the regular expression `pattern`; else 0.
 
-    mode: full (all of the completion) or search (anywhere). `strip` first takes blanks off both ends.
+    Syntax of Python's `re`: `.` does not match a newline unless the pattern begins with `(?s)`. mode: full (the whole
+    completion) or search (anywhere). `strip` removes blanks at both ends first.
     """
     check_choice("mode", mode, ("full", "search"))
     try:
         expression = re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
     matches = expression.fullmatch if mode == "full" else expression.search
     return [float(matches(text.strip() if strip else text) is not None) for text in completions]
 
@@ -265,10 +260,10 @@ def length(
     penalty: float | None = None,
     floor: float = -1.0,
 ) -> list[float]:
-    """0 at `target` words or characters, and `penalty` less for each one that is missing or too many.
+    """0 at `target` words or characters, minus `penalty` for each one too few or too many.
 
-    unit: words or characters. side: both, over (only more than the target costs) or under. penalty: null is
-    1 / target. No score is below `floor`.
+    unit: words or characters. side: both, over (penalise only what exceeds the target) or under. penalty: null means
+    1 / target. `floor` is the lowest score.
     """
     check_number("target", target, 0, whole=True)
     check_choice("unit", unit, tuple(UNITS))
@@ -277,16 +272,16 @@ def length(
         check_number("penalty", penalty, 0)
     if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not -float("inf") < floor <= 0:
         raise ValueError(f"floor is {floor!r}; want a number of at most 0")
-    each = 1 / max(target, 1) if penalty is None else penalty
-    distances = (len(UNITS[unit](text)) - target for text in completions)
-    counted = {"both": abs, "over": lambda d: max(d, 0), "under": lambda d: max(-d, 0)}[side]
-    return [max(float(floor), -each * counted(distance)) for distance in distances]
+    penalty = 1 / max(target, 1) if penalty is None else penalty
+    excess = (len(UNITS[unit](text)) - target for text in completions)
+    distance = {"both": abs, "over": lambda d: max(d, 0), "under": lambda d: max(-d, 0)}[side]
+    return [max(float(floor), -penalty * distance(difference)) for difference in excess]
 
 
 def repetition(completions: Sequence[str], *, n: int = 3, unit: str = "words") -> list[float]:
-    """Minus the share of n-grams that repeat an earlier one: 0 without repetition, towards -1 with nothing else.
+    """Minus the share of n-grams that repeat an earlier one: 0 without repetition, towards -1 for pure repetition.
 
-    unit: words (case aside) or characters. A completion of less than n units scores 0.
+    unit: words (ignoring case) or characters. A completion of fewer than n units scores 0.
     """
     check_number("n", n, 1, whole=True)
     check_choice("unit", unit, tuple(UNITS))

@@ -1,9 +1,10 @@
-"""The rewards that the settings name, read and checked before anything is compiled."""
+"""Builds the rewards of a run's settings and checks them before anything is compiled."""
 
 import datetime
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 
 from jaxrlhf.config import (
     ClassifierRewardConfig,
@@ -14,18 +15,19 @@ from jaxrlhf.config import (
     SumRewardConfig,
 )
 from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.distributed.processes import alone, from_first
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.classifier import ClassifierReward
-from jaxrlhf.rewards.completions import Reward
+from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.composed import ComposedReward
-from jaxrlhf.rewards.from_first import on_first
-from jaxrlhf.rewards.functions import FunctionReward
+from jaxrlhf.rewards.functions import FunctionReward, RewardFault
+from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
 from jaxrlhf.rewards.remote import HTTPReward
 
 Say = Callable[[str], None]
 Rewards = Mapping[str, tuple[Reward | None, float]]
-"""Name -> (reward, weight); None is the run's own reward adapter. A reward that is no sum has the name \"\"."""
+"""Name -> (reward, weight). None stands for the run's reward adapter. A reward that is not a sum has the name \"\"."""
 
 
 def load_rewards(
@@ -36,11 +38,11 @@ def load_rewards(
     time: datetime.datetime | None = None,
     matmul_precision: str = "highest",
 ) -> Rewards:
-    """The reward, or the parts of a sum. `key_path` is the section, for messages; `say` gets a server's troubles.
+    """The reward, or the parts of a sum.
 
-    `time` is what the chat templates of reward models take for now; None: the clock. `matmul_precision` is that of
-    decoders with a base of their own.
-    Raises `UserError` where function, folder, label or URL cannot be used.
+    `key_path` is the config section, for messages. `say` receives a line when a reward server fails. `time` is the
+    date that reward models' chat templates write; None: the clock. `matmul_precision` is that of pretrained models.
+    Raises `UserError` for a function, folder, label or URL that cannot be used.
     """
     if isinstance(config, SumRewardConfig):
         rewards: Rewards = {
@@ -56,43 +58,68 @@ def load_rewards(
 
 
 def compose(rewards: Rewards, own: Callable[[], Reward]) -> Reward:
-    """One reward of what `load_rewards` gave; `own` makes the run's own."""
-    called = {name: own() if reward is None else on_first(reward) for name, (reward, _) in rewards.items()}
-    whole = {name: (called[name], weight) for name, (_, weight) in rewards.items()}
-    return whole[""][0] if "" in whole else ComposedReward(whole)
+    """Combines the result of `load_rewards` into one reward; `own` builds the reward of the run's adapter."""
+    parts = {name: (own() if part is None else on_first(part), weight) for name, (part, weight) in rewards.items()}
+    return parts[""][0] if "" in parts else ComposedReward(parts)
 
 
 def needs_own(config: RewardConfig) -> bool:
-    """Whether the run's own reward adapter is the reward, or a part of it."""
+    """Whether the run's reward adapter is the reward or a part of it."""
     return any(_is_own(part) for part in parts_of(config))
 
 
 def own_gain(config: RewardConfig) -> float | None:
-    """The number with which the run's own reward adapter is multiplied where it alone is the reward; else None."""
+    """The weight of the run's reward adapter if it is the only part with a weight; else None."""
     if not isinstance(config, SumRewardConfig):
         return 1.0 if _is_own(config) else None
-    weighed = [part for part in config.parts.values() if part.weight]
-    return weighed[0].weight if len(weighed) == 1 and _is_own(weighed[0]) else None
+    weighted = [part for part in config.parts.values() if part.weight]
+    return weighted[0].weight if len(weighted) == 1 and _is_own(weighted[0]) else None
 
 
 def parts_of(config: RewardConfig) -> list[RewardConfig]:
-    """The parts of a sum; of another reward, itself."""
+    """The parts of a sum, or the reward itself."""
     return [*config.parts.values()] if isinstance(config, SumRewardConfig) else [config]
 
 
 def _is_own(config: RewardConfig) -> bool:
-    """Whether a reward is the run's own reward adapter."""
     return isinstance(config, ModelRewardConfig) and config.path is None
 
 
 def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
-    """`UserError` where a reward could not score answers to these prompts."""
+    """Raises `UserError` if a reward cannot score completions of these prompts."""
     for name, (reward, _) in rewards.items():
-        where = f"{key_path}.parts.{name}" if name else key_path
         if isinstance(reward, FunctionReward):
-            reward.check_columns(set().union(*prompts.columns), f"{where}.function")
+            section = f"{key_path}.parts.{name}" if name else key_path
+            reward.check_columns(set().union(*prompts.columns), f"{section}.function")
         elif isinstance(reward, (PretrainedReward, ClassifierReward)):
             reward.check_prompts(prompts)
+
+
+class FirstProcessReward:
+    """A reward (see `completions.Reward`) that process 0 computes on the whole batch for all processes.
+
+    A function, a server or a torch classifier may answer each call differently, keep state, or be reachable from one
+    host only. Called once per process, it could give the processes different scores, and their weights would drift
+    apart. A fault on process 0 is raised on all processes.
+    """
+
+    def __init__(self, reward: Reward):
+        self.reward, self.name, self.may_abstain = reward, reward.name, may_abstain(reward)
+
+    def __call__(self, completions: Completions) -> np.ndarray:
+        completions.gather()
+
+        def score() -> bytes:
+            scores = self.reward(completions)
+            return np.stack([np.asarray(scores, np.float32), abstained_rows(scores).astype(np.float32)]).tobytes()
+
+        scores, abstained = np.frombuffer(from_first(score, RewardFault), np.float32).reshape(2, -1)
+        return with_abstained(scores, abstained > 0)
+
+
+def on_first(reward: Reward) -> Reward:
+    """The reward, computed by process 0 alone if it is a host computation and the run has several processes."""
+    return reward if alone() or isinstance(reward, (ModelReward, PretrainedReward)) else FirstProcessReward(reward)
 
 
 def _load(

@@ -1,4 +1,4 @@
-"""The reward adapter as a reward: the base scores its own kind of tokens."""
+"""The reward adapter as a reward: the base scores the tokens that the policy sampled."""
 
 import jax
 
@@ -15,25 +15,25 @@ from jaxrlhf.rewards.completions import Completions
 def score_rollout(
     base: Decoder, adapter: Adapter, rollout: Rollout, microbatch_size: int | None = None
 ) -> jax.Array:
-    """Scores f32[B] at the last real token: the stop token, or the last one of an unfinished answer.
+    """Scores f32[B] at the last real token: the stop token, or the last token of a truncated completion.
 
-    With `microbatch_size` rows go through so many at a time, where they divide: what lies in memory is theirs.
+    `microbatch_size` rows are scored at a time, if it divides B; memory is that of one microbatch.
     """
-    model, given = bind(base, adapter), (rollout.tokens, rollout.mask)
+    model, inputs = bind(base, adapter), (rollout.tokens, rollout.mask)
     B = rollout.tokens.shape[0]
     if microbatch_size is None or microbatch_size >= B or B % microbatch_size:
-        return sequence_scores(model, *given)
-    parts = split_rows(given, B // microbatch_size)
-    return jax.lax.map(lambda rows: sequence_scores(model, *rows), parts).reshape(B)
+        return sequence_scores(model, *inputs)
+    microbatches = split_rows(inputs, B // microbatch_size)
+    return jax.lax.map(lambda rows: sequence_scores(model, *rows), microbatches).reshape(B)
 
 
 def score_program(mesh: jax.sharding.Mesh | None, base: Decoder) -> Program:
-    """`score_rollout`, as plans and benchmarks take it too."""
+    """The program of `score_rollout`, which plans and benchmarks run as well."""
     return Program(score_rollout, "reward", mesh, compiler_options(base), static_argnames=("microbatch_size",))
 
 
 class ModelReward:
-    """A reward (see `completions.Reward`) that never leaves the device."""
+    """A reward (see `completions.Reward`) whose scores stay on the device."""
 
     name = "reward_model"
 

@@ -1,8 +1,8 @@
-"""A pretrained reward model as a reward: a decoder with base, head and tokenizer of its own, on the run's mesh.
+"""A pretrained reward model as a reward: a decoder with its own base, head and tokenizer, on the run's mesh.
 
-Texts end with its EOS where the answer ended, as in the stage reward_model; a chat is what its chat template makes
-of it, to the last character. The score stands at the last token that is not its pad token, as in transformers: a
-checkpoint that pads with EOS is not read at an EOS.
+A text gets the model's EOS if the completion ended, as in the stage reward_model; a chat is exactly what the chat
+template writes. The score is read at the last token that is not the pad token, as in transformers, so a checkpoint
+that pads with EOS is not read at an EOS.
 """
 
 import jax
@@ -24,16 +24,16 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
 
-BUCKETS = 4  # padded lengths, each half of the next; each is compiled once, when the first text needs it
+BUCKETS = 4  # padded lengths, each half of the next; each is compiled when the first text needs it
 
 
 def score_tokens(base: Decoder, adapter: Adapter, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scores f32[B] of right-padded tokens i32[B,L] at the last real one."""
+    """Scores f32[B] of right-padded tokens i32[B,L] at the last real token."""
     return sequence_scores(bind(base, adapter), tokens, mask)
 
 
 def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
-    """`score_tokens`, as plans and benchmarks take it too; every device has all scores."""
+    """The program of `score_tokens`, with the scores on every device; plans and benchmarks run it as well."""
     return Program(score_tokens, "reward", mesh, compiler_options(base), out_shardings=replicated(mesh))
 
 
@@ -43,7 +43,7 @@ class PretrainedReward:
     def __init__(
         self, config: ModelRewardConfig, mesh: jax.sharding.Mesh, key_path: str, matmul_precision: str = "highest"
     ):
-        """`key_path` is the section of the settings, for messages. Raises `UserError` where they cannot be used."""
+        """`key_path` is the config section, for messages. Raises `UserError` for settings that cannot be used."""
         self.config, self.mesh, self.name = config, mesh, str(config.path)
         check_batch(mesh, config.batch_size, f"{key_path}.batch_size")
         base, adapter, self.tokenizer = load_sequence_classifier(config.path, config.dtype, mesh)
@@ -56,52 +56,51 @@ class PretrainedReward:
         self.program = token_score_program(mesh, self.base)
 
     def check_prompts(self, prompts: PromptSet) -> None:
-        """`UserError` where the chat template refuses a chat."""
+        """Raises `UserError` if the chat template refuses a chat."""
         chats = chats_read(prompts.texts, prompts.chats, self.config, self.tokenizer.has_chat_template)
         where = [f"prompt {number}" for number in range(1, len(chats) + 1)]
-        for _ in self.tokenizer.encode_chats([chat.followed_by("a") for chat in chats], where):
-            pass
+        list(self.tokenizer.encode_chats([chat.followed_by("a") for chat in chats], where))
 
     def __call__(self, completions: Completions) -> np.ndarray:
         ids = self.encode(readings(completions, self.config, self.tokenizer.has_chat_template), completions.ended)
         size = min(self.config.batch_size, len(ids))
-        chosen = batches([len(row) for row in ids], size)
-        # All are under way before the first is waited for.
-        parts = [self.program(self.base, self.adapter, *self._padded([ids[i] for i in rows], size)) for rows in chosen]
+        parts = batches([len(row) for row in ids], size)
+        # Every batch is dispatched before the first result is fetched.
+        results = [self.program(self.base, self.adapter, *self._pad([ids[i] for i in rows], size)) for rows in parts]
         scores = np.empty(len(ids), np.float32)
-        for rows, part in zip(chosen, parts):
-            scores[rows] = np.asarray(part)[: len(rows)]
+        for rows, result in zip(parts, results):
+            scores[rows] = np.asarray(result)[: len(rows)]
         return finite(self.name, scores)
 
-    def encode(self, read: list[Reading], ended: list[bool]) -> list[list[int]]:
-        """Ids of the readings, none empty and none longer than `max_length`."""
-        found: list[list[int]] = [[]] * len(read)
-        texts = [i for i, (prompt, _) in enumerate(read) if prompt is None]
+    def encode(self, readings: list[Reading], ended: list[bool]) -> list[list[int]]:
+        """Token ids of each reading: at least one and at most `max_length`."""
+        encoded: list[list[int]] = [[]] * len(readings)
+        texts = [i for i, (prompt, _) in enumerate(readings) if prompt is None]
         end = self.tokenizer.text_end_id if self.config.end_at_eos is not False else None
-        for i, ids in zip(texts, self.tokenizer.encode_prompts([read[i][1] for i in texts])):
-            found[i] = [*ids, end] if end is not None and ended[i] else ids
-        chats = [i for i, (prompt, _) in enumerate(read) if prompt is not None]
-        for i, ids in zip(chats, self.tokenizer.encode_chats([read[i][0].followed_by(read[i][1]) for i in chats])):
-            found[i] = ids
+        for i, ids in zip(texts, self.tokenizer.encode_prompts([readings[i][1] for i in texts])):
+            encoded[i] = [*ids, end] if end is not None and ended[i] else ids
+        rows = [i for i, (prompt, _) in enumerate(readings) if prompt is not None]
+        chats = [readings[i][0].followed_by(readings[i][1]) for i in rows]
+        for i, ids in zip(rows, self.tokenizer.encode_chats(chats)):
+            encoded[i] = ids
         if self.config.end_at_eos:
-            chats = [i for i in chats if ended[i]]
-            for i, (prompt, answer) in zip(chats, self.tokenizer.encode_pairs([read[i] for i in chats])):
-                found[i] = prompt + answer
-        return [self._cut(ids) for ids in found]
+            rows = [i for i in rows if ended[i]]
+            for i, (prompt, response) in zip(rows, self.tokenizer.encode_pairs([readings[i] for i in rows])):
+                encoded[i] = prompt + response
+        return [self._cut(ids) for ids in encoded]
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """Without the pad tokens at the end, which transformers does not read, and with no more than fits."""
-        ids = [token for token in ids if token < self.base.config.vocab_size]  # a text may spell out any added token
-        last = next((i for i, token in enumerate(ids[::-1]) if token != self.base.config.pad_token), len(ids) - 1)
-        ids = ids[: len(ids) - last] or [self.tokenizer.text_end_id or 0]  # an empty text is its end
+        """Drops trailing pad tokens, which transformers does not read, and the start of a text that is too long."""
+        ids = [token for token in ids if token < self.base.config.vocab_size]  # text may contain any added token
+        padding = next((i for i, token in enumerate(ids[::-1]) if token != self.base.config.pad_token), len(ids) - 1)
+        ids = ids[: len(ids) - padding] or [self.tokenizer.text_end_id or 0]  # an empty text is read as EOS
         return self.tokenizer.cut_start(ids, self.max_length) or ids[-self.max_length :]
 
-    def _padded(self, rows: list[list[int]], size: int) -> tuple[jax.Array, jax.Array]:
-        """Tokens i32[size,L] and mask bool[size,L] on the mesh; the first row is repeated where rows are missing."""
+    def _pad(self, rows: list[list[int]], size: int) -> tuple[jax.Array, jax.Array]:
+        """Tokens i32[size,L] and mask bool[size,L] on the mesh; copies of the first row fill up a short batch."""
         length = next(length for length in self.lengths if length >= max(map(len, rows)))
         tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
-        for i in range(size):
-            row = rows[i if i < len(rows) else 0]
+        for i, row in enumerate(rows + rows[:1] * (size - len(rows))):
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
         return shard_batch(self.mesh, (tokens, mask))
 
@@ -120,5 +119,5 @@ class PretrainedReward:
 
 
 def _lengths(longest: int) -> list[int]:
-    """Padded lengths, ascending: the longest, half of it, ..., in multiples of 8."""
-    return sorted({min(max(-(-(longest >> halvings) // 8) * 8, 8), longest) for halvings in range(BUCKETS)})
+    """Padded lengths, ascending: the longest, half of it, ..., rounded up to multiples of 8."""
+    return sorted({min(max(-(-(longest >> i) // 8) * 8, 8), longest) for i in range(BUCKETS)})

@@ -1,18 +1,18 @@
 """A reward from an HTTP server: JSON in and out.
 
-Per batch of answers the server is sent one POST request, with content type application/json:
+Each batch of completions is one POST request with content type application/json:
 
     {"prompts": ["..."], "completions": ["..."], "columns": {"NAME": [...], ...}}
 
-All lists are equally long; `columns` holds the rows' other columns, null where a row has none. It answers with
-status 200 and a number per answer, in the same order, or null where it abstains:
+All lists have the same length; `columns` holds the other columns of the data, null where a row lacks one. The server
+responds with status 200 and one number per completion in the same order, or null to abstain:
 
     {"scores": [0.25, null, ...]}
 
-Tried again, after a growing pause, are a failed connection, a time-out and the statuses 429 and 5xx, whose
-Retry-After is kept up to `max_wait` seconds. Everything else is a `RewardFault` at once: another status, a redirect
-(a POST is not sent on to where nobody meant it to go), an answer of more than `max_bytes`, and one that is not the
-JSON above or holds a wrong number of scores, or one that is no finite number.
+A failed connection, a timeout and the statuses 429 and 5xx are retried after a growing pause; a Retry-After header is
+respected up to `max_wait` seconds. Anything else raises `RewardFault` at once: another status, a redirect (the data
+goes to the configured host only), a body of more than `max_bytes`, and a body that is not the JSON above with one
+finite number per completion.
 """
 
 import asyncio
@@ -42,16 +42,16 @@ class HTTPReward:
     """A reward (see `completions.Reward`) from a server; the module docstring gives requests and responses.
 
     url         http or https; a user and password in it are sent as basic authentication
-    batch_size  answers per request
-    timeout     seconds for one whole exchange, connecting and reading included
-    retries     further tries of a request
-    backoff     seconds before the first of them; doubles with each, up to `max_wait`, less a random part of up to half
-    max_bytes   the longest body that is read
+    batch_size  completions per request
+    timeout     seconds for one exchange, connecting and reading included
+    retries     number of retries of a request
+    backoff     seconds before the first retry; doubles each time up to `max_wait`, less a random part of up to half
+    max_bytes   limit on the length of a response body
     headers_env name of an environment variable with a token, sent as `Authorization: Bearer TOKEN`
-    concurrency requests at the same time
-    say         is given one line before each further try, from another thread
+    concurrency number of simultaneous requests
+    say         receives one line before each retry, from another thread
 
-    Messages name the URL without user, password and query. Raises UserError for a URL or a variable that cannot be
+    Messages name the URL without user, password and query. Raises UserError for a URL or variable that cannot be
     used, and `RewardFault` when called.
     """
 
@@ -77,9 +77,7 @@ class HTTPReward:
         self._url = parts._replace(netloc=host, fragment="").geturl()
         self._login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
         if self._login and headers_env:
-            raise UserError(
-                f"reward URL {self.name}: has a user of its own beside the token in {headers_env}; want one"
-            )
+            raise UserError(f"reward URL {self.name}: has a user as well as the token in {headers_env}; want only one")
         bounds = {"batch_size": 1, "retries": 0, "backoff": 0, "max_bytes": 1, "concurrency": 1, "max_wait": 0}
         settings = (batch_size, retries, backoff, max_bytes, concurrency, max_wait)
         for (setting, low), value in zip(bounds.items(), settings):
@@ -95,18 +93,18 @@ class HTTPReward:
     def __call__(self, completions: Completions) -> np.ndarray:
         count = len(completions.prompts)
         batches = [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
-        requests = [self._request(completions, texts) for texts in batches]
+        requests = [self._request(completions, rows) for rows in batches]
         try:
-            return run_async(self._score(requests, [texts.stop - texts.start for texts in batches]))
+            return run_async(self._score(requests, [rows.stop - rows.start for rows in batches]))
         except RewardFault:
             raise
-        except Exception as error:  # such as a proxy in the environment that is no URL, or a host that is no name
+        except Exception as error:  # such as an invalid proxy URL in the environment, or an invalid host name
             raise self._fault(f"{type(error).__name__}: {one_line(error)}") from error
 
     async def _score(self, requests: list[bytes], counts: list[int]) -> np.ndarray:
         import httpx2
 
-        # Compressed bodies would unpack to more than max_bytes before anyone counts them.
+        # No compression: a small body could unpack to far more than max_bytes before it is counted.
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -125,38 +123,37 @@ class HTTPReward:
                 parts = [np.zeros(0, np.float32), *await asyncio.gather(*tasks)]
                 return with_abstained(np.concatenate(parts), np.concatenate([abstained_rows(part) for part in parts]))
             finally:
-                for task in tasks:  # after a fault nobody waits for the others
+                for task in tasks:  # after a fault the other results are unused
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _request(self, completions: Completions, texts: slice) -> bytes:
-        columns = columns_of(completions.rows[texts])
+    def _request(self, completions: Completions, rows: slice) -> bytes:
+        columns = columns_of(completions.rows[rows])
         for name, values in columns.items():
             try:
                 json.dumps(values, allow_nan=False)
             except (TypeError, ValueError) as error:
-                what = f"column {name} cannot be sent as JSON: {one_line(error)}"
-                raise RewardFault(f"reward server {self.name}: {what}") from error
-        request = {"prompts": list(completions.prompts[texts]), "completions": completions.texts[texts]}
+                raise self._fault(f"column {name} cannot be sent as JSON: {one_line(error)}") from error
+        request = {"prompts": list(completions.prompts[rows]), "completions": completions.texts[rows]}
         return json.dumps(request | {"columns": columns}).encode()
 
     async def _exchange(self, client: "httpx2.AsyncClient", request: bytes) -> list:
-        """The server's scores, after as many tries as it takes and the settings allow."""
+        """The server's scores for one request, with retries."""
         import httpx2
 
-        for tried in range(self.retries + 1):
-            wait = None
+        for attempt in range(self.retries + 1):
+            retry_after = None
             try:
                 async with asyncio.timeout(self.timeout):
                     return await self._try(client, request)
             except Unavailable as error:
-                problem, wait = str(error), error.retry_after
+                problem, retry_after = str(error), error.retry_after
             except TimeoutError:
                 problem = f"no answer within {self.timeout:g} s"
             except httpx2.TransportError as error:
                 problem = f"{type(error).__name__}: {one_line(error)}"
-            if tried < self.retries:
-                delay = retry_delay(tried, wait, self.backoff, self.max_wait, random.random())
+            if attempt < self.retries:
+                delay = retry_delay(attempt, retry_after, self.backoff, self.max_wait, random.random())
                 if self.say is not None:
                     self.say(f"reward server {self.name}: {problem}; trying again in {delay:.1f} s")
                 await asyncio.sleep(delay)
@@ -168,50 +165,51 @@ class HTTPReward:
             if status == 429 or status >= 500:
                 raise Unavailable(f"status {status}", _seconds(response.headers.get("Retry-After"), time.time()))
             if 300 <= status < 400:
-                raise self._fault(f"status {status}, a redirect; give the URL that it leads to")
+                raise self._fault(f"status {status}, a redirect; configure the URL that it leads to")
             if status != 200:
                 raise self._fault(f"status {status}; want 200")
             return self._scores(await self._body(response))
 
     async def _body(self, response: "httpx2.Response") -> bytes:
         if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
-            raise self._fault(f"its answer is encoded as {encoding[:40]!r}; want identity")
+            raise self._fault(f"its response is encoded as {encoding[:40]!r}; want identity")
         body = bytearray()
         async for chunk in response.aiter_raw(65536):
             body += chunk
             if len(body) > self.max_bytes:
-                raise self._fault(f"its answer is longer than {self.max_bytes} bytes")
+                raise self._fault(f"its response is longer than {self.max_bytes} bytes")
         return bytes(body)
 
     def _scores(self, body: bytes) -> list:
         try:
-            answer = json.loads(body)
+            response = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise self._fault(f"its answer is no JSON: {one_line(error)}") from error
-        if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
-            raise self._fault('its answer is not {"scores": [numbers]}')
-        return answer["scores"]
+            raise self._fault(f"its response is not JSON: {one_line(error)}") from error
+        if not isinstance(response, dict) or not isinstance(response.get("scores"), list):
+            raise self._fault('its response is not {"scores": [numbers]}')
+        return response["scores"]
 
     def _fault(self, what: str) -> RewardFault:
         return RewardFault(f"reward server {self.name}: {what}")
 
 
 class Unavailable(Exception):
-    """The server may answer later: after `retry_after` seconds, where it says so."""
+    """The server asked to be tried later, after `retry_after` seconds if it gave a time."""
 
     def __init__(self, what: str, retry_after: float | None):
         super().__init__(what)
         self.retry_after = retry_after
 
 
-def retry_delay(tried: int, retry_after: float | None, backoff: float, max_wait: float, jitter: float) -> float:
-    """Seconds to wait after `tried` + 1 tries; `jitter` in [0, 1) takes off up to half, so that clients part ways."""
-    delay = min(max_wait, backoff * 2.0 ** min(tried, 60)) * (1 - jitter / 2)
+def retry_delay(attempt: int, retry_after: float | None, backoff: float, max_wait: float, jitter: float) -> float:
+    """Seconds to wait after attempt number `attempt`, from 0. `jitter` in [0, 1) takes off up to half, so that
+    several clients do not retry at the same moment."""
+    delay = min(max_wait, backoff * 2.0 ** min(attempt, 60)) * (1 - jitter / 2)
     return max(delay, min(retry_after or 0.0, max_wait))
 
 
 def _seconds(retry_after: str | None, now: float) -> float | None:
-    """Seconds of a Retry-After header, which gives them as such or as a date (RFC 9110, 10.2.3); None for neither."""
+    """Seconds of a Retry-After header, a number or a date (RFC 9110, 10.2.3); None if it is neither."""
     if retry_after is None:
         return None
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", retry_after.strip()):
@@ -223,7 +221,7 @@ def _seconds(retry_after: str | None, now: float) -> float | None:
 
 
 def _checked_url(url: Any) -> SplitResult:
-    """The parts of a URL; UserError, without what may be a password, where it is none that can be asked."""
+    """The parts of a URL; UserError if it is invalid. The message leaves out whatever may be a password."""
     import httpx2
 
     if not isinstance(url, str):
@@ -254,5 +252,5 @@ def _token(variable: str, name: str) -> str:
     if not token:
         raise UserError(f"reward URL {name}: the environment variable {variable} with its token is not set")
     if not re.fullmatch(r"[!-~]+", token):
-        raise UserError(f"reward URL {name}: the token in {variable} has blanks or characters that no header may have")
+        raise UserError(f"reward URL {name}: the token in {variable} has blanks or characters not allowed in a header")
     return token

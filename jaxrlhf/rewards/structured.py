@@ -1,4 +1,4 @@
-"""Rewards for answers with a form: JSON, and the spans of named entities. Part of `library`."""
+"""Rewards for structured completions: JSON, and lists of named entities. Part of `library`."""
 
 import json
 import re
@@ -15,9 +15,9 @@ KINDS = {"any": object, "object": dict, "array": list}
 def json_validity(
     completions: Sequence[str], *, required: Sequence[str] = (), kind: str = "any", fenced: bool = False
 ) -> list[float]:
-    """1 where the whole completion is JSON (RFC 8259: no NaN) with all keys of `required` at its top; else 0.
+    """1 if the whole completion is JSON (RFC 8259: no NaN) with all keys of `required` at its top level; else 0.
 
-    kind: any, object or array. With `fenced` the JSON may stand in a Markdown code fence.
+    kind: any, object or array. `fenced` accepts JSON in a Markdown code fence as well.
     """
     check_choice("kind", kind, tuple(KINDS))
     check_texts("required", required)
@@ -34,9 +34,9 @@ def json_validity(
 
 
 def parse_json(text: str, fenced: bool = False) -> Any:
-    """The JSON value that a text is, or that its only code fence holds; ValueError where there is none."""
-    if fenced and len(found := FENCED.findall(text)) == 1:
-        text = found[0]
+    """Parses a text as JSON; with `fenced`, the content of its only code fence. Raises ValueError."""
+    if fenced and len(blocks := FENCED.findall(text)) == 1:
+        text = blocks[0]
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError as error:  # a long row of opening brackets
@@ -51,43 +51,36 @@ def _refuse(constant: str) -> None:
 def span_f1(completions: Sequence[str], entities: Sequence[Any], *, ignore_case: bool = False) -> list[float]:
     """F1 of the named entities that the completion lists against those of the column `entities`.
 
-    An entity counts where type and text are both right (strict matching; types without case, blanks in the text
-    made one), each as often as it is there. Column and completion hold either a line "type: text" each, with or
-    without a list mark, or JSON: a list of {"type": ..., "text": ...} or of [type, text], or an object of type ->
-    list of texts; the column may hold these as values, too. 1 where neither has any entity.
+    An entity is right if both type and text match (strict matching; types ignore case, runs of blanks in the text
+    count as one). Repeated entities count separately. Column and completion hold either one line "type: text" per
+    entity, with or without a list mark, or JSON: a list of {"type": ..., "text": ...} or of [type, text], or an
+    object of type -> list of texts. The column may also hold these as values. 1 if neither has an entity.
     """
-    wanted = []
+    references = []
     for i, value in enumerate(entities):
-        spans = _reference_spans(value)
+        spans = _parse_text(value) if isinstance(value, str) else _parse_value(value)
         if spans is None:
-            raise ValueError(f'column entities, row {i} is no list of "type: text" or JSON: {str(value)[:60]!r}')
-        wanted.append(_normal(spans, ignore_case))
-    return [_f1(_normal(_answered_spans(text), ignore_case), right) for text, right in zip(completions, wanted)]
+            raise ValueError(f'column entities, row {i} is not a list of "type: text" or JSON: {str(value)[:60]!r}')
+        references.append(_normal(spans, ignore_case))
+    predictions = [_normal(_parse_text(text, lenient=True) or [], ignore_case) for text in completions]
+    return [_f1(prediction, reference) for prediction, reference in zip(predictions, references)]
 
 
 Spans = list[tuple[str, str]]
 
 
-def _reference_spans(value: Any) -> Spans | None:
-    return _read(value) if isinstance(value, str) else _spans_of(value)
-
-
-def _answered_spans(text: str) -> Spans:
-    return _read(text, lenient=True) or []
-
-
-def _read(text: str, lenient: bool = False) -> Spans | None:
-    """The entities of a text; None where it is of no form. `lenient` passes over lines that are no entity."""
+def _parse_text(text: str, lenient: bool = False) -> Spans | None:
+    """The entities of a text; None if it has no known form. `lenient` skips lines that are not entities."""
     try:
-        return _spans_of(parse_json(text, fenced=True))
+        return _parse_value(parse_json(text, fenced=True))
     except ValueError:
-        return _spans_of([line for line in text.splitlines() if line.strip()], lenient)
+        return _parse_value([line for line in text.splitlines() if line.strip()], lenient)
 
 
-def _spans_of(value: Any, lenient: bool = False) -> Spans | None:
+def _parse_value(value: Any, lenient: bool = False) -> Spans | None:
     if isinstance(value, dict):
-        whole = _span(value)
-        value = [whole] if whole else [(kind, text) for kind, texts in value.items() for text in _listed(texts)]
+        single = _span(value)
+        value = [single] if single else [(kind, text) for kind, texts in value.items() for text in _listed(texts)]
     if not _is_list(value):
         return None
     spans = [_span(item) for item in value]
@@ -120,6 +113,6 @@ def _normal(spans: Spans, ignore_case: bool) -> Counter:
     return Counter((" ".join(kind.casefold().split()), " ".join(text.split())) for kind, text in texts)
 
 
-def _f1(found: Counter, wanted: Counter) -> float:
-    total = found.total() + wanted.total()
-    return 2 * (found & wanted).total() / total if total else 1.0
+def _f1(prediction: Counter, reference: Counter) -> float:
+    total = prediction.total() + reference.total()
+    return 2 * (prediction & reference).total() / total if total else 1.0

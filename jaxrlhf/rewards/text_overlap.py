@@ -1,6 +1,6 @@
-"""ROUGE, BLEU and chrF as rewards, by the packages rouge-score and sacrebleu. Part of `library`.
+"""ROUGE, BLEU and chrF as rewards, computed by the packages rouge-score and sacrebleu. Part of `library`.
 
-Both come with the optional extra `rewards`, and neither needs a network as used here. All scores are from 0 to 1.
+The optional extra `rewards` installs both; neither uses the network here. All scores are from 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 def rouge(
     completions: Sequence[str], reference: Sequence[Any], *, metric: str = "rougeL", stem: bool = False
 ) -> list[float]:
-    """ROUGE F1 (Lin 2004) against the column `reference`, as by the package rouge-score.
+    """ROUGE F1 (Lin 2004) against the column `reference`, computed by rouge-score.
 
-    metric: rouge1, rouge2, rougeL or rougeLsum (sentences parted by new lines). `stem`: Porter's stemmer. Its words
-    are of a to z and 0 to 9 only: for other scripts take `chrf`.
+    metric: rouge1, rouge2, rougeL or rougeLsum (one sentence per line). `stem` applies Porter's stemmer. Words consist
+    of a to z and 0 to 9 only; use `chrf` for other scripts.
     """
     check_choice("metric", metric, ROUGE)
     scorer = optional_package("rouge_score.rouge_scorer").RougeScorer([metric], use_stemmer=bool(stem))
-    wanted = references("reference", reference)
-    return [float(scorer.score_multi(texts, text)[metric].fmeasure) for text, texts in zip(completions, wanted)]
+    rows = zip(completions, references("reference", reference))
+    return [float(scorer.score_multi(texts, text)[metric].fmeasure) for text, texts in rows]
 
 
 @abstains_without("reference")
 def bleu(
     completions: Sequence[str], reference: Sequence[Any], *, tokenize: str = "13a", lowercase: bool = False
 ) -> list[float]:
-    """BLEU of each sentence (Papineni et al. 2002) against the column `reference`, as by the package sacrebleu.
+    """Sentence BLEU (Papineni et al. 2002) against the column `reference`, computed by sacrebleu.
 
-    Exponential smoothing, and only orders up to the sentence's length. tokenize: 13a, intl, zh, char or none.
+    Exponential smoothing; n-gram orders up to the sentence's length. tokenize: 13a, intl, zh, char or none.
     """
     check_choice("tokenize", tokenize, TOKENIZERS)
     scorer = optional_package("sacrebleu.metrics").BLEU(
@@ -53,7 +53,7 @@ def chrf(
     beta: int = 2,
     lowercase: bool = False,
 ) -> list[float]:
-    """chrF of each sentence (Popović 2015) against the column `reference`, as by the package sacrebleu.
+    """Sentence chrF (Popović 2015) against the column `reference`, computed by sacrebleu.
 
     `word_order` 2 is chrF++; `beta` is the weight of recall.
     """
@@ -67,5 +67,5 @@ def chrf(
 
 
 def _sentences(scorer: Any, completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
-    wanted = references("reference", reference)
-    return [scorer.sentence_score(text, texts).score / 100 for text, texts in zip(completions, wanted)]
+    rows = zip(completions, references("reference", reference))
+    return [scorer.sentence_score(text, texts).score / 100 for text, texts in rows]

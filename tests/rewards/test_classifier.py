@@ -266,5 +266,5 @@ def test_a_score_that_is_no_number_is_a_fault(folders, answered, rows):
     reward = make(folders["bert"], label=0)
     with torch.no_grad():
         reward.model.classifier.bias.fill_(float("nan"))
-    with pytest.raises(RewardFault, match="gave nan for answer 0 of 6"):
+    with pytest.raises(RewardFault, match="returned nan for completion 0 of 6"):
         reward(answered(rows))

@@ -69,10 +69,10 @@ def test_the_device_computes_while_another_part_waits():
     [
         (RewardFault("reward server http://x: status 500"), "reward part bad: reward server http://x: status 500"),
         (ValueError("one\ntwo"), "reward part bad: raised ValueError: one"),
-        (np.float32([1, np.nan, 2]), "reward part bad returned nan for answer 1 of 3"),
-        (jnp.array([1, 2, jnp.inf]), "reward part bad returned inf for answer 2 of 3"),
-        (np.zeros(2), "reward part bad returned shape (2,) for 3 answers"),
-        (np.zeros((3, 1)), "reward part bad returned shape (3, 1) for 3 answers"),
+        (np.float32([1, np.nan, 2]), "reward part bad returned nan for completion 1 of 3"),
+        (jnp.array([1, 2, jnp.inf]), "reward part bad returned inf for completion 2 of 3"),
+        (np.zeros(2), "reward part bad returned shape (2,) for 3 completions"),
+        (np.zeros((3, 1)), "reward part bad returned shape (3, 1) for 3 completions"),
         (["1", "2", "3"], "reward part bad returned no list of numbers"),
     ],
 )

@@ -72,7 +72,7 @@ def test_an_async_function_within_a_running_loop(reward, completions):
         ("await asyncio.sleep(60)", "raised TimeoutError: took longer than 0.05 s"),
         ("time.sleep(0.4)", "raised TimeoutError: took longer than 0.05 s"),
         ("raise asyncio.CancelledError", "raised CancelledError"),
-        ("return [1.0]", "shape (1,) for 2 answers"),
+        ("return [1.0]", "shape (1,) for 2 completions"),
         ("return ['1', '2']", "no list of numbers"),
     ],
 )

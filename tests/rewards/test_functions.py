@@ -9,8 +9,8 @@ from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.completions import Completions, abstained_rows
-from jaxrlhf.rewards.from_first import FromFirst
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault, load_function
+from jaxrlhf.rewards.load import FirstProcessReward
 
 WORDS = ["red", "green", "blue", "one", "two"]
 
@@ -79,14 +79,14 @@ def test_arrays_of_any_number_type_are_scores(reward, completions):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("return [1.0, 2.0]", "shape (2,) for 3 answers"),
-        ("return [[1.0], [2.0], [3.0]]", "shape (3, 1) for 3 answers"),
-        ("return 1.0", "shape () for 3 answers"),
+        ("return [1.0, 2.0]", "shape (2,) for 3 completions"),
+        ("return [[1.0], [2.0], [3.0]]", "shape (3, 1) for 3 completions"),
+        ("return 1.0", "shape () for 3 completions"),
         ("return None", "no list of numbers"),
-        ("return [1.0, float('nan'), 2.0]", "nan for answer 1 of 3; None abstains"),
-        ("return [None, float('nan'), 2.0]", "nan for answer 1 of 3"),
-        ("return [None, None]", "shape (2,) for 3 answers"),
-        ("return [1.0, 2.0, -float('inf')]", "-inf for answer 2 of 3"),
+        ("return [1.0, float('nan'), 2.0]", "nan for completion 1 of 3; None abstains"),
+        ("return [None, float('nan'), 2.0]", "nan for completion 1 of 3"),
+        ("return [None, None]", "shape (2,) for 3 completions"),
+        ("return [1.0, 2.0, -float('inf')]", "-inf for completion 2 of 3"),
         ("return ['good', 'bad', 'good']", "no list of numbers"),
         ("return ['0.5', '0.1', '0.2']", "no list of numbers"),
         ("return '123'", "no list of numbers"),
@@ -136,7 +136,7 @@ def test_a_function_abstains_with_none_and_counts_0_there(reward, completions, h
 
 def test_process_0_tells_the_others_where_a_reward_abstained(reward, completions):
     score = reward("def score(prompts):\n    return [0.5, None, 2]")
-    shared = FromFirst(score)
+    shared = FirstProcessReward(score)
     assert shared.may_abstain and shared.name == score.name
     for got, expected in zip((shared(completions), score(completions)), (score(completions),) * 2):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))

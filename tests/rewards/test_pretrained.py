@@ -261,7 +261,7 @@ def test_folders_that_cannot_be_used(make, folder, tmp_path):
 def test_a_score_that_is_no_number_is_a_fault(make, folder, answered, rows):
     reward = make(folder)
     reward.adapter = {"score": {"kernel": reward.adapter["score"]["kernel"] * np.nan}}
-    with pytest.raises(RewardFault, match="gave nan for answer 0 of 6"):
+    with pytest.raises(RewardFault, match="returned nan for completion 0 of 6"):
         reward(answered(rows))
 
 

@@ -64,8 +64,8 @@ def score(completions, **columns):
 # What fails -> what the message says after the function's name.
 OF_FUNCTION = {
     "raises": " raised ConnectionError: no answer from the judge",
-    "nan": " returned nan for answer 2 of 4",
-    "too few": " returned shape (3,) for 4 answers; want one number each",
+    "nan": " returned nan for completion 2 of 4",
+    "too few": " returned shape (3,) for 4 completions; want one number each",
     "text": " returned no list of numbers: it holds values of type str",
     "hangs": " raised TimeoutError: took longer than 0.2 s",
     "raises at the end": " raised KeyError: 'gold'",
@@ -143,9 +143,9 @@ class Handler(BaseHTTPRequestHandler):
 OF_SERVER = {
     "down": ": ConnectError: All connection attempts failed (tried 3 times)",
     "slow": ": no answer within 1 s (tried 3 times)",
-    "garbage": ": its answer is no JSON: Expecting value: line 1 column 1 (char 0)",
+    "garbage": ": its response is not JSON: Expecting value: line 1 column 1 (char 0)",
     "500 forever": ": status 500 (tried 3 times)",
-    "endless": ": its answer is longer than 10000000 bytes",
+    "endless": ": its response is longer than 10000000 bytes",
 }
 
 

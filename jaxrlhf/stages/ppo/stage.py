@@ -18,9 +18,8 @@ from jaxrlhf.hf.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_full, scaled_head, without_head
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter
-from jaxrlhf.rewards.from_first import on_first
 from jaxrlhf.rewards.functions import FunctionReward
-from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own
+from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own, on_first
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, with_optimizers
