@@ -1,15 +1,14 @@
-"""Chats, and how they become text: through the chat template that a tokenizer carries.
+"""Chats, and how a tokenizer's chat template writes them as text.
 
-A chat is what transformers' `apply_chat_template` takes: messages, tools, and further arguments of the template.
-The text is what that function gives. Templates differ in the forms of messages that they read, so these may change:
+A chat is the input of transformers' `apply_chat_template`: messages, tools, and further arguments of the template. The
+text is that function's output. Templates accept different forms of messages, so messages are converted:
 
-- content in parts (`[{"type": "text", "text": ...}]`) becomes one text where the template knows only text, and text
-  becomes a part where it knows only parts;
-- arguments of tool calls are objects, also where they are spelled as JSON text, as vLLM gives them; and JSON text where
-  the template fails with objects;
-- content that is null beside tool calls is left out, as transformers does; null or empty where the template fails.
+- content in parts (`[{"type": "text", "text": ...}]`) becomes one text for a template that reads only text, and text
+  becomes a part for a template that reads only parts;
+- arguments of tool calls become objects, and JSON text if the template fails with objects;
+- null content beside tool calls is left out, as in transformers; it becomes null or empty if the template fails.
 
-The clock stands still where `ChatTemplate.time` is set: a run has the same prompts on every day.
+`ChatTemplate.time` fixes the date that a template writes, so that a run has the same prompts on every day.
 """
 
 import datetime
@@ -25,16 +24,16 @@ from jaxrlhf.errors import SharedFault, UserError
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages, and what else the chat template is given with them."""
+    """Messages, with tools and further arguments of the chat template."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)  # variables of the template, such as enable_thinking
-    begun: bool = False  # the last message is the beginning of the assistant's turn, and the answer goes on from there
+    begun: bool = False  # the last message is the start of the assistant's turn, which the response continues
 
-    def followed_by(self, answer: "Response") -> "Chat":
-        """The whole chat: an answer to a turn that is begun stands in that turn."""
-        messages = as_messages(answer, "assistant")
+    def followed_by(self, response: "Response") -> "Chat":
+        """The chat with a response appended, or joined to the assistant's turn that the prompt began."""
+        messages = as_messages(response, "assistant")
         if not self.begun or not messages:
             return replace(self, messages=[*self.messages, *messages], begun=False)
         last, first = self.messages[-1], messages[0]
@@ -44,33 +43,33 @@ class Chat:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text that a chat template has written: its special tokens are in it."""
+    """Text that a chat template wrote, special tokens included."""
 
     text: str
-    last_turn: int = 0  # of an answer: where the text of its last turn begins; -1: not known
+    last_turn: int = 0  # of a response: where the text of its last turn begins; -1: not known
 
 
 Prompt = str | list[Message] | Chat | Rendered
 Response = str | Message | list[Message] | Rendered
 
-_BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # where a turn may say something too
-_NOT_ANSWERS = ("system", "developer", "user", "tool", "function")
-_MARK = "jaxrlhf-mark"  # text to be found again in what a template writes
-_ABSENT, _NULL, _EMPTY = "absent", "null", "empty"  # what becomes of content that is null
+_BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # a turn without content may have these
+_NOT_ASSISTANT = ("system", "developer", "user", "tool", "function")
+_MARK = "jaxrlhf-mark"  # a text to find in the output of a template
+_ABSENT, _NULL, _EMPTY = "absent", "null", "empty"  # forms of null content
 
 
 class ChatTemplate:
-    """The chat template of a transformers tokenizer; `name` is where that came from, for messages.
+    """The chat template of a transformers tokenizer. `name` is the tokenizer's folder or hub id, for messages.
 
-    `time` is what templates take for now; None: the clock. Everything that writes raises `UserError`, with the place
-    that it is given, for a chat that cannot be written.
+    `time` is the date that templates write; None: the clock. Methods that render take the chat's `place`, such as
+    "file.jsonl:3: ", and raise `UserError` with it for a chat that the template cannot write.
     """
 
     def __init__(self, tokenizer: Any, name: str):
         self._tokenizer = tokenizer
         self.name = name
         self.time: datetime.datetime | None = None
-        self.unread: set[str] = set()  # what chats gave the template that it does not name; for who clears it to say
+        self.unread: set[str] = set()  # tools and arguments of rendered chats that the template does not use
         self._read: tuple[bool, bool] | None = None
 
     @property
@@ -83,23 +82,23 @@ class ChatTemplate:
         return "strftime_now" in str(self._tokenizer.chat_template or "")
 
     def now(self) -> datetime.datetime:
-        """The time that a template would write now, to the second."""
+        """The current time as a template writes it, to the second."""
         template = "{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}"
         try:
             chat = [{"role": "user", "content": ""}]
             text = self._tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
-        except ImportError:  # without jinja2 no template writes a time
+        except ImportError:  # without jinja2 no template can run
             return datetime.datetime.now()
         return datetime.datetime.fromisoformat(text)
 
     def prompt_text(self, prompt: Prompt, place: str) -> str:
-        """A text as it is; a chat as the template writes it, ending where the assistant begins to speak or goes on."""
+        """The prompt as text; a chat ends where the assistant's turn begins, or where the response continues it."""
         if isinstance(prompt, str):
             return prompt
         return prompt.text if isinstance(prompt, Rendered) else self._render(as_chat(prompt), place)
 
     def whole_text(self, chat: list[Message] | Chat, place: str) -> str:
-        """A whole chat as the template writes and ends it."""
+        """A finished chat as text, with the end that the template writes."""
         return self._render(as_chat(chat), place, whole=True)
 
     def pair_texts(self, prompt: Prompt, response: Response, place: str) -> tuple[str, str]:
@@ -108,37 +107,36 @@ class ChatTemplate:
             return prompt.text, response.text
         if isinstance(prompt, str) and isinstance(response, str):
             return prompt, response
-        opening, answer = as_chat(prompt), as_messages(response, "assistant")
-        if answer and answer[0]["role"] in _NOT_ANSWERS:
-            raise UserError(f"{place}the answer begins with a turn of {answer[0]['role']}; want the assistant's first")
-        before = self._render(opening, place)
-        whole = self._render(opening.followed_by(answer), place, whole=True)
+        chat, turns = as_chat(prompt), as_messages(response, "assistant")
+        if turns and turns[0]["role"] in _NOT_ASSISTANT:
+            raise UserError(f"{place}the response begins with a turn of {turns[0]['role']}; want the assistant's first")
+        before = self._render(chat, place)
+        whole = self._render(chat.followed_by(turns), place, whole=True)
         if whole.startswith(before):
             return before, whole[len(before) :]
-        # Some templates open the assistant's turn with more than they write into a finished one.
-        if len(answer) != 1 or answer[0].get("tool_calls"):
+        # Some templates open the assistant's turn with text that a finished turn lacks, such as <think>.
+        if len(turns) != 1 or turns[0].get("tool_calls"):
             raise UserError(
-                f"{place}the chat template of {self.name} writes a chat of several turns otherwise than it opens the "
-                "first one, so prompt and answer cannot be told apart; want an answer of one turn of text"
+                f"{place}the chat template of {self.name} writes the prompt differently before a response of several "
+                "turns, so prompt and response cannot be separated; want a response of one turn of text"
             )
-        return before, self._after_opening(opening, before, content_text(answer[0]))
+        return before, self._after_opening(chat, before, content_text(turns[0]))
 
-    def _after_opening(self, opening: Chat, before: str, text: str) -> str:
-        """An answer behind a prompt that opens it with more than a finished turn has, such as <think>: without that,
-        where the answer begins with it too."""
-        if opening.begun:
+    def _after_opening(self, chat: Chat, before: str, text: str) -> str:
+        """The response text without the tag that the prompt `before` it already ends with, if it begins with that."""
+        if chat.begun:
             return text
-        header = self._render(opening.followed_by(_MARK), "", whole=True).partition(_MARK)[0]
-        more = before[len(header) :].strip() if before.startswith(header) else ""
-        is_tag = more and not more[-1].isalnum()
-        return text[len(more) :].lstrip("\n") if is_tag and text.startswith(more) else text
+        header = self._render(chat.followed_by(_MARK), "", whole=True).partition(_MARK)[0]
+        tag = before[len(header) :].strip() if before.startswith(header) else ""
+        is_tag = tag and not tag[-1].isalnum()
+        return text[len(tag) :].lstrip("\n") if is_tag and text.startswith(tag) else text
 
     def rendered_prompt(self, prompt: Prompt, place: str) -> Prompt:
-        """The prompt, a chat as the text that it becomes."""
+        """The prompt, with a chat rendered to text."""
         return prompt if isinstance(prompt, str) else Rendered(self.prompt_text(prompt, place))
 
     def rendered_pair(self, prompt: Prompt, response: Response, place: str) -> tuple[Prompt, Response]:
-        """Prompt and response, a chat as the texts that it becomes."""
+        """Prompt and response, with a chat rendered to text."""
         if isinstance(prompt, str) and isinstance(response, str):
             return prompt, response
         before, after = self.pair_texts(prompt, response, place)
@@ -148,10 +146,10 @@ class ChatTemplate:
         if not self.exists:
             raise UserError(
                 f"{place}chat messages, but the tokenizer {self.name} has no chat template; "
-                "give prompt and answer as text, or a tokenizer with one"
+                "want prompt and response as text, or a tokenizer with a chat template"
             )
         if not chat.messages:
-            raise UserError(f"{place}a chat without a message before the answer; want at least one")
+            raise UserError(f"{place}a chat without a message before the response; want at least one")
         begun = chat.begun and not whole
         last = chat.messages[-1]
         if begun and (last.get("content") is None or (last.get("tool_calls") and not content_text(last).strip())):
@@ -161,32 +159,32 @@ class ChatTemplate:
             return self._in_a_form_that_fits(chat, end)
         except ImportError as error:
             raise SharedFault(f"{self.name}: chat templates need jinja2: pip install jinja2") from error
-        except Exception as error:  # a template is a program, and raises what it likes
+        except Exception as error:  # a template is a program and may raise anything
             self._check_syntax(error)
             raise UserError(f"{place}the chat template of {self.name} refuses this chat: {one_line(error)}") from error
 
     def _check_syntax(self, error: Exception) -> None:
-        """SharedFault where the error says that the template does not compile."""
+        """Raises SharedFault if the error means that the template does not compile."""
         from jinja2 import TemplateSyntaxError
 
         if isinstance(error, TemplateSyntaxError):
             line = error.lineno - (error.source or "").startswith(_CLOCK.rstrip())
             raise SharedFault(
                 f"{self.name}: its chat template does not compile, line {line}: {one_line(error.message)}; "
-                "mend it, or give prompt and answer as text"
+                "correct it, or give prompt and response as text"
             ) from error
 
     def _in_a_form_that_fits(self, chat: Chat, end: dict[str, bool]) -> str:
-        """What transformers makes of the chat: in the usual form, or where the template fails, in the first other one.
+        """Renders the chat in the usual form of messages, or if the template fails, in the first form that works.
 
-        Another form must show the names of all calls: a template may drop what it does not expect.
+        Another form counts only if the output has the names of all tool calls: a template may drop unexpected values.
         """
         calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
         nulls = any(message.get("content") is None for message in chat.messages)
         failure: Exception | None = None
-        spellings = (False, True) if calls else (False,)
-        contents = (_ABSENT, _NULL, _EMPTY) if nulls else (_ABSENT,)
-        for as_text, null in itertools.product(spellings, contents):
+        argument_forms = (False, True) if calls else (False,)
+        null_forms = (_ABSENT, _NULL, _EMPTY) if nulls else (_ABSENT,)
+        for as_text, null in itertools.product(argument_forms, null_forms):
             messages = [self._message(message, as_text, null) for message in chat.messages]
             try:
                 text = self._apply(messages, chat, end, null == _NULL)
@@ -195,32 +193,32 @@ class ChatTemplate:
                 continue
             if failure is None or all(_name(call) in text for call in calls):
                 return text
-        raise failure or ValueError("no form of it fits")
+        raise failure or ValueError("no form of the messages works")
 
     def _apply(self, messages: list[Message], chat: Chat, end: dict[str, bool], with_null: bool) -> str:
-        given = {**chat.arguments, **end}
-        template = found = self._tokenizer.get_chat_template(None, chat.tools)
+        arguments = {**chat.arguments, **end}
+        template = original = self._tokenizer.get_chat_template(None, chat.tools)
         names = [*chat.arguments, *(["tools"] if chat.tools else [])]
-        self.unread.update(name for name in names if name not in found)
+        self.unread.update(name for name in names if name not in original)
         if with_null:
             template = _NULL_CONTENT + template
-        if self.time is not None and "strftime_now" in found:
-            template, given["jaxrlhf_time"] = _CLOCK + template, _directives(self.time)
-        if template is not found:
-            given["chat_template"] = template
-        return self._tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, **given)
+        if self.time is not None and "strftime_now" in original:
+            template, arguments["jaxrlhf_time"] = _CLOCK + template, _directives(self.time)
+        if template is not original:
+            arguments["chat_template"] = template
+        return self._tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, **arguments)
 
     def _message(self, message: Message, arguments_as_text: bool, null: str) -> Message:
         """The message in the form that the template reads."""
         message, content = dict(message), message.get("content")
-        parts, text = self._reads
+        reads_parts, reads_text = self._reads
         if content is None:
             message.pop("content", None)
             if null == _EMPTY:
                 message["content"] = ""
-        elif isinstance(content, list) and text and not parts:
+        elif isinstance(content, list) and reads_text and not reads_parts:
             message["content"] = content_text(message)
-        elif isinstance(content, str) and not text:
+        elif isinstance(content, str) and not reads_text:
             message["content"] = [{"type": "text", "text": content}]
         if isinstance(message.get("tool_calls"), list):
             message["tool_calls"] = [_with_arguments(call, arguments_as_text) for call in message["tool_calls"]]
@@ -228,14 +226,14 @@ class ChatTemplate:
 
     @property
     def _reads(self) -> tuple[bool, bool]:
-        """Whether the template writes content in parts, and content that is text; tried once."""
+        """(whether the template reads content in parts, whether it reads content as text); tested once."""
         if self._read is None:
             parts = self._writes(lambda words: [{"type": "text", "text": word} for word in words])
             self._read = parts, not parts or self._writes(" ".join)
         return self._read
 
     def _writes(self, content: Callable[[list[str]], Any]) -> bool:
-        """Whether the template writes all words of such contents, and nothing of how lists are spelled."""
+        """Whether the template writes all words of such contents, and not the Python or JSON form of a list."""
         words = [f"probe{i}" for i in range(6)]
         turns = [
             {"role": role, "content": content(words[2 * i : 2 * i + 2])}
@@ -246,20 +244,20 @@ class ChatTemplate:
                 text = self._tokenizer.apply_chat_template(chat, tokenize=False)
             except Exception:
                 continue
-            wanted = words[: 2 * len(chat)]
-            return all(word in text for word in wanted) and "'text'" not in text and '"text"' not in text
+            has_words = all(word in text for word in words[: 2 * len(chat)])
+            return has_words and "'text'" not in text and '"text"' not in text
         return False
 
 
 def as_messages(value: str | Message | list[Message], role: str) -> list[Message]:
-    """Chat messages as they are; text as one turn of `role`."""
+    """The value as chat messages; text becomes one turn of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [value] if isinstance(value, dict) else list(value)
 
 
 def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
-    """A prompt as a chat: text is a turn of the user; messages that end with the assistant's are to be continued."""
+    """The prompt as a chat. Text becomes a user turn; a response continues a last turn of the assistant."""
     if isinstance(prompt, Chat):
         return prompt
     messages = without_empty_turn(as_messages(prompt, "user"))
@@ -267,25 +265,25 @@ def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
 
 
 def without_empty_turn(messages: list[Message]) -> list[Message]:
-    """A prompt's messages without turns of the assistant at their end that say nothing: they only ask for an answer."""
+    """The messages of a prompt without empty assistant turns at the end, which only mark where the response goes."""
     last = messages[-1] if messages else {"role": ""}
     if last["role"] != "assistant" or content_text(last).strip() or any(map(last.get, _BESIDE_CONTENT)):
         return messages
     return without_empty_turn(messages[:-1])
 
 
-def last_turn(answer: Response, text: str) -> int:
-    """Where the last turn of an answer begins to speak in the `text` that was written of it; -1: not known."""
-    if isinstance(answer, Rendered):
-        return answer.last_turn
-    if not isinstance(answer, list) or len(answer) < 2:
+def last_turn(response: Response, text: str) -> int:
+    """Where the content of the response's last turn begins in its rendered `text`; -1: not known."""
+    if isinstance(response, Rendered):
+        return response.last_turn
+    if not isinstance(response, list) or len(response) < 2:
         return 0
-    content = content_text(answer[-1]).strip()
+    content = content_text(response[-1]).strip()
     return text.rfind(content) if content else -1
 
 
 def content_text(message: Message) -> str:
-    """What a message says, in one text; empty where its content is null."""
+    """The content of a message as one text; empty if it is null."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
@@ -293,7 +291,7 @@ def content_text(message: Message) -> str:
 
 
 def _name(call: Any) -> str:
-    """The name of the function that a tool call calls."""
+    """The function name of a tool call."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     return str(function.get("name", "")) if isinstance(function, dict) else ""
 
@@ -308,23 +306,23 @@ def _with_arguments(call: Any, as_text: bool) -> Any:
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not as_text and isinstance(arguments, str):
         try:
-            spelled = json.loads(arguments)
+            parsed = json.loads(arguments)
         except ValueError:
             return call
-        arguments = spelled if isinstance(spelled, dict) else arguments
+        arguments = parsed if isinstance(parsed, dict) else arguments
     return {**call, "function": {**function, "arguments": arguments}} if "arguments" in function else call
 
 
-# What is put before a template; the newline is taken off by `trim_blocks`, with which transformers reads templates.
+# Prefixes for a template. transformers compiles templates with `trim_blocks`, which removes the final newline.
 
-# Gives messages without content the content null, which transformers takes out: DeepSeek's templates ask `is none`.
+# Sets missing content to null, which transformers removes but DeepSeek's templates test with `is none`.
 _NULL_CONTENT = (
-    "{% set found = namespace(messages=[]) %}{% for message in messages %}"
-    "{% set found.messages = found.messages + [message if 'content' in message else dict(message, content=none)] %}"
-    "{% endfor %}{% set messages = found.messages %}\n"
+    "{% set filled = namespace(messages=[]) %}{% for message in messages %}"
+    "{% set filled.messages = filled.messages + [message if 'content' in message else dict(message, content=none)] %}"
+    "{% endfor %}{% set messages = filled.messages %}\n"
 )
-# Shadows transformers' function of this name, which asks the clock. A function cannot be given to a template (since
-# transformers 5 it arrives as text), so what each directive writes is given.
+# Shadows transformers' function of this name, which reads the clock. A template cannot receive a function (since
+# transformers 5 it arrives as text), so it receives the value of each directive.
 _CLOCK = (
     "{% macro strftime_now(format) %}{% set time = namespace(text=format) %}"
     "{% for directive, text in jaxrlhf_time.items() %}{% set time.text = time.text.replace(directive, text) %}"
@@ -334,7 +332,7 @@ _CLOCK = (
 
 
 def _directives(time: datetime.datetime) -> dict[str, str]:
-    """strftime's directives, also without leading zeros, and what each is at that time."""
+    """The values of strftime's directives at that time, and of the forms without leading zeros."""
     bare = {f"%-{letter}": time.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dmyHIMSj"}
     letters = "aAbBcdeDfFGhHIjmMnprRStTuUVwWxXyYzZ"
     return bare | {f"%{letter}": time.strftime(f"%{letter}") for letter in letters} | {"%%": "%"}

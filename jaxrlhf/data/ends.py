@@ -1,7 +1,7 @@
-"""Where answers end: which tokens stop one, and which one is taught to end it. The same in every stage.
+"""Stop tokens: which tokens end a response, and which one training appends. The same rules apply in every stage.
 
-Four files may name a token that ends answers: the tokenizer's (EOS), `config.json`, `generation_config.json`, and the
-chat template, by what it writes behind an assistant's turn. They often differ. All of them stop an answer.
+Four files may name an end token: the tokenizer's (EOS), `config.json`, `generation_config.json`, and the chat template,
+which writes one after an assistant turn. They often differ. All of them stop a response.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,24 +11,24 @@ PROBE = "jaxrlhf"
 
 
 def end_of_turn(rendered: str, added: Mapping[int, str]) -> int | None:
-    """The id of the added token that a chat template writes behind an assistant's turn.
+    """The id of the added token that a chat template writes after an assistant turn, possibly after blanks.
 
-    `rendered` is a chat that ends with an assistant's `PROBE`, `added` the added tokens' texts by id. Blanks may stand
-    before the token; None where plain text comes first, or nothing.
+    `rendered` is a chat that ends with the assistant's `PROBE`; `added` maps added tokens' ids to their texts. None if
+    the template writes plain text or nothing.
     """
-    _, answer, behind = rendered.rpartition(PROBE)
-    behind = behind.lstrip()
-    fitting = [(len(text), index) for index, text in added.items() if answer and text and behind.startswith(text)]
-    return max(fitting)[1] if fitting else None
+    _, probe, rest = rendered.rpartition(PROBE)
+    rest = rest.lstrip()
+    matches = [(len(text), index) for index, text in added.items() if probe and text and rest.startswith(text)]
+    return max(matches)[1] if matches else None
 
 
 def union(
     files: Sequence[int], own: Sequence[int], rows: int, added: Mapping[int, str], name: str, foreign: bool
 ) -> tuple[tuple[int, ...], list[str]]:
-    """(stop tokens, lines on what is left out): all that the model's `files` name and that are the tokenizer's `own`.
+    """(stop tokens of the model's `files` and of the tokenizer's `own`, a line on each that is left out).
 
-    Left out are ids without one of the model's `rows`; and where the tokenizer is `foreign` to the model and has an end
-    of its own, those of the files that are none of its added tokens: ordinary text in it, or nothing.
+    Left out are ids beyond the model's `rows` embeddings. If the tokenizer is `foreign` to the model and has an end
+    token, ids of the files that are not its added tokens are left out too: they are ordinary text in it, or nothing.
     """
     has_own = any(token < rows for token in own)
     stops, lines = [], []
@@ -44,18 +44,18 @@ def union(
 
 
 def ended(ids: list[int], stops: Sequence[int], end: int, passed: int = 0) -> list[int]:
-    """An answer up to its first stop token, that included, or with `end` behind it.
+    """The response up to and including its first stop token, or with `end` appended if it has none.
 
-    An answer of several turns has `passed` stop tokens before its last turn.
+    `passed` is the number of stop tokens before the last turn of a response of several turns.
     """
     at = [i for i, token in enumerate(ids) if token in stops]
     return ids[: at[passed] + 1] if len(at) > passed else [*ids, end]
 
 
 def ended_text(ids: list[int], stops: Sequence[int], end: int, tokenizer: Any) -> list[int]:
-    """A whole text, of which nothing is lost, with one stop token at its end.
+    """The whole text with one stop token at its end; blanks after a last stop token are removed.
 
-    Stop tokens inside may separate documents or turns. Blanks behind the last one are taken off.
+    Stop tokens inside the text, which may separate documents or turns, are kept.
     """
     last = max((i for i, token in enumerate(ids) if token in stops), default=-1)
     rest = ids[last + 1 :]

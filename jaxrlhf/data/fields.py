@@ -1,8 +1,8 @@
-"""A row's fields, checked: the only place that looks at a row's types.
+"""Reads and checks the fields of a row. No other module looks at the types of a row's values.
 
-Whatever is wrong with a field is a `UserError` with the row's place. Null counts as absent everywhere: tables give
-every row every column, and every struct in them every key, at every depth. So keys that are null are taken out of
-messages, tools and template arguments; null as an item of a list (an enum with null) stays.
+A bad field raises `UserError` with the row's place. Null counts as absent: tables give every row every column, and
+every struct every key, at any depth. So null keys are removed from messages, tools and template arguments; a null
+item of a list (an enum with null) stays.
 """
 
 import difflib
@@ -19,22 +19,22 @@ from jaxrlhf.errors import UserError
 
 
 def has_field(row: Row, name: str) -> bool:
-    """Whether the row has the field, and not null."""
+    """Whether the row has the field and it is not null."""
     return row.values.get(name) is not None
 
 
 def text_field(row: Row, name: str, empty: bool = False) -> str:
-    """The field's text. UserError where it is absent, not text or, unless `empty`, blank."""
+    """The field's text. UserError if it is absent, not text or, unless `empty`, blank."""
     return _text(_present(row, name), row.where, f"field {name!r}", empty)
 
 
 def messages_field(row: Row, name: str) -> list[Message]:
-    """The field's chat messages, in order; at least one."""
+    """The field's chat messages in order, at least one."""
     return _messages(_present(row, name), row.where, f"field {name!r}")
 
 
 def text_or_messages_field(row: Row, name: str, empty: bool = False) -> str | list[Message]:
-    """Text, or a list of chat messages; a single message (an object) becomes a list of one."""
+    """The field's text or list of chat messages; a single message (an object) becomes a list of one."""
     value = _present(row, name)
     what = f"field {name!r}"
     if isinstance(value, str):
@@ -45,7 +45,7 @@ def text_or_messages_field(row: Row, name: str, empty: bool = False) -> str | li
 
 
 def answer_field(row: Row, name: str) -> str | list[Message]:
-    """Text or chat messages that say something at their end."""
+    """The response of the field, text or chat messages; UserError if its last message is empty."""
     value = text_or_messages_field(row, name)
     if not isinstance(value, str):
         check_answer(row, name, value[-1])
@@ -53,13 +53,13 @@ def answer_field(row: Row, name: str) -> str | list[Message]:
 
 
 def check_answer(row: Row, name: str, message: Message) -> None:
-    """UserError where the message that is to be learnt is empty."""
+    """Raises UserError if a response message has neither text nor tool calls."""
     if not content_text(message).strip() and not message.get("tool_calls"):
-        raise UserError(f"{row.where}: field {name!r} has an empty answer; want text")
+        raise UserError(f"{row.where}: field {name!r} has an empty response; want text")
 
 
 def number_field(row: Row, name: str, default: float) -> float:
-    """The field's finite number, or `default` where the field is absent."""
+    """The field's finite number, or `default` if the field is absent."""
     if not has_field(row, name):
         return default
     value = row.values[name]
@@ -69,10 +69,9 @@ def number_field(row: Row, name: str, default: float) -> float:
 
 
 def chat_of(row: Row, config: ChatSourceConfig, prompt: str | list[Message], begun: bool | None = None) -> Prompt:
-    """A prompt of messages as a chat, with the tools and template arguments of row and settings; a text as it is.
+    """The prompt as a `Chat` with the tools and template arguments of row and config; a text prompt is returned as is.
 
-    `begun` says whether the last message is the assistant's beginning (see `Chat`); None: where it is the assistant's
-    and says something.
+    `begun`: whether the response continues the last message (see `Chat`); None: if that is a non-empty assistant turn.
     """
     if isinstance(prompt, str):
         return prompt
@@ -83,37 +82,37 @@ def chat_of(row: Row, config: ChatSourceConfig, prompt: str | list[Message], beg
 
 
 def columns_beside_text(row: Row, config: ChatSourceConfig, prompt: Prompt) -> set[str]:
-    """The row's columns of tools and template arguments that nothing reads, because its prompt is text."""
+    """The row's columns of tools and template arguments that are unused because its prompt is text."""
     if not isinstance(prompt, str):
         return set()
     names = {config.tools_field, config.chat_template_kwargs_field}
-    return {name for name in names if not _says_none(row.values.get(name))}
+    return {name for name in names if not _is_empty(row.values.get(name))}
 
 
-def _says_none(value: Any) -> bool:
-    """Whether a column of tools or template arguments holds none, also as JSON text."""
+def _is_empty(value: Any) -> bool:
+    """Whether a column of tools or template arguments is empty, also as JSON text."""
     return value in (None, [], {}) or (isinstance(value, str) and value.strip() in ("", "null", "[]", "{}"))
 
 
 def _tools(row: Row, config: ChatSourceConfig) -> list[dict[str, Any]] | None:
-    """The row's tools, or those of the settings; None where there are none. An empty list is the row's own."""
+    """The row's tools, or the config's if the row has no value; None if there are none."""
     name = config.tools_field
     tools = _parsed(row, name)
     if tools is None:
         return config.tools
     if isinstance(tools, dict):
         tools = [tools]
-    spelled = [_tool(tool) for tool in tools] if isinstance(tools, list) else None
-    if spelled is None or not all(isinstance(tool, dict) for tool in spelled):
+    parsed = [_tool(tool) for tool in tools] if isinstance(tools, list) else None
+    if parsed is None or not all(isinstance(tool, dict) for tool in parsed):
         raise UserError(
             f"{row.where}: field {name!r} is {describe(tools)}; want a list of tools as objects, also as JSON text "
             "(tools_field names another column, or '' for none)"
         )
-    return _without_nulls(spelled) or None
+    return _without_nulls(parsed) or None
 
 
 def _tool(value: Any) -> Any:
-    """A tool of a list; what it spells where it is JSON text, as columns of texts have it."""
+    """One tool of a list, parsed if it is JSON text."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -121,26 +120,25 @@ def _tool(value: Any) -> Any:
 
 
 def _template_arguments(row: Row, config: ChatSourceConfig) -> dict[str, Any]:
-    """Template arguments of the settings, and those of the row, which win."""
+    """The template arguments of the config, overridden by those of the row."""
     name = config.chat_template_kwargs_field
-    given = _parsed(row, name)
-    if given is None:
+    arguments = _parsed(row, name)
+    if arguments is None:
         return config.chat_template_kwargs
-    if not isinstance(given, dict):
+    if not isinstance(arguments, dict):
         raise UserError(
-            f"{row.where}: field {name!r} is {describe(given)}; want an object of template arguments, such as "
-            '{"enable_thinking": false} '
-            "(chat_template_kwargs_field names another column, or '' for none)"
+            f"{row.where}: field {name!r} is {describe(arguments)}; want an object of template arguments, such as "
+            '{"enable_thinking": false} (chat_template_kwargs_field names another column, or \'\' for none)'
         )
     try:
-        check_template_arguments(given)
+        check_template_arguments(arguments)
     except ValueError as error:
         raise UserError(f"{row.where}: field {name!r}: {error}") from None
-    return config.chat_template_kwargs | _without_nulls(given)
+    return config.chat_template_kwargs | _without_nulls(arguments)
 
 
 def _parsed(row: Row, name: str) -> Any:
-    """The field's value; what JSON text spells, as tables that cannot hold such objects store it. None: no value."""
+    """The field's value, parsed if it is JSON text, as in tables that cannot hold objects; None if it is empty."""
     value = row.values.get(name)
     if not isinstance(value, str):
         return value
@@ -153,7 +151,7 @@ def _parsed(row: Row, name: str) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without keys that are null, at any depth."""
+    """The value without null keys at any depth."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -176,7 +174,7 @@ def _text(value: Any, where: str, what: str, empty: bool) -> str:
         raise UserError(f"{where}: {what} is empty; want text")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
+    except UnicodeEncodeError as error:  # JSON can contain half a character: "\ud83d"
         raise UserError(f"{where}: {what} holds half a surrogate pair at character {error.start}") from error
     return value
 
@@ -189,9 +187,9 @@ def _messages(value: Any, where: str, what: str) -> list[Message]:
         turn = f"{what}, message {number}"
         if not isinstance(message, dict):
             raise UserError(f"{where}: {turn} is {describe(message)}; want an object with role and content")
-        # A call of a tool has no content in OpenAI's form.
-        needed = ("role",) if message.get("tool_calls") else ("role", "content")
-        missing = [key for key in needed if message.get(key) is None]
+        # In OpenAI's format a tool call has no content.
+        required = ("role",) if message.get("tool_calls") else ("role", "content")
+        missing = [key for key in required if message.get(key) is None]
         if missing:
             raise UserError(
                 f"{where}: {turn} has no {' and no '.join(missing)}; "
@@ -207,10 +205,10 @@ def _messages(value: Any, where: str, what: str) -> list[Message]:
 
 
 def _check_parts(parts: list[Any], where: str, what: str) -> None:
-    """UserError unless all parts of a content are text: `{"type": "text", "text": ...}`."""
+    """Raises UserError unless all parts of the content are text: `{"type": "text", "text": ...}`."""
     for number, part in enumerate(parts, 1):
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if kind != "text":
-            found = f"of type {kind!r}" if kind else describe(part)
-            raise UserError(f"{where}: {what}, part {number} is {found}; want text or parts of type text")
+            actual = f"of type {kind!r}" if kind else describe(part)
+            raise UserError(f"{where}: {what}, part {number} is {actual}; want text or parts of type text")
         _text(part.get("text"), where, f"{what}, part {number}, text", empty=True)

@@ -1,4 +1,4 @@
-"""Preference pairs for the reward model: rows to two token sequences with one prompt, and batches of them."""
+"""Preference pairs for the reward model: rows become pairs of token sequences, and pairs become batches."""
 
 import os.path
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import PreferenceBatch
 
-TURN = "\n\nAssistant:"  # how hh-rlhf opens an answer in a dialogue that is one text
+TURN = "\n\nAssistant:"  # the start of an assistant turn in hh-rlhf's dialogues, which are one text
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, each a whole sequence: prompt, answer, EOS."""
+    """Two sequences of prompt, response and EOS with the same prompt."""
 
     chosen_ids: np.ndarray  # i32[c]
     rejected_ids: np.ndarray  # i32[r]
@@ -35,7 +35,7 @@ class Pair:
     where: str
 
     def __len__(self) -> int:
-        """Tokens of the longer one."""
+        """Tokens of the longer sequence."""
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
@@ -44,42 +44,39 @@ def load_preferences(
 ) -> tuple[list[Pair], LoadReport]:
     """Reads, checks and tokenizes all pairs; no sequence is longer than `max_length` tokens.
 
-    Without a prompt field, chosen and rejected are whole dialogues, as texts in hh-rlhf's form or as chats,
-    and the prompt is what they begin with alike, up to an answer. So it is where they are chats that hold the prompt
-    field's turns, whatever stands around those. A longer pair: `cut` takes the same tokens
-    off the start of both prompts, BOS excepted (the score stands at the answer's end; a pair is dropped
-    where an answer leaves no room for a prompt), `drop` leaves it out, `stop` raises. Pairs of equal answers
-    teach nothing and are dropped. UserError for a row that cannot be used, with its place, unless the settings
-    say that such rows are dropped.
+    Without a prompt field, chosen and rejected are whole dialogues (texts in hh-rlhf's form, or chats), and the prompt
+    is their common start up to an assistant turn. The same holds for chats that contain the prompt field's turns.
+    Pairs of equal responses are dropped. For a longer pair, `cut` removes the start of the prompt but keeps BOS
+    (the score is read at the end of the response), or drops the pair if a response leaves no room for a prompt;
+    `drop` drops it; `stop` raises. A row that cannot be used raises UserError with its place, unless the config drops
+    such rows.
     """
     rows = read_rows(config)
     report = LoadReport(config.path, len(rows))
     template = tokenizer.chats
 
     def rendered(row: Row) -> tuple[float, list[tuple[Prompt, Response]]]:
-        prompt, *answers = _split(row, config)
+        prompt, *responses = _split(row, config)
         report.beside_text |= columns_beside_text(row, config, prompt)
-        place = f"{row.where}: "
-        return number_field(row, config.margin_field, 0.0), [
-            template.rendered_pair(prompt, answer, place) for answer in answers
-        ]
+        sides = [template.rendered_pair(prompt, response, f"{row.where}: ") for response in responses]
+        return number_field(row, config.margin_field, 0.0), sides
 
     drop = drops_unusable(config, overflow)
     template.unread.clear()
     usable = list(report.usable(rows, rendered, drop))
     report.unread = sorted(template.unread)
-    # Side by side: the tokenizer sees a prompt twice in a row, and tokenizes it once.
-    sides = tokenizer.encode_pairs([pair for _, (_, both) in usable for pair in both])
+    # Chosen and rejected are adjacent, so that the tokenizer encodes their common prompt once.
+    sides = tokenizer.encode_pairs([side for _, (_, both) in usable for side in both])
     pairs = []
-    tokenizer.cut_answers = 0
+    tokenizer.cut_responses = 0
     for (row, (margin, _)), (prompt, chosen), (_, rejected) in zip(usable, sides, sides):
         if report.refuses(row, tokenizer.fault([*prompt, *chosen, *rejected]), drop):
             continue
-        answer = max(len(chosen), len(rejected))
-        total = len(prompt) + answer
+        longer = max(len(chosen), len(rejected))
+        total = len(prompt) + longer
         if total > max_length and overflow == "stop":
             raise UserError(
-                f"{row.where}: {total} tokens (prompt {len(prompt)}, longer answer {answer}), but max_length is "
+                f"{row.where}: {total} tokens (prompt {len(prompt)}, longer response {longer}), but max_length is "
                 f"{max_length}; raise it, or set overflow: cut or drop"
             )
         if chosen == rejected:
@@ -87,15 +84,14 @@ def load_preferences(
         elif total > max_length and overflow == "drop":
             report.drop(f"longer than {max_length} tokens")
         else:
-            kept = tokenizer.cut_start(prompt, max_length - answer)
+            kept = tokenizer.cut_start(prompt, max_length - longer)
             if kept is None:
-                report.drop(f"answer leaves no room for a prompt in {max_length} tokens")
+                report.drop(f"response leaves no room for a prompt in {max_length} tokens")
                 continue
             report.cut += len(kept) < len(prompt)
-            pairs.append(
-                Pair(np.array(kept + chosen, np.int32), np.array(kept + rejected, np.int32), margin, row.where)
-            )
-    report.past_stop = tokenizer.cut_answers
+            chosen_ids, rejected_ids = (np.array(kept + response, np.int32) for response in (chosen, rejected))
+            pairs.append(Pair(chosen_ids, rejected_ids, margin, row.where))
+    report.past_stop = tokenizer.cut_responses
     report.check()
     return pairs, report
 
@@ -104,14 +100,14 @@ def load_preferences(
 
 
 def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Response]:
-    """Prompt, chosen answer, rejected answer."""
+    """(prompt, chosen response, rejected response)."""
     has_prompt = has_field(row, config.prompt_field)
     prompt = text_or_messages_field(row, config.prompt_field, empty=True) if has_prompt else ""
     prompt = prompt if isinstance(prompt, str) else without_empty_turn(prompt)
     chosen, rejected = answer_field(row, config.chosen_field), answer_field(row, config.rejected_field)
     opening = as_messages(prompt, "user")
     if not prompt and not isinstance(chosen, str) and not isinstance(rejected, str):
-        has_prompt = False  # an empty text before chats says nothing
+        has_prompt = False  # an empty text before chats counts as no prompt
     if has_prompt:
         whole = [not isinstance(side, str) and _holds(side[:-1], opening) for side in (chosen, rejected)]
         if not any(whole):
@@ -119,38 +115,38 @@ def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Respo
                 if not isinstance(side, str) and side[0]["role"] != "assistant":
                     raise UserError(
                         f"{row.where}: field {name!r} is a chat that begins with a turn of {side[0]['role']} and does "
-                        f"not hold the turns of {config.prompt_field!r}; want one that does, or the answer alone"
+                        f"not hold the turns of {config.prompt_field!r}; want one that does, or the response alone"
                     )
             return chat_of(row, config, prompt), chosen, rejected
         if not all(whole):
-            raise UserError(f"{row.where}: one of chosen and rejected holds the prompt, the other not; want two alike")
+            raise UserError(f"{row.where}: only one of chosen and rejected holds the prompt; want both or neither")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise UserError(f"{row.where}: one of chosen and rejected is text and the other a chat; want two alike")
+        raise UserError(f"{row.where}: one of chosen and rejected is text and the other a chat; want the same form")
     if isinstance(chosen, str):
         return _split_texts(row, config, chosen, rejected)
-    common, *answers = _split_chats(row, chosen, rejected)
+    common, *responses = _split_chats(row, chosen, rejected)
     if has_prompt and not _holds(common, opening):
         raise UserError(
-            f"{row.where}: chosen and rejected differ before the turns of {config.prompt_field!r} end; want them alike"
+            f"{row.where}: chosen and rejected differ before the turns of {config.prompt_field!r} end; want them equal"
         )
-    return chat_of(row, config, common, begun=False), *answers
+    return chat_of(row, config, common, begun=False), *responses
 
 
 def _holds(chat: list[Message], opening: list[Message]) -> bool:
-    """Whether a chat has the prompt's turns in it, one after the other; blanks around what they say do not count."""
-    turns, wanted = [[(m["role"], content_text(m).strip()) for m in messages] for messages in (chat, opening)]
-    return any(turns[i : i + len(wanted)] == wanted for i in range(len(turns) - len(wanted) + 1))
+    """Whether a chat contains the prompt's turns in sequence, ignoring blanks around their content."""
+    turns, prompt = [[(m["role"], content_text(m).strip()) for m in messages] for messages in (chat, opening)]
+    return any(turns[i : i + len(prompt)] == prompt for i in range(len(turns) - len(prompt) + 1))
 
 
-def _alike(one: Message, other: Message) -> bool:
-    """Whether two messages are the same, but for blanks around what they say and how that is cut into parts."""
+def _same_message(one: Message, other: Message) -> bool:
+    """Whether two messages are equal, ignoring blanks around their content and how it is split into parts."""
     first, second = ({**message, "content": content_text(message).strip()} for message in (one, other))
     return first == second
 
 
 def _split_texts(row: Row, config: PreferencesConfig, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Two dialogues in one text each: the prompt ends with the last answer's opening that both have in common."""
-    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (by characters is what is meant)
+    """Splits two dialogues that are one text each; the prompt ends with the last common assistant marker."""
+    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (compares characters, on purpose)
     opening = common.rfind(TURN)
     if opening < 0:
         raise UserError(
@@ -163,11 +159,11 @@ def _split_texts(row: Row, config: PreferencesConfig, chosen: str, rejected: str
 
 
 def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tuple[Prompt, Response, Response]:
-    """Two chats: the prompt is the turns that they have in common, up to an answer of the assistant."""
+    """Splits two chats; the prompt is their common turns up to an assistant turn."""
     end = 0
-    while end < min(len(chosen), len(rejected)) and _alike(chosen[end], rejected[end]):
+    while end < min(len(chosen), len(rejected)) and _same_message(chosen[end], rejected[end]):
         end += 1
-    # Equal chats, or one that goes on where the other ends: step back to the last answer of both.
+    # Equal chats, or one that continues the other: step back to the last assistant turn that both have.
     while end and (end == min(len(chosen), len(rejected)) or chosen[end]["role"] != "assistant"):
         end -= 1
     if not end:
@@ -179,10 +175,10 @@ def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tu
 
 
 class PreferenceData:
-    """Batches of pairs as a function of the step: `batch(step)` for ever, `len` of them an epoch.
+    """An endless sequence of batches of pairs, `batch(step)`, with `len` batches per epoch.
 
-    Pairs of similar length share a batch, padded to one of `buckets` lengths. Where a batch is short, copies
-    of its first pair with weight 0 fill it up: real tokens, so that no score is taken of nothing.
+    Pairs of similar length share a batch, padded to one of `buckets` lengths. Copies of the first pair with weight 0
+    fill a short batch up, because every score needs real tokens.
     """
 
     def __init__(
@@ -194,12 +190,9 @@ class PreferenceData:
         buckets: int = 4,
         pad_id: int | None = None,
     ):
-        self.pairs = pairs
-        self.seed = seed
-        self.pad_id = pad_id
-        self.batch_size = batch_size
+        self.pairs, self.seed, self.pad_id, self.batch_size = pairs, seed, pad_id, batch_size
         lengths = np.array([len(pair) for pair in pairs], np.int64)
-        # A bucket that does not fill a batch would cost a program and mostly compute padding rows.
+        # A bucket smaller than a batch would compile one more program to compute mostly padding rows.
         bounds = bucket_lengths(lengths, min(buckets, max(1, len(pairs) // batch_size)), max_length)
         self.buckets = Buckets.of(lengths, bounds, batch_size)
 
@@ -208,33 +201,32 @@ class PreferenceData:
         return len(self.buckets)
 
     def checksum(self) -> str:
-        """Tells these pairs, in this order, from others."""
+        """A hash of these pairs in this order."""
         margins = np.array([pair.margin for pair in self.pairs])
         return checksum([margins, *(ids for pair in self.pairs for ids in (pair.chosen_ids, pair.rejected_ids))])
 
     def batch(self, step: int) -> PreferenceBatch:
-        """The batch at a step, from 0 on: always the same for one seed. Leaves are numpy arrays."""
+        """The batch at a step, counted from 0, as numpy arrays; the same for the same seed."""
         return self._fill(*self.buckets.batch(self.seed, step))
 
     def all_batches(self) -> list[PreferenceBatch]:
-        """Every pair once with weight 1, unshuffled."""
+        """Batches with every pair once at weight 1, unshuffled."""
         return [self._fill(length, rows) for length, rows in self.buckets.in_order()]
 
     def _fill(self, length: int, rows: np.ndarray) -> PreferenceBatch:
-        shape = (self.batch_size, length)
-        pad = 0 if self.pad_id is None else self.pad_id
-        chosen, rejected = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
-        chosen_mask, rejected_mask = np.zeros(shape, bool), np.zeros(shape, bool)
-        margin, weight = np.zeros(self.batch_size, np.float32), np.zeros(self.batch_size, np.float32)
-        for b in range(self.batch_size):
-            pair = self.pairs[rows[b] if b < len(rows) else rows[0]]
-            chosen[b, : len(pair.chosen_ids)] = pair.chosen_ids
-            chosen_mask[b, : len(pair.chosen_ids)] = True
-            rejected[b, : len(pair.rejected_ids)] = pair.rejected_ids
-            rejected_mask[b, : len(pair.rejected_ids)] = True
-            margin[b] = pair.margin
-            weight[b] = b < len(rows)
+        pairs = [self.pairs[rows[b] if b < len(rows) else rows[0]] for b in range(self.batch_size)]
+        chosen, chosen_mask = self._pad([pair.chosen_ids for pair in pairs], length)
+        rejected, rejected_mask = self._pad([pair.rejected_ids for pair in pairs], length)
+        margin = np.array([pair.margin for pair in pairs], np.float32)
+        weight = (np.arange(self.batch_size) < len(rows)).astype(np.float32)
         return PreferenceBatch(
             chosen=chosen, chosen_mask=chosen_mask, rejected=rejected, rejected_mask=rejected_mask,
             margin=margin, weight=weight,
         )  # fmt: skip
+
+    def _pad(self, rows: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Right-padded tokens i32[B,length] and their mask."""
+        tokens = np.full((len(rows), length), 0 if self.pad_id is None else self.pad_id, np.int32)
+        for b, ids in enumerate(rows):
+            tokens[b, : len(ids)] = ids
+        return tokens, np.arange(length) < np.array([len(ids) for ids in rows])[:, None]

@@ -68,7 +68,7 @@ def load_demonstrations(
     usable = list(report.usable(rows, rendered, drop))
     report.unread = sorted(tokenizer.chats.unread)
     examples = []
-    tokenizer.cut_answers = 0
+    tokenizer.cut_responses = 0
     for (row, _), (prompt, response) in zip(usable, tokenizer.encode_pairs([pair for _, pair in usable])):
         if report.refuses(row, tokenizer.fault([*prompt, *response]), drop):
             continue
@@ -86,7 +86,7 @@ def load_demonstrations(
             report.cut += total > max_length
             response = response[: max_length - len(prompt)]
             examples.append(Example(np.array(prompt, np.int32), np.array(response, np.int32), row.where))
-    report.past_stop = tokenizer.cut_answers
+    report.past_stop = tokenizer.cut_responses
     report.check()
     return examples, report
 

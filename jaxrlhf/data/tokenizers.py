@@ -47,7 +47,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary, default=-1) + 1
         self.text_size: int = max((index for index in vocabulary if index not in self.added), default=-1) + 1
         self.prefix_ids = self._find_prefix()
-        self.cut_answers = 0  # answers in text that went on behind a stop token; for who sets it to 0 to say
+        self.cut_responses = 0  # answers in text that went on behind a stop token; for who sets it to 0 to say
         self._template_runs = True
         self.turn_end_id = self._find_turn_end()
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self._own_ends()))
@@ -242,7 +242,7 @@ class Tokenizer:
         if isinstance(prompt, str) and isinstance(response, str):
             if prompt:
                 kept = ends.ended(ids, self.stop_ids, self.text_end_id)
-                self.cut_answers += bool(self._tokenizer.decode(ids[len(kept) :], skip_special_tokens=True).strip())
+                self.cut_responses += bool(self._tokenizer.decode(ids[len(kept) :], skip_special_tokens=True).strip())
                 return kept
             return ends.ended_text(ids, self.stop_ids, self.text_end_id, self._tokenizer)
         start = last_turn(response, text)

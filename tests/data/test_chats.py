@@ -383,7 +383,7 @@ def test_pairs_that_cannot_be_told_apart_are_refused(tokenizer):
     assert before + after == rendered(tokenizer, [user("a"), *several])
     with pytest.raises(UserError, match=r"x:1: .*several turns otherwise than it opens"):
         list(characters(THINKS).encode_pairs([([user("a")], several)], where=["x:1"]))
-    with pytest.raises(UserError, match=r"x:1: the answer begins with a turn of user; want the assistant's first"):
+    with pytest.raises(UserError, match=r"x:1: the response begins with a turn of user; want the assistant's first"):
         list(tokenizer.encode_pairs([([user("a")], several[1:])], where=["x:1"]))
 
 

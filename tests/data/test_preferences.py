@@ -130,7 +130,7 @@ def test_answers_of_several_turns(jsonl, chat):
         ("a", "assistant:b", "user:x assistant:c", "'rejected' is a chat that begins with a turn of user"),
         ("a", "system:b user:a assistant:b", "system:c user:a assistant:c", "without a common turn"),
         ("a", "user:b assistant:b user:a assistant:b", "user:b assistant:c user:a assistant:c", "differ before"),
-        ("a", "assistant:", "assistant:c", "'chosen' has an empty answer"),
+        ("a", "assistant:", "assistant:c", "'chosen' has an empty response"),
     ],
 )
 def test_mixed_rows_that_cannot_be_used(jsonl, chat, prompt, chosen, rejected, message):
@@ -185,13 +185,13 @@ def test_overflow_cut_takes_the_same_off_both_prompts(jsonl, words):
     pairs, report = load(jsonl(ROWS), words, max_length=6, overflow="cut")
     assert sides(pairs[0]) == (joint(words, "c d", "e"), joint(words, "c d", "f g"))
     assert sides(pairs[1]) == (joint(words, "a", "b"), joint(words, "a", "c"))
-    assert report.cut == 1 and report.dropped == {"answer leaves no room for a prompt in 6 tokens": 1}
+    assert report.cut == 1 and report.dropped == {"response leaves no room for a prompt in 6 tokens": 1}
 
 
 def test_overflow_drop_and_stop(jsonl, words):
     pairs, report = load(jsonl(ROWS), words, max_length=6, overflow="drop")
     assert len(pairs) == 1 and report.dropped == {"longer than 6 tokens": 2}
-    with pytest.raises(UserError, match=r"rows.jsonl:1: 8 tokens \(prompt 5, longer answer 3\), but max_length is 6"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: 8 tokens \(prompt 5, longer response 3\), but max_length is 6"):
         load(jsonl(ROWS), words, max_length=6, overflow="stop")
     with pytest.raises(UserError, match="none of its 3 rows can be used"):
         load(jsonl(ROWS), words, max_length=3, overflow="drop")

@@ -110,7 +110,7 @@ def test_the_response_by_the_name_that_trl_gives_it(jsonl, words, chat):
 def test_a_chat_whose_answer_is_empty(jsonl, chat):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]
     for row in ({"messages": turns}, {"prompt": "a", "response": turns[1:]}):
-        with pytest.raises(UserError, match=r"rows.jsonl:1: field '\w+' has an empty answer"):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: field '\w+' has an empty response"):
             load(jsonl([row]), chat)
 
 

@@ -159,8 +159,8 @@ def test_keywords_that_the_function_does_not_take(reward, settings, words):
     ("name", "options", "words"),
     [
         ("regex_format", {}, "pattern"),
-        ("regex_format", {"pattern": "("}, "no regular expression"),
-        ("regex_format", {"pattern": 3}, "no regular expression"),
+        ("regex_format", {"pattern": "("}, "not a regular expression"),
+        ("regex_format", {"pattern": 3}, "not a regular expression"),
         ("regex_format", {"pattern": "a", "mode": "part"}, "mode is 'part'; want full or search"),
         ("length", {"target": -1}, "target is -1"),
         ("length", {"target": 2.5}, "target is 2.5"),
