@@ -1,4 +1,4 @@
-"""Prompts for rollouts: rows to left-padded token ids, with the columns that a reward function may want."""
+"""Prompts for rollouts: rows become left-padded token ids, with the columns that reward functions read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from jaxrlhf.records import Prompts
 
 
 def left_pad(ids: Sequence[Sequence[int]], length: int | None = None, pad_id: int | None = None) -> Prompts:
-    """Prompts [B, length], numpy, from B lists of ids, each at the right edge; `length` None: the longest one's."""
+    """Left-pads B lists of ids into numpy Prompts [B, length]; `length` None: that of the longest list."""
     length = max(map(len, ids)) if length is None else length
     tokens = np.full((len(ids), length), 0 if pad_id is None else pad_id, np.int32)
     mask = np.zeros((len(ids), length), bool)
@@ -38,11 +38,11 @@ def left_pad(ids: Sequence[Sequence[int]], length: int | None = None, pad_id: in
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of their rows; field i of each list belongs to prompt i."""
+    """Prompts in the order of the rows; entry i of each list belongs to prompt i."""
 
     ids: list[np.ndarray]  # i32[p] each
-    texts: list[str]  # as the reward function sees it
-    chats: list[Chat | None]  # the whole chat, also of a prompt that was cut; None where a prompt is text
+    texts: list[str]  # as reward functions receive them
+    chats: list[Chat | None]  # the whole chat, even if the prompt was cut; None for a text prompt
     columns: list[dict[str, Any]]  # the row's other fields
     max_prompt_tokens: int
     pad_id: int | None
@@ -52,30 +52,24 @@ class PromptSet:
         return len(self.ids)
 
     def checksum(self) -> str:
-        """Tells these prompts, in this order, from others."""
+        """A hash of these prompts in this order."""
         return checksum(self.ids)
 
-    def batch(self, seed: int, step: int, batch_size: int) -> tuple[Prompts, list[dict[str, Any]], list[str]]:
-        """The batch at a step of an endless shuffled stream: prompts [batch_size, max_prompt_tokens], numpy,
-        with their columns and texts. Each prompt comes once an epoch; the step is all that need be saved."""
-        return self.take(self.rows(seed, step, batch_size))
-
     def rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """The numbers i64[batch_size] of that batch's prompts."""
+        """Prompt numbers i64[batch_size] at a step of an endless shuffled stream with each prompt once an epoch."""
         return batch_rows(seed, step, batch_size, len(self))
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> tuple[Prompts, list[dict[str, Any]], list[str]]:
-        """The prompts of the given numbers, as `batch` gives them."""
-        prompts = left_pad([self.ids[i] for i in rows], self.max_prompt_tokens, self.pad_id)
-        return prompts, [self.columns[i] for i in rows], [self.texts[i] for i in rows]
+    def padded(self, rows: Sequence[int] | np.ndarray) -> Prompts:
+        """The prompts with these numbers as numpy Prompts [len(rows), max_prompt_tokens]."""
+        return left_pad([self.ids[i] for i in rows], self.max_prompt_tokens, self.pad_id)
 
 
 def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
-    """(rows, their prompts, the settings key of the field that held them).
+    """(rows, their prompts, the config key of the field that holds them).
 
-    The first row's fields decide the form of all rows: a prompt (text or chat), a chat whose last assistant
-    turn is left out, or plain text; where several are there, the one whose field the settings name, then in
-    this order. UserError for a row that cannot be used, with its place.
+    The first row's fields decide the form of all rows: a prompt (text or chat), a chat whose last assistant turn is
+    left out, or plain text. If a row has several, a field that the config names comes first, then this order.
+    A row that cannot be used raises UserError with its place.
     """
     rows = read_rows(config)
     key, read = _form(config, rows[:1])
@@ -87,9 +81,9 @@ def load_prompts(
 ) -> PromptSet:
     """Reads, checks and tokenizes all prompts (see `read_prompts`); none is longer than `max_prompt_tokens`.
 
-    Of plain text the first `text_tokens` tokens (BOS not counted) are the prompt. A longer prompt: `cut` takes off
-    its start, BOS excepted, `drop` leaves it out, `stop` raises. UserError for a row that cannot be used, with
-    its place, unless the settings say that such rows are dropped; most rows then decide the form.
+    The prompt of plain text is its first `text_tokens` tokens after BOS. For a longer prompt, `cut` removes its start
+    but keeps BOS, `drop` drops it, `stop` raises. A row that cannot be used raises UserError with its place; if the
+    config drops such rows, the majority of rows decides the form.
     """
     rows = read_rows(config)
     drop = drops_unusable(config, overflow)
@@ -107,25 +101,25 @@ def load_prompts(
     report.unread = sorted(tokenizer.chats.unread)
     kept_ids, texts, chats, columns = [], [], [], []
     for (row, (prompt, _)), ids in zip(usable, tokenizer.encode_prompts([text for _, (_, text) in usable])):
-        whole = len(ids)
+        length = len(ids)
         if key == "text_field":
-            whole = min(whole, len(tokenizer.prefix_ids) + config.text_tokens)
-        empty = None if whole else "an empty prompt, and the tokenizer has no BOS to begin with; want text"
-        if report.refuses(row, empty or tokenizer.fault(ids[:whole]), drop):
+            length = min(length, len(tokenizer.prefix_ids) + config.text_tokens)
+        empty = None if length else "an empty prompt, and the tokenizer has no BOS; want text"
+        if report.refuses(row, empty or tokenizer.fault(ids[:length]), drop):
             continue
-        if whole > max_prompt_tokens and overflow == "stop":
+        if length > max_prompt_tokens and overflow == "stop":
             raise UserError(
-                f"{row.where}: prompt of {whole} tokens, but max_prompt_tokens is {max_prompt_tokens}; "
+                f"{row.where}: prompt of {length} tokens, but max_prompt_tokens is {max_prompt_tokens}; "
                 "raise it, or set overflow: cut or drop"
             )
-        kept = tokenizer.cut_start(ids[:whole], max_prompt_tokens)
-        if kept is None or (overflow == "drop" and len(kept) < whole):
+        kept = tokenizer.cut_start(ids[:length], max_prompt_tokens)
+        if kept is None or (overflow == "drop" and len(kept) < length):
             report.drop(f"longer than {max_prompt_tokens} tokens")
             continue
-        report.cut += len(kept) < whole
-        as_given = isinstance(prompt, str) and len(kept) == len(ids)
+        report.cut += len(kept) < length
+        is_unchanged = isinstance(prompt, str) and len(kept) == len(ids)
         kept_ids.append(np.array(kept, np.int32))
-        texts.append(prompt if as_given else tokenizer.decode(kept))
+        texts.append(prompt if is_unchanged else tokenizer.decode(kept))
         chats.append(None if isinstance(prompt, str) else prompt)
         columns.append({k: v for k, v in row.values.items() if k != name or not isinstance(prompt, str)})
     report.check()
@@ -153,7 +147,7 @@ def _text(row: Row, config: PromptsConfig) -> Prompt:
 
 
 def _form(config: PromptsConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
-    """The settings key of the field that holds the prompts in most of the given rows, and its reader."""
+    """(config key of the field that holds the prompt in most of these rows, its reader)."""
     forms = [("prompt_field", _prompt), ("messages_field", _chat), ("text_field", _text)]
     forms.sort(key=lambda form: form[0] not in config.model_fields_set)
     counts = [sum(has_field(row, getattr(config, key)) for row in rows) for key, _ in forms]

@@ -1,7 +1,7 @@
-"""Demonstrations for supervised fine-tuning: rows to token ids, and token ids to batches of fixed shape.
+"""Demonstrations for supervised fine-tuning: rows become token ids, and token ids batches of fixed shape.
 
-Left out on purpose: streaming. Rows are read and tokenized once, before anything is compiled, so that a bad
-row stops the run at once and not after a day.
+Left out on purpose: streaming. All rows are read and tokenized before anything is compiled, so that a bad row stops
+the run at once and not after a day.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import SFTBatch
 
-COMPLETION = "completion"  # the response where a row has no field of the default name: TRL's name for it
-LENGTH_BUCKETS = 4  # lengths that unpacked sequences are padded to, each compiled once
+COMPLETION = "completion"  # TRL's name of the response field, read if a row has no field of the default name
+LENGTH_BUCKETS = 4  # padded lengths of unpacked sequences, each compiled once
 
 
 @dataclass(frozen=True)
 class Example:
-    """One demonstration. Only the response is learnt; it ends with EOS unless it was cut."""
+    """One demonstration. Only the response is trained on; it ends with EOS unless it was cut."""
 
     prompt_ids: np.ndarray  # i32[p]
     response_ids: np.ndarray  # i32[r], r >= 1
@@ -48,11 +48,10 @@ def load_demonstrations(
 ) -> tuple[list[Example], LoadReport]:
     """Reads, checks and tokenizes all rows; none is longer than `max_length` tokens.
 
-    The first row's fields decide the form of all rows: prompt and response, a chat, or plain text; where
-    several are there, the one whose field names the settings name, then in this order. Longer rows: `cut`
-    takes off their end (a row is dropped where its prompt leaves no room for the response), `drop` leaves
-    them out, `stop` raises. UserError for a row that cannot be used, with its place, unless the settings say
-    that such rows are dropped; most rows then decide the form.
+    The first row's fields decide the form of all rows: prompt and response, a chat, or plain text. If a row has
+    several, fields that the config names come first, then this order. For a longer row, `cut` removes its end, or
+    drops the row if its prompt leaves no room for the response; `drop` drops it; `stop` raises. A row that cannot be
+    used raises UserError with its place; if the config drops such rows, the majority of rows decides the form.
     """
     rows = read_rows(config)
     drop = drops_unusable(config, overflow)
@@ -110,7 +109,7 @@ def _chat(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or not turns[-1]:
         raise UserError(
-            f"{row.where}: field {config.messages_field!r} has no assistant turn to learn after another one; "
+            f"{row.where}: field {config.messages_field!r} has no assistant turn after another message; "
             f"its roles are {', '.join(m['role'] for m in messages)}"
         )
     check_answer(row, config.messages_field, messages[turns[-1]])
@@ -122,7 +121,7 @@ def _plain_text(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Respons
 
 
 def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
-    """The reader of all rows: of the form that most of the given ones have."""
+    """The reader for the form that most of these rows have."""
     named = config.model_fields_set
     forms = [((config.prompt_field, config.response_field), {"prompt_field", "response_field"})]
     if "response_field" not in named:
@@ -135,7 +134,7 @@ def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
     if any(counts):
         return readers[counts.index(max(counts))][2]
     if any(has_field(row, field) for row in rows for field in forms[0][0]):
-        return _prompt_and(config.response_field)  # says which of its fields is missing
+        return _prompt_and(config.response_field)  # its error names the missing field
     raise UserError(
         f"{rows[0].where}: want fields {config.prompt_field!r} and {config.response_field!r}, or "
         f"{config.messages_field!r}, or {config.text_field!r}; the row has {', '.join(rows[0].values) or 'no fields'} "
@@ -147,13 +146,13 @@ def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs items of the given lengths into bins of `capacity`: best fit, longest first; indices per bin.
+    """Packs items of these lengths into bins of `capacity` by best fit, longest first; returns the items of each bin.
 
     Deterministic, and within 11/9 of the fewest bins (Johnson et al. 1974, as for first fit decreasing).
     """
     bins: list[list[int]] = []
-    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room left
-    rooms = 0  # bit r is set where a bin with room r is open: finds the tightest fit without a search
+    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free room
+    rooms = 0  # bit r is set if a bin with room r is open; finds the tightest fit without a search
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = lengths[index]
         if length > capacity:
@@ -161,15 +160,15 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
-            place = open_bins[room].pop()
+            number = open_bins[room].pop()
             if not open_bins[room]:
                 rooms &= ~(1 << room)
         else:
-            room, place = capacity, len(bins)
+            room, number = capacity, len(bins)
             bins.append([])
-        bins[place].append(index)
+        bins[number].append(index)
         if room > length:
-            open_bins[room - length].append(place)
+            open_bins[room - length].append(number)
             rooms |= 1 << (room - length)
     return bins
 
@@ -177,10 +176,10 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def fill(
     examples: Sequence[Example], sequences: Sequence[Sequence[int]], rows: int, length: int, pad_id: int | None
 ) -> SFTBatch:
-    """A batch [rows, length]: sequence b holds the examples numbered in `sequences[b]`, one after the other.
+    """A batch [rows, length] whose row b holds the examples with the numbers `sequences[b]`, one after the other.
 
-    Rows past the last sequence are empty (segments 0). The loss mask is True on response tokens, EOS
-    included; not on a segment's first token, which nothing stands before.
+    Rows after the last sequence are empty (segments 0). The loss mask is True on response tokens including EOS, but
+    not on a segment's first token, which has no context.
     """
     tokens = np.full((rows, length), 0 if pad_id is None else pad_id, np.int32)
     segments = np.zeros((rows, length), np.int32)
@@ -199,10 +198,10 @@ def fill(
 
 
 class SFTData:
-    """Batches of fixed shape, as a function of the step: `batch(step)` for ever, `len` of them an epoch.
+    """An endless sequence of numpy batches, `batch(step)`, with `len` batches per epoch.
 
-    Packed: several examples share a sequence of `max_length`, and each epoch shuffles the sequences. Not
-    packed: one example a sequence, padded to one of a few lengths. Leaves are numpy arrays.
+    Packed: several examples share a sequence of `max_length`, and each epoch shuffles the sequences. Not packed: one
+    example per sequence, padded to one of a few lengths.
     """
 
     def __init__(
@@ -214,10 +213,7 @@ class SFTData:
         packing: bool = True,
         pad_id: int | None = None,
     ):
-        self.examples = examples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.pad_id = pad_id
+        self.examples, self.batch_size, self.seed, self.pad_id = examples, batch_size, seed, pad_id
         lengths = np.array([len(example) for example in examples], np.int64)
         if packing:
             self.sequences = pack(lengths.tolist(), max_length)
@@ -235,15 +231,15 @@ class SFTData:
         return len(self.buckets)
 
     def checksum(self) -> str:
-        """Tells these examples, in this order, from others."""
+        """A hash of these examples in this order."""
         return checksum(ids for example in self.examples for ids in (example.prompt_ids, example.response_ids))
 
     def batch(self, step: int) -> SFTBatch:
-        """The batch at a step, from 0 on: always the same for one seed. Its length is one of a few."""
+        """The batch at a step, counted from 0; the same for the same seed. Its length is one of a few."""
         return self._fill(*self.buckets.batch(self.seed, step))
 
     def all_batches(self) -> list[SFTBatch]:
-        """Every example once, unshuffled."""
+        """Batches with every example once, unshuffled."""
         return [self._fill(length, rows) for length, rows in self.buckets.in_order()]
 
     def _fill(self, length: int, rows: np.ndarray) -> SFTBatch:

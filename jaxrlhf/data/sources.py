@@ -1,7 +1,7 @@
-"""Rows from JSON, JSON Lines, Parquet, the datasets library and the builtin sets, and what becomes of them.
+"""Reads rows from JSON, JSON Lines, Parquet, the datasets library and the builtin sets.
 
-`read_rows` gives every row with the place where it stands, so that whatever is wrong with it later can be
-reported as file and line. A file that cannot be read as rows always stops; a row that cannot be used may be dropped.
+`read_rows` returns each row with its place, so that later errors name file and line. A file that cannot be parsed
+always stops the run; a row that cannot be used may be dropped.
 """
 
 import gzip
@@ -17,19 +17,19 @@ from jaxrlhf.config import Overflow, SourceConfig
 from jaxrlhf.errors import SharedFault, UserError
 
 Message = dict[str, Any]
-"""One turn of a chat: `role`, `content`, and whatever else the chat template reads."""
+"""One turn of a chat: `role`, `content`, and other keys that the chat template reads."""
 
 ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_SPLITS = ("train", "test")
-REASONS = 6  # that a report names; what is rarer counts as "other reasons"
+REASONS = 6  # reasons that a report lists; rarer ones count as "other reasons"
 T = TypeVar("T")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it stands, such as `pairs.jsonl:12` or `pairs.parquet row 12` (counted from 1)."""
+    """One row and its place, such as `pairs.jsonl:12` or `pairs.parquet row 12` (counted from 1)."""
 
     values: dict[str, Any]
     where: str
@@ -37,16 +37,16 @@ class Row:
 
 @dataclass
 class LoadReport:
-    """What became of the rows of a source: all read, some cut to length, some dropped, and why."""
+    """Counts of the rows of a source that were read, cut to length and dropped, with reasons."""
 
     path: str
     rows: int
     cut: int = 0
-    past_stop: int = 0  # answers in text that went on behind a stop token, where they are cut
+    past_stop: int = 0  # text responses that were cut after a stop token inside them
     dropped: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row dropped for it, where known
-    unread: list[str] = field(default_factory=list)  # of tools and template arguments, what the chat template ignores
-    beside_text: set[str] = field(default_factory=set)  # columns of these that rows have whose prompt is text
+    first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row dropped for it, if known
+    unread: list[str] = field(default_factory=list)  # tools and template arguments that the chat template ignores
+    beside_text: set[str] = field(default_factory=set)  # columns of tools and arguments beside prompts of text
 
     def drop(self, reason: str, where: str | None = None) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -54,19 +54,19 @@ class LoadReport:
             self.first.setdefault(reason, where)
 
     def usable(self, rows: Sequence[Row], read: Callable[[Row], T], drop: bool) -> Iterator[tuple[Row, T]]:
-        """Each row with what `read` makes of it. A row that it refuses is dropped, or raises its UserError."""
+        """Yields each row with `read(row)`; a UserError drops the row if `drop` is set, and is raised otherwise."""
         for row in rows:
             try:
-                made = read(row)
+                result = read(row)
             except UserError as error:
                 if not drop or isinstance(error, SharedFault):
                     raise
                 self.refuse(row, str(error))
             else:
-                yield row, made
+                yield row, result
 
     def refuses(self, row: Row, fault: str | None, drop: bool) -> bool:
-        """Whether a row has a fault; it is then dropped, or raises a UserError with its place."""
+        """Whether a row has a fault and is dropped; without `drop` a fault raises UserError with the row's place."""
         if fault is None:
             return False
         if not drop:
@@ -75,7 +75,7 @@ class LoadReport:
         return True
 
     def refuse(self, row: Row, message: str) -> None:
-        """Drops a row for what an error said of it: without its place, and without what would be right."""
+        """Drops a row; the reason is the error message without the place and without the advice after "; "."""
         self.drop(message.removeprefix(f"{row.where}: ").split("; ")[0], row.where)
 
     @property
@@ -83,7 +83,7 @@ class LoadReport:
         return self.rows - sum(self.dropped.values())
 
     def check(self) -> None:
-        """Raises UserError where no row is left."""
+        """Raises UserError if no row is left."""
         if not self.kept:
             reasons = "; ".join(self._reasons("{} {}"))
             raise UserError(f"{self.path}: none of its {self.rows} rows can be used: {reasons}")
@@ -91,29 +91,30 @@ class LoadReport:
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kept} of {self.rows} rows"]
         parts += [f"{self.cut} cut to length"] if self.cut else []
-        parts += [f"{self.past_stop} answers cut behind a stop token in their text"] if self.past_stop else []
+        parts += [f"{self.past_stop} responses cut after a stop token in their text"] if self.past_stop else []
         parts += self._reasons("{} dropped ({})")
         parts += [f"the chat template ignores {' and '.join(self.unread)}"] if self.unread else []
         parts += [f"prompts of text ignore {' and '.join(sorted(self.beside_text))}"] if self.beside_text else []
         return ", ".join(parts)
 
     def _reasons(self, form: str) -> list[str]:
-        """How many rows were dropped and why, the most frequent reasons first."""
+        """The number of dropped rows for each reason, the most frequent first."""
         ordered = sorted(self.dropped.items(), key=lambda item: -item[1])
-        said = [form.format(n, why + (f"; first {self.first[why]}" if why in self.first else "")) for why, n in ordered]
-        if len(said) > REASONS:
+        first = {reason: f"; first {place}" for reason, place in self.first.items()}
+        texts = [form.format(count, reason + first.get(reason, "")) for reason, count in ordered]
+        if len(texts) > REASONS:
             rest = ordered[REASONS - 1 :]
-            said[REASONS - 1 :] = [form.format(sum(n for _, n in rest), f"{len(rest)} other reasons")]
-        return said
+            texts[REASONS - 1 :] = [form.format(sum(n for _, n in rest), f"{len(rest)} other reasons")]
+        return texts
 
 
 def drops_unusable(source: SourceConfig, overflow: Overflow) -> bool:
-    """Whether rows that cannot be used are left out: as `unusable` says, or else where too long ones are."""
+    """Whether rows that cannot be used are dropped: the setting `unusable`, or by default if long rows are dropped."""
     return (source.unusable or ("drop" if overflow == "drop" else "stop")) == "drop"
 
 
 def check_source(source: SourceConfig) -> None:
-    """UserError where the source is plainly not there, without reading it."""
+    """Raises UserError if the source does not exist, without reading it."""
     path = os.path.expanduser(source.path)
     form = _form(source, path)
     if form not in ("builtin", "datasets") and not os.path.isfile(path):
@@ -122,7 +123,7 @@ def check_source(source: SourceConfig) -> None:
 
 
 def read_rows(source: SourceConfig) -> list[Row]:
-    """All rows of a source, or the first `limit`. UserError where it is missing, broken or empty."""
+    """All rows of a source, or the first `limit`. UserError if it is missing, broken or empty."""
     check_source(source)
     path = os.path.expanduser(source.path)
     form = _form(source, path)
@@ -134,15 +135,15 @@ def read_rows(source: SourceConfig) -> list[Row]:
         reader = {"json": _json, "jsonl": _json_lines, "parquet": _parquet}[form]
         try:
             rows = _first(reader(path, source), source.limit)
-        except (OSError, EOFError, zlib.error) as error:  # unreadable, or a broken .gz
+        except (OSError, EOFError, zlib.error) as error:  # no permission, or a broken .gz
             raise UserError(f"{source.path}: cannot be read: {one_line(error)}") from error
     if not rows:
-        raise UserError(f"{source.path}: has no rows; at least one is needed")
+        raise UserError(f"{source.path}: has no rows; want at least one")
     return rows
 
 
 def _form(source: SourceConfig, path: str) -> str:
-    """The format, where it is `auto` by the path's looks."""
+    """The format of the config; `auto` follows from the path."""
     if source.format != "auto":
         return source.format
     if path.startswith(BUILTIN_PREFIX):
@@ -155,8 +156,8 @@ def _form(source: SourceConfig, path: str) -> str:
     if not os.path.exists(path):
         raise UserError(f"{source.path}: no such file or folder")
     raise UserError(
-        f"{source.path}: its ending says no format; "
-        f"known are {', '.join(ENDINGS)}, or set format: json, jsonl or parquet"
+        f"{source.path}: its ending is not a known format; "
+        f"want {', '.join(ENDINGS)}, or set format: json, jsonl or parquet"
     )
 
 
@@ -231,7 +232,7 @@ def _parquet(path: str, source: SourceConfig) -> Iterator[Row]:
 
 
 def _datasets(source: SourceConfig, path: str) -> list[Row]:
-    """A folder from `save_to_disk`, a folder of data files, or a hub id. No remote code: datasets >= 4 has none."""
+    """Loads a folder from `save_to_disk`, a folder of data files, or a hub id. datasets >= 4 runs no remote code."""
     import datasets
 
     if os.path.exists(os.path.join(path, "dataset_dict.json")) or os.path.exists(os.path.join(path, "state.json")):
@@ -242,11 +243,11 @@ def _datasets(source: SourceConfig, path: str) -> list[Row]:
             raise UserError(f"{source.path}: format: datasets wants a folder or a hub id such as owner/name")
         try:
             table = datasets.load_dataset(path, source.subset, split=source.split)
-        except ConnectionError as error:  # offline mode is one; a hub id that does not exist is none
+        except ConnectionError as error:  # also raised in offline mode, but not for an unknown hub id
             raise UserError(
                 f"{source.path}: no such folder here, and the hub cannot be reached: {one_line(error)}"
             ) from error
-        except Exception as error:  # the library raises its own, pyarrow's, fsspec's and httpx's kinds
+        except Exception as error:  # the library raises its own, pyarrow's, fsspec's and httpx's errors
             cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
             raise UserError(
                 f"{source.path}: {'cannot be loaded' if local else 'cannot be loaded from the hub'} "
@@ -262,15 +263,15 @@ def _saved(source: SourceConfig, path: str) -> Any:
 
     try:
         table = datasets.load_from_disk(path)
-    except Exception as error:  # a broken folder raises what its broken file raises
+    except Exception as error:  # a broken file may raise anything
         raise UserError(f"{source.path}: a saved set that cannot be read: {one_line(error)}") from error
     if isinstance(table, datasets.DatasetDict):
         if source.split not in table:
             raise UserError(f"{source.path}: no split {source.split!r}; it has {', '.join(table)}")
         return table[source.split]
-    # One set saved by itself often carries no split name; `train` is only the setting's default.
+    # A single saved set often has no split name, and `train` is only the setting's default.
     if source.split not in ("train", str(table.split)):
-        raise UserError(f"{source.path}: one set without splits; split: {source.split} cannot be taken from it")
+        raise UserError(f"{source.path}: a single set without splits; split: {source.split} does not exist; want train")
     return table
 
 
@@ -289,7 +290,7 @@ def _builtin(source: SourceConfig) -> list[Row]:
 
 
 def describe(value: Any) -> str:
-    """A value's kind and beginning, for messages."""
+    """The type and the start of a value, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -306,6 +307,6 @@ def describe(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what a library said, for a message of one line."""
+    """The first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -186,7 +186,7 @@ def test_text_that_is_cut_behind_a_stop_token_is_counted(rows):
     path = rows(*({"prompt": "a", "response": text, "chosen": text, "rejected": "d<eos>e"} for text in texts))
     for _ in range(2):
         report = load_demonstrations(DemonstrationsConfig(path=path), tokenizer, 99, "stop")[1]
-        assert report.past_stop == 1 and "1 answers cut behind a stop token" in str(report)
+        assert report.past_stop == 1 and "1 responses cut after a stop token" in str(report)
     assert load_preferences(PreferencesConfig(path=path), tokenizer, 99, "stop")[1].past_stop == 1 + len(texts)
 
 

@@ -32,10 +32,9 @@ def test_text_prompts_and_their_columns(jsonl, words):
     assert [ids.tolist() for ids in prompts.ids] == [words.encode_prompt("a b"), [1]]
     assert prompts.texts == ["a b", ""]
     assert prompts.columns == [{"answer": 3, "note": None}, {"answer": 4, "note": [1]}]
-    padded, columns, texts = prompts.take([1, 0])
+    padded = prompts.padded([1, 0])
     assert padded.tokens.shape == (2, 16) and padded.mask.sum(1).tolist() == [1, 3]
     assert padded.tokens[1][padded.mask[1]].tolist() == words.encode_prompt("a b")
-    assert columns == prompts.columns[::-1] and texts == ["", "a b"]
     assert prompts.chats == [None, None]
 
 
@@ -112,7 +111,7 @@ def test_the_stream_is_a_function_of_seed_and_step(jsonl, words):
     prompts = load(jsonl([{"prompt": "a " * (i % 5 + 1), "i": i} for i in range(10)]), words)
 
     def rows(seed, steps):
-        return [[column["i"] for column in prompts.batch(seed, step, 4)[1]] for step in steps]
+        return [[prompts.columns[row]["i"] for row in prompts.rows(seed, step, 4)] for step in steps]
 
     whole = rows(1, range(10))
     assert rows(1, range(6, 10)) == whole[6:]
@@ -120,10 +119,11 @@ def test_the_stream_is_a_function_of_seed_and_step(jsonl, words):
     flat = [i for rows in whole for i in rows]
     for epoch in range(4):
         assert sorted(flat[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    padded, columns, texts = prompts.batch(1, 0, 4)
-    assert texts == prompts.take(prompts.rows(1, 0, 4))[2]
-    for row, mask, column, text in zip(padded.tokens, padded.mask, columns, texts):
-        assert row[mask].tolist() == words.encode_prompt("a " * (column["i"] % 5 + 1)) == words.encode_prompt(text)
+    chosen = prompts.rows(1, 0, 4)
+    padded = prompts.padded(chosen)
+    for row, mask, number in zip(padded.tokens, padded.mask, chosen):
+        words_of = words.encode_prompt("a " * (prompts.columns[number]["i"] % 5 + 1))
+        assert row[mask].tolist() == words_of == words.encode_prompt(prompts.texts[number])
 
 
 def test_real_prompts(texts, stories260k):
@@ -132,4 +132,4 @@ def test_real_prompts(texts, stories260k):
     assert len(problems) == 200 and all("####" in column["answer"] for column in problems.columns)
     stories = load(str(texts / "tinystories.jsonl"), tokenizer, limit=50)
     assert {len(ids) for ids in stories.ids} == {9} and all(ids[0] == 1 for ids in stories.ids)
-    assert stories.take([0])[0].tokens[0, :7].tolist() == [0] * 7
+    assert stories.padded([0]).tokens[0, :7].tolist() == [0] * 7

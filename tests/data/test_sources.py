@@ -202,7 +202,7 @@ def test_missing_files(path, tmp_path, monkeypatch):
     fails(path, "no such file", path=path)
 
 
-def test_report_counts_and_refuses_nothing_left():
+def test_report_counts_andrefuses_nothing_left():
     report = LoadReport("x.jsonl", 3, cut=1)
     report.drop("too long")
     assert report.kept == 2

@@ -159,8 +159,7 @@ class Sampler:
         return {metric: np.asarray(scores, np.float32), abstained: rows.astype(np.float32)}
 
     def _tokens(self, prompts: PromptSet, indices: np.ndarray) -> Prompts:
-        padded, _, _ = prompts.take(indices)
-        return shard_batch(self.run.mesh, padded)
+        return shard_batch(self.run.mesh, prompts.padded(indices))
 
     def _sample_draw(self, policy: Adapter, prompts: PromptSet, draw: int) -> Sampled:
         if self._prefetched is None or self._prefetched[0] is not prompts or self._prefetched[1] != draw:
