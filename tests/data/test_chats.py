@@ -333,7 +333,7 @@ def test_an_empty_beginning_is_left_out(jsonl, nothing):
     assert as_chat([user("hi"), assistant("a"), assistant(nothing)]) == as_chat([user("hi"), assistant("a")])
     thought = [user("hi"), assistant(nothing, reasoning_content="so")]
     assert as_chat(thought).messages == thought
-    with pytest.raises(UserError, match=r"rows.jsonl:1: a chat without a message before the answer"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: a chat without a message before the response"):
         prompt_of(headers, jsonl([{"prompt": chat[1:]}]))
     with pytest.raises(UserError, match=r"rows.jsonl:1: the prompt ends with a tool call"):
         prompt_of(headers, jsonl([{"prompt": [user("hi"), assistant(nothing, tool_calls=[call()])]}]))
@@ -381,7 +381,7 @@ def test_pairs_that_cannot_be_told_apart_are_refused(tokenizer):
     several = [assistant("b"), user("c"), assistant("d")]
     before, after = tokenizer.chats.pair_texts([user("a")], several, "")
     assert before + after == rendered(tokenizer, [user("a"), *several])
-    with pytest.raises(UserError, match=r"x:1: .*several turns otherwise than it opens"):
+    with pytest.raises(UserError, match=r"x:1: .*before a response of several turns"):
         list(characters(THINKS).encode_pairs([([user("a")], several)], where=["x:1"]))
     with pytest.raises(UserError, match=r"x:1: the response begins with a turn of user; want the assistant's first"):
         list(tokenizer.encode_pairs([([user("a")], several[1:])], where=["x:1"]))

@@ -125,7 +125,7 @@ def test_answers_of_several_turns(jsonl, chat):
     ("prompt", "chosen", "rejected", "message"),
     [
         ("x", "user:a assistant:b", "user:a assistant:c", "'chosen' is a chat that begins with a turn of user"),
-        ("a", "user:a assistant:b", "user:x assistant:c", "one of chosen and rejected holds the prompt, the other not"),
+        ("a", "user:a assistant:b", "user:x assistant:c", "only one of chosen and rejected holds the prompt"),
         ("a", "user:a assistant:b", "assistant:c", "one of chosen and rejected holds the prompt"),
         ("a", "assistant:b", "user:x assistant:c", "'rejected' is a chat that begins with a turn of user"),
         ("a", "system:b user:a assistant:b", "system:c user:a assistant:c", "without a common turn"),
