@@ -1,8 +1,7 @@
-"""Text and chats to token ids and back: one small class around a transformers fast tokenizer.
+"""Converts text and chats to token ids and back, with a transformers fast tokenizer.
 
-Left out on purpose: padding and truncation (the data files decide both, and masks say what is real), adding
-tokens (a pad token that the model was not trained with would need a new embedding row), slow tokenizers and
-remote code.
+Left out on purpose: padding and truncation (the data modules do both, and masks mark the real tokens), adding tokens
+(a pad token that the model was not trained with would need a new embedding row), slow tokenizers and remote code.
 """
 
 import copy
@@ -16,27 +15,31 @@ from jaxrlhf.data.sources import Message
 from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
 from jaxrlhf.errors import SharedFault, UserError
 
-# A response that is tokenized without its prompt stands behind one of these, the first that does not merge
-# with it, so that tokenizers which put a space before a text put it there.
+# A response is tokenized without its prompt after one of these, the first that does not merge with it, so that
+# tokenizers that insert a space before a text insert it before the anchor.
 ANCHORS = ("\n", ".", "a")
-CHUNK = 512  # texts per call: bounds the memory that offsets take
+CHUNK = 512  # texts per call; bounds the memory of offsets
 
 
 class Tokenizer:
-    """Token ids of prompts and responses as the model will see them.
+    """Encodes prompts and responses as the model reads them, and decodes ids.
 
-    `name` is where it came from, for messages; `eos_id` and `pad_id` are None where the tokenizer has none;
-    `prefix_ids` is what it puts before every text (BOS, mostly); `vocab_size` is its largest id + 1, `text_size` the
-    same of those ids that text reaches without spelling out an added token. `added` are the added tokens by id.
-    `turn_end_id` is the token that the chat template ends an answer with, None where it is none. `stop_ids` end
-    answers: its own, or with a model (`for_model`) the model's as well; `notes` are lines on what does not fit.
+    name         folder or hub id, for messages
+    fast         the transformers tokenizer
+    eos_id, pad_id  None if the tokenizer has none
+    prefix_ids   ids that it puts before every text, usually BOS
+    added        added tokens by id
+    vocab_size   largest id + 1; `text_size` leaves out added tokens
+    turn_end_id  the token with which the chat template ends a response; None if that is plain text
+    stop_ids     tokens that end a response: its own, and after `for_model` the model's as well
+    notes        lines on stop tokens that do not fit the model
     """
 
     def __init__(self, tokenizer: Any, name: str, file: bytes | None = None):
-        """`file` is the `tokenizer.json` that it was read from."""
+        """`file` is the content of the tokenizer's `tokenizer.json`."""
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{name}: no fast tokenizer; save one with a tokenizer.json")
-        self._tokenizer = tokenizer
+        self.fast = tokenizer
         self.name = name
         self.chats = ChatTemplate(tokenizer, name)
         self._file = file
@@ -47,7 +50,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary, default=-1) + 1
         self.text_size: int = max((index for index in vocabulary if index not in self.added), default=-1) + 1
         self.prefix_ids = self._find_prefix()
-        self.cut_responses = 0  # answers in text that went on behind a stop token; for who sets it to 0 to say
+        self.cut_responses = 0  # text responses that were cut after a stop token, since a caller set it to 0
         self._template_runs = True
         self.turn_end_id = self._find_turn_end()
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self._own_ends()))
@@ -60,48 +63,49 @@ class Tokenizer:
 
     @property
     def text_end_id(self) -> int | None:
-        """What an answer in plain text ends with: EOS, or else the first stop token."""
+        """The end token of a plain text response: EOS, or else the first stop token."""
         return self.eos_id if self.eos_id in self.stop_ids else next(iter(self.stop_ids), None)
 
     @property
     def chat_end_id(self) -> int | None:
-        """What an answer in a chat ends with: as the template says, or else as a text."""
+        """The end token of a chat response: the chat template's, or else that of a text."""
         return self.turn_end_id if self.turn_end_id in self.stop_ids else self.text_end_id
 
     def for_model(self, rows: int, stop_tokens: Sequence[int], foreign: bool = False) -> "Tokenizer":
-        """This tokenizer for a model with an embedding of so many rows whose files name these stop tokens.
+        """A copy for a model with `rows` embeddings whose files name these stop tokens.
 
-        Its `stop_ids` are the union; see `ends.union`, also for a tokenizer that is `foreign` to those files. `fault`
-        then finds tokens without a row.
+        Its `stop_ids` are the union, see `ends.union`, which also explains `foreign`. `fault` of the copy reports
+        tokens without an embedding.
         """
         fitted = copy.copy(self)
         fitted.stop_ids, lines = ends.union(stop_tokens, self._own_ends(), rows, self.added, self.name, foreign)
         if not fitted.stop_ids:
-            lines.append(f"{self.name}: no token ends an answer: answers go on to max_new_tokens")
+            lines.append(f"{self.name}: no token ends a response: all completions have max_new_tokens tokens")
         elif self.has_chat_template and self.turn_end_id is None and self._template_runs:
-            end = self._tokenizer.convert_ids_to_tokens(fitted.chat_end_id)
-            lines.append(f"{self.name}: the chat template ends answers in plain text; sft and reward_model teach {end}")
+            end = self.fast.convert_ids_to_tokens(fitted.chat_end_id)
+            lines.append(
+                f"{self.name}: the chat template ends responses in plain text; sft and reward_model append {end}"
+            )
         fitted.notes = tuple(lines)
         fitted.pad_id = self.pad_id if self.pad_id is None or self.pad_id < rows else None
         fitted._rows = rows
         return fitted
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt: text behind BOS (if the tokenizer has it, and never a trailing EOS), or chat
-        messages through the chat template, ending where the assistant begins to speak."""
+        """Ids of a prompt: BOS (if the tokenizer has it) and text without EOS, or a chat up to the assistant's turn."""
         return next(self.encode_prompts([prompt]))
 
     def encode_pair(self, prompt: Prompt, response: Response, end: bool = True) -> tuple[list[int], list[int]]:
-        """Ids of a prompt, exactly as `encode_prompt` gives them, and of the response that follows it.
+        """(ids of a prompt, exactly as from `encode_prompt`; ids of the response that follows it).
 
-        The response's ids are those of both tokenized together where that leaves the prompt's ids as they
-        are, or else of the response alone. `end` cuts them after the first of `stop_ids`, or puts one after them.
-        A text without a prompt is one document: it is ended, but nothing inside ends it.
+        The response's ids come from tokenizing both together if that does not change the prompt's ids, else from the
+        response alone. `end` cuts them after the first of `stop_ids`, or appends one. A text without a prompt is one
+        document: stop tokens inside it are kept.
         """
         return next(self.encode_pairs([(prompt, response)], end))
 
     def encode_prompts(self, prompts: Sequence[Prompt], where: Sequence[str] = ()) -> Iterator[list[int]]:
-        """`encode_prompt` of many; `where` names their places in messages."""
+        """`encode_prompt` of several prompts; `where` has their places for messages."""
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
             texts = [self.chats.prompt_text(prompt, _place(where, start + i)) for i, prompt in enumerate(part)]
@@ -109,7 +113,7 @@ class Tokenizer:
                 yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
     def encode_chats(self, chats: Sequence[list[Message]], where: Sequence[str] = ()) -> Iterator[list[int]]:
-        """Ids of whole chats through the chat template, which ends them; `where` names their places in messages."""
+        """Ids of finished chats as the chat template writes them; `where` has their places for messages."""
         for start in range(0, len(chats), CHUNK):
             part = chats[start : start + CHUNK]
             texts = [self.chats.whole_text(chat, _place(where, start + i)) for i, chat in enumerate(part)]
@@ -118,13 +122,13 @@ class Tokenizer:
     def encode_pairs(
         self, pairs: Sequence[tuple[Prompt, Response]], end: bool = True, where: Sequence[str] = ()
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """`encode_pair` of many; `where` names their places in messages."""
+        """`encode_pair` of several pairs; `where` has their places for messages."""
         if end and not self.stop_ids:
-            raise UserError(f"{self.name}: the tokenizer has no EOS token, so answers could not end; set eos_token")
+            raise UserError(f"{self.name}: the tokenizer has no EOS token to end responses with; set eos_token")
         for start in range(0, len(pairs), CHUNK):
             part = pairs[start : start + CHUNK]
             texts = [self.chats.pair_texts(*pair, _place(where, start + i)) for i, pair in enumerate(part)]
-            prompts = self._encode_once([prompt for prompt, _ in texts])
+            prompts = self._encode_unique([prompt for prompt, _ in texts])
             joints = self._encode([prompt + response for prompt, response in texts])
             splits = [_splits(prompts[text], joint, len(text)) for (text, _), joint in zip(texts, joints)]
             rest = self._encode_alone([response for (_, response), split in zip(texts, splits) if not split])
@@ -136,7 +140,7 @@ class Tokenizer:
                 yield prompt_ids, self._ended(*pair, text, ids) if end else ids
 
     def fault(self, ids: Sequence[int]) -> str | None:
-        """What is wrong with ids that hold one without an embedding row: a text spelled out an added token."""
+        """An error text if ids contain an added token for which the model has no embedding; else None."""
         if self._rows is None or self._rows >= self.vocab_size:
             return None
         tokens = (f"{self.added.get(token, 'a token')} (id {token})" for token in ids if token >= self._rows)
@@ -146,22 +150,19 @@ class Tokenizer:
         return f"holds {token}, but the model has {self._rows} tokens; leave it out, or take a model that has it"
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens and without those that end answers."""
-        hidden = {self._tokenizer.bos_token_id, self.eos_id, *self.stop_ids}
-        return self._tokenizer.decode(
+        """Text of ids, without special tokens and stop tokens."""
+        hidden = {self.fast.bos_token_id, self.eos_id, *self.stop_ids}
+        return self.fast.decode(
             [int(i) for i in ids if int(i) not in hidden], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """Text of ids as it follows the prompt's: SentencePiece drops a blank at the start of what it decodes alone."""
+        """Text of ids that follow a prompt, with the leading blank that SentencePiece drops when decoding ids alone."""
         before, whole = self.decode(prompt), self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
     def cut_start(self, prompt: list[int], room: int) -> list[int] | None:
-        """A prompt in at most `room` tokens: its end, behind the BOS that it began with.
-
-        None where not one token of its own would be left.
-        """
+        """The prompt cut to `room` tokens: its BOS, if any, and its end. None if no token but BOS would be left."""
         if len(prompt) <= room:
             return prompt
         kept = self.prefix_ids if prompt[: len(self.prefix_ids)] == self.prefix_ids else []
@@ -170,49 +171,44 @@ class Tokenizer:
         return kept + prompt[len(prompt) - (room - len(kept)) :]
 
     @property
-    def fast(self) -> Any:
-        """The transformers tokenizer itself, for a model of transformers."""
-        return self._tokenizer
-
-    @property
     def special_ids(self) -> list[int]:
-        """Ids of BOS, EOS and all else that is marked as special, in their order."""
-        added = self._tokenizer.added_tokens_decoder.items()
-        return sorted({*self._tokenizer.all_special_ids, *(index for index, token in added if token.special)})
+        """Sorted ids of BOS, EOS and all other special tokens."""
+        added = self.fast.added_tokens_decoder.items()
+        return sorted({*self.fast.all_special_ids, *(index for index, token in added if token.special)})
 
     def save(self, path: str, pad_id: int | None = None) -> None:
         """Writes the tokenizer's files, chat template included, into a folder that `load_tokenizer` reads.
 
-        `pad_id` is the token that the folder's readers shall pad with; None: the tokenizer's own, if it has one.
+        `pad_id` is the pad token named in the folder; None: the tokenizer's own.
         """
-        write_files(self._tokenizer, self._file, path, None if pad_id == self.pad_id else pad_id)
+        write_files(self.fast, self._file, path, None if pad_id == self.pad_id else pad_id)
 
     def _encode(self, texts: list[str]) -> list[Any]:
         """A `tokenizers.Encoding` per text, without special tokens, padding and truncation."""
-        # verbose=False: how long a text may be is the data's business, not model_max_length's.
-        return self._tokenizer(texts, add_special_tokens=False, verbose=False).encodings if texts else []
+        # verbose=False: no warning about model_max_length, because the data modules limit lengths.
+        return self.fast(texts, add_special_tokens=False, verbose=False).encodings if texts else []
 
-    def _encode_once(self, texts: list[str]) -> dict[str, Any]:
-        """The encoding of each different text."""
-        different = list(dict.fromkeys(texts))
-        return dict(zip(different, self._encode(different)))
+    def _encode_unique(self, texts: list[str]) -> dict[str, Any]:
+        """The encoding of each distinct text."""
+        unique = list(dict.fromkeys(texts))
+        return dict(zip(unique, self._encode(unique)))
 
     def _find_prefix(self) -> list[int]:
-        """What the tokenizer puts before every text. A trailing EOS would end a prompt, and is left behind."""
+        """Ids that the tokenizer puts before every text. A trailing EOS is ignored: it would end a prompt."""
         probe = "a"
         inner = self._encode([probe])[0].ids
-        outer = self._tokenizer(probe, add_special_tokens=True, verbose=False)["input_ids"]
+        outer = self.fast(probe, add_special_tokens=True, verbose=False)["input_ids"]
         for start in range(len(outer) - len(inner) + 1):
             if outer[start : start + len(inner)] == inner:
                 return outer[:start]
         raise UserError(f"{self.name}: the tokenizer changes a text's own tokens when it adds special ones")
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
-        """Behind BOS, and once only: texts that were rendered before often spell it out."""
+        """The ids with BOS before them, unless they begin with it, as text from a chat template may."""
         return ids if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids + ids
 
     def _encode_alone(self, texts: list[str]) -> Iterator[list[int]]:
-        """Ids of texts as they are in the middle of a text."""
+        """Ids of texts as in the middle of a longer text."""
         plain = self._encode(texts)
         anchors = self._encode(list(ANCHORS))
         joints = [self._encode([anchor + text for text in texts]) for anchor in ANCHORS]
@@ -221,7 +217,7 @@ class Tokenizer:
             yield next(fits, encoding.ids)
 
     def _with_prefix_once(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
-        """Both, the prompt behind BOS; a text without a prompt may spell it out itself."""
+        """Both with BOS before the prompt; the response may contain BOS itself if the prompt is empty."""
         if not prompt and response[: len(self.prefix_ids)] == self.prefix_ids:
             response = response[len(self.prefix_ids) :]
         return self._with_prefix(prompt), response
@@ -238,24 +234,24 @@ class Tokenizer:
             return None
 
     def _ended(self, prompt: Prompt, response: Response, text: str, ids: list[int]) -> list[int]:
-        """The response's ids, whose text is `text`, with a stop token at their end."""
+
         if isinstance(prompt, str) and isinstance(response, str):
             if prompt:
                 kept = ends.ended(ids, self.stop_ids, self.text_end_id)
-                self.cut_responses += bool(self._tokenizer.decode(ids[len(kept) :], skip_special_tokens=True).strip())
+                self.cut_responses += bool(self.fast.decode(ids[len(kept) :], skip_special_tokens=True).strip())
                 return kept
-            return ends.ended_text(ids, self.stop_ids, self.text_end_id, self._tokenizer)
+            return ends.ended_text(ids, self.stop_ids, self.text_end_id, self.fast)
         start = last_turn(response, text)
         if start < 0:
-            return ends.ended_text(ids, self.stop_ids, self.chat_end_id, self._tokenizer)
+            return ends.ended_text(ids, self.stop_ids, self.chat_end_id, self.fast)
         passed = sum(token in self.stop_ids for token in self._encode([text[:start]])[0].ids) if start else 0
         return ends.ended(ids, self.stop_ids, self.chat_end_id, passed)
 
 
 def load_tokenizer(path: str) -> Tokenizer | None:
-    """The tokenizer of a local folder or hub id; None where there are no tokenizer files.
+    """Loads the tokenizer of a local folder or hub id; None if there are no tokenizer files.
 
-    UserError where the folder is missing or its files cannot be used. Remote code is never run.
+    UserError if the folder is missing or its files cannot be used. Remote code is never run.
     """
     folder = find_folder(path)
     if folder is None:
@@ -272,9 +268,9 @@ def build_word_tokenizer(
     unk: str = "<unk>",
     chat_template: str | None = None,
 ) -> Tokenizer:
-    """A tokenizer of whole words between blanks, BOS in front; decoding joins words by single spaces.
+    """A tokenizer of words separated by blanks, with BOS in front; decoding joins words with single spaces.
 
-    Ids: pad 0, bos 1, eos 2, unk 3, then the words in the order given.
+    Ids: pad 0, bos 1, eos 2, unk 3, then the words in order.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from tokenizers import Tokenizer as Backend
@@ -299,11 +295,11 @@ def build_word_tokenizer(
 
 
 def _splits(first: Any, joint: Any, border: int) -> bool:
-    """Whether the encoding `joint` of a text is that of its first `border` characters and something more."""
+    """Whether the encoding `joint` of a text is longer than, and begins with, that of its first `border` characters."""
     count = len(first.ids)
     if joint.ids[:count] != first.ids or len(joint.ids) == count:
         return False
-    # A token for an unknown word may reach over the border and still have the same id.
+    # A token for an unknown word may cross the border and still have the same id.
     return not count or (joint.token_to_chars(count - 1) or (0, 0))[1] <= border
 
 

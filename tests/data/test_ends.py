@@ -96,7 +96,7 @@ def test_the_end_that_a_template_writes(name, special):
     assert tokenizer.text_end_id == tokenizer.eos_id
     assert tokenizer.chat_end_id == (tokenizer.eos_id if token is None else token)
     notes = tokenizer.for_model(300, ()).notes
-    assert bool(notes) == (end is None) and all("ends answers in plain text" in note for note in notes)
+    assert bool(notes) == (end is None) and all("ends responses in plain text" in note for note in notes)
 
 
 def test_stop_tokens_are_the_union():
@@ -121,7 +121,7 @@ def test_ends_of_another_tokenizer_are_left_out():
     ]  # fmt: skip
     without = tokenizer_with(eos=None)
     assert without.for_model(300, (7,), foreign=True).stop_ids == (7,)
-    assert "no token ends an answer" in without.for_model(300, ()).notes[0]
+    assert "no token ends a response" in without.for_model(300, ()).notes[0]
     with pytest.raises(UserError, match="bytes: the tokenizer has no EOS"):
         without.encode_pair("a", "b")
     assert without.for_model(300, (7,)).encode_pair("a", "b")[1] == [*ids(without, "b"), 7]

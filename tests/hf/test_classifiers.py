@@ -184,7 +184,7 @@ def test_the_tokenizer_comes_along_and_pads_with_what_ends_no_text(made, tmp_pat
     assert open_classifier(tmp_path / "a").config.pad_token_id == 0
     # One that pads with EOS gets BOS for it: transformers' own batches are read at the EOS all the same.
     word = build_word_tokenizer(["good", "bad"])
-    word._tokenizer.pad_token = "<eos>"
+    word.fast.pad_token = "<eos>"
     same = load_tokenizer_again(word, tmp_path / "tokenizer")
     assert same.pad_id == same.eos_id == EOS
     save_sequence_classifier(tmp_path / "b", base, adapter, same)
