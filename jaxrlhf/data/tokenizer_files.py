@@ -1,7 +1,7 @@
 """Reads and writes tokenizer files. `tokenizer.json` decides how text becomes ids, and is written back byte for byte.
 
-transformers' classes (LlamaTokenizer, GPT2Tokenizer, ...) build their own pipeline from the file's vocabulary, but models
-are trained on the file's pipeline. So `tokenizers` reads that file, and transformers' plain fast class reads the
+transformers' classes (LlamaTokenizer, GPT2Tokenizer, ...) build their own pipeline from the file's vocabulary, but
+models are trained on the file's pipeline. So `tokenizers` reads that file, and transformers' plain fast class reads the
 files beside it: names of special tokens, added tokens, chat templates.
 
 Left out on purpose: slow tokenizers and remote code. Without a `tokenizer.json`, transformers converts other files.

@@ -187,7 +187,7 @@ def test_builtin_sets(monkeypatch):
         ("a.parquet", "not parquet", ("not a readable Parquet file",)),
         ("a.jsonl.gz", "not gzip", ("cannot be read",)),
         ("a.jsonl.gz", ZIPPED[:-9], ("cannot be read",)),
-        ("a.csv", "a,b", ("says no format", ".jsonl")),
+        ("a.csv", "a,b", ("is not a known format", ".jsonl")),
     ],
 )
 def test_broken_files(write, name, data, parts):

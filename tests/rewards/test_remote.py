@@ -326,7 +326,7 @@ def test_settings_that_cannot_be(monkeypatch):
     with pytest.raises(UserError, match="the token in SCORE_TOKEN has blanks") as error:
         HTTPReward(url, headers_env="SCORE_TOKEN")
     assert "evil" not in str(error.value)
-    with pytest.raises(UserError, match="user of its own"):
+    with pytest.raises(UserError, match="user as well as the token"):
         HTTPReward("http://me@localhost:1/score", headers_env="SCORE_TOKEN")
 
 
