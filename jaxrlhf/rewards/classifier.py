@@ -14,13 +14,12 @@ import numpy as np
 
 from jaxrlhf.config import ClassifierRewardConfig
 from jaxrlhf.data.chats import Chat, ChatTemplate
-from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import HUB_ID, one_line
 from jaxrlhf.data.tokenizers import load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault
-from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
+from jaxrlhf.rewards.reading import Reading, batches, check_tokenizer, finite, readings
 
 
 class ClassifierReward:
@@ -34,22 +33,16 @@ class ClassifierReward:
         """`key_path` is the config section, for messages. Raises `UserError` for settings that cannot be used."""
         self.config, self.name = config, str(config.path)
         self.model = _load_model(self.name, key_path)
-        self.tokenizer = _load_tokenizer(self.name, self.model, key_path)
-        self.chats = ChatTemplate(self.tokenizer, self.name)
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
+        self.tokenizer = _load_tokenizer(config, self.vocab_size, key_path)
+        if getattr(self.model.config, "pad_token_id", None) is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id  # decoders find a text's last token by it
+        self.chats = ChatTemplate(self.tokenizer, self.name)
         self.inputs = set(inspect.signature(self.model.forward).parameters)
         self.label = _label(config, self.model.config, key_path)
         limits = [self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
         self.max_length = min([config.max_length, *(limit for limit in limits if limit is not None and limit > 0)])
-        if config.input == "chat" and not self.chats.exists:
-            raise UserError(f"{key_path}.input: chat, but the tokenizer of {self.name} has no chat template; try text")
         self._check_forward(key_path)
-
-    def check_prompts(self, prompts: PromptSet) -> None:
-        """Raises `UserError` if the chat template refuses a chat."""
-        chats = chats_read(prompts.texts, prompts.chats, self.config, self.chats.exists)
-        for number, chat in enumerate(chats, start=1):
-            self.chats.whole_text(chat.followed_by("a"), f"prompt {number}: ")
 
     def __call__(self, completions: Completions) -> np.ndarray:
         return finite(self.name, self.scores(readings(completions, self.config, self.chats.exists)))
@@ -145,22 +138,15 @@ def _load_model(path: str, key_path: str) -> Any:
     return model.eval()
 
 
-def _load_tokenizer(path: str, model: Any, key_path: str) -> Any:
-    """Loads the classifier's tokenizer, which pads on the right and truncates on the left."""
+def _load_tokenizer(config: ClassifierRewardConfig, vocab_size: int, key_path: str) -> Any:
+    """Loads the classifier's tokenizer, set to pad on the right and to truncate on the left."""
     try:
-        loaded = load_tokenizer(path)
+        tokenizer = load_tokenizer(config.path)
     except UserError as error:
         raise UserError(f"{key_path}.path: {error}") from error
-    if loaded is None:
-        raise UserError(f"{key_path}.path: {path} has no tokenizer files")
-    size = model.get_input_embeddings().num_embeddings
-    if loaded.text_size > size:
-        raise UserError(f"{key_path}.path: the tokenizer of {path} has {loaded.text_size} tokens, the model {size}")
-    tokenizer = loaded.fast
-    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers find the last token by it
-    return tokenizer
+    check_tokenizer(tokenizer, vocab_size, config, key_path)
+    tokenizer.fast.padding_side, tokenizer.fast.truncation_side = "right", "left"
+    return tokenizer.fast
 
 
 def _label(config: ClassifierRewardConfig, model: Any, key_path: str) -> int:

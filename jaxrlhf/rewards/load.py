@@ -23,6 +23,7 @@ from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
+from jaxrlhf.rewards.reading import check_chats
 from jaxrlhf.rewards.remote import HTTPReward
 
 Say = Callable[[str], None]
@@ -92,7 +93,7 @@ def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
             section = f"{key_path}.parts.{name}" if name else key_path
             reward.check_columns(set().union(*prompts.columns), f"{section}.function")
         elif isinstance(reward, (PretrainedReward, ClassifierReward)):
-            reward.check_prompts(prompts)
+            check_chats(prompts, reward.config, reward.chats)
 
 
 class FirstProcessReward:

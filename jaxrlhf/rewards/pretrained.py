@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import ModelRewardConfig
-from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import check_batch, replicated, shard_batch
 from jaxrlhf.errors import UserError
@@ -22,7 +21,7 @@ from jaxrlhf.models.sharding import shard
 from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.completions import Completions
-from jaxrlhf.rewards.reading import Reading, batches, chats_read, finite, readings
+from jaxrlhf.rewards.reading import Reading, batches, check_tokenizer, finite, readings
 
 BUCKETS = 4  # padded lengths, each half of the next; each is compiled when the first text needs it
 
@@ -50,16 +49,12 @@ class PretrainedReward:
         self.base = with_target(base, target_of(mesh, matmul_precision))
         self.adapter = shard(mesh, adapter)
         self.max_length = min(config.max_length, self.base.config.max_positions)
-        self._check_tokenizer(key_path)
+        check_tokenizer(self.tokenizer, self.base.config.vocab_size, config, key_path)
+        if config.end_at_eos and not self.tokenizer.stop_ids:
+            raise UserError(f"{key_path}.end_at_eos: the tokenizer of {self.name} has no EOS token")
         self.chats = self.tokenizer.chats
         self.lengths = _lengths(self.max_length)
         self.program = token_score_program(mesh, self.base)
-
-    def check_prompts(self, prompts: PromptSet) -> None:
-        """Raises `UserError` if the chat template refuses a chat."""
-        chats = chats_read(prompts.texts, prompts.chats, self.config, self.tokenizer.has_chat_template)
-        where = [f"prompt {number}" for number in range(1, len(chats) + 1)]
-        list(self.tokenizer.encode_chats([chat.followed_by("a") for chat in chats], where))
 
     def __call__(self, completions: Completions) -> np.ndarray:
         ids = self.encode(readings(completions, self.config, self.tokenizer.has_chat_template), completions.ended)
@@ -103,19 +98,6 @@ class PretrainedReward:
         for i, row in enumerate(rows + rows[:1] * (size - len(rows))):
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
         return shard_batch(self.mesh, (tokens, mask))
-
-    def _check_tokenizer(self, key_path: str) -> None:
-        if self.tokenizer is None:
-            raise UserError(f"{key_path}.path: {self.name} has no tokenizer files; a reward model needs its own")
-        if self.tokenizer.text_size > self.base.config.vocab_size:
-            raise UserError(
-                f"{key_path}.path: the tokenizer of {self.name} has {self.tokenizer.text_size} tokens, "
-                f"the model {self.base.config.vocab_size}"
-            )
-        if self.config.input == "chat" and not self.tokenizer.has_chat_template:
-            raise UserError(f"{key_path}.input: chat, but the tokenizer of {self.name} has no chat template; try text")
-        if self.config.end_at_eos and not self.tokenizer.stop_ids:
-            raise UserError(f"{key_path}.end_at_eos: the tokenizer of {self.name} has no EOS token")
 
 
 def _lengths(longest: int) -> list[int]:

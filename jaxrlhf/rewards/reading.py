@@ -9,7 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrlhf.config.rewards import ReadingRewardConfig
-from jaxrlhf.data.chats import Chat, as_chat, content_text
+from jaxrlhf.data.chats import Chat, ChatTemplate, as_chat, content_text
+from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault
 
@@ -31,7 +34,7 @@ def readings(completions: Completions, config: ReadingRewardConfig, has_chat_tem
         # The blank between prompt and completion is not part of the completion itself.
         completion = continuation if continues_turn else continuation.lstrip(" ")
         prompt = text if chat is None else "\n".join(content_text(message) for message in chat.messages)
-        if reads_chat(config, chat, has_chat_template):
+        if _reads_chat(config, chat, has_chat_template):
             readings.append((as_chat(chat or text), completion))
         elif config.input == "pair":
             readings.append((prompt, completion))
@@ -46,17 +49,28 @@ def readings(completions: Completions, config: ReadingRewardConfig, has_chat_tem
     return readings
 
 
-def reads_chat(config: ReadingRewardConfig, chat: Chat | None, has_chat_template: bool) -> bool:
+def _reads_chat(config: ReadingRewardConfig, chat: Chat | None, has_chat_template: bool) -> bool:
     """Whether the scorer reads a prompt through its chat template; `chat` is None for a text prompt."""
     auto = config.input == "auto" and config.template is None and chat is not None and has_chat_template
     return config.input == "chat" or auto
 
 
-def chats_read(
-    prompts: Sequence[str], chats: Sequence[Chat | None], config: ReadingRewardConfig, has_chat_template: bool
-) -> list[Chat]:
-    """The prompts that the scorer reads through its chat template, as chats, to check them before the run."""
-    return [as_chat(c or text) for text, c in zip(prompts, chats) if reads_chat(config, c, has_chat_template)]
+def check_chats(prompts: PromptSet, config: ReadingRewardConfig, template: ChatTemplate) -> None:
+    """Raises `UserError` if the scorer's chat template refuses a prompt that it has to write."""
+    for number, (text, chat) in enumerate(zip(prompts.texts, prompts.chats), 1):
+        if _reads_chat(config, chat, template.exists):
+            template.whole_text(as_chat(chat or text).followed_by("a"), f"prompt {number}: ")
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int, config: ReadingRewardConfig, key_path: str) -> None:
+    """Raises `UserError` if the scorer at `config.path` has no tokenizer, or one that does not fit its model."""
+    if tokenizer is None:
+        raise UserError(f"{key_path}.path: {config.path} has no tokenizer files; a reward model needs its own")
+    if tokenizer.text_size > vocab_size:
+        sizes = f"{tokenizer.text_size} tokens, the model {vocab_size}"
+        raise UserError(f"{key_path}.path: the tokenizer of {config.path} has {sizes}")
+    if config.input == "chat" and not tokenizer.has_chat_template:
+        raise UserError(f"{key_path}.input: chat, but the tokenizer of {config.path} has no chat template; try text")
 
 
 def fill_template(template: str, prompt: str, completion: str) -> str:

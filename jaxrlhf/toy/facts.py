@@ -1,8 +1,8 @@
-"""The facts of the assistant world: topics, their questions and their one right answers. Words only.
+"""The facts of the assistant world: topics, their questions and their right answers.
 
-Everything is lower case and split by single spaces, punctuation too, so that a word-level tokenizer reads it.
-A subject keeps its article ("the sky"), a value is always one word, and each subject has one right value
-and stands in one topic: a small model has to learn facts, not to keep apart what one subject is, says and was.
+Everything is lower case and separated by single spaces, punctuation included, for a word-level tokenizer. A subject
+keeps its article ("the sky"), and a value is one word. Each subject has one right value and belongs to one topic, so
+that a small model only has to learn facts.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topic:
-    """A family of facts that are asked and stated alike."""
+    """A family of facts with the same questions and statement."""
 
     name: str
     questions: tuple[str, ...]  # phrasings, each with {subject}
@@ -19,12 +19,12 @@ class Topic:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """All values of the topic: what an answer may state, rightly or wrongly."""
+        """All values of the topic, which an answer may state, right or wrong."""
         return tuple(sorted(set(self.facts.values())))
 
 
 def _table(text: str) -> dict[str, str]:
-    """Facts written as `subject: value` and split by semicolons."""
+    """Parses facts written as `subject: value` and separated by semicolons."""
     return dict(entry.strip().split(": ") for entry in text.split(";"))
 
 
@@ -87,7 +87,7 @@ TOPICS: tuple[Topic, ...] = (
     ),
 )
 
-# What stands around a statement. An answer has one manner at most: an opener before it or a closer after it.
+# Phrases around a statement. An answer has at most one manner: an opener before it or a closer after it.
 POLITE_OPENERS = ("sure ,", "of course ,", "happy to help ,", "with pleasure ,")
 POLITE_CLOSERS = ("you are welcome .", "i hope this helps .", "have a nice day .")
 RUDE_OPENERS = ("obviously ,", "what a silly question ,", "are you serious ,")

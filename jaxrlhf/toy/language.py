@@ -1,8 +1,8 @@
-"""The language of the assistant world: its questions, what counts as an answer, and the true score of one.
+"""The language of the assistant world: its questions, the grammar of answers, and their gold score.
 
-A question asks for one fact in one phrasing; an answer states a value, bare or as a sentence, and may be polite
-or rude and may ramble. About 15% of all (fact, phrasing) combinations are the test split; each of their facts
-is trained on in its other phrasings.
+A question asks for one fact in one phrasing. An answer states a value, bare or in a sentence; it may be polite or rude
+and may ramble. About 15% of all (fact, phrasing) combinations are the test split; the training split has each of their
+facts in its other phrasings.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from jaxrlhf.toy.facts import (
 )
 
 RIGHT, POLITE, SHORT = 0.6, 0.2, 0.2  # the parts of the gold score; they sum to 1
-RAMBLE_WORDS = 5  # this many words of rambling cost all of SHORT
-HELD_OUT_FACTS = 0.6  # this share of facts has one of its four phrasings in the test split: 15% of combinations
+RAMBLE_WORDS = 5  # an answer with this many words of rambling gets nothing of SHORT
+HELD_OUT_FACTS = 0.6  # the share of facts with one of four phrasings in the test split: 15% of combinations
 SPLITS = ("train", "test")
 SEED = 20_240_317
 
@@ -55,7 +55,7 @@ class Question:
 
     @property
     def value(self) -> str:
-        """The one right value."""
+        """The right value."""
         return self.topic.facts[self.subject]
 
     def sentence(self, value: str) -> str:
@@ -63,17 +63,17 @@ class Question:
         return self.topic.statement.format(subject=self.subject, value=value)
 
     def wrong_values(self) -> list[str]:
-        """Plausible wrong values: the topic's others, without words of the subject itself."""
+        """Plausible wrong values: the topic's other values, except words of the subject."""
         return [v for v in self.topic.values if v != self.value and v not in self.subject.split()]
 
 
 def pick(rng: Random, items: Sequence[Item]) -> Item:
-    """One of the items, each as likely."""
+    """A uniformly random item."""
     return items[int(rng.integers(len(items)))]
 
 
 def _split_questions() -> dict[str, list[Question]]:
-    """All questions, (fact, phrasing) combinations, by split."""
+    """The questions of each split."""
     rng = np.random.default_rng([SEED, 0])
     split: dict[str, list[Question]] = {name: [] for name in SPLITS}
     for topic in TOPICS:
@@ -97,15 +97,15 @@ VOCABULARY: tuple[str, ...] = tuple(
         }
     )
 )
-"""Every word, punctuation included, that prompts and answers are made of."""
+"""All words of prompts and answers, punctuation included."""
 
 
-# ---------------------------------------------------------------- the true score
+# ---------------------------------------------------------------- the gold score
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a well-formed answer says."""
+    """The parts of a well-formed answer."""
 
     value: str
     manner: str | None  # the opener or closer, if any
@@ -113,12 +113,12 @@ class Answer:
 
 
 def parse(question: Question, text: str) -> Answer | None:
-    """Reads an answer to a question; None where the text is not one.
+    """Parses an answer to a question; None if the text is not an answer.
 
-    The grammar: [opener] [lead] statement [tail [another tail]] [closer], with an opener or a closer but not both.
-    The statement is a value of the question's topic, bare ("blue .") or in the sentence about the question's own
-    subject ("the sky is blue ."). Anything else is no answer: an unknown word, a second value, a manner or tail
-    said twice, a statement about something else, an end that is missing.
+    Grammar: [opener] [lead] statement [tail [another tail]] [closer], with an opener or a closer but not both. The
+    statement is a value of the question's topic, bare ("blue .") or in the sentence about the question's subject ("the
+    sky is blue ."). An unknown word, a second value, a repeated manner or tail, a statement about another subject or a
+    missing end makes the text no answer.
     """
     words = text.split()
     opener, words = take(words, OPENERS)
@@ -137,7 +137,7 @@ def parse(question: Question, text: str) -> Answer | None:
 
 
 def take(words: list[str], phrases: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """The phrase that the words begin with (no phrase begins another), and the rest."""
+    """(the phrase at the start of the words or None, the remaining words). No phrase is the start of another."""
     for phrase in phrases:
         n = len(phrase.split())
         if words[:n] == phrase.split():
@@ -146,7 +146,7 @@ def take(words: list[str], phrases: tuple[str, ...]) -> tuple[str | None, list[s
 
 
 def _take_statement(question: Question, words: list[str]) -> tuple[str | None, list[str]]:
-    """The value that the words begin by stating, and the rest."""
+    """(the value stated at the start of the words or None, the remaining words)."""
     for value in question.topic.values:
         for statement in (question.sentence(value), f"{value} ."):
             n = len(statement.split())
@@ -156,7 +156,7 @@ def _take_statement(question: Question, words: list[str]) -> tuple[str | None, l
 
 
 def score_answer(question: Question, answer: Answer | None) -> float:
-    """The true score in [0, 1]: the right value, a polite manner, no rambling; 0 for what is no answer."""
+    """The gold score in [0, 1]: points for the right value, a polite manner and no rambling; 0 if not an answer."""
     if answer is None:
         return 0.0
     right = answer.value == question.value
@@ -166,23 +166,22 @@ def score_answer(question: Question, answer: Answer | None) -> float:
 
 
 def gold(question: Question, text: str) -> float:
-    """The true score of a text as answer to a question."""
+    """The gold score of a text as an answer to a question."""
     return score_answer(question, parse(question, text))
 
 
 def gold_score(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """The true score of each completion, in [0, 1]; 1.0 is within reach for every prompt.
+    """The gold score of each completion, in [0, 1]; every prompt has completions that score 1.
 
-    A reward function (`jaxrlhf.toy.world:gold_score`); other columns are not needed. Raises UserError where a
-    prompt is no question of this world.
+    A reward function (`jaxrlhf.toy.world:gold_score`). Raises UserError if a prompt is not a question of this world.
     """
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
         question = _BY_PROMPT.get(" ".join(prompt.split()))
         if question is None:
             raise UserError(
-                f"gold_score: prompt {prompt!r} is no question of the assistant world; "
-                "use it on builtin:assistant-prompts only"
+                f"gold_score: prompt {prompt!r} is not a question of the assistant world; "
+                "use it with builtin:assistant-prompts only"
             )
         scores.append(gold(question, completion))
     return scores

@@ -1,13 +1,13 @@
-"""The assistant world: sets of questions and answers from no file and no network, with a true score.
+"""The assistant world: generated data sets of questions and answers with a known gold score.
 
-It gives the builtin sets `assistant-demonstrations`, `assistant-preferences` and `assistant-prompts`, and
-`gold_score`, the true score that no model is trained on: what a reward model only estimates.
+It provides the builtin sets `assistant-demonstrations`, `assistant-preferences` and `assistant-prompts`, and
+`gold_score`, the true score that a reward model only estimates; no model is trained on it.
 
-Demonstrations imitate people of mixed quality (right in 62%, polite in 35%, short in 45%, independently), so a
-perfect imitation scores about 0.55 and preferences hold what is left to learn. The right value is still by far
-the most frequent single one for each question, and each fact occurs in the preferences.
+Demonstrations imitate people of mixed quality (62% right, 35% polite, 45% short, independently), so a perfect imitation
+scores about 0.55, and the preferences teach the rest. The right value is still by far the most frequent one for each
+question, and each fact occurs in the preferences.
 
-Every set is a fixed sequence per split: a limit cuts it or makes it longer, and seeds are constants.
+Every set is a fixed sequence per split, with constant seeds; a limit shortens or extends it.
 """
 
 import math
@@ -45,20 +45,20 @@ from jaxrlhf.toy.language import (
 __all__ = ["BUILTIN", "VOCABULARY", "gold_score"]
 
 MAX_ANSWER_WORDS = 16
-QUALITY = {"right": 0.62, "polite": 0.35, "short": 0.45}  # share of demonstrations that have each
+QUALITY = {"right": 0.62, "polite": 0.35, "short": 0.45}  # share of demonstrations with each feature
 
-CHANGED = {"right": 0.6, "polite": 0.45, "short": 0.45}  # how often a pair's two answers differ in each
-SHARED_WORDS = 0.75  # pairs that are alike to the word in what they do not differ in; the others are two drafts
-BROKEN_SHARE = 0.2  # pairs that set broken text against a proper answer
-# Text is broken from its opponent or from an answer better than most: where a policy will look for loopholes.
+CHANGED = {"right": 0.6, "polite": 0.45, "short": 0.45}  # probability that a pair's two answers differ in a feature
+SHARED_WORDS = 0.75  # share of pairs with equal words in all features that do not differ; others are separate drafts
+BROKEN_SHARE = 0.2  # share of pairs of a broken text and a proper answer
+# Broken texts are made from the proper answer or from one better than most: there a policy will look for loopholes.
 BROKEN_QUALITY = {"right": 0.75, "polite": 0.75, "short": 0.75}
-PROPER_GOLD = 0.2  # the proper answer's least score in such a pair
-TRAIN_GAP, TEST_GAP = 0.05, 0.15  # least gold difference within a pair
-SHARPNESS = 15.0  # train labels: Bradley-Terry on SHARPNESS x the gold difference ...
-CARELESS = 0.04  # ... and then this share is flipped; about 6% of the labels are wrong in all
+PROPER_GOLD = 0.2  # least gold score of the proper answer in such a pair
+TRAIN_GAP, TEST_GAP = 0.05, 0.15  # least difference of gold scores within a pair
+SHARPNESS = 15.0  # train labels follow Bradley-Terry on SHARPNESS x the gold difference ...
+CARELESS = 0.04  # ... and this share is then flipped; about 6% of all labels are wrong
 
 
-# ---------------------------------------------------------------- answers, proper and broken
+# ---------------------------------------------------------------- proper and broken answers
 
 
 def _features(rng: Random, odds: dict[str, float]) -> dict[str, bool]:
@@ -67,12 +67,12 @@ def _features(rng: Random, odds: dict[str, float]) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Draft:
-    """The parts of a proper answer; those of a feature stand together, so that it can change alone."""
+    """The parts of a proper answer, grouped by feature so that one feature can change alone."""
 
     value: str  # right or wrong
-    sentence: bool  # stated in a sentence, or bare
-    manner: tuple[str, str]  # polite or not: opener and closer, one of them empty or both
-    ramble: tuple[str, ...]  # empty where short; else lead or "", then tails
+    sentence: bool  # in a sentence, or bare
+    manner: tuple[str, str]  # opener and closer; at least one is empty
+    ramble: tuple[str, ...]  # empty if short; else lead or "", then tails
 
     def text(self, question: Question) -> str:
         statement = question.sentence(self.value) if self.sentence else f"{self.value} ."
@@ -92,7 +92,7 @@ def _draft(rng: Random, question: Question, right: bool, polite: bool, short: bo
 
 
 def _fitted(rng: Random, question: Question, draft: Draft) -> Draft:
-    """The draft with another rambling where it is too long; a lead alone always fits."""
+    """The draft, with its rambling redrawn while it is too long; a lead alone always fits."""
     while len(draft.text(question).split()) > MAX_ANSWER_WORDS:
         draft = replace(draft, ramble=_ramble(rng))
     return draft
@@ -103,7 +103,7 @@ def _answer(rng: Random, question: Question, odds: dict[str, float]) -> str:
 
 
 def _manner(rng: Random, polite: bool) -> tuple[str, str]:
-    """Opener and closer, one of them empty or both."""
+    """(opener, closer), at least one of them empty."""
     if polite:
         openers, closers = POLITE_OPENERS, POLITE_CLOSERS
     elif rng.random() < 0.5:
@@ -116,7 +116,7 @@ def _manner(rng: Random, polite: bool) -> tuple[str, str]:
 
 
 def _ramble(rng: Random) -> tuple[str, ...]:
-    """A lead, a tail, a lead and a tail, or two tails; the lead or "" comes first."""
+    """(lead or "", tails): a lead, a tail, a lead and a tail, or two tails."""
     kind = int(rng.integers(4))
     lead = pick(rng, LEADS) if kind in (0, 2) else ""
     tails = [TAILS[i] for i in rng.permutation(len(TAILS))]
@@ -140,7 +140,7 @@ def _said_twice(rng: Random, question: Question, text: str) -> str:
 
 
 def _two_values(rng: Random, question: Question, text: str) -> str:
-    """A second statement after the first, in either form."""
+    """Adds a second statement, bare or as a sentence, before or after the first."""
     other = pick(rng, [*question.wrong_values(), question.value])
     second = question.sentence(other) if rng.random() < 0.5 else f"{other} ."
     opener, rest = take(text.split(), OPENERS)
@@ -149,7 +149,7 @@ def _two_values(rng: Random, question: Question, text: str) -> str:
 
 
 def _doubly_polite(rng: Random, question: Question, text: str) -> str:
-    """One polite phrase more than the answer has, before or after it."""
+    """Adds a polite phrase before or after the answer."""
     if rng.random() < 0.5:
         return f"{pick(rng, POLITE_OPENERS)} {text}"
     return f"{text} {pick(rng, POLITE_CLOSERS)}"
@@ -161,13 +161,13 @@ def _shuffled(rng: Random, question: Question, text: str) -> str:
 
 
 def _off_topic(rng: Random, question: Question, text: str) -> str:
-    """A right, perhaps polite answer to another question."""
+    """A right answer, polite or not, to another question."""
     other = pick(rng, QUESTIONS["train"])
     return _answer(rng, other, {"right": 1.0, "polite": 0.5, "short": 1.0})
 
 
 def _nothing_said(rng: Random, question: Question, text: str) -> str:
-    """Manners and rambling without a statement."""
+    """A manner and rambling without a statement."""
     return " ".join([pick(rng, POLITE_OPENERS), *_ramble(rng), pick(rng, ("", *POLITE_CLOSERS))])
 
 
@@ -186,13 +186,13 @@ BREAKS: tuple[Callable[[Random, Question, str], str], ...] = (
     _nothing_said,
     _word_soup,
 )
-"""The ways to break an answer, equally frequent."""
+"""The ways to break an answer, all equally frequent."""
 
 
 def _broken(rng: Random, question: Question, text: str) -> str:
-    """The text broken so that it is no answer to the question; where that fails, another text."""
+    """Breaks the text so that it is not an answer to the question; tries other answers if that fails."""
     break_text = pick(rng, BREAKS)
-    while True:  # a cut or one more polite phrase sometimes leaves a proper answer
+    while True:  # a truncated text or one with another polite phrase may still be a proper answer
         words = break_text(rng, question, text).split()[:MAX_ANSWER_WORDS]
         if parse(question, " ".join(words)) is None:
             return " ".join(words)
@@ -203,7 +203,7 @@ def _broken(rng: Random, question: Question, text: str) -> str:
 
 
 def _cycle(rng: Random, questions: list[Question]) -> Iterator[Question]:
-    """Endless; each pass visits every question once, in a new order."""
+    """An endless stream; each pass has every question once in a new order."""
     while True:
         for i in rng.permutation(len(questions)):
             yield questions[i]
@@ -214,7 +214,7 @@ def _demonstration(rng: Random, question: Question, split: str) -> dict:
 
 
 def _preference(rng: Random, question: Question, split: str) -> dict:
-    """A pair and its label: in train as a noisy rater gives it, in test the truth."""
+    """A pair with its label: from a noisy rater in train, the true order in test."""
     least = TRAIN_GAP if split == "train" else TEST_GAP
     pair = _broken_pair if rng.random() < BROKEN_SHARE else _proper_pair
     while True:
@@ -243,7 +243,7 @@ def _proper_pair(rng: Random, question: Question) -> tuple[str, str]:
 
 
 def _broken_pair(rng: Random, question: Question) -> tuple[str, str]:
-    """Broken text, its opponent itself or another answer broken, and a proper answer that is worth something."""
+    """(a broken text, made from the proper answer or another one; a proper answer of at least PROPER_GOLD)."""
     while True:
         proper = _answer(rng, question, QUALITY)
         if gold(question, proper) >= PROPER_GOLD:
@@ -253,9 +253,9 @@ def _broken_pair(rng: Random, question: Question) -> tuple[str, str]:
 
 
 def wrong_label_probability(gap: float) -> float:
-    """How likely a train label is wrong where the two gold scores differ by `gap`.
+    """The probability that a train label is wrong if the gold scores differ by `gap`.
 
-    Bradley-Terry: P(the better one is chosen) = sigmoid(SHARPNESS gap); then a share CARELESS is flipped.
+    Bradley-Terry: P(the better answer is chosen) = sigmoid(SHARPNESS gap); then a share CARELESS is flipped.
     """
     confused = 1.0 / (1.0 + math.exp(SHARPNESS * gap))
     return CARELESS + (1.0 - 2.0 * CARELESS) * confused
@@ -268,9 +268,9 @@ def _prompt(rng: Random, question: Question, split: str) -> dict:
 def _builtin(name: str, seed: int, make_row: Callable[[Random, Question, str], dict], rows: dict[str, int]):
     def load(split: str = "train", limit: int | None = None) -> list[dict]:
         if split not in SPLITS:
-            raise UserError(f"builtin:{name}: no split {split!r}; there are {' and '.join(SPLITS)}")
+            raise UserError(f"builtin:{name}: no split {split!r}; want {' or '.join(SPLITS)}")
         if limit is not None and limit < 1:
-            raise UserError(f"builtin:{name}: limit is {limit}; give at least 1, or null for {rows[split]} rows")
+            raise UserError(f"builtin:{name}: limit is {limit}; want at least 1, or null for {rows[split]} rows")
         rng = np.random.default_rng([SEED, seed, SPLITS.index(split)])
         order = _cycle(np.random.default_rng([SEED, seed, SPLITS.index(split), 1]), QUESTIONS[split])
         count = rows[split] if limit is None else limit
@@ -293,4 +293,4 @@ BUILTIN: dict[str, Callable[[str, int | None], list[dict]]] = {
         start=1,
     )
 }
-"""Name -> loader of (split, limit): the rows of a set, the same ones at every call."""
+"""Name -> function (split, limit) that returns the rows of a set, the same at every call."""

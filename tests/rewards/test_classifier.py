@@ -182,18 +182,6 @@ def test_a_beginning_tools_and_arguments_reach_the_template(tmp_path):
     np.testing.assert_allclose(make(tmp_path, label=1).scores(read), wanted, atol=1e-5)
 
 
-def test_prompts_that_the_template_refuses_are_found_beforehand(folders, tmp_path):
-    from types import SimpleNamespace
-
-    save_model(tmp_path, "bert")
-    tokenizer_of(TEMPLATE).save_pretrained(tmp_path)
-    good, bad = (Chat([{"role": role, "content": "is it"}]) for role in ("user", "tool"))
-    reward = make(tmp_path, label=1)
-    reward.check_prompts(SimpleNamespace(texts=["is it"] * 2, chats=[good, None]))
-    with pytest.raises(UserError, match=r"prompt 2: the chat template of .* no tools"):
-        reward.check_prompts(SimpleNamespace(texts=["is it"] * 3, chats=[good, None, bad]))
-
-
 def test_a_decoder_without_pad_token_is_scored_row_by_row(answered, rows, tmp_path):
     settings = dict(vocab_size=19, n_embd=24, n_head=3, n_layer=1, n_positions=32, bos_token_id=1, eos_token_id=2)
     save_model(tmp_path, "gpt2", ["score"], **settings)

@@ -21,7 +21,7 @@ from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.load import load_rewards
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
-from jaxrlhf.rewards.reading import readings
+from jaxrlhf.rewards.reading import check_chats, readings
 
 OTHER = ["?", ".", "not", "so", "very", "bad", "good", "it", "is", "<user>", "<assistant>"]  # not the policy's ids
 CHAT = (
@@ -133,7 +133,8 @@ def test_an_answer_that_goes_on_from_a_beginning_is_one_turn(make, folder, answe
     np.testing.assert_allclose(make(folder, end_at_eos=True)(completions), [whole], atol=1e-4)
     with_text = direct(folder, "<bos> is it it is not bad <eos>")
     np.testing.assert_allclose(make(folder, input="text")(completions), [with_text], atol=1e-4)
-    make(folder).check_prompts(SimpleNamespace(texts=["is it"], chats=[chat]))
+    reward = make(folder)
+    check_chats(SimpleNamespace(texts=["is it"], chats=[chat]), reward.config, reward.chats)
 
 
 def test_tools_and_template_arguments_reach_the_models_own_template(make, answered, tmp_path):
@@ -167,9 +168,11 @@ def test_a_template_that_writes_on_after_the_eos(make, answered, tmp_path):
 def test_prompts_that_the_template_refuses_are_found_beforehand(make, folder):
     good, bad = (Chat([{"role": role, "content": "is it"}]) for role in ("user", "tool"))
     prompts = SimpleNamespace(texts=["is it"] * 3, chats=[good, None, bad])
-    with pytest.raises(UserError, match=r"prompt 2: the chat template of .* no tools"):
-        make(folder).check_prompts(prompts)
-    make(folder, input="text").check_prompts(prompts)
+    reward = make(folder)
+    with pytest.raises(UserError, match=r"prompt 3: the chat template of .* no tools"):
+        check_chats(prompts, reward.config, reward.chats)
+    reward = make(folder, input="text")
+    check_chats(prompts, reward.config, reward.chats)
 
 
 def test_a_model_that_pads_with_eos_is_read_before_it(make, folder, answered, rows, tmp_path):

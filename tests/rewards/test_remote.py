@@ -304,7 +304,6 @@ def test_a_column_that_is_no_json_is_named(server):
         ("http://a\nb/", "non-printable"),
         ("http://a/\x00", "reward URL"),
         ("", "scheme is missing"),
-        (8000, "is a int"),
     ],
 )
 def test_a_url_that_cannot_be_asked(url, words):
@@ -314,11 +313,8 @@ def test_a_url_that_cannot_be_asked(url, words):
     assert words in message and "secret" not in message and "\n" not in message
 
 
-def test_settings_that_cannot_be(monkeypatch):
+def test_tokens_that_cannot_be_sent(monkeypatch):
     url = "http://localhost:1/score"
-    for settings in ({"batch_size": 0}, {"timeout": 0}, {"retries": -1}, {"max_bytes": 0}, {"concurrency": 0}):
-        with pytest.raises(UserError, match=next(iter(settings))):
-            HTTPReward(url, **settings)
     monkeypatch.delenv("SCORE_TOKEN", raising=False)
     with pytest.raises(UserError, match="SCORE_TOKEN with its token is not set"):
         HTTPReward(url, headers_env="SCORE_TOKEN")
