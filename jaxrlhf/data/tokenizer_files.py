@@ -195,4 +195,4 @@ def _download(path: str) -> str:
     try:
         return huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES))
     except Exception as error:  # not found, gated, offline, refused
-        raise UserError(f"{path}: no such folder here, and it cannot be loaded from the hub: {one_line(error)}") from error
+        raise UserError(f"{path}: no such folder here, nor on the hub: {one_line(error)}") from error

@@ -62,7 +62,7 @@ def test_sets_and_splits_have_random_numbers_of_their_own():
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_unknown_split_and_useless_limit_are_refused(name):
-    with pytest.raises(UserError, match=rf"builtin:{name}.*'validation'.*train and test"):
+    with pytest.raises(UserError, match=rf"builtin:{name}.*'validation'.*train or test"):
         BUILTIN[name]("validation", None)
     with pytest.raises(UserError, match=rf"builtin:{name}.*limit"):
         BUILTIN[name]("train", 0)
