@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from jaxrlhf.config.reading import load_config
-from jaxrlhf.stages import sft
+from jaxrlhf.stages import training
 from jaxrlhf.stages.loop import Loop
 from jaxrlhf.stages.run import run_stages
 
@@ -47,7 +47,7 @@ def main() -> None:
                 if block + 1 == given.blocks:
                     raise Finished
 
-    sft.Loop = Alternating
+    training.Loop = Alternating
     with tempfile.TemporaryDirectory() as folder:
         always = [f"run_dir={folder}", "stages=[sft]", "sft.epochs=100", "sft.save_every=1000000"]
         with contextlib.suppress(Finished):

@@ -25,6 +25,11 @@ class SFTBatch:
     segments: jax.Array  # i32[B,L]; 0 is padding, rows packed into one sequence are 1, 2, ...
     loss_mask: jax.Array  # bool[B,L]; the tokens to learn
 
+    @property
+    def token_count(self) -> int:
+        """B * L."""
+        return self.tokens.size
+
 
 @struct.dataclass
 class PreferenceBatch:
@@ -36,6 +41,11 @@ class PreferenceBatch:
     rejected_mask: jax.Array  # bool[B,L]
     margin: jax.Array  # f32[B]; 0 if the data has none
     weight: jax.Array  # f32[B]; 0 on padding rows of the last batch
+
+    @property
+    def token_count(self) -> int:
+        """B * L of both sides."""
+        return self.chosen.size + self.rejected.size
 
 
 @struct.dataclass

@@ -5,7 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,26 +65,38 @@ class Call:
 
 def calls_of(stage: str, shapes: Shapes) -> list[Call]:
     """Returns the calls of an optimizer step (sft, reward_model) or an iteration (ppo), in order."""
-    return _STAGES[stage](shapes)
+    if stage == "ppo":
+        return _ppo(shapes)
+    return [_sft(shapes) if stage == "sft" else _reward_model(shapes)]
 
 
-def _sft(shapes: Shapes) -> list[Call]:
+def _sft(shapes: Shapes) -> Call:
     config = shapes.config.sft
-    state = _train_state(shapes, shapes.adapter(shapes.config.adapter_or(config.adapter)))
-    batch = shapes.rows(_sft_batch(config.batch_size, config.max_length))
-    program = train_program(sft_update, shapes.mesh, shapes.base, state)
-    return [_training_call(shapes, "sft", program, state, batch, ())]
+    return _training_call(shapes, "sft", sft_update, None, _sft_batch(config.batch_size, config.max_length))
 
 
-def _reward_model(shapes: Shapes) -> list[Call]:
+def _reward_model(shapes: Shapes) -> Call:
     """At the longest padded length."""
     config = shapes.config.reward_model
-    state = _train_state(shapes, shapes.adapter(shapes.config.adapter_or(config.adapter), "reward"))
     B, L = config.batch_size, config.max_length
     sides = (tokens(B, L), mask(B, L))
-    batch = shapes.rows(PreferenceBatch(*sides, *sides, margin=numbers(B), weight=numbers(B)))
-    program = train_program(reward_model_update, shapes.mesh, shapes.base, state)
-    return [_training_call(shapes, "reward_model", program, state, batch, (config.center_rewards_coef,))]
+    batch = PreferenceBatch(*sides, *sides, margin=numbers(B), weight=numbers(B))
+    return _training_call(shapes, "reward_model", reward_model_update, "reward", batch, config.center_rewards_coef)
+
+
+def _training_call(
+    shapes: Shapes, stage: str, step: Callable, head: Literal["reward"] | None, batch: Any, *arguments: float
+) -> Call:
+    """The call of a stage's training step; see `stages.training`."""
+    config, base = getattr(shapes.config, stage), shapes.base
+    adapter, batch = shapes.adapter(shapes.config.adapter_or(config.adapter), head), shapes.rows(batch)
+    optimizer = jax.eval_shape(init_optimizer, adapter)
+    state = shapes.sharded(TrainState(adapter, optimizer, jax.ShapeDtypeStruct((), jnp.int32)))
+    program = train_program(step, shapes.mesh, base, state)
+    settings = with_rate(with_total_steps(config.optimizer, STEPS), stage, adapter)
+    resident = {"weights": base, "adapters": state.adapter, "optimizer": state.optimizer}
+    args = (state, base, batch, settings, *arguments)
+    return Call(program.name, program, args, static_arguments(config), None, batch, resident, remat=config.remat)
 
 
 def _ppo(shapes: Shapes) -> list[Call]:
@@ -131,24 +143,6 @@ def _ppo(shapes: Shapes) -> list[Call]:
     program = update_program(mesh, base, state)
     calls.append(Call("update", program, args, {"mix": rows[1]}, None, rows, resident, remat=update.remat))
     return calls
-
-
-_STAGES: dict[str, Callable[[Shapes], list[Call]]] = {"sft": _sft, "reward_model": _reward_model, "ppo": _ppo}
-
-
-def _training_call(
-    shapes: Shapes, stage: str, program: Program, state: TrainState, batch: Any, more: tuple[float, ...]
-) -> Call:
-    config = getattr(shapes.config, stage)
-    optimizer = with_rate(with_total_steps(config.optimizer, STEPS), stage, state.adapter)
-    resident = {"weights": shapes.base, "adapters": state.adapter, "optimizer": state.optimizer}
-    args = (state, shapes.base, batch, optimizer, *more)
-    return Call(program.name, program, args, static_arguments(config), None, batch, resident, remat=config.remat)
-
-
-def _train_state(shapes: Shapes, adapter: Any) -> TrainState:
-    optimizer = jax.eval_shape(init_optimizer, adapter)
-    return shapes.sharded(TrainState(adapter, optimizer, jax.ShapeDtypeStruct((), jnp.int32)))
 
 
 def _sft_batch(rows: int, length: int) -> SFTBatch:

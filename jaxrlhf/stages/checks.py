@@ -113,12 +113,6 @@ def rate_text(config: OptimizerConfig, tree: Adapter) -> str:
     return f"{config.learning_rate:g} for {kind}"
 
 
-def steps_text(epochs: int, batches: int) -> str:
-    """The number of optimizer steps of a stage, as text."""
-    total = epochs * batches
-    return f"{total:,} optimizer step{'s' * (total != 1)} (epochs x batches: {epochs} x {batches:,})"
-
-
 def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
     """Returns the optimizer settings with `total_steps` filled in if they give none."""
     return config if config.total_steps is not None else config.model_copy(update={"total_steps": steps})

@@ -2,24 +2,20 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
-from jaxrlhf.data.sources import check_source
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
-from jaxrlhf.records import Adapter, TrainState
-from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, steps_text, with_total_steps
+from jaxrlhf.records import Adapter
 from jaxrlhf.stages.keys import key_for
-from jaxrlhf.stages.loop import Loop, Run
-from jaxrlhf.stages.programs import static_arguments, train_program
+from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
-from jaxrlhf.steps.optimizer import init_optimizer, with_rate
+from jaxrlhf.stages.training import check_settings, train_adapter
 from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
 
 
@@ -33,12 +29,7 @@ class RewardModelInputs:
 
 def check(run: Run, roles: Roles) -> None:
     """Raises `UserError` if the settings do not fit the model or the mesh, or a data source is missing."""
-    config = run.config.reward_model
-    for source in filter(None, (config.data, config.test_data)):
-        check_source(source)
-    check_adapter(roles.base, run.config.adapter_or(config.adapter), "reward_model.adapter")
-    for note in check_stage(run.config, "reward_model", roles.base.config, run.mesh):
-        run.say(note)
+    check_settings(run, roles.base, "reward_model", run.config.reward_model.data, run.config.reward_model.test_data)
 
 
 def load(run: Run, roles: Roles) -> RewardModelInputs:
@@ -73,24 +64,15 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
         adapter = with_head(as_kind(roles.base, roles.reference, adapter_config.kind), roles.base, "reward", key)
     else:
         adapter = init_adapter(roles.base, adapter_config, key, head="reward")
-    total = config.epochs * len(inputs.train)
-    optimizer = with_rate(with_total_steps(config.optimizer, total), "reward_model", adapter)
-    steps = steps_text(config.epochs, len(inputs.train))
-    run.say(f"reward_model: {steps}; learning rate {rate_text(optimizer, adapter)}")
-    state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
-    update, static = train_program(reward_model_update, run.mesh, roles.base, state), static_arguments(config)
+    coefficient = config.center_rewards_coef
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
-    with Loop(run, "reward_model", state, total, config.save_every) as loop:
-        for step in loop.steps():
-            batch = shard_batch(run.mesh, inputs.train.batch(step))
-            loop.state, metrics = update(loop.state, roles.base, batch, optimizer, config.center_rewards_coef, **static)
-            metrics["compiles/update"] = update.compiles
-            loop.submitted(step, metrics, shown, int(batch.chosen.size + batch.rejected.size), batch)
-        adapter = loop.result().adapter
-    reached = evaluate(run, roles.base, adapter, inputs.heldout)
+    adapter = train_adapter(
+        run, roles.base, "reward_model", adapter, inputs.train, reward_model_update, coefficient, shown=shown
+    )
+    results = evaluate(run, roles.base, adapter, inputs.heldout)
     save_role(run.config.run_dir, "reward", adapter)
-    mark_finished(run.config.run_dir, "reward_model", reached)
-    accuracy, pairs = reached["heldout_accuracy"], reached["heldout_pairs"]
+    mark_finished(run.config.run_dir, "reward_model", results)
+    accuracy, pairs = results["heldout_accuracy"], results["heldout_pairs"]
     run.say(f"reward_model: accuracy {accuracy:.3f} on {pairs} held-out pairs")
     return dataclasses.replace(roles, adapters=roles.adapters | {"reward": adapter})
 

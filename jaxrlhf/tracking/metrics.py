@@ -176,9 +176,3 @@ class Progress:
     def close(self) -> None:
         """Ends the line."""
         self._bar.close()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -120,10 +120,11 @@ class _Terminal(io.StringIO):
 def test_progress(monkeypatch, terminal):
     stderr = _Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    with Progress("ppo", total=10, done=4) as progress:
-        for _ in range(3):
-            progress.update({"reward": jnp.float32(1.23456), "kl": 0.1}, tokens=100)
-        progress._bar.refresh()
+    progress = Progress("ppo", total=10, done=4)
+    for _ in range(3):
+        progress.update({"reward": jnp.float32(1.23456), "kl": 0.1}, tokens=100)
+    progress._bar.refresh()
+    progress.close()
     shown = stderr.getvalue()
     if terminal:
         assert "ppo" in shown and "7/10" in shown and "reward=1.23" in shown and "tok/s=" in shown

@@ -153,7 +153,7 @@ class Iteration:
         scores = shard_batch(self.run.mesh, scored.scores)
         return self.experience(scored.completions.rollout, annotated, scores, greedy, control, self.settings)
 
-    def fitted(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
+    def with_initial_moments(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
         """Returns the control with the moments of initial scores, for `score.normalise` initial."""
         batches = -(-self.config.score.initial_completions // self.rows)
         moments = control.moments

@@ -11,7 +11,6 @@ from jaxrlhf.algorithms.running import gain_and_bias
 from jaxrlhf.config import AdapterConfig, PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sft import SFTData, load_demonstrations
-from jaxrlhf.data.sources import check_source
 from jaxrlhf.distributed import processes
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.adapter_files import load_adapter
@@ -22,7 +21,7 @@ from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own, on_first
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rollout.sampling import truncates
-from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, with_optimizers
+from jaxrlhf.stages.checks import check_adapter, rate_text, with_optimizers
 from jaxrlhf.stages.evaluation import comparison, samples_of
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
@@ -31,6 +30,7 @@ from jaxrlhf.stages.ppo.remarks import remarks
 from jaxrlhf.stages.ppo.sampler import Sampler, ScoredRollout
 from jaxrlhf.stages.ppo.value import starting_value
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
+from jaxrlhf.stages.training import check_settings
 from jaxrlhf.steps.annotate import Control
 from jaxrlhf.steps.ppo import complete, init_ppo
 
@@ -54,12 +54,8 @@ def check(run: Run, roles: Roles) -> None:
     """Raises `UserError` if the settings do not fit the model, the mesh or the earlier stages."""
     config = run.config.ppo
     mix = config.pretraining
-    for source in filter(None, (config.data, config.evaluation_data, mix and mix.data)):
-        check_source(source)
-    check_adapter(roles.base, run.config.adapter_or(config.adapter), "ppo.adapter")
     check_adapter(roles.base, run.config.adapter_or(config.value_adapter), "ppo.value_adapter")
-    for note in check_stage(run.config, "ppo", roles.base.config, run.mesh):
-        run.say(note)
+    check_settings(run, roles.base, "ppo", config.data, config.evaluation_data, mix and mix.data)
     for remark in remarks(config):
         run.say(f"ppo: {remark}")
     if truncates(config.sampling):
@@ -131,7 +127,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     state = StageState(ppo, Control.start(config.kl.coef), jnp.int32(0), refreshed)
     with Loop(run, "ppo", state, config.iterations, config.save_every) as loop:
         if config.score.normalise == "initial" and not loop.first:
-            control = iteration.fitted(start, inputs.prompts, loop.state.control)
+            control = iteration.with_initial_moments(start, inputs.prompts, loop.state.control)
             loop.state = loop.state.replace(control=control)
             if predicts_scores:  # before normalisation; the value must predict normalised scores
                 ppo = loop.state.ppo

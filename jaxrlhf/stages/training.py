@@ -1,0 +1,56 @@
+"""Training an adapter on a data set for a number of epochs, as in the stages sft and reward_model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxrlhf.data.preferences import PreferenceData
+from jaxrlhf.data.sft import SFTData
+from jaxrlhf.data.sources import check_source
+from jaxrlhf.distributed.mesh import shard_batch
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.records import Adapter, TrainState
+from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, with_total_steps
+from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.stages.programs import static_arguments, train_program
+from jaxrlhf.steps.optimizer import init_optimizer, with_rate
+
+
+def check_settings(run: Run, base: Decoder, stage: str, *sources: Any) -> None:
+    """Raises `UserError` if a stage does not fit the model or the mesh, or a source is missing; prints warnings."""
+    for source in filter(None, sources):
+        check_source(source)
+    check_adapter(base, run.config.adapter_or(getattr(run.config, stage).adapter), f"{stage}.adapter")
+    for warning in check_stage(run.config, stage, base.config, run.mesh):
+        run.say(warning)
+
+
+def train_adapter(
+    run: Run,
+    base: Decoder,
+    stage: str,
+    adapter: Adapter,
+    data: SFTData | PreferenceData,
+    step: Callable,
+    *arguments: float,
+    shown: dict[str, str],
+) -> Adapter:
+    """Trains an adapter for the stage's epochs, from its last checkpoint on, and returns it.
+
+    `step` is the training step and `arguments` are its last arguments; `shown` maps progress labels to metric names.
+    """
+    config = getattr(run.config, stage)
+    total = config.epochs * len(data)
+    optimizer = with_rate(with_total_steps(config.optimizer, total), stage, adapter)
+    steps = f"{total:,} optimizer step{'s' * (total != 1)} (epochs x batches: {config.epochs} x {len(data):,})"
+    run.say(f"{stage}: {steps}; learning rate {rate_text(optimizer, adapter)}")
+    state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
+    update, static = train_program(step, run.mesh, base, state), static_arguments(config)
+    with Loop(run, stage, state, total, config.save_every) as loop:
+        for number in loop.steps():
+            batch = shard_batch(run.mesh, data.batch(number))
+            loop.state, metrics = update(loop.state, base, batch, optimizer, *arguments, **static)
+            metrics["compiles/update"] = update.compiles
+            loop.submitted(number, metrics, shown, batch.token_count, batch)
+        return loop.result().adapter
