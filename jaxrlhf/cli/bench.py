@@ -18,30 +18,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "config.json of model.path, reads no data and calls no reward function.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--lengths",
-        choices=("full", "geometric"),
-        default="full",
-        help="completion lengths: full (default), or geometric with a mean of about a quarter of the full length",
-    )
+    lengths = "completion lengths: full (default), or geometric with a mean of about a quarter of the full length"
+    parser.add_argument("--lengths", choices=("full", "geometric"), default="full", help=lengths)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed calls of each program; default 5")
-    parser.add_argument(
-        "--iterations", type=int, default=5, metavar="N", help="timed PPO iterations; default 5, 0: none"
-    )
-    parser.add_argument(
-        "--only",
-        metavar="PROGRAM,...",
-        default="",
-        help="time only these programs, such as rollout,update; no iterations",
-    )
-    parser.add_argument(
-        "--profile",
-        metavar="FOLDER",
-        help="write a jax.profiler trace of each program there, and print its slowest kernels",
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write JSON after each program; -: to standard output, without the table"
-    )
+    parser.add_argument("--iterations", type=int, default=5, metavar="N", help="timed PPO iterations; default 5")
+    only = "time only these programs, such as rollout,update; no iterations"
+    parser.add_argument("--only", metavar="PROGRAM,...", default="", help=only)
+    profile = "write a jax.profiler trace of each program there, and print its slowest kernels"
+    parser.add_argument("--profile", metavar="FOLDER", help=profile)
+    output = "write JSON after each program; -: to standard output, without the table"
+    parser.add_argument("--json", metavar="FILE", help=output)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
 
@@ -69,7 +55,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def _check_targets(arguments: argparse.Namespace) -> None:
-    """Raises `UserError` before measuring where an output file or folder cannot be written."""
+    """Raises `UserError` before measuring if an output file or folder cannot be written."""
     option, target = "--profile", arguments.profile
     try:
         if target is not None:
@@ -77,8 +63,7 @@ def _check_targets(arguments: argparse.Namespace) -> None:
         option, target = "--json", arguments.json
         if target not in (None, "-"):
             existed = Path(target).exists()
-            with open(target, "a", encoding="utf-8"):
-                pass
+            open(target, "a").close()
             if not existed:
                 Path(target).unlink()
     except OSError as error:

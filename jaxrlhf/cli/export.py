@@ -12,27 +12,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--run", metavar="DIR", required=True, help="run directory")
     parser.add_argument("--to", metavar="DIR", required=True, help="output folder; an older export there is replaced")
-    parser.add_argument(
-        "--format",
-        choices=("merged", "peft", "reward"),
-        required=True,
-        help="merged: a full language model; peft: its LoRA adapter; reward: a sequence classifier with one label",
-    )
-    parser.add_argument(
-        "--role",
-        choices=("policy", "sft", "average", "reward", "value"),
-        default=None,
-        help="default: policy, else sft; with --format reward: reward, else value",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default=None,
-        help="dtype of the exported weights (default: as in the run)",
-    )
-    parser.add_argument(
-        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="per weight file (default: 5e9)"
-    )
+    formats = "merged: a full language model; peft: its LoRA adapter; reward: a sequence classifier with one label"
+    parser.add_argument("--format", choices=("merged", "peft", "reward"), required=True, help=formats)
+    roles = ("policy", "sft", "average", "reward", "value")
+    role = "default: policy, else sft; with --format reward: reward, else value"
+    parser.add_argument("--role", choices=roles, help=role)
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="dtype of the exported weights (default: as in the run)")
+    size = "bytes per weight file (default: 5e9)"
+    parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help=size)
     return parser.parse_args(arguments)
 
 

@@ -16,22 +16,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated")
     source.add_argument("--prompts", metavar="FILE", help="prompts from a JSON, JSON Lines or Parquet file")
-    parser.add_argument(
-        "--roles",
-        metavar="NAMES",
-        default=None,
-        help="roles of a run to compare, such as base,sft,policy,average (default: the one trained last)",
-    )
-    parser.add_argument("--prompt-field", default=None, help="column of --prompts (default: prompt, messages or text)")
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="default: the run's, else 64")
-    parser.add_argument("--temperature", type=float, default=None, help="0: greedy (default: the run's, else 1.0)")
-    parser.add_argument("--top-k", type=int, default=None, help="as --top-p, but from the k likeliest tokens")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=None,
-        help="sample from the likeliest tokens with total probability p (default: the run's, else off)",
-    )
+    roles = "roles of a run to compare, such as base,sft,policy,average (default: the one trained last)"
+    parser.add_argument("--roles", metavar="NAMES", help=roles)
+    parser.add_argument("--prompt-field", help="column of --prompts (default: prompt, messages or text)")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the run's, else 64")
+    parser.add_argument("--temperature", type=float, help="0: greedy (default: the run's, else 1.0)")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (default: the run's, else off)")
+    top_p = "sample from the likeliest tokens with total probability p (default: the run's, else off)"
+    parser.add_argument("--top-p", type=float, help=top_p)
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
     return parser.parse_args(arguments)

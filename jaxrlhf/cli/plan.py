@@ -49,8 +49,8 @@ def plan(arguments: argparse.Namespace) -> None:
     card = find_card(arguments.card)
     memory = parse_memory(arguments.memory) if arguments.memory else card.memory
     options = Options(arguments.devices, card, memory * usable_share(), arguments.per_host)
-    found = make_plan(config, options, lambda text: print(text, file=sys.stderr, flush=True))
-    print(json.dumps(as_json(found), indent=1) if arguments.json else as_text(found))
+    result = make_plan(config, options, lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(as_json(result), indent=1) if arguments.json else as_text(result))
 
 
 def main(arguments: list[str] | None = None) -> int:

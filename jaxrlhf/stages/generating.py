@@ -45,18 +45,15 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
     sampling = _sampling(arguments, config, roles)
     prompts, ids = _prompts(arguments, config, roles, sampling)
     program = jax.jit(rollout, compiler_options=compiler_options(roles.base))
-    with cached_programs(
-        AUTO if config is None else config.compilation_cache, lambda text: print(text, file=sys.stderr)
-    ):
+    cache = AUTO if config is None else config.compilation_cache
+    with cached_programs(cache, lambda text: print(text, file=sys.stderr)):
         for start in range(0, len(prompts), BATCH):
             batch = ids[start : start + BATCH]
             if len(ids) > 1:  # pad the last batch with its first prompt, so that all batches have one shape
                 batch = batch + [batch[0]] * (BATCH - len(batch))
             key = key_for(arguments.seed, "generate", start, "rollout")
-            texts = {
-                role: _completions(program, *model, roles.tokenizer, batch, sampling, key)
-                for role, model in chosen.items()
-            }
+            inputs = (roles.tokenizer, batch, sampling, key)
+            texts = {role: _completions(program, *model, *inputs) for role, model in chosen.items()}
             for i, prompt in enumerate(prompts[start : start + BATCH]):
                 shown = prompt.messages if isinstance(prompt, Chat) else prompt
                 yield {"prompt": shown, "answers": {role: completions[i] for role, completions in texts.items()}}
