@@ -20,7 +20,7 @@ TOTAL, SAVE_EVERY = 5, 3
 
 
 class Metric:
-    """A number that notes when it is read."""
+    """A number that records when it is read."""
 
     def __init__(self, events, name, value):
         self.events, self.name, self.value = events, name, value
@@ -42,7 +42,7 @@ def run(tmp_path):
 
 
 def play(run, events, skipped=None, stop_after=None):
-    """Steps whose state counts them; `skipped` is not learnt from, a signal comes while `stop_after` runs."""
+    """Runs steps whose state counts them. Step `skipped` makes no update; a signal arrives during step `stop_after`."""
     with Loop(run, "sft", {"step": jnp.int32(0)}, TOTAL, SAVE_EVERY) as loop:
         for step in loop.steps():
             loop.state = {"step": loop.state["step"] + 1}

@@ -1,4 +1,4 @@
-"""What a run may be continued with: only what leaves the steps to come as they were."""
+"""Which settings may change on resume: those that leave the remaining steps as they were."""
 
 import pytest
 
@@ -85,7 +85,7 @@ def test_a_change_is_allowed_or_not(change, settings, allowed):
     ],
     ids=lambda value: str(value).replace(" ", ""),
 )
-def test_what_may_round_otherwise_is_said(change, rounds):
+def test_a_change_that_may_round_differently_says_so(change, rounds):
     assert ("round differently" in change_text(change)) is rounds
 
 

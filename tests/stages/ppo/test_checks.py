@@ -1,4 +1,4 @@
-"""Combinations of PPO's settings: what a choice brings along, what is refused, what is said before the run."""
+"""Combinations of PPO settings: derived defaults, errors and warnings."""
 
 import pytest
 
@@ -61,7 +61,7 @@ def test_the_kl_of_grpo_stands_in_the_loss(estimator):
         ({"update": {"dual_clip": 1.2}}, "ppo.update.dual_clip: must be above the clip of 1 + 0.2"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_a_line(given, words):
+def test_contradictions_are_errors(given, words):
     with pytest.raises(UserError) as error:
         check_algorithm(settings(**given))
     assert str(error.value).startswith(words) and "\n" not in str(error.value)
@@ -77,7 +77,7 @@ def test_what_cannot_be_meant_is_refused_in_a_line(given, words):
         {**GRPO, "update": {"kl_loss": None}, "kl": {"coef": 0.0}},
     ],
 )
-def test_what_is_next_to_that_is_not(given):
+def test_similar_settings_are_valid(given):
     check_algorithm(settings(**given))
 
 
@@ -120,7 +120,7 @@ def idle(*names):
         ),
     ],
 )  # fmt: skip
-def test_what_is_odd_or_idle_is_said_in_a_line(given, words):
+def test_unusual_or_unused_settings_are_reported(given, words):
     said = remarks(settings(**given))
     assert len(said) == 1 and said[0].startswith(words) and "\n" not in said[0]
 

@@ -1,4 +1,4 @@
-"""What an iteration says of itself."""
+"""Warnings of an iteration."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ from jaxrlhf.config import PPOStageConfig
 from jaxrlhf.stages.ppo.iteration import Iteration
 
 
-def test_an_iteration_of_truncated_answers_alone_is_said_once():
+def test_an_iteration_with_only_truncated_completions_is_reported_once():
     said = []
     iteration = object.__new__(Iteration)
     iteration.run, iteration._warned_truncated = SimpleNamespace(say=said.append), False

@@ -1,4 +1,4 @@
-"""What is measured of a batch of answers where rewards abstain."""
+"""Metrics of rewards that abstain."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ class Given:
 
 
 def sampler_of(reward, gold=None):
-    """A sampler that can measure, and the list of what it says."""
+    """A sampler that can only score, and the list of lines that it prints."""
     sampler, said = Sampler.__new__(Sampler), []
     sampler.reward, sampler.gold, sampler.run, sampler._warned = reward, gold, SimpleNamespace(say=said.append), set()
     return sampler, said
@@ -44,7 +44,7 @@ def test_an_abstaining_reward_counts_0_and_its_share_is_a_metric():
         np.testing.assert_array_equal(rows[name], np.float32(values), err_msg=name)
 
 
-def test_in_a_sum_each_part_is_told_of():
+def test_each_part_of_a_sum_has_its_own_metrics():
     parts = {"a": (Given("first", 1.0, None, None), 1.0), "b": (Given("second", 2.0, 2.0, None), 0.5)}
     rows = sampler_of(ComposedReward(parts))[0].reward_metrics(COMPLETIONS)
     np.testing.assert_array_equal(rows["reward/score"], np.float32([2, 1, 0]))
@@ -53,7 +53,7 @@ def test_in_a_sum_each_part_is_told_of():
     np.testing.assert_array_equal(rows["reward/abstained"], [0, 0, 1])
 
 
-def test_a_reward_that_abstains_throughout_is_said_once():
+def test_a_reward_that_abstains_on_a_whole_batch_is_reported_once():
     sampler, said = sampler_of(Given("silent", None, None, None))
     for _ in range(2):
         np.testing.assert_array_equal(sampler.reward_metrics(COMPLETIONS)["reward/score"], [0, 0, 0])

@@ -25,7 +25,7 @@ COUNT = {"kind": "function", "function": "jaxrlhf.rewards.library:repetition"}
 
 
 def run_of(reward, **settings):
-    """A run with nothing but settings, and the list of what it says."""
+    """A run with nothing but settings, and the list of lines that it prints."""
     config = RunConfig.model_validate(
         {"run_dir": "run", "model": {"path": "m"}, "stages": ["ppo"], "adapter": {"rank": 2},
          "ppo": {"data": {"path": "p"}, "reward": reward, **settings}},
@@ -83,14 +83,14 @@ def test_where_the_reward_is_the_adapter_the_value_starts_from_all_of_it(tiny, r
         (sum_of(0.0, 1.0), "none", "the reward is not its score alone"),
     ],
 )
-def test_elsewhere_from_its_trunk_with_a_head_of_0(tiny, reward, of, normalise, why):
+def test_other_rewards_use_its_trunk_with_a_head_of_0(tiny, reward, of, normalise, why):
     value, predicts_scores, said = start(tiny, {"reward": reward}, of, score={"normalise": normalise})
     assert not predicts_scores and same(trunk(value), trunk(reward))
     assert set(value[SCORE]) == {"kernel", "bias"} and not any(leaf.any() for leaf in value[SCORE].values())
     assert said == [f"ppo: the value model starts from the reward adapter's trunk with a head of 0: {why}"]
 
 
-def test_a_whole_reward_adapter_does_not_make_the_critic_whole(tiny):
+def test_a_full_reward_adapter_does_not_make_the_value_full(tiny):
     whole = init_adapter(tiny, AdapterConfig(kind="full"), jax.random.key(1), "reward")
     value, predicts_scores, said = start(tiny, {"reward": whole})
     fresh, _, nothing = start(tiny, {})
@@ -100,7 +100,7 @@ def test_a_whole_reward_adapter_does_not_make_the_critic_whole(tiny):
     assert predicts_scores and not said and same(trunk(value), trunk(whole))
 
 
-def test_a_whole_critic_starts_from_a_lora_reward(tiny, reward):
+def test_a_full_value_starts_from_a_lora_reward(tiny, reward):
     value, predicts_scores, _ = start(tiny, {"reward": reward}, value_adapter={"kind": "full"})
     assert predicts_scores and not any("lora_a" in leaves for leaves in value.values())
 
@@ -108,7 +108,7 @@ def test_a_whole_critic_starts_from_a_lora_reward(tiny, reward):
 @pytest.mark.parametrize(
     "given", [{"value_from": "fresh"}, {"update": {"value_trunk": "policy"}}, {"advantage": {"estimator": "reinforce"}}]
 )
-def test_where_settings_want_none_of_it(tiny, reward, given):
+def test_settings_that_do_not_use_the_reward_adapter(tiny, reward, given):
     value, predicts_scores, said = start(tiny, {"reward": reward}, **given)
     assert not predicts_scores and not said
     assert value is None if "advantage" in given else not value[SCORE]["kernel"].any()
@@ -127,7 +127,7 @@ def test_a_policy_of_lora_pairs_does_not_start_from_whole_weights(tiny, make_ada
     ppo._check_kinds(run, SimpleNamespace(**given | {name: whole}))
 
 
-def test_an_adapter_that_is_gone_on_with_keeps_its_rank(tiny, make_adapter):
+def test_a_starting_adapter_keeps_its_rank(tiny, make_adapter):
     adapter = make_adapter(tiny, 1, rank=2)
     assert ppo._kept_rank(adapter, AdapterConfig(rank=2)) is None
     assert ppo._kept_rank({}, AdapterConfig(rank=2)) is None
