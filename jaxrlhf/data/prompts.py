@@ -1,5 +1,6 @@
 """Prompts for rollouts: rows become left-padded token ids, with the columns that reward functions read."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +53,9 @@ class PromptSet:
         return len(self.ids)
 
     def checksum(self) -> str:
-        """A hash of these prompts in this order."""
-        return checksum(self.ids)
+        """A hash of these prompts and their columns in this order."""
+        columns = json.dumps(self.columns, sort_keys=True, default=str).encode()
+        return checksum([*self.ids, np.frombuffer(columns, np.uint8)])
 
     def rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
         """Prompt numbers i64[batch_size] at a step of an endless shuffled stream with each prompt once an epoch."""

@@ -26,6 +26,7 @@ from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.stages import reward_model, sft
 from jaxrlhf.stages.checks import end_notes
+from jaxrlhf.stages.fingerprints import check_fingerprints, fingerprints, record_fingerprints
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo import stage as ppo
 from jaxrlhf.stages.resuming import change_text, makes_longer, may_change
@@ -77,6 +78,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     for stage in config.stages:
         if stage not in todo:
             run.say(f"{stage}: already finished")
+    processes.agreed(lambda: _check_checkpoints(run, todo))
     inputs = processes.agreed(lambda: _load_inputs(run, roles, todo))
     needs_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
     contents = {"adapters": sorted(roles.adapters), "finished": sorted(finished), "base to make": needs_base}
@@ -84,17 +86,20 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     processes.check_alike(f"contents of run_dir {folder}", contents, SHARED)
     if not processes.alone():
         processes.check_alike("data", _checksums(inputs), "give all hosts the same files of data and tokenizer")
+    began_with = fingerprints(config, roles, inputs)
+    notes = processes.agreed(lambda: check_fingerprints(folder, began_with) if exists else [])
     if not exists:
         processes.agreed(lambda: make_folder(folder))
         lock.take()
         processes.agreed(lambda: _check_still_new(folder, writes))
-    for text in map(change_text, changes):
-        run.say(f"run_dir {folder}: {text}")
+    for text in (*(f"run_dir {folder}: {change_text(change)}" for change in changes), *notes):
+        run.say(text)
     for stage in continued if writes else ():
         mark_unfinished(config.run_dir, stage)
     processes.agreed(lambda: open_run(folder, dump_config(config), writes, allowed))
     if writes:
         record_start(folder, start)
+        record_fingerprints(folder, began_with)
     processes.barrier()
     written = {"config.yaml": "present" if (folder / "config.yaml").is_file() else "absent"}
     processes.check_alike(f"contents of run_dir {folder}", written, SHARED)
@@ -114,6 +119,17 @@ def _load_roles(run: Run) -> Roles:
         check_device(roles.base.config, named_parameters(roles.base)["embed_tokens/embedding"].dtype)
         roles.base = with_target(roles.base, dataclasses.replace(roles.base.config.target, attention="cudnn"))
     return roles
+
+
+def _check_checkpoints(run: Run, todo: list[str]) -> None:
+    """Raises `UserError` if a stage has logged steps and the folder of its checkpoints is gone."""
+    for stage in run.metrics.stages() & {*todo}:
+        folder = run.folder / "checkpoints" / stage
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: is missing, but metrics.jsonl has steps of the stage {stage}; restore it from a copy, or "
+                "give another run_dir"
+            )
 
 
 def _check_still_new(folder: Path, writes: bool) -> None:

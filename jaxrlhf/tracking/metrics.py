@@ -60,6 +60,14 @@ class MetricsLog:
             self._opened()
         return self._lines
 
+    def stages(self) -> set[str]:
+        """Returns the stages that have lines. Raises `UserError` for a line that is not JSON."""
+        if self._path is None or not self._path.exists():
+            return set()
+        with self._faults():
+            *complete, _ = self._path.read_bytes().split(b"\n")
+        return {self._parse(line, i)[0] for i, line in enumerate(complete, start=1)}
+
     def sync(self) -> None:
         """Flushes all lines to disk, so that they survive a power failure."""
         if self._file is not None:

@@ -1,0 +1,155 @@
+"""Fingerprints of what a run began with: model, tokenizer, rows and reward code, in RUN/fingerprints.json.
+
+Settings say where these are, not what they are. A run that continues on another model, tokenizer or data set would be
+no run of its config, so that is refused by name. Another reward is only reported: people mend reward functions.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.checkpoint.files import atomic_write
+from jaxrlhf.config import (
+    ClassifierRewardConfig,
+    FunctionRewardConfig,
+    ModelRewardConfig,
+    PPOStageConfig,
+    RunConfig,
+    SumRewardConfig,
+)
+from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.errors import UserError
+from jaxrlhf.hf.tensor_files import read_json
+from jaxrlhf.models.decoder import named_parameters
+from jaxrlhf.stages.roles import Roles
+
+FILE = "fingerprints.json"
+_SAMPLE = 1 << 16  # bytes of each end of a file
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_ODD = (2654435761, 2246822519, 3266489917, 668265263)  # multipliers of xxHash, one per axis
+_REWARDS = ("ppo.reward", "ppo.gold")  # names that begin so are reported, not refused
+
+
+def fingerprint(tree: Any) -> str:
+    """64 bits in hex that depend on every bit of a tree's arrays and on their paths, and on no sharding."""
+    found = hashlib.blake2b(digest_size=8)
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get([_bits(leaf) for _, leaf in named])
+    for (path, leaf), bits in zip(named, sums):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {bits}\n".encode())
+    return found.hexdigest()
+
+
+@jax.jit
+def _bits(x: jax.Array) -> jax.Array:
+    """A checksum u32[] of an array's bits: their sum modulo 2^32, each word times an odd number of its position."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
+    weights = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(_ODD[axis]) for axis in range(words.ndim)
+    )
+    return jnp.sum(words * (2 * jnp.uint32(weights) + 1), dtype=jnp.uint32)
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Depends on vocabulary, special tokens and chat template. How text is split shows in the rows' fingerprints."""
+    fast = tokenizer.fast
+    special = [tokenizer.special_ids, tokenizer.eos_id, tokenizer.pad_id]
+    return _digest(json.dumps([sorted(fast.get_vocab().items()), special, fast.chat_template]))
+
+
+def fingerprints(config: RunConfig, roles: Roles, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Everything that the run reads now, by a name for messages; on several hosts all call it.
+
+    Left out are the roles that the run made itself (their folders are sealed), and stages that have finished.
+    """
+    own = Path(config.run_dir) / "roles"
+    found = {} if (own / "base").is_dir() else {"model": fingerprint(named_parameters(roles.base))}
+    inherited = {name: tree for name, tree in roles.adapters.items() if not (own / name).is_dir()}
+    found |= {f"{name} adapter of model.run": fingerprint(tree) for name, tree in inherited.items()}
+    found["tokenizer"] = tokenizer_fingerprint(roles.tokenizer)
+    for stage, read in inputs.items():
+        for name, value in vars(read).items():
+            if hasattr(value, "checksum"):
+                found[f"{name} rows of {stage}"] = value.checksum()
+            elif isinstance(value, dict) and name in ("policy", "reference"):
+                found[f"adapter at {stage}.{name}"] = fingerprint(value)
+    return found | (_rewards(config.ppo) if "ppo" in inputs else {})
+
+
+def check_fingerprints(run_dir: Path, now: Mapping[str, str]) -> list[str]:
+    """Lines on rewards that have changed since the run began; `UserError` where anything else has.
+
+    A name that only one side has is not compared.
+    """
+    before = read_fingerprints(run_dir)
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    for name in changed:
+        if not name.startswith(_REWARDS):
+            raise UserError(
+                f"run_dir {run_dir}: the {name} changed since the run began; restore what was there, or give another "
+                "run_dir"
+            )
+    return [f"run_dir {run_dir}: {name} changed since the run began; the run continues with it" for name in changed]
+
+
+def read_fingerprints(run_dir: Path) -> dict[str, str]:
+    """The fingerprints of a run; empty where it has none yet."""
+    path = Path(run_dir) / FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def record_fingerprints(run_dir: Path, now: Mapping[str, str]) -> None:
+    """Writes the fingerprints, beside those of stages that were not read this time."""
+    text = json.dumps({**read_fingerprints(run_dir), **now}, indent=1, sort_keys=True) + "\n"
+    atomic_write(Path(run_dir) / FILE, text)
+
+
+def _rewards(config: PPOStageConfig) -> dict[str, str]:
+    """Key path -> fingerprint of each reward's source file or model folder; servers have none."""
+    parts = {"ppo.reward": config.reward}
+    if isinstance(config.reward, SumRewardConfig):
+        parts = {f"ppo.reward.parts.{name}": part for name, part in config.reward.parts.items()}
+    found = {}
+    for key_path, part in parts.items():
+        if isinstance(part, FunctionRewardConfig):
+            found[key_path] = _source_fingerprint(part.function)
+        elif isinstance(part, ModelRewardConfig | ClassifierRewardConfig) and part.path is not None:
+            found[key_path] = _folder_fingerprint(Path(part.path))
+    if config.gold is not None:
+        found["ppo.gold"] = _source_fingerprint(config.gold)
+    return {key_path: text for key_path, text in found.items() if text}
+
+
+def _digest(text: str | bytes) -> str:
+    return hashlib.blake2b(text.encode() if isinstance(text, str) else text, digest_size=8).hexdigest()
+
+
+def _source_fingerprint(spec: str) -> str | None:
+    """Of the file that holds a loaded function `path.py:name` or `module:name`; None where it is in no file."""
+    where = spec.rpartition(":")[0]
+    file = where if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None)
+    return _digest(Path(file).read_bytes()) if file is not None and Path(file).is_file() else None
+
+
+def _folder_fingerprint(folder: Path) -> str | None:
+    """Depends on names, sizes, and the first and last bytes of the files of a folder; None for a hub id."""
+    if not folder.is_dir():
+        return None
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.iterdir()):
+        # transformers rewrites tokenizer_config.json where it reads it
+        if path.suffix in (".json", ".safetensors") and path.name != "tokenizer_config.json":
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                start = file.read(_SAMPLE)
+                file.seek(max(size - _SAMPLE, 0))
+                found.update(f"{path.name} {size}".encode() + start + file.read())
+    return found.hexdigest()
