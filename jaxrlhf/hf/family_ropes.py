@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxrlhf.errors import UserError, short
 from jaxrlhf.models.config import LayerKind
-from jaxrlhf.models.rope import SCALINGS, Rope, factor_count, read_rope, rope_entry, rope_kind, unread
+from jaxrlhf.models.rope import SCALINGS, Rope, factor_count, read_rope, rope_entry, rope_kind, unused_entries
 from jaxrlhf.tracking.notices import notice
 
 SLIDING, FULL = "sliding_attention", "full_attention"  # names in `layer_types`
@@ -65,7 +65,7 @@ def read_ropes(
     }
     try:
         kind = rope_kind(given, ropes.aliases)
-        extra = unread(given, kind)
+        extra = unused_entries(given, kind)
         # Without a type, numbers of a scaling are a mistake. So are objects, which other families have by layer type.
         untyped = given.get("rope_type", given.get("type")) is None
         if extra and (untyped or any(isinstance(given[name], dict) for name in extra)):

@@ -1,6 +1,6 @@
-"""Activations by the names that `config.json` uses, which are those of transformers' `ACT2FN`.
+"""Activations by their names in `config.json` (transformers' `ACT2FN`).
 
-Not here: those with parameters of their own (prelu, xielu).
+Not here: activations with parameters (prelu, xielu).
 """
 
 import functools
@@ -8,19 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-
-
-def _gelu_clipped(x: jax.Array) -> jax.Array:
-    return jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10)
-
-
-def _quick_gelu(x: jax.Array) -> jax.Array:
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def _relu_squared(x: jax.Array) -> jax.Array:
-    """2109.08668."""
-    return jnp.square(jax.nn.relu(x))
 
 
 _gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -31,15 +18,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": jax.nn.silu,
     "gelu": _gelu,
     "gelu_python": _gelu,
-    "gelu_10": _gelu_clipped,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
     "gelu_new": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_accurate": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "gelu_python_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
-    "relu2": _relu_squared,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # 2109.08668
     "relu6": jax.nn.relu6,
     "leaky_relu": jax.nn.leaky_relu,
     "hardswish": jax.nn.hard_swish,

@@ -1,7 +1,7 @@
-"""Attention, rotary positions and the masks that say who sees whom.
+"""Attention, rotary positions and attention masks.
 
-B rows, T query positions, S key positions, N query heads, K key-value heads, G = N / K of the queries to each, H head
-dimension.
+B rows, T query positions, S key positions, N query heads, K key-value heads, G = N / K query heads per key-value head,
+H head dimension.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,11 @@ import numpy as np
 from jaxrlhf.models.fused_attention import attend_fused
 from jaxrlhf.models.target import ON_CPU, Target
 
-_BLOCKS, _LEAST_QUERIES = 4, 32  # more or smaller blocks of attention save less than they cost
+_BLOCKS, _LEAST_QUERIES = 4, 32  # more or smaller blocks of queries cost more than they save
 
 
 def positions_of(segments_BT: jax.Array) -> jax.Array:
-    """Positions that count real tokens only, from 0 in each segment; i32[B,T].
+    """Position of each real token in its segment, from 0; i32[B,T].
 
     `segments` is a mask (bool) or segment ids (i32; 0 is padding). For a left-padded mask this is
     `cumsum(mask) - 1`, clipped at 0.
@@ -31,7 +31,7 @@ def positions_of(segments_BT: jax.Array) -> jax.Array:
 
 
 def causal_mask(segments_BT: jax.Array) -> jax.Array:
-    """Who sees whom: real tokens of the same segment, up to oneself; bool[B,T,T] (query, key)."""
+    """Causal mask bool[B,T,T] (query, key): a query sees the real tokens of its segment up to itself."""
     T = segments_BT.shape[1]
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     real_B1T = (segments_BT > 0)[:, None, :]
@@ -39,33 +39,37 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
 
 
 def within_window(mask_BTS: jax.Array, window: int, at: jax.Array | int = 0) -> jax.Array:
-    """The mask without keys that are `window` or more slots before their query; query t stands in slot at + t.
+    """Removes keys that are `window` or more slots before their query from the mask; query t is in slot at + t.
 
-    Real tokens of a row or segment stand side by side, so that slots count as positions do.
+    Real tokens of a row or segment are contiguous, so distances in slots are distances in positions.
     """
     T, S = mask_BTS.shape[1:]
     return mask_BTS & (at + jnp.arange(T)[:, None] - jnp.arange(S) < window)
 
 
 class RotaryTables(NamedTuple):
-    """Cosine and sine of each position's angles, for all layers and heads that turn alike; float32."""
+    """Cosine and sine of each position's angles, shared by all heads and layers with the same rope; float32."""
 
     cos_BT1F: jax.Array
     sin_BT1F: jax.Array
 
 
 def rotary_tables(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, factor: float = 1.0) -> RotaryTables:
-    """Of positions below `slots`; `frequencies` is f32[F], radians per position, and `factor` multiplies both."""
+    """Rotary tables of positions below `slots`.
+
+    `frequencies` is f32[F], radians per position; `factor` multiplies cosine and sine.
+    """
     angle_SF = jnp.arange(slots, dtype=jnp.float32)[:, None] * frequencies
-    # Looked up in a table: XLA would compute a cosine anew for every head that it rotates, in every layer.
+    # A lookup: XLA would otherwise recompute the cosine for every head of every layer.
     return RotaryTables(*((factor * f(angle_SF))[positions_BT][:, :, None] for f in (jnp.cos, jnp.sin)))
 
 
 @jax.custom_vjp
 def rotate(x_BTNH: jax.Array, rotary: RotaryTables) -> jax.Array:
-    """Rotary positions (2104.09864), halves paired as in Hugging Face's Llama: the first 2F <= H dimensions turn.
+    """Rotates the first 2F <= H dimensions of each head (2104.09864), halves paired as in Hugging Face's Llama.
 
-    The gradient turns back; that of what was split and joined would be padded and summed. None reaches the tables.
+    The custom gradient rotates back, which is cheaper than the gradient of the split and the concatenation. The tables
+    get no gradient.
     """
     cos, sin = rotary
     F = cos.shape[-1]
@@ -90,10 +94,10 @@ def attend(
     softcap: float | None = None,
     target: Target = ON_CPU,
 ) -> jax.Array:
-    """Grouped-query attention with softmax in float32; [B,T,N,H]. A query that sees no key gets finite junk.
+    """Grouped-query attention [B,T,N,H] with softmax in float32. A query that sees no key gets finite junk.
 
-    Keys and values lie as the products read them, each head in one piece, as a cache keeps them for decoding.
-    `scale` multiplies q k (None: H^-1/2); `softcap` c bends the product to c tanh(product / c) (2408.00118).
+    Keys and values are contiguous for each head, as in the cache. `scale` multiplies q k (None: H^-1/2). A `softcap` c
+    limits the product to c tanh(product / c) (2408.00118).
     """
     if q_BTNH.shape[1] > 1 and softcap is None and target.platform != "cpu":
         k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
@@ -101,7 +105,7 @@ def attend(
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
     G = N // K
-    # The queries that share keys stand in one matrix of G T rows: products as large as they can be.
+    # The query heads that share a key head form one matrix of G T rows, which makes the products large.
     q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     mask_B1XS = jnp.tile(mask_BTS, (1, G, 1))[:, None]
     scores = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS, preferred_element_type=jnp.float32)
@@ -122,11 +126,10 @@ def attend_causal(
     softcap: float | None = None,
     target: Target = ON_CPU,
 ) -> jax.Array:
-    """`attend` where the queries are the last T of S slots, and none sees a slot behind its own.
+    """Causal attention [B,T,N,H]: `attend` for queries that are the last T of S slots.
 
-    The target says by whom: XLA, or cuDNN, which has no soft cap (`fused_attention`). XLA's on a CPU goes in blocks of
-    queries, each with the keys up to its end: of the products above the diagonal, which the mask throws away, few are
-    computed.
+    The target chooses XLA or cuDNN, which has no soft cap (`fused_attention`). On a CPU, XLA runs blocks of queries,
+    each with the keys up to its end, so few of the masked products above the diagonal are computed.
     """
     T, S = mask_BTS.shape[1:]
     if target.attention == "cudnn" and T > 1 and softcap is None:
@@ -137,7 +140,7 @@ def attend_causal(
     blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        seen = S - T + end
-        given = q_BTNH[:, start:end], k_BKHS[..., :seen], v_BKSH[:, :, :seen], mask_BTS[:, start:end, :seen]
-        blocks.append(attend(*given, scale, softcap, target))
+        keys = S - T + end
+        block = q_BTNH[:, start:end], k_BKHS[..., :keys], v_BKSH[:, :, :keys], mask_BTS[:, start:end, :keys]
+        blocks.append(attend(*block, scale, softcap, target))
     return jnp.concatenate(blocks, axis=1)

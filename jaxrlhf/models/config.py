@@ -1,4 +1,4 @@
-"""What a decoder is: shape, constants, and what may differ between layers. The names are ours, for all families."""
+"""The decoder's config: sizes, constants, and what may differ between layers. One set of names for all families."""
 
 import dataclasses
 
@@ -9,15 +9,15 @@ from jaxrlhf.models.target import ON_CPU, Target
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may differ from layer to layer."""
+    """The settings that may differ between layers."""
 
-    window: int | None = None  # a query sees this many tokens, itself included; None: all before it
+    window: int | None = None  # tokens that a query sees, itself included; None: all before it
     rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: no rotary positions
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and constants of a decoder, in our names; `hf/families.py` reads it from a `config.json`."""
+    """Sizes and constants of a decoder; `hf/families.py` reads them from a `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -27,7 +27,7 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     max_positions: int
-    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # repeated to the last layer
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # layer i has kind i modulo the length
     norm: str = "rms"  # a key of norms.NORMS
     norm_eps: float = 1e-6
     pre_norms: bool = True  # before attention and MLP
@@ -42,11 +42,11 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
-    query_scalar: int | None = None  # queries are divided by its root; None: head_dim
+    query_scalar: int | None = None  # queries are divided by its square root; None: head_dim
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     initializer_range: float = 0.02
-    target: Target = ON_CPU  # what its programs are for; no part of what the model is, and not saved with it
+    target: Target = ON_CPU  # the device that its programs are for; not saved with the model
     family: str = "llama"
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
@@ -57,7 +57,7 @@ class DecoderConfig:
 
 
 def new_decoder_config(new: NewModelConfig, vocab_size: int, eos: int, pad: int) -> DecoderConfig:
-    """A Llama of the sizes that settings give, for a vocabulary with these end and pad tokens."""
+    """The config of a new Llama with the sizes in the settings, and these vocabulary size, EOS and pad token."""
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=new.hidden_size,

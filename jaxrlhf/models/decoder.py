@@ -1,8 +1,8 @@
-"""The decoder: one `flax.nnx` module for all families; what differs between them is data in its config.
+"""The decoder: one `flax.nnx` module for all families, which differ only in its config.
 
-Modules are pytrees and go through plain `jax.jit` and `jax.grad`. Layers stand one by one, not stacked, so
-that decoding slices no weights inside its loop. Nothing here samples, trains or knows roles: a role is an
-adapter that `adapters.bind` attaches.
+Modules are pytrees and go through plain `jax.jit` and `jax.grad`. Layers are not stacked, so that decoding
+slices no weights inside its loop. Nothing here samples, trains or knows roles: a role is an adapter that
+`adapters.bind` attaches.
 
 B rows, T positions, S cache positions, D hidden, V vocabulary, N query heads, K key-value heads, H head dim.
 """
@@ -32,11 +32,12 @@ from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.norms import NORMS
 from jaxrlhf.models.rope import frequencies
+from jaxrlhf.models.sharding import leaf_name
 from jaxrlhf.models.target import Target
 
-# What the backward pass finds of a layer beside its input, which is always kept; by the names of the setting `remat`.
-# The products are known by name: jax's own policy for them sees neither inside of a custom gradient, which merged and
-# quantised products have, nor that of a product and its LoRA pair's only the sum is wanted.
+# What is saved of a layer for the backward pass beside its input, by the setting `remat`. Products are saved by name:
+# jax's own policy for them does not see inside custom gradients (merged and quantised products), and it would save a
+# product and its LoRA pair's separately instead of their sum.
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -44,7 +45,7 @@ REMAT = {
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer, as a step of decoding reads them: each head's in one piece."""
+    """Rotated keys and values of one layer, in the layout that decoding reads: contiguous for each head."""
 
     k: jax.Array  # [B,K,H,S]
     v: jax.Array  # [B,K,S,H]
@@ -57,7 +58,7 @@ class LayerCache(NamedTuple):
         )
 
     def with_room(self, copies: int, slots: int) -> "LayerCache":
-        """Each row so many times, side by side, with empty slots at the end."""
+        """Returns the cache with each row repeated `copies` times and `slots` empty slots at the end."""
         k, v = (jnp.repeat(x, copies, axis=0) for x in self)
         return LayerCache(jnp.pad(k, ((0, 0),) * 3 + ((0, slots),)), jnp.pad(v, ((0, 0),) * 2 + ((0, slots), (0, 0))))
 
@@ -80,10 +81,10 @@ class Attention(nnx.Module):
         self.k_proj = make.linear(D, K * H, config.qkv_bias)
         self.v_proj = make.linear(D, K * H, config.qkv_bias)
         self.o_proj = make.linear(N * H, D, config.output_bias)
-        self.qkv_proj = nnx.data(None)  # q, k and v side by side, where `adapters.for_decoding` has put them
-        normed = {"head": (H, H), "projection": (N * H, K * H)}.get(config.qk_norm)
-        self.q_norm = nnx.data(normed and make.norm(normed[0]))
-        self.k_norm = nnx.data(normed and make.norm(normed[1]))
+        self.qkv_proj = nnx.data(None)  # q, k and v joined, set by `adapters.for_decoding`
+        norm_sizes = {"head": (H, H), "projection": (N * H, K * H)}.get(config.qk_norm)
+        self.q_norm = nnx.data(norm_sizes and make.norm(norm_sizes[0]))
+        self.k_norm = nnx.data(norm_sizes and make.norm(norm_sizes[1]))
         self.config, self.kind = config, kind
 
     def __call__(self, x_BTD, rotary: RotaryTables | None, mask_BTS, cache: LayerCache | None, at, first: int):
@@ -106,7 +107,7 @@ class Attention(nnx.Module):
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
 
     def _heads(self, x_BTX: jax.Array, norm: nnx.Module | None) -> jax.Array:
-        """A projection cut into heads, normed where the model does that."""
+        """Splits a projection into heads, with the query or key norm of models that have one."""
         if self.config.qk_norm == "projection" and norm is not None:
             x_BTX = norm(x_BTX)
         heads = x_BTX.reshape(*x_BTX.shape[:2], -1, self.config.head_dim)
@@ -140,7 +141,7 @@ class Block(nnx.Module):
         self.parallel = config.parallel_residual
 
     def __call__(self, x_BTD, rotary: RotaryTables | None, mask_BTS, cache: LayerCache | None, at, first: int):
-        """(states [B,T-first,D] from slot `first` on, cache of all slots)."""
+        """(hidden states [B,T-first,D] from slot `first` on, cache of all slots)."""
         attended, cache = self.attention(_normed(self.attention_norm, x_BTD), rotary, mask_BTS, cache, at, first)
         x_BTD = x_BTD[:, first:]
         middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
@@ -150,7 +151,7 @@ class Block(nnx.Module):
 
 
 def _in_own_precision(method: Callable) -> Callable:
-    """The method of a decoder, with its products in the precision of the decoder's target."""
+    """Decorates a decoder's method: its products have the precision of the decoder's target."""
 
     @functools.wraps(method)
     def run(model: "Decoder", *args, **kwargs):
@@ -165,7 +166,7 @@ def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
 
 
 class Decoder(nnx.Module):
-    """Tokens to logits (`__call__`), in parts: `hidden`, then `logits` or `scores`."""
+    """Tokens to logits (`__call__`), or in two steps: `hidden`, then `logits` or `scores`."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32):
         make = _Initializer(config, key, jnp.dtype(dtype))
@@ -178,12 +179,12 @@ class Decoder(nnx.Module):
         self.lm_head = nnx.data(
             None if config.tie_embeddings else make.linear(config.hidden_size, config.vocab_size, False)
         )
-        self.score = nnx.data(None)  # the scalar head of value and reward, attached by an adapter
+        self.score = nnx.data(None)  # the scalar head of value and reward models, attached by an adapter
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Next-token logits f32[B,T,V] of tokens i32[B,T].
 
-        `mask` is bool[B,T], or i32 segment ids for packed rows (0 is padding); None: all are real.
+        `mask` is bool[B,T], or i32 segment ids of packed rows (0 is padding); None means no padding.
         """
         segments = jnp.ones(tokens.shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
         return self.logits(self.encode(tokens, segments))
@@ -192,8 +193,8 @@ class Decoder(nnx.Module):
         self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: str = "none", first: int = 0
     ) -> jax.Array:
         """Normed hidden states [B,T-first,D] of whole sequences from slot `first` on, without a cache."""
-        given = tokens_BT, positions_of(segments_BT), causal_mask(segments_BT)
-        return self.hidden(*given, remat=remat, first=first)[0]
+        positions_BT, mask_BTT = positions_of(segments_BT), causal_mask(segments_BT)
+        return self.hidden(tokens_BT, positions_BT, mask_BTT, remat=remat, first=first)[0]
 
     @_in_own_precision
     def hidden(
@@ -209,19 +210,19 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Normed hidden states [B,T-first,D] from slot `first` on, and the cache of all slots.
 
-        Without `cache`, S = T and the fresh keys and values are returned as the cache; `mask_BTS` is causal. With it,
-        keys and values are written at slot `at` (i32[]), and `mask_BTS` spans the whole cache. What the last layer
-        would say of slots before `first` is not computed: nobody reads it. `remat` is none, or a key of `REMAT`.
-        `slots` is the length that the rows will have, None: S; longrope turns by it.
+        Without `cache`, S = T, `mask_BTS` is causal, and the new keys and values are returned as the cache. With it,
+        keys and values are written at slot `at` (i32[]), and `mask_BTS` spans the whole cache. The last layer skips
+        slots before `first`, whose outputs are unused. `remat` is "none" or a key of `REMAT`. `slots` is the final
+        length of the rows (None: S), which selects longrope's factors.
         """
         run = Block.__call__
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT[remat], static_argnums=6)
-        # Whole sequences stay where their rows are, and the weights come to them. One token a row is less than the
-        # weights: in decoding it goes where they are.
-        lies = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")
-        x_BTD = constrain(self.embed_tokens(tokens_BT), "data", None, "fsdp")  # as the table is sharded
-        x_BTD = constrain(x_BTD, *lies)
+        # Over whole sequences, weights are gathered and activations stay with their rows. One token per row is smaller
+        # than the weights, so in decoding the activations move to the weights' shards.
+        axes = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")
+        x_BTD = constrain(self.embed_tokens(tokens_BT), "data", None, "fsdp")  # the embedding's own sharding
+        x_BTD = constrain(x_BTD, *axes)
         if self.config.embedding_scale != 1:  # rounded to the model's dtype, as it was in training
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.embed_positions is not None:
@@ -233,18 +234,18 @@ class Decoder(nnx.Module):
         tables = {r: rotary_tables(positions_BT, S, *frequencies(r, H, S if slots is None else slots)) for r in ropes}
         caches = []
         for index, block in enumerate(self.layers):
-            kind, before = self.config.layer_kind(index), None if cache is None else cache[index]
+            kind, old_cache = self.config.layer_kind(index), None if cache is None else cache[index]
             skipped = first if index == self.config.layers - 1 else 0
-            x_BTD, layer_cache = run(block, x_BTD, tables.get(kind.rope), masks[kind.window], before, at, skipped)
-            x_BTD = constrain(x_BTD, *lies)
-            caches.append(layer_cache)
+            x_BTD, new_cache = run(block, x_BTD, tables.get(kind.rope), masks[kind.window], old_cache, at, skipped)
+            x_BTD = constrain(x_BTD, *axes)
+            caches.append(new_cache)
         return self.final_norm(x_BTD), caches
 
     @_in_own_precision
     def logits(self, hidden_BTD: jax.Array, kernel_DV: jax.Array | None = None) -> jax.Array:
-        """Language-model logits f32[B,T,V] of hidden states; `kernel_DV` is `head_kernel()`, where it is at hand."""
+        """Language-model logits f32[B,T,V] of hidden states; `kernel_DV` is `head_kernel()` if computed before."""
         kernel = self.head_kernel() if kernel_DV is None else kernel_DV
-        # Accumulated and left in float32: a rounding to bfloat16 here would show in every logprob.
+        # Accumulated and kept in float32: rounding to bfloat16 here would change every logprob.
         logits = jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
         if self.lm_head is not None and self.lm_head.lora_a is not None:
             logits += self.lm_head.pair_product(hidden_BTD)
@@ -253,7 +254,7 @@ class Decoder(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def head_kernel(self) -> jax.Array:
-        """Returns the language-model head's kernel [D,V], without its LoRA pair."""
+        """The language-model head's kernel [D,V], without its LoRA pair."""
         return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     @_in_own_precision
@@ -263,7 +264,7 @@ class Decoder(nnx.Module):
 
 
 class _Initializer:
-    """Makes modules with random weights, each from a key of its own, as Hugging Face initialises Llama."""
+    """Builds modules with random weights, initialised as in Hugging Face's Llama; each kernel has its own key."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array, dtype: jnp.dtype):
         self.config, self.key, self.dtype = config, key, dtype
@@ -283,42 +284,44 @@ class _Initializer:
 
 
 def abstract_decoder(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Decoder:
-    """A decoder of `jax.ShapeDtypeStruct`s: the shapes, without the memory."""
+    """A decoder of `jax.ShapeDtypeStruct`s, which take no memory."""
     return jax.eval_shape(lambda: Decoder(config, jax.random.key(0), dtype))
 
 
+def shallow_copy(model: Decoder) -> Decoder:
+    """A copy of the module tree that shares the arrays."""
+    return jax.tree.map(lambda leaf: leaf, model)
+
+
 def with_target(model: Decoder, target: Target) -> Decoder:
-    """The same model, same arrays, whose programs are for another target."""
+    """A copy of the model, with shared arrays, whose programs are for another target."""
     return with_config(model, dataclasses.replace(model.config, target=target))
 
 
 def with_config(model: Decoder, config: DecoderConfig) -> Decoder:
-    """The same arrays under another config, which describes them as well."""
-    leaves, structure = jax.tree.flatten(model)
-    model = jax.tree.unflatten(structure, leaves)
+    """A copy of the model, with shared arrays and another config that fits them."""
+    model = shallow_copy(model)
     model.config = config
     for block in model.layers:
-        block.attention.config = model.config
+        block.attention.config = config
     return model
 
 
 def named_parameters(tree) -> dict[str, jax.Array]:
     """Leaves of a module by name: "layers.0.attention.q_proj/kernel"."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def with_parameters(tree, values: dict[str, jax.Array]):
-    """The same module with each leaf replaced by the value of its name; all names must be there."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return jax.tree_util.tree_unflatten(structure, [values[_name(path)] for path, _ in paths])
+    """A copy of the module with each leaf replaced by the value of its name; every name must be in `values`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: values[leaf_name(path)], tree)
 
 
 def find_module(model: nnx.Module, path: str) -> nnx.Module:
     """The module at a path like "layers.0.attention.q_proj"."""
-    module = model
     for part in path.split("."):
-        module = module[int(part)] if part.isdigit() else getattr(module, part)
-    return module
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
 
 
 def linear_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
@@ -326,10 +329,3 @@ def linear_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
     leaves = [name.split("/") for name in named_parameters(model) if name.startswith("layers.")]
     paths = dict.fromkeys(path for path, leaf in leaves if leaf.startswith("kernel"))
     return {path: find_module(model, path).shape for path in paths}
-
-
-def _name(path) -> str:
-    parts = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path]
-    if parts[-1] == "value":  # the inside of an nnx.Param
-        parts.pop()
-    return ".".join(parts[:-1]) + "/" + parts[-1]

@@ -1,11 +1,10 @@
-"""cuDNN's fused attention for whole sequences, through `jax.nn.dot_product_attention`; and where it cannot be had.
+"""cuDNN's fused attention for whole sequences, through `jax.nn.dot_product_attention`, and the checks of its limits.
 
 cuDNN takes float16 and bfloat16, heads of a multiple of 8 up to 128 dimensions (256 from Hopper on), and a mask only as
-a bias in that dtype, with even lengths where a gradient follows. It has no soft caps. Rows, heads and nothing else may
-be split over devices. Decoding, one query a row, stays with XLA's products.
+a bias in that dtype. Lengths must be even if a gradient follows. It has no soft caps. Only rows and heads may be split
+over devices. Decoding, with one query per row, uses XLA's products.
 
-The bias [B,1,T,S] is read in every layer, and jax 0.10.2 has cuDNN write its gradient too, which nobody wants; 0.12 no
-longer does.
+The bias [B,1,T,S] is read in every layer. With jax 0.10.2 cuDNN also writes its unused gradient; 0.12 does not.
 """
 
 import jax
@@ -22,16 +21,16 @@ _HEAD_STEP, _LARGEST_HEAD, _LARGEST_ON_HOPPER = 8, 128, 256
 def attend_fused(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float | None = None
 ) -> jax.Array:
-    """Grouped-query attention [B,T,N,H] by cuDNN; no query sees a key behind it, the queries being the last T of S.
+    """Causal grouped-query attention [B,T,N,H] by cuDNN; the queries are the last T of S slots.
 
-    A query that sees no key gets finite junk. Where T = S cuDNN skips what stands above the diagonal.
+    A query that sees no key gets finite junk. If T = S, cuDNN skips the blocks above the diagonal.
     """
     T, S = mask_BTS.shape[1:]
-    odd_T, odd_S = T % 2, S % 2  # a last query that nobody reads and a last key that nobody sees make both even
+    odd_T, odd_S = T % 2, S % 2  # an unused last query and a masked last key make both lengths even
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, odd_T), (0, 0), (0, 0)))
     k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, odd_S), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
     mask_B1TS = jnp.pad(mask_BTS, ((0, 0), (0, odd_T), (0, odd_S)))[:, None]
-    # All three must lie alike, and whole along length and head.
+    # cuDNN wants one sharding for all three, not split along length and head dimension.
     q_BTNH, k_BSKH, v_BSKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (q_BTNH, k_BSKH, v_BSKH))
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
@@ -46,37 +45,37 @@ def attend_fused(
 
 
 def check_model(model: DecoderConfig, tensor: int) -> None:
-    """`UserError` where cuDNN cannot compute such a model's attention, with heads split over so many devices."""
+    """Raises `UserError` if cuDNN cannot compute this model's attention with heads split over `tensor` devices."""
     if model.attention_softcap is not None:
         raise UserError(
-            f"{KEY_PATH}: cudnn has no soft cap on attention, and this model has one ({model.attention_softcap:g}); "
-            "take xla"
+            f"{KEY_PATH}: cudnn has no soft cap on attention, but this model has one ({model.attention_softcap:g}); "
+            "use xla"
         )
     if model.head_dim % _HEAD_STEP or model.head_dim > _LARGEST_ON_HOPPER:
         raise UserError(
-            f"{KEY_PATH}: cudnn takes heads of a multiple of {_HEAD_STEP} and at most {_LARGEST_ON_HOPPER} dimensions, "
-            f"and this model's have {model.head_dim}; take xla"
+            f"{KEY_PATH}: cudnn supports a head_dim that is a multiple of {_HEAD_STEP} and at most "
+            f"{_LARGEST_ON_HOPPER}, but this model's is {model.head_dim}; use xla"
         )
     if model.heads % tensor or model.kv_heads % tensor:
         raise UserError(
-            f"{KEY_PATH}: cudnn wants queries, keys and values split alike, and {model.heads} and {model.kv_heads} "
-            f"heads cannot both be split over mesh.tensor={tensor}; take xla, or another mesh"
+            f"{KEY_PATH}: cudnn needs queries, keys and values split alike, but {model.heads} query heads and "
+            f"{model.kv_heads} key heads do not both divide by mesh.tensor={tensor}; use xla, or another mesh"
         )
 
 
 def check_device(model: DecoderConfig, dtype: jax.typing.DTypeLike) -> None:
-    """`UserError` where this machine's cuDNN cannot compute such a model's attention: tried, with its gradient."""
+    """Runs cuDNN attention and its gradient on this machine; `UserError` if it cannot compute this model's."""
     if jnp.dtype(dtype) == jnp.float32:
-        raise UserError(f"{KEY_PATH}: cudnn takes no float32, which the base is in; give model.dtype=bfloat16, or xla")
+        raise UserError(f"{KEY_PATH}: cudnn does not support a float32 base; give model.dtype=bfloat16, or use xla")
     device = jax.local_devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         kind = f"{device.platform} ({device.device_kind})"
-        raise UserError(f"{KEY_PATH}: cudnn is for NVIDIA GPUs, and this machine's devices are {kind}; take xla")
+        raise UserError(f"{KEY_PATH}: cudnn needs an NVIDIA GPU, but this machine's devices are {kind}; use xla")
     capability = tuple(map(int, str(getattr(device, "compute_capability", "0")).split(".")))
     if model.head_dim > _LARGEST_HEAD and capability < (9, 0):
         raise UserError(
-            f"{KEY_PATH}: cudnn takes heads of more than {_LARGEST_HEAD} dimensions from Hopper on (compute capability "
-            f"9.0); {device.device_kind} is before, and this model's heads have {model.head_dim}; take xla"
+            f"{KEY_PATH}: cudnn supports a head_dim above {_LARGEST_HEAD} only from Hopper on (capability 9.0), "
+            f"but this model's is {model.head_dim} and the device is {device.device_kind}; use xla"
         )
     q, k = (jnp.ones((1, 64, n, model.head_dim), dtype) for n in (model.heads, model.kv_heads))
     mask = jnp.ones((1, 64, 64), bool)
@@ -86,6 +85,6 @@ def check_device(model: DecoderConfig, dtype: jax.typing.DTypeLike) -> None:
 
     try:
         jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1)))(q, k))
-    except Exception as error:  # jax, XLA or cuDNN, and in the words of any
+    except Exception as error:  # from jax, XLA or cuDNN
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{KEY_PATH}: cudnn does not work on this machine ({reason}); take xla") from None
+        raise UserError(f"{KEY_PATH}: cudnn does not work on this machine ({reason}); use xla") from None

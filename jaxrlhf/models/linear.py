@@ -1,4 +1,4 @@
-"""A linear layer with a LoRA pair, and the product that both make without a pass of its own for the pair.
+"""A linear layer with an optional LoRA pair, and a product that merges the pair into the kernel.
 
 D inputs, F outputs, r the pair's rank.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "weight_product"  # the name of what a layer gives, for policies of rematerialisation
+PRODUCT = "weight_product"  # name of a layer's output, for rematerialisation policies
 
 
 class Linear(nnx.Module):
@@ -29,11 +29,8 @@ class Linear(nnx.Module):
         return self.kernel.shape
 
     @property
-    def merges(self) -> bool:
-        """Whether kernel and LoRA pair may be added up: in float32 that rounds no more than the product does.
-
-        In bfloat16 a pair's small change would be lost in its kernel.
-        """
+    def can_merge(self) -> bool:
+        """Whether the LoRA pair may be added to the kernel: in bfloat16 the sum would round the small update away."""
         return self.kernel.dtype == jnp.float32
 
     def float32_kernel(self) -> jax.Array:
@@ -45,7 +42,7 @@ class Linear(nnx.Module):
         return x @ self.kernel[...].astype(x.dtype)
 
     def pair_product(self, x: jax.Array) -> jax.Array:
-        """What the LoRA pair adds, in float32: [..., out]."""
+        """The output of the LoRA pair alone, in float32: [..., out]."""
         a, b, scale = (leaf[...].astype(jnp.float32) for leaf in (self.lora_a, self.lora_b, self.lora_scale))
         return ((x.astype(jnp.float32) @ a) * jax.lax.stop_gradient(scale)) @ b
 
@@ -56,30 +53,28 @@ class Linear(nnx.Module):
     def _with_pair(self, x: jax.Array) -> jax.Array:
         if self.lora_a is None:
             return self.project(x)
-        # The scale is a constant of the adapter that travels with it: no gradient.
-        scale = jax.lax.stop_gradient(self.lora_scale[...])
+        scale = jax.lax.stop_gradient(self.lora_scale[...])  # part of the adapter's tree, but not trained
         pair = self.lora_a[...], self.lora_b[...]
-        # XLA may make the sums of all layers early. Beside the activations of many tokens they are small.
+        # XLA may compute the merged kernels of all layers early; they are small beside the activations of many tokens.
         many = x.size // x.shape[-1] >= max(self.shape)
-        if self.merges and many and x.dtype == jnp.float32:
+        if self.can_merge and many and x.dtype == jnp.float32:
             return merged_product(x, self.kernel[...], *pair, scale)
         a, b = (leaf.astype(x.dtype) for leaf in pair)
         return self.project(x) + ((x @ a) * scale.astype(x.dtype)) @ b
 
 
 def merged_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [...,D] times kernel [D,F] + scale * a [D,r] @ b [r,F].
+    """x [...,D] times kernel [D,F] + scale * a [D,r] @ b [r,F]; the scale has no gradient.
 
-    One product where the sum of two would write and read [...,F] twice more, forward and backward. What a gradient
-    wants of the pair has r columns: x @ a and dy @ b^T. The scale is a constant.
+    The sum of two products would write and read [...,F] twice more, forward and backward.
     """
     return _merged_product(ambient_precision(), x, kernel, a, b, scale)
 
 
 def ambient_precision() -> str | None:
-    """The precision of products where this is traced.
+    """The matmul precision at this point of tracing.
 
-    Custom gradients take it along as a constant: they are traced later, when it may be another.
+    Custom gradients keep it as a constant, because they are traced later, when the ambient precision may differ.
     """
     return jax.config.jax_default_matmul_precision
 
@@ -96,16 +91,13 @@ def _forward(precision, x, kernel, a, b, scale):
 
 def _backward(precision, saved, dy):
     with jax.default_matmul_precision(precision):
-        return _gradients(dy, *saved)
-
-
-def _gradients(dy, x, kernel, a, b, scale):
-    rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    dx = dy @ (kernel + (scale * a) @ b).T  # made again: kept, it would take the memory of the weights
-    # Read row by row, a third of the time on a CPU; without the barrier XLA would turn the product back.
-    da = jax.lax.optimization_barrier((scale * (d_rows @ b.T)).T @ rows).T
-    db = (scale * (rows @ a)).T @ d_rows
-    return dx, rows.T @ d_rows, da, db, jnp.zeros_like(scale)  # the kernel's is computed only where it is asked for
+        x, kernel, a, b, scale = saved
+        rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dx = dy @ (kernel + (scale * a) @ b).T  # recomputed: saving the sum would take the memory of the weights
+        # Transposed, it reads row by row: a third of the time on a CPU. Without the barrier XLA would undo that.
+        da = jax.lax.optimization_barrier((scale * (d_rows @ b.T)).T @ rows).T
+        db = (scale * (rows @ a)).T @ d_rows
+        return dx, rows.T @ d_rows, da, db, jnp.zeros_like(scale)  # XLA drops the kernel's gradient if it is unused
 
 
 _merged_product.defvjp(_forward, _backward)

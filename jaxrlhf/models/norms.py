@@ -1,4 +1,4 @@
-"""Norms over the hidden dimension, by the names that a decoder's config has for them. D hidden."""
+"""Norms over the hidden dimension D, by their names in `DecoderConfig.norm`."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class RMSNorm(nnx.Module):
 
 
 class RMSNormPlusOne(RMSNorm):
-    """Gemma's: the scale is what is added to 1, and is applied in float32."""
+    """Gemma's RMSNorm: multiplies by 1 + scale, in float32."""
 
     def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
         super().__init__(size, epsilon, dtype)
@@ -41,8 +41,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = centered * jax.lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + self.epsilon)
         return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 

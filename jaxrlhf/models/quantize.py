@@ -1,17 +1,17 @@
-"""Weight-only quantisation of a frozen base: the linear layers of its blocks as int8 or nf4 codes with scales.
+"""Weight-only quantisation of a frozen base: the linear layers of its blocks become int8 or nf4 codes with scales.
 
 int8: one scale per output channel, its largest weight / 127 (2208.07339, section 2.1).
 nf4: 4-bit NormalFloat (2305.14314, section 3): each block of 64 weights along the input dimension is a scale times the
-nearest of 16 values. Blocks are bitsandbytes' where the inputs are a multiple of 64; else an output's last block is
-shorter. Two things differ from QLoRA, whose way took the logits of a small trained model 11% away, this one 8.4%: a
-scale need not be the block's largest magnitude (see `_nf4`), and where query heads share a key and value head, k_proj
-and v_proj are int8, a few percent of the weights and the most sensitive ones.
+nearest of 16 values. The blocks are those of bitsandbytes if the input size is a multiple of 64; else the last block
+of each output is shorter. Two choices differ from QLoRA: a scale need not be the block's largest magnitude (see
+`_nf4`), and in grouped-query attention k_proj and v_proj are int8, because these few weights are the most sensitive.
+On a small trained model the relative error of the logits is 8.4%; QLoRA's is 11%.
 
-Embeddings, norms, biases and heads stay as they are. Kernels are dequantised inside the forward pass, layer by layer.
+Embeddings, norms, biases and heads are not quantised. Kernels are dequantised inside the forward pass, layer by layer.
 
-Not here: a matmul on codes (weights are cast first), quantised activations, and gradients for codes and scales.
-qwix quantises too, but changes a model's calls by interception, keeps nf4 codes one per byte on CPU, and wants
-dimensions that are multiples of the block.
+Not here: matmuls on codes (weights are cast first), quantised activations, and gradients of codes and scales.
+qwix quantises too, but it intercepts a model's calls, keeps one nf4 code per byte on CPU, and needs dimensions that are
+multiples of the block.
 """
 
 import functools
@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from jaxrlhf.models.config import DecoderConfig
-from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
+from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters, shallow_copy
 from jaxrlhf.models.linear import Linear, ambient_precision
 from jaxrlhf.models.sharding import parameter_sharding
 
@@ -42,11 +42,11 @@ NF4 = np.array(
     np.float32,
 )  # fmt: skip
 _NF4_BOUNDS = (NF4[1:] + NF4[:-1]) / 2
-_CHUNK = 1 << 16  # weights that are quantised at a time: what is in flight stays in a processor's cache
+_CHUNK = 1 << 16  # weights quantised at a time: they fit in a processor's cache
 
 
 class QuantizedLinear(Linear):
-    """A linear layer with codes and scales for a kernel; bias and LoRA are those of `Linear`.
+    """A linear layer whose kernel is codes and scales; bias and LoRA pair are as in `Linear`.
 
     kernel_int8 i8[in, out], or kernel_nf4 u8[in / 2 rounded up, out] (even inputs in the low four bits);
     kernel_scale f32[blocks, out], one block in int8.
@@ -65,7 +65,7 @@ class QuantizedLinear(Linear):
         return self.fan_in, self.kernel_scale.shape[1]
 
     @property
-    def merges(self) -> bool:
+    def can_merge(self) -> bool:
         return False
 
     def project(self, x: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ class QuantizedLinear(Linear):
 
 
 def quantize(kernel: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, scale) of a kernel f32[in, out], as `QuantizedLinear` keeps them."""
+    """(codes, scale) of a kernel f32[in, out], in the layout of `QuantizedLinear`."""
     if kind == "int8":
         scale = np.abs(kernel).max(axis=0, keepdims=True) / np.float32(127)
         return np.clip(np.rint(kernel / _divisor(scale)), -127, 127).astype(np.int8), scale
@@ -98,39 +98,39 @@ def quantize(kernel: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
 def _nf4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes u8[N, 64] and scales f32[N, 1] of blocks whose largest magnitude is 1.
 
-    The scale that does best of four: 1 and -1 (one more of the 16 values is above zero than below), and each of them
-    refitted by least squares to the codes that it gives.
+    The scale is the one with the least squared error of four: 1 and -1 (the 16 values are not symmetric), and each of
+    them refitted by least squares to its codes.
     """
     codes, scale = np.zeros(blocks.shape, np.uint8), np.ones_like(blocks[:, :1])
-    least = np.full_like(scale, np.inf)
+    least_error = np.full_like(scale, np.inf)
     for sign in (1, -1):
-        tried = np.full_like(scale, sign)
+        candidate = np.full_like(scale, sign)
         for _ in range(2):
-            normed, nearest = blocks / tried, np.zeros(blocks.shape, np.uint8)
+            normed, nearest = blocks / candidate, np.zeros(blocks.shape, np.uint8)
             for bound in _NF4_BOUNDS:
                 nearest += normed > bound
             values = NF4[nearest]
-            missed = values * tried - blocks
-            error = _dot(missed, missed)
-            better = error < least
-            codes, scale = np.where(better, nearest, codes), np.where(better, tried, scale)
-            least = np.minimum(error, least)
-            tried = _divisor(_dot(values, blocks) / _divisor(_dot(values, values)))
+            residual = values * candidate - blocks
+            error = _row_dot(residual, residual)
+            better = error < least_error
+            codes, scale = np.where(better, nearest, codes), np.where(better, candidate, scale)
+            least_error = np.minimum(error, least_error)
+            candidate = _divisor(_row_dot(values, blocks) / _divisor(_row_dot(values, values)))
     return codes, scale
 
 
-def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Row by row, f32[N, 1]."""
+def _row_dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Dot product of each pair of rows, f32[N, 1]."""
     return np.einsum("ij,ij->i", x, y)[:, None]
 
 
 def _divisor(scale: np.ndarray) -> np.ndarray:
-    """1 where there is nothing but zeros to divide."""
+    """The scale with 1 in place of 0, so that blocks of zeros divide."""
     return np.where(scale == 0, np.float32(1), scale)
 
 
 def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
-    """The kernel f32[in, out] that codes and scales stand for."""
+    """The kernel f32[in, out] of codes and scales."""
     if codes.dtype == jnp.int8:
         return codes.astype(jnp.float32) * scale
     fan_out = codes.shape[1]
@@ -141,13 +141,13 @@ def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [..., in] times the dequantised kernel, in the dtype of x; codes and scale are constants of the gradient.
+    """x [..., in] times the dequantised kernel, in the dtype of x; codes and scale have no gradient.
 
-    Three things would keep a dequantised copy of every layer alive: XLA moves what is the same in each turn of a loop,
-    such as a rollout's, out of it; it may compute early what waits for nothing; and autodiff keeps a kernel for the
-    backward pass. So the kernel is made when what it is multiplied with is there, and made again on the way back.
+    Without care a dequantised copy of every layer would stay in memory: XLA hoists loop invariants out of the rollout's
+    loop, it may compute early what has no dependency, and autodiff saves the kernel for the backward pass. So the
+    kernel is dequantised after x is computed (`_after`), and once more in the backward pass.
     """
-    return _multiplied(fan_in, precision, x, _after(x, codes), scale)
+    return _matmul(fan_in, precision, x, _after(x, codes), scale)
 
 
 def _forward(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array):
@@ -158,41 +158,41 @@ def _backward(fan_in: int, precision: str | None, kernel: tuple[jax.Array, jax.A
     codes, scale = kernel
     codes = _after(gradient, codes)
     x = jax.ShapeDtypeStruct((*gradient.shape[:-1], fan_in), gradient.dtype)
-    return *jax.linear_transpose(lambda x: _multiplied(fan_in, precision, x, codes, scale), x)(gradient), None, None
+    return *jax.linear_transpose(lambda x: _matmul(fan_in, precision, x, codes, scale), x)(gradient), None, None
 
 
 _product.defvjp(_forward, _backward)
 
 
 def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """The codes, from the time on when x is there."""
+    """Returns the codes with a data dependency on x, so that XLA does not use them before x is computed."""
 
-    def barred(x: jax.Array, codes: jax.Array) -> jax.Array:
+    def with_barrier(x: jax.Array, codes: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier((x, codes))[1]
 
-    def added(x: jax.Array, codes: jax.Array) -> jax.Array:
-        return codes + _nought(x).astype(codes.dtype)
+    def with_zero(x: jax.Array, codes: jax.Array) -> jax.Array:
+        return codes + _opaque_false(x).astype(codes.dtype)
 
-    # XLA drops barriers on CPU before it orders what is left. A number that depends on x holds everywhere, but is sent
-    # round where x lies on several devices.
-    return jax.lax.platform_dependent(x, codes, cpu=added, default=barred)
+    # On CPU, XLA drops barriers before it schedules. A zero that depends on x works on every platform, but it costs a
+    # collective if x is split over devices.
+    return jax.lax.platform_dependent(x, codes, cpu=with_zero, default=with_barrier)
 
 
 @jax.custom_batching.custom_vmap
-def _nought(x: jax.Array) -> jax.Array:
-    """False, which XLA does not know."""
+def _opaque_false(x: jax.Array) -> jax.Array:
+    """False, computed from x so that XLA cannot fold it into a constant."""
     first = x[(0,) * x.ndim]
     return first * first < -1
 
 
-@_nought.def_vmap
-def _nought_of_all(_, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
-    return _nought(x), False  # one for the whole batch: codes stay one copy
+@_opaque_false.def_vmap
+def _opaque_false_of_batch(_, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    return _opaque_false(x), False  # one for the whole batch: codes stay one copy
 
 
-def _multiplied(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+def _matmul(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     if codes.dtype == jnp.int8:
-        # The scale goes on the outputs, which are fewer than the weights; in float32, as sums of codes are large.
+        # Scaling the outputs is cheaper than scaling the weights. Float32, because sums of codes are large.
         y = jnp.matmul(x, codes.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
         return (y * scale[0]).astype(x.dtype)
     return jnp.matmul(x, dequantize(codes, scale, fan_in).astype(x.dtype), precision=precision)
@@ -202,19 +202,19 @@ def _multiplied(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Arr
 
 
 def quantization(model: Decoder) -> str | None:
-    """The kind that a model's layers are quantised as, or None."""
+    """The quantisation kind of a model, or None if it is not quantised."""
     kinds = {name.rpartition("/kernel_")[2] for name in named_parameters(model)}
     return next((kind for kind in reversed(KINDS) if kind in kinds), None)
 
 
 def kind_of(config: DecoderConfig, path: str, kind: str) -> str:
-    """The kind of one layer under quantisation `kind`."""
-    shared = config.kv_heads < config.heads and path.endswith((".k_proj", ".v_proj"))
-    return "int8" if shared else kind
+    """The kind of the layer at `path` in a model quantised as `kind`."""
+    grouped_kv = config.kv_heads < config.heads and path.endswith((".k_proj", ".v_proj"))
+    return "int8" if grouped_kv else kind
 
 
 def quantize_decoder(base: Decoder, kind: str) -> Decoder:
-    """A base on one device with its layers quantised; what is not shares the given one's arrays."""
+    """A base on one device with its linear layers quantised; other weights are shared with `base`."""
 
     def replace(path: str, linear: Linear) -> Linear:
         kernel = np.asarray(linear.kernel[...], np.float32)
@@ -225,7 +225,7 @@ def quantize_decoder(base: Decoder, kind: str) -> Decoder:
 
 
 def dequantize_decoder(base: Decoder) -> Decoder:
-    """The base with plain kernels, in the dtype of its embedding; the base itself where it is not quantised."""
+    """The base with plain kernels in the dtype of its embedding; returned unchanged if it is not quantised."""
     if quantization(base) is None:
         return base
     dtype = base.embed_tokens.embedding.dtype
@@ -256,34 +256,31 @@ def load_quantized(
     read: Callable[[slice], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
-    """The leaves, by name, of the layer at `path` whose kernel has this shape; on the mesh, or on the default device.
+    """Quantises the layer at `path`, of kernel shape `shape`: its leaves by name, on the mesh or the default device.
 
-    `read(columns)` gives a part f32[in, columns] of the kernel. A process reads the columns that its devices keep,
-    and of their rows all: they share a scale.
+    `read(columns)` returns the kernel's columns, f32[in, columns]. A process reads only the columns that its devices
+    keep, with all of their rows, because a scale covers several rows.
     """
 
-    def chunk(columns: slice) -> tuple[np.ndarray, np.ndarray]:
-        return quantize(read(columns), kind)
-
     @functools.cache
-    def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def quantize_columns(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         step = max(_CHUNK // shape[0], 1)
         chunks = [slice(left, min(left + step, stop)) for left in range(start, stop, step)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            made = threads.map(chunk, chunks)
-        return tuple(np.concatenate(pieces, axis=1) for pieces in zip(*made))
+            quantized = threads.map(lambda columns: quantize(read(columns), kind), chunks)
+        return tuple(np.concatenate(pieces, axis=1) for pieces in zip(*quantized))
 
     rows = (shape[0], 1) if kind == "int8" else (-(-shape[0] // 2), -(-shape[0] // BLOCK))
     leaves = {}
     for which, leaf in enumerate((f"kernel_{kind}", "kernel_scale")):
         name = f"{path}/{leaf}"
         if mesh is None:
-            leaves[name] = jnp.array(part(0, shape[1])[which])
+            leaves[name] = jnp.array(quantize_columns(0, shape[1])[which])
             continue
 
         def slice_of(index: tuple[slice, slice], which: int = which) -> np.ndarray:
             start, stop, _ = index[1].indices(shape[1])
-            return part(start, stop)[which][index[0]]
+            return quantize_columns(start, stop)[which][index[0]]
 
         leaf_shape = (rows[which], shape[1])
         leaves[name] = jax.make_array_from_callback(leaf_shape, parameter_sharding(mesh, name, leaf_shape), slice_of)
@@ -291,11 +288,10 @@ def load_quantized(
 
 
 def _with_layers(model: Decoder, replace: Callable[[str, Linear], Linear]) -> Decoder:
-    """A copy of the module tree, same arrays, in which each linear layer of the blocks is another."""
-    leaves, structure = jax.tree.flatten(model)
-    model = jax.tree.unflatten(structure, leaves)
+    """A copy of the module tree, with shared arrays, whose linear layers are replaced by `replace(path, layer)`."""
+    model = shallow_copy(model)
     for path in linear_shapes(model):
-        above, _, name = path.rpartition(".")
-        parent: Any = find_module(model, above)
+        parent_path, _, name = path.rpartition(".")
+        parent: Any = find_module(model, parent_path)
         setattr(parent, name, replace(path, getattr(parent, name)))
     return model

@@ -1,8 +1,8 @@
 """Rotary positions: radians per position of each pair of dimensions, by rope type.
 
-longrope turns by the length of the sequence at hand. Here that is the length of the array, padding included: prompt
-and answer together in sampling, scoring and update. The same token is then turned alike in all three, whatever else
-is in the batch. transformers goes by the longest row of the batch.
+longrope depends on the sequence length. Here that is the length of the array, padding included: prompt and completion
+in sampling, scoring and update, so that a token is rotated alike in all three. transformers uses the longest row of the
+batch.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a layer (2104.09864); `numbers` are the scaling's, under the names of `config.json`."""
+    """Rotary positions of a layer (2104.09864); `numbers` holds the scaling's entries of `config.json`."""
 
     theta: float = 10000.0
-    share: float = 1.0  # of a head's dimensions, the first ones, that turn
+    share: float = 1.0  # fraction of a head's dimensions that are rotated, from the first on
     kind: str = "default"
     numbers: tuple[tuple[str, Any], ...] = ()
 
 
 def frequencies(rope: Rope, head_dim: int, slots: int) -> tuple[np.ndarray, float]:
-    """Radians per position of each rotated pair, f32[F], and the factor on cosine and sine, in rows of `slots` tokens.
+    """(radians per position of each rotated pair f32[F], factor on cosine and sine) for rows of `slots` tokens.
 
-    The first 2F <= head_dim dimensions of a head turn, halves paired.
+    The first 2F <= head_dim dimensions of a head are rotated, halves paired.
     """
     rotated = int(head_dim * rope.share)
     exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
@@ -36,21 +36,22 @@ def frequencies(rope: Rope, head_dim: int, slots: int) -> tuple[np.ndarray, floa
 
 
 def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rope:
-    """The rope of that type which an object of `config.json` describes; `ValueError` says what is wrong with it.
+    """Reads a rope of type `kind` from an object of `config.json`; `ValueError` if an entry is missing or wrong.
 
-    `defaults` are values for entries that are absent: rope_theta, partial_rotary_factor,
-    original_max_position_embeddings; and max_position_embeddings, of which longrope's factor is a share.
+    `defaults` holds the values of absent entries: rope_theta, partial_rotary_factor,
+    original_max_position_embeddings; and max_position_embeddings, which longrope's default factor is computed from.
     """
     scaling = SCALINGS[kind]
-    given = {name: value for name, value in entry.items() if value is not None}
-    numbers = {name: given.get(name, defaults.get(name)) for name in scaling.numbers}
+    present = {name: value for name, value in entry.items() if value is not None}
+    values = defaults | present
+    numbers = {name: values.get(name) for name in scaling.numbers}
     missing = [name for name in scaling.required if numbers[name] is None]
     if missing:
-        raise ValueError(f"rope_type {kind!r} wants {', '.join(missing)}")
-    theta = _positive("rope_theta", given.get("rope_theta", defaults["rope_theta"]))
+        raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}")
+    theta = _positive("rope_theta", values["rope_theta"])
     if kind == "yarn" and theta <= 1:
         raise ValueError(f"rope_theta must be above 1 with rope_type 'yarn', not {theta:g}")
-    share = _positive("partial_rotary_factor", given.get("partial_rotary_factor", defaults["partial_rotary_factor"]))
+    share = _positive("partial_rotary_factor", values["partial_rotary_factor"])
     if share > 1:
         raise ValueError(f"partial_rotary_factor must be at most 1, not {share}")
     checked = {name: _number(name, value) for name, value in numbers.items() if value is not None}
@@ -66,7 +67,7 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rop
 
 
 def rope_kind(entry: dict[str, Any], aliases: Mapping[str, str]) -> str:
-    """The rope type of an object of `config.json`, by its newer or older name; `ValueError` for an unknown one."""
+    """The rope type in an object of `config.json`, with older names replaced; `ValueError` if it is unknown."""
     kind = entry.get("rope_type", entry.get("type", "default"))
     kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in SCALINGS:
@@ -74,21 +75,21 @@ def rope_kind(entry: dict[str, Any], aliases: Mapping[str, str]) -> str:
     return kind
 
 
-def unread(entry: dict[str, Any], kind: str) -> list[str]:
-    """Names in such an object that say something, but nothing to this rope type."""
-    known = {"rope_theta", "partial_rotary_factor", "rope_type", "type", *SAY_NOTHING, *SCALINGS[kind].numbers}
+def unused_entries(entry: dict[str, Any], kind: str) -> list[str]:
+    """Names of entries in such an object that this rope type does not use."""
+    known = {"rope_theta", "partial_rotary_factor", "rope_type", "type", *IGNORED, *SCALINGS[kind].numbers}
     return sorted(name for name, value in entry.items() if value is not None and name not in known)
 
 
 def rope_entry(rope: Rope) -> dict[str, Any]:
-    """The object of `config.json` that `read_rope` reads back."""
+    """The object of `config.json` for a rope; `read_rope` reads it back."""
     partial = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
     numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.numbers}
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **partial, **numbers}
 
 
 def factor_count(rope: Rope) -> int | None:
-    """How many pairs of dimensions longrope's lists are for, None for other types; `ValueError` where they differ."""
+    """Length of longrope's lists, None for other types; `ValueError` if the lists differ in length."""
     counts = {len(value) for _, value in rope.numbers if isinstance(value, tuple)}
     if len(counts) > 1:
         raise ValueError(f"short_factor and long_factor must be equally long, not {min(counts)} and {max(counts)}")
@@ -96,7 +97,7 @@ def factor_count(rope: Rope) -> int | None:
 
 
 def _number(name: str, value: Any) -> Any:
-    """A number of a scaling, checked; longrope's lists become tuples."""
+    """Checks a number of a scaling; longrope's lists become tuples."""
     if name in ("short_factor", "long_factor"):
         if not isinstance(value, list | tuple) or not value:
             raise ValueError(f"{name} must be a list of numbers, not {value!r}")
@@ -120,7 +121,7 @@ def _linear(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots:
 
 
 def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """Llama 3.1 (2407.21783): long waves are stretched, short ones are not, those between in part."""
+    """Llama 3.1 (2407.21783): stretches long wavelengths, keeps short ones, and interpolates between."""
     turns = numbers["original_max_position_embeddings"] * plain / np.float32(2 * math.pi)  # over the trained length
     low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -128,12 +129,12 @@ def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots:
 
 
 def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """YaRN (2309.00071): a ramp from kept to stretched over the dimensions, and a factor on the attention."""
+    """YaRN (2309.00071): a ramp over the dimensions from kept to stretched, and a factor on the attention."""
     length = numbers["original_max_position_embeddings"]
     factor = numbers["factor"]
 
     def dimension(turns: float) -> float:
-        """Which pair makes this many turns over the trained length."""
+        """The pair that makes this many turns over the trained length."""
         return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))
@@ -151,10 +152,8 @@ def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: i
     return scaled, attention
 
 
-def _longrope(
-    plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int
-) -> tuple[np.ndarray, float]:
-    """LongRoPE (2402.13753): each pair has a stretch of its own, and another one in rows past the trained length."""
+def _longrope(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
+    """LongRoPE (2402.13753): a stretch for each pair, and another set for rows past the trained length."""
     length, factor = numbers["original_max_position_embeddings"], numbers["factor"]
     stretch = numbers["long_factor" if slots > length else "short_factor"]
     attention = numbers.get("attention_factor")
@@ -169,7 +168,7 @@ def _yarn_scale(factor: float, scale: float = 1.0) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """A rope type: how it changes the plain frequencies, and which numbers it reads."""
+    """A rope type: its function on the plain frequencies, and the entries of `config.json` that it reads."""
 
     apply: Callable[[np.ndarray, float, int, dict, int], tuple[np.ndarray, float]]
     required: tuple[str, ...] = ()
@@ -183,11 +182,9 @@ class Scaling:
 SCALINGS: dict[str, Scaling] = {
     "default": Scaling(_default),
     "linear": Scaling(_linear, ("factor",)),
-    # Stretches only rows longer than max_position_embeddings (its factor), and none are longer here.
+    # Changes only rows longer than max_position_embeddings, which are not allowed here.
     "dynamic": Scaling(_default, ("factor",)),
-    "llama3": Scaling(
-        _llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    ),
+    "llama3": Scaling(_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
     "yarn": Scaling(
         _yarn,
         ("factor", "original_max_position_embeddings"),
@@ -199,4 +196,4 @@ SCALINGS: dict[str, Scaling] = {
         ("factor", "attention_factor"),
     ),
 }
-SAY_NOTHING = ("finetuned", "mrope_section")  # a note of Yarn-Llama-2's; of images, whose axes are one in text
+IGNORED = ("finetuned", "mrope_section")  # a remark in Yarn-Llama-2; axes of images, which text does not use

@@ -1,6 +1,6 @@
-"""How each parameter lies on the mesh: one table from names to axes, and what places trees by it.
+"""The sharding of parameters: one table from parameter names to mesh axes. Batches are in `distributed.mesh`.
 
-A name is "module.path/leaf", such as "layers.0.attention.q_proj/kernel". One that no row covers is an error.
+A name is "module.path/leaf", such as "layers.0.attention.q_proj/kernel". A name that no row covers is an error.
 """
 
 import functools
@@ -15,11 +15,11 @@ from jaxrlhf.distributed.mesh import put, replicated
 
 _REPLICATED = PartitionSpec()
 _COLUMN = PartitionSpec("fsdp", "tensor")  # [in, out]: each device computes some of the outputs
-_ROW = PartitionSpec("tensor", "fsdp")  # [in, out]: takes the outputs of a column-split layer as they lie
+_ROW = PartitionSpec("tensor", "fsdp")  # [in, out]: its inputs are the outputs of a column-split layer
 
-# (pattern on "module.path/leaf", axes of its dimensions); the first row that matches the end of a name counts.
-# A name may have more in front: optimizer states repeat the names of what they optimize. kernel_int8, kernel_nf4 and
-# kernel_scale of a quantised layer have the kernel's dimensions, some of them shorter, and lie as it would.
+# (pattern on "module.path/leaf", axes of its dimensions). The first row that matches the end of a name applies: in
+# optimizer states the names of the parameters have a prefix. kernel_int8, kernel_nf4 and kernel_scale of a quantised
+# layer have the kernel's dimensions, some of them shorter, and its axes.
 PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),  # [V, D]; tied, its transpose is the lm_head
     (r"embed_positions/embedding", PartitionSpec("tensor", "fsdp")),  # [positions, D]
@@ -31,7 +31,7 @@ PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"score/(kernel|bias)", _REPLICATED),  # [D, 1], [1]
     (r"\w*norm/(scale|bias)", _REPLICATED),  # [D]
     (r"(\w+_proj|lm_head)/bias", _REPLICATED),  # [out]
-    # A LoRA pair lies as its kernel does: lora_a [in, rank] like the inputs, lora_b [rank, out] like the outputs.
+    # A LoRA pair is split as its kernel: lora_a [in, rank] along the inputs, lora_b [rank, out] along the outputs.
     (r"(attention\.[qkv]_proj|mlp\.(gate|up)_proj|lm_head)/lora_a", PartitionSpec("fsdp")),
     (r"(attention\.[qkv]_proj|mlp\.(gate|up)_proj|lm_head)/lora_b", PartitionSpec(None, "tensor")),
     (r"(attention\.o_proj|mlp\.down_proj)/lora_a", PartitionSpec("tensor")),
@@ -49,10 +49,10 @@ def _axes_of(name: str) -> PartitionSpec:
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """How the parameter "module.path/leaf" of this shape lies on the mesh.
+    """The sharding on the mesh of the parameter "module.path/leaf" of this shape.
 
-    A dimension that its axis does not divide is replicated along it; scalars are replicated. Raises `ValueError`
-    for a name that no row of `PARAMETER_AXES` covers, or one whose row has more axes than it has dimensions.
+    A dimension that its axis does not divide is replicated along that axis; scalars are replicated. Raises `ValueError`
+    for a name that no row of `PARAMETER_AXES` covers, or whose row has more axes than the parameter has dimensions.
     """
     if not shape:
         return replicated(mesh)
@@ -64,7 +64,7 @@ def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedShar
 
 
 def leaf_name(path: Sequence[Any]) -> str:
-    """A leaf's name "module.path/leaf" from its path in a pytree of modules, dicts, lists and named tuples."""
+    """The name "module.path/leaf" of a leaf, from its path in a pytree of modules, dicts, lists and named tuples."""
     parts = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path]
     if len(parts) > 1 and parts[-1] == "value":  # the inside of an nnx.Param
         parts.pop()
@@ -73,14 +73,12 @@ def leaf_name(path: Sequence[Any]) -> str:
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """The sharding of each leaf of a module, an adapter or an optimizer state (arrays or shapes), by its name."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: parameter_sharding(mesh, leaf_name(path), leaf.shape), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, x: parameter_sharding(mesh, leaf_name(path), x.shape), tree)
 
 
 def shard(mesh: Mesh, tree: Any) -> Any:
-    """The same tree with each leaf where `tree_shardings` puts it, committed: its placement is part of a program.
+    """The tree with each leaf placed by `tree_shardings`, committed: programs are compiled for its placement.
 
-    A leaf that lies there already is not copied: donating the result gives away the given tree's buffers too.
+    A leaf that has its sharding already is not copied, so donating the result invalidates the argument too.
     """
     return jax.tree.map(put, tree, tree_shardings(mesh, tree))

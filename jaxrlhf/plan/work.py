@@ -164,7 +164,7 @@ class Role:
             if "lora_a" not in own:
                 continue
             down, up = own["lora_a"].size, own["lora_b"].size
-            if self.activations == np.float32 and find_module(base, path).merges:
+            if self.activations == np.float32 and find_module(base, path).can_merge:
                 counts.mergeable[_Pair(down + up, down * fan_out, down if first else 0)] += 1
                 self.merged_bytes += _bytes(own)
             else:

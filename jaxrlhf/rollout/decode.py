@@ -1,7 +1,7 @@
-"""The rollout: sample answers to a batch of prompts, in one compiled program.
+"""The rollout: samples completions for a batch of prompts, in one compiled program.
 
-B rows, P prompt tokens, R response tokens, S = P + R, V vocabulary. Of the rows b are at work: those whose answers have
-ended are left behind when half of them have, again and again (`Sampling.max_compactions`).
+B rows, P prompt tokens, R response tokens, S = P + R, V vocabulary, b active rows. When half of the active rows have
+finished, the batch is compacted to the others, up to `Sampling.max_compactions` times.
 """
 
 import jax
@@ -19,8 +19,8 @@ from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
 
 
 @struct.dataclass
-class _Answers:
-    """All rows: what they have so far."""
+class _Responses:
+    """The tokens that each row of the batch has sampled so far."""
 
     tokens: jax.Array  # i32[B,R]
     logprobs: jax.Array  # f32[B,R]
@@ -29,23 +29,28 @@ class _Answers:
 
 
 @struct.dataclass
-class _AtWork:
-    """The rows at work, and what the next step of decoding needs of each."""
+class _ActiveRows:
+    """The rows that still decode, and the inputs of their next step."""
 
-    row: jax.Array | None  # i32[b]; place among all rows; None: all of them are at work
+    index: jax.Array | None  # i32[b]; each row's place in the batch; None: every row is active
     alive: jax.Array  # bool[b]
     token: jax.Array  # i32[b]; the newest
-    prompt_slots: jax.Array  # bool[b,S]; slots with a token of the prompt
+    prompt_slots: jax.Array  # bool[b,S]; slots that hold a prompt token
     prompt_length: jax.Array  # i32[b]
     cache: Cache
 
+    @property
+    def places(self) -> jax.Array | slice:
+        """Index of the active rows in the batch. A slice for all of them keeps each row on its own device."""
+        return slice(None) if self.index is None else self.index
+
 
 def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.Array, sampling: Sampling) -> Rollout:
-    """Samples n = `samples_per_prompt` answers to each prompt, side by side. Each prompt is read once.
+    """Samples n = `samples_per_prompt` completions of each prompt, in adjacent rows. Each prompt is encoded once.
 
-    An answer ends with a stop token (kept, and real) or at `max_new_tokens`; what follows is pad and counts
-    for nothing. Logprobs are those of the whole distribution at `temperature`, also where top-k, top-p or
-    min-p narrow what is sampled; greedy answers (temperature 0) get logprobs at temperature 1.
+    A completion ends with a stop token, which is kept and real, or at `max_new_tokens`; padding follows. Logprobs are
+    those of the full distribution at `temperature`, also where top-k, top-p or min-p truncate it for sampling. Greedy
+    completions (temperature 0) get logprobs at temperature 1.
     """
     model = for_decoding(bind(base, adapter))
     n, P = sampling.samples_per_prompt, prompts.tokens.shape[1]
@@ -57,75 +62,78 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     temperature = jnp.where(greedy, 1.0, sampling.temperature)
     uniforms = constrain(row_uniforms(key, B, R), BATCH_AXES)
 
-    def extend(t: jax.Array, answers: _Answers, work: _AtWork, logits: jax.Array) -> tuple[_Answers, _AtWork]:
-        """Samples token t of each row at work from logits f32[b,V]."""
+    def extend(
+        t: jax.Array, responses: _Responses, active: _ActiveRows, logits: jax.Array
+    ) -> tuple[_Responses, _ActiveRows]:
+        """Samples token t of each active row from logits f32[b,V]."""
+        rows = active.places
         token = jax.lax.cond(
             greedy,
             lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            lambda: draw(truncate(logits / temperature, sampling), uniforms[_rows(work), t]),
+            lambda: draw(truncate(logits / temperature, sampling), uniforms[rows, t]),
         )
-        # The same function as when logprobs are recomputed: another order of the same sums would show.
+        # The function that recomputes logprobs later: sums in another order would give other logprobs.
         logprob = token_logprobs(logits[:, None], token[:, None], temperature)[0][:, 0]
-        alive = work.alive & ~jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
-        rows = _rows(work)
-        answers = _Answers(
-            tokens=answers.tokens.at[rows, t].set(jnp.where(work.alive, token, pad_token)),
-            logprobs=answers.logprobs.at[rows, t].set(jnp.where(work.alive, logprob, 0.0)),
-            mask=answers.mask.at[rows, t].set(work.alive),
-            alive=answers.alive.at[rows].set(alive),
+        alive = active.alive & ~jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
+        responses = _Responses(
+            tokens=responses.tokens.at[rows, t].set(jnp.where(active.alive, token, pad_token)),
+            logprobs=responses.logprobs.at[rows, t].set(jnp.where(active.alive, logprob, 0.0)),
+            mask=responses.mask.at[rows, t].set(active.alive),
+            alive=responses.alive.at[rows].set(alive),
         )
-        return answers, work.replace(alive=alive, token=token)
+        return responses, active.replace(alive=alive, token=token)
 
     slots = jnp.arange(P + R)
 
-    def decode(state: tuple[jax.Array, _Answers, _AtWork]) -> tuple[jax.Array, _Answers, _AtWork]:
+    def decode(state: tuple[jax.Array, _Responses, _ActiveRows]) -> tuple[jax.Array, _Responses, _ActiveRows]:
         """Runs the model on the newest token, t - 1, whose slot is P + t - 1, and samples token t."""
-        t, answers, work = state
+        t, responses, active = state
         at = P + t - 1
-        seen = work.prompt_slots | ((slots >= P) & (slots <= at))
-        positions = (work.prompt_length + t - 1)[:, None]
-        hidden, cache = model.hidden(work.token[:, None], positions, seen[:, None, :], work.cache, at)
-        return t + 1, *extend(t, answers, work.replace(cache=cache), model.logits(hidden)[:, 0])
+        visible = active.prompt_slots | ((slots >= P) & (slots <= at))
+        positions = (active.prompt_length + t - 1)[:, None]
+        hidden, cache = model.hidden(active.token[:, None], positions, visible[:, None, :], active.cache, at)
+        return t + 1, *extend(t, responses, active.replace(cache=cache), model.logits(hidden)[:, 0])
 
     segments = prompts.mask.astype(jnp.int32)
-    given = prompts.tokens, positions_of(segments), causal_mask(segments)
-    hidden, prompt_cache = model.hidden(*given, first=P - 1, slots=P + R)
+    hidden, prompt_cache = model.hidden(
+        prompts.tokens, positions_of(segments), causal_mask(segments), first=P - 1, slots=P + R
+    )
     prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
-    work = _AtWork(
-        row=None,
+    active = _ActiveRows(
+        index=None,
         alive=jnp.ones((B,), bool),
         token=jnp.zeros((B,), jnp.int32),
         prompt_slots=jnp.pad(prompt_mask, ((0, 0), (0, R))),
         prompt_length=jnp.sum(prompt_mask, axis=1, dtype=jnp.int32),
         cache=[layer.with_room(n, R) for layer in prompt_cache],
     )
-    answers = _Answers(
+    responses = _Responses(
         tokens=jnp.full((B, R), pad_token, jnp.int32),
         logprobs=jnp.zeros((B, R), jnp.float32),
         mask=jnp.zeros((B, R), bool),
-        alive=work.alive,
+        alive=active.alive,
     )
-    first = jnp.repeat(model.logits(hidden)[:, 0], n, axis=0)
-    state = (jnp.int32(1), *extend(jnp.int32(0), answers, work, first))
-    sizes = _sizes(B, sampling.max_compactions)
-    for rows, fewer in zip(sizes, (*sizes[1:], 0)):
-        state = (*state[:2], _first_alive(state[2], rows))
-        state = jax.lax.while_loop(lambda s, fewer=fewer: (s[0] < R) & (jnp.sum(s[2].alive) > fewer), decode, state)
-    _, answers, _ = state
+    first_logits = jnp.repeat(model.logits(hidden)[:, 0], n, axis=0)
+    state = (jnp.int32(1), *extend(jnp.int32(0), responses, active, first_logits))
+    sizes = _batch_sizes(B, sampling.max_compactions)
+    for size, next_size in zip(sizes, (*sizes[1:], 0)):
+        state = (*state[:2], _compact(state[2], size))
+        state = jax.lax.while_loop(lambda s, n=next_size: (s[0] < R) & (jnp.sum(s[2].alive) > n), decode, state)
+    responses = state[1]
     return Rollout(
-        tokens=jnp.concatenate([prompt_tokens, answers.tokens], axis=1),
-        mask=jnp.concatenate([prompt_mask, answers.mask], axis=1),
-        response_mask=answers.mask,
-        sample_logprobs=answers.logprobs,
-        ended=~answers.alive,
+        tokens=jnp.concatenate([prompt_tokens, responses.tokens], axis=1),
+        mask=jnp.concatenate([prompt_mask, responses.mask], axis=1),
+        response_mask=responses.mask,
+        sample_logprobs=responses.logprobs,
+        ended=~responses.alive,
         temperature=jnp.full((B,), temperature, jnp.float32),
     )
 
 
-def _sizes(rows: int, max_compactions: int) -> list[int]:
-    """How many rows are at work, from all on.
+def _batch_sizes(rows: int, max_compactions: int) -> list[int]:
+    """Sizes of the active batch, from `rows` down.
 
-    Rows that lie on several devices stay at work there: to move their caches takes longer.
+    A batch on several devices is not compacted: moving its caches would take longer than the rows that it saves.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if any(mesh.shape.get(axis, 1) > 1 for axis in BATCH_AXES):
@@ -134,16 +142,12 @@ def _sizes(rows: int, max_compactions: int) -> list[int]:
     return [rows, *dict.fromkeys(size for size in smaller if size < rows)]
 
 
-def _first_alive(work: _AtWork, rows: int) -> _AtWork:
-    """So many of the rows at work, those first whose answers go on."""
-    if rows == work.alive.shape[0]:
-        return work
-    if work.row is None:
-        work = work.replace(row=jnp.arange(work.alive.shape[0]))
-    kept = jnp.argsort(~work.alive, stable=True)[:rows]
-    return jax.tree.map(lambda x: x[kept], work)
-
-
-def _rows(work: _AtWork) -> jax.Array | slice:
-    """Where the rows at work stand among all. All are a slice, which leaves each row on its own device."""
-    return slice(None) if work.row is None else work.row
+def _compact(active: _ActiveRows, size: int) -> _ActiveRows:
+    """Returns `size` of the active rows; unfinished rows come first."""
+    rows = active.alive.shape[0]
+    if size == rows:
+        return active
+    if active.index is None:
+        active = active.replace(index=jnp.arange(rows))
+    kept = jnp.argsort(~active.alive, stable=True)[:size]
+    return jax.tree.map(lambda x: x[kept], active)

@@ -1,4 +1,4 @@
-"""From logits to a token: truncation, and a draw by three uniform numbers per row.
+"""From logits to a token: top-k, top-p and min-p truncation, and a draw by three uniform numbers per row.
 
 B rows, V vocabulary.
 """
@@ -10,17 +10,17 @@ from jaxrlhf.config import Sampling
 
 
 def truncates(sampling: Sampling) -> bool:
-    """Whether top-k, top-p or min-p make the sampled distribution another than the model's."""
+    """Whether top-k, top-p or min-p truncate the model's distribution."""
     return bool(sampling.top_k) or sampling.top_p is not None or sampling.min_p is not None
 
 
 def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits f32[B,V] with -inf on tokens that top-k, top-p (1904.09751) or min-p (2407.01082) leave out.
+    """Logits f32[B,V] with -inf on the tokens that top-k, top-p (1904.09751) or min-p (2407.01082) remove.
 
-    The three apply in that order, each to what the one before has kept. The likeliest token always stays, and
-    so do ties with the last one kept. Top-p keeps the fewest likeliest tokens that together have at least the
-    probability `top_p`, as Hugging Face and vLLM do; with `top_p_rule` "within" the most that have at most that, as
-    openai/lm-human-preferences does.
+    The three apply in that order, each to the tokens that the previous one kept. The likeliest token is always kept,
+    and so are ties with the last token kept. Top-p keeps the smallest set of likeliest tokens whose probability is at
+    least `top_p`, as Hugging Face and vLLM do. With `top_p_rule` "within" it keeps the largest set whose probability is
+    at most `top_p`, as openai/lm-human-preferences does.
     """
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -32,7 +32,7 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
         within = sums <= sampling.top_p if sampling.top_p_rule == "within" else sums - ordered < sampling.top_p
         within = within.at[:, 0].set(True)
         least = jnp.min(jnp.where(within, ordered, jnp.inf), axis=-1, keepdims=True)
-        # Rounded sums may pass 1 before a long vocabulary ends: at 1 nothing is left out.
+        # Rounded sums may pass 1 before the end of a long vocabulary; top_p 1 must keep every token.
         kept = (probabilities >= least) | (jnp.asarray(sampling.top_p) >= 1)
         logits = jnp.where(kept, logits, -jnp.inf)
     if sampling.min_p is not None:
@@ -44,45 +44,44 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def draw(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
     """Tokens i32[B] distributed as softmax(logits f32[B,V]), by inverting the cumulative distribution.
 
-    `uniforms` are f32[B,3] in [0, 1), of `row_uniforms`. The vocabulary lies in a cube: the first number finds a slab
-    by the slabs' sums, the second a line in the slab, the third a token in the line. Each is inverted from the least
-    likely on (`_hit`), so that the probability of every token, however small, is right to a relative 1e-5 or so. One
-    sum over the vocabulary would end at the steps of float32, 2^-24, at which most of 152,000 tokens have no place.
+    `uniforms` are f32[B,3] in [0, 1) from `row_uniforms`. The vocabulary is arranged as a cube: the first number picks
+    a slab, the second a line in the slab, the third a token in the line. Each pick (`_pick`) sums from the least likely
+    item up, so the probability of every token has a relative error of about 1e-5, however small it is. One sum over
+    the vocabulary would round to 2^-24, which is more than the probability of most of 152,000 tokens.
     """
     B, V = logits.shape
     side = max(1, round(V ** (1 / 3)))
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     cube = jnp.pad(weights, ((0, 0), (0, -V % side**2))).reshape(B, -1, side, side)
     rows, lines = jnp.arange(B), jnp.sum(cube, axis=1)  # sums over the last axis would take longer
-    k = _hit(jnp.sum(lines, axis=1), uniforms[:, 0])
-    j = _hit(lines[rows, :, k], uniforms[:, 1])
-    i = _hit(cube[rows, :, j, k], uniforms[:, 2])
+    k = _pick(jnp.sum(lines, axis=1), uniforms[:, 0])
+    j = _pick(lines[rows, :, k], uniforms[:, 1])
+    i = _pick(cube[rows, :, j, k], uniforms[:, 2])
     return (i * side + j) * side + k
 
 
-def _hit(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Places i32[B], distributed as weights f32[B,n] over their sum; a weight of 0 is never hit.
+def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Indices i32[B] distributed as weights f32[B,n] over their sum; a weight of 0 is never picked.
 
-    The cumulative sum goes from the least weight to the greatest: there both it and a small uniform number f32[B] are
-    fine-grained, and no weight is lost beside a greater one. Equal weights go by place. As n is small, each sum is
-    taken by comparison with all others, which is cheaper than sorting.
+    The cumulative sum goes from the smallest weight to the largest, so no small weight is lost in the rounding of a
+    larger sum. Equal weights are ordered by index. Each sum compares all pairs: n is small, and sorting costs more.
     """
-    places = jnp.arange(weights.shape[-1])
+    index = jnp.arange(weights.shape[-1])
     this, other = weights[:, :, None], weights[:, None, :]
-    before = (other < this) | ((other == this) & (places <= places[:, None]))
+    before = (other < this) | ((other == this) & (index <= index[:, None]))
     cumulative = jnp.sum(jnp.where(before, other, 0.0), axis=-1)
     threshold = uniform * jnp.max(cumulative, axis=-1)
-    passed = jnp.where((weights > 0) & (cumulative > threshold[:, None]), cumulative, jnp.inf)
-    # Rounding may take the threshold up to the whole sum: that is the greatest weight's.
-    greatest = jnp.argmax(cumulative, axis=-1)
-    return jnp.where(jnp.isinf(jnp.min(passed, axis=-1)), greatest, jnp.argmin(passed, axis=-1)).astype(jnp.int32)
+    above = jnp.where((weights > 0) & (cumulative > threshold[:, None]), cumulative, jnp.inf)
+    # The threshold may round up to the total; then the largest weight is picked.
+    largest = jnp.argmax(cumulative, axis=-1)
+    return jnp.where(jnp.isinf(jnp.min(above, axis=-1)), largest, jnp.argmin(above, axis=-1)).astype(jnp.int32)
 
 
 def row_uniforms(key: jax.Array, rows: int, steps: int) -> jax.Array:
-    """Uniform numbers f32[rows, steps, 3] in [0, 1), each three from a key folded with its row's global index and step.
+    """Uniform numbers f32[rows, steps, 3] in [0, 1), from the key folded with the row's global index and the step.
 
-    So a row's numbers depend neither on how many rows, steps or devices there are. A number is made of 64 bits and
-    has all digits of float32 also where it is small: 1e-9 is hit as often as it should be, not 4 times in 2^32.
+    A row's numbers do not depend on the number of rows, steps or devices. A number is made of 64 random bits, so that
+    small numbers have float32's full precision: 32 bits would be multiples of 2^-32.
     """
 
     def one(row: jax.Array, step: jax.Array) -> jax.Array:

@@ -178,7 +178,7 @@ def test_rates_of_products_have_the_precision_of_the_run(monkeypatch):
         (["ppo.advantage.estimator=rloo"], "ppo.sampling.samples_per_prompt"),
         (["ppo.sampling.pad_token=99999"], "ids from 0 to 4095"),
         (["--json", "/proc/version"], "--json: '/proc/version' cannot be written"),
-        (["model.attention=cudnn", "model.dtype=bfloat16"], "model.attention: cudnn is for NVIDIA GPUs"),
+        (["model.attention=cudnn", "model.dtype=bfloat16"], "model.attention: cudnn needs an NVIDIA GPU"),
         (["compiler_options.rollout.xla_no=1"], "compiler_options.rollout.xla_no"),
         (["ppo.bach_size=3"], "ppo.batch_size"),
     ],

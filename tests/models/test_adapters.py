@@ -198,7 +198,7 @@ def test_a_lora_adapter_as_a_whole_one(small, batch, forward, lora, head):
     assert is_full(whole) and not is_full(adapter)
     jax.tree.map(np.testing.assert_array_equal, as_kind(small, whole, "full"), whole)
     jax.tree.map(np.testing.assert_array_equal, as_kind(small, adapter, "lora"), adapter)
-    with pytest.raises(UserError, match="holds whole weights"):
+    with pytest.raises(UserError, match="holds full weights"):
         as_kind(small, whole, "lora")
 
 

@@ -140,9 +140,9 @@ def test_decoding_calls_it_for_the_prompts_alone(as_if_installed, plain):
 @pytest.mark.parametrize(
     ("change", "tensor", "said"),
     [
-        ({"attention_softcap": 50.0}, 1, "no soft cap .*50.*take xla"),
-        ({"head_dim": 20}, 1, "multiple of 8 .*have 20; take xla"),
-        ({"head_dim": 512}, 1, "at most 256 .*have 512; take xla"),
+        ({"attention_softcap": 50.0}, 1, "no soft cap .*50.*use xla"),
+        ({"head_dim": 20}, 1, "multiple of 8 .*model's is 20; use xla"),
+        ({"head_dim": 512}, 1, "at most 256, .*model's is 512; use xla"),
         ({}, 4, "4 and 2 heads cannot both be split over mesh.tensor=4"),
         ({}, 2, None),
         ({"head_dim": 256}, 1, None),

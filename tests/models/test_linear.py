@@ -57,5 +57,5 @@ def test_a_pair_that_bfloat16_would_lose_in_its_kernel_counts():
     layer = Linear(jnp.ones((4, 4), jnp.bfloat16))
     layer.lora_a, layer.lora_b, layer.lora_scale = jnp.zeros((4, 1)).at[0].set(1e-3), jnp.ones((1, 4)), jnp.float32(1)
     changed = layer(jnp.array([[1.0, -1.0, 1.0, -1.0]], jnp.bfloat16))
-    assert not layer.merges
+    assert not layer.can_merge
     np.testing.assert_allclose(changed.astype(jnp.float32), 1e-3, rtol=1e-2)
