@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-
 _gelu = functools.partial(jax.nn.gelu, approximate=False)
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 

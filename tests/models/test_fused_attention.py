@@ -143,7 +143,7 @@ def test_decoding_calls_it_for_the_prompts_alone(as_if_installed, plain):
         ({"attention_softcap": 50.0}, 1, "no soft cap .*50.*use xla"),
         ({"head_dim": 20}, 1, "multiple of 8 .*model's is 20; use xla"),
         ({"head_dim": 512}, 1, "at most 256, .*model's is 512; use xla"),
-        ({}, 4, "4 and 2 heads cannot both be split over mesh.tensor=4"),
+        ({}, 4, "4 query heads and 2 key heads do not both divide by mesh.tensor=4"),
         ({}, 2, None),
         ({"head_dim": 256}, 1, None),
     ],
@@ -161,8 +161,8 @@ def test_a_model_that_cudnn_cannot_compute_is_one_line(change, tensor, said):
 @pytest.mark.parametrize(
     ("device", "head_dim", "said"),
     [
-        (("cpu", "cpu", None), 64, "for NVIDIA GPUs, and this machine's devices are cpu"),
-        (("gpu", "rocm 6", "gfx942"), 64, "for NVIDIA GPUs"),
+        (("cpu", "cpu", None), 64, "needs an NVIDIA GPU, but this machine's devices are cpu"),
+        (("gpu", "rocm 6", "gfx942"), 64, "needs an NVIDIA GPU"),
         (("gpu", "PJRT C API\ncuda 12080", "8.0"), 256, "from Hopper on"),
         (("gpu", "PJRT C API\ncuda 12080", "9.0"), 64, "does not work on this machine .cuDNN is not detected"),
     ],
