@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.decoder_tensors import pending
 from jaxrlhf.hf.folders import check_replaceable, written_once
-from jaxrlhf.hf.layout import pending
 from jaxrlhf.hf.tensor_files import StoredTensor, read_json, read_tensors, write_json, write_tensors
 from jaxrlhf.models.adapters import HEAD, SCORE
 from jaxrlhf.models.decoder import Decoder, linear_shapes, named_parameters

@@ -20,9 +20,17 @@ import numpy as np
 
 from jaxrlhf.data.tokenizers import Tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.decoder_tensors import (
+    in_dtype,
+    load_parameter,
+    match,
+    merged_tensors,
+    pending,
+    plain_tensors,
+    read_decoder,
+)
 from jaxrlhf.hf.families import FAMILIES, address_of, config_document, read_config
 from jaxrlhf.hf.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
-from jaxrlhf.hf.layout import in_dtype, load_parameter, match, merged_tensors, pending, plain_tensors, read_decoder
 from jaxrlhf.hf.peft import with_adapter
 from jaxrlhf.hf.tensor_files import (
     StoredTensor,

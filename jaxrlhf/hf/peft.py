@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.decoder_tensors import in_dtype, pending
 from jaxrlhf.hf.families import address_of
 from jaxrlhf.hf.family import Part
 from jaxrlhf.hf.folders import PEFT_INFO, check_dtype, check_replaceable, written_once
-from jaxrlhf.hf.layout import in_dtype, on_host, pending
 from jaxrlhf.hf.peft_config import NEWER_NAMES, PeftConfig, peft_document, read_peft_config
 from jaxrlhf.hf.peft_full import EMBEDDING, beyond_peft, check_foldable, folded_dora, module_of, whole_weights
 from jaxrlhf.hf.tensor_files import Pending, StoredTensor, read_json, read_tensors, write_json, write_tensors
@@ -210,7 +211,7 @@ def _own_ranks(b_OR: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 def _fused_pair(layer: _Layer, adapter: Adapter) -> tuple[np.ndarray, np.ndarray, np.float32] | None:
     """(A [R, in], B [out, R], scale) of the pairs in a layer, which become one; None where there are none."""
     pairs = [
-        (outputs, *(on_host(adapter[ours][leaf]) for leaf in LORA_LEAVES))
+        (outputs, *(fetch(adapter[ours][leaf]) for leaf in LORA_LEAVES))
         for ours, outputs in layer.outputs.items()
         if "lora_a" in adapter.get(ours, {})
     ]

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.decoder_tensors import load_parameter, stored_shape
 from jaxrlhf.hf.families import address_of
-from jaxrlhf.hf.layout import load_parameter, stored_shape
 from jaxrlhf.hf.peft_config import NEWER_NAMES, PeftConfig
 from jaxrlhf.hf.tensor_files import StoredTensor
 from jaxrlhf.models.adapters import HEAD, SCORE

@@ -1,7 +1,7 @@
-"""Safetensors files, one or sharded, read lazily as numpy views of the file and written back.
+"""Safetensors files, single or sharded: read lazily as numpy views of the file, and written.
 
-The library's own numpy reader knows no bfloat16 and hands out whole tensors; a view of the mapped file lets
-each device's slice be read alone. Pickle files are refused.
+The library's numpy reader has no bfloat16 and returns full tensors; a view of the mapped file lets each device read
+only its slice. Pickle files are refused.
 """
 
 import dataclasses
@@ -19,38 +19,44 @@ from jaxrlhf.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-# Bytes per number of what else a file may hold: old checkpoints keep causal masks as U8 or BOOL beside their weights.
+# Bytes per number of other dtypes in a file: old checkpoints keep causal masks as U8 or BOOL beside their weights.
 OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4}
 OTHER_SIZES |= {"U64": 8, "I64": 8, "F64": 8}
-HEADER_LIMIT = 100_000_000  # bytes, the library's own
+HEADER_LIMIT = 100_000_000  # bytes, as in the library
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: where, not what."""
+    """The location of a tensor in a file."""
 
     name: str
     file: Path
-    dtype: str  # the file's name for it: F32, BF16, ...
+    dtype: str  # safetensors' name: F32, BF16, ...
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
-    end: int  # the byte behind its last one
+    end: int  # the byte after its last one
 
     def check_dtype(self) -> None:
-        """`UserError` where its numbers are none that weights may be."""
+        """Raises `UserError` if the dtype is not one of `DTYPES`."""
         if self.dtype not in DTYPES:
             raise UserError(
-                f"{self.file}: tensor {self.name} is stored as {self.dtype}; one of {', '.join(DTYPES)} can be read"
+                f"{self.file}: tensor {self.name} is stored as {self.dtype}; must be one of {', '.join(DTYPES)}"
             )
 
+    def check_shape(self, shape: tuple[int, ...], source: str) -> None:
+        """Raises `UserError` if the tensor has not the shape that `source` requires."""
+        if self.shape != shape:
+            found, required = list(self.shape), list(shape)
+            raise UserError(f"{self.file}: tensor {self.name} has shape {found}; {source} requires {required}")
+
     def view(self) -> np.ndarray:
-        """The tensor as a read-only view of the file; nothing is read until it is sliced."""
+        """The tensor as a read-only view of the file; nothing is read before it is sliced."""
         return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A tensor that is to be written; `fetch` brings it to the host when its turn comes."""
+    """A tensor to be written; `fetch` copies it to the host just before that."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -62,7 +68,7 @@ class Pending:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; `UserError` where there is none."""
+    """The JSON object in a file; `UserError` if there is none."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -79,16 +85,16 @@ def write_json(file: Path, document: dict[str, Any]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file holds, by name, from its header alone.
+    """The tensors of a safetensors file by name; only its header is read.
 
-    Raises `UserError` naming file and tensor where the file is truncated or its header contradicts itself. Which
-    tensors can be used is for the caller to ask: `StoredTensor.check_dtype`.
+    Raises `UserError` naming file and tensor if the file is truncated or its header is inconsistent. Dtypes are not
+    checked: see `StoredTensor.check_dtype`.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            # Checked before it is read: a file that is not safetensors would ask for any amount of memory.
+            # The length is checked first: in another kind of file it may be any number.
             header = json.loads(stream.read(length)) if 8 + length <= size and length <= HEADER_LIMIT else None
     except OSError as error:
         raise UserError(f"{file}: not readable ({error.strerror})") from None
@@ -103,36 +109,35 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model folder: `model.safetensors`, or the shards that its index names."""
+    """All tensors of a model folder: those of `model.safetensors`, or of the shards in its index."""
     if (folder / SINGLE).exists():
         return read_tensors(folder / SINGLE)
     if not (folder / INDEX).exists():
         pickles = sorted(f.name for ending in ("bin", "pt", "pth", "ckpt") for f in folder.glob(f"*.{ending}"))
         if pickles:
             raise UserError(f"{folder / pickles[0]}: pickle files are not read; convert to safetensors")
-        raise UserError(f"{folder}: no weights: {SINGLE} or {INDEX} must be there")
+        raise UserError(f"{folder}: no weights; {SINGLE} or {INDEX} must be in this folder")
     index = folder / INDEX
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) and Path(v).name == v for v in places.values()):
-        raise UserError(f"{index}: weight_map must be an object of tensor names and file names of this folder")
-    for shard in set(places.values()):
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(v, str) and Path(v).name == v for v in shards.values()):
+        raise UserError(f"{index}: weight_map must be an object of tensor names and file names in this folder")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(shards.values())):
         if not shard.endswith(".safetensors"):
             raise UserError(f"{index}: names {shard}: only safetensors files are read; convert it")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(places.values())):
         if not (folder / shard).exists():
             raise UserError(f"{index}: names {shard}, which is not in the folder")
         tensors.update(read_tensors(folder / shard))
-    for name, shard in places.items():
+    for name, shard in shards.items():
         if name not in tensors:
-            raise UserError(f"{folder / shard}: tensor {name} is missing, though {INDEX} says it is there")
+            raise UserError(f"{folder / shard}: tensor {name} is missing, but {INDEX} lists it")
     return tensors
 
 
 def main_dtype(tensors: Iterable[StoredTensor]) -> str:
-    """The dtype that holds most of the tensors' numbers: "float32", "bfloat16" or "float16".
+    """The dtype of most of the checkpoint's numbers: "float32", "bfloat16" or "float16".
 
-    A checkpoint may keep norms or a router wider than its kernels, and they are few.
+    A checkpoint may keep a few small tensors, such as norms, wider than its kernels.
     """
     sizes: dict[str, int] = {}
     for tensor in tensors:
@@ -143,25 +148,25 @@ def main_dtype(tensors: Iterable[StoredTensor]) -> str:
 def write_checkpoint(folder: Path, tensors: dict[str, Pending], max_shard_bytes: int, primary: bool = True) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_bytes` (or one tensor) each, and their index.
 
-    One shard is on the host at a time. Every process fetches, because fetching may gather over all of them;
-    only the `primary` one writes.
+    One shard is on the host at a time. Every process fetches, because fetching may be a collective; only the `primary`
+    one writes.
     """
     shards: list[list[str]] = [[]]
-    room = max_shard_bytes
+    bytes_left = max_shard_bytes
     for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
+        if tensor.nbytes > bytes_left and shards[-1]:
             shards.append([])
-            room = max_shard_bytes
+            bytes_left = max_shard_bytes
         shards[-1].append(name)
-        room -= tensor.nbytes
-    places = {}
+        bytes_left -= tensor.nbytes
+    weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, {name: tensors[name] for name in shard}, primary)
-        places |= dict.fromkeys(shard, file)
+        weight_map |= dict.fromkeys(shard, file)
     if primary and len(shards) > 1:
         total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        write_json(folder / INDEX, {"metadata": total, "weight_map": dict(sorted(places.items()))})
+        write_json(folder / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def write_tensors(file: Path, tensors: dict[str, Pending], primary: bool = True) -> None:
@@ -170,15 +175,10 @@ def write_tensors(file: Path, tensors: dict[str, Pending], primary: bool = True)
 
     fetched = {name: np.asarray(tensor.fetch(), order="C") for name, tensor in tensors.items()}
     if primary:
-        save_file(fetched, file, metadata={"format": "pt"})  # transformers opens no other format entry
-        file.chmod(0o666 & ~_umask())  # the library makes files that only their owner can read
-
-
-def _umask() -> int:
-    """What new files are not allowed; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        save_file(fetched, file, metadata={"format": "pt"})  # transformers requires this entry
+        umask = os.umask(0)  # the umask can only be read by setting it
+        os.umask(umask)
+        file.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
 
 
 def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:
@@ -198,11 +198,11 @@ def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredT
 
 
 def _check_cover(file: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
-    """`UserError` unless the tensors lie side by side to the file's end: offsets that overlap give wrong weights."""
+    """Raises `UserError` unless the tensors fill the file without gaps: overlapping offsets give wrong weights."""
     at = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.end)):
         if tensor.offset != at:
             raise UserError(f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, not {at}: a corrupt file")
         at = tensor.end
     if at != size:
-        raise UserError(f"{file}: {size - at} bytes after its last tensor belong to none: a corrupt file")
+        raise UserError(f"{file}: {size - at} bytes after its last tensor are unused: a corrupt file")

@@ -11,9 +11,9 @@ import jax
 
 from jaxrlhf.data.tokenizers import Tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
+from jaxrlhf.hf.decoder_tensors import match, merged_tensors, plain_tensors, read_decoder, untie_if_different
 from jaxrlhf.hf.families import address_of, config_document, read_config, token_entry, token_ids
 from jaxrlhf.hf.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
-from jaxrlhf.hf.layout import match, merged_tensors, plain_tensors, read_decoder, tied_as_stored
 from jaxrlhf.hf.peft import with_adapter
 from jaxrlhf.hf.tensor_files import main_dtype, read_checkpoint, read_json, write_checkpoint, write_json
 from jaxrlhf.models.config import DecoderConfig
@@ -46,7 +46,7 @@ def load_pretrained(
         raise UserError(f"{path}: an adapter is not merged into {quantize} codes: merge it first, or drop quantize")
     document = read_json(folder / "config.json")
     config = read_config(document, str(folder / "config.json"))
-    config, tensors = tied_as_stored(config, plain_tensors(read_checkpoint(folder)), folder)
+    config, tensors = untie_if_different(config, plain_tensors(read_checkpoint(folder)), folder)
     stored = match(config, tensors, folder)
     dtype = main_dtype(stored.values()) if dtype == AUTO else dtype
     tokenizer = (load_tokenizer(str(adapter)) if adapter else None) or load_tokenizer(str(folder))

@@ -271,7 +271,7 @@ def test_an_index_that_names_an_absent_shard(small, tmp_path):
 
 def test_nothing_is_built_before_everything_is_checked(folder, monkeypatch):
     edit(lambda t: t.pop("model.norm.weight"))(folder)
-    monkeypatch.setattr("jaxrlhf.hf.layout.load_parameter", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("jaxrlhf.hf.decoder_tensors.load_parameter", lambda *_: pytest.fail("a tensor was read"))
     refused(lambda: load_pretrained(folder), "model.norm.weight")
 
 

@@ -1,0 +1,244 @@
+"""Reads a decoder's parameters from the tensors of a checkpoint, and turns them back into tensors to write.
+
+All headers are checked before anything is built. Then each device reads its own slices from the mapped files, so no
+host or device holds more than it keeps.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.distributed.mesh import fetch
+from jaxrlhf.errors import UserError
+from jaxrlhf.hf.families import FAMILIES, address_of, is_ignored
+from jaxrlhf.hf.family import TensorAddress
+from jaxrlhf.hf.tensor_files import Pending, StoredTensor
+from jaxrlhf.hf.wrappers import plain_name
+from jaxrlhf.models.adapters import merge
+from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.decoder import Decoder, abstract_decoder, linear_shapes, named_parameters, with_parameters
+from jaxrlhf.models.quantize import abstract_quantized, kind_of, load_quantized
+from jaxrlhf.models.sharding import parameter_sharding
+from jaxrlhf.models.target import target_of
+from jaxrlhf.records import Adapter
+from jaxrlhf.tracking.notices import notice
+
+
+def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """Parameter name -> stored tensor, for every parameter; `UserError` if one is missing or has another shape.
+
+    Tensors that the decoder does not use (a value head, a vision tower, layers that `config.json` does not mention) are
+    skipped with a notice; transformers warns.
+    """
+    matched, used = {}, set()
+    for name, parameter in named_parameters(abstract_decoder(config)).items():
+        address = address_of(config, name)
+        tensor_name = _name_in(tensors, config, address.tensor)
+        if tensor_name not in tensors:
+            hint = ""
+            if name == "lm_head/kernel":
+                hint = "; if the head is tied to the embedding, config.json must have tie_word_embeddings: true"
+            raise UserError(f"{folder}: tensor {tensor_name} is missing; {folder / 'config.json'} requires it{hint}")
+        tensor = matched[name] = tensors[tensor_name]
+        used.add(tensor_name)
+        tensor.check_dtype()
+        tensor.check_shape(stored_shape(parameter.shape, config, address), "config.json")
+    unused = [tensor.name for name, tensor in tensors.items() if name not in used and not is_ignored(config, name)]
+    if unused:
+        notice(f"{folder}: skipped tensors that this {config.family} decoder does not use: {_summary(unused)}")
+    return matched
+
+
+def plain_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A checkpoint's tensors by the names of the plain text model, also if the model is multimodal."""
+    return {plain_name(name): tensor for name, tensor in tensors.items()}
+
+
+def untie_if_different(
+    config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path
+) -> tuple[DecoderConfig, dict[str, StoredTensor]]:
+    """Config and tensors after the tensors have decided whether embedding and head are tied, as in transformers 5.
+
+    A tied head that differs from the embedding is untied. A tied head without an embedding is used as the embedding.
+    """
+    head, embedding = (
+        _name_in(tensors, config, address_of(config, name).tensor)
+        for name in ("lm_head/kernel", "embed_tokens/embedding")
+    )
+    if not config.tie_embeddings or head not in tensors:
+        return config, tensors
+    if embedding not in tensors:
+        return config, {name: tensor for name, tensor in tensors.items() if name != head} | {embedding: tensors[head]}
+    if _equal(tensors[head], tensors[embedding]):
+        return config, tensors
+    notice(f"{folder}: config.json ties the embedding to the head, but {embedding} and {head} differ: both are read")
+    return dataclasses.replace(config, tie_embeddings=False), tensors
+
+
+def _name_in(tensors: dict[str, StoredTensor], config: DecoderConfig, tensor: str) -> str:
+    """The name of a family's tensor in this checkpoint; models saved without their head lack the family's prefix."""
+    prefix = FAMILIES[config.family].prefix
+    has_prefix = any(name.startswith(prefix) for name in tensors)
+    return tensor if has_prefix else tensor.removeprefix(prefix)
+
+
+def _equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
+    """Whether two tensors hold the same numbers, compared a few rows at a time."""
+    for tensor in (one, other):
+        tensor.check_dtype()
+    if one.shape != other.shape:
+        return False
+    a, b = one.view(), other.view()
+    parts = (slice(start, start + rows) for start in range(0, len(a), rows))
+    return all(np.array_equal(a[part].astype(np.float32), b[part].astype(np.float32)) for part in parts)
+
+
+def _summary(names: list[str], shown: int = 4) -> str:
+    """Lists tensors by module, the largest groups first: "v_head.summary (2 tensors), lm_head.bias and 7 more"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.split(r"\.\d+\.|\.[^.]+$", name)[0], []).append(name)
+    largest = sorted(groups.items(), key=lambda item: -len(item[1]))
+    listed = [f"{group} ({len(inside)} tensors)" if len(inside) > 1 else inside[0] for group, inside in largest[:shown]]
+    rest = sum(len(inside) for _, inside in largest[shown:])
+    return ", ".join(listed) + (f" and {rest} more" if rest else "")
+
+
+def read_decoder(
+    config: DecoderConfig,
+    stored: dict[str, StoredTensor],
+    dtype: str,
+    mesh: jax.sharding.Mesh | None,
+    quantize: str | None = None,
+) -> Decoder:
+    """The decoder with the tensors that `match` returned, sharded on the mesh, with the mesh's devices as target."""
+    config = dataclasses.replace(config, target=target_of(mesh))
+    abstract, values = abstract_decoder(config, dtype), {}
+    quantized = {} if quantize is None else linear_shapes(abstract)
+    for name, parameter in named_parameters(abstract).items():
+        module, _, leaf = name.partition("/")
+        address = address_of(config, name)
+        if leaf == "kernel" and module in quantized:
+            columns = _column_reader(stored[name], config, address)
+            values |= load_quantized(module, kind_of(config, module, quantize), parameter.shape, columns, mesh)
+            continue
+        sharding = None if mesh is None else parameter_sharding(mesh, name, parameter.shape)
+        values[name] = load_parameter(stored[name], parameter, config, address, sharding)
+    return with_parameters(abstract if quantize is None else abstract_quantized(abstract, quantize), values)
+
+
+def stored_shape(shape: tuple[int, ...], config: DecoderConfig, address: TensorAddress) -> tuple[int, ...]:
+    """The shape of the checkpoint's tensor that holds a parameter of this shape."""
+    if address.part is not None:
+        shape = (*shape[:-1], address.part.groups(config) * sum(address.part.sizes(config)))
+    return shape[::-1] if address.transposed else shape
+
+
+def _view(stored: StoredTensor, config: DecoderConfig, address: TensorAddress) -> np.ndarray:
+    """A parameter as a view of its file; a part of a fused tensor that is stored in groups is copied."""
+    view = stored.view().T if address.transposed else stored.view()
+    if address.part is None:
+        return view
+    sizes, groups = address.part.sizes(config), address.part.groups(config)
+    start = sum(sizes[: address.part.index])
+    outputs = slice(start, start + sizes[address.part.index])
+    if groups == 1:
+        return view[..., outputs]
+    return view.reshape(*view.shape[:-1], groups, sum(sizes))[..., outputs].reshape(*view.shape[:-1], -1)
+
+
+def _column_reader(
+    stored: StoredTensor, config: DecoderConfig, address: TensorAddress
+) -> Callable[[slice], np.ndarray]:
+    """Returns a function that reads columns (outputs) of a kernel as float32."""
+    view = _view(stored, config, address)
+
+    def read(columns: slice) -> np.ndarray:
+        part = np.array(view[:, columns], np.float32)
+        if not np.isfinite(part).all():
+            raise UserError(f"{stored.file}: tensor {stored.name} has NaN or infinite values, which have no codes")
+        return part
+
+    return read
+
+
+def load_parameter(
+    stored: StoredTensor,
+    parameter: jax.ShapeDtypeStruct,
+    config: DecoderConfig,
+    address: TensorAddress,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """Reads a parameter onto its devices; each slice is read and cast separately."""
+    view = _view(stored, config, address)
+
+    def read(index: Any) -> np.ndarray:
+        # Always a copy: on CPU a jax array may share numpy's memory, and the file may change.
+        with np.errstate(over="ignore"):
+            part = np.array(view[index], dtype=parameter.dtype, order="C")
+        if parameter.dtype == jnp.float16 and not np.isfinite(part).all():
+            raise UserError(f"{stored.file}: tensor {stored.name} does not fit float16; load it as bfloat16 or float32")
+        return part
+
+    if sharding is None:
+        return jnp.asarray(read(...))
+    return jax.make_array_from_callback(parameter.shape, sharding, read)
+
+
+def merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) -> tuple[dict[str, Pending], str]:
+    """(the checkpoint's tensors of base and adapter, their dtype); None is the base's dtype."""
+
+    def widen(value: jax.Array) -> jax.Array:
+        return value.astype(jnp.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+    own_dtype = named_parameters(base)["embed_tokens/embedding"].dtype.name
+    exact = base if dtype in (None, own_dtype) else jax.tree.map(widen, base)
+    parts: dict[str, list[tuple[TensorAddress, jax.Array]]] = {}
+    for name, value in named_parameters(merge(exact, adapter)).items():
+        address = address_of(base.config, name)
+        parts.setdefault(address.tensor, []).append((address, value))
+    tensors = {name: _fused(base.config, values) for name, values in parts.items()}
+    return {name: in_dtype(name, tensor, dtype) for name, tensor in tensors.items()}, dtype or own_dtype
+
+
+def _fused(config: DecoderConfig, parts: list[tuple[TensorAddress, jax.Array]]) -> Pending:
+    """The checkpoint's tensor that these parameters of ours are stored in; they are joined when it is fetched."""
+    address, first = parts[0]
+    if address.part is None:
+        return pending(first, address.transposed)
+    groups = address.part.groups(config)
+    ordered = [value for _, value in sorted(parts, key=lambda part: part[0].part.index)]
+
+    def join() -> np.ndarray:
+        grouped = [value.reshape(*value.shape[:-1], groups, -1) for value in map(fetch, ordered)]
+        fused = np.concatenate(grouped, axis=-1).reshape(*first.shape[:-1], -1)
+        return fused.T if address.transposed else fused
+
+    return Pending(first.dtype, stored_shape(first.shape, config, address), join)
+
+
+def pending(value: jax.Array, transposed: bool = False) -> Pending:
+    """An array as a tensor to be written."""
+    shape = value.shape[::-1] if transposed else value.shape
+    return Pending(value.dtype, shape, lambda: fetch(value).T if transposed else fetch(value))
+
+
+def in_dtype(name: str, tensor: Pending, dtype: str | None) -> Pending:
+    """The tensor `name`, rounded to `dtype` when it is fetched; None keeps its dtype."""
+    if dtype is None or tensor.dtype == jnp.dtype(dtype):
+        return tensor
+
+    def fetch_rounded() -> np.ndarray:
+        with np.errstate(over="ignore"):
+            rounded = tensor.fetch().astype(jnp.dtype(dtype))
+        if dtype == "float16" and not np.isfinite(rounded).all():
+            raise UserError(f"dtype: tensor {name} does not fit float16; give bfloat16 or float32")
+        return rounded
+
+    return Pending(jnp.dtype(dtype), tensor.shape, fetch_rounded)
