@@ -1,4 +1,4 @@
-"""Adapters as folders of their own: `adapter.safetensors` and `adapter.json`.
+"""Adapter folders: `adapter.safetensors` and `adapter.json`.
 
 Not here: PEFT's format (`peft.py`), which `load_adapter` opens too.
 """
@@ -23,7 +23,7 @@ ADAPTER_FORMAT, ADAPTER_VERSION = "jaxrlhf-adapter", 1
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
-    """Writes an adapter, scalar head included: `adapter.safetensors` and `adapter.json`, all or nothing."""
+    """Writes an adapter with its scalar head as `adapter.safetensors` and `adapter.json`, atomically."""
     target = Path(path).expanduser().absolute()
     check_replaceable(target, ADAPTER_INFO)
     leaves = {f"{module}/{leaf}": value for module, values in adapter.items() for leaf, value in values.items()}
@@ -42,9 +42,9 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
 
 
 def load_adapter(path: str | Path, base: Decoder) -> Adapter:
-    """An adapter that `save_adapter` or PEFT wrote, checked against the base it is for; see `peft.load_peft`.
+    """The adapter in a folder of `save_adapter` or PEFT (see `peft.load_peft`), checked against its base.
 
-    Raises `UserError` naming file and tensor where names or shapes do not fit.
+    Raises `UserError` naming file and tensor if names or shapes do not fit the base.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -69,38 +69,37 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
 
 
 def _kind(leaves: dict[str, Any]) -> str:
-    """lora: with pairs; full: every weight; whole: every number of some modules, such as a DoRA adapter's."""
+    """The entry `kind`: lora with pairs, full with all weights, whole with the full weights of some modules (DoRA)."""
     if any(name.endswith("/lora_a") for name in leaves):
         return "lora"
-    every = "embed_tokens/embedding" in leaves and any("norm/" in name for name in leaves)
-    return "full" if every or not leaves else "whole"
+    all_modules = "embed_tokens/embedding" in leaves and any("norm/" in name for name in leaves)
+    return "full" if all_modules or not leaves else "whole"
 
 
 def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, file: Path) -> None:
-    """`UserError` unless each tensor has its place in the base and each LoRA pair is whole."""
+    """Raises `UserError` unless each tensor fits the base and each LoRA pair is complete."""
     parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
-    head = base.config.hidden_size, base.config.vocab_size  # also of a base whose head is its embedding
+    head = base.config.hidden_size, base.config.vocab_size  # also if the head is tied to the embedding
     layers = linear_shapes(base) | {HEAD: head}
     if kind == "full" and (codes := quantization(base)) is not None:
-        raise UserError(f"{file}: a full adapter replaces every weight; this base is in {codes} codes")
+        raise UserError(f"{file}: a full adapter replaces every weight, but this base is quantised ({codes})")
     for name, tensor in stored.items():
         tensor.check_dtype()
         module, _, leaf = name.partition("/")
         if leaf in ("lora_a", "lora_b", "lora_scale"):
             pair = [stored.get(f"{module}/{part}") for part in ("lora_a", "lora_b", "lora_scale")]
             if None in pair:
-                raise UserError(f"{file}: module {module} has no whole LoRA pair (lora_a, lora_b, lora_scale)")
-            outer = layers.get(module)
+                raise UserError(f"{file}: module {module} needs all of lora_a, lora_b and lora_scale")
+            kernel = layers.get(module)
             rank = pair[0].shape[-1] if pair[0].shape else 0
-            wanted = outer and {"lora_a": (outer[0], rank), "lora_b": (rank, outer[1]), "lora_scale": ()}[leaf]
+            shape = kernel and {"lora_a": (kernel[0], rank), "lora_b": (rank, kernel[1]), "lora_scale": ()}[leaf]
         elif module == SCORE:
-            wanted = {"kernel": (base.config.hidden_size, 1), "bias": (1,)}.get(leaf)
+            shape = {"kernel": (base.config.hidden_size, 1), "bias": (1,)}.get(leaf)
         else:
-            wanted = parameters.get(name, head if name == f"{HEAD}/kernel" else None)
-        if wanted is None:
-            raise UserError(f"{file}: tensor {name} has no place in this base; the adapter is another model's")
-        if tensor.shape != wanted:
-            raise UserError(f"{file}: tensor {name} has shape {list(tensor.shape)}; this base wants {list(wanted)}")
+            shape = parameters.get(name, head if name == f"{HEAD}/kernel" else None)
+        if shape is None:
+            raise UserError(f"{file}: this base has no tensor {name}; the adapter belongs to another model")
+        tensor.check_shape(shape, "this base")
     missing = sorted(set(parameters) - set(stored)) if kind == "full" else []
     if missing:
         raise UserError(f"{file}: tensor {missing[0]} is missing from a full adapter")

@@ -17,7 +17,7 @@ import numpy as np
 from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.families import FAMILIES, address_of, is_ignored
-from jaxrlhf.hf.family import TensorAddress
+from jaxrlhf.hf.family import Part, TensorAddress
 from jaxrlhf.hf.tensor_files import Pending, StoredTensor
 from jaxrlhf.hf.wrappers import plain_name
 from jaxrlhf.models.adapters import merge
@@ -136,21 +136,29 @@ def read_decoder(
 def stored_shape(shape: tuple[int, ...], config: DecoderConfig, address: TensorAddress) -> tuple[int, ...]:
     """The shape of the checkpoint's tensor that holds a parameter of this shape."""
     if address.part is not None:
-        shape = (*shape[:-1], address.part.groups(config) * sum(address.part.sizes(config)))
+        shape = (*shape[:-1], stored_size(config, address.part))
     return shape[::-1] if address.transposed else shape
+
+
+def stored_size(config: DecoderConfig, part: Part) -> int:
+    """Number of outputs of the fused tensor that holds this part."""
+    return part.groups(config) * sum(part.sizes(config))
+
+
+def part_of(fused: np.ndarray, config: DecoderConfig, part: Part) -> np.ndarray:
+    """The outputs of a part, on the last axis of a fused array; a view if they are contiguous."""
+    sizes, groups = part.sizes(config), part.groups(config)
+    start = sum(sizes[: part.index])
+    outputs = slice(start, start + sizes[part.index])
+    if groups == 1:
+        return fused[..., outputs]
+    return fused.reshape(*fused.shape[:-1], groups, sum(sizes))[..., outputs].reshape(*fused.shape[:-1], -1)
 
 
 def _view(stored: StoredTensor, config: DecoderConfig, address: TensorAddress) -> np.ndarray:
     """A parameter as a view of its file; a part of a fused tensor that is stored in groups is copied."""
     view = stored.view().T if address.transposed else stored.view()
-    if address.part is None:
-        return view
-    sizes, groups = address.part.sizes(config), address.part.groups(config)
-    start = sum(sizes[: address.part.index])
-    outputs = slice(start, start + sizes[address.part.index])
-    if groups == 1:
-        return view[..., outputs]
-    return view.reshape(*view.shape[:-1], groups, sum(sizes))[..., outputs].reshape(*view.shape[:-1], -1)
+    return view if address.part is None else part_of(view, config, address.part)
 
 
 def _column_reader(

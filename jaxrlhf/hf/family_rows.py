@@ -1,11 +1,12 @@
-"""The families: one row of a table for each `model_type`, and nothing else to touch for a new one.
+"""The families: one row of a table for each `model_type`. A new family needs a row here and nothing else.
 
-A row says what the entries of `config.json` mean (`fields`, `constants`, `ropes`, `windows`) and where the tensors
-of our modules stand (`modules`); `family.py` says what each column is. Where a family computes something new, that
-becomes a value of `DecoderConfig` first.
+A row gives the meaning of the entries of `config.json` (`fields`, `constants`, `ropes`, `windows`) and the tensor names
+of our modules (`modules`); `family.py` describes the columns. A computation that no family has yet becomes a value of
+`DecoderConfig` first.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxrlhf.hf.family import Family, Field, Module, Part, Windows, count
@@ -13,18 +14,27 @@ from jaxrlhf.hf.family_ropes import Ropes
 from jaxrlhf.models.config import DecoderConfig
 
 FEED_FORWARD, ATTENTION, BLOCK = r"layers\.(\d+)\.mlp\.", r"layers\.(\d+)\.attention\.", r"layers\.(\d+)\."
+QKV = [ATTENTION + f"{name}_proj" for name in "qkv"]
 
 
 def _equal_heads(read: dict[str, Any]) -> int:
     if read["hidden_size"] % read["heads"]:
-        raise ValueError(f"given where hidden_size is no multiple of the number of heads ({read['heads']})")
+        raise ValueError(f"given if hidden_size is no multiple of the number of heads ({read['heads']})")
     return read["hidden_size"] // read["heads"]
 
 
-def _fields(**changed: Field | None) -> tuple[Field, ...]:
-    """Llama's fields with some of them replaced, added or (None) left out; `changed` is by our names."""
-    fields = {field.ours: field for field in LLAMA_FIELDS} | changed
-    return tuple(field for field in fields.values() if field is not None)
+def _fields(*changed: Field, without: tuple[str, ...] = (), **defaults: Any) -> tuple[Field, ...]:
+    """Llama's fields, some of them replaced, added or removed, or with other defaults; by our names."""
+    fields = {field.ours: field for field in (*LLAMA_FIELDS, *changed) if field.ours not in without}
+    for name, default in defaults.items():
+        fields[name] = dataclasses.replace(fields[name], default=default)
+    return tuple(fields.values())
+
+
+def _parts(names: Iterable[str], theirs: str, sizes: Callable, **rest: Any) -> tuple[Module, ...]:
+    """Rules for modules of ours whose outputs form one fused tensor, in this order."""
+    groups = {"groups": rest.pop("groups")} if "groups" in rest else {}
+    return tuple(Module(name, theirs, part=Part(sizes, i, **groups), **rest) for i, name in enumerate(names))
 
 
 LLAMA_FIELDS = (
@@ -58,7 +68,7 @@ LLAMA_MODULES = (
     Module("lm_head", "lm_head"),
     Module("score", "score"),
 )
-POST_NORM_MODULES = (  # where a norm stands after attention, Llama's name for the one before the MLP is its name
+POST_NORM_MODULES = (  # Llama's `post_attention_layernorm` is before the MLP; here it is after attention
     Module(BLOCK + "attention_post_norm", r"model.layers.\1.post_attention_layernorm"),
     Module(BLOCK + "mlp_norm", r"model.layers.\1.pre_feedforward_layernorm"),
     Module(BLOCK + "mlp_post_norm", r"model.layers.\1.post_feedforward_layernorm"),
@@ -67,19 +77,19 @@ POST_NORM_MODULES = (  # where a norm stands after attention, Llama's name for t
 
 
 def _fused_columns(config: DecoderConfig) -> tuple[int, int, int]:
-    """Outputs of queries, keys and values side by side."""
+    """Number of query, key and value outputs of a fused projection."""
     return (config.heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2)
 
 
 def _by_head(config: DecoderConfig) -> tuple[int, int, int]:
-    """Query, key and value of one head."""
+    """Number of query, key and value outputs of one head."""
     return (config.head_dim,) * 3
 
 
 LLAMA = Family(
     architecture="Llama",
     prefix="model.",
-    fields=_fields(qkv_bias=QKV_BIAS, output_bias=OUTPUT_BIAS, mlp_bias=MLP_BIAS),
+    fields=_fields(QKV_BIAS, OUTPUT_BIAS, MLP_BIAS),
     modules=LLAMA_MODULES,
     ignored=(r".*rotary_emb\.inv_freq",),
 )
@@ -87,11 +97,7 @@ LLAMA = Family(
 MISTRAL = dataclasses.replace(
     LLAMA,
     architecture="Mistral",
-    fields=_fields(
-        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 14336),
-        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 8),
-        max_positions=Field("max_positions", "max_position_embeddings", "size", 131072),
-    ),
+    fields=_fields(intermediate_size=14336, kv_heads=8, max_positions=131072),
     windows=Windows(slides=lambda document, layer: True, typed=False),
 )
 
@@ -100,17 +106,15 @@ def _late_layers(document: dict[str, Any], layer: int) -> bool:
     return layer >= count(document, "max_window_layers", 28, least=0)
 
 
+QWEN_DEFAULTS = {
+    "vocab_size": 151936, "intermediate_size": 22016, "kv_heads": 32, "max_positions": 32768, "bos_token": None,
+    "stop_tokens": None,
+}  # fmt: skip
+
 QWEN2 = dataclasses.replace(
     LLAMA,
     architecture="Qwen2",
-    fields=_fields(
-        vocab_size=Field("vocab_size", "vocab_size", "size", 151936),
-        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 22016),
-        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 32),
-        max_positions=Field("max_positions", "max_position_embeddings", "size", 32768),
-        bos_token=Field("bos_token", "bos_token_id", "token", None),
-        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", None),
-    ),
+    fields=_fields(**QWEN_DEFAULTS),
     windows=Windows(slides=_late_layers, switch="use_sliding_window"),
     constants={"qkv_bias": True},
 )
@@ -118,37 +122,20 @@ QWEN2 = dataclasses.replace(
 QWEN3 = dataclasses.replace(
     QWEN2,
     architecture="Qwen3",
-    fields=(
-        *(
-            dataclasses.replace(field, default=128) if field.ours == "head_dim" else field
-            for field in QWEN2.fields
-        ),
-        QKV_BIAS,
-        OUTPUT_BIAS,
-    ),
+    fields=_fields(QKV_BIAS, OUTPUT_BIAS, **QWEN_DEFAULTS, head_dim=128),
     constants={"qk_norm": "head"},
 )
 
 GEMMA_FIELDS = _fields(
-    vocab_size=Field("vocab_size", "vocab_size", "size", 256000),
-    hidden_size=Field("hidden_size", "hidden_size", "size", 2304),
-    intermediate_size=Field("intermediate_size", "intermediate_size", "size", 9216),
-    layers=Field("layers", "num_hidden_layers", "size", 26),
-    heads=Field("heads", "num_attention_heads", "size", 8),
-    kv_heads=Field("kv_heads", "num_key_value_heads", "size", 4),
-    head_dim=Field("head_dim", "head_dim", "size", 256),
-    max_positions=Field("max_positions", "max_position_embeddings", "size", 8192),
-    activation=Field("activation", "hidden_activation", "activation", "gelu_pytorch_tanh"),
-    tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
-    bos_token=Field("bos_token", "bos_token_id", "token", 2),
-    stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 1),
-    pad_token=Field("pad_token", "pad_token_id", "token", 0),
-    qkv_bias=QKV_BIAS,
-    output_bias=OUTPUT_BIAS,
-    query_scalar=Field("query_scalar", "query_pre_attn_scalar", "size", 256),
-    attention_softcap=Field("attention_softcap", "attn_logit_softcapping", "cap", 50.0),
-    logit_softcap=Field("logit_softcap", "final_logit_softcapping", "cap", 30.0),
-)
+    Field("activation", "hidden_activation", "activation", "gelu_pytorch_tanh"),
+    QKV_BIAS,
+    OUTPUT_BIAS,
+    Field("query_scalar", "query_pre_attn_scalar", "size", 256),
+    Field("attention_softcap", "attn_logit_softcapping", "cap", 50.0),
+    Field("logit_softcap", "final_logit_softcapping", "cap", 30.0),
+    vocab_size=256000, hidden_size=2304, intermediate_size=9216, layers=26, heads=8, kv_heads=4, head_dim=256,
+    max_positions=8192, tie_embeddings=True, bos_token=2, stop_tokens=1, pad_token=0,
+)  # fmt: skip
 GEMMA_CONSTANTS = {
     "norm": "rms_plus_one",
     "post_norms": True,
@@ -170,16 +157,13 @@ def _five_to_one(document: dict[str, Any], layer: int) -> bool:
     return (layer + 1) % count(document, "sliding_window_pattern", 6) != 0
 
 
+GEMMA3_DEFAULTS = {"vocab_size": 262208, "max_positions": 131072, "logit_softcap": None}
 GEMMA3 = dataclasses.replace(
     GEMMA2,
     architecture="Gemma3",
     classifier="Gemma3Text",
     fields=tuple(
-        {
-            "vocab_size": Field("vocab_size", "vocab_size", "size", 262208),
-            "max_positions": Field("max_positions", "max_position_embeddings", "size", 131072),
-            "logit_softcap": Field("logit_softcap", "final_logit_softcapping", "cap", None),
-        }.get(field.ours, field)
+        dataclasses.replace(field, default=GEMMA3_DEFAULTS.get(field.ours, field.default))
         for field in GEMMA_FIELDS
         if field.ours != "attention_softcap"  # transformers keeps the entry and does not use it
     ),
@@ -193,19 +177,15 @@ GPT2 = Family(
     prefix="transformer.",
     ropes=None,
     fields=_fields(
-        vocab_size=Field("vocab_size", "vocab_size", "size", 50257),
-        hidden_size=Field("hidden_size", "n_embd", "size", 768),
-        intermediate_size=Field("intermediate_size", "n_inner", "size", lambda read: 4 * read["hidden_size"]),
-        layers=Field("layers", "n_layer", "size", 12),
-        heads=Field("heads", "n_head", "size", 12),
-        kv_heads=None,
-        head_dim=None,
-        max_positions=Field("max_positions", "n_positions", "size", 1024),
-        norm_eps=Field("norm_eps", "layer_norm_epsilon", "float", 1e-5),
-        activation=Field("activation", "activation_function", "activation", "gelu_new"),
-        tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
-        bos_token=Field("bos_token", "bos_token_id", "token", 50256),
-        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 50256),
+        Field("hidden_size", "n_embd", "size", 768),
+        Field("intermediate_size", "n_inner", "size", lambda read: 4 * read["hidden_size"]),
+        Field("layers", "n_layer", "size", 12),
+        Field("heads", "n_head", "size", 12),
+        Field("max_positions", "n_positions", "size", 1024),
+        Field("norm_eps", "layer_norm_epsilon", "float", 1e-5),
+        Field("activation", "activation_function", "activation", "gelu_new"),
+        without=("kv_heads", "head_dim"),
+        vocab_size=50257, tie_embeddings=True, bos_token=50256, stop_tokens=50256,
     ),
     constants={
         "kv_heads": lambda read: read["heads"],
@@ -221,10 +201,7 @@ GPT2 = Family(
         Module("embed_tokens", "transformer.wte"),
         Module("embed_positions", "transformer.wpe"),
         Module(BLOCK + "attention_norm", r"transformer.h.\1.ln_1"),
-        *(
-            Module(ATTENTION + f"{name}_proj", r"transformer.h.\1.attn.c_attn", False, Part(_fused_columns, index))
-            for index, name in enumerate("qkv")
-        ),
+        *_parts(QKV, r"transformer.h.\1.attn.c_attn", _fused_columns, transposed=False),
         Module(ATTENTION + "o_proj", r"transformer.h.\1.attn.c_proj", transposed=False),
         Module(BLOCK + "mlp_norm", r"transformer.h.\1.ln_2"),
         Module(FEED_FORWARD + "up_proj", r"transformer.h.\1.mlp.c_fc", transposed=False),
@@ -246,19 +223,13 @@ GPT_NEOX = Family(
     prefix="gpt_neox.",
     ropes=Ropes(theta_entry="rotary_emb_base", share=0.25, share_entry="rotary_pct"),
     fields=_fields(
-        vocab_size=Field("vocab_size", "vocab_size", "size", 50432),
-        hidden_size=Field("hidden_size", "hidden_size", "size", 6144),
-        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 24576),
-        layers=Field("layers", "num_hidden_layers", "size", 44),
-        heads=Field("heads", "num_attention_heads", "size", 64),
-        kv_heads=None,
-        head_dim=None,
-        norm_eps=Field("norm_eps", "layer_norm_eps", "float", 1e-5),
-        activation=Field("activation", "hidden_act", "activation", "gelu"),
-        bos_token=Field("bos_token", "bos_token_id", "token", 0),
-        parallel_residual=Field("parallel_residual", "use_parallel_residual", "bool", True),
-        qkv_bias=dataclasses.replace(QKV_BIAS, default=True),
-        output_bias=dataclasses.replace(OUTPUT_BIAS, default=True),
+        Field("norm_eps", "layer_norm_eps", "float", 1e-5),
+        Field("parallel_residual", "use_parallel_residual", "bool", True),
+        QKV_BIAS,
+        OUTPUT_BIAS,
+        without=("kv_heads", "head_dim"),
+        vocab_size=50432, hidden_size=6144, intermediate_size=24576, layers=44, heads=64, activation="gelu",
+        bos_token=0, qkv_bias=True, output_bias=True,
     ),
     constants={
         "kv_heads": lambda read: read["heads"],
@@ -270,14 +241,7 @@ GPT_NEOX = Family(
     modules=(
         Module("embed_tokens", "gpt_neox.embed_in"),
         Module(BLOCK + "attention_norm", r"gpt_neox.layers.\1.input_layernorm"),
-        *(
-            Module(
-                ATTENTION + f"{name}_proj",
-                r"gpt_neox.layers.\1.attention.query_key_value",
-                part=Part(_by_head, index, groups=lambda config: config.heads),
-            )
-            for index, name in enumerate("qkv")
-        ),
+        *_parts(QKV, r"gpt_neox.layers.\1.attention.query_key_value", _by_head, groups=lambda config: config.heads),
         Module(ATTENTION + "o_proj", r"gpt_neox.layers.\1.attention.dense"),
         Module(BLOCK + "mlp_norm", r"gpt_neox.layers.\1.post_attention_layernorm"),
         Module(FEED_FORWARD + "up_proj", r"gpt_neox.layers.\1.mlp.dense_h_to_4h"),
@@ -300,26 +264,15 @@ PHI3 = dataclasses.replace(
     ),
     windows=Windows(slides=lambda document, layer: True, default=None, typed=False),
     fields=_fields(
-        vocab_size=Field("vocab_size", "vocab_size", "size", 32064),
-        hidden_size=Field("hidden_size", "hidden_size", "size", 3072),
-        intermediate_size=Field("intermediate_size", "intermediate_size", "size", 8192),
-        max_positions=Field("max_positions", "max_position_embeddings", "size", 4096),
-        norm_eps=Field("norm_eps", "rms_norm_eps", "float", 1e-5),
-        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 32000),
-        pad_token=Field("pad_token", "pad_token_id", "token", 32000),
+        vocab_size=32064, hidden_size=3072, intermediate_size=8192, max_positions=4096, norm_eps=1e-5,
+        stop_tokens=32000, pad_token=32000,
     ),
     modules=(
-        *(
-            Module(ATTENTION + f"{name}_proj", r"model.layers.\1.self_attn.qkv_proj", part=Part(_fused_columns, index))
-            for index, name in enumerate("qkv")
-        ),
-        *(
-            Module(
-                FEED_FORWARD + f"{name}_proj",
-                r"model.layers.\1.mlp.gate_up_proj",
-                part=Part(lambda config: (config.intermediate_size,) * 2, index),
-            )
-            for index, name in enumerate(("gate", "up"))
+        *_parts(QKV, r"model.layers.\1.self_attn.qkv_proj", _fused_columns),
+        *_parts(
+            [FEED_FORWARD + "gate_proj", FEED_FORWARD + "up_proj"],
+            r"model.layers.\1.mlp.gate_up_proj",
+            lambda config: (config.intermediate_size,) * 2,
         ),
         *LLAMA_MODULES,
     ),
@@ -329,13 +282,7 @@ OLMO2 = dataclasses.replace(
     LLAMA,
     architecture="Olmo2",
     fields=_fields(
-        vocab_size=Field("vocab_size", "vocab_size", "size", 50304),
-        norm_eps=Field("norm_eps", "rms_norm_eps", "float", 1e-5),
-        bos_token=Field("bos_token", "bos_token_id", "token", None),
-        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 50279),
-        pad_token=Field("pad_token", "pad_token_id", "token", 1),
-        qkv_bias=QKV_BIAS,
-        output_bias=OUTPUT_BIAS,
+        QKV_BIAS, OUTPUT_BIAS, vocab_size=50304, norm_eps=1e-5, bos_token=None, stop_tokens=50279, pad_token=1
     ),
     modules=POST_NORM_MODULES,
     constants={"pre_norms": False, "post_norms": True, "qk_norm": "projection"},
@@ -343,39 +290,31 @@ OLMO2 = dataclasses.replace(
 
 
 def _without_rope(document: dict[str, Any], layer: int) -> bool:
-    """SmolLM3's `no_rope_layers` holds 1 where a layer has rotary positions."""
-    listed = document.get("no_rope_layers")
-    if listed is None:
+    """Whether the layer has no rotary positions; SmolLM3's `no_rope_layers` holds 1 for layers that have them."""
+    rope_layers = document.get("no_rope_layers")
+    if rope_layers is None:
         return (layer + 1) % count(document, "no_rope_layer_interval", 4) == 0
-    if not isinstance(listed, list) or len(listed) <= layer or listed[layer] not in (0, 1):
-        raise ValueError(f"no_rope_layers must be a list with 0 or 1 for each layer, not {listed!r}")
-    return not listed[layer]
+    if not isinstance(rope_layers, list) or len(rope_layers) <= layer or rope_layers[layer] not in (0, 1):
+        raise ValueError(f"no_rope_layers must be a list with 0 or 1 for each layer, not {rope_layers!r}")
+    return not rope_layers[layer]
 
 
 SMOLLM3 = dataclasses.replace(
     LLAMA,
     architecture="SmolLM3",
     fields=_fields(
-        vocab_size=Field("vocab_size", "vocab_size", "size", 128256),
-        hidden_size=Field("hidden_size", "hidden_size", "size", 2048),
-        layers=Field("layers", "num_hidden_layers", "size", 36),
-        heads=Field("heads", "num_attention_heads", "size", 16),
-        kv_heads=Field("kv_heads", "num_key_value_heads", "size", 4),
-        max_positions=Field("max_positions", "max_position_embeddings", "size", 32768),
-        tie_embeddings=Field("tie_embeddings", "tie_word_embeddings", "bool", True),
-        bos_token=Field("bos_token", "bos_token_id", "token", 128000),
-        stop_tokens=Field("stop_tokens", "eos_token_id", "tokens", 128001),
-        pad_token=Field("pad_token", "pad_token_id", "token", 128004),
-        qkv_bias=QKV_BIAS,
-        output_bias=OUTPUT_BIAS,
-        mlp_bias=MLP_BIAS,
+        QKV_BIAS,
+        OUTPUT_BIAS,
+        MLP_BIAS,
+        vocab_size=128256, hidden_size=2048, layers=36, heads=16, kv_heads=4, max_positions=32768, tie_embeddings=True,
+        bos_token=128000, stop_tokens=128001, pad_token=128004,
     ),
     ropes=Ropes(theta=2e6, skipped=_without_rope),
     windows=Windows(slides=_without_rope, default=None, switch="use_sliding_window"),
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,  # Llama 2, 3, 3.x; SmolLM 1 and 2; and the many that share its architecture
+    "llama": LLAMA,  # Llama 2, 3, 3.x; SmolLM 1 and 2; and other models of this architecture
     "mistral": MISTRAL,
     "qwen2": QWEN2,  # Qwen2 and Qwen2.5
     "qwen3": QWEN3,

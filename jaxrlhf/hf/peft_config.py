@@ -51,7 +51,7 @@ class PeftConfig:
         rank = self.rank_of(module)
         return _by_pattern(self.alphas, module, self.alpha) / (rank**0.5 if self.root else rank)
 
-    def calls_for(self, module: str) -> bool:
+    def targets_module(self, module: str) -> bool:
         """Whether PEFT would put a pair on this linear layer, of the blocks or the head."""
         if _named(self.excluded, module) or self.targets is None:
             return False

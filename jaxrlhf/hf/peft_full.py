@@ -1,11 +1,10 @@
-"""What of a PEFT adapter becomes whole weights of ours: saved modules, pairs of the embedding, and DoRA.
+"""The tensors of a PEFT adapter that become full weights: saved modules, pairs on the embedding, and DoRA.
 
-PEFT's rules. A module in `modules_to_save` is a copy: a head that is tied to a trained embedding stays what the
-embedding was. A tensor that is saved beside the pairs, or as `base_layer`, replaces the base's own, and what is tied
-to it. Whole weights that equal the base's are left out.
+PEFT's rules: a module in `modules_to_save` is a copy, so a head that is tied to a trained embedding keeps the old
+embedding. A tensor that is saved beside the pairs, or as `base_layer`, replaces the base's tensor and those tied to it.
+Full weights that equal the base's are dropped.
 """
 
-import math
 from pathlib import Path
 
 import jax
@@ -27,13 +26,13 @@ RESIZE = "tokens were added or removed; merge it with PEFT (merge_and_unload) an
 
 
 def module_of(base: Decoder, ours: str) -> str:
-    """transformers' name of a module of ours that has one kernel or embedding."""
+    """transformers' name of one of our modules that has a kernel or an embedding."""
     leaf = "embedding" if ours == EMBEDDING else "kernel"
     module = address_of(base.config, f"{ours}/{leaf}").tensor.removesuffix(".weight")
     return NEWER_NAMES.get(module, module)
 
 
-def whole_weights(
+def full_weights(
     base: Decoder,
     saved: dict[str, StoredTensor],
     embedding_pair: tuple[StoredTensor, StoredTensor] | None,
@@ -41,10 +40,10 @@ def whole_weights(
     config: PeftConfig,
     file: Path,
 ) -> Adapter:
-    """The leaves of saved tensors, by the checkpoint's names, and of a pair on the embedding; float32.
+    """The full weights of an adapter, from its saved tensors and its pair on the embedding; float32.
 
-    Takes what it uses out of `saved`; `head_pair` says whether the head has a pair. Raises `UserError` for a tensor of
-    another shape than the base's, and for an absent embedding or head that `modules_to_save` names.
+    Removes the tensors that it uses from `saved`; `head_pair` is whether the head has a pair. Raises `UserError` if a
+    tensor has not the base's shape, or if an embedding or head in `modules_to_save` is missing.
     """
     adapter: Adapter = {}
     abstract = named_parameters(abstract_decoder(base.config))
@@ -67,7 +66,7 @@ def whole_weights(
 def _embedding_and_head(
     adapter: Adapter, base: Decoder, saved: dict, pair, head_pair: bool, config: PeftConfig, file: Path
 ) -> None:
-    """Adds the leaves of embedding and head, where they are not the base's."""
+    """Adds the leaves of embedding and head that differ from the base's to the adapter."""
     tied = base.lm_head is None
     own = base.embed_tokens.embedding[...]
     D, V = base.config.hidden_size, base.config.vocab_size
@@ -82,26 +81,24 @@ def _embedding_and_head(
                 )
             tables[module] = jnp.asarray(np.array(tensor.view(), np.float32))
         elif config.saves(module):
-            raise UserError(f"{file}: tensor {module}.weight is missing, which modules_to_save calls for")
-    before = own  # what the head is where it is tied
+            raise UserError(f"{file}: tensor {module}.weight is missing, but modules_to_save lists it")
+    old_table = own  # the embedding before training, which a tied head keeps
     if tied:
         replaced = [table for module, table in tables.items() if not config.saves(module)]
-        before = replaced[-1] if replaced else own
-    table = tables.get(embedding, before)
+        old_table = replaced[-1] if replaced else own
+    table = tables.get(embedding, old_table)
     if pair is not None:
-        a_RV, b_DR = (np.array(tensor.view(), np.float32) for tensor in pair)
         rank = config.rank_of(embedding)
         for tensor, shape in zip(pair, ((rank, V), (D, rank))):
-            if tensor.shape != shape:
-                found = list(tensor.shape)
-                raise UserError(f"{tensor.file}: tensor {tensor.name} has shape {found}, not {list(shape)}")
+            tensor.check_shape(shape, "the adapter's rank with this base")
+        a_RV, b_DR = (np.array(tensor.view(), np.float32) for tensor in pair)
         table = jnp.asarray(table, jnp.float32) + config.scale(embedding) * (b_DR @ a_RV).T
     if not _same(table, own):
         adapter[EMBEDDING] = {"embedding": jnp.asarray(table, jnp.float32)}
-    kernel = tables.get(head, before if tied else None)  # None: the base's own
-    # A head without leaves is the embedding where it is tied; one with a pair alone is what the base's embedding was.
-    alone = (own if head_pair else table) if tied else base.head_kernel().T
-    if kernel is not None and not _same(kernel, alone):
+    kernel = tables.get(head, old_table if tied else None)  # None: the base's head
+    # Without a kernel in the adapter, a tied head is the new embedding, or with a LoRA pair the base's embedding.
+    default = (own if head_pair else table) if tied else base.head_kernel().T
+    if kernel is not None and not _same(kernel, default):
         adapter[HEAD] = {"kernel": jnp.asarray(kernel, jnp.float32).T}
 
 
@@ -109,9 +106,9 @@ def folded_dora(
     base: Decoder, kernel: jax.Array | None, ours: str, pair: tuple[np.ndarray, np.ndarray], magnitude: np.ndarray,
     scale: float,
 ) -> dict[str, jax.Array]:
-    """The kernel of a DoRA layer (2402.09353): each output's weights, pair included, have the length `magnitude` says.
+    """The merged kernel of a DoRA layer (2402.09353): the weights of each output have the norm `magnitude`, f32[out].
 
-    pair is (A [R, in], B [out, R]), magnitude f32[out]; `kernel` is what the base's is replaced by, None: nothing.
+    `pair` is (A [R, in], B [out, R]); `kernel` replaces the base's kernel if given.
     """
     a_RI, b_OR = pair
     if kernel is None:
@@ -121,26 +118,25 @@ def folded_dora(
 
 
 def check_foldable(base: Decoder, file: Path) -> None:
-    """`UserError` where the base is codes, into which nothing is folded."""
+    """Raises `UserError` for a quantised base, into which DoRA cannot be merged."""
     if (kind := quantization(base)) is not None:
-        raise UserError(f"{file}: use_dora changes whole weights, and this base is in {kind} codes; leave quantize out")
+        raise UserError(f"{file}: use_dora changes full weights, but this base is quantised ({kind}); drop quantize")
 
 
 def _read(base: Decoder, tensor: StoredTensor, name: str, shape: tuple[int, ...]) -> jax.Array:
-    where = address_of(base.config, name)
-    if math.prod(tensor.shape) == 0 or tensor.shape != stored_shape(shape, base.config, where):
-        wanted = list(stored_shape(shape, base.config, where))
-        raise UserError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}; this base wants {wanted}")
-    return load_parameter(tensor, jax.ShapeDtypeStruct(shape, jnp.float32), base.config, where, None)
+    """The saved tensor as the parameter `name`, f32[shape]."""
+    address = address_of(base.config, name)
+    tensor.check_shape(stored_shape(shape, base.config, address), "this base")
+    return load_parameter(tensor, jax.ShapeDtypeStruct(shape, jnp.float32), base.config, address, None)
 
 
 def _same(value: jax.Array, own: jax.Array) -> bool:
-    """Whether a weight is the base's, as far as the base's dtype can tell."""
+    """Whether a weight equals the base's in the base's dtype."""
     return value is own or bool(jnp.array_equal(jnp.asarray(value, own.dtype), own))
 
 
 def beyond_peft(path: str, leaves: dict) -> bool:
-    """Whether a module of an adapter has whole weights, and so no place in PEFT's format as we write it."""
+    """Whether a module of an adapter has full weights that PEFT's format cannot hold."""
     if path in (SCORE, EMBEDDING):
         return False
     return ("lora_a" not in leaves and path != HEAD) or ("kernel" in leaves and "lora_a" in leaves)

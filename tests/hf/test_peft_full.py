@@ -155,7 +155,7 @@ def test_dora_is_said_and_has_no_codes(bases, tmp_path, capsys):
     folder, ours = bases("llama")
     wrapped(folder, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path)
     adapter = load_adapter(tmp_path, ours)
-    assert "2 modules are folded into whole weights" in capsys.readouterr().err
+    assert "2 modules are merged into full weights" in capsys.readouterr().err
     assert set(adapter) == {f"layers.{i}.attention.q_proj" for i in (0, 1)}
     coded, _ = load_pretrained(folder, quantize="int8")
     with pytest.raises(UserError, match=r"use_dora.*int8"):
