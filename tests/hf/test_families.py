@@ -3,9 +3,9 @@ import pytest
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.families import (
     FAMILIES,
+    address_of,
     config_document,
     is_ignored,
-    place,
     read_config,
     token_entry,
     token_ids,
@@ -151,10 +151,10 @@ def test_transformers_understands_what_is_written():
 def test_every_parameter_has_a_tensor_of_its_own():
     untied = DecoderConfig(**{**FULL.__dict__, "tie_embeddings": False})
     ours = named_parameters(abstract_decoder(untied))
-    theirs = {place(untied, name).tensor for name in ours}
+    theirs = {address_of(untied, name).tensor for name in ours}
     assert len(theirs) == len(ours) == 3 + 2 * (2 + 4 * 2 + 3 * 2)
     with pytest.raises(KeyError, match="rotary"):
-        place(untied, "layers.0.rotary/kernel")
+        address_of(untied, "layers.0.rotary/kernel")
 
 
 def test_only_copies_and_constants_are_ignored():

@@ -303,7 +303,7 @@ def test_a_full_adapter_is_refused(kind, small, tmp_path):
     with pytest.raises(UserError, match=r"adapter: layers\.0\.\S+/kernel replaces a weight"):
         bind(quantised, full)
     save_adapter(tmp_path / "full", full)
-    with pytest.raises(UserError, match=rf"adapter.safetensors: a full adapter .*{kind} codes"):
+    with pytest.raises(UserError, match=rf"adapter.safetensors: a full adapter .*quantised .{kind}."):
         load_adapter(tmp_path / "full", quantised)
 
 
