@@ -1,11 +1,10 @@
-"""Decoders with a scalar head for whole texts: transformers' `*ForSequenceClassification` with one label, in and out.
+"""Reads and writes transformers' `*ForSequenceClassification` decoders with one label: reward and value models.
 
-The head's weight [1, D] is an adapter of the base with nothing but `score`; transformers reads it at the last token
-that is not padding, as `scoring.sequence_scores` does by the mask.
+The head's weight [1, D] becomes an adapter of the base with nothing but `score`. Both transformers and
+`scoring.sequence_scores` read it at the last token that is not padding. The format has no bias for the head; a value
+model's bias is our own entry `score_bias` of `config.json`.
 
-The format has no bias for the head: that of a value model stands in `config.json` as `score_bias`, which we read.
-
-Not here: several labels, and models that are no decoders (`rewards/classifier.py` scores with those).
+Not here: several labels, and models that are not decoders (see `rewards/classifier.py`).
 """
 
 import dataclasses
@@ -47,21 +46,21 @@ from jaxrlhf.models.sharding import parameter_sharding
 from jaxrlhf.records import Adapter
 
 CLASSIFIER = "ForSequenceClassification"
-LABEL = "LABEL_0"  # transformers' name for a label that has none
-BIAS = "score_bias"  # our entry of config.json
+LABEL = "LABEL_0"  # transformers' default name of a label
+BIAS = "score_bias"  # our own entry of config.json
 
 
 def load_sequence_classifier(
     path: str | Path, dtype: str = AUTO, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Decoder, Adapter, Tokenizer | None]:
-    """Base, adapter {"score": {"kernel": f32[D,1]}} and tokenizer (None where there is none) of a reward model.
+    """Base, adapter {"score": {"kernel": f32[D,1]}} and tokenizer (or None) of a reward model.
 
-    `path` is a folder or hub id with one label, or a PEFT adapter's, whose base is a classifier or any decoder: the
-    adapter is merged, and its own head and tokenizer come before the base's. The base is in `dtype` and laid out on the
-    mesh as `load_pretrained` does it; its tied `lm_head` takes no memory, since such a model gives no words. The base's
-    `pad_token` is `config.json`'s, None where that has none: with a pad token, transformers does not read the tokens
-    equal to it at a text's end. Raises `UserError` naming file and entry or tensor where the folder cannot be used.
-    The adapter has a "bias" f32[1] as well where `save_sequence_classifier` wrote one.
+    `path` is a folder or hub id of a classifier with one label, or of a PEFT adapter on a classifier or any decoder.
+    The adapter is merged; its head and tokenizer take precedence over the base's. Dtype and sharding of the base are as
+    in `load_pretrained`; its `lm_head` is tied, so it takes no memory. The base's `pad_token` is that of `config.json`
+    or None: if there is one, transformers skips tokens equal to it at the end of a text. The adapter also has a "bias"
+    f32[1] if `save_sequence_classifier` wrote one. Raises `UserError` naming file and entry or tensor if the folder
+    cannot be used.
     """
     check_dtype(None if dtype == AUTO else dtype)
     folder, adapter = find_model(path)
@@ -75,20 +74,20 @@ def load_sequence_classifier(
     stored = match(config, {name: tensor for name, tensor in tensors.items() if tensor is not head}, folder)
     tokenizer = (load_tokenizer(str(adapter)) if adapter else None) or load_tokenizer(str(folder))
     base = read_decoder(config, stored, main_dtype(stored.values()) if dtype == AUTO else dtype, mesh)
-    found: Adapter = {}
+    score: Adapter = {}
     if head is not None:
-        wanted = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
-        sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", wanted.shape)
+        kernel = jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)
+        sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", kernel.shape)
         address = address_of(config, f"{SCORE}/kernel")
-        found = {SCORE: {"kernel": load_parameter(head, wanted, config, address, sharding)}}
+        score = {SCORE: {"kernel": load_parameter(head, kernel, config, address, sharding)}}
         if document.get(BIAS) is not None:
-            found[SCORE]["bias"] = jnp.full(1, _bias(document[BIAS], folder / "config.json"))
+            score[SCORE]["bias"] = jnp.full(1, _bias(document[BIAS], folder / "config.json"))
     if adapter is not None:
         base, own = with_adapter(base, adapter, folder, mesh)
-        found |= own
-    if not found:
-        raise UserError(f"{path}: the adapter has no scalar head, and {folder} is no sequence classifier")
-    return base, found, tokenizer
+        score |= own
+    if not score:
+        raise UserError(f"{path}: the adapter has no scalar head, and its base {folder} is not a sequence classifier")
+    return base, score, tokenizer
 
 
 def save_sequence_classifier(
@@ -99,13 +98,13 @@ def save_sequence_classifier(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes base and adapter, merged, and the scalar head as a folder with one label that transformers opens.
+    """Writes base and adapter, merged, with the scalar head as a folder with one label that transformers opens.
 
-    All is stored in `dtype`, None: the base's, the head included. `pad_token_id`, and the tokenizer's pad token, is a
-    token that ends no text, so that transformers scores an answer at its EOS, as we do; where no token is known to be
-    such, it is the EOS itself, and a warning says so; another tells of a head's bias, which transformers does not add.
-    The folder appears complete or not at all; an older model there is replaced. Raises `UserError` where anything else
-    is there, where the adapter has no head, and for a weight too large for `dtype`.
+    All weights are stored in `dtype` (None: the base's). `pad_token_id` and the tokenizer's pad token are a token that
+    ends no text, so that transformers scores a completion at its EOS, as we do. Warns if there is no such token, which
+    makes EOS the pad token, and if the head has a bias, which transformers does not add. The folder is written
+    atomically and replaces an older model. Raises `UserError` if the folder holds anything else, if the adapter has no
+    head, and for a weight too large for `dtype`.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
@@ -115,12 +114,13 @@ def save_sequence_classifier(
     config = dataclasses.replace(base.config, pad_token=_pad_token(base.config, tokenizer))
     if config.pad_token in _ends(config, tokenizer):
         warnings.warn(
-            f"{path}: no token is free to pad with, so pad_token_id is EOS: transformers scores before it", stacklevel=2
+            f"{path}: every special token ends texts, so pad_token_id is EOS: transformers scores before it",
+            stacklevel=2,
         )
     if bias := float(np.asarray(adapter[SCORE].get("bias", 0.0)).sum()):
         warnings.warn(
-            f"{path}: the head's bias of {bias:.6g} has no place in this format: transformers' scores are lower by it; "
-            f"it is {BIAS} in config.json",
+            f"{path}: transformers does not add the head's bias of {bias:.6g} to its scores; config.json holds it as "
+            f"{BIAS}",
             stacklevel=2,
         )
     tensors, dtype = merged_tensors(base, adapter, dtype)
@@ -136,15 +136,15 @@ def save_sequence_classifier(
 
 
 def _check_labels(document: dict[str, Any], config: DecoderConfig, where: Path) -> None:
-    """`UserError` unless `config.json` describes a sequence classifier with one label."""
+    """Raises `UserError` unless `config.json` describes a sequence classifier with one label."""
     architectures = document.get("architectures")
     if not isinstance(architectures, list) or not any(str(name).endswith(CLASSIFIER) for name in architectures):
-        wanted = _architecture(config)
-        raise UserError(f"{where}: architectures is {architectures!r}; a reward model's is ['{wanted}']")
+        expected = _architecture(config)
+        raise UserError(f"{where}: architectures is {architectures!r}; a reward model's is ['{expected}']")
     for entry in ("id2label", "num_labels"):
         value = document.get(entry)
         if value is None:
-            continue  # the shape of the head decides
+            continue  # the head's shape is checked instead
         count = len(value) if isinstance(value, dict) else value
         if isinstance(count, bool) or count != 1:
             raise UserError(f"{where}: {entry} is {str(value)[:60]}; a reward model has one label")
@@ -152,41 +152,37 @@ def _check_labels(document: dict[str, Any], config: DecoderConfig, where: Path) 
 
 def _bias(value: Any, where: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{where}: {BIAS} is {value!r}; want a number")
+        raise UserError(f"{where}: {BIAS} is {value!r}; must be a number")
     return float(value)
 
 
 def _head(tensors: dict[str, StoredTensor], config: DecoderConfig, folder: Path) -> StoredTensor:
-    name, wanted = address_of(config, f"{SCORE}/kernel").tensor, (1, config.hidden_size)
+    name = address_of(config, f"{SCORE}/kernel").tensor
     if name not in tensors:
         raise UserError(f"{folder}: tensor {name} is missing, the head of a sequence classifier")
-    if tensors[name].shape != wanted:
-        raise UserError(
-            f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)};"
-            f" one label and config.json call for {list(wanted)}"
-        )
+    tensors[name].check_shape((1, config.hidden_size), "config.json with one label")
     return tensors[name]
 
 
 def _ends(config: DecoderConfig, tokenizer: Tokenizer | None) -> set[int]:
-    """Tokens that a text may end with on purpose."""
+    """The stop tokens of the model and the tokenizer's EOS."""
     return {*config.stop_tokens, *([] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id])}
 
 
 def _pad_token(config: DecoderConfig, tokenizer: Tokenizer | None) -> int | None:
-    """What fills up rows: the pad token, BOS or another special token, unless texts end with it."""
+    """The pad token: the pad token, BOS or another special token, if possible one that ends no text."""
     ends, size = _ends(config, tokenizer), config.vocab_size
     candidates = [config.pad_token, config.bos_token]
-    if tokenizer is not None:  # it must have a name for it
+    if tokenizer is not None:  # the pad token must be one of its special tokens
         own = tokenizer.special_ids
         candidates = [tokenizer.pad_id, *(token for token in candidates if token in own), *own]
-    found = [token for token in candidates if token is not None and token < size]
-    free = [token for token in found if token not in ends]
-    return next(iter([*free, *found, *sorted(ends)]), None)
+    usable = [token for token in candidates if token is not None and token < size]
+    no_end = [token for token in usable if token not in ends]
+    return next(iter([*no_end, *usable, *sorted(ends)]), None)
 
 
 def _document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """A `config.json` with one label, whose output is the score as it stands (a regression)."""
+    """A `config.json` with one label, whose output is the score itself (a regression)."""
     return config_document(config, dtype) | {
         "architectures": [_architecture(config)],
         "id2label": {"0": LABEL},

@@ -1,4 +1,4 @@
-"""The known families: a `config.json` and the places of tensors by `model_type`; rows are in `family_rows.py`."""
+"""Configs and tensor names by `model_type`; the table of families is in `family_rows.py`."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ __all__ = ["FAMILIES", "address_of", "config_document", "is_ignored", "read_conf
 
 
 def read_config(document: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder that a `config.json` describes, of a multimodal one its text part; see `read_family_config`."""
+    """The decoder's config from a `config.json`, of a multimodal model its text part; see `read_family_config`."""
     document = text_document(document, where)
     model_type = document.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -35,10 +35,10 @@ def config_document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
 
 
 def address_of(config: DecoderConfig, name: str) -> TensorAddress:
-    """Where the parameter `module/leaf` of ours stands in the family's checkpoints."""
+    """The address of our parameter `module/leaf` in the family's checkpoints."""
     return address_in(FAMILIES[config.family], name)
 
 
 def is_ignored(config: DecoderConfig, tensor: str) -> bool:
-    """Whether a checkpoint may hold this tensor though the decoder has no place for it."""
+    """Whether a checkpoint may hold this tensor although the decoder does not use it."""
     return is_ignored_by(FAMILIES[config.family], config, tensor)

@@ -1,7 +1,6 @@
-"""What a row of the table of families is, and how a `config.json` and its tensors are read and written by one.
+"""The columns of the table of families, and how a row reads and writes a `config.json` and tensor names.
 
-The rows stand in `family_rows.py`. What a row reads ends as values of `DecoderConfig`: the forward pass knows no
-family.
+The rows are in `family_rows.py`. A row reads values of `DecoderConfig`; the forward pass does not know the family.
 """
 
 import dataclasses
@@ -25,12 +24,12 @@ class Field:
     ours: str  # name in DecoderConfig
     theirs: str  # name in config.json
     kind: str  # a key of KINDS
-    default: Any  # where the entry is absent or null; a function is called with what the rows above it read
+    default: Any  # if the entry is absent or null; a function is called with the values read so far
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Which outputs of a fused tensor are ours: its outputs are cut in `groups`, each group in `sizes`."""
+    """Our outputs of a fused tensor, whose outputs are split into `groups`, each group into `sizes`."""
 
     sizes: Callable[[DecoderConfig], tuple[int, ...]]
     index: int  # of `sizes`
@@ -39,27 +38,27 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One rule from our module names to the checkpoint's; a pattern and what its groups are put into."""
+    """A rule from our module names to the checkpoint's."""
 
-    ours: str  # regular expression for a whole module path
-    theirs: str  # module name there; \1, \2 are the groups
-    transposed: bool = True  # the kernel: ours are [in, out], torch's linear layers [out, in]
+    ours: str  # regular expression for a full module path
+    theirs: str  # the checkpoint's module name, with the groups as \1, \2
+    transposed: bool = True  # of the kernel: ours are [in, out], torch's linear layers [out, in]
     part: Part | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Which layers see a sliding window only, for families that have any."""
+    """The layers with a sliding window, for families that have any."""
 
-    slides: Callable[[dict[str, Any], int], bool]  # (config.json, layer), where there are no `layer_types`
-    default: int | None = 4096  # transformers' window where config.json has no entry
+    slides: Callable[[dict[str, Any], int], bool]  # (config.json, layer), if there are no `layer_types`
+    default: int | None = 4096  # transformers' window if config.json has no entry
     switch: str | None = None  # the entry that turns windows on, for families that have one
-    typed: bool = True  # whether transformers knows `layer_types` for the family
+    typed: bool = True  # whether transformers supports `layer_types` for the family
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """All that is particular to a `model_type`."""
+    """The properties of a `model_type`."""
 
     architecture: str  # transformers' class, without ForCausalLM
     fields: tuple[Field, ...]
@@ -67,15 +66,15 @@ class Family:
     prefix: str  # of the tensors' names; checkpoints of the bare model lack it
     ropes: Ropes | None = dataclasses.field(default_factory=Ropes)  # None: learned positions
     windows: Windows | None = None
-    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in DecoderConfig; or a function of fields
-    ignored: tuple[str, ...] = ()  # expressions for tensors that old checkpoints carry and nobody needs
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of DecoderConfig; or a function of fields
+    ignored: tuple[str, ...] = ()  # expressions for unused tensors in old checkpoints
     fixed: tuple[tuple[str, Any], ...] = ()  # (entry of config.json, the one value the decoder computes)
     classifier: str | None = None  # transformers' class, without ForSequenceClassification; None: `architecture`
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorAddress:
-    """Where a parameter of ours stands in a checkpoint."""
+    """The tensor of a checkpoint that holds one of our parameters, and how."""
 
     tensor: str
     transposed: bool
@@ -86,9 +85,9 @@ class TensorAddress:
 
 
 def read_family_config(family: Family, model_type: str, document: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder that a `config.json` describes; absent entries take transformers' defaults.
+    """The decoder's config from a `config.json`; absent entries get transformers' defaults.
 
-    `where` names the file in messages. Raises `UserError` naming file and entry where a value cannot be used.
+    `where` is the file in messages. Raises `UserError` naming file and entry if a value is not supported.
     """
     for entry, value in (("quantization_config", None), *family.fixed):
         if document.get(entry) not in (None, value):
@@ -102,8 +101,9 @@ def read_family_config(family: Family, model_type: str, document: dict[str, Any]
                 value = field.default(read) if callable(field.default) else field.default
             read[field.ours] = KINDS[field.kind](value)
         except ValueError as error:
-            given = short(document.get(field.theirs))
-            raise UserError(f"{where}: {field.theirs} must be {error}, not {given}") from None
+            raise UserError(
+                f"{where}: {field.theirs} must be {error}, not {short(document.get(field.theirs))}"
+            ) from None
     for name, value in family.constants.items():
         read[name] = value(read) if callable(value) else value
     read["layer_kinds"] = _layer_kinds(family, document, read, where)
@@ -113,7 +113,7 @@ def read_family_config(family: Family, model_type: str, document: dict[str, Any]
 
 
 def family_document(family: Family, config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """A `config.json` that transformers opens; rope and dtype are written in its newer and its older style."""
+    """A `config.json` that transformers opens; rope and dtype are written in the newer and the older style."""
     document: dict[str, Any] = {"architectures": [f"{family.architecture}ForCausalLM"], "model_type": config.family}
     for field in family.fields:
         value = getattr(config, field.ours)
@@ -129,27 +129,28 @@ def family_document(family: Family, config: DecoderConfig, dtype: str) -> dict[s
 
 
 def _layer_kinds(family: Family, document: dict[str, Any], read: dict[str, Any], where: str) -> tuple[LayerKind, ...]:
-    """The layers' windows and rotary positions; one kind stands for all layers that are alike."""
+    """Window and rotary positions of each layer; a single kind if all layers are alike."""
     layers = read["layers"]
     window, sliding = None, [False] * layers
     if family.windows is not None:
         window, sliding = _windows(family.windows, document, layers, where)
     ropes: dict[bool, Rope | None] = {True: None, False: None}
+    without_rope = None
     if family.ropes is not None:
         ropes = {local: read_ropes(family.ropes, document, read, local, where) for local in (False, True)}
-    skipped = family.ropes.skipped if family.ropes is not None and family.ropes.skipped is not None else None
+        without_rope = family.ropes.skipped
     try:
-        unturned = [bool(skipped and skipped(document, i)) for i in range(layers)]
+        no_rope = [without_rope is not None and without_rope(document, i) for i in range(layers)]
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     kinds = tuple(
-        LayerKind(window if slides else None, None if bare else ropes[slides])
-        for slides, bare in zip(sliding, unturned)
+        LayerKind(window if slides else None, None if skip else ropes[slides]) for slides, skip in zip(sliding, no_rope)
     )
     return kinds[:1] if len(set(kinds)) == 1 else kinds
 
 
 def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str) -> tuple[int | None, list[bool]]:
+    """(the window in tokens or None, whether each layer has it)."""
     window = document.get("sliding_window", windows.default)
     if windows.switch is not None:
         switched = document.get(windows.switch) or False
@@ -182,7 +183,7 @@ def _window_entries(windows: Windows, kinds: list[LayerKind]) -> dict[str, Any]:
 
 
 def _check(config: DecoderConfig, where: str) -> None:
-    """Values that each alone are fine but not together."""
+    """Raises `UserError` for combinations of values that no decoder can have."""
     if config.heads % config.kv_heads:
         raise UserError(
             f"{where}: num_attention_heads ({config.heads}) must be a multiple of"
@@ -192,7 +193,7 @@ def _check(config: DecoderConfig, where: str) -> None:
         rotated = int(config.head_dim * rope.share)
         if rotated < 2 or rotated + rotated % 2 > config.head_dim:
             raise UserError(
-                f"{where}: head_dim ({config.head_dim}) must hold pairs: rope turns {rotated} of its dimensions by twos"
+                f"{where}: head_dim ({config.head_dim}) must hold pairs: rope rotates {rotated} of its dimensions"
             )
 
 
@@ -200,7 +201,7 @@ def _check(config: DecoderConfig, where: str) -> None:
 
 
 def address_in(family: Family, name: str) -> TensorAddress:
-    """Where the parameter `module/leaf` stands in the family's checkpoints; `KeyError` where no rule covers it."""
+    """The address of the parameter `module/leaf` in the family's checkpoints; `KeyError` if no rule covers it."""
     module, _, leaf = name.rpartition("/")
     for rule in family.modules:
         if match := re.fullmatch(rule.ours, module):
@@ -210,7 +211,7 @@ def address_in(family: Family, name: str) -> TensorAddress:
 
 
 def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
-    """Whether a checkpoint may hold this tensor though the decoder has no place for it."""
+    """Whether a checkpoint may hold this tensor although the decoder does not use it."""
     if config.tie_embeddings and tensor == address_in(family, "lm_head/kernel").tensor:
         return True  # a second copy of the embedding
     return any(re.fullmatch(pattern, tensor) for pattern in family.ignored)
@@ -220,7 +221,7 @@ def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
 
 
 def count(document: dict[str, Any], entry: str, default: int, least: int = 1) -> int:
-    """A whole number of `config.json`, `default` where it is absent or null; `ValueError` says what is wrong."""
+    """A whole number of `config.json`, or `default` if it is absent or null; `ValueError` if it is another value."""
     value = document.get(entry)
     value = default if value is None else value
     if not _is_int(value) or value < least:
@@ -229,7 +230,7 @@ def count(document: dict[str, Any], entry: str, default: int, least: int = 1) ->
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Token ids from an entry that is null, one id or a list; -1, which some files use for "none", is left out."""
+    """Token ids from an entry that is null, one id or a list; -1, which some files use for "none", is dropped."""
     values = value if isinstance(value, list) else [value]
     if not all(v is None or _is_int(v) for v in values):
         raise ValueError("a token id, a list of them or null")

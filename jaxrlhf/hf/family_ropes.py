@@ -1,6 +1,6 @@
-"""What a row of the table of families says of rotary positions, and how `config.json` is read and written by it.
+"""Rotary positions in the table of families, and how they are read from and written to `config.json`.
 
-Both styles are known: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (before).
+Both styles are supported: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (older).
 """
 
 import dataclasses
@@ -18,28 +18,26 @@ LENGTH = "original_max_position_embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class Ropes:
-    """Rotary positions of a family, and where older files keep their numbers."""
+    """A family's defaults for rotary positions, and the entries of older files."""
 
     theta: float = 10000.0  # transformers' default
     theta_entry: str = "rope_theta"
-    share: float = 1.0  # of a head's dimensions that turn, by default
-    share_entry: str | None = None  # None: all must turn
-    local_theta: float | None = None  # of layers with a window, where they have their own
+    share: float = 1.0  # default fraction of a head's dimensions that are rotated
+    share_entry: str | None = None  # None: all are rotated
+    local_theta: float | None = None  # of layers with a window, if they have their own
     types: tuple[str, ...] = tuple(SCALINGS)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"su": "longrope"})  # older names of types
-    trained_length: int | None = None  # transformers' default of the entry LENGTH beside the rope, where it has one
-    skipped: Callable[[dict[str, Any], int], bool] | None = None  # (config.json, layer): a layer without
+    trained_length: int | None = None  # transformers' default of the entry LENGTH outside the rope, if it has one
+    skipped: Callable[[dict[str, Any], int], bool] | None = None  # (config.json, layer): whether it has no rope
 
 
-def read_ropes(
-    ropes: Ropes, document: dict[str, Any], read: dict[str, Any], local: bool, where: str
-) -> Rope:
-    """Rotary positions of the layers with a window (`local`) or without; `read` are the fields read so far.
+def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], local: bool, where: str) -> Rope:
+    """Rotary positions of the layers with a window (`local`) or without; `read` holds the fields read so far.
 
-    Raises `UserError` naming file and entry. Entries that the type does not use are left out with a notice, as
-    transformers leaves them out with a warning.
+    Raises `UserError` naming file and entry. Entries that the rope type does not use are ignored with a notice;
+    transformers warns.
     """
-    # Where both stand, transformers lets rope_scaling win.
+    # If both are present, transformers uses rope_scaling.
     entry = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
     given = document.get(entry) or {}
     if not isinstance(given, dict):
@@ -66,33 +64,33 @@ def read_ropes(
     try:
         kind = rope_kind(given, ropes.aliases)
         extra = unused_entries(given, kind)
-        # Without a type, numbers of a scaling are a mistake. So are objects, which other families have by layer type.
+        # Numbers of a scaling without a type are an error. So are objects: other families have one per layer type.
         untyped = given.get("rope_type", given.get("type")) is None
         if extra and (untyped or any(isinstance(given[name], dict) for name in extra)):
             raise ValueError(f"{', '.join(extra)} is not supported with rope_type {kind!r}")
         if extra:
-            notice(f"{where}: {entry}: {', '.join(extra)} says nothing with rope_type {kind!r} and is left out")
+            notice(f"{where}: {entry}: {', '.join(extra)} is not used by rope_type {kind!r} and is ignored")
         outer = document.get(LENGTH, ropes.trained_length)
         if outer is not None and ropes.local_theta is None:
-            given = given | {LENGTH: outer}  # beside the rope it wins, in transformers too
+            given = given | {LENGTH: outer}  # outside the rope it takes precedence, as in transformers
         rope = read_rope(given, defaults, kind)
         if rope.kind not in ropes.types:
             raise ValueError(f"rope_type {rope.kind!r} is not supported; known: {', '.join(ropes.types)}")
         if rope.share != 1 and ropes.share_entry is None:
-            raise ValueError("partial_rotary_factor is not supported in this family; every dimension must turn")
-        pairs, wanted = factor_count(rope), int(read["head_dim"] * rope.share) // 2 if "head_dim" in read else None
-        if pairs is not None and pairs != wanted:
-            raise ValueError(f"short_factor and long_factor must have {wanted} numbers, not {pairs}")
+            raise ValueError("partial_rotary_factor is not supported in this family; remove it or set it to 1")
+        factors, pairs = factor_count(rope), int(read["head_dim"] * rope.share) // 2 if "head_dim" in read else None
+        if factors is not None and factors != pairs:
+            raise ValueError(f"short_factor and long_factor must have {pairs} numbers, not {factors}")
     except ValueError as error:
         raise UserError(f"{where}: {entry if given else ropes.theta_entry}: {error}") from None
     return rope
 
 
 def rope_entries(ropes: Ropes, kinds: list[LayerKind]) -> dict[str, Any]:
-    """Rope in the newer style and the older one; a family without layers of one kind has its default there."""
-    turned = next((k.rope for k in kinds if k.window is None and k.rope), None)
+    """The rope entries in the newer and the older style; a kind of layer that is absent gets the family's default."""
+    full = next((k.rope for k in kinds if k.window is None and k.rope), None)
     local = next((k.rope for k in kinds if k.window is not None and k.rope), None)
-    main = turned or (local if ropes.local_theta is None else None) or Rope(ropes.theta, ropes.share)
+    main = full or (local if ropes.local_theta is None else None) or Rope(ropes.theta, ropes.share)
     entries: dict[str, Any] = {"rope_parameters": rope_entry(main), ropes.theta_entry: main.theta}
     if main.kind != "default":
         entries["rope_scaling"] = rope_entry(main)

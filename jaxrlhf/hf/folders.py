@@ -1,4 +1,4 @@
-"""Folders of models and adapters: where they are found, and how they are written, complete or not at all."""
+"""Finds folders of models and adapters, on disk or on the hub, and writes them atomically."""
 
 import contextlib
 import re
@@ -10,21 +10,21 @@ import jax
 from jaxrlhf.checkpoint.files import atomic_directory
 from jaxrlhf.errors import UserError
 
-MARK = ".jaxrlhf"  # in each folder that was written here: what of it may be replaced
+MARK = ".jaxrlhf"  # lists the files of a folder that jaxrlhf wrote and may replace
 DTYPES = ("float32", "bfloat16", "float16")
-AUTO = "auto"  # in place of a dtype: that of the checkpoint's tensors
+AUTO = "auto"  # in place of a dtype: the dtype of the checkpoint's tensors
 PEFT_INFO, INDEX = "adapter_config.json", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 
 def check_dtype(dtype: str | None) -> None:
-    """`UserError` unless it is None or the name of a dtype that weights may have."""
+    """Raises `UserError` unless `dtype` is None or one of `DTYPES`."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}")
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder itself, or the local copy of a hub id's files."""
+    """The folder itself, or the local copy of a hub repository."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -40,10 +40,9 @@ def find_folder(path: str | Path) -> Path:
 
 
 def find_model(path: str | Path) -> tuple[Path, Path | None]:
-    """(folder of a model, folder of a PEFT adapter on it or None), as `path` names the one or the other.
+    """(folder of a model, folder of a PEFT adapter or None); `path` is the model's folder or hub id, or the adapter's.
 
-    An adapter's base is what its `base_model_name_or_path` names: a folder, seen from here or from the adapter, or a
-    hub id.
+    An adapter's base is its `base_model_name_or_path`: a hub id, or a folder relative to here or to the adapter.
     """
     from jaxrlhf.hf.tensor_files import read_json
 
@@ -63,7 +62,7 @@ def find_model(path: str | Path) -> tuple[Path, Path | None]:
 
 @contextlib.contextmanager
 def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
-    """A folder to write into and whether this process is the one that writes; the others wait for it."""
+    """Yields (folder to write into, whether this process writes); the other processes wait at the end."""
     primary = jax.process_index() == 0
     with atomic_directory(target, replace=True) if primary else contextlib.nullcontext(target) as folder:
         yield folder, primary
@@ -77,13 +76,13 @@ def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def check_replaceable(target: Path, of_kind: str) -> None:
-    """`UserError` where a folder holds anything but what was written here before, as its `MARK` lists it.
+    """Raises `UserError` if a folder holds files that its `MARK` does not list.
 
-    `of_kind` is a file that what is to be written has, so that a model is not replaced by an adapter.
+    The list must contain `of_kind`, a file of the new folder, so that an adapter does not replace a model.
     """
     if not target.is_dir():
         return
     mark = target / MARK
     written = {MARK, *mark.read_text(encoding="utf-8").splitlines()[1:]} if mark.is_file() else set()
     if strangers := sorted({file.name for file in target.iterdir()} - (written if of_kind in written else set())):
-        raise UserError(f"{target}: holds {strangers[0]}, which would be lost; give a new or empty folder")
+        raise UserError(f"{target}: holds {strangers[0]}, which would be deleted; give a new or empty folder")

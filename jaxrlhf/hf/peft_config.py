@@ -1,7 +1,6 @@
-"""`adapter_config.json` of a PEFT LoRA adapter: which modules have a pair, of what rank, at what scale.
+"""`adapter_config.json` of a PEFT LoRA adapter: the modules with a pair, their ranks and scales.
 
-Names of modules are the checkpoint's. Whatever makes an adapter something else than plain pairs on linear layers is
-a `UserError` that names the entry.
+Module names are the checkpoint's. An entry that makes an adapter more than plain pairs is a `UserError` that names it.
 """
 
 import dataclasses
@@ -14,29 +13,29 @@ import numpy as np
 
 from jaxrlhf.errors import UserError, short
 
-HEADS = {"score", "classifier"}  # what PEFT lists in modules_to_save for task_type SEQ_CLS; our families have `score`
-NEWER_NAMES = {"embed_out": "lm_head"}  # modules that transformers 5 calls otherwise, though not in checkpoints
-ALL_LINEAR = "all-linear"  # of the blocks: PEFT leaves the head out
+HEADS = {"score", "classifier"}  # PEFT's modules_to_save for task_type SEQ_CLS; our families have `score`
+NEWER_NAMES = {"embed_out": "lm_head"}  # modules that transformers 5 renames, except in checkpoints
+ALL_LINEAR = "all-linear"  # the linear layers of the blocks, without the head
 
-# Entries with which an adapter computes something else than its pairs, unless they are null, false or empty.
+# Entries that change what an adapter computes, unless they are null, false or empty.
 UNSUPPORTED = (
     "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora",
 )  # fmt: skip
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")  # the other named ones change the base's weights
+PLAIN_INITIALIZERS = ("gaussian", "eva", "orthogonal", "mica")  # the others change the base's weights
 MERGE_IT = "merge the adapter into its base with PEFT (merge_and_unload) and use that folder as the model"
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """What `adapter_config.json` says of ranks, scales and targets."""
+    """Ranks, scales and target modules in an `adapter_config.json`."""
 
     rank: int
     alpha: float
     root: bool  # use_rslora
     ranks: dict[str, int]  # by pattern
     alphas: dict[str, float]  # by pattern
-    targets: str | list[str] | None  # None: not said
+    targets: str | list[str] | None  # None: absent
     excluded: str | list[str]
     layers: list[int]  # empty: all
     saved: list[str]  # modules_to_save
@@ -47,12 +46,12 @@ class PeftConfig:
         return _by_pattern(self.ranks, module, self.rank)
 
     def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) where it is rank-stabilised (2312.03732)."""
+        """alpha / r, or alpha / sqrt(r) if the adapter is rank-stabilised (2312.03732)."""
         rank = self.rank_of(module)
         return _by_pattern(self.alphas, module, self.alpha) / (rank**0.5 if self.root else rank)
 
     def targets_module(self, module: str) -> bool:
-        """Whether PEFT would put a pair on this linear layer, of the blocks or the head."""
+        """Whether PEFT would put a pair on this linear layer of the blocks or the head."""
         if _named(self.excluded, module) or self.targets is None:
             return False
         layer = re.search(r"\.(\d+)\.", module)
@@ -68,19 +67,19 @@ class PeftConfig:
 
     @property
     def has_head(self) -> bool:
-        """Whether it is of a sequence classifier, with the head in modules_to_save."""
+        """Whether the adapter is of a sequence classifier, with the head in modules_to_save."""
         return bool(HEADS & set(self.saved))
 
 
 def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
-    """The settings of a plain LoRA adapter; `UserError` naming the entry where it is something else."""
+    """The settings of a plain LoRA adapter; `UserError` naming the entry if it is not supported."""
     if document.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type {document.get('peft_type')!r} is not supported; it must be 'LORA'")
     unsupported = [entry for entry in UNSUPPORTED if document.get(entry)]
     if document.get("bias") not in (None, "none"):
         unsupported.append("bias")
-    start = document.get("init_lora_weights")
-    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+    initializer = document.get("init_lora_weights")
+    if isinstance(initializer, str) and initializer.lower() not in PLAIN_INITIALIZERS:
         unsupported.append("init_lora_weights")
     if unsupported:
         entry = unsupported[0]
@@ -151,12 +150,12 @@ def _check_expression(pattern: str, entry: str, file: Path) -> None:
 
 
 def _by_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that ends the module's name, as PEFT looks it up."""
+    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
     return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def _named(targets: str | list[str], module: str) -> bool:
-    """Whether a regular expression or a list of (ends of) names means a module."""
+    """Whether a regular expression, or a list of names or ends of names, matches a module."""
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
@@ -169,11 +168,10 @@ def peft_document(
     fan_in_fan_out: bool,
     saved: list[str],
 ) -> dict[str, Any]:
-    """An `adapter_config.json` for pairs of these (rank, scale) by module, and whole modules that are `saved`.
+    """An `adapter_config.json` for `pairs`, module -> (rank, scale), and `saved`, the full modules.
 
-    `modules` are all linear ones in the blocks, and the head.
-
-    lora_alpha = scale * r. `r` is the largest rank, because serving engines make room for that many.
+    `modules` are all linear layers of the blocks, and the head. lora_alpha = scale * r. `r` is the largest rank,
+    because serving engines allocate that many.
     """
     numbers = {module: (rank, _alpha(rank, scale)) for module, (rank, scale) in pairs.items()}
     largest = max(rank for rank, _ in numbers.values())
@@ -199,7 +197,7 @@ def peft_document(
 
 
 def _alpha(rank: int, scale: np.float32) -> int | float:
-    """The alpha with which alpha / rank is the scale, bit by bit; a round number where there is one."""
+    """The alpha with alpha / rank equal to the scale bit for bit; a round number if there is one."""
     exact = float(scale) * rank
     short = float(str(np.float32(exact)))
     alpha = short if np.float32(short / rank) == scale else exact
@@ -207,7 +205,7 @@ def _alpha(rank: int, scale: np.float32) -> int | float:
 
 
 def _by_name(values: dict[str, Any], modules: list[str]) -> dict[str, Any]:
-    """The values by the shortest ends of names for which all of `modules` that end so have the same."""
+    """The values by the shortest ends of names that all modules with that end share the value of."""
 
     def ends(module: str) -> list[str]:
         inner = re.sub(r"^.*?\.\d+\.", "", module)  # behind the layer's number

@@ -1,7 +1,6 @@
-"""Pretrained folders in, merged folders out.
+"""Loads pretrained model folders, and saves base and adapter merged.
 
-Not here: adapters (`adapter_files.py`, `peft.py`), sequence classifiers (`classifiers.py`); downloading anything but
-JSON, safetensors and tokenizer files.
+Not here: adapters (`adapter_files.py`, `peft.py`) and sequence classifiers (`classifiers.py`).
 """
 
 import dataclasses
@@ -28,36 +27,35 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     quantize: str | None = None,
 ) -> tuple[Decoder, Tokenizer | None]:
-    """The decoder and the tokenizer (None where there is none) of a Hugging Face folder or hub id.
+    """The decoder and the tokenizer (or None) of a Hugging Face folder or hub id.
 
-    Of a PEFT adapter's folder: its base with the adapter merged, and its own tokenizer before the base's.
-    Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto": to the one that most of them have. On
-    a mesh each parameter lies as `models.sharding.parameter_sharding` says, and each process reads its slices only.
-    `quantize` "int8" or "nf4" keeps the linear layers of the blocks as codes (see `quantize.py`), made on the
-    host a part at a time. Programs of the model are for the mesh's devices, or for jax's default one, with float32
-    products in float32; `decoder.with_target` changes that. Raises `UserError` naming file and entry or tensor where
-    the folder cannot be used.
+    A PEFT adapter's folder gives its base with the adapter merged, and its own tokenizer if it has one.
+    Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto" is the dtype of most of them. On a mesh
+    each parameter is sharded by `models.sharding.parameter_sharding`, and each process reads only its slices.
+    `quantize` "int8" or "nf4" quantises the linear layers of the blocks on the host, a part at a time (see
+    `quantize.py`). The model's target is the mesh's devices, or jax's default device, with float32 products in float32;
+    `decoder.with_target` changes it. Raises `UserError` naming file and entry or tensor if the folder cannot be used.
     """
     check_dtype(None if dtype == AUTO else dtype)
     if quantize not in (None, *KINDS):
         raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
     folder, adapter = find_model(path)
     if adapter is not None and quantize is not None:
-        raise UserError(f"{path}: an adapter is not merged into {quantize} codes: merge it first, or drop quantize")
+        raise UserError(f"{path}: an adapter cannot be merged into {quantize} codes; merge it first, or drop quantize")
     document = read_json(folder / "config.json")
     config = read_config(document, str(folder / "config.json"))
     config, tensors = untie_if_different(config, plain_tensors(read_checkpoint(folder)), folder)
     stored = match(config, tensors, folder)
     dtype = main_dtype(stored.values()) if dtype == AUTO else dtype
     tokenizer = (load_tokenizer(str(adapter)) if adapter else None) or load_tokenizer(str(folder))
-    named = "eos_token_id" in {**document, **(document.get("text_config") or {})}
-    config, tokenizer = _with_tokens(config, folder, tokenizer, named)
+    has_eos = "eos_token_id" in {**document, **(document.get("text_config") or {})}
+    config, tokenizer = _with_tokens(config, folder, tokenizer, has_eos)
     base = read_decoder(config, stored, dtype, mesh, quantize)
     return (base if adapter is None else with_adapter(base, adapter, folder, mesh)[0]), tokenizer
 
 
 def with_tokenizer(base: Decoder, tokenizer: Tokenizer) -> tuple[Decoder, Tokenizer]:
-    """A base and another tokenizer for each other: the base's stop tokens are then those of both."""
+    """Adapts a base and another tokenizer to each other: the stop tokens become those of both."""
     tokenizer = tokenizer.for_model(base.config.vocab_size, base.config.stop_tokens, foreign=True)
     return with_config(base, dataclasses.replace(base.config, stop_tokens=tokenizer.stop_ids)), tokenizer
 
@@ -70,18 +68,17 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     dtype: str | None = None,
 ) -> None:
-    """Writes base and adapter, merged, as a folder that transformers opens, in the base's dtype or the one given.
+    """Writes base and adapter, merged, as a folder that transformers opens, in `dtype` (None: the base's).
 
-    Weights are rounded once, after merging. A scalar head is left out. The folder appears complete or not at all; an
-    older model there is replaced. Raises `UserError` where anything else is there, and for a weight too large for
-    `dtype`.
+    Weights are rounded once, after merging. A scalar head is not written. The folder is written atomically and replaces
+    an older model. Raises `UserError` if the folder holds anything else, and for a weight too large for `dtype`.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
     check_replaceable(target, "config.json")
     config = base.config
     tensors, dtype = merged_tensors(base, adapter, dtype)
-    if address_of(config, "lm_head/kernel").tensor in tensors:  # an adapter may have parted it from the embedding
+    if address_of(config, "lm_head/kernel").tensor in tensors:  # an adapter may have untied it from the embedding
         config = dataclasses.replace(config, tie_embeddings=False)
     generation = {
         "bos_token_id": config.bos_token,
@@ -98,24 +95,24 @@ def save_pretrained(
 
 
 def _with_tokens(
-    config: DecoderConfig, folder: Path, tokenizer: Tokenizer | None, named: bool
+    config: DecoderConfig, folder: Path, tokenizer: Tokenizer | None, has_eos: bool
 ) -> tuple[DecoderConfig, Tokenizer | None]:
-    """The config with the tokens that end answers and fill up rows, and the tokenizer with the same ends.
+    """The config with its stop tokens and pad token, and the tokenizer with the same stop tokens.
 
-    All that `generation_config.json`, `config.json`, the tokenizer and its chat template name end an answer. Where
-    `config.json` has not `named` any, the family's default counts only if nothing else does. Masks say what is real,
-    so a missing pad token may be any: a stop token, or 0.
+    The stop tokens are those of `generation_config.json`, `config.json`, the tokenizer and its chat template. If
+    `config.json` has none (not `has_eos`), the family's default is used only without any other. A missing pad token may
+    be any token, because masks mark padding: a stop token, or 0.
     """
     file = folder / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
-    found = {}
+    tokens = {}
     for entry in ("eos_token_id", "pad_token_id"):
         try:
-            found[entry] = token_ids(generation.get(entry))
+            tokens[entry] = token_ids(generation.get(entry))
         except ValueError as error:
             raise UserError(f"{file}: {entry} must be {error}, not {generation[entry]!r}") from None
-    stops = found["eos_token_id"]
-    if named or not (stops or (tokenizer is not None and tokenizer.stop_ids)):
+    stops = tokens["eos_token_id"]
+    if has_eos or not (stops or (tokenizer is not None and tokenizer.stop_ids)):
         stops = tuple(dict.fromkeys([*stops, *config.stop_tokens]))
     if tokenizer is not None:
         tokenizer = tokenizer.for_model(config.vocab_size, stops)
@@ -124,6 +121,6 @@ def _with_tokens(
         if token >= config.vocab_size:
             raise UserError(f"{folder}: eos_token_id {token} is outside the vocabulary of {config.vocab_size} tokens")
     own_pad = None if tokenizer is None else tokenizer.pad_id
-    pads = (*found["pad_token_id"], config.pad_token, own_pad, *stops, 0)
+    pads = (*tokens["pad_token_id"], config.pad_token, own_pad, *stops, 0)
     pad = next(token for token in pads if token is not None and token < config.vocab_size)
     return dataclasses.replace(config, stop_tokens=stops, pad_token=pad), tokenizer

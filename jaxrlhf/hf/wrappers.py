@@ -1,10 +1,9 @@
-"""Multimodal folders whose text part is a known family: its entries and its tensors, under the plain family's names.
+"""Multimodal folders whose text part is a known family: its entries and tensors under the plain family's names.
 
-Text alone goes through such a model as through the plain one: axes of multimodal positions are one in text. What is
-trained and exported is the plain text model.
+For text alone such a model computes what the plain one does. The plain text model is trained and exported.
 
-Not here: wrappers whose text attention reads the image (Llama 3.2 Vision, PaliGemma) or whose text part is no family
-of the table (Llama 4, Qwen3-VL).
+Not here: models whose text attention differs (Llama 3.2 Vision, PaliGemma) or whose text part is not in the table of
+families (Llama 4, Qwen3-VL).
 """
 
 import dataclasses
@@ -21,11 +20,11 @@ TIED = "tie_word_embeddings"
 class Wrapper:
     """A multimodal `model_type`, with transformers' defaults."""
 
-    text: str  # the family of its text part, where text_config names none
-    tied: bool = False  # TIED beside text_config; what stands inside says nothing,
-    inner_tied: bool = False  # except here, where true inside is true
-    flat: bool = False  # older files have the text's entries outside
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that differ from the family's
+    text: str  # the family of its text part, if text_config has none
+    tied: bool = False  # default of TIED outside text_config; the entry inside is ignored,
+    inner_tied: bool = False  # unless this is set and the entry inside is true
+    flat: bool = False  # older files have the text part's entries at the top level
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # those that differ from the family's
 
 
 QWEN_VL = Wrapper(
@@ -50,8 +49,8 @@ WRAPPERS: dict[str, Wrapper] = {
     "idefics3": Wrapper("llama"),
     "smolvlm": Wrapper("llama"),
 }
-SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}  # text parts that are a family but for their name
-INNER = (  # where a wrapper keeps the text part's tensors, and their plain names
+SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}  # other names of a family
+INNER = (  # (prefix of the text part's tensors, prefix in the plain model)
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
@@ -61,7 +60,7 @@ INNER = (  # where a wrapper keeps the text part's tensors, and their plain name
 
 
 def text_document(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """The `config.json` of the text part, as the plain family would have it; any other document as it is."""
+    """The `config.json` of the text part in the form of the plain family; other documents are returned unchanged."""
     model_type = document.get("model_type")
     wrapper = WRAPPERS.get(model_type) if isinstance(model_type, str) else None
     if wrapper is None:
@@ -86,14 +85,14 @@ def text_document(document: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(rope, dict) and "mrope" in (rope.get("rope_type"), rope.get("type")):
             text[entry] = rope | {"rope_type": "default"}
     notice(
-        f"{where}: of this {model_type} model its text part alone is read; what is trained and exported is a plain "
+        f"{where}: only the text part of this {model_type} model is read, trained and exported, as a plain "
         f"{text['model_type']} model"
     )
     return text
 
 
 def plain_name(tensor: str) -> str:
-    """A tensor's or module's name without the wrapper around the text part."""
+    """A tensor's or module's name in the plain text model."""
     for start, plain in INNER:
         if tensor.startswith(start):
             return plain + tensor.removeprefix(start)

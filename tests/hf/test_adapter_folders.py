@@ -101,7 +101,7 @@ def test_bases_beside_the_adapter_and_tokenizers_of_their_own(folders, tmp_path,
         (load_pretrained, "causal", None, [PEFT_INFO, "base_model_name_or_path", "None"]),
         (load_sequence_classifier, "reward", "../none", [PEFT_INFO, "../none", "no such folder"]),
         (load_sequence_classifier, "causal", None, [PEFT_INFO, "base_model_name_or_path"]),
-        (load_sequence_classifier, "causal", "same", ["no scalar head", "no sequence classifier"]),
+        (load_sequence_classifier, "causal", "same", ["no scalar head", "not a sequence classifier"]),
     ],
 )
 def test_what_cannot_be_used_is_named(folders, tmp_path, load, name, base, words):

@@ -138,7 +138,7 @@ def test_an_adapter_becomes_a_folder_whose_scores_are_ours(family, head, make_mo
         for path, leaves in adapter.items()
     }
     bias = float(moved["score"]["bias"][0]) if head == "value" else 0.0
-    told = pytest.warns(UserWarning, match=rf"head's bias of {bias:.6g} has no place") if bias else nullcontext()
+    told = pytest.warns(UserWarning, match=rf"head's bias of {bias:.6g} to its scores") if bias else nullcontext()
     with told:
         save_sequence_classifier(tmp_path / "reward", base, moved)
     theirs = open_classifier(tmp_path / "reward")
