@@ -53,12 +53,12 @@ CASES = {
     "tied, with a head that differs in its last number": (True, one_number, {}, ["differ"]),
     "a value head": (
         False, beside(v_head__summary__weight=noise(1, 32), v_head__summary__bias=noise(1)), {},
-        ["left out", "v_head.summary (2 tensors)"],
+        ["skipped", "v_head.summary (2 tensors)"],
     ),
-    "a classifier's head": (False, beside(score__weight=noise(1, 32)), {}, ["left out", "score.weight"]),
+    "a classifier's head": (False, beside(score__weight=noise(1, 32)), {}, ["skipped", "score.weight"]),
     "a layer too many": (
         False, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": noise(44, 32)}), {},
-        ["left out", "model.layers.2.mlp.up_proj.weight"],
+        ["skipped", "model.layers.2.mlp.up_proj.weight"],
     ),
     "biases too many": (False, lambda t: t.update({Q_BIAS: noise(32)}), {}, [Q_BIAS]),
     "fewer layers in config.json": (False, as_it_is, {"num_hidden_layers": 1}, ["model.layers (9 tensors)"]),
