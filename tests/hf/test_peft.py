@@ -378,10 +378,10 @@ SPOILT = {
     ),
     "a saved module of another model": (
         tensors(lambda t: t.update({"base_model.model.model.ln_f.weight": np.ones(24, np.float32)})),
-        [PEFT_TENSORS, "model.ln_f.weight", "no place"],
+        [PEFT_TENSORS, "model.ln_f.weight", "does not belong"],
     ),
     "another depth": (
-        tensors(lambda t: t.update({A.replace("layers.1", "layers.7"): t[A]})), [PEFT_TENSORS, "layers.7", "no place"]
+        tensors(lambda t: t.update({A.replace("layers.1", "layers.7"): t[A]})), [PEFT_TENSORS, "layers.7", "does not belong"]
     ),
     "two adapters": (
         tensors(lambda t: t.update({A.replace("weight", "other.weight"): t[A]})), [PEFT_TENSORS, "several", "other"]
@@ -407,10 +407,10 @@ def test_a_spoiled_folder_is_named_in_one_line(models, tmp_path, spoil, words):
 def test_an_adapter_that_peft_cannot_hold(models, tmp_path):
     base = models("llama").ours
     full = init_adapter(base, AdapterConfig(kind="full"), jax.random.key(0))
-    refused(lambda: save_peft(tmp_path / "x", base, full), "whole weights", "merged")
+    refused(lambda: save_peft(tmp_path / "x", base, full), "full weights", "merged")
     adapter = random_adapter(base, [2])
     deep = {"layers.9.mlp.up_proj": adapter["layers.0.mlp.up_proj"]}
-    refused(lambda: save_peft(tmp_path / "x", base, deep), "layers.9.mlp.up_proj", "no place")
+    refused(lambda: save_peft(tmp_path / "x", base, deep), "layers.9.mlp.up_proj", "another model")
     headed = {SCORE: with_head({}, base, "value", jax.random.key(0))[SCORE]}
     assert without_head(headed) == {}
     refused(lambda: save_peft(tmp_path / "x", base, headed), "no LoRA pair")

@@ -118,7 +118,7 @@ def test_what_peft_saves_computes_the_same_here_and_back_there(
     save_pretrained(tmp_path / "merged", ours, adapter)
     np.testing.assert_allclose(torch_logits(opened(tmp_path / "merged").eval(), *text)[text[1]], expected, atol=1e-4)
     if whole is None or "final_norm" in adapter or not any("lora_a" in leaves for leaves in adapter.values()):
-        with pytest.raises(UserError, match=r"whole weights|no LoRA pair"):
+        with pytest.raises(UserError, match=r"full weights|no LoRA pair"):
             save_peft(tmp_path / "back", ours, adapter, str(folder))
         return
     save_peft(tmp_path / "back", ours, adapter, str(folder))

@@ -121,7 +121,7 @@ def test_what_is_no_weight_is_refused_only_where_it_is_used(tmp_path, dtype, sha
     held = read_checkpoint(tmp_path)["w"]
     with pytest.raises(UserError) as caught:
         held.check_dtype()
-    assert str(caught.value).startswith(f"{tmp_path / SINGLE}: tensor w is stored as {dtype}; one of")
+    assert str(caught.value).startswith(f"{tmp_path / SINGLE}: tensor w is stored as {dtype}; must be one of")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_broken_index_is_named(tmp_path, index, words):
 
 
 def test_pickle_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no weights: model\.safetensors or model\.safetensors\.index\.json"):
+    with pytest.raises(UserError, match=r"no weights; model\.safetensors or model\.safetensors\.index\.json"):
         read_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(UserError, match=r"pytorch_model\.bin: pickle files are not read; convert to safetensors"):

@@ -385,11 +385,11 @@ B = "layers.0.attention.q_proj/lora_b"
         (edit_adapter(lambda t: t.update({A: t[A][:20]})), [f"tensor {A}", "[20, 2]", "[24, 2]"]),
         (edit_adapter(lambda t: t.update({B: t[B][:1]})), [f"tensor {B}", "[1, 24]", "[2, 24]"]),
         (edit_adapter(lambda t: t.update({A: t[A][0]})), [f"tensor {A}"]),
-        (edit_adapter(lambda t: t.update({"layers.0.attention.r_proj/kernel": t[A]})), ["r_proj", "no place"]),
-        (edit_adapter(lambda t: t.update({"stray": t[A]})), ["tensor stray", "no place"]),
+        (edit_adapter(lambda t: t.update({"layers.0.attention.r_proj/kernel": t[A]})), ["r_proj", "another model"]),
+        (edit_adapter(lambda t: t.update({"stray": t[A]})), ["tensor stray", "another model"]),
         (edit_adapter(lambda t: t.update({"score/kernel": t["score/kernel"][:3]})), ["score/kernel", "[24, 1]"]),
         (edit_adapter(lambda t: t.update({"score/bias": t["score/kernel"]})), ["score/bias", "[24, 1]", "[1]"]),
-        (edit_adapter(lambda t: t.update({"score/scale": t["score/kernel"]})), ["score/scale", "no place"]),
+        (edit_adapter(lambda t: t.update({"score/scale": t["score/kernel"]})), ["score/scale", "another model"]),
         (lambda f: os.truncate(f / "adapter.safetensors", 5000), ["adapter.safetensors", "truncated"]),
         (lambda f: (f / "adapter.safetensors").unlink(), ["adapter.safetensors"]),
         (lambda f: (f / "adapter.json").unlink(), ["no adapter.json"]),
@@ -410,7 +410,7 @@ def test_an_adapter_of_another_model_is_refused(small, lora, tmp_path):
     refused(lambda: load_adapter(tmp_path / "wide", small), "[48, 2]", "[24, 2]")
     deep = {"layers.7.mlp.up_proj": lora["layers.0.mlp.up_proj"]}
     save_adapter(tmp_path / "deep", deep)
-    refused(lambda: load_adapter(tmp_path / "deep", small), "layers.7.mlp.up_proj", "no place")
+    refused(lambda: load_adapter(tmp_path / "deep", small), "layers.7.mlp.up_proj", "another model")
     part = init_adapter(small, AdapterConfig(kind="full"), jax.random.key(0))
     del part["final_norm"]
     save_adapter(tmp_path / "part", part)
