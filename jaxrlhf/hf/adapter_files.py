@@ -89,7 +89,7 @@ def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, fi
         if leaf in ("lora_a", "lora_b", "lora_scale"):
             pair = [stored.get(f"{module}/{part}") for part in ("lora_a", "lora_b", "lora_scale")]
             if None in pair:
-                raise UserError(f"{file}: module {module} has an incomplete LoRA pair; it needs lora_a, lora_b and lora_scale")
+                raise UserError(f"{file}: module {module} needs a full LoRA pair (lora_a, lora_b, lora_scale)")
             kernel = layers.get(module)
             rank = pair[0].shape[-1] if pair[0].shape else 0
             shape = kernel and {"lora_a": (kernel[0], rank), "lora_b": (rank, kernel[1]), "lora_scale": ()}[leaf]

@@ -381,7 +381,7 @@ SPOILT = {
         [PEFT_TENSORS, "model.ln_f.weight", "does not belong"],
     ),
     "another depth": (
-        tensors(lambda t: t.update({A.replace("layers.1", "layers.7"): t[A]})), [PEFT_TENSORS, "layers.7", "does not belong"]
+        tensors(lambda t: t.update({A.replace("layers.1", "layers.7"): t[A]})), [PEFT_TENSORS, "layers.7", "not belong"]
     ),
     "two adapters": (
         tensors(lambda t: t.update({A.replace("weight", "other.weight"): t[A]})), [PEFT_TENSORS, "several", "other"]
