@@ -1,6 +1,6 @@
 """Arrays in place of shapes: random weights, tokens and scores for the programs that `stages.calls` describes.
 
-A leaf's name says what it holds, as it says where it lies on a mesh; a name that no rule covers is an error.
+A leaf's name decides its contents, as it decides its sharding; a name that no rule covers is an error.
 """
 
 import functools
@@ -16,59 +16,56 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.sharding import leaf_name
 
 _INPUTS, _INITIAL = "one over the root of the inputs", "the model's initializer_range"
-# (pattern on the end of a leaf's name, mean, standard deviation); floats only, the first that matches counts.
+# (pattern for the end of a leaf's name, mean, standard deviation) of floats; the first match counts.
 _FLOATS: tuple[tuple[str, float, float | str], ...] = (
-    (r"\.(mu|nu)\..*", 0.0, 0.0),  # moments of an optimizer
-    (r"kl_coef|moments/(count|mean|squares)", 0.0, 0.0),
+    (r"\.(mu|nu)\..*|kl_coef|moments/(count|mean|squares)|bias|margin|\w*logprobs", 0.0, 0.0),
     (r"lora_scale", 2.0, 0.0),
     (r"lora_a|score/kernel", 0.0, _INPUTS),
-    (r"lora_b", 0.0, 0.01),  # zero at the start of a run; products of zeros are not timed
+    (r"lora_b", 0.0, 0.01),  # zero at the start of a run, but products of zeros would be faster
     (r"kernel_scale", 3e-4, 0.0),  # of 8-bit codes up to 127
     (r"norm/scale", 1.0, 0.0),
-    (r"bias|margin", 0.0, 0.0),
     (r"kernel|embedding", 0.0, _INITIAL),
-    (r"weight|temperature", 1.0, 0.0),  # weight: of pairs of answers
-    (r"\w*logprobs", 0.0, 0.0),
-    (r"values|advantages|returns|\d+", 0.0, 1.0),  # a number: an argument that has no name, the scores
+    (r"weight|temperature", 1.0, 0.0),  # weight: of preference pairs
+    (r"values|advantages|returns|\d+", 0.0, 1.0),  # a number: an argument without a name, the scores
 )
 
 
 class Filler:
-    """Makes each shape an array once, however many programs are given it."""
+    """Makes one array for each shape, also where several programs take it."""
 
     def __init__(self, model: DecoderConfig, seed: int):
         self.model, self.key = model, jax.random.key(seed)
         self.compile_seconds = 0.0
-        self._made: dict[int, tuple[jax.ShapeDtypeStruct, jax.Array]] = {}  # the shape is kept, so that its id is
-        self._programs: dict[tuple, Any] = {}  # equal leaves share one
+        self._arrays: dict[int, tuple[jax.ShapeDtypeStruct, jax.Array]] = {}  # by id of the shape, which is kept alive
+        self._programs: dict[tuple, Any] = {}  # shared by equal leaves
 
     def fill(self, tree: Any) -> Any:
-        """The tree with arrays for shapes, each where its sharding says; other leaves stay."""
+        """The tree with an array for each shape, sharded as the shape says; other leaves stay."""
         return jax.tree_util.tree_map_with_path(self._leaf, tree)
 
     def give(self, shapes: Any, arrays: Any) -> None:
-        """These arrays stand for these shapes from now on: what a program gave is what the next one takes."""
+        """Uses these arrays for these shapes from now on: the next program takes the results of the one before."""
         for leaf, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(arrays), strict=True):
-            self._made[id(leaf)] = leaf, array
+            self._arrays[id(leaf)] = leaf, array
 
     def _leaf(self, path: tuple, leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return self.key
-        if id(leaf) not in self._made:
-            what = (*self._contents(leaf_name(path), leaf), leaf.shape, jnp.dtype(leaf.dtype))
-            if (what, leaf.sharding) not in self._programs:  # each device makes its own share
+        if id(leaf) not in self._arrays:
+            contents = (*self._contents(leaf_name(path), leaf), leaf.shape, jnp.dtype(leaf.dtype))
+            if (contents, leaf.sharding) not in self._programs:  # each device makes its own shards
                 start = time.perf_counter()
-                draw = jax.jit(functools.partial(_draw, *what), out_shardings=leaf.sharding)
-                self._programs[what, leaf.sharding] = draw.lower(self.key, np.uint32(0)).compile()
+                draw = jax.jit(functools.partial(_draw, *contents), out_shardings=leaf.sharding)
+                self._programs[contents, leaf.sharding] = draw.lower(self.key, np.uint32(0)).compile()
                 self.compile_seconds += time.perf_counter() - start
-            array = self._programs[what, leaf.sharding](self.key, np.uint32(len(self._made)))
-            self._made[id(leaf)] = leaf, array
-        return self._made[id(leaf)][1]
+            array = self._programs[contents, leaf.sharding](self.key, np.uint32(len(self._arrays)))
+            self._arrays[id(leaf)] = leaf, array
+        return self._arrays[id(leaf)][1]
 
     def _contents(self, name: str, leaf: jax.ShapeDtypeStruct) -> tuple[str, float, float]:
-        """(kind of numbers, and of floats mean and standard deviation, of integers the bounds)."""
+        """("normal", mean, standard deviation), ("integers", low, high) or ("bits", 0, 0)."""
         if leaf.dtype in (jnp.int8, jnp.uint8):
             return "bits", 0, 0
         if leaf.dtype == jnp.bool_ or name.endswith("segments"):
@@ -78,8 +75,8 @@ class Filler:
         for pattern, mean, spread in _FLOATS:
             if re.search(rf"(^|[./\w])({pattern})$", name):
                 mean = 0.0 if "norm/" in pattern and self.model.norm == "rms_plus_one" else mean
-                known = {_INPUTS: leaf.shape[0] ** -0.5 if leaf.shape else 1.0, _INITIAL: self.model.initializer_range}
-                return "normal", mean, known.get(spread, spread)
+                by_name = {_INPUTS: (leaf.shape or (1,))[0] ** -0.5, _INITIAL: self.model.initializer_range}
+                return "normal", mean, by_name.get(spread, spread)
         raise ValueError(f"no rule says what the array {name!r} holds")
 
 

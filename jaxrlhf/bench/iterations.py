@@ -20,32 +20,32 @@ from jaxrlhf.tracking.metrics import MetricsLog
 
 
 def time_iterations(shapes: Shapes, timed: dict[str, Timed], iterations: int) -> dict[str, Any]:
-    """Seconds of the stage's own `Iteration`, in medians: with all that the host does but logs, checkpoints and text.
+    """Median seconds of the stage's own `Iteration`, with the host's work except logs, checkpoints and text.
 
     `timed` has all programs of ppo, by name.
     """
-    iteration, carried = _iteration(shapes, timed)
-    prompts, whole, inside = _prompts(shapes), [], []
-    for step in range(iterations + 1):  # the first compiles the small programs of the host
+    iteration, state = _iteration(shapes, timed)
+    prompts, wall, programs = _prompts(shapes), [], []
+    for step in range(iterations + 1):  # the first one compiles the small programs of the host
         start = time.perf_counter()
-        marks = {name: len(program.seconds) for name, program in timed.items()}
-        carried, *_ = iteration(carried, step, prompts)
-        jax.block_until_ready(carried)
-        whole.append(time.perf_counter() - start)
-        inside.append({name: sum(program.seconds[marks[name] :]) for name, program in timed.items()})
-    whole, inside = whole[1:], inside[1:]
-    sums = [sum(taken.values()) for taken in inside]
+        calls = {name: len(program.seconds) for name, program in timed.items()}
+        state, *_ = iteration(state, step, prompts)
+        jax.block_until_ready(state)
+        wall.append(time.perf_counter() - start)
+        programs.append({name: sum(program.seconds[calls[name] :]) for name, program in timed.items()})
+    wall, programs = wall[1:], programs[1:]
+    sums = [sum(seconds.values()) for seconds in programs]
     return {
-        "seconds": statistics.median(whole),
+        "seconds": statistics.median(wall),
         "programs_seconds": statistics.median(sums),
-        "host_seconds": statistics.median(a - b for a, b in zip(whole, sums)),
-        "all_seconds": whole,
-        "by_program": {name: statistics.median(taken[name] for taken in inside) for name in timed},
+        "host_seconds": statistics.median(a - b for a, b in zip(wall, sums)),
+        "all_seconds": wall,
+        "by_program": {name: statistics.median(seconds[name] for seconds in programs) for name in timed},
     }
 
 
 def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, StageState]:
-    """(the iteration, its first state), from what the programs were given."""
+    """(the iteration, its first state) from the arguments of the timed programs."""
     annotate, experience, update = timed["annotate"], timed["experience"], timed["update"]
     base, reference = annotate.args[0], annotate.args[3]
     state, control = update.args[0], experience.args[4]
@@ -55,13 +55,13 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, Stag
     sampler.greedy_rollout = timed.get("greedy", timed["rollout"])
     iteration = Iteration(run, sampler.roles, sampler, update.args[-1], state, reference, None)
     iteration.annotate, iteration.experience = annotate, experience
-    iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # rows of a mix are the same each time
+    iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # the mix has the same rows each time
     refreshed = reference if shapes.config.ppo.refresh_reference else None
     return iteration, StageState(state, control, iteration.count(0), refreshed)
 
 
 class _RandomReward:
-    """Random scores; before them the programs run that the run's own reward would run."""
+    """Random scores, after the programs that the run's own reward would run."""
 
     name = "bench"
 
@@ -80,7 +80,7 @@ class _RandomReward:
 
 
 def _prompts(shapes: Shapes) -> PromptSet:
-    """Random prompts of full length, four batches of them."""
+    """Four batches of random prompts of full length."""
     config = shapes.config.ppo
     count, length = 4 * config.batch_size, config.max_prompt_tokens
     ids = np.random.default_rng(shapes.config.seed).integers(0, shapes.model.vocab_size, (count, length), np.int32)

@@ -1,7 +1,7 @@
-"""What this machine can do at most: the rate of its matrix products and of its memory, measured with XLA.
+"""The rates of this machine: of its matrix products and of its memory, measured with XLA.
 
-Many calls are in flight at a time and the last one is waited for: a device that waits for its host is not at its rate.
-Random data everywhere: products of zeros take less power, and run faster on some cards.
+Many calls are in flight at a time, and only the last is waited for: a device that waits for its host is slower. All
+data is random: products of zeros take less power, and run faster on some cards.
 """
 
 import contextlib
@@ -18,26 +18,25 @@ import jax.numpy as jnp
 from jaxrlhf.models.target import Target
 from jaxrlhf.plan.work import Rates
 
-_REPEATS, _SECONDS, _MOST_CALLS = 5, 0.1, 64  # times that are measured, each of calls that take about so long
-# (rows of a square product, bytes of one array that is beyond all caches) by platform; the rest as on a GPU
+_REPEATS, _SECONDS, _MAX_CALLS = 5, 0.1, 64  # measurements, each of about so many seconds and at most so many calls
+# (rows of a square product, bytes of an array that exceeds all caches) by platform; other platforms are as a GPU
 _SIZES = {"cpu": (2048, 2**27)}
 _LARGE = (8192, 2**29)
 
 
 def measure_rates(dtype: str, devices: int, target: Target) -> Rates:
-    """The best of several products, of the precision that the run's have, and of several passes over memory.
+    """The best rates of several products, in the run's precision, and of several passes over memory.
 
-    Measured on one device; others are taken to do the same, but for virtual devices of one processor.
+    One device is measured, and the others are taken to be the same; virtual devices of one processor share its rates.
     """
     size, length = _SIZES.get(target.platform, _LARGE)
-    alike = 1 if target.platform == "cpu" else devices
+    count = 1 if target.platform == "cpu" else devices
     with target.products():
-        products = _product_rate(size, jnp.dtype(dtype))
-    return Rates(products * alike, _memory_rate(length) * alike)
+        return Rates(_product_rate(size, jnp.dtype(dtype)) * count, _memory_rate(length) * count)
 
 
 def describe(devices: int) -> dict[str, str | int]:
-    """Which machine this is, as plain values."""
+    """This machine as plain values."""
     device = jax.devices()[0]
     return {
         "backend": jax.default_backend(),
@@ -49,23 +48,17 @@ def describe(devices: int) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """The processor's name, and its family and model where the system tells them (Linux).
-
-    The name alone does not say which processor it is: virtual machines shorten it.
-    """
-    with contextlib.suppress(OSError):
+    """The processor's name, with family and model on Linux: virtual machines shorten the name."""
+    with contextlib.suppress(OSError, KeyError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
-        told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-        if "model name" in told:
-            exactly = [
-                f"{word} {told[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in told
-            ]
-            return f"{told['model name']} ({', '.join(exactly)})" if exactly else told["model name"]
+        info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        numbers = [f"{word} {info[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in info]
+        return f"{info['model name']} ({', '.join(numbers)})" if numbers else info["model name"]
     return platform.machine()
 
 
 def forget_peak() -> None:
-    """Has the kernel count this process' peak memory anew, where it can (Linux): what the rates took is not a run's."""
+    """Resets this process' peak memory on Linux, so that it is the run's and not that of measuring rates."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -85,7 +78,7 @@ def _memory_rate(length: int) -> float:
 
 
 def _seconds(step: Callable[[jax.Array], jax.Array], state: jax.Array) -> float:
-    """Seconds of a step, the best of several runs of steps that follow each other without waiting."""
+    """Seconds of a step: the best of several series of steps that do not wait for each other."""
     state, calls, best = step(state).block_until_ready(), 1, math.inf
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()
@@ -93,5 +86,5 @@ def _seconds(step: Callable[[jax.Array], jax.Array], state: jax.Array) -> float:
             state = step(state)
         state.block_until_ready()
         best = min(best, (time.perf_counter() - start) / calls)
-        calls = min(max(round(_SECONDS / best), 1), _MOST_CALLS)  # so many are long enough
+        calls = min(max(round(_SECONDS / best), 1), _MAX_CALLS)
     return best

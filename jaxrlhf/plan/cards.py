@@ -1,13 +1,14 @@
-"""Accelerators by name: peak rates that their makers publish, and what a run can take of their memory.
+"""Accelerators by name: published peak rates, and the memory that a run can use.
 
-Peaks are dense (without sparsity) and are not reached: 60 to 80 percent of the arithmetic, 80 to 90 percent of the
-bandwidth are usual. `network` is a card's share of its host's adapters in the maker's own reference system.
+Peaks are dense (without sparsity). Runs usually reach 60 to 80 percent of the arithmetic and 80 to 90 percent of the
+bandwidth. `network` is a card's share of its host's adapters in the maker's own reference system.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
-from importlib import resources
+from pathlib import Path
 
 from jaxrlhf.errors import UserError
 
@@ -16,7 +17,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Rates in units per second, per card."""
+    """Memory of a card, and its rates per second."""
 
     name: str
     memory: float  # bytes
@@ -42,32 +43,29 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """The card of this name; `UserError` with the list of those known."""
+    """The card of this name; `UserError` with the known names."""
     if (card := CARDS.get(name.lower())) is None:
-        raise UserError(f"--card: {name!r} is not known; known are {', '.join(CARDS)}")
+        raise UserError(f"--card: {name!r} is not known; choose one of {', '.join(CARDS)}")
     return card
 
 
-def target_file(card: Card) -> str:
+def target_file(card: Card) -> Path:
     """The file that describes the card to XLA's compiler."""
-    return str(resources.files("jaxrlhf.plan") / "targets" / f"{card.name}.txtpb")
+    return Path(__file__).parent / "targets" / f"{card.name}.txtpb"
 
 
 def parse_memory(text: str) -> float:
-    """Bytes from text like 80GiB; `UserError` where it is none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *GiB", text.strip())
-    if found is None or not float(found[1]):
-        raise UserError(f"--memory: {text!r} is no amount of memory; write it in GiB, such as 80GiB")
-    return float(found[1]) * GIB
+    """Bytes from text like 80GiB; `UserError` if it is not an amount."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *GiB", text.strip())
+    if match is None or not float(match[1]):
+        raise UserError(f"--memory: {text!r} is not an amount of memory; write it in GiB, such as 80GiB")
+    return float(match[1]) * GIB
 
 
 def usable_share() -> float:
-    """The share of a card's memory that a run may fill: `XLA_PYTHON_CLIENT_MEM_FRACTION` where it is set, else 0.9."""
-    given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
-    try:
-        share = 0.9 if given is None else float(given)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION: {given!r} is no share; a number above 0 and up to 1 is")
-    return share
+    """The share of a card's memory that a run may fill: `XLA_PYTHON_CLIENT_MEM_FRACTION`, by default 0.9."""
+    text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION: {text!r} is not a share; set a number above 0 and up to 1")

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from XLA's text: how often, and how many bytes between which cards."""
+"""Collectives of a compiled program, read from XLA's text: how often they run, and their bytes by mesh axis."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """One kind of collective along the same mesh axes, all its calls together; per device."""
+    """All calls of one kind of collective along the same mesh axes, per device."""
 
     count: float
     sent: float  # bytes, in a ring
@@ -28,75 +28,75 @@ class Exchange:
 def collectives_of(text: str, mesh: Mapping[str, int], unknown_trips: int) -> dict[str, Exchange]:
     """The collectives of a compiled module by kind and axes ("all-reduce over tensor"), the largest first.
 
-    Each loop counts as often as it runs: `unknown_trips` where the text does not say; each branch counts once.
+    Counts the body of each loop once per iteration (`unknown_trips` times where the text has no trip count), and each
+    branch once.
     """
     bodies = {name: (bool(entry), body.splitlines()) for entry, name, body in _COMPUTATION.findall(text)}
-    done: dict[str, dict[str, np.ndarray]] = {}
+    totals: dict[str, dict[str, np.ndarray]] = {}
 
-    def counted(name: str) -> dict[str, np.ndarray]:
-        if name not in done:
-            found = done[name] = collections.defaultdict(lambda: np.zeros(2))
+    def count(name: str) -> dict[str, np.ndarray]:
+        if name not in totals:
+            total = totals[name] = collections.defaultdict(lambda: np.zeros(2))
             for line in bodies.get(name, (False, ()))[1]:
-                if (match := _COLLECTIVE.match(line)) and (read := _read(match, mesh)):
-                    found[read[0]] += (1.0, read[1])
+                if (match := _COLLECTIVE.match(line)) and (exchange := _exchange(match, mesh)):
+                    total[exchange[0]] += (1.0, exchange[1])
                 trips = _TRIPS.search(line)
                 times = (int(trips[1]) if trips else unknown_trips) if " while(" in line else 1
                 for inner in (*_CALLED.findall(line), *re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(line)))):
-                    for key, counts in counted(inner).items():
-                        found[key] += times * counts
-        return done[name]
+                    for key, counts in count(inner).items():
+                        total[key] += times * counts
+        return totals[name]
 
     (entry,) = (name for name, (is_entry, _) in bodies.items() if is_entry)
-    return largest_first({key: Exchange(*map(float, counts)) for key, counts in counted(entry).items()})
+    return largest_first({key: Exchange(*map(float, counts)) for key, counts in count(entry).items()})
 
 
-def largest_first(found: Mapping[str, Exchange]) -> dict[str, Exchange]:
-    return dict(sorted(found.items(), key=lambda item: -item[1].sent))
+def largest_first(exchanges: Mapping[str, Exchange]) -> dict[str, Exchange]:
+    return dict(sorted(exchanges.items(), key=lambda item: -item[1].sent))
 
 
-def _read(found: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | None:
-    """(kind and axes, bytes that a device sends) of a line; None within one device."""
-    shapes, kind, start, rest = found.groups()
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    arrays = [_SIZES.get(t, 4) * math.prod(int(n) for n in dims.split(",") if n) for t, dims in arrays]
+def _exchange(match: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | None:
+    """(kind and axes, bytes that a device sends) of a collective; None within one device."""
+    shapes, kind, start, attributes = match.groups()
+    sizes = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    sizes = [_SIZES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in sizes]
     if start and kind != "all-reduce":  # (operands, results)
-        arrays = arrays[len(arrays) // 2 :] if kind in ("all-gather", "reduce-scatter") else arrays[:1]
-    group = first_group(rest, math.prod(mesh.values()))
+        sizes = sizes[len(sizes) // 2 :] if kind in ("all-gather", "reduce-scatter") else sizes[:1]
+    group = first_group(attributes, math.prod(mesh.values()))
     if (size := len(group)) == 1:
         return None
     # Devices are numbered with the last axis fastest.
-    places = np.array(np.unravel_index(group, tuple(mesh.values())))
-    axes = "+".join(name for name, place in zip(mesh, places) if len(set(place)) > 1)
-    of_buffer = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1, "collective-permute": 1}
-    return f"{kind} over {axes}", of_buffer.get(kind, (size - 1) / size) * sum(arrays)
+    positions = np.array(np.unravel_index(group, tuple(mesh.values())))
+    axes = "+".join(name for name, position in zip(mesh, positions) if len(set(position)) > 1)
+    share = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1, "collective-permute": 1}
+    return f"{kind} over {axes}", share.get(kind, (size - 1) / size) * sum(sizes)
 
 
 def first_group(attributes: str, devices: int) -> list[int]:
-    """Numbers of the devices of the first group that exchange with each other; in each spelling XLA has."""
+    """The device numbers of a collective's first group, from each notation that XLA prints."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
-        moved = [pair for pair in re.findall(r"(\d+),(\d+)", pairs[1]) if pair[0] != pair[1]]
-        return [int(n) for n in moved[0]] if moved else [0]
+        return next(([int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", pairs[1]) if a != b), [0])
     if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))?\s*\{(.*?)\}", attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         ids = _iota(named[2] or f"[{math.prod(axes.values())}]").reshape(tuple(axes.values()))
-        picked: list[slice | int] = [0] * len(axes)
-        # An axis may be taken in part: 'x':(before)size are `size` groups of what is left of it.
+        index: list[slice | int] = [0] * len(axes)
+        # A group may span a part of an axis: 'x':(before)size splits it into before x size x the rest.
         for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3]):
             rest = axes[name] // (int(before or 1) * int(part or axes[name]))
-            picked[list(axes).index(name)] = slice(0, rest * int(part or axes[name]), rest)
-        return ids[tuple(picked)].reshape(-1).tolist()
+            index[list(axes).index(name)] = slice(0, rest * int(part or axes[name]), rest)
+        return ids[tuple(index)].reshape(-1).tolist()
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         return _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")])[0].tolist()
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(n) for n in listed[1].split(",")]
     if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
-        raise ValueError(f"groups of devices in a spelling that is not known: {attributes[:200]}")
-    return list(range(devices))  # no groups given: all devices
+        raise ValueError(f"replica_groups in an unknown notation: {attributes[:200]}")
+    return list(range(devices))
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[8,4]T(1,0)`: numbers from 0, in this shape, transposed; without T as they are."""
-    shape = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    sizes = [int(n) for n in shape[1].split(",")]
-    order = [int(n) for n in shape[2].split(",")] if shape[2] else range(len(sizes))
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)
+    """The numbers of `[8,4]T(1,0)`: counted from 0 in this shape, transposed, flattened."""
+    shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    sizes = [int(n) for n in shape.split(",")]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose([int(n) for n in order.split(",")] if order else None).reshape(-1)

@@ -1,11 +1,11 @@
 """A plan as text for people, and as JSON."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxrlhf.plan.cards import GIB
-from jaxrlhf.plan.planner import Plan, ProgramPlan, StagePlan
+from jaxrlhf.plan.planner import Plan, StagePlan
 
 _SHOWN = 6  # collectives of a program
 
@@ -29,7 +29,7 @@ def as_text(plan: Plan) -> str:
 
 
 def _stage(stage: StagePlan, memory: float) -> list[str]:
-    what = "an iteration" if stage.stage == "ppo" else "an optimizer step"
+    unit = "an iteration" if stage.stage == "ppo" else "an optimizer step"
     sizes = [("GiB per card", "weights", "adapters", "optimizer", "rows", "temporaries", "peak", "fits")]
     work = [("per card and call", "calls", "TFLOP", "s", "GiB read", "s", "GiB sent", "s", "least time", "bound by")]
     exchanges = []
@@ -38,17 +38,17 @@ def _stage(stage: StagePlan, memory: float) -> list[str]:
         sizes.append((p.name, *map(_gib, (*p.parts.values(), p.temporaries, p.peak)), fits))
         arithmetic, reading, links, least = map(_seconds, p.seconds.values())
         flops, read, sent = f"{p.flops / 1e12:,.1f}", f"{p.read / GIB:,.1f}", _gib(sum(p.sent.values()))
-        counts = (flops, arithmetic, read, reading, sent, links)
-        work.append((p.name, f"{p.calls:g}", *counts, f"{least} s", p.bound_by))
-        exchanges += _exchanges(p)
-    lines = [f"{stage.stage}: {what} with {stage.stage}.batch_size={stage.batch_size}", "", *table(sizes), ""]
-    lines += [*table(work), "", f"{what}: at least {_seconds(stage.least_seconds)} s", *exchanges]
+        work.append((p.name, f"{p.calls:g}", flops, arithmetic, read, reading, sent, links, f"{least} s", p.bound_by))
+        for kind, e in list(p.compiled.collectives.items() if p.compiled else ())[:_SHOWN]:
+            exchanges.append(f"  {p.name}: {kind}, {e.count:,.0f} times, {_gib(e.sent)} GiB sent")
+    lines = [f"{stage.stage}: {unit} with {stage.stage}.batch_size={stage.batch_size}", "", *_table(sizes), ""]
+    lines += [*_table(work), "", f"{unit}: at least {_seconds(stage.least_seconds)} s", *exchanges]
     if stage.largest_batch:
         rows = f"{stage.stage}.batch_size={stage.largest_batch:,}"
-        lines.append(f"largest batch: {rows}; {stage.held_back_by} holds it back")
+        lines.append(f"largest batch: {rows}; {stage.held_back_by} limits it")
     elif stage.largest_batch == 0:
-        less = "; a smaller microbatch_size takes less" if "update" in stage.held_back_by else ""
-        lines.append(f"largest batch: none fits; {stage.held_back_by} takes too much with any{less}")
+        hint = "; a smaller microbatch_size takes less" if "update" in stage.held_back_by else ""
+        lines.append(f"largest batch: none fits; {stage.held_back_by} takes too much with any{hint}")
     if len(stage.remat) > 1:
         setting = "ppo.update.remat" if stage.stage == "ppo" else f"{stage.stage}.remat"
         peaks = (f"{p} {_gib(size)} GiB{'' if size <= memory else ', too much'}" for p, size in stage.remat.items())
@@ -56,25 +56,20 @@ def _stage(stage: StagePlan, memory: float) -> list[str]:
     return lines
 
 
-def _exchanges(program: ProgramPlan) -> list[str]:
-    found = list(program.compiled.collectives.items()) if program.compiled is not None else []
-    return [f"  {program.name}: {kind}, {e.count:,.0f} times, {_gib(e.sent)} GiB sent" for kind, e in found[:_SHOWN]]
-
-
 def _method(plan: Plan) -> list[str]:
-    """What was compiled, counted and extrapolated."""
+    """Notes on what was compiled, counted and extrapolated."""
     card, layers, notes = plan.options.card, ", ".join(map(str, plan.compiled_layers)), []
     if plan.compiled_layers:
         notes.append(
-            f"temporaries and exchanges: XLA's own, compiled for {card.name} from shapes with {layers} layers; nothing "
-            "was run, thus no kernels were tried"
+            f"temporaries and exchanges: as XLA compiles the programs for {card.name} with {layers} layers; nothing "
+            "was run, so XLA tried no kernels"
         )
     if plan.compiled_layers not in ([], [plan.layers]):
-        notes.append(f"extrapolated to {plan.layers} layers on a line: temporaries, results, exchanges")
+        notes.append(f"temporaries, results and exchanges are extrapolated to {plan.layers} layers on a line")
     return [
         *notes,
-        "arithmetic, read and sent: the least by formula, answers at full length; what remat computes again is no part",
-        "largest batch: with rows, and temporaries that are not held to a microbatch, in proportion to the batch",
+        "arithmetic, read and sent: the least by formula, for completions of full length, without what remat repeats",
+        "largest batch: rows, and temporaries that no microbatch limits, are taken to grow in proportion to the batch",
         f"least time: the largest of the three at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s in "
         f"bfloat16, {card.bandwidth / 1e12:.2f} TB/s, {card.link / 1e9:.0f} GB/s within a host of "
         f"{plan.options.per_host}, {card.network / 1e9:.0f} GB/s between hosts; {card.source}); no run reaches it",
@@ -91,10 +86,12 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:,.2f}" if seconds >= 0.1 or seconds == 0 else f"{seconds:.2g}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns under each other, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]
+def table_row(cells: Iterable[str], widths: Iterable[int]) -> str:
+    """One line of a table: the first column left-aligned, the others right-aligned."""
+    (name, width), *others = zip(cells, widths)
+    return "  ".join([name.ljust(width), *(cell.rjust(width) for cell, width in others)]).rstrip()
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [table_row(row, widths) for row in rows]

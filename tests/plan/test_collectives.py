@@ -114,5 +114,5 @@ def test_groups_in_each_spelling(text, group):
 
 
 def test_groups_in_an_unknown_spelling_are_no_guess():
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="unknown notation"):
         first_group("replica_groups=@everyone", 4)
