@@ -19,17 +19,17 @@ from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device
-from jaxrlhf.plan.work import Rates, work_of
+from jaxrlhf.plan.work import work_of
 from jaxrlhf.stages.calls import Call, calls_of
 from jaxrlhf.stages.checks import check_stage
 from jaxrlhf.stages.shapes import Shapes, read_model, resolved
 
-_MEAN_SHARE = 4  # of geometric lengths: the mean is the limit divided by this, before they are cut at the limit
+_MEAN_SHARE = 4  # geometric lengths have a mean of the limit divided by this, before they are cut at the limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command asks, beside the run's settings."""
+    """The command's own options."""
 
     lengths: str = "full"  # or geometric
     repeats: int = 5  # calls of each program
@@ -39,54 +39,56 @@ class Options:
 
 
 def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Measures on all devices; yields all that is known as plain values, and what is new as text, again and again.
+    """Measures on all devices; yields all results so far as plain values, and the new ones as text, again and again.
 
-    First the rates, then each program, then each stage. `say` takes what is being done. `UserError` where the settings
-    do not fit the devices or the model. With `options.only`, what other programs would have made is random.
+    First the rates, then each program, then each stage. `say` takes progress messages. `UserError` where the settings
+    do not fit the devices or the model. Inputs that programs outside `options.only` would make are random.
     """
     mesh, model = make_mesh(config.mesh), read_model(config.model)
     config = resolved(with_lengths(config, options.lengths, model.vocab_size))
     shapes, filler, began = Shapes(config, mesh, model), Filler(model, config.seed), time.perf_counter()
-    with cached_programs(None, say), compiled_with(config.compiler_options):  # compiling is timed: nothing is loaded
+    with cached_programs(None, say), compiled_with(config.compiler_options):  # no cache: compiling is timed
         calls = _checked_calls(shapes, options.only, say)
         say("measures the machine")
         start = time.perf_counter()
         rates = measure_rates(config.model.dtype, mesh.size, shapes.base.config.target)
         elsewhere = time.perf_counter() - start  # in compiling, and in programs
         forget_peak()
-        found = _start(shapes, rates) | {"lengths": options.lengths, "peak_bytes": 0, "host_seconds": 0.0, "stages": []}
-        yield found, report.opening(found)
-        for stage, of_stage in calls.items():
+        machine = {"flops_per_second": rates.flops, "bytes_per_second": rates.bytes}
+        results = {"machine": describe(mesh.size) | machine, "model": _model(shapes), "lengths": options.lengths,
+                   "peak_bytes": 0, "host_seconds": 0.0, "stages": []}  # fmt: skip
+        yield results, report.opening(results)
+        for stage, stage_calls in calls.items():
             timed: dict[str, Timed] = {}
-            known = {"stage": stage, "programs": []}
-            found["stages"].append(known)
-            for call in of_stage:
+            entry = {"stage": stage, "programs": []}
+            results["stages"].append(entry)
+            for call in stage_calls:
                 say(f"{stage}: compiles {call.name}")
                 program = timed[call.name] = Timed(call, filler.fill(call.args), filler.fill(call.kwargs))
-                result = program.again()  # warms up, and is what the next program is given
+                result = program.again()  # warms up, and makes the next program's arguments
                 if call.result is not None:
                     filler.give(call.result, result[: len(call.result)] if isinstance(call.result, tuple) else result)
                 work = work_of(call.name, program.args, program.kwargs, result, config)
                 folder = options.profile and Path(options.profile) / f"{stage}.{call.name.replace('/', '_')}"
-                known["programs"].append(time_program(program, work, rates, options.repeats, folder))
+                entry["programs"].append(time_program(program, work, rates, options.repeats, folder))
                 elsewhere += program.compile_seconds + sum(program.seconds)
-                found["peak_bytes"] = peak_memory_bytes()
-                found["host_seconds"] = time.perf_counter() - began - elsewhere - filler.compile_seconds
-                yield found, report.program_row(known)
+                results["peak_bytes"] = peak_memory_bytes()
+                results["host_seconds"] = time.perf_counter() - began - elsewhere - filler.compile_seconds
+                yield results, report.program_row(entry)
             if options.only:
                 continue
-            known |= _sums(known["programs"])
+            entry |= _sums(entry["programs"])
             if stage == "ppo" and options.iterations:
                 say(f"{stage}: {options.iterations} iterations")
                 start = time.perf_counter()
-                known["loop"] = time_iterations(shapes, timed, options.iterations)
+                entry["loop"] = time_iterations(shapes, timed, options.iterations)
                 elsewhere += time.perf_counter() - start
-            yield found, report.stage_sums(known)
-    yield found, report.closing(found)
+            yield results, report.stage_sums(entry)
+    yield results, report.closing(results)
 
 
 def _checked_calls(shapes: Shapes, only: Collection[str], say: Callable[[str], None]) -> dict[str, list[Call]]:
-    """Stage -> its programs, those of `only` alone if it names any."""
+    """Stage -> its programs; of `only`, if it names any."""
     config = shapes.config
     for stage in config.stages:
         for note in check_stage(config, stage, shapes.model, shapes.mesh):
@@ -94,47 +96,42 @@ def _checked_calls(shapes: Shapes, only: Collection[str], say: Callable[[str], N
     if config.model.attention == "cudnn":
         check_device(shapes.model, config.model.dtype)
     calls = {stage: calls_of(stage, shapes) for stage in config.stages}
-    names = [call.name for of_stage in calls.values() for call in of_stage]
-    for name in only:
-        if name not in names:
-            raise UserError(f"--only: this run has no program {name!r}; it has {', '.join(names)}")
-    chosen = {stage: [call for call in of_stage if not only or call.name in only] for stage, of_stage in calls.items()}
-    return {stage: of_stage for stage, of_stage in chosen.items() if of_stage}
+    names = [call.name for stage_calls in calls.values() for call in stage_calls]
+    if unknown := [name for name in only if name not in names]:
+        raise UserError(f"--only: this run has no program {unknown[0]!r}; it has {', '.join(names)}")
+    chosen = {stage: [c for c in stage_calls if not only or c.name in only] for stage, stage_calls in calls.items()}
+    return {stage: stage_calls for stage, stage_calls in chosen.items() if stage_calls}
 
 
-def _start(shapes: Shapes, rates: Rates) -> dict[str, Any]:
-    """What is known before a program is: the machine, and the model."""
+def _model(shapes: Shapes) -> dict[str, Any]:
     config = shapes.config
-    model = {
+    return {
         "parameters": sum(math.prod(leaf.shape) for leaf in named_parameters(shapes.base).values()),
         "layers": shapes.model.layers,
         "dtype": config.model.dtype,
         "attention": config.model.attention,
         "compiler_options": config.compiler_options,
     }
-    machine = {"flops_per_second": rates.flops, "bytes_per_second": rates.bytes}
-    return {"machine": describe(shapes.mesh.size) | machine, "model": model}
 
 
 def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds, least seconds and tokens of an iteration (ppo) or an optimizer step, summed over its programs."""
     seconds, least = (sum(p["calls"] * p[name] for p in programs) for name in ("seconds", "least_seconds"))
     tokens = programs[0]["tokens"]
-    sums = {"seconds": seconds, "least_seconds": least, "share": least / seconds}
-    return sums | {"tokens": tokens, "tokens_per_second": tokens / seconds}
+    return {"seconds": seconds, "least_seconds": least, "share": least / seconds, "tokens": tokens,
+            "tokens_per_second": tokens / seconds}  # fmt: skip
 
 
 def with_lengths(config: RunConfig, kind: str, vocabulary: int) -> RunConfig:
-    """The run with answers that are all `full`, or of `geometric` lengths, by the rollout as it is.
+    """The run with completions of `full` or `geometric` lengths, by its stop tokens alone.
 
     Random weights give every token about the same probability. Stop tokens that are the share p of the vocabulary then
-    end an answer at each token with probability p: the mean is 1 / p, cut at the limit.
+    end a completion at each token with probability p: the mean is 1 / p, cut at the limit.
     """
     if config.ppo is None:
         return config
     sampling = config.ppo.sampling
     every = max(round(sampling.max_new_tokens / _MEAN_SHARE), 2)
     stops = () if kind == "full" else tuple(range(0, vocabulary, every))
-    changed = {"stop_tokens": stops, "pad_token": sampling.pad_token or 0}
-    ppo = config.ppo.model_copy(update={"sampling": sampling.model_copy(update=changed)})
-    return config.model_copy(update={"ppo": ppo})
+    sampling = sampling.model_copy(update={"stop_tokens": stops, "pad_token": sampling.pad_token or 0})
+    return config.model_copy(update={"ppo": config.ppo.model_copy(update={"sampling": sampling})})

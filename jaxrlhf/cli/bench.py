@@ -17,18 +17,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "memory bandwidth, both measured here. Then times whole PPO iterations, including the host's work. Reads only "
         "config.json of model.path, reads no data and calls no reward function.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
-    lengths = "completion lengths: full (default), or geometric with a mean of about a quarter of the full length"
-    parser.add_argument("--lengths", choices=("full", "geometric"), default="full", help=lengths)
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed calls of each program; default 5")
-    parser.add_argument("--iterations", type=int, default=5, metavar="N", help="timed PPO iterations; default 5")
-    only = "time only these programs, such as rollout,update; no iterations"
-    parser.add_argument("--only", metavar="PROGRAM,...", default="", help=only)
-    profile = "write a jax.profiler trace of each program there, and print its slowest kernels"
-    parser.add_argument("--profile", metavar="FOLDER", help=profile)
-    output = "write JSON after each program; -: to standard output, without the table"
-    parser.add_argument("--json", metavar="FILE", help=output)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file of settings")
+    add("--lengths", choices=("full", "geometric"), default="full",
+        help="completion lengths: full (default), or geometric with a mean of about a quarter of the full length")
+    add("--repeats", type=int, default=5, metavar="N", help="timed calls of each program; default 5")
+    add("--iterations", type=int, default=5, metavar="N", help="timed PPO iterations; default 5, 0: none")
+    add("--only", metavar="PROGRAM,...", default="",
+        help="time only these programs, such as rollout,update; no iterations")
+    add("--profile", metavar="FOLDER",
+        help="write a jax.profiler trace of each program there, and print its slowest kernels")
+    add("--json", metavar="FILE", help="write JSON after each program; -: to standard output, without the table")
+    add("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -39,7 +39,7 @@ def bench(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < minimum:
             raise UserError(f"--{name}: must be at least {minimum}, not {getattr(arguments, name)}")
     config = load_config(arguments.config, arguments.overrides)
-    _check_targets(arguments)
+    _check_writable(arguments)
     from jaxrlhf.bench.measure import Options, measure
 
     only = tuple(name.strip() for name in arguments.only.split(",") if name.strip())
@@ -54,8 +54,8 @@ def bench(arguments: argparse.Namespace) -> None:
         print(document)
 
 
-def _check_targets(arguments: argparse.Namespace) -> None:
-    """Raises `UserError` before measuring if an output file or folder cannot be written."""
+def _check_writable(arguments: argparse.Namespace) -> None:
+    """`UserError` where a file or folder cannot be written, before anything is measured."""
     option, target = "--profile", arguments.profile
     try:
         if target is not None:
@@ -63,7 +63,7 @@ def _check_targets(arguments: argparse.Namespace) -> None:
         option, target = "--json", arguments.json
         if target not in (None, "-"):
             existed = Path(target).exists()
-            open(target, "a").close()
+            open(target, "a", encoding="utf-8").close()
             if not existed:
                 Path(target).unlink()
     except OSError as error:

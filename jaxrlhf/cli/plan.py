@@ -7,6 +7,7 @@ import sys
 
 from jaxrlhf.cli.exits import main_of
 from jaxrlhf.errors import UserError
+from jaxrlhf.plan.cards import CARDS, find_card, parse_memory, usable_share
 
 # Set before jax is imported: local GPUs stay unused, and each plan compiles afresh.
 _ENVIRONMENT = {
@@ -23,13 +24,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "deep models are extrapolated from a few layers. Without XLA's GPU compiler the figures come from closed "
         "formulas, and a line says what to install.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
-    parser.add_argument("--devices", required=True, type=int, metavar="N", help="number of GPUs, such as 8 or 512")
-    parser.add_argument("--card", default="h100", help="h100, h200, a100, a100-40, b200, l40s; default h100")
-    parser.add_argument("--memory", metavar="SIZE", help="memory of each GPU, such as 80GiB; default: the card's")
-    parser.add_argument("--per-host", type=int, default=8, metavar="N", help="GPUs per host; default 8")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file of settings")
+    add("--devices", required=True, type=int, metavar="N", help="number of GPUs, such as 8 or 512")
+    add("--card", default="h100", help=f"{', '.join(CARDS)}; default h100")
+    add("--memory", metavar="SIZE", help="memory of each GPU, such as 80GiB; default: the card's")
+    add("--per-host", type=int, default=8, metavar="N", help="GPUs per host; default 8")
+    add("--json", action="store_true", help="print JSON")
+    add("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -39,7 +41,6 @@ def plan(arguments: argparse.Namespace) -> None:
     from jaxrlhf.config.reading import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from jaxrlhf.plan.cards import find_card, parse_memory, usable_share
     from jaxrlhf.plan.planner import Options, make_plan
     from jaxrlhf.plan.report import as_json, as_text
 
