@@ -8,6 +8,7 @@ import sys
 from jaxrlhf.cli.exits import main_of
 from jaxrlhf.errors import UserError
 from jaxrlhf.plan.cards import CARDS, find_card, parse_memory, usable_share
+from jaxrlhf.plan.quiet import without_driver_warnings
 
 # Set before jax is imported: local GPUs stay unused, and each plan compiles afresh.
 _ENVIRONMENT = {
@@ -41,8 +42,9 @@ def plan(arguments: argparse.Namespace) -> None:
     from jaxrlhf.config.reading import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from jaxrlhf.plan.planner import Options, make_plan
-    from jaxrlhf.plan.report import as_json, as_text
+    with without_driver_warnings():
+        from jaxrlhf.plan.planner import Options, make_plan
+        from jaxrlhf.plan.report import as_json, as_text
 
     for name in ("devices", "per_host"):
         if getattr(arguments, name) < 1:

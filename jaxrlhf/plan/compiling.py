@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.plan.collectives import Exchange, collectives_of, largest_first
+from jaxrlhf.plan.quiet import without_driver_warnings
 from jaxrlhf.stages.calls import Call
 
 
@@ -48,12 +49,13 @@ def mesh_of_cards(config: MeshConfig, devices: int, per_host: int, target: Path)
     """The mesh over cards that the file `target` describes; `UserError` as from `make_mesh`."""
     hosts = devices // per_host if devices % per_host == 0 else 1
     lines = target.read_text(encoding="utf-8").splitlines()
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="cards",
-        target_config="\n".join(line for line in lines if not line.startswith("#")),
-        topology=f"{hosts}x1x{devices // hosts}",
-    )
+    with without_driver_warnings():
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="cards",
+            target_config="\n".join(line for line in lines if not line.startswith("#")),
+            topology=f"{hosts}x1x{devices // hosts}",
+        )
     return make_mesh(config, list(topology.devices))
 
 

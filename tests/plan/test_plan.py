@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jaxrlhf.plan.cards import CARDS, find_card, parse_memory, target_file
 from jaxrlhf.plan.collectives import Exchange
 from jaxrlhf.plan.compiling import Compiled, extrapolated, missing
 from jaxrlhf.plan.planner import DEPTHS, UPDATE_DEPTHS, Options, links_seconds
+from jaxrlhf.plan.quiet import without_driver_warnings
 from jaxrlhf.stages.shapes import read_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -196,6 +198,13 @@ def test_sizes_and_cards():
         told = Path(target_file(card)).read_text()
         for name, value in (("memory_bandwidth", card.bandwidth), ("device_memory_size", card.memory)):
             assert float(re.search(rf"{name}: (\d+)", told)[1]) == pytest.approx(value, rel=0.08)
+
+
+def test_only_the_warnings_of_a_missing_driver_are_dropped(capfd):
+    with pytest.raises(ValueError, match="kept"), without_driver_warnings():
+        os.write(2, b"I0000 00:00:1.5 7 cudart_stub.cc:31] Could not find cuda drivers\nE0000 a real error\n")
+        raise ValueError("kept")
+    assert capfd.readouterr().err == "E0000 a real error\n"
 
 
 def test_links_take_the_slower_of_link_and_network():

@@ -1,0 +1,23 @@
+"""Loads CUDA's wheels without their log lines. Imports no jax, which loads some of them itself."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+
+_NOISE = (b"before absl::InitializeLog() is called", b"cudart_stub.cc")  # TF_CPP_MIN_LOG_LEVEL does not silence them
+
+
+@contextlib.contextmanager
+def without_driver_warnings() -> Iterator[None]:
+    """In this block stderr loses the lines that say that CUDA has no driver here; the others come when it ends."""
+    with tempfile.TemporaryFile() as log:
+        stderr = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            log.seek(0)
+            os.write(2, b"".join(line for line in log if not any(noise in line for noise in _NOISE)))
