@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxrlhf.data import ends
-from jaxrlhf.data.chats import ChatTemplate, Prompt, Response, last_turn
+from jaxrlhf.data.chats import Chat, ChatTemplate, Prompt, Response, last_turn
 from jaxrlhf.data.sources import Message
 from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
 from jaxrlhf.errors import SharedFault, UserError
@@ -95,39 +95,37 @@ class Tokenizer:
         """Ids of a prompt: BOS (if the tokenizer has it) and text without EOS, or a chat up to the assistant's turn."""
         return next(self.encode_prompts([prompt]))
 
-    def encode_pair(self, prompt: Prompt, response: Response, end: bool = True) -> tuple[list[int], list[int]]:
+    def encode_pair(self, prompt: Prompt, response: Response) -> tuple[list[int], list[int]]:
         """(ids of a prompt, exactly as from `encode_prompt`; ids of the response that follows it).
 
         The response's ids come from tokenizing both together if that does not change the prompt's ids, else from the
-        response alone. `end` cuts them after the first of `stop_ids`, or appends one. A text without a prompt is one
+        response alone. They are cut after the first of `stop_ids`, or one is appended. A text without a prompt is one
         document: stop tokens inside it are kept.
         """
-        return next(self.encode_pairs([(prompt, response)], end))
+        return next(self.encode_pairs([(prompt, response)]))
 
     def encode_prompts(self, prompts: Sequence[Prompt], where: Sequence[str] = ()) -> Iterator[list[int]]:
         """`encode_prompt` of several prompts; `where` has their places for messages."""
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
-            texts = [self.chats.prompt_text(prompt, _place(where, start + i)) for i, prompt in enumerate(part)]
+            places = [f"{place}: " for place in where[start : start + CHUNK]] or [""] * len(part)
+            texts = [self.chats.prompt_text(prompt, place) for prompt, place in zip(part, places)]
             for prompt, encoding in zip(part, self._encode(texts)):
                 yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
-    def encode_chats(self, chats: Sequence[list[Message]], where: Sequence[str] = ()) -> Iterator[list[int]]:
-        """Ids of finished chats as the chat template writes them; `where` has their places for messages."""
+    def encode_chats(self, chats: Sequence[list[Message] | Chat]) -> Iterator[list[int]]:
+        """Ids of finished chats as the chat template writes them."""
         for start in range(0, len(chats), CHUNK):
-            part = chats[start : start + CHUNK]
-            texts = [self.chats.whole_text(chat, _place(where, start + i)) for i, chat in enumerate(part)]
+            texts = [self.chats.whole_text(chat, "") for chat in chats[start : start + CHUNK]]
             yield from (encoding.ids for encoding in self._encode(texts))
 
-    def encode_pairs(
-        self, pairs: Sequence[tuple[Prompt, Response]], end: bool = True, where: Sequence[str] = ()
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """`encode_pair` of several pairs; `where` has their places for messages."""
-        if end and not self.stop_ids:
+    def encode_pairs(self, pairs: Sequence[tuple[Prompt, Response]]) -> Iterator[tuple[list[int], list[int]]]:
+        """`encode_pair` of several pairs."""
+        if not self.stop_ids:
             raise UserError(f"{self.name}: the tokenizer has no EOS token to end responses with; set eos_token")
         for start in range(0, len(pairs), CHUNK):
             part = pairs[start : start + CHUNK]
-            texts = [self.chats.pair_texts(*pair, _place(where, start + i)) for i, pair in enumerate(part)]
+            texts = [self.chats.pair_texts(*pair, "") for pair in part]
             prompts = self._encode_unique([prompt for prompt, _ in texts])
             joints = self._encode([prompt + response for prompt, response in texts])
             splits = [_splits(prompts[text], joint, len(text)) for (text, _), joint in zip(texts, joints)]
@@ -137,7 +135,7 @@ class Tokenizer:
                 ids = joint.ids[len(prompt_ids) :] if split else next(rest)
                 if all(isinstance(side, str) for side in pair):
                     prompt_ids, ids = self._with_prefix_once(prompt_ids, ids)
-                yield prompt_ids, self._ended(*pair, text, ids) if end else ids
+                yield prompt_ids, self._ended(*pair, text, ids)
 
     def fault(self, ids: Sequence[int]) -> str | None:
         """An error text if ids contain an added token for which the model has no embedding; else None."""
@@ -301,7 +299,3 @@ def _splits(first: Any, joint: Any, border: int) -> bool:
         return False
     # A token for an unknown word may cross the border and still have the same id.
     return not count or (joint.token_to_chars(count - 1) or (0, 0))[1] <= border
-
-
-def _place(where: Sequence[str], index: int) -> str:
-    return f"{where[index]}: " if where else ""

@@ -382,9 +382,9 @@ def test_pairs_that_cannot_be_told_apart_are_refused(tokenizer):
     before, after = tokenizer.chats.pair_texts([user("a")], several, "")
     assert before + after == rendered(tokenizer, [user("a"), *several])
     with pytest.raises(UserError, match=r"x:1: .*before a response of several turns"):
-        list(characters(THINKS).encode_pairs([([user("a")], several)], where=["x:1"]))
+        characters(THINKS).chats.pair_texts([user("a")], several, "x:1: ")
     with pytest.raises(UserError, match=r"x:1: the response begins with a turn of user; want the assistant's first"):
-        list(tokenizer.encode_pairs([([user("a")], several[1:])], where=["x:1"]))
+        tokenizer.chats.pair_texts([user("a")], several[1:], "x:1: ")
 
 
 # ---------------------------------------------------------------- templates that do not compile
@@ -410,7 +410,7 @@ def test_a_template_that_does_not_compile_is_refused_once(jsonl, overflow, timed
         assert "endfr" in message and "\n" not in message and "rows.jsonl" not in message
         load(config(path=jsonl([texts] * 2)), broken, 512, overflow)  # texts need no template
     with pytest.raises(UserError, match="characters: its chat template does not compile"):
-        list(broken.encode_chats([[user("hi")]], ["x:1"]))
+        list(broken.encode_chats([[user("hi")]]))
     assert not broken.for_model(broken.vocab_size, []).notes  # nothing is said of how it ends answers
 
 

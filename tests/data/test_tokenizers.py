@@ -83,9 +83,9 @@ def test_bos_that_the_text_spells_out_is_not_doubled():
     assert prompt_ids == letters("both").encode_prompt("ab") and response_ids == [4, 2]
 
 
-def test_eos_comes_once_and_only_where_asked():
+def test_eos_comes_once():
     tokenizer = letters("plain")
-    assert tokenizer.encode_pair("a", " b")[1] == [*tokenizer.encode_pair("a", " b", end=False)[1], 2]
+    assert tokenizer.encode_pair("a", " b")[1] == [*tokenizer.encode_prompt(" b"), 2]
     assert tokenizer.encode_pair("a", " b</s>") == tokenizer.encode_pair("a", " b")
     assert tokenizer.encode_pair("a", "b</s> b") == tokenizer.encode_pair("a", "b")
 
@@ -139,8 +139,8 @@ def test_a_whole_chat_is_the_template_to_its_end():
     tokenizer = build_word_tokenizer(["user", "assistant", "a", "b", "!"], chat_template=template)
     turns = [{"role": "user", "content": "a"}]
     assert list(tokenizer.encode_chats([turns, turns])) == [[4, 6, 2, 8]] * 2
-    with pytest.raises(UserError, match=r"here: .*no chat template"):
-        list(build_word_tokenizer(["a"]).encode_chats([turns], ["here"]))
+    with pytest.raises(UserError, match="no chat template"):
+        list(build_word_tokenizer(["a"]).encode_chats([turns]))
 
 
 def test_blanks_that_a_template_puts_after_eos_are_taken_off():
@@ -154,7 +154,6 @@ def test_blanks_that_a_template_puts_after_eos_are_taken_off():
     prompt_ids, response_ids = tokenizer.encode_pair(turns, " b")
     assert response_ids == [*letters("plain").encode_prompt(" b"), 2]
     assert prompt_ids[:1] != [1]  # the template says whether BOS comes first, and this one does not
-    assert tokenizer.encode_pair(turns, " b", end=False)[1] == [*response_ids, 6]
 
 
 def test_template_that_opens_turns_otherwise_than_it_writes_them():
@@ -174,8 +173,8 @@ def test_chats_that_cannot_be_rendered(words):
     pytest.importorskip("jinja2")
     template = "{{ raise_exception('roles must alternate\nsecond line') }}"
     strict = build_word_tokenizer(["a"], chat_template=template)
-    with pytest.raises(UserError, match=r"^x:1: the chat template .* refuses this chat: roles must alternate$"):
-        list(strict.encode_pairs([(USER, "a")], where=["x:1"]))
+    with pytest.raises(UserError, match=r"^the chat template .* refuses this chat: roles must alternate$"):
+        strict.encode_pair(USER, "a")
     with pytest.raises(UserError, match="without a message"):
         strict.encode_prompt([])
 
@@ -276,7 +275,7 @@ def test_no_eos_cannot_end_answers():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), "bare")
     assert tokenizer.eos_id is tokenizer.pad_id is None and tokenizer.vocab_size == 2
-    assert tokenizer.encode_pair("", "a", end=False) == ([], [0])
+    assert tokenizer.encode_prompt("a") == [0]
     with pytest.raises(UserError, match="bare: the tokenizer has no EOS"):
         tokenizer.encode_pair("", "a")
 
