@@ -5,6 +5,7 @@ always stops the run; a row that cannot be used may be dropped.
 """
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -113,20 +114,19 @@ def drops_unusable(source: SourceConfig, overflow: Overflow) -> bool:
     return (source.unusable or ("drop" if overflow == "drop" else "stop")) == "drop"
 
 
-def check_source(source: SourceConfig) -> None:
-    """Raises UserError if the source does not exist, without reading it."""
+def check_source(source: SourceConfig) -> tuple[str, str]:
+    """(path, format) of a source, which is not read yet. UserError if it does not exist."""
     path = os.path.expanduser(source.path)
     form = _form(source, path)
     if form not in ("builtin", "datasets") and not os.path.isfile(path):
         problem = "is a folder; format: datasets reads one" if os.path.isdir(path) else "no such file"
         raise UserError(f"{source.path}: {problem}")
+    return path, form
 
 
 def read_rows(source: SourceConfig) -> list[Row]:
     """All rows of a source, or the first `limit`. UserError if it is missing, broken or empty."""
-    check_source(source)
-    path = os.path.expanduser(source.path)
-    form = _form(source, path)
+    path, form = check_source(source)
     if form == "builtin":
         rows = _builtin(source)
     elif form == "datasets":
@@ -134,7 +134,7 @@ def read_rows(source: SourceConfig) -> list[Row]:
     else:
         reader = {"json": _json, "jsonl": _json_lines, "parquet": _parquet}[form]
         try:
-            rows = _first(reader(path, source), source.limit)
+            rows = list(itertools.islice(reader(path, source), source.limit))
         except (OSError, EOFError, zlib.error) as error:  # no permission, or a broken .gz
             raise UserError(f"{source.path}: cannot be read: {one_line(error)}") from error
     if not rows:
@@ -159,10 +159,6 @@ def _form(source: SourceConfig, path: str) -> str:
         f"{source.path}: its ending is not a known format; "
         f"want {', '.join(ENDINGS)}, or set format: json, jsonl or parquet"
     )
-
-
-def _first(rows: Iterator[Row], limit: int | None) -> list[Row]:
-    return [row for _, row in zip(range(limit), rows)] if limit else list(rows)
 
 
 # ---------------------------------------------------------------- files

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxrlhf.errors import UserError
 from jaxrlhf.toy.facts import (
     LEADS,
     NEUTRAL_CLOSERS,
@@ -265,25 +264,22 @@ def _prompt(rng: Random, question: Question, split: str) -> dict:
     return {"prompt": question.prompt, "topic": question.topic.name, "answer": question.value}
 
 
-def _builtin(name: str, seed: int, make_row: Callable[[Random, Question, str], dict], rows: dict[str, int]):
+def _builtin(seed: int, make_row: Callable[[Random, Question, str], dict], rows: dict[str, int]):
+    """A function (split, limit) that returns rows; without a limit it returns `rows` of the split."""
+
     def load(split: str = "train", limit: int | None = None) -> list[dict]:
-        if split not in SPLITS:
-            raise UserError(f"builtin:{name}: no split {split!r}; want {' or '.join(SPLITS)}")
-        if limit is not None and limit < 1:
-            raise UserError(f"builtin:{name}: limit is {limit}; want at least 1, or null for {rows[split]} rows")
         rng = np.random.default_rng([SEED, seed, SPLITS.index(split)])
         order = _cycle(np.random.default_rng([SEED, seed, SPLITS.index(split), 1]), QUESTIONS[split])
         count = rows[split] if limit is None else limit
         return [make_row(rng, question, split) for question, _ in zip(order, range(count))]
 
-    load.__doc__ = f"Rows of builtin:{name}; without a limit {rows['train']} for train, {rows['test']} for test."
     return load
 
 
 _EVERY_PROMPT = {split: len(questions) for split, questions in QUESTIONS.items()}
 
 BUILTIN: dict[str, Callable[[str, int | None], list[dict]]] = {
-    name: _builtin(name, seed, make_row, rows)
+    name: _builtin(seed, make_row, rows)
     for seed, (name, make_row, rows) in enumerate(
         (
             ("assistant-demonstrations", _demonstration, {"train": 12000, "test": 500}),
