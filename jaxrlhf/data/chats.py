@@ -29,16 +29,16 @@ class Chat:
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)  # variables of the template, such as enable_thinking
-    begun: bool = False  # the last message is the start of the assistant's turn, which the response continues
+    continued: bool = False  # the last message is the start of the assistant's turn, which the response continues
 
     def followed_by(self, response: "Response") -> "Chat":
         """The chat with a response appended, or joined to the assistant's turn that the prompt began."""
         messages = as_messages(response, "assistant")
-        if not self.begun or not messages:
-            return replace(self, messages=[*self.messages, *messages], begun=False)
+        if not self.continued or not messages:
+            return replace(self, messages=[*self.messages, *messages], continued=False)
         last, first = self.messages[-1], messages[0]
         joined = {**last, **first, "content": content_text(last) + content_text(first)}
-        return replace(self, messages=[*self.messages[:-1], joined, *messages[1:]], begun=False)
+        return replace(self, messages=[*self.messages[:-1], joined, *messages[1:]], continued=False)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ChatTemplate:
 
     def _after_opening(self, chat: Chat, before: str, text: str) -> str:
         """The response text without the tag that the prompt `before` it already ends with, if it begins with that."""
-        if chat.begun:
+        if chat.continued:
             return text
         header = self._render(chat.followed_by(_MARK), "", whole=True).partition(_MARK)[0]
         tag = before[len(header) :].strip() if before.startswith(header) else ""
@@ -150,11 +150,11 @@ class ChatTemplate:
             )
         if not chat.messages:
             raise UserError(f"{place}a chat without a message before the response; want at least one")
-        begun = chat.begun and not whole
+        continued = chat.continued and not whole
         last = chat.messages[-1]
-        if begun and (last.get("content") is None or (last.get("tool_calls") and not content_text(last).strip())):
+        if continued and (last.get("content") is None or (last.get("tool_calls") and not content_text(last).strip())):
             raise UserError(f"{place}the prompt ends with a tool call of the assistant; want a tool's message after it")
-        end = {"continue_final_message": begun, "add_generation_prompt": not whole and not begun}
+        end = {"continue_final_message": continued, "add_generation_prompt": not whole and not continued}
         try:
             return self._in_a_form_that_fits(chat, end)
         except ImportError as error:
@@ -261,7 +261,7 @@ def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
     if isinstance(prompt, Chat):
         return prompt
     messages = without_empty_turn(as_messages(prompt, "user"))
-    return Chat(messages, begun=bool(messages) and messages[-1]["role"] == "assistant")
+    return Chat(messages, continued=bool(messages) and messages[-1]["role"] == "assistant")
 
 
 def without_empty_turn(messages: list[Message]) -> list[Message]:

@@ -68,17 +68,17 @@ def number_field(row: Row, name: str, default: float) -> float:
     return float(value)
 
 
-def chat_of(row: Row, config: ChatSourceConfig, prompt: str | list[Message], begun: bool | None = None) -> Prompt:
+def chat_of(row: Row, config: ChatSourceConfig, prompt: str | list[Message], continued: bool | None = None) -> Prompt:
     """The prompt as a `Chat` with the tools and template arguments of row and config; a text prompt is returned as is.
 
-    `begun`: whether the response continues the last message (see `Chat`); None: if that is a non-empty assistant turn.
+    `continued`: whether the response continues the last message; None: if that is a non-empty assistant turn.
     """
     if isinstance(prompt, str):
         return prompt
-    if begun is None:
+    if continued is None:
         prompt = without_empty_turn(prompt)
-        begun = bool(prompt) and prompt[-1]["role"] == "assistant"
-    return Chat(prompt, _tools(row, config), _template_arguments(row, config), begun)
+        continued = bool(prompt) and prompt[-1]["role"] == "assistant"
+    return Chat(prompt, _tools(row, config), _template_arguments(row, config), continued)
 
 
 def columns_beside_text(row: Row, config: ChatSourceConfig, prompt: Prompt) -> set[str]:

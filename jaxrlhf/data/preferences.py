@@ -129,7 +129,7 @@ def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Respo
         raise UserError(
             f"{row.where}: chosen and rejected differ before the turns of {config.prompt_field!r} end; want them equal"
         )
-    return chat_of(row, config, common, begun=False), *responses
+    return chat_of(row, config, common, continued=False), *responses
 
 
 def _holds(chat: list[Message], opening: list[Message]) -> bool:

@@ -141,7 +141,7 @@ def _chat(row: Row, config: PromptsConfig) -> Prompt:
         messages = messages[:-1]
     if not messages:
         raise UserError(f"{row.where}: field {config.messages_field!r} has no message before the assistant's; want one")
-    return chat_of(row, config, messages, begun=False)
+    return chat_of(row, config, messages, continued=False)
 
 
 def _text(row: Row, config: PromptsConfig) -> Prompt:

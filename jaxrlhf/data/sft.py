@@ -113,7 +113,7 @@ def _chat(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
             f"its roles are {', '.join(m['role'] for m in messages)}"
         )
     check_answer(row, config.messages_field, messages[turns[-1]])
-    return chat_of(row, config, messages[: turns[-1]], begun=False), messages[turns[-1]]
+    return chat_of(row, config, messages[: turns[-1]], continued=False), messages[turns[-1]]
 
 
 def _plain_text(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:

@@ -30,7 +30,7 @@ def readings(completions: Completions, config: ReadingRewardConfig, has_chat_tem
     chats = completions.chats or [None] * len(completions.prompts)
     readings: list[Reading] = []
     for text, chat, continuation in zip(completions.prompts, chats, completions.texts):
-        continues_turn = chat is not None and chat.begun
+        continues_turn = chat is not None and chat.continued
         # The blank between prompt and completion is not part of the completion itself.
         completion = continuation if continues_turn else continuation.lstrip(" ")
         prompt = text if chat is None else "\n".join(content_text(message) for message in chat.messages)

@@ -350,8 +350,8 @@ def test_beginnings_that_cannot_be_continued(tokenizer):
 
 def test_a_chat_followed_by_an_answer():
     chat = as_chat([user("a"), assistant("b", name="x")])
-    assert chat.begun and chat.followed_by("c").messages == [user("a"), assistant("bc", name="x")]
-    assert not Chat(chat.messages).begun
+    assert chat.continued and chat.followed_by("c").messages == [user("a"), assistant("bc", name="x")]
+    assert not Chat(chat.messages).continued
     assert Chat(chat.messages).followed_by("c").messages == [*chat.messages, assistant("c")]
     several = chat.followed_by([assistant(parts("c")), user("d"), assistant("e")])
     assert several == Chat([user("a"), assistant("bc", name="x"), user("d"), assistant("e")])

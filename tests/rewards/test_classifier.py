@@ -173,7 +173,7 @@ def test_a_beginning_tools_and_arguments_reach_the_template(tmp_path):
     tokenizer_of(more).save_pretrained(tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     messages = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is "}]
-    read = [(Chat(messages, [{"name": "?"}], {"so": True}, begun=True), "not bad"), (Chat(messages), "not bad")]
+    read = [(Chat(messages, [{"name": "?"}], {"so": True}, continued=True), "not bad"), (Chat(messages), "not bad")]
     asked = "[CLS] is it [SEP] [CLS] it is"
     whole = [f"? so {asked} not bad [SEP]", f"{asked} [SEP] [CLS] not bad [SEP]"]
     ids = [[tokenizer_of().convert_tokens_to_ids(text.split())] for text in whole]

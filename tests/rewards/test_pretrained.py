@@ -126,7 +126,7 @@ def test_a_chat_goes_through_the_models_own_template(make, folder, answered):
 
 
 def test_an_answer_that_goes_on_from_a_beginning_is_one_turn(make, folder, answered):
-    chat = Chat([{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is "}], begun=True)
+    chat = Chat([{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is "}], continued=True)
     completions = answered([("is it it is", "not bad", True)], chats=[chat])
     whole = direct(folder, "<user> is it <eos> <assistant> it is not bad <eos>")
     np.testing.assert_allclose(make(folder)(completions), [whole], atol=1e-4)
