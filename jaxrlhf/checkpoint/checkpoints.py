@@ -196,9 +196,7 @@ class Checkpoints:
         try:
             return self._read(step, like)[0]
         except Damaged as damage:
-            raise UserError(
-                f"{folder}: damaged: {damage}; restore this folder, or remove it to do without this checkpoint"
-            ) from None
+            raise _spoilt(folder, damage) from None
 
     def restore_latest(self, like: Any, say: Callable[[str], None]) -> Restored | None:
         """The newest undamaged checkpoint, or None where none was ever saved; `like` is as in `restore`.
@@ -248,33 +246,17 @@ class Checkpoints:
         return Restored(step, tree, record["notes"])
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns (tree, record); each process checks a share of the files, and all raise the same type of error.
+        """Returns (tree, record).
 
         Raises `Damaged` where a checksum fails, and `UserError` where the files cannot be read or the leaves differ.
         """
-        folder, record, damage, error = self._directory / str(step), {}, "", None
-        try:
-            record = unseal(folder, jax.process_index(), jax.process_count())
-        except Damaged as raised:
-            damage = str(raised)
-        except OSError as raised:
-            error = raised
-        worst = largest(2 if error is not None else 1 if damage else 0)
-        if worst == 1:
-            raise Damaged(damage or "found by another process")
-        if worst == 2:
-            raise UserError(f"{folder}: the checkpoint cannot be read: {error and reason(error)}; make it readable")
+        folder = self._directory / str(step)
+        record = _checked_record(folder)
         leaves = _named_leaves(like)
         _compare(folder, record["leaves"], {name: _describe(leaf) for name, leaf in leaves.items()})
         arrays = {name: _abstract(leaf) for name, leaf in leaves.items() if _is_array(leaf)}
         stored = {name: leaf for name, leaf in arrays.items() if math.prod(leaf.shape)}  # orbax stores no empty arrays
-        try:
-            loaded = ocp.load(folder, {"arrays": stored, "step": np.zeros((), np.asarray(step).dtype)})["arrays"]
-        except Exception as raised:  # orbax wraps disk errors in exceptions of many types
-            raise UserError(
-                f"{folder}: the checkpoint is undamaged but cannot be read ({reason(raised)}); use the versions of jax "
-                "and orbax-checkpoint that wrote it"
-            ) from raised
+        loaded = _load_arrays(folder, stored)
         values = {name: json.loads(text) for name, text in record["values"].items()}
 
         def value(name: str, leaf: Any) -> Any:
@@ -301,6 +283,90 @@ class Checkpoints:
         self.close()
 
 
+def stored_steps(directory: str | Path) -> list[int]:
+    """Steps of the complete checkpoints under `directory`, in order; none where there is no such folder."""
+    try:
+        return sorted(int(path.name) for path in Path(directory).iterdir() if path.name.isdecimal())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read: {error.strerror}; make it readable") from None
+
+
+def stored_best(directory: str | Path, scored: str, lowest_is_best: bool = False) -> int | None:
+    """Step of the checkpoint with the best score by the metric `scored`; None where there is none.
+
+    Raises `UserError` where the newest checkpoint, which names it, is damaged.
+    """
+    steps = stored_steps(directory)
+    best = _undamaged_record(Path(directory) / str(steps[-1]))["best"] if steps else None
+    if best is None or best[:2] != [scored, -1 if lowest_is_best else 1]:
+        return None
+    return best[2] if best[2] in steps else None
+
+
+def stored_arrays(directory: str | Path, step: int, above: str) -> dict[str, jax.Array]:
+    """The arrays below the path `above` of a checkpoint, by their path from there; no other array is read.
+
+    They lie on the first device. Raises `UserError` where the checkpoint is damaged or cannot be read.
+    """
+    folder = Path(directory).absolute() / str(step)
+    leaves = _undamaged_record(folder)["leaves"]
+    below = {name: _parse(text) for name, text in leaves.items() if name.startswith(f"{above}/") and text.endswith("]")}
+    stored = {name: _abstract(leaf) for name, leaf in below.items() if math.prod(leaf.shape)}
+    arrays = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in below.items() if name not in stored}
+    if stored:
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True  # reads only the arrays that are asked for
+        with context:
+            arrays |= _load_arrays(folder, stored)
+    return {name.removeprefix(f"{above}/"): arrays[name] for name in below}
+
+
+def _checked_record(folder: Path) -> dict[str, Any]:
+    """A checkpoint's record, after its files were checked, each process a share; all raise the same type of error.
+
+    Raises `Damaged` where a checksum fails, and `UserError` where the files cannot be read.
+    """
+    record, damage, error = {}, "", None
+    try:
+        record = unseal(folder, jax.process_index(), jax.process_count())
+    except Damaged as raised:
+        damage = str(raised)
+    except OSError as raised:
+        error = raised
+    worst = largest(2 if error is not None else 1 if damage else 0)
+    if worst == 1:
+        raise Damaged(damage or "found by another process")
+    if worst == 2:
+        raise UserError(f"{folder}: the checkpoint cannot be read: {error and reason(error)}; make it readable")
+    return record
+
+
+def _undamaged_record(folder: Path) -> dict[str, Any]:
+    """A checkpoint's record, after its files were checked; `UserError` where one has changed."""
+    try:
+        return _checked_record(folder)
+    except Damaged as damage:
+        raise _spoilt(folder, damage) from None
+
+
+def _spoilt(folder: Path, damage: Damaged) -> UserError:
+    return UserError(f"{folder}: damaged: {damage}; restore this folder, or remove it to do without this checkpoint")
+
+
+def _load_arrays(folder: Path, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Reads arrays of a checkpoint; `arrays` says how orbax returns each."""
+    step = np.zeros((), np.asarray(0).dtype)
+    try:
+        return ocp.load(folder, {"arrays": arrays, "step": step})["arrays"]
+    except Exception as raised:  # orbax wraps disk errors in exceptions of many types
+        raise UserError(
+            f"{folder}: the checkpoint is undamaged but cannot be read ({reason(raised)}); use the versions of jax "
+            "and orbax-checkpoint that wrote it"
+        ) from raised
+
+
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by path, in the tree's order."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
@@ -322,6 +388,12 @@ def _describe(leaf: Any) -> str:
     if not _is_array(leaf):
         return type(leaf).__name__
     return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _parse(text: str) -> jax.ShapeDtypeStruct:
+    """The dtype and shape that `_describe` wrote for an array."""
+    dtype, _, sizes = text.removesuffix("]").partition("[")
+    return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(dtype))
 
 
 def _abstract(leaf: Any) -> Any:

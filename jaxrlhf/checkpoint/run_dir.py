@@ -49,12 +49,14 @@ def record_start(run_dir: str | Path, time: datetime.datetime) -> None:
         _write(path.parent, path, time.isoformat() + "\n")
 
 
-def make_folder(folder: Path) -> None:
-    """Creates the run directory; `UserError` where that fails."""
+def make_folder(folder: Path) -> list[Path]:
+    """Creates the run directory, and returns the folders created, inner ones first; `UserError` where that fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(folder, error.strerror) from None
+    return missing
 
 
 def _write(folder: Path, file: Path, text: str) -> None:

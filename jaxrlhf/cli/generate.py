@@ -13,6 +13,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     origin = parser.add_mutually_exclusive_group(required=True)
     origin.add_argument("--run", metavar="DIR", help="run directory")
     origin.add_argument("--model", metavar="DIR", help="Hugging Face folder or hub id")
+    step = "roles of a checkpoint of the stage under way: latest, best (by the run's checkpoints.best) or a step number"
+    parser.add_argument("--step", metavar="latest|best|N", help=f"{step} (default: those of finished stages)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated")
     source.add_argument("--prompts", metavar="FILE", help="prompts from a JSON, JSON Lines or Parquet file")

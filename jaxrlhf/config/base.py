@@ -17,7 +17,7 @@ Overflow = Literal["cut", "drop", "stop"]
 FREE = {"on_resume": "free"}  # yes: later steps do not depend on it
 ROUNDING = {"on_resume": "rounding"}  # yes: later steps compute the same, but sums may round differently
 CHOICE = {"on_resume": "choice"}  # if `checkpoints.result` is "last": it decides which checkpoint is the result
-LONGER = {"on_resume": "longer"}  # it may grow, if a step does not depend on how many follow
+LONGER = {"on_resume": "longer"}  # it may grow, if a step does not depend on how many follow, or end at a checkpoint
 
 Remat = Annotated[
     Literal["none", "dots", "full"],

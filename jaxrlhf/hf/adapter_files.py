@@ -3,16 +3,18 @@
 Not here: PEFT's format (`peft.py`), which `load_adapter` opens too.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.decoder_tensors import pending
 from jaxrlhf.hf.folders import check_replaceable, written_once
-from jaxrlhf.hf.tensor_files import StoredTensor, read_json, read_tensors, write_json, write_tensors
+from jaxrlhf.hf.tensor_files import read_json, read_tensors, write_json, write_tensors
 from jaxrlhf.models.adapters import HEAD, SCORE
 from jaxrlhf.models.decoder import Decoder, linear_shapes, named_parameters
 from jaxrlhf.models.quantize import quantization
@@ -31,7 +33,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
     info = {
         "format": ADAPTER_FORMAT,
         "version": ADAPTER_VERSION,
-        "kind": _kind(leaves),
+        "kind": kind_of(leaves),
         "rank": max(ranks, default=None),
         "head": SCORE in adapter,
     }
@@ -60,15 +62,22 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
             f" must be {ADAPTER_FORMAT!r} version {ADAPTER_VERSION}"
         )
     stored = read_tensors(folder / ADAPTER)
-    _check_adapter(stored, info.get("kind"), base, folder / ADAPTER)
+    for tensor in stored.values():
+        tensor.check_dtype()
+    check_leaves({name: tensor.shape for name, tensor in stored.items()}, info.get("kind"), base, folder / ADAPTER)
+    return nested({name: jnp.asarray(np.array(tensor.view())) for name, tensor in stored.items()})
+
+
+def nested(leaves: dict[str, jax.Array]) -> Adapter:
+    """Returns an adapter from its leaves by MODULE/LEAF."""
     adapter: Adapter = {}
-    for name, tensor in stored.items():
+    for name, value in leaves.items():
         module, leaf = name.split("/")
-        adapter.setdefault(module, {})[leaf] = jnp.asarray(np.array(tensor.view()))
+        adapter.setdefault(module, {})[leaf] = value
     return adapter
 
 
-def _kind(leaves: dict[str, Any]) -> str:
+def kind_of(leaves: Collection[str]) -> str:
     """The entry `kind`: lora with pairs, full with all weights, whole with the full weights of some modules (DoRA)."""
     if any(name.endswith("/lora_a") for name in leaves):
         return "lora"
@@ -76,22 +85,21 @@ def _kind(leaves: dict[str, Any]) -> str:
     return "full" if all_modules or not leaves else "whole"
 
 
-def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, file: Path) -> None:
-    """Raises `UserError` unless each tensor fits the base and each LoRA pair is complete."""
+def check_leaves(stored: dict[str, tuple[int, ...]], kind: Any, base: Decoder, file: Path) -> None:
+    """Raises `UserError` unless each tensor (name -> shape) fits the base and each LoRA pair is complete."""
     parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
     head = base.config.hidden_size, base.config.vocab_size  # also if the head is tied to the embedding
     layers = linear_shapes(base) | {HEAD: head}
     if kind == "full" and (codes := quantization(base)) is not None:
         raise UserError(f"{file}: a full adapter replaces every weight, but this base is quantised ({codes})")
-    for name, tensor in stored.items():
-        tensor.check_dtype()
+    for name, found in stored.items():
         module, _, leaf = name.partition("/")
         if leaf in ("lora_a", "lora_b", "lora_scale"):
             pair = [stored.get(f"{module}/{part}") for part in ("lora_a", "lora_b", "lora_scale")]
             if None in pair:
                 raise UserError(f"{file}: module {module} needs a full LoRA pair (lora_a, lora_b, lora_scale)")
             kernel = layers.get(module)
-            rank = pair[0].shape[-1] if pair[0].shape else 0
+            rank = pair[0][-1] if pair[0] else 0
             shape = kernel and {"lora_a": (kernel[0], rank), "lora_b": (rank, kernel[1]), "lora_scale": ()}[leaf]
         elif module == SCORE:
             shape = {"kernel": (base.config.hidden_size, 1), "bias": (1,)}.get(leaf)
@@ -99,7 +107,8 @@ def _check_adapter(stored: dict[str, StoredTensor], kind: Any, base: Decoder, fi
             shape = parameters.get(name, head if name == f"{HEAD}/kernel" else None)
         if shape is None:
             raise UserError(f"{file}: this base has no tensor {name}; the adapter belongs to another model")
-        tensor.check_shape(shape, "this base")
+        if found != shape:
+            raise UserError(f"{file}: tensor {name} has shape {list(found)}; this base requires {list(shape)}")
     missing = sorted(set(parameters) - set(stored)) if kind == "full" else []
     if missing:
         raise UserError(f"{file}: tensor {missing[0]} is missing from a full adapter")

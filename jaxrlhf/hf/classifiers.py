@@ -29,7 +29,7 @@ from jaxrlhf.hf.decoder_tensors import (
     read_decoder,
 )
 from jaxrlhf.hf.families import FAMILIES, address_of, config_document, read_config
-from jaxrlhf.hf.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
+from jaxrlhf.hf.folders import AUTO, EXPORTED, check_dtype, check_replaceable, find_model, written_once
 from jaxrlhf.hf.peft import with_adapter
 from jaxrlhf.hf.tensor_files import (
     StoredTensor,
@@ -110,7 +110,7 @@ def save_sequence_classifier(
     check_dtype(dtype)
     if SCORE not in adapter:
         raise UserError(f"{path}: the adapter has no scalar head; a value or reward adapter has one")
-    check_replaceable(target, "config.json")
+    check_replaceable(target, *EXPORTED)
     config = dataclasses.replace(base.config, pad_token=_pad_token(base.config, tokenizer))
     if config.pad_token in _ends(config, tokenizer):
         warnings.warn(

@@ -14,6 +14,7 @@ MARK = ".jaxrlhf"  # lists the files of a folder that jaxrlhf wrote and may repl
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"  # in place of a dtype: the dtype of the checkpoint's tensors
 PEFT_INFO, INDEX = "adapter_config.json", "model.safetensors.index.json"
+EXPORTED = ("config.json", PEFT_INFO)  # one of them is in each folder that `jaxrlhf export` writes
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 
@@ -75,14 +76,21 @@ def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
         multihost_utils.sync_global_devices(f"written {target.name}")
 
 
-def check_replaceable(target: Path, of_kind: str) -> None:
+def check_replaceable(target: Path, *of_kinds: str) -> None:
     """Raises `UserError` if a folder holds files that its `MARK` does not list.
 
-    The list must contain `of_kind`, a file of the new folder, so that an adapter does not replace a model.
+    The list must contain one of the files `of_kinds`, so that a role of a run does not replace a model.
     """
     if not target.is_dir():
         return
-    mark = target / MARK
-    written = {MARK, *mark.read_text(encoding="utf-8").splitlines()[1:]} if mark.is_file() else set()
-    if strangers := sorted({file.name for file in target.iterdir()} - (written if of_kind in written else set())):
+    try:
+        written = {MARK, *(target / MARK).read_text(encoding="utf-8").splitlines()[1:]}
+    except (OSError, ValueError):
+        written = set()
+    replaceable = written if written & {*of_kinds} else set()
+    try:
+        strangers = sorted({file.name for file in target.iterdir()} - replaceable)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be read: {error.strerror}; give another folder") from None
+    if strangers:
         raise UserError(f"{target}: holds {strangers[0]}, which would be deleted; give a new or empty folder")

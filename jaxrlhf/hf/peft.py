@@ -19,7 +19,7 @@ from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.decoder_tensors import in_dtype, part_of, pending, stored_size
 from jaxrlhf.hf.families import address_of
-from jaxrlhf.hf.folders import PEFT_INFO, check_dtype, check_replaceable, written_once
+from jaxrlhf.hf.folders import EXPORTED, PEFT_INFO, check_dtype, check_replaceable, written_once
 from jaxrlhf.hf.peft_config import NEWER_NAMES, PeftConfig, peft_document, read_peft_config
 from jaxrlhf.hf.peft_full import EMBEDDING, beyond_peft, check_foldable, folded_dora, full_weights, module_of
 from jaxrlhf.hf.tensor_files import Pending, StoredTensor, read_json, read_tensors, write_json, write_tensors
@@ -122,7 +122,7 @@ def save_peft(
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
-    check_replaceable(target, PEFT_INFO)
+    check_replaceable(target, *EXPORTED)
     layers = _layers(base)
     known = {ours for layer in layers.values() for ours in layer.outputs}
     for module, leaves in without_head(adapter).items():

@@ -12,7 +12,7 @@ from jaxrlhf.data.tokenizers import Tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.decoder_tensors import match, merged_tensors, plain_tensors, read_decoder, untie_if_different
 from jaxrlhf.hf.families import address_of, config_document, read_config, token_entry, token_ids
-from jaxrlhf.hf.folders import AUTO, check_dtype, check_replaceable, find_model, written_once
+from jaxrlhf.hf.folders import AUTO, EXPORTED, check_dtype, check_replaceable, find_model, written_once
 from jaxrlhf.hf.peft import with_adapter
 from jaxrlhf.hf.tensor_files import main_dtype, read_checkpoint, read_json, write_checkpoint, write_json
 from jaxrlhf.models.config import DecoderConfig
@@ -75,7 +75,7 @@ def save_pretrained(
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
-    check_replaceable(target, "config.json")
+    check_replaceable(target, *EXPORTED)
     config = base.config
     tensors, dtype = merged_tensors(base, adapter, dtype)
     if address_of(config, "lm_head/kernel").tensor in tensors:  # an adapter may have untied it from the embedding

@@ -16,7 +16,7 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.load import parts_of
 from jaxrlhf.stages.roles import ADAPTERS, Roles, load_run
 
-DEFAULT_ROLES = {"merged": ("policy", "sft"), "peft": ("policy", "sft"), "reward": ("reward", "value")}
+DEFAULT_ROLES = {"merged": ("policy", "sft"), "peft": ("policy", "sft"), "reward": ("reward",)}
 
 
 def export_role(arguments: argparse.Namespace) -> list[str]:
@@ -27,12 +27,11 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
     """
     if arguments.max_shard_bytes < 1:
         raise UserError(f"--max-shard-bytes: must be at least 1, not {arguments.max_shard_bytes}")
-    roles = load_run(arguments.run)
+    roles = load_run(arguments.run, step=arguments.step)
     config = load_config(f"{arguments.run}/config.yaml").model_copy(update={"run_dir": arguments.run})
     base_path, own = base_of(config)
     _check_target(arguments.to, config, base_path)
     name, adapter = _role(roles, config, arguments.role, arguments.format)
-    _check_suited(name, adapter, arguments.format)
     lines = [f"{arguments.to}: {name} of {arguments.run} as {arguments.format}"]
     if arguments.format == "merged":
         save_pretrained(arguments.to, roles.base, adapter, roles.tokenizer, arguments.max_shard_bytes, arguments.dtype)
@@ -77,24 +76,35 @@ def _check_target(target: str, config: RunConfig, base_path: str) -> None:
 
 
 def _role(roles: Roles, config: RunConfig, name: str | None, format: str) -> tuple[str, Adapter | None]:
-    """Returns name and adapter of the requested role, else of the first default role of the format."""
+    """Returns name and adapter of the requested role, else of the first default role of the format.
+
+    Raises `UserError` with the roles that are there if it is not, or if the format cannot represent it.
+    """
     known: dict[str, Adapter | None] = {name: roles.adapters[name] for name in ADAPTERS if name in roles.adapters}
     if config.sft_trains_base:
         known["sft"] = None  # after a full fine-tune the base is the SFT model
     names = DEFAULT_ROLES[format] if name is None else (name,)
-    for candidate in names:
-        if candidate in known:
-            return candidate, known[candidate]
-    raise UserError(
-        f"--role: this run has no role {' or '.join(names)}; it has {', '.join(known) or 'none'}"
-        f"{' (to export a reward adapter, give --format reward)' if name is None and format != 'reward' else ''}"
-    )
+    found = next((candidate for candidate in names if candidate in known), None)
+    if found is None:
+        fault = f"this run has no role {' or '.join(names)}; it has {', '.join(known) or 'none'}"
+    else:
+        fault = _fault(found, known[found], format)
+    if fault is None:
+        return found, known[found]
+    suited = [f"--role {other}" for other, adapter in known.items() if _fault(other, adapter, format) is None]
+    if format != "reward" and found is None and name is None and "reward" in known:
+        suited = ["--format reward"]
+    elif not suited or (format == "peft" and found is not None):
+        suited = ["--format merged"] if known else ["another run"]
+    option = f"--role {name}" if found is None and name is not None else f"--format {format}"
+    raise UserError(f"{option}: {fault}; give {' or '.join(suited)}")
 
 
-def _check_suited(name: str, adapter: Adapter | None, format: str) -> None:
-    """Raises `UserError` if the format cannot represent the role."""
+def _fault(name: str, adapter: Adapter | None, format: str) -> str | None:
+    """Says why the format cannot represent a role; None if it can."""
     full = adapter is None or any(beyond_peft(path, leaves) for path, leaves in adapter.items())
     if format == "peft" and full:
-        raise UserError(f"--format peft: {name} has full weights, not LoRA pairs; give --format merged")
+        return f"{name} has full weights, not LoRA pairs"
     if format == "reward" and (adapter is None or SCORE not in adapter):
-        raise UserError(f"--format reward: {name} has no scalar head; give --role reward, or --role value")
+        return f"{name} has no scalar head"
+    return None

@@ -13,7 +13,7 @@ from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.tokenizers import Tokenizer
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, short
 from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
@@ -31,10 +31,12 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
     """Yields {"prompt", "answers": {role: text}} for each prompt. See `jaxrlhf generate` for the arguments."""
     config = None
     if arguments.run is not None:
-        roles = load_run(arguments.run)
+        roles = load_run(arguments.run, step=arguments.step)
         config = load_config(f"{arguments.run}/config.yaml")
         chosen = _chosen_roles(roles, arguments.roles, config)
     else:
+        if arguments.step is not None:
+            raise UserError(f"--step {short(arguments.step)}: a model folder has no checkpoints; give --run")
         if arguments.roles not in (None, "base"):
             raise UserError(f"--roles {arguments.roles}: a model folder has only the role base; give --run")
         base, tokenizer = load_pretrained(arguments.model)

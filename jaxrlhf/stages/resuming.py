@@ -5,22 +5,31 @@ refused (`checkpoint.run_dir.check_run`): `config.yaml` must describe how the we
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+from jaxrlhf.checkpoint.checkpoints import stored_steps
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.base import CHOICE, FREE, LONGER, ROUNDING
 from jaxrlhf.config.differences import Change, describe_change
 from jaxrlhf.config.table import find_setting
+from jaxrlhf.errors import UserError
+from jaxrlhf.stages.roles import finished_stages
 
 
 def may_change(config: RunConfig) -> Callable[[Change], bool]:
-    """Returns a function that decides whether a run may be resumed with `config` despite a changed setting."""
+    """Returns a function that decides whether a run may be resumed with `config` despite a changed setting.
+
+    The function raises `UserError` if ppo.iterations is lowered to another number than the last saved step.
+    """
 
     def allowed(change: Change) -> bool:
         key, before, after = change
         if _has_rule(key, CHOICE):
             return config.checkpoints.result == "last"
         if _has_rule(key, LONGER):
-            return isinstance(before, int) and after > before and _same_steps_in_longer_runs(config)
+            if not isinstance(before, int):
+                return False
+            return _same_steps_in_longer_runs(config) if after > before else _ends_where_it_stands(config, change)
         return _has_rule(key, FREE) or _has_rule(key, ROUNDING)
 
     return allowed
@@ -28,6 +37,8 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
 
 def change_text(change: Change) -> str:
     """Describes an allowed change of a setting in a line for the user."""
+    if _has_rule(change[0], LONGER) and not makes_longer(change):
+        return f"{describe_change(change)}: the stage ends at its last checkpoint"
     if _has_rule(change[0], ROUNDING):
         return f"{describe_change(change)}: sums may round differently, so the run may not continue bit for bit"
     return describe_change(change)
@@ -35,13 +46,29 @@ def change_text(change: Change) -> str:
 
 def makes_longer(change: Change) -> bool:
     """Whether a change adds steps to a stage, even to a finished one."""
-    return _has_rule(change[0], LONGER)
+    return _has_rule(change[0], LONGER) and change[2] > change[1]
 
 
 def _has_rule(key: str, rule: dict[str, str]) -> bool:
     """Whether a setting has this rule. An entry of a mapping has the rule of the mapping's field."""
     setting = find_setting(key.split("."))
     return setting is not None and rule.items() <= setting.metadata.items()
+
+
+def _ends_where_it_stands(config: RunConfig, change: Change) -> bool:
+    """Whether ppo.iterations is lowered to the step of the latest checkpoint of an unfinished stage.
+
+    Raises `UserError` with that step if it is another one.
+    """
+    steps = stored_steps(Path(config.run_dir) / "checkpoints" / "ppo")
+    if not steps or "ppo" in finished_stages(config.run_dir):
+        return False
+    if change[2] == steps[-1]:
+        return True
+    raise UserError(
+        f"run_dir {config.run_dir}: {describe_change(change)}; the last checkpoint is that of step {steps[-1]}: give "
+        f"ppo.iterations={steps[-1]} to end the run there, or {change[1]} to continue it"
+    )
 
 
 def _same_steps_in_longer_runs(config: RunConfig) -> bool:

@@ -15,23 +15,26 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.checkpoint.checkpoints import stored_arrays, stored_best, stored_steps
 from jaxrlhf.checkpoint.checksums import RECORD, Damaged, seal, unseal
 from jaxrlhf.checkpoint.files import atomic_write
 from jaxrlhf.checkpoint.run_dir import started_at
-from jaxrlhf.config import RunConfig
+from jaxrlhf.config import PPOConfig, RunConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
-from jaxrlhf.errors import UserError
-from jaxrlhf.hf.adapter_files import load_adapter, save_adapter
+from jaxrlhf.errors import UserError, short
+from jaxrlhf.hf.adapter_files import check_leaves, kind_of, load_adapter, nested, save_adapter
 from jaxrlhf.hf.folders import AUTO
 from jaxrlhf.hf.weights import load_pretrained, save_pretrained, with_tokenizer
+from jaxrlhf.models.adapters import merge
 from jaxrlhf.models.config import new_decoder_config
 from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.keys import key_for
+from jaxrlhf.tracking.notices import notice
 
 ADAPTERS = ("sft", "reward", "policy", "value", "average")
 
@@ -117,23 +120,98 @@ def load_origin(config: RunConfig) -> Decoder:
 
 
 def load_run(
-    run_dir: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None, quantize: str | None = None
+    run_dir: str,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: str | None = None,
+    step: str | None = None,
 ) -> Roles:
     """Loads the roles that a run has saved. `dtype` and `quantize` default to those of the run.
 
-    Raises `UserError` if `run_dir` is not a run directory, or the run has finished no stage.
+    `step` is "latest", "best" or a number: the roles of the stage under way come from that checkpoint. Raises
+    `UserError` if `run_dir` is not a run directory, there is no such checkpoint, or without `step` if the run has
+    finished no stage.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir}: not a run directory: it has no config.yaml")
     config = load_config(path).model_copy(update={"run_dir": run_dir})
-    if not finished_stages(run_dir):
-        raise UserError(f"{run_dir}: no stage of this run has finished yet")
+    if step is None and not finished_stages(run_dir):
+        saved = any(stored_steps(_checkpoints(config, stage)) for stage in config.stages)
+        remedy = "generate and export read its last checkpoint with --step latest" if saved else "it has no checkpoint"
+        raise UserError(f"{run_dir}: no stage of this run has finished; continue it; {remedy}")
+    checkpoint = None if step is None else find_checkpoint(config, step)
     changes = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    if checkpoint is not None:
+        check_none_missing(config)
     roles = load_roles(config, mesh)
     roles.tokenizer.chats.time = started_at(run_dir)  # the same prompts as in the run
-    return roles
+    return roles if checkpoint is None else _at_checkpoint(roles, config, *checkpoint)
+
+
+def find_checkpoint(config: RunConfig, step: str) -> tuple[str, int]:
+    """Returns (stage, step) of a checkpoint of the stage under way: the last stage that has checkpoints.
+
+    `step` is "latest", "best" or a number. Raises `UserError` where there is no such checkpoint.
+    """
+    for stage in reversed(config.stages):
+        if steps := stored_steps(_checkpoints(config, stage)):
+            break
+    else:
+        raise UserError(f"--step {step}: {config.run_dir} has no checkpoint")
+    earlier = ["..."] if len(steps) > 10 else []
+    there = f"the stage {stage} has checkpoints of steps {', '.join([*earlier, *map(str, steps[-10:])])}"
+    if step == "latest":
+        return stage, steps[-1]
+    if step == "best":
+        metric, lowest = config.checkpoints.best, config.checkpoints.best_is == "lowest"
+        if metric is None:
+            raise UserError(f"--step best: checkpoints.best of this run names no metric; {there}")
+        if (best := stored_best(_checkpoints(config, stage), metric, lowest)) is None:
+            raise UserError(f"--step best: no checkpoint is the best by {metric}; {there}")
+        return stage, best
+    for number in steps:
+        if step == str(number):
+            return stage, number
+    raise UserError(f"--step {short(step)}: must be latest, best or a step that is there; {there}")
+
+
+def _checkpoints(config: RunConfig, stage: str) -> Path:
+    return Path(config.run_dir) / "checkpoints" / stage
+
+
+def _at_checkpoint(roles: Roles, config: RunConfig, stage: str, step: int) -> Roles:
+    """The roles with those that a stage was training, as they were after a step."""
+    folder = _checkpoints(config, stage)
+
+    def adapter(above: str) -> Adapter:
+        leaves = stored_arrays(folder, step, above)
+        shapes = {name: leaf.shape for name, leaf in leaves.items()}
+        if leaves:  # a run without a value model or an average has none
+            check_leaves(shapes, kind_of(shapes), roles.base, folder / str(step))
+        return nested(leaves)
+
+    notice(f"{config.run_dir}: the roles of the stage {stage} are those of step {step}")
+    if stage == "ppo":
+        update = config.ppo.update
+        own = ppo_adapters(adapter("ppo/policy"), adapter("ppo/value"), adapter("ppo/average"), update)
+    elif stage == "sft" and config.sft_trains_base:
+        return dataclasses.replace(roles, base=merge(roles.base, adapter("adapter")), adapters={})
+    else:
+        own = {"sft" if stage == "sft" else "reward": adapter("adapter")}
+    return dataclasses.replace(roles, adapters=roles.adapters | own)
+
+
+def ppo_adapters(policy: Adapter, value: Adapter, average: Adapter, update: PPOConfig) -> dict[str, Adapter]:
+    """The adapters that ppo saves, by role; `value` and `average` may be empty.
+
+    A value head on the policy's trunk is saved with that trunk.
+    """
+    trained = {"policy": policy}
+    if value:
+        trained["value"] = {**policy, **value} if update.value_trunk == "policy" else value
+    return trained | ({"average": average} if average else {})
 
 
 def save_base(run_dir: str, base: Decoder, tokenizer: Tokenizer) -> None:

@@ -31,6 +31,7 @@ from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo import stage as ppo
 from jaxrlhf.stages.resuming import change_text, makes_longer, may_change
 from jaxrlhf.stages.roles import Roles, check_none_missing, finished_stages, load_roles, mark_unfinished, save_base
+from jaxrlhf.stages.unstarted import given_back
 from jaxrlhf.tracking.metrics import MetricsLog
 
 SHARED = "give a folder on a file system that all hosts share"
@@ -59,10 +60,10 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
         for log in run.logs.values():
             stack.enter_context(contextlib.closing(log))
         stack.enter_context(cached_programs(config.compilation_cache, run.say))
-        return _run_stages(run, lock, writes)
+        return _run_stages(run, lock, writes, stack)
 
 
-def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
+def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitStack) -> Roles:
     config, folder, allowed = run.config, run.folder, may_change(run.config)
     changes = processes.agreed(lambda: check_run(folder, dump_config(config), allowed))
     exists = (folder / "config.yaml").is_file()
@@ -89,9 +90,10 @@ def _run_stages(run: Run, lock: RunLock, writes: bool) -> Roles:
     began_with = fingerprints(config, roles, inputs)
     notes = processes.agreed(lambda: check_fingerprints(folder, began_with) if exists else [])
     if not exists:
-        processes.agreed(lambda: make_folder(folder))
+        made = processes.agreed(lambda: make_folder(folder))
         lock.take()
         processes.agreed(lambda: _check_still_new(folder, writes))
+        stack.enter_context(given_back(folder, made, writes))
     for text in (*(f"run_dir {folder}: {change_text(change)}" for change in changes), *notes):
         run.say(text)
     for stage in continued if writes else ():

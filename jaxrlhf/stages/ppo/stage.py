@@ -29,7 +29,7 @@ from jaxrlhf.stages.ppo.iteration import Iteration, StageState
 from jaxrlhf.stages.ppo.remarks import remarks
 from jaxrlhf.stages.ppo.sampler import Sampler, ScoredRollout
 from jaxrlhf.stages.ppo.value import starting_value
-from jaxrlhf.stages.roles import Roles, mark_finished, save_role
+from jaxrlhf.stages.roles import Roles, mark_finished, ppo_adapters, save_role
 from jaxrlhf.stages.training import check_settings
 from jaxrlhf.steps.annotate import Control
 from jaxrlhf.steps.ppo import complete, init_ppo
@@ -138,7 +138,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
             loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, log_samples)
             loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
         ppo = loop.result().ppo
-    trained = _trained(ppo, update_config)
+    trained = ppo_adapters(ppo.policy, ppo.value, ppo.average, update_config)
     for name, adapter in trained.items():
         save_role(run.config.run_dir, name, adapter)
     policies = {"before": start, "after": ppo.policy} | ({"average of": ppo.average} if ppo.average else {})
@@ -154,14 +154,6 @@ def _log_samples(run: Run, number: int, scored: ScoredRollout) -> None:
     """Writes a line of samples.jsonl every `sample_every` iterations."""
     if number % run.config.ppo.sample_every == 0:
         run.samples.write("ppo", number, {"samples": samples_of(scored.completions, scored.scores)})
-
-
-def _trained(ppo, config: PPOConfig) -> dict[str, Adapter]:
-    """The adapters to save, by role. A value head on the policy's trunk is saved with that trunk."""
-    trained = {"policy": ppo.policy}
-    if ppo.value:
-        trained["value"] = {**ppo.policy, **ppo.value} if config.value_trunk == "policy" else ppo.value
-    return trained | ({"average": ppo.average} if ppo.average else {})
 
 
 def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter | None:

@@ -1,0 +1,51 @@
+"""A run that fails before its first step gives its directory back, so that corrected settings are accepted there."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jaxrlhf.checkpoint.checkpoints import stored_steps
+from jaxrlhf.checkpoint.run_dir import LOGS, START
+from jaxrlhf.distributed.stopping import Stopped
+from jaxrlhf.stages.fingerprints import FILE as FINGERPRINTS
+
+_FILES = ("config.yaml", START, FINGERPRINTS, *LOGS, "lock")
+_FOLDERS = ("checkpoints", "roles")
+
+
+@contextlib.contextmanager
+def given_back(folder: Path, made: Sequence[Path], writes: bool) -> Iterator[None]:
+    """Removes what a new run has written to `folder` if the block raises before a step is done.
+
+    The block is entered with the lock held and before the run's first file is written. Files of others stay, and so
+    does everything after a signal. `made` are the folders that the run created, inner ones first; they are removed if
+    they are empty then. On several hosts one process `writes`.
+    """
+    before = {name for name in (*_FILES, *_FOLDERS) if (folder / name).exists()} - {"lock"}
+    try:
+        yield
+    except Exception as error:
+        if writes and not isinstance(error, Stopped) and not _has_trained(folder):
+            with contextlib.suppress(OSError):  # the error of the run is what the user must see
+                _remove(folder, made, before)
+        raise
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether a step was logged or saved, or a role other than the base that the run began with."""
+    logged = (folder / LOGS[0]).is_file() and (folder / LOGS[0]).stat().st_size > 0
+    roles = {path.name for path in (folder / "roles").iterdir()} if (folder / "roles").is_dir() else set()
+    saved = any(stored_steps(path) for path in (folder / "checkpoints").glob("*"))
+    return logged or saved or bool(roles - {"base"})
+
+
+def _remove(folder: Path, made: Sequence[Path], before: set[str]) -> None:
+    for name in _FOLDERS:
+        if name not in before:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _FILES:  # config.yaml first: what a kill leaves is then no run
+        if name not in before:
+            (folder / name).unlink(missing_ok=True)
+    for path in made:
+        path.rmdir()  # fails if somebody has put a file there
