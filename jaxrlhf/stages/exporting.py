@@ -32,7 +32,8 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
     base_path, own = base_of(config)
     _check_target(arguments.to, config, base_path)
     name, adapter = _role(roles, config, arguments.role, arguments.format)
-    lines = [f"{arguments.to}: {name} of {arguments.run} as {arguments.format}"]
+    at = "" if roles.checkpoint is None else f" (checkpoint of {roles.checkpoint[0]}, step {roles.checkpoint[1]})"
+    lines = [f"{arguments.to}: {name} of {arguments.run}{at} as {arguments.format}"]
     if arguments.format == "merged":
         save_pretrained(arguments.to, roles.base, adapter, roles.tokenizer, arguments.max_shard_bytes, arguments.dtype)
     elif arguments.format == "peft":
@@ -71,7 +72,8 @@ def _check_target(target: str, config: RunConfig, base_path: str) -> None:
         origins += [config.ppo.policy, config.ppo.reference]
         origins += [getattr(part, "path", None) for part in parts_of(config.ppo.reward)]
     protected = {Path(origin).expanduser().resolve() for origin in origins if origin is not None}
-    if folder in protected or folder.is_relative_to(Path(config.run_dir, "roles").resolve()):
+    inner = [Path(config.run_dir, name).resolve() for name in ("roles", "checkpoints")]
+    if folder in protected or any(folder.is_relative_to(path) for path in inner):
         raise UserError(f"--to {target}: the run was made from this folder, or needs it; give another folder")
 
 

@@ -22,6 +22,7 @@ from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.stages.checks import check_tokens
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.roles import Roles, load_origin, load_run
+from jaxrlhf.tracking.notices import notice
 
 BATCH = 32
 LENGTH_STEP = 32  # prompts are padded to a multiple of this length, to limit compilations
@@ -46,6 +47,8 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
         chosen = {"base": (base, None)}
     sampling = _sampling(arguments, config, roles)
     prompts, ids = _prompts(arguments, config, roles, sampling)
+    if roles.checkpoint is not None:
+        notice(f"{arguments.run}: the roles of the stage {roles.checkpoint[0]} are those of step {roles.checkpoint[1]}")
     program = jax.jit(rollout, compiler_options=compiler_options(roles.base))
     cache = AUTO if config is None else config.compilation_cache
     with cached_programs(cache, lambda text: print(text, file=sys.stderr)):

@@ -34,7 +34,6 @@ from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.keys import key_for
-from jaxrlhf.tracking.notices import notice
 
 ADAPTERS = ("sft", "reward", "policy", "value", "average")
 
@@ -46,6 +45,7 @@ class Roles:
     base: Decoder
     tokenizer: Tokenizer
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)  # by name in ADAPTERS
+    checkpoint: tuple[str, int] | None = None  # (stage, step) if that stage's roles come from a checkpoint
 
     @property
     def reference(self) -> Adapter | None:
@@ -192,15 +192,14 @@ def _at_checkpoint(roles: Roles, config: RunConfig, stage: str, step: int) -> Ro
             check_leaves(shapes, kind_of(shapes), roles.base, folder / str(step))
         return nested(leaves)
 
-    notice(f"{config.run_dir}: the roles of the stage {stage} are those of step {step}")
     if stage == "ppo":
         update = config.ppo.update
         own = ppo_adapters(adapter("ppo/policy"), adapter("ppo/value"), adapter("ppo/average"), update)
     elif stage == "sft" and config.sft_trains_base:
-        return dataclasses.replace(roles, base=merge(roles.base, adapter("adapter")), adapters={})
+        return Roles(merge(roles.base, adapter("adapter")), roles.tokenizer, checkpoint=(stage, step))
     else:
         own = {"sft" if stage == "sft" else "reward": adapter("adapter")}
-    return dataclasses.replace(roles, adapters=roles.adapters | own)
+    return Roles(roles.base, roles.tokenizer, roles.adapters | own, (stage, step))
 
 
 def ppo_adapters(policy: Adapter, value: Adapter, average: Adapter, update: PPOConfig) -> dict[str, Adapter]:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf.checkpoint.checkpoints import Best, Checkpoints
+from jaxrlhf.checkpoint.checkpoints import Best, Checkpoints, stored_best, stored_steps
 from jaxrlhf.errors import UserError
 
 
@@ -35,7 +35,9 @@ def test_the_best_is_kept_and_known_again(tmp_path, lowest, scores, best, kept):
     with Checkpoints(tmp_path, 2, "reward/score", lowest) as checkpoints:
         _save(checkpoints, scores)
         assert checkpoints.best() == best
-    assert _steps(tmp_path) == kept
+    assert _steps(tmp_path) == kept == stored_steps(tmp_path)
+    assert stored_best(tmp_path, "reward/score", lowest) == (best and best.step)
+    assert stored_best(tmp_path, "reward/score", not lowest) is stored_best(tmp_path, "reward/gold", lowest) is None
     with Checkpoints(tmp_path, 2, "reward/score", lowest) as again:
         again.restore_latest(_like(), print)
         assert again.best() == best

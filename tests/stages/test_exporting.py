@@ -208,6 +208,40 @@ def test_a_run_without_policy_says_what_it_has(tmp_path, capsys):
     assert "no role policy or sft; it has reward" in error and "--format reward" in error
 
 
+def test_a_format_without_its_role_says_which_are_there(tmp_path, capsys):
+    run = make_run(tmp_path / "run", NEW, own_base=True, adapters=["policy", "value"])
+    to = ("--run", run.folder, "--to", tmp_path / "x", "--format")
+    for format, role, words in (
+        ("reward", None, "--format reward: this run has no role reward; it has policy, value; give --role value"),
+        ("reward", "reward", "--role reward: this run has no role reward; it has policy, value; give --role value"),
+        ("reward", "policy", "--format reward: policy has no scalar head; give --role value"),
+        ("merged", "sft", "--role sft: this run has no role sft; it has policy, value; give --role policy or --role"),
+    ):
+        assert words in refused(capsys, *to, format, *(["--role", role] if role else []))
+    assert not (tmp_path / "x").exists()
+    policy = make_run(tmp_path / "policy", NEW, own_base=True, adapters=["policy"])
+    error = refused(capsys, "--run", policy.folder, "--to", tmp_path / "x", "--format", "reward")
+    assert "no role reward; it has policy; give --format merged" in error
+
+
+def test_an_export_replaces_what_an_earlier_one_wrote_and_nothing_else(run, tmp_path, capsys):
+    to = tmp_path / "x"
+    formats = ("merged", "peft", "reward", "peft", "merged")
+    files = []
+    for format in formats:
+        exported("--run", run.folder, "--to", to, "--format", format)
+        files.append(sorted(path.name for path in to.iterdir()))
+    assert files[0] == files[4] and files[1] == files[3] and "config.json" not in files[1]
+    capsys.readouterr()
+    (to / "mine.txt").write_text("mine")
+    for format in formats[:3]:
+        assert "mine.txt" in refused(capsys, "--run", run.folder, "--to", to, "--format", format)
+    assert sorted(path.name for path in to.iterdir()) == sorted([*files[4], "mine.txt"])
+    inside = ("--run", run.folder, "--format", "merged", "--to")
+    for folder in ("roles/x", "checkpoints/ppo/7"):
+        assert "give another folder" in refused(capsys, *inside, run.folder / folder)
+
+
 def test_the_model_that_a_run_was_given_is_not_replaced(run, tmp_path, capsys):
     save_pretrained(tmp_path / "model", run.base, tokenizer=run.roles.tokenizer)
     made = make_run(tmp_path / "run", {"path": str(tmp_path / "model")}, adapters=["policy"])
