@@ -66,7 +66,11 @@ def main():
 # ---------------------------------------------------------------- settings
 
 
-NOTES = {"free": "may change on resume", "rounding": "may change on resume", "longer": "may grow on resume"}
+NOTES = {
+    "free": "may change on resume",
+    "rounding": "may change on resume",
+    "longer": "may grow on resume, or end at the newest checkpoint",
+}
 
 
 def settings():

@@ -191,8 +191,8 @@ def test_what_cannot_be_exported_is_one_line_and_status_2(run, tmp_path, capsys)
         (run.folder, tmp_path / "notes", "merged", [], ["notes.txt", "empty folder"]),
         (run.folder, tmp_path / "notes", "peft", [], ["notes.txt", "empty folder"]),
         (run.folder, tmp_path / "a file", "peft", [], ["is a file"]),
-        (run.folder, run.folder / "roles" / "base", "merged", [], ["--to", "folder of its own"]),
-        (run.folder, run.folder, "merged", [], ["--to", "folder of its own"]),
+        (run.folder, run.folder / "roles" / "base", "merged", [], ["--to", "give another folder"]),
+        (run.folder, run.folder, "merged", [], ["--to", "give another folder"]),
     ]
     for folder, target, format, more, words in cases:
         error = refused(capsys, "--run", folder, "--to", target, "--format", format, *more)
@@ -317,6 +317,6 @@ def test_where_policy_and_reference_come_from(given, tmp_path, named, start, ref
 def test_an_adapter_that_does_not_fit_stops_the_run_before_anything_is_written(run, given, tmp_path, setting):
     save_peft(tmp_path / "deep", run.base, run.adapters["policy"])
     config = RunConfig.model_validate(settings_of(given, tmp_path / "run", **{setting: str(tmp_path / "deep")}))
-    with pytest.raises(UserError, match=rf"^ppo\.{setting}: .*layers\.1.*no place") as caught:
+    with pytest.raises(UserError, match=rf"^ppo\.{setting}: .*layers\.1.*does not belong to this base") as caught:
         run_stages(config)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
