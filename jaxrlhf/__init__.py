@@ -6,7 +6,8 @@ Names are imported on first use: commands start quickly and can configure jax be
 import importlib
 import sys
 import types
-from typing import Any
+
+__version__ = "0.1.0"
 
 _NAMES = {
     "jaxrlhf.algorithms.advantages": ("gae",),
@@ -30,7 +31,7 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
@@ -44,7 +45,7 @@ def __dir__() -> list[str]:
 class _Package(types.ModuleType):
     """Keeps `jaxrlhf.rollout` the function: importing the subpackage of that name would replace it."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name not in _MODULES or not isinstance(value, types.ModuleType):
             super().__setattr__(name, value)
 

@@ -1,8 +1,10 @@
 """jaxrlhf COMMAND, or python -m jaxrlhf COMMAND: runs a command. Without a command: lists all."""
 
-import difflib
 import importlib
 import sys
+
+from jaxrlhf import __version__
+from jaxrlhf.distributed.interrupt import exit_on_interrupt
 
 COMMANDS = {
     "train": "run the stages of a config: sft, reward_model, ppo",
@@ -18,17 +20,36 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in COMMANDS:
         return importlib.import_module(f"jaxrlhf.cli.{name}").main(rest)
+    from jaxrlhf.cli.exits import main_of
+
+    return main_of(lambda stop: _without_command(name))
+
+
+def _without_command(name: str) -> None:
     if name in ("-h", "--help", "help"):
         print("jaxrlhf aligns language models with human preferences. Commands:\n")
         for command, description in COMMANDS.items():
             print(f"  jaxrlhf {command:10} {description}")
-        print("\njaxrlhf COMMAND --help lists the options of a command.")
-        return 0
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-    print(f"error: unknown command {name}; {hint}", file=sys.stderr)
-    return 2
+        print("\njaxrlhf COMMAND --help lists the options of a command; jaxrlhf --version prints the version.")
+    elif name == "--version":
+        from importlib.metadata import version
+
+        print(f"jaxrlhf {__version__} (jax {version('jax')}, Python {sys.version.split()[0]})")
+    else:
+        import difflib
+
+        from jaxrlhf.errors import UserError
+
+        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name}; {hint}")
+
+
+def program() -> None:
+    """The command `jaxrlhf`: runs a command and exits with its status."""
+    exit_on_interrupt()
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -71,4 +71,4 @@ def _check_writable(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return main_of(lambda: bench(parse(arguments)))
+    return main_of(lambda stop: bench(parse(arguments)))

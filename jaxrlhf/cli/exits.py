@@ -1,46 +1,73 @@
-"""Exit statuses and one-line error messages, shared by all commands."""
+"""Signals, streams, exit statuses and one-line error messages, shared by all commands."""
 
 import sys
 import traceback
 from collections.abc import Callable
 
-from jaxrlhf.distributed.stopping import Stopped
+from jaxrlhf.cli.streams import OutputLost, discard_output, open_streams
+from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import Fault, UserError
 
 
-def main_of(command: Callable[[], None], afterwards: str = "") -> int:
+def main_of(command: Callable[[StopSignals], None], afterwards: str = "") -> int:
     """Runs a command and returns its exit status:
 
     0  success
-    1  a run failed: a bug, or an error from outside the program
+    1  a run failed: a bug, or an error from outside the program, such as a full standard output
     2  invalid input
     129, 130, 143  stopped by SIGHUP, Ctrl-C or SIGTERM
+    141  the reader of its output has ended, as in `| head`; nothing is printed
 
     `afterwards` is appended to the message of a failure or an interruption: what the user can do next.
     """
+    open_streams()
+    with StopSignals(afterwards=afterwards) as stop:
+        try:
+            try:
+                status = _status(lambda: command(stop), afterwards)
+            except SystemExit:  # argparse exits after a help text
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
+        except OutputLost as lost:
+            discard_output()
+            if lost.broken_pipe and not lost.kept:
+                return 141
+            _say(f"error: {lost}{lost.kept}")
+            return 1
+        return status
+
+
+def _status(command: Callable[[], None], afterwards: str) -> int:
     try:
         command()
         return 0
     except UserError as error:
-        print(_line(error), file=sys.stderr)
+        _say(_line(error))
         return 2
     except Stopped as stopped:
-        print(f"{stopped}; the same command continues", file=sys.stderr)
+        _say(f"{stopped}; the same command continues")
         return stopped.status
     except KeyboardInterrupt:
-        print(f"interrupted{afterwards}", file=sys.stderr)
+        _say(f"interrupted{afterwards}")
         return 130
+    except OutputLost:
+        raise
     except Fault as fault:
-        print(f"error: {fault}{afterwards}", file=sys.stderr)
+        _say(f"error: {fault}{afterwards}")
     except Exception as error:
         if hasattr(error, "elsewhere"):
-            print(_line(error), file=sys.stderr)
+            _say(_line(error))
         else:
             traceback.print_exc()
-            print(f"error: {type(error).__name__}: {' '.join(str(error).split())}{afterwards}", file=sys.stderr)
+            _say(f"error: {type(error).__name__}: {' '.join(str(error).split())}{afterwards}")
     return 1
 
 
 def _line(error: Exception) -> str:
     """The message for this process; another process may report the error itself."""
     return f"stopped: {error.elsewhere}" if hasattr(error, "elsewhere") else f"error: {error}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

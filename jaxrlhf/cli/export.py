@@ -34,4 +34,4 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return main_of(lambda: export(parse(arguments)))
+    return main_of(lambda stop: export(parse(arguments)))

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from jaxrlhf.cli.exits import main_of
+from jaxrlhf.cli.streams import ascii_only
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,13 +37,13 @@ def generate(arguments: argparse.Namespace) -> None:
 
     for record in complete_prompts(arguments):
         if arguments.json:
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps(record, ensure_ascii=ascii_only()), flush=True)
             continue
         print(f"prompt: {record['prompt']}")
         for role, text in record["answers"].items():
             print(f"{role:>7}: {text.strip()}")
-        print()
+        print(flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return main_of(lambda: generate(parse(arguments)))
+    return main_of(lambda stop: generate(parse(arguments)))

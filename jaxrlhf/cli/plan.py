@@ -57,4 +57,4 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return main_of(lambda: plan(parse(arguments)))
+    return main_of(lambda stop: plan(parse(arguments)))

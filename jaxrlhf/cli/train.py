@@ -3,8 +3,10 @@
 import argparse
 import math
 import os
+import sys
 
 from jaxrlhf.cli.exits import main_of
+from jaxrlhf.cli.streams import OutputLost
 from jaxrlhf.distributed.stopping import StopSignals
 
 
@@ -61,12 +63,17 @@ def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
         processes.check_alike("settings", config.model_dump(mode="json"), "start all with the same command and file")
         from jaxrlhf.stages.run import run_stages
 
-        run_stages(config, stop)
+        try:
+            run_stages(config, stop)
+            sys.stdout.flush()
+        except OutputLost as lost:
+            lost.kept = f"; the results are in {config.run_dir}"
+            raise
 
 
 def main(arguments: list[str] | None = None) -> int:
     afterwards = "; the same command continues from the last checkpoint, if any"
-    with StopSignals() as stop:
-        from jaxrlhf.distributed import processes
+    status = main_of(lambda stop: train(parse(arguments), stop), afterwards)
+    from jaxrlhf.distributed import processes
 
-        return processes.exit_status(main_of(lambda: train(parse(arguments), stop), afterwards))
+    return processes.exit_status(status)

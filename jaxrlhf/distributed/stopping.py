@@ -3,12 +3,17 @@
 A thread receives the signals, so that they work while the main thread compiles and Python cannot run a handler. Where
 there is nothing to save, the thread exits the process itself: every file is written so that a kill does no harm.
 
+A terminal sends Ctrl-C and its own end to the children too, such as the workers of a reward function. The step under
+way needs them, so these two signals are blocked in every thread that may start a child: children inherit that. A child
+that still runs when the process exits in the middle of a step is ended with it.
+
 Several processes stop before the same step: jax's preemption service tells all of them of a SIGTERM to one, and chooses
 the step (`multihost_utils.reached_preemption_sync_point`).
 """
 
 import contextlib
 import faulthandler
+import glob
 import os
 import signal
 import socket
@@ -16,7 +21,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from jaxrlhf.distributed import interrupt
+
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}  # exit status: 128 + the signal's number
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -32,11 +40,13 @@ class StopSignals:
 
     A loop that can save sets `at_work`, which describes what an exit would lose now, and calls `due` before each step.
     From the signal on it has `grace` seconds; then the process exits in the middle of the step. A second SIGINT exits
-    at once. Child processes keep the handlers from before the block.
+    at once. Child processes keep the handlers from before the block, and do not receive SIGINT and SIGHUP.
+
+    `afterwards` is appended to the message of an exit that loses nothing: what the user can do next.
     """
 
-    def __init__(self, grace: float = 60.0):
-        self.grace = grace
+    def __init__(self, grace: float = 60.0, afterwards: str = ""):
+        self.grace, self._afterwards = grace, afterwards
         self.at_work: Callable[[], str] | None = None
         self._signal: signal.Signals | None = None
         self._before: dict[int, object] = {}
@@ -48,6 +58,8 @@ class StopSignals:
 
         All processes of a run call it before each step, and all stop before the same one.
         """
+        if self._before:  # the tracker of multiprocessing's spawn unblocks SIGINT, before Python 3.13
+            signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)
         if not self._shared:
             return self._signal or 0
         from jax.experimental.multihost_utils import reached_preemption_sync_point
@@ -77,12 +89,14 @@ class StopSignals:
             # Python writes to the wake-up descriptor only for signals that have a Python handler.
             self._before[number] = signal.signal(number, lambda number, frame: None)
         _active = self
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)  # the thread below unblocks them
         threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._before:
             self._restore(self._wakeup)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             self._sender.close()  # which ends the thread
 
     def _restore(self, wakeup: int = -1) -> None:
@@ -97,6 +111,7 @@ class StopSignals:
 
     def _listen(self) -> None:
         interrupts = 0
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FROM_TERMINAL)
         with self._receiver:
             while data := self._receiver.recv(1):
                 # The fault handler writes text, whose first byte is above the number of any signal.
@@ -114,7 +129,7 @@ class StopSignals:
             _leave_terminal()  # before the main thread learns of it, and prints
         self._signal = received
         if self.at_work is None:
-            self._exit(f"stopped by {received.name}")
+            self._exit("interrupted" if received == signal.SIGINT else f"stopped by {received.name}")
         _say(f"{received.name}: the current step ends and is saved, within {self.grace:g} s")
         threading.Thread(target=self._limit, name="grace", daemon=True).start()
         if self._shared and received != signal.SIGTERM:
@@ -127,7 +142,8 @@ class StopSignals:
 
     def _exit(self, text: str) -> None:
         work = self.at_work
-        _say(f"{text}{'' if work is None else f'; {work()}'}; the same command continues")
+        _say(f"{text}{self._afterwards}" if work is None else f"{text}; {work()}; the same command continues")
+        _end_children()
         os._exit(STATUS[self._signal])
 
 
@@ -138,9 +154,19 @@ def _restore_in_child() -> None:
     """Restores the handlers in a forked child, such as a reward function's worker."""
     if _active is not None:
         _active._restore()
+        interrupt.restore_in_child()
 
 
 os.register_at_fork(after_in_child=_restore_in_child)
+
+
+def _end_children() -> None:
+    """Sends SIGTERM to the child processes, on Linux: no signal of the terminal has reached them."""
+    for children in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
+        with contextlib.suppress(OSError), open(children) as file:
+            for child in map(int, file.read().split()):
+                with contextlib.suppress(OSError):
+                    os.kill(child, signal.SIGTERM)
 
 
 def _say(text: str) -> None:

@@ -27,25 +27,25 @@ PROCESS = """
 import os, sys, time
 from jaxrlhf.cli.exits import main_of
 from jaxrlhf.distributed import processes
-from jaxrlhf.distributed.stopping import Stopped, StopSignals
+from jaxrlhf.distributed.stopping import Stopped
 from jaxrlhf.errors import UserError
 
 own = processes.find_process_spec(sys.argv[1] or None, *(int(n) if n else None for n in sys.argv[2:4]))
 processes.HEARTBEAT = 10
 
-def command():
+def command(stop):
     global first
+    globals()["stop"] = stop
     with processes.joined(own, float(sys.argv[4])):
         stop.share()
         first = processes.is_first()
         print("joined", flush=True)
         exec(sys.argv[5], globals())
 
-with StopSignals() as stop:
-    status = main_of(command)
-    if sys.argv[3] != "0":
-        time.sleep(float(os.environ.get("LATE", 0)))
-    sys.exit(processes.exit_status(status))
+status = main_of(command)
+if sys.argv[3] != "0":
+    time.sleep(float(os.environ.get("LATE", 0)))
+sys.exit(processes.exit_status(status))
 """
 
 MESH = """
