@@ -1,5 +1,6 @@
 """A signal is answered at once, whatever the main thread does, and ends the process within the bound."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -99,8 +100,10 @@ def test_a_second_interrupt_ends_at_once():
 CHILDREN = """
     stop.at_work = lambda: "step 3 is lost"
     for start in (forked, executed):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGALRM):
             child = start()
+            for ignored in (signal.SIGINT, signal.SIGHUP):
+                os.kill(child, ignored)
             os.kill(child, number)
             print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
             time.sleep(0.2)
@@ -109,20 +112,20 @@ CHILDREN = """
 
 
 def test_children_do_not_inherit_it():
-    """As the workers of a reward function: a signal to one of them ends it, and does not stop the run."""
+    """As the workers of a reward function: a signal to one of them ends it, and does not stop the run. What a terminal
+    sends to a whole group does not reach them."""
     helpers = """
 import os, signal, subprocess
 def forked():
     mine, theirs = os.pipe()
     if (child := os.fork()) == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL) if signal.getsignal(2) is signal.default_int_handler else None
         os.write(theirs, b"x")
         time.sleep(60)
         os._exit(0)
     os.read(mine, 1)
     return child
 def executed():
-    code = "import signal, time; signal.signal(2, signal.SIG_DFL); print(flush=True); time.sleep(60)"
+    code = "import time; print(flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()
     return child.pid
@@ -131,8 +134,67 @@ def executed():
     source = source.replace("import os, signal, subprocess", "import os, signal, subprocess, sys, time", 1)
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source]  # Python 3.12: fork beside threads
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["15", "2", "15", "2", "stopped 0"], done.stderr
+    assert done.stdout.splitlines() == ["15", "14", "15", "14", "stopped 0"], done.stderr
     assert done.stderr == ""
+
+
+WORKERS = """
+    stop.at_work = lambda: "step 3 is lost"
+    with multiprocessing.get_context("fork").Pool(2) as pool, ProcessPoolExecutor(2) as executor:
+        print("ready", flush=True)
+        for _ in range(3):
+            grades = pool.map(grade, range(6)), list(executor.map(grade, range(6)))
+            codes = [subprocess.run(["sleep", "0.2"]).returncode]
+            assert grades == ([*range(6)], [*range(6)]) and codes == [0], (grades, codes)
+    print("every worker ended its work", stop.due(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_to_the_whole_group_lets_workers_end_the_step(number):
+    """As one Ctrl-C at a terminal, or its end, where a reward function has workers."""
+    source = START.replace("import numpy as np", "import multiprocessing, subprocess").format(grace=30, work=WORKERS)
+    grade = "def grade(x):\n    time.sleep(0.1)\n    return x\n"
+    source = f"from concurrent.futures import ProcessPoolExecutor\n{grade}{source}"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", source],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        time.sleep(0.3)
+        os.killpg(process.pid, number)
+        stdout, stderr = process.communicate(timeout=50)
+        assert stdout == f"every worker ended its work {int(number)}\n", stderr
+        assert stderr == f"{number.name}: the current step ends and is saved, within 30 s\n"
+    finally:
+        process.kill()
+
+
+def test_an_exit_in_the_middle_of_a_step_ends_the_children():
+    work = """
+    stop.at_work = lambda: "step 3 is lost"
+    child = os.fork()
+    if child == 0:
+        while True:
+            time.sleep(1)
+    subprocess.Popen(["sleep", "60"])
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    source = START.replace("import numpy as np", "import os, subprocess").format(grace=0.2, work=work)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", source],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)  # ends when no process has the streams any more
+        assert process.returncode == 143
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_terminal_that_is_closed_stops_in_good_order(tmp_path):
