@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from jaxrlhf.config import Overflow, SourceConfig
+from jaxrlhf.data import hub
 from jaxrlhf.errors import SharedFault, UserError
 
 Message = dict[str, Any]
@@ -238,7 +239,8 @@ def _datasets(source: SourceConfig, path: str) -> list[Row]:
         if not local and (os.path.exists(path) or not HUB_ID.fullmatch(path)):
             raise UserError(f"{source.path}: format: datasets wants a folder or a hub id such as owner/name")
         try:
-            table = datasets.load_dataset(path, source.subset, split=source.split)
+            load = datasets.load_dataset if local else hub.load_dataset
+            table = load(path, source.subset, split=source.split)
         except ConnectionError as error:  # also raised in offline mode, but not for an unknown hub id
             raise UserError(
                 f"{source.path}: no such folder here, and the hub cannot be reached: {one_line(error)}"

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.data import hub
 from jaxrlhf.data.sources import HUB_ID, one_line
 from jaxrlhf.errors import UserError
 
@@ -190,9 +191,7 @@ def _download(path: str) -> str:
     """Downloads the tokenizer files of a hub id and returns their folder."""
     if os.path.exists(path) or not HUB_ID.fullmatch(path):
         raise UserError(f"{path}: no such folder; want one with a tokenizer, or a hub id such as owner/name")
-    import huggingface_hub
-
     try:
-        return huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES))
+        return str(hub.download(path, [*HUB_FILES]))
     except Exception as error:  # not found, gated, offline, refused
         raise UserError(f"{path}: no such folder here, nor on the hub: {one_line(error)}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from jaxrlhf.checkpoint.files import atomic_directory
+from jaxrlhf.data import hub
 from jaxrlhf.errors import UserError
 
 MARK = ".jaxrlhf"  # lists the files of a folder that jaxrlhf wrote and may replace
@@ -31,10 +32,8 @@ def find_folder(path: str | Path) -> Path:
         return folder
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)):
         raise UserError(f"{path}: no such folder; want one with config.json and weights, or a hub id like owner/name")
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        return hub.download(str(path), HUB_FILES)
     except (OSError, ValueError) as error:  # hub and connection errors are OSErrors, a malformed id a ValueError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path}: no such folder here, and not to be had from the hub: {reason}") from None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config import ClassifierRewardConfig
+from jaxrlhf.data import hub
 from jaxrlhf.data.chats import Chat, ChatTemplate
 from jaxrlhf.data.sources import HUB_ID, one_line
 from jaxrlhf.data.tokenizers import load_tokenizer
@@ -125,6 +126,8 @@ def _load_model(path: str, key_path: str) -> Any:
     if not os.path.isdir(folder) and (os.path.exists(folder) or not HUB_ID.fullmatch(path)):
         raise UserError(f"{key_path}.path: {path}: no such folder; want one, or a hub id like owner/name")
     try:
+        if not os.path.isdir(folder):
+            folder = hub.download(path, ["*.json", "*.safetensors"])
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True,

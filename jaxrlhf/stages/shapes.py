@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.config import AdapterConfig, ModelConfig, RunConfig
 from jaxrlhf.config.reading import load_config
+from jaxrlhf.data import hub
 from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.distributed.mesh import batch_sharding, replicated
 from jaxrlhf.errors import UserError
@@ -166,10 +167,8 @@ def _read_document(path: str) -> tuple[dict[str, Any], Path]:
         folder = find_model(folder)[0]
     file = folder / "config.json"
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        import huggingface_hub
-
         try:
-            file = Path(huggingface_hub.hf_hub_download(path, "config.json"))
+            file = hub.download_file(path, "config.json")
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"{path}: no such folder, and the hub download failed: {reason}") from None

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from jaxrlhf.config import SourceConfig
+from jaxrlhf.data import hub
 from jaxrlhf.data.sources import LoadReport, Row, read_rows
 from jaxrlhf.errors import UserError
 
@@ -132,6 +133,7 @@ def test_hub_ids_go_to_the_hub(hf, monkeypatch):
         return hf.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(hf, "load_dataset", load)
+    monkeypatch.setattr(hub, "_reached", lambda name: True)
     rows = read("owner/name", subset="small", split="test", limit=2)
     assert calls == [(("owner/name", "small"), {"split": "test"})]
     assert [row.values for row in rows] == ROWS[:2]
@@ -151,7 +153,37 @@ def test_hub_failures_are_one_line(hf, monkeypatch, error, part):
         raise error
 
     monkeypatch.setattr(hf, "load_dataset", load)
+    monkeypatch.setattr(hub, "_reached", lambda name: True)
     fails("owner/name", part, path="owner/name")
+
+
+def test_an_unreachable_hub_is_asked_once_and_its_logs_are_not_shown(hf, monkeypatch, capfd):
+    import huggingface_hub
+    from huggingface_hub.utils import logging
+
+    asked = []
+
+    def refuse(self, *arguments, **options):
+        asked.append(arguments)
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    fails("nope/nada", "hub cannot be reached", path="nope/nada")
+    assert asked == [("nope/nada",)] and capfd.readouterr() == ("", "")
+    assert not hf.config.HF_HUB_OFFLINE, "as before"
+
+
+def test_the_copy_in_the_cache_is_used_where_the_hub_is_unreachable(hf, monkeypatch, capfd):
+    monkeypatch.setattr(hub, "_reached", lambda name: False)
+
+    def load(*arguments, **options):
+        assert hf.config.HF_HUB_OFFLINE
+        return hf.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(hf, "load_dataset", load)
+    assert [row.values for row in read("owner/cached")] == ROWS
+    assert capfd.readouterr().err == "note: owner/cached: the hub cannot be reached; its copy in the cache is used\n"
 
 
 def test_builtin_sets(monkeypatch):
