@@ -1,8 +1,8 @@
-"""Adapters: the small trainable trees that turn one frozen base into policy, value, reward and reference.
+"""Adapters: the trainable trees that turn one frozen base into policy, value, reward and reference model.
 
-An adapter is a plain dict: module path -> leaf name -> array (see `records.Adapter`). `bind` attaches it to
-a copy of the module tree that shares the base's arrays. Gradients are taken of the adapter only, so the base is frozen.
-A full adapter holds a copy of every weight; a LoRA adapter holds low-rank pairs.
+An adapter is a dict: module path -> leaf name -> array (see `records.Adapter`). `bind` attaches the adapter to a copy
+of the base's module tree; the copy shares the base's arrays. Gradients are taken with respect to the adapter only, so
+the base stays frozen. A full adapter holds a copy of every weight; a LoRA adapter holds LoRA pairs (lora_a, lora_b).
 """
 
 import dataclasses
@@ -26,11 +26,12 @@ LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
 def init_adapter(
     base: Decoder, config: AdapterConfig, key: jax.Array, head: Literal["value", "reward"] | None = None
 ) -> Adapter:
-    """A new adapter that leaves the base's outputs unchanged.
+    """Returns a new adapter that leaves the base's outputs unchanged.
 
-    LoRA pairs are initialised as in PEFT (lora_a uniform in +-1/sqrt(in), lora_b zero). A full adapter is a float32
-    copy of the base. A value head starts at zero, a reward head at N(0, 1/(D+1)) (2009.01325, appendix). Raises
-    `UserError` if `target_modules` names a module that the base lacks, and for a full adapter of a quantised base.
+    LoRA pairs are initialised as in PEFT: lora_a is uniform in +-1/sqrt(in), lora_b is zero. A full adapter is a
+    float32 copy of the base. A value head starts at zero. A reward head is drawn from N(0, 1/(D+1)) (2009.01325,
+    appendix). Raises `UserError` if `target_modules` names a module that the base lacks, or if a full adapter is
+    requested for a quantised base.
     """
     check_kind(base, config)
     adapter = _init_lora(base, config, key) if config.kind == "lora" else _copy_weights(base)
@@ -38,7 +39,7 @@ def init_adapter(
 
 
 def _copy_weights(base: Decoder) -> Adapter:
-    """A full adapter: a float32 copy of every weight."""
+    """Returns a full adapter: a float32 copy of every weight of the base."""
     adapter: Adapter = {}
     for name, leaf in named_parameters(base).items():
         path, leaf_name = name.split("/")
@@ -47,10 +48,10 @@ def _copy_weights(base: Decoder) -> Adapter:
 
 
 def with_head(adapter: Adapter, base: Decoder, head: Literal["value", "reward"], key: jax.Array) -> Adapter:
-    """Returns the adapter with a new scalar head, which replaces the old one if there is one.
+    """Returns the adapter with a new scalar head, which replaces an existing head.
 
-    A value head has a bias, f32[1]. A reward head has none: the loss on pairs does not depend on it, and transformers'
-    score layers have none.
+    A value head has a bias, f32[1]. A reward head has no bias: the loss on preference pairs does not depend on a bias,
+    and the score layers of transformers have none.
     """
     D = base.config.hidden_size
     if head == "value":
@@ -59,30 +60,31 @@ def with_head(adapter: Adapter, base: Decoder, head: Literal["value", "reward"],
 
 
 def scaled_head(adapter: Adapter, gain: jax.Array | float, bias: jax.Array | float) -> Adapter:
-    """Returns the adapter with a head that computes gain * score + bias; the result always has a bias."""
+    """Returns the adapter with its scalar head rescaled to gain * score + bias; the new head always has a bias."""
     head = adapter[SCORE]
     return {**adapter, SCORE: {"kernel": gain * head["kernel"], "bias": gain * head.get("bias", jnp.zeros(1)) + bias}}
 
 
 def value_head(base: Decoder) -> Adapter:
-    """A value head at zero without an adapter of its own: for a value model that shares the policy's trunk."""
+    """Returns an adapter that holds only a zero value head, for a value model that shares the policy's trunk."""
     return with_head({}, base, "value", jax.random.key(0))
 
 
 def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> Adapter:
-    """A trainable copy of the adapter and its head, as `kind`; `full` merges LoRA pairs into a copy of every weight.
+    """Returns a trainable copy of the adapter and its head, converted to `kind`.
 
-    Raises `UserError` for `lora` of a full adapter, which LoRA pairs cannot represent.
+    `full` merges LoRA pairs into a copy of every weight. Raises `UserError` if a full adapter should become `lora`,
+    because LoRA pairs cannot represent full weights.
     """
     if kind == "lora" and is_full(adapter):
-        raise UserError("holds full weights, which LoRA pairs cannot represent; give kind full, or a LoRA adapter")
+        raise UserError("holds full weights, which LoRA pairs cannot represent; set kind full, or give a LoRA adapter")
     if kind == "lora" or is_full(adapter):
         return jax.tree.map(lambda x: jnp.array(x, copy=True), adapter)
     check_kind(base, AdapterConfig(kind="full"))
     full = _copy_weights(base)
     for path, leaves in adapter.items():
         own = {name: jnp.array(x, copy=True) for name, x in leaves.items() if name not in LORA_LEAVES}
-        if path == HEAD and HEAD not in full:  # the base's head is its embedding
+        if path == HEAD and HEAD not in full:  # the base's head is tied to its embedding
             full[HEAD] = {"kernel": _head_kernel(base)}
         full[path] = full.get(path, {}) | own
         if "lora_a" in leaves:
@@ -91,7 +93,10 @@ def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> A
 
 
 def bare(base: Decoder, adapter: Adapter) -> Adapter:
-    """An adapter with this one's leaves and shapes, without its head, that leaves the base's outputs unchanged."""
+    """Returns an adapter with the same leaves and shapes but no scalar head, which does not change the base's outputs.
+
+    LoRA's lora_b becomes zero; full weights become those of the base.
+    """
     weights = named_parameters(base)
     weights.setdefault(f"{HEAD}/kernel", base.head_kernel())
 
@@ -107,7 +112,7 @@ def bare(base: Decoder, adapter: Adapter) -> Adapter:
 
 
 def lora_product(leaves: dict[str, jax.Array], precision: str = "highest") -> jax.Array:
-    """The update of a LoRA pair to its kernel, f32[in, out]."""
+    """Returns what a LoRA pair adds to its kernel: lora_scale * lora_a @ lora_b, f32[in, out]."""
     a, b = (leaves[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
     return leaves["lora_scale"] * jnp.matmul(a, b, precision=precision)
 
@@ -118,10 +123,10 @@ def without_head(adapter: Adapter) -> Adapter:
 
 
 def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
-    """Returns the base with the adapter attached, sharing the base's arrays. `bind(base, None)` is the base.
+    """Returns a model that shares the base's arrays and has the adapter attached. `bind(base, None)` is the base.
 
-    Full weights are cast to the base's dtype; LoRA pairs and heads keep their own (float32). An adapter on `lm_head`
-    unties it from the embedding.
+    Full weights are cast to the base's dtype. LoRA pairs and scalar heads stay in float32. An adapter on `lm_head`
+    unties the head from the embedding.
     """
     if adapter is None:
         return base
@@ -144,10 +149,10 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
 
 
 def for_decoding(model: Decoder) -> Decoder:
-    """Returns an equivalent of a bound model with fewer products per layer, for decoding one token a row at a time.
+    """Returns an equivalent of a bound model with fewer matrix products per layer, for decoding token by token.
 
-    LoRA pairs are merged into their kernels (see `linear.Linear.can_merge`), and attention's three input projections
-    become one. This takes memory for a copy of the changed kernels while the program runs.
+    LoRA pairs are merged into their kernels where `Linear.can_merge` allows it. The query, key and value projections
+    of attention become one projection. The changed kernels are copies, which take memory while the program runs.
     """
     model = shallow_copy(model)
     for block in model.layers:
@@ -163,7 +168,10 @@ def for_decoding(model: Decoder) -> Decoder:
 
 
 def _fuse_qkv(attention: Attention) -> None:
-    """Joins the q, k and v projections into one if they are plain float32 and not split over devices."""
+    """Joins the q, k and v projections into one.
+
+    Does nothing if one of them is not float32, has a LoRA pair, or is split over `tensor`.
+    """
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
     if split or not all(part.can_merge and part.lora_a is None for part in parts):
@@ -173,10 +181,10 @@ def _fuse_qkv(attention: Attention) -> None:
 
 
 def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
-    """A base with the adapter merged into its weights; the scalar head is dropped.
+    """Returns a base with the adapter merged into its weights; the scalar head is dropped.
 
-    LoRA products are added in float32 and rounded once to the base's dtype (that of its embedding if it is quantised).
-    Without an adapter, a base that is not quantised is returned unchanged.
+    LoRA products are added in float32, and the sum is rounded once to the base's dtype. A quantised base is first
+    dequantised to the dtype of its embedding. Without an adapter, a base that is not quantised is returned unchanged.
     """
     plain = dequantize_decoder(base)
     if adapter is None:
@@ -198,7 +206,7 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
 
 
 def is_full(adapter: Adapter) -> bool:
-    """Whether the adapter holds full weights: it has no LoRA pair, and more than a scalar head."""
+    """Whether the adapter holds full weights: it has no LoRA pair, and it holds more than a scalar head."""
     return bool(without_head(adapter)) and not any("lora_a" in leaves for leaves in adapter.values())
 
 
@@ -208,12 +216,12 @@ def _head_kernel(base: Decoder) -> jax.Array:
 
 
 def parameter_count(adapter: Adapter) -> int:
-    """Number of trained parameters."""
+    """Number of trained parameters of the adapter."""
     return sum(leaf.size for leaves in adapter.values() for name, leaf in leaves.items() if name != "lora_scale")
 
 
 def check_kind(base: Decoder, config: AdapterConfig) -> None:
-    """Raises `UserError` for a full adapter of a quantised base."""
+    """Raises `UserError` if the config requests a full adapter and the base is quantised."""
     kind = quantization(base)
     if config.kind == "full" and kind is not None:
         raise UserError(

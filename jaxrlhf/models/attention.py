@@ -13,13 +13,14 @@ import numpy as np
 from jaxrlhf.models.fused_attention import attend_fused
 from jaxrlhf.models.target import ON_CPU, Target
 
-_BLOCKS, _LEAST_QUERIES = 4, 32  # more or smaller blocks of queries cost more than they save
+# Blocks of queries, and the least number of queries in one: more blocks or smaller ones cost more than they save.
+_BLOCKS, _LEAST_QUERIES = 4, 32
 
 
 def positions_of(segments_BT: jax.Array) -> jax.Array:
-    """Position of each real token in its segment, from 0; i32[B,T].
+    """Position of each real token in its segment, counted from 0; i32[B,T].
 
-    `segments` is a mask (bool) or segment ids (i32; 0 is padding). For a left-padded mask this is
+    `segments_BT` is a mask (bool) or segment ids (i32; 0 is padding). For a left-padded mask the positions are
     `cumsum(mask) - 1`, clipped at 0.
     """
     segments_BT = segments_BT.astype(jnp.int32)
@@ -31,7 +32,7 @@ def positions_of(segments_BT: jax.Array) -> jax.Array:
 
 
 def causal_mask(segments_BT: jax.Array) -> jax.Array:
-    """Causal mask bool[B,T,T] (query, key): a query sees the real tokens of its segment up to itself."""
+    """Causal mask bool[B, T queries, T keys]: a query sees the real tokens of its segment up to its own position."""
     T = segments_BT.shape[1]
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     real_B1T = (segments_BT > 0)[:, None, :]
@@ -39,23 +40,26 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
 
 
 def within_window(mask_BTS: jax.Array, window: int, at: jax.Array | int = 0) -> jax.Array:
-    """Removes keys that are `window` or more slots before their query from the mask; query t is in slot at + t.
+    """Removes keys from the mask that are `window` or more slots before the query; query t is in slot at + t.
 
-    Real tokens of a row or segment are contiguous, so distances in slots are distances in positions.
+    The real tokens of a row or segment are contiguous, so a distance in slots equals the distance in positions.
     """
     T, S = mask_BTS.shape[1:]
     return mask_BTS & (at + jnp.arange(T)[:, None] - jnp.arange(S) < window)
 
 
 class RotaryTables(NamedTuple):
-    """Cosine and sine of each position's angles, shared by all heads and layers with the same rope; float32."""
+    """Cosine and sine of the rotary angles of each position; float32. Heads and layers with the same rope share them.
+
+    F is the number of rotated pairs of dimensions.
+    """
 
     cos_BT1F: jax.Array
     sin_BT1F: jax.Array
 
 
 def rotary_tables(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, factor: float = 1.0) -> RotaryTables:
-    """Rotary tables of positions below `slots`.
+    """Returns the rotary tables of positions i32[B,T], which must be below `slots`.
 
     `frequencies` is f32[F], radians per position; `factor` multiplies cosine and sine.
     """
@@ -66,10 +70,10 @@ def rotary_tables(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, 
 
 @jax.custom_vjp
 def rotate(x_BTNH: jax.Array, rotary: RotaryTables) -> jax.Array:
-    """Rotates the first 2F <= H dimensions of each head (2104.09864), halves paired as in Hugging Face's Llama.
+    """Rotates the first 2F <= H dimensions of each head (2104.09864).
 
-    The custom gradient rotates back, which is cheaper than the gradient of the split and the concatenation. The tables
-    get no gradient.
+    Dimension i is paired with dimension i + F, as in Hugging Face's Llama. The custom gradient rotates in the opposite
+    direction, which is cheaper than differentiating the split and the concatenation. The tables get no gradient.
     """
     cos, sin = rotary
     F = cos.shape[-1]
@@ -94,10 +98,10 @@ def attend(
     softcap: float | None = None,
     target: Target = ON_CPU,
 ) -> jax.Array:
-    """Grouped-query attention [B,T,N,H] with softmax in float32. A query that sees no key gets finite junk.
+    """Grouped-query attention [B,T,N,H] with softmax in float32. Outputs of a query that sees no key are arbitrary.
 
-    Keys and values are contiguous for each head, as in the cache. `scale` multiplies q k (None: H^-1/2). A `softcap` c
-    limits the product to c tanh(product / c) (2408.00118).
+    Such outputs are finite. Keys and values are contiguous for each head, as in the cache. `scale` multiplies the
+    products of queries and keys (None: H^-1/2). A `softcap` c limits a score s to c tanh(s / c) (2408.00118).
     """
     if q_BTNH.shape[1] > 1 and softcap is None and target.platform != "cpu":
         k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
@@ -105,7 +109,7 @@ def attend(
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
     G = N // K
-    # The query heads that share a key head form one matrix of G T rows, which makes the products large.
+    # The query heads that share a key head form one matrix of G T rows: one large product is faster than G small ones.
     q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     mask_B1XS = jnp.tile(mask_BTS, (1, G, 1))[:, None]
     scores = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS, preferred_element_type=jnp.float32)
@@ -126,10 +130,11 @@ def attend_causal(
     softcap: float | None = None,
     target: Target = ON_CPU,
 ) -> jax.Array:
-    """Causal attention [B,T,N,H]: `attend` for queries that are the last T of S slots.
+    """Causal attention [B,T,N,H]: like `attend`, for queries in the last T of S slots.
 
-    The target chooses XLA or cuDNN, which has no soft cap (`fused_attention`). On a CPU, XLA runs blocks of queries,
-    each with the keys up to its end, so few of the masked products above the diagonal are computed.
+    The target chooses XLA or cuDNN; with a soft cap XLA is used, because cuDNN has none (`fused_attention`). On a CPU
+    the queries are computed in blocks, each with the keys up to the end of the block. This skips most of the masked
+    scores above the diagonal.
     """
     T, S = mask_BTS.shape[1:]
     if target.attention == "cudnn" and T > 1 and softcap is None:

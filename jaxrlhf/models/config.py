@@ -1,4 +1,7 @@
-"""The decoder's config: sizes, constants, and what may differ between layers. One set of names for all families."""
+"""The decoder's config: sizes, constants, and the settings that may differ between layers.
+
+All model families use the same names of settings.
+"""
 
 import dataclasses
 
@@ -11,7 +14,7 @@ from jaxrlhf.models.target import ON_CPU, Target
 class LayerKind:
     """The settings that may differ between layers."""
 
-    window: int | None = None  # tokens that a query sees, itself included; None: all before it
+    window: int | None = None  # number of tokens that a query sees, its own included; None: all tokens up to its own
     rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: no rotary positions
 
 
@@ -27,12 +30,12 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     max_positions: int
-    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # layer i has kind i modulo the length
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # layer i has layer_kinds[i % len(layer_kinds)]
     norm: str = "rms"  # a key of norms.NORMS
     norm_eps: float = 1e-6
-    pre_norms: bool = True  # before attention and MLP
-    post_norms: bool = False  # after them, before the residual sum
-    qk_norm: str | None = None  # norm on queries and keys: "head" each head, "projection" all heads at once
+    pre_norms: bool = True  # norms before attention and MLP
+    post_norms: bool = False  # norms after attention and MLP, before the residual sum
+    qk_norm: str | None = None  # norm on queries and keys: "head": on each head; "projection": on all heads together
     parallel_residual: bool = False  # attention and MLP read the same input
     learned_positions: bool = False
     activation: str = "silu"  # a key of activations.ACTIVATIONS
@@ -42,11 +45,11 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
-    query_scalar: int | None = None  # queries are divided by its square root; None: head_dim
+    query_scalar: int | None = None  # attention scores are divided by the square root of this; None: of head_dim
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     initializer_range: float = 0.02
-    target: Target = ON_CPU  # the device that its programs are for; not saved with the model
+    target: Target = ON_CPU  # the device that the model's programs are for; not saved with the model
     family: str = "llama"
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
@@ -57,7 +60,10 @@ class DecoderConfig:
 
 
 def new_decoder_config(new: NewModelConfig, vocab_size: int, eos: int, pad: int) -> DecoderConfig:
-    """The config of a new Llama with the sizes in the settings, and these vocabulary size, EOS and pad token."""
+    """Returns the config of a new Llama model.
+
+    The layer sizes come from the settings; vocabulary size, EOS and pad token are arguments.
+    """
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=new.hidden_size,

@@ -1,8 +1,8 @@
 """The decoder: one `flax.nnx` module for all families, which differ only in its config.
 
-Modules are pytrees and go through plain `jax.jit` and `jax.grad`. Layers are not stacked, so that decoding
-slices no weights inside its loop. Nothing here samples, trains or knows roles: a role is an adapter that
-`adapters.bind` attaches.
+Modules are pytrees, which `jax.jit` and `jax.grad` accept. The weights of the layers are not stacked, so that the
+decode loop need not slice them. Nothing here samples, trains or depends on the role (policy, value, reward,
+reference): a role is an adapter that `adapters.bind` attaches.
 
 B rows, T positions, S cache positions, D hidden, V vocabulary, N query heads, K key-value heads, H head dim.
 """
@@ -35,9 +35,9 @@ from jaxrlhf.models.rope import frequencies
 from jaxrlhf.models.sharding import leaf_name
 from jaxrlhf.models.target import Target
 
-# What is saved of a layer for the backward pass beside its input, by the setting `remat`. Products are saved by name:
-# jax's own policy for them does not see inside custom gradients (merged and quantised products), and it would save a
-# product and its LoRA pair's separately instead of their sum.
+# Setting `remat` -> the activations of a layer that are saved for the backward pass, in addition to its input. The
+# outputs of linear layers are saved by name. jax's own policy for matrix products does not see inside custom gradients
+# (merged and quantised products). It would also save the outputs of kernel and LoRA pair separately, not their sum.
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -45,7 +45,7 @@ REMAT = {
 
 
 class LayerCache(NamedTuple):
-    """Rotated keys and values of one layer, in the layout that decoding reads: contiguous for each head."""
+    """Keys (after rotation) and values of one layer; contiguous for each head, because decoding reads head by head."""
 
     k: jax.Array  # [B,K,H,S]
     v: jax.Array  # [B,K,S,H]
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         self.k_proj = make.linear(D, K * H, config.qkv_bias)
         self.v_proj = make.linear(D, K * H, config.qkv_bias)
         self.o_proj = make.linear(N * H, D, config.output_bias)
-        self.qkv_proj = nnx.data(None)  # q, k and v joined, set by `adapters.for_decoding`
+        self.qkv_proj = nnx.data(None)  # q_proj, k_proj and v_proj joined; set by `adapters.for_decoding`
         norm_sizes = {"head": (H, H), "projection": (N * H, K * H)}.get(config.qk_norm)
         self.q_norm = nnx.data(norm_sizes and make.norm(norm_sizes[0]))
         self.k_norm = nnx.data(norm_sizes and make.norm(norm_sizes[1]))
@@ -107,7 +107,7 @@ class Attention(nnx.Module):
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
 
     def _heads(self, x_BTX: jax.Array, norm: nnx.Module | None) -> jax.Array:
-        """Splits a projection into heads, with the query or key norm of models that have one."""
+        """Splits a projection into heads, and applies the query or key norm if the model has one."""
         if self.config.qk_norm == "projection" and norm is not None:
             x_BTX = norm(x_BTX)
         heads = x_BTX.reshape(*x_BTX.shape[:2], -1, self.config.head_dim)
@@ -141,7 +141,7 @@ class Block(nnx.Module):
         self.parallel = config.parallel_residual
 
     def __call__(self, x_BTD, rotary: RotaryTables | None, mask_BTS, cache: LayerCache | None, at, first: int):
-        """(hidden states [B,T-first,D] from slot `first` on, cache of all slots)."""
+        """Returns (hidden states [B,T-first,D] of the positions from `first` on, keys and values of all positions)."""
         attended, cache = self.attention(_normed(self.attention_norm, x_BTD), rotary, mask_BTS, cache, at, first)
         x_BTD = x_BTD[:, first:]
         middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
@@ -151,7 +151,7 @@ class Block(nnx.Module):
 
 
 def _in_own_precision(method: Callable) -> Callable:
-    """Decorates a decoder's method: its products have the precision of the decoder's target."""
+    """Decorates a method of the decoder: its matrix products have the precision of the decoder's target."""
 
     @functools.wraps(method)
     def run(model: "Decoder", *args, **kwargs):
@@ -166,7 +166,7 @@ def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
 
 
 class Decoder(nnx.Module):
-    """Tokens to logits (`__call__`), or in two steps: `hidden`, then `logits` or `scores`."""
+    """A decoder: maps tokens to logits (`__call__`), or in two steps: `hidden`, then `logits` or `scores`."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32):
         make = _Initializer(config, key, jnp.dtype(dtype))
@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
         self.score = nnx.data(None)  # the scalar head of value and reward models, attached by an adapter
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Next-token logits f32[B,T,V] of tokens i32[B,T].
+        """Returns the next-token logits f32[B,T,V] at each of the tokens i32[B,T].
 
         `mask` is bool[B,T], or i32 segment ids of packed rows (0 is padding); None means no padding.
         """
@@ -192,7 +192,7 @@ class Decoder(nnx.Module):
     def encode(
         self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: str = "none", first: int = 0
     ) -> jax.Array:
-        """Normed hidden states [B,T-first,D] of whole sequences from slot `first` on, without a cache."""
+        """Returns hidden states [B,T-first,D] after the final norm, from position `first` on; reads no cache."""
         positions_BT, mask_BTT = positions_of(segments_BT), causal_mask(segments_BT)
         return self.hidden(tokens_BT, positions_BT, mask_BTT, remat=remat, first=first)[0]
 
@@ -208,22 +208,23 @@ class Decoder(nnx.Module):
         first: int = 0,
         slots: int | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Normed hidden states [B,T-first,D] from slot `first` on, and the cache of all slots.
+        """Returns (hidden states [B,T-first,D] after the final norm, from position `first` on; cache of all positions).
 
-        Without `cache`, S = T, `mask_BTS` is causal, and the new keys and values are returned as the cache. With it,
-        keys and values are written at slot `at` (i32[]), and `mask_BTS` spans the whole cache. The last layer skips
-        slots before `first`, whose outputs are unused. `remat` is "none" or a key of `REMAT`. `slots` is the final
-        length of the rows (None: S), which selects longrope's factors.
+        Without `cache`, S = T, `mask_BTS` is causal, and the new keys and values are returned as the cache. With a
+        `cache`, the new keys and values are written into it at slot `at` (i32[]), and `mask_BTS` spans the whole cache.
+        The last layer skips the queries before `first`, whose outputs are unused. `remat` is "none" or a key of
+        `REMAT`. `slots` is the final length of the rows (None: S), which selects the factors of longrope.
         """
         run = Block.__call__
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT[remat], static_argnums=6)
-        # Over whole sequences, weights are gathered and activations stay with their rows. One token per row is smaller
-        # than the weights, so in decoding the activations move to the weights' shards.
+        # For whole sequences, the weights are gathered and the activations stay on the devices of their rows. In
+        # decoding, the activations of one token per row are smaller than the weights, so they move to the weights'
+        # shards.
         axes = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")
-        x_BTD = constrain(self.embed_tokens(tokens_BT), "data", None, "fsdp")  # the embedding's own sharding
+        x_BTD = constrain(self.embed_tokens(tokens_BT), "data", None, "fsdp")  # D is split as in the embedding
         x_BTD = constrain(x_BTD, *axes)
-        if self.config.embedding_scale != 1:  # rounded to the model's dtype, as it was in training
+        if self.config.embedding_scale != 1:  # the scale is rounded to the model's dtype, as it was in pretraining
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.embed_positions is not None:
             x_BTD += self.embed_positions(positions_BT)
@@ -243,9 +244,12 @@ class Decoder(nnx.Module):
 
     @_in_own_precision
     def logits(self, hidden_BTD: jax.Array, kernel_DV: jax.Array | None = None) -> jax.Array:
-        """Language-model logits f32[B,T,V] of hidden states; `kernel_DV` is `head_kernel()` if computed before."""
+        """Returns the next-token logits f32[B,T,V] for hidden states after the final norm.
+
+        `kernel_DV` is `head_kernel()`, if the caller has it already.
+        """
         kernel = self.head_kernel() if kernel_DV is None else kernel_DV
-        # Accumulated and kept in float32: rounding to bfloat16 here would change every logprob.
+        # Logits are accumulated and kept in float32: rounding them to bfloat16 would change every logprob.
         logits = jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
         if self.lm_head is not None and self.lm_head.lora_a is not None:
             logits += self.lm_head.pair_product(hidden_BTD)
@@ -259,7 +263,7 @@ class Decoder(nnx.Module):
 
     @_in_own_precision
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Scalar head f32[B,T] of hidden states, computed in float32."""
+        """Returns the outputs of the scalar head, f32[B,T], for hidden states; computed in float32."""
         return jnp.squeeze(self.score(hidden_BTD.astype(jnp.float32)), -1)
 
 
@@ -294,12 +298,12 @@ def shallow_copy(model: Decoder) -> Decoder:
 
 
 def with_target(model: Decoder, target: Target) -> Decoder:
-    """A copy of the model, with shared arrays, whose programs are for another target."""
+    """Returns a copy of the model that shares its arrays, with another target in its config."""
     return with_config(model, dataclasses.replace(model.config, target=target))
 
 
 def with_config(model: Decoder, config: DecoderConfig) -> Decoder:
-    """A copy of the model, with shared arrays and another config that fits them."""
+    """Returns a copy of the model that shares its arrays, with another config; the config must fit the arrays."""
     model = shallow_copy(model)
     model.config = config
     for block in model.layers:
@@ -308,12 +312,12 @@ def with_config(model: Decoder, config: DecoderConfig) -> Decoder:
 
 
 def named_parameters(tree) -> dict[str, jax.Array]:
-    """Leaves of a module by name: "layers.0.attention.q_proj/kernel"."""
+    """Name -> leaf of a module; a name is like "layers.0.attention.q_proj/kernel"."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def with_parameters(tree, values: dict[str, jax.Array]):
-    """A copy of the module with each leaf replaced by the value of its name; every name must be in `values`."""
+    """Returns a copy of the module in which `values[name]` replaces the leaf `name`; `values` must hold every name."""
     return jax.tree_util.tree_map_with_path(lambda path, _: values[leaf_name(path)], tree)
 
 

@@ -1,10 +1,11 @@
 """cuDNN's fused attention for whole sequences, through `jax.nn.dot_product_attention`, and the checks of its limits.
 
-cuDNN takes float16 and bfloat16, heads of a multiple of 8 up to 128 dimensions (256 from Hopper on), and a mask only as
-a bias in that dtype. Lengths must be even if a gradient follows. It has no soft caps. Only rows and heads may be split
-over devices. Decoding, with one query per row, uses XLA's products.
+cuDNN's limits: the dtype is float16 or bfloat16; the head size is a multiple of 8, up to 128 (256 from Hopper on);
+lengths are even if a gradient is computed; there is no soft cap; only rows and heads may be split over devices. cuDNN
+takes a mask only as a bias in the dtype of the queries. Decoding, with one query per row, uses XLA instead.
 
-The bias [B,1,T,S] is read in every layer. With jax 0.10.2 cuDNN also writes its unused gradient; 0.12 does not.
+Every layer reads the bias [B,1,T,S]. In jax 0.10.2 cuDNN also writes the bias' gradient, which is unused; in jax 0.12
+it does not.
 """
 
 import jax
@@ -21,16 +22,17 @@ _HEAD_STEP, _LARGEST_HEAD, _LARGEST_ON_HOPPER = 8, 128, 256
 def attend_fused(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float | None = None
 ) -> jax.Array:
-    """Causal grouped-query attention [B,T,N,H] by cuDNN; the queries are the last T of S slots.
+    """Causal grouped-query attention [B,T,N,H], computed by cuDNN; the queries are in the last T of S slots.
 
-    A query that sees no key gets finite junk. If T = S, cuDNN skips the blocks above the diagonal.
+    Outputs of a query that sees no key are arbitrary finite numbers. If T = S, cuDNN skips the blocks above the
+    diagonal.
     """
     T, S = mask_BTS.shape[1:]
-    odd_T, odd_S = T % 2, S % 2  # an unused last query and a masked last key make both lengths even
+    odd_T, odd_S = T % 2, S % 2  # odd lengths become even: by an unused last query, and by a masked last key
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, odd_T), (0, 0), (0, 0)))
     k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, odd_S), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
     mask_B1TS = jnp.pad(mask_BTS, ((0, 0), (0, odd_T), (0, odd_S)))[:, None]
-    # cuDNN wants one sharding for all three, not split along length and head dimension.
+    # cuDNN requires the same sharding of queries, keys and values, not split along length and head dimension.
     q_BTNH, k_BSKH, v_BSKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (q_BTNH, k_BSKH, v_BSKH))
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
@@ -45,7 +47,7 @@ def attend_fused(
 
 
 def check_model(model: DecoderConfig, tensor: int) -> None:
-    """Raises `UserError` if cuDNN cannot compute this model's attention with heads split over `tensor` devices."""
+    """Raises `UserError` if cuDNN cannot compute the attention of this model with heads split over `tensor` devices."""
     if model.attention_softcap is not None:
         raise UserError(
             f"{KEY_PATH}: cudnn has no soft cap on attention, but this model has one ({model.attention_softcap:g}); "
@@ -64,7 +66,7 @@ def check_model(model: DecoderConfig, tensor: int) -> None:
 
 
 def check_device(model: DecoderConfig, dtype: jax.typing.DTypeLike) -> None:
-    """Runs cuDNN attention and its gradient on this machine; `UserError` if it cannot compute this model's."""
+    """Runs cuDNN attention and its gradient once; `UserError` if this machine cannot compute them for this model."""
     if jnp.dtype(dtype) == jnp.float32:
         raise UserError(f"{KEY_PATH}: cudnn does not support a float32 base; give model.dtype=bfloat16, or use xla")
     device = jax.local_devices()[0]

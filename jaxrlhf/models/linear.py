@@ -1,6 +1,6 @@
-"""A linear layer with an optional LoRA pair, and a product that merges the pair into the kernel.
+"""A linear layer with an optional LoRA pair, and a matrix product that merges the pair into the kernel.
 
-D inputs, F outputs, r the pair's rank.
+D inputs, F outputs, r the rank of the LoRA pair.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "weight_product"  # name of a layer's output, for rematerialisation policies
+PRODUCT = "weight_product"  # name of a linear layer's output, for rematerialisation policies
 
 
 class Linear(nnx.Module):
@@ -30,11 +30,11 @@ class Linear(nnx.Module):
 
     @property
     def can_merge(self) -> bool:
-        """Whether the LoRA pair may be added to the kernel: in bfloat16 the sum would round the small update away."""
+        """Whether the LoRA pair may be merged into the kernel; in bfloat16, rounding would lose the small update."""
         return self.kernel.dtype == jnp.float32
 
     def float32_kernel(self) -> jax.Array:
-        """f32[in, out]."""
+        """The kernel as f32[in, out]."""
         return self.kernel[...].astype(jnp.float32)
 
     def project(self, x: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ class Linear(nnx.Module):
         return x @ self.kernel[...].astype(x.dtype)
 
     def pair_product(self, x: jax.Array) -> jax.Array:
-        """The output of the LoRA pair alone, in float32: [..., out]."""
+        """Returns the output of the LoRA pair alone, f32[..., out]."""
         a, b, scale = (leaf[...].astype(jnp.float32) for leaf in (self.lora_a, self.lora_b, self.lora_scale))
         return ((x.astype(jnp.float32) @ a) * jax.lax.stop_gradient(scale)) @ b
 
@@ -55,7 +55,8 @@ class Linear(nnx.Module):
             return self.project(x)
         scale = jax.lax.stop_gradient(self.lora_scale[...])  # part of the adapter's tree, but not trained
         pair = self.lora_a[...], self.lora_b[...]
-        # XLA may compute the merged kernels of all layers early; they are small beside the activations of many tokens.
+        # XLA may compute the merged kernels of all layers early. They take little memory compared with the activations
+        # of many tokens.
         many = x.size // x.shape[-1] >= max(self.shape)
         if self.can_merge and many and x.dtype == jnp.float32:
             return merged_product(x, self.kernel[...], *pair, scale)
@@ -64,17 +65,18 @@ class Linear(nnx.Module):
 
 
 def merged_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [...,D] times kernel [D,F] + scale * a [D,r] @ b [r,F]; the scale has no gradient.
+    """Returns x @ (kernel + scale * a @ b), for x [...,D], kernel [D,F], a [D,r], b [r,F]; the scale has no gradient.
 
-    The sum of two products would write and read [...,F] twice more, forward and backward.
+    Adding the product of x and kernel to that of x and the LoRA pair would write and read an array [...,F] twice more,
+    in both the forward and the backward pass.
     """
     return _merged_product(ambient_precision(), x, kernel, a, b, scale)
 
 
 def ambient_precision() -> str | None:
-    """The matmul precision at this point of tracing.
+    """The default matmul precision at this point of tracing.
 
-    Custom gradients keep it as a constant, because they are traced later, when the ambient precision may differ.
+    A custom gradient keeps this precision as a constant: it is traced later, when the default may be another.
     """
     return jax.config.jax_default_matmul_precision
 
@@ -93,8 +95,10 @@ def _backward(precision, saved, dy):
     with jax.default_matmul_precision(precision):
         x, kernel, a, b, scale = saved
         rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = dy @ (kernel + (scale * a) @ b).T  # recomputed: saving the sum would take the memory of the weights
-        # Transposed, it reads row by row: a third of the time on a CPU. Without the barrier XLA would undo that.
+        # The merged kernel is recomputed: saving it would take as much memory as the weights.
+        dx = dy @ (kernel + (scale * a) @ b).T
+        # The transposed product reads its inputs row by row, which takes a third of the time on a CPU. The barrier
+        # keeps XLA from undoing the transposition.
         da = jax.lax.optimization_barrier((scale * (d_rows @ b.T)).T @ rows).T
         db = (scale * (rows @ a)).T @ d_rows
         return dx, rows.T @ d_rows, da, db, jnp.zeros_like(scale)  # XLA drops the kernel's gradient if it is unused

@@ -6,7 +6,7 @@ from flax import nnx
 
 
 class RMSNorm(nnx.Module):
-    """1910.07467, in float32."""
+    """RMS normalisation (1910.07467), computed in float32."""
 
     def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones((size,), dtype))  # [D]
@@ -21,7 +21,7 @@ class RMSNorm(nnx.Module):
 
 
 class RMSNormPlusOne(RMSNorm):
-    """Gemma's RMSNorm: multiplies by 1 + scale, in float32."""
+    """Gemma's RMSNorm, which multiplies by 1 + scale; computed in float32."""
 
     def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
         super().__init__(size, epsilon, dtype)
@@ -32,7 +32,7 @@ class RMSNormPlusOne(RMSNorm):
 
 
 class LayerNorm(nnx.Module):
-    """1607.06450, in float32."""
+    """Layer normalisation (1607.06450), computed in float32."""
 
     def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones((size,), dtype))  # [D]

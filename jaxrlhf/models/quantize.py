@@ -1,17 +1,22 @@
-"""Weight-only quantisation of a frozen base: the linear layers of its blocks become int8 or nf4 codes with scales.
+"""Weight-only quantisation of a frozen base, to int8 or nf4.
 
-int8: one scale per output channel, its largest weight / 127 (2208.07339, section 2.1).
-nf4: 4-bit NormalFloat (2305.14314, section 3): each block of 64 weights along the input dimension is a scale times the
-nearest of 16 values. The blocks are those of bitsandbytes if the input size is a multiple of 64; else the last block
-of each output is shorter. Two choices differ from QLoRA: a scale need not be the block's largest magnitude (see
-`_nf4`), and in grouped-query attention k_proj and v_proj are int8, because these few weights are the most sensitive.
-On a small trained model the relative error of the logits is 8.4%; QLoRA's is 11%.
+Each kernel of the linear layers in the blocks becomes an array of codes (small integers that stand for the quantised
+weights) and an array of scales.
+
+int8: a weight is its code times the scale of its output channel, which is the channel's largest magnitude / 127
+(2208.07339, section 2.1).
+nf4: 4-bit NormalFloat (2305.14314, section 3). The weights of an output are split into blocks of 64 along the inputs.
+A weight is one of 16 values, given by its code, times the scale of its block. If the number of inputs is a multiple of
+64, the blocks are those of bitsandbytes; otherwise the last block of each output is shorter. Two choices differ from
+QLoRA: the scale need not be the block's largest magnitude (see `_nf4`), and in grouped-query attention k_proj and
+v_proj are int8, because these few weights are the most sensitive. On a small trained model the relative error of the
+logits is 8.4%; with QLoRA's choices it is 11%.
 
 Embeddings, norms, biases and heads are not quantised. Kernels are dequantised inside the forward pass, layer by layer.
 
-Not here: matmuls on codes (weights are cast first), quantised activations, and gradients of codes and scales.
-qwix quantises too, but it intercepts a model's calls, keeps one nf4 code per byte on CPU, and needs dimensions that are
-multiples of the block.
+Not here: integer matrix products (codes are cast to the activations' dtype first), quantised activations, and
+gradients with respect to codes and scales. The library qwix also quantises, but it intercepts a model's calls, keeps
+one nf4 code per byte on a CPU, and needs dimensions that are multiples of the block.
 """
 
 import functools
@@ -42,14 +47,14 @@ NF4 = np.array(
     np.float32,
 )  # fmt: skip
 _NF4_BOUNDS = (NF4[1:] + NF4[:-1]) / 2
-_CHUNK = 1 << 16  # weights quantised at a time: they fit in a processor's cache
+_CHUNK = 1 << 16  # number of weights that are quantised at a time; they fit in a processor's cache
 
 
 class QuantizedLinear(Linear):
-    """A linear layer whose kernel is codes and scales; bias and LoRA pair are as in `Linear`.
+    """A linear layer whose kernel is stored as quantised codes and scales. Bias and LoRA pair are as in `Linear`.
 
-    kernel_int8 i8[in, out], or kernel_nf4 u8[in / 2 rounded up, out] (even inputs in the low four bits);
-    kernel_scale f32[blocks, out], one block in int8.
+    The codes are kernel_int8 i8[in, out], or kernel_nf4 u8[in / 2 rounded up, out] with two codes per byte: that of the
+    even input is in the low four bits. The scales are kernel_scale f32[blocks, out]; int8 has one block.
     """
 
     def __init__(self, codes: jax.Array, scale: jax.Array, fan_in: int, bias: nnx.Param | None = None):
@@ -82,7 +87,7 @@ class QuantizedLinear(Linear):
 
 
 def quantize(kernel: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, scale) of a kernel f32[in, out], in the layout of `QuantizedLinear`."""
+    """Returns (codes, scales) of a kernel f32[in, out], in the layout of `QuantizedLinear`."""
     if kind == "int8":
         scale = np.abs(kernel).max(axis=0, keepdims=True) / np.float32(127)
         return np.clip(np.rint(kernel / _divisor(scale)), -127, 127).astype(np.int8), scale
@@ -96,10 +101,11 @@ def quantize(kernel: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nf4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes u8[N, 64] and scales f32[N, 1] of blocks whose largest magnitude is 1.
+    """Returns (codes u8[N, 64], scales f32[N, 1]) of N blocks of weights; the largest magnitude in a block is 1.
 
-    The scale is the one with the least squared error of four: 1 and -1 (the 16 values are not symmetric), and each of
-    them refitted by least squares to its codes.
+    Four scales are tried for each block, and the one with the smallest squared error is kept. The first two are 1 and
+    -1, because the 16 values are not symmetric. Each of these gives codes; the other two scales are the least-squares
+    fits to these codes.
     """
     codes, scale = np.zeros(blocks.shape, np.uint8), np.ones_like(blocks[:, :1])
     least_error = np.full_like(scale, np.inf)
@@ -120,17 +126,17 @@ def _nf4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _row_dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Dot product of each pair of rows, f32[N, 1]."""
+    """Dot products of row i of x with row i of y, f32[N, 1]."""
     return np.einsum("ij,ij->i", x, y)[:, None]
 
 
 def _divisor(scale: np.ndarray) -> np.ndarray:
-    """The scale with 1 in place of 0, so that blocks of zeros divide."""
+    """The scale with 1 in place of 0, so that blocks of zeros can be divided by it."""
     return np.where(scale == 0, np.float32(1), scale)
 
 
 def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
-    """The kernel f32[in, out] of codes and scales."""
+    """Returns the kernel f32[in, out] that the codes and scales stand for."""
     if codes.dtype == jnp.int8:
         return codes.astype(jnp.float32) * scale
     fan_out = codes.shape[1]
@@ -141,11 +147,11 @@ def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [..., in] times the dequantised kernel, in the dtype of x; codes and scale have no gradient.
+    """Returns x [..., in] @ the dequantised kernel, in the dtype of x; codes and scale have no gradient.
 
-    Without care a dequantised copy of every layer would stay in memory: XLA hoists loop invariants out of the rollout's
-    loop, it may compute early what has no dependency, and autodiff saves the kernel for the backward pass. So the
-    kernel is dequantised after x is computed (`_after`), and once more in the backward pass.
+    The dequantised kernels must not all be in memory at once. XLA would move their computation out of the decode loop,
+    or to the start of the program, and autodiff would save them for the backward pass. So each kernel is dequantised
+    only after x is computed (`_after`), and again in the backward pass.
     """
     return _matmul(fan_in, precision, x, _after(x, codes), scale)
 
@@ -173,26 +179,26 @@ def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
     def with_zero(x: jax.Array, codes: jax.Array) -> jax.Array:
         return codes + _opaque_false(x).astype(codes.dtype)
 
-    # On CPU, XLA drops barriers before it schedules. A zero that depends on x works on every platform, but it costs a
-    # collective if x is split over devices.
+    # On CPU, XLA drops barriers before it schedules operations. Adding a zero that depends on x works on every
+    # platform, but it costs a collective if x is split over devices.
     return jax.lax.platform_dependent(x, codes, cpu=with_zero, default=with_barrier)
 
 
 @jax.custom_batching.custom_vmap
 def _opaque_false(x: jax.Array) -> jax.Array:
-    """False, computed from x so that XLA cannot fold it into a constant."""
+    """Returns False, computed from x in a way that XLA cannot fold into a constant."""
     first = x[(0,) * x.ndim]
     return first * first < -1
 
 
 @_opaque_false.def_vmap
 def _opaque_false_of_batch(_, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
-    return _opaque_false(x), False  # one for the whole batch: codes stay one copy
+    return _opaque_false(x), False  # one value for the whole batch, so that the codes are not copied for each row
 
 
 def _matmul(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     if codes.dtype == jnp.int8:
-        # Scaling the outputs is cheaper than scaling the weights. Float32, because sums of codes are large.
+        # Scaling the outputs is cheaper than scaling the weights. The sums are in float32, because codes are large.
         y = jnp.matmul(x, codes.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
         return (y * scale[0]).astype(x.dtype)
     return jnp.matmul(x, dequantize(codes, scale, fan_in).astype(x.dtype), precision=precision)
@@ -202,19 +208,19 @@ def _matmul(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, 
 
 
 def quantization(model: Decoder) -> str | None:
-    """The quantisation kind of a model, or None if it is not quantised."""
+    """The kind of quantisation of a model ("int8" or "nf4"), or None if the model is not quantised."""
     kinds = {name.rpartition("/kernel_")[2] for name in named_parameters(model)}
     return next((kind for kind in reversed(KINDS) if kind in kinds), None)
 
 
 def kind_of(config: DecoderConfig, path: str, kind: str) -> str:
-    """The kind of the layer at `path` in a model quantised as `kind`."""
+    """The kind of quantisation of the layer at `path`, in a model that is quantised as `kind`."""
     grouped_kv = config.kv_heads < config.heads and path.endswith((".k_proj", ".v_proj"))
     return "int8" if grouped_kv else kind
 
 
 def quantize_decoder(base: Decoder, kind: str) -> Decoder:
-    """A base on one device with its linear layers quantised; other weights are shared with `base`."""
+    """Returns the base, which is on one device, with its linear layers quantised; other weights are shared."""
 
     def replace(path: str, linear: Linear) -> Linear:
         kernel = np.asarray(linear.kernel[...], np.float32)
@@ -225,7 +231,7 @@ def quantize_decoder(base: Decoder, kind: str) -> Decoder:
 
 
 def dequantize_decoder(base: Decoder) -> Decoder:
-    """The base with plain kernels in the dtype of its embedding; returned unchanged if it is not quantised."""
+    """Returns the base with dequantised kernels in the dtype of its embedding, or unchanged if it is not quantised."""
     if quantization(base) is None:
         return base
     dtype = base.embed_tokens.embedding.dtype
@@ -238,7 +244,7 @@ def dequantize_decoder(base: Decoder) -> Decoder:
 
 
 def abstract_quantized(abstract: Decoder, kind: str) -> Decoder:
-    """The quantised form of a decoder of `jax.ShapeDtypeStruct`s."""
+    """Returns the shapes of the quantised decoder, from a decoder of `jax.ShapeDtypeStruct`s."""
 
     def replace(path: str, linear: Linear) -> Linear:
         (fan_in, fan_out), blocks, codes = linear.shape, 1, jnp.zeros(linear.shape, jnp.int8)
@@ -256,10 +262,11 @@ def load_quantized(
     read: Callable[[slice], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
-    """Quantises the layer at `path`, of kernel shape `shape`: its leaves by name, on the mesh or the default device.
+    """Quantises the kernel of the layer at `path` and returns its leaves by name, on the mesh or the default device.
 
-    `read(columns)` returns the kernel's columns, f32[in, columns]. A process reads only the columns that its devices
-    keep, with all of their rows, because a scale covers several rows.
+    `shape` is the kernel's shape (in, out), and `read(columns)` returns some of its columns, f32[in, columns]. A
+    process reads only the columns that its own devices keep. It reads all rows of them, because a scale covers several
+    rows.
     """
 
     @functools.cache
@@ -288,7 +295,7 @@ def load_quantized(
 
 
 def _with_layers(model: Decoder, replace: Callable[[str, Linear], Linear]) -> Decoder:
-    """A copy of the module tree, with shared arrays, whose linear layers are replaced by `replace(path, layer)`."""
+    """Returns a copy of the model whose linear layers are `replace(path, layer)`; it shares the other arrays."""
     model = shallow_copy(model)
     for path in linear_shapes(model):
         parent_path, _, name = path.rpartition(".")

@@ -1,8 +1,8 @@
-"""Rotary positions: radians per position of each pair of dimensions, by rope type.
+"""Rotary position embeddings: the frequency (radians per position) of each pair of dimensions, by rope type.
 
-longrope depends on the sequence length. Here that is the length of the array, padding included: prompt and completion
-in sampling, scoring and update, so that a token is rotated alike in all three. transformers uses the longest row of the
-batch.
+The frequencies of longrope depend on the sequence length. Here this is the length of the array, prompt and completion
+with their padding. It is the same in sampling, scoring and update, so that a token is rotated alike in all three.
+transformers uses the length of the longest row of the batch instead.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a layer (2104.09864); `numbers` holds the scaling's entries of `config.json`."""
+    """Rotary position embedding of a layer (2104.09864); `numbers` holds its scaling's entries of `config.json`."""
 
     theta: float = 10000.0
     share: float = 1.0  # fraction of a head's dimensions that are rotated, from the first on
@@ -24,9 +24,9 @@ class Rope:
 
 
 def frequencies(rope: Rope, head_dim: int, slots: int) -> tuple[np.ndarray, float]:
-    """(radians per position of each rotated pair f32[F], factor on cosine and sine) for rows of `slots` tokens.
+    """Returns (radians per position of each rotated pair f32[F], factor on cosine and sine) for rows of `slots` tokens.
 
-    The first 2F <= head_dim dimensions of a head are rotated, halves paired.
+    The first 2F <= head_dim dimensions of a head are rotated; dimension i is paired with dimension i + F.
     """
     rotated = int(head_dim * rope.share)
     exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
@@ -36,10 +36,10 @@ def frequencies(rope: Rope, head_dim: int, slots: int) -> tuple[np.ndarray, floa
 
 
 def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rope:
-    """Reads a rope of type `kind` from an object of `config.json`; `ValueError` if an entry is missing or wrong.
+    """Reads a rope of type `kind` from a rope object of `config.json`; `ValueError` if an entry is missing or wrong.
 
-    `defaults` holds the values of absent entries: rope_theta, partial_rotary_factor,
-    original_max_position_embeddings; and max_position_embeddings, which longrope's default factor is computed from.
+    `defaults` holds values for absent entries: rope_theta, partial_rotary_factor and original_max_position_embeddings.
+    It also holds max_position_embeddings, from which the default factor of longrope is computed.
     """
     scaling = SCALINGS[kind]
     present = {name: value for name, value in entry.items() if value is not None}
@@ -67,7 +67,10 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rop
 
 
 def rope_kind(entry: dict[str, Any], aliases: Mapping[str, str]) -> str:
-    """The rope type in an object of `config.json`, with older names replaced; `ValueError` if it is unknown."""
+    """The rope type in a rope object of `config.json`, by its current name; `ValueError` if it is unknown.
+
+    `aliases` maps older names to current ones.
+    """
     kind = entry.get("rope_type", entry.get("type", "default"))
     kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in SCALINGS:
@@ -76,20 +79,20 @@ def rope_kind(entry: dict[str, Any], aliases: Mapping[str, str]) -> str:
 
 
 def unused_entries(entry: dict[str, Any], kind: str) -> list[str]:
-    """Names of entries in such an object that this rope type does not use."""
+    """Names of the entries in a rope object of `config.json` that the rope type `kind` does not use."""
     known = {"rope_theta", "partial_rotary_factor", "rope_type", "type", *IGNORED, *SCALINGS[kind].numbers}
     return sorted(name for name, value in entry.items() if value is not None and name not in known)
 
 
 def rope_entry(rope: Rope) -> dict[str, Any]:
-    """The object of `config.json` for a rope; `read_rope` reads it back."""
+    """Returns the object that describes the rope in `config.json`; `read_rope` reads it back."""
     partial = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
     numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.numbers}
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **partial, **numbers}
 
 
 def factor_count(rope: Rope) -> int | None:
-    """Length of longrope's lists, None for other types; `ValueError` if the lists differ in length."""
+    """Length of the factor lists of longrope, or None for other rope types; `ValueError` if their lengths differ."""
     counts = {len(value) for _, value in rope.numbers if isinstance(value, tuple)}
     if len(counts) > 1:
         raise ValueError(f"short_factor and long_factor must be equally long, not {min(counts)} and {max(counts)}")
@@ -97,7 +100,7 @@ def factor_count(rope: Rope) -> int | None:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Checks a number of a scaling; longrope's lists become tuples."""
+    """Returns a checked entry of a rope scaling; the lists of longrope become tuples."""
     if name in ("short_factor", "long_factor"):
         if not isinstance(value, list | tuple) or not value:
             raise ValueError(f"{name} must be a list of numbers, not {value!r}")
@@ -116,25 +119,26 @@ def _default(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots
 
 
 def _linear(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """Position interpolation (2306.15595)."""
+    """Position interpolation (2306.15595): divides all frequencies by the factor."""
     return plain / np.float32(numbers["factor"]), 1.0
 
 
 def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """Llama 3.1 (2407.21783): stretches long wavelengths, keeps short ones, and interpolates between."""
-    turns = numbers["original_max_position_embeddings"] * plain / np.float32(2 * math.pi)  # over the trained length
+    """Llama 3.1 (2407.21783): stretches long wavelengths, keeps short ones, and interpolates between the two."""
+    # Turns of each pair over the trained length.
+    turns = numbers["original_max_position_embeddings"] * plain / np.float32(2 * math.pi)
     low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1.0 - kept) * plain / np.float32(numbers["factor"]) + kept * plain, 1.0
 
 
 def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """YaRN (2309.00071): a ramp over the dimensions from kept to stretched, and a factor on the attention."""
+    """YaRN (2309.00071): keeps high frequencies, stretches low ones, with a ramp between; scales cosine and sine."""
     length = numbers["original_max_position_embeddings"]
     factor = numbers["factor"]
 
     def dimension(turns: float) -> float:
-        """The pair that makes this many turns over the trained length."""
+        """The (fractional) index of the pair that makes this many turns over the trained length."""
         return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))
@@ -153,7 +157,10 @@ def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: i
 
 
 def _longrope(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """LongRoPE (2402.13753): a stretch for each pair, and another set for rows past the trained length."""
+    """LongRoPE (2402.13753): divides each frequency by its own factor; long rows use another list of factors.
+
+    A row is long if it has more than original_max_position_embeddings tokens.
+    """
     length, factor = numbers["original_max_position_embeddings"], numbers["factor"]
     stretch = numbers["long_factor" if slots > length else "short_factor"]
     attention = numbers.get("attention_factor")
@@ -168,7 +175,7 @@ def _yarn_scale(factor: float, scale: float = 1.0) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """A rope type: its function on the plain frequencies, and the entries of `config.json` that it reads."""
+    """A rope type: its function on the unscaled frequencies, and the entries of `config.json` that it reads."""
 
     apply: Callable[[np.ndarray, float, int, dict, int], tuple[np.ndarray, float]]
     required: tuple[str, ...] = ()
@@ -182,7 +189,7 @@ class Scaling:
 SCALINGS: dict[str, Scaling] = {
     "default": Scaling(_default),
     "linear": Scaling(_linear, ("factor",)),
-    # Changes only rows longer than max_position_embeddings, which are not allowed here.
+    # This type changes only rows longer than max_position_embeddings, which are not allowed here.
     "dynamic": Scaling(_default, ("factor",)),
     "llama3": Scaling(_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
     "yarn": Scaling(
@@ -196,4 +203,5 @@ SCALINGS: dict[str, Scaling] = {
         ("factor", "attention_factor"),
     ),
 }
-IGNORED = ("finetuned", "mrope_section")  # a remark in Yarn-Llama-2; axes of images, which text does not use
+# Entries without effect on text: finetuned is a remark in Yarn-Llama-2, mrope_section splits the axes of images.
+IGNORED = ("finetuned", "mrope_section")

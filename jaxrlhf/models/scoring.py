@@ -1,6 +1,6 @@
-"""Scores of sequences, and logprobs and values of completions, computed by a bound model.
+"""Scores of sequences, and logprobs and values of completions, computed by a decoder with its adapter bound.
 
-B rows of S tokens: a left-padded prompt, then a completion of R tokens that starts at S - R.
+B rows of S tokens: a left-padded prompt, then a completion in the last R positions, from S - R on.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,16 @@ from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
 from jaxrlhf.models.decoder import Decoder
 
-# Logits in memory at a time on each device: 16 MiB on a CPU, for its cache; 512 MiB elsewhere, for large products.
+# Number of logits in memory at a time on each device: 16 MiB on a CPU, so that they fit in its cache; 512 MiB on other
+# platforms, so that the matrix products are large.
 _MAX_LOGITS, _MAX_LOGITS_ON_CPU = 2**27, 2**22
 
 
 def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: str = "none") -> jax.Array:
-    """Output of the scalar head at the last real token, f32[B]; padding may be on either side."""
+    """Returns the output of the scalar head at the last real token of each row, f32[B].
+
+    Rows may be padded on either side.
+    """
     S = tokens.shape[1]
     last = jnp.maximum(S - 1 - jnp.argmax(mask[:, ::-1], axis=1), 0)
     hidden = model.encode(tokens, mask.astype(jnp.int32), remat)
@@ -33,9 +37,9 @@ def response_logprobs(
     temperature: jax.Array,
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
-    """(logprob of each response token, entropy of its distribution), f32[B,R]; 0 past the end.
+    """Returns (logprobs of the response tokens, entropies of their distributions), f32[B,R] each; 0 past the end.
 
-    `temperature` f32[B] divides the logits. The head runs on the completion's positions only.
+    `temperature` f32[B] divides the logits. Logits are computed only at the positions of the completion.
     """
     hidden = _hidden_before_tokens(model, tokens, mask, response_mask, remat)
     return _logprobs(model, hidden, tokens, response_mask, temperature)
@@ -44,7 +48,7 @@ def response_logprobs(
 def response_values(
     model: Decoder, tokens: jax.Array, mask: jax.Array, response_mask: jax.Array, remat: str = "none"
 ) -> jax.Array:
-    """Value of the state before each response token, f32[B,R]; 0 past the end."""
+    """Returns the values of the states before each response token, f32[B,R]; 0 past the end."""
     return _values(model, _hidden_before_tokens(model, tokens, mask, response_mask, remat), response_mask)
 
 
@@ -56,13 +60,13 @@ def response_logprobs_and_values(
     temperature: jax.Array,
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(logprobs, entropy, values) of a model with both heads, f32[B,R] each, from one forward pass."""
+    """Returns (logprobs, entropies, values), f32[B,R] each, of a model with both heads, from one forward pass."""
     hidden = _hidden_before_tokens(model, tokens, mask, response_mask, remat)
     return *_logprobs(model, hidden, tokens, response_mask, temperature), _values(model, hidden, response_mask)
 
 
 def _hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str) -> jax.Array:
-    """Hidden state at the position before each response token: [B,R,D]."""
+    """Returns the hidden states at the position before each response token, [B,R,D]."""
     R = response_mask.shape[1]
     first = tokens.shape[1] - R - 1
     return model.encode(tokens, mask.astype(jnp.int32), remat, first)[:, :-1]
@@ -75,10 +79,11 @@ def from_logits(
     reduce: Callable[[jax.Array, Any], Any],
     max_logits: int | None = None,
 ) -> Any:
-    """Applies reduce(logits f32[B,r,V], inputs [B,r,...]) -> [B,r,...] to hidden states [B,R,D], r positions at a time.
+    """Applies `reduce` to the logits of hidden states [B,R,D], a few positions at a time.
 
-    `inputs` and the result are trees of [B,R,...]. A part has at most `max_logits` logits on each device, and the
-    backward pass computes them again, because all logits [B,R,V] would be the largest array of the program.
+    reduce(logits f32[B,r,V], inputs [B,r,...]) returns [B,r,...] for r positions. `inputs` and the result are trees of
+    arrays [B,R,...]. At most `max_logits` logits are in memory at a time, over all devices together, because all logits
+    [B,R,V] would be the largest array of the program. The backward pass computes them again.
     """
     B, R, _ = hidden.shape
     if max_logits is None:
@@ -89,7 +94,7 @@ def from_logits(
         return reduce(model.logits(hidden), inputs)
     parts = -(-R // size)
     size = -(-R // parts)  # parts of nearly equal size
-    kernel = constrain(model.head_kernel(), None, "tensor")  # gathered once, not in each part
+    kernel = constrain(model.head_kernel(), None, "tensor")  # the kernel is gathered once, not in each part
 
     def split(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, ((0, 0), (0, parts * size - R)) + ((0, 0),) * (x.ndim - 2))

@@ -1,6 +1,7 @@
-"""The sharding of parameters: one table from parameter names to mesh axes. Batches are in `distributed.mesh`.
+"""The sharding of parameters: one table from parameter names to mesh axes. `distributed.mesh` shards batches.
 
-A name is "module.path/leaf", such as "layers.0.attention.q_proj/kernel". A name that no row covers is an error.
+A name is "module.path/leaf", such as "layers.0.attention.q_proj/kernel". A name that no row of the table covers is an
+error.
 """
 
 import functools
@@ -15,11 +16,11 @@ from jaxrlhf.distributed.mesh import put, replicated
 
 _REPLICATED = PartitionSpec()
 _COLUMN = PartitionSpec("fsdp", "tensor")  # [in, out]: each device computes some of the outputs
-_ROW = PartitionSpec("tensor", "fsdp")  # [in, out]: its inputs are the outputs of a column-split layer
+_ROW = PartitionSpec("tensor", "fsdp")  # [in, out]: each device reads some of the inputs
 
-# (pattern on "module.path/leaf", axes of its dimensions). The first row that matches the end of a name applies: in
-# optimizer states the names of the parameters have a prefix. kernel_int8, kernel_nf4 and kernel_scale of a quantised
-# layer have the kernel's dimensions, some of them shorter, and its axes.
+# (pattern for the end of "module.path/leaf", mesh axes of the dimensions). The first row that matches applies. Only the
+# end must match, because optimizer states put a prefix before the names of parameters. kernel_int8, kernel_nf4 and
+# kernel_scale of a quantised layer have the dimensions of the kernel, some of them shorter, and the same axes.
 PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),  # [V, D]; tied, its transpose is the lm_head
     (r"embed_positions/embedding", PartitionSpec("tensor", "fsdp")),  # [positions, D]
@@ -31,7 +32,7 @@ PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"score/(kernel|bias)", _REPLICATED),  # [D, 1], [1]
     (r"\w*norm/(scale|bias)", _REPLICATED),  # [D]
     (r"(\w+_proj|lm_head)/bias", _REPLICATED),  # [out]
-    # A LoRA pair is split as its kernel: lora_a [in, rank] along the inputs, lora_b [rank, out] along the outputs.
+    # A LoRA pair is split like its kernel: lora_a [in, rank] along the inputs, lora_b [rank, out] along the outputs.
     (r"(attention\.[qkv]_proj|mlp\.(gate|up)_proj|lm_head)/lora_a", PartitionSpec("fsdp")),
     (r"(attention\.[qkv]_proj|mlp\.(gate|up)_proj|lm_head)/lora_b", PartitionSpec(None, "tensor")),
     (r"(attention\.o_proj|mlp\.down_proj)/lora_a", PartitionSpec("tensor")),
@@ -49,10 +50,11 @@ def _axes_of(name: str) -> PartitionSpec:
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """The sharding on the mesh of the parameter "module.path/leaf" of this shape.
+    """Returns the sharding of a parameter on the mesh, from its name "module.path/leaf" and its shape.
 
-    A dimension that its axis does not divide is replicated along that axis; scalars are replicated. Raises `ValueError`
-    for a name that no row of `PARAMETER_AXES` covers, or whose row has more axes than the parameter has dimensions.
+    A dimension that the size of its axis does not divide is replicated along this axis; scalars are replicated. Raises
+    `ValueError` if no row of `PARAMETER_AXES` covers the name, or if the row has more axes than the parameter has
+    dimensions.
     """
     if not shape:
         return replicated(mesh)
@@ -64,7 +66,7 @@ def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedShar
 
 
 def leaf_name(path: Sequence[Any]) -> str:
-    """The name "module.path/leaf" of a leaf, from its path in a pytree of modules, dicts, lists and named tuples."""
+    """Returns the name "module.path/leaf" of a leaf, from its path in a pytree (as `tree_map_with_path` gives it)."""
     parts = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path]
     if len(parts) > 1 and parts[-1] == "value":  # the inside of an nnx.Param
         parts.pop()
@@ -72,13 +74,17 @@ def leaf_name(path: Sequence[Any]) -> str:
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of each leaf of a module, an adapter or an optimizer state (arrays or shapes), by its name."""
+    """Returns a tree with the sharding of each leaf, for a module, an adapter or an optimizer state.
+
+    The leaves may be arrays or shapes; their names decide the sharding.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, x: parameter_sharding(mesh, leaf_name(path), x.shape), tree)
 
 
 def shard(mesh: Mesh, tree: Any) -> Any:
-    """The tree with each leaf placed by `tree_shardings`, committed: programs are compiled for its placement.
+    """Returns the tree with each leaf placed on the mesh as `tree_shardings` says.
 
-    A leaf that has its sharding already is not copied, so donating the result invalidates the argument too.
+    The leaves are committed, so programs are compiled for this placement. A leaf that has this sharding already is not
+    copied; donating the result then invalidates the argument too.
     """
     return jax.tree.map(put, tree, tree_shardings(mesh, tree))

@@ -1,7 +1,7 @@
-"""The target of a model's programs: the platform, and the choices of attention and matmul precision for it.
+"""The target of a model's programs: the platform, and the choice of attention and matmul precision for it.
 
-The target comes from the devices that hold the weights and is part of the model's config. Traced code reads it there
-and never asks the host, so a program for a GPU can be traced on a machine without one.
+The target comes from the devices that hold the weights, and is part of the model's config. Traced code reads the target
+from the config and never asks jax for its devices, so a program for a GPU can be traced on a machine without a GPU.
 """
 
 import dataclasses
@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 
 import jax
 
-# jax's names. "default" is TF32 on NVIDIA GPUs. The ones between it and "highest" are TF32 in cuBLAS but not in Triton.
+# The setting's name -> jax's name. jax's "default" is TF32 on NVIDIA GPUs. jax's names between "default" and "highest"
+# are TF32 in cuBLAS, but not in Triton.
 PRECISIONS = {"highest": "highest", "tf32": "default"}
 
 
@@ -19,15 +20,15 @@ class Target:
 
     platform: str = "cpu"  # jax's name: cpu, gpu or tpu
     attention: str = "xla"  # attention over whole sequences: xla or cudnn
-    matmul_precision: str = "highest"  # of float32 products, a key of PRECISIONS
+    matmul_precision: str = "highest"  # precision of float32 matrix products, a key of PRECISIONS
 
     @property
     def precision(self) -> str:
-        """jax's name of the matmul precision, for its argument `precision`."""
+        """jax's name of the matmul precision, for the `precision` argument of jax functions."""
         return PRECISIONS[self.matmul_precision]
 
     def products(self) -> AbstractContextManager:
-        """A context in which products are traced with this precision, whatever the caller's default is."""
+        """Returns a context in which matrix products are traced with this precision, whatever the caller's default."""
         return jax.default_matmul_precision(self.precision)
 
 
@@ -35,6 +36,6 @@ ON_CPU = Target()
 
 
 def target_of(mesh: jax.sharding.Mesh | None = None, matmul_precision: str = "highest") -> Target:
-    """The target of programs on this mesh; None: on jax's default device."""
+    """Returns the target of programs on this mesh, or on jax's default device if `mesh` is None."""
     device = next(iter(jax.device_put(0.0).devices())) if mesh is None else mesh.devices.flat[0]
     return Target(device.platform, matmul_precision=matmul_precision)

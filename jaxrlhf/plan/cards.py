@@ -1,7 +1,7 @@
 """Accelerators by name: published peak rates, and the memory that a run can use.
 
-Peaks are dense (without sparsity). Runs usually reach 60 to 80 percent of the arithmetic and 80 to 90 percent of the
-bandwidth. `network` is a card's share of its host's adapters in the maker's own reference system.
+Peak rates are those without sparsity. Runs usually reach 60 to 80 percent of the peak arithmetic and 80 to 90 percent
+of the peak bandwidth. `network` is a card's share of its host's network adapters in the maker's reference system.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Memory of a card, and its rates per second."""
+    """Memory of a card, and its peak rates per second."""
 
     name: str
     memory: float  # bytes
-    flops: float  # bfloat16 matrix products
-    flops32: float  # float32 products as TF32
-    bandwidth: float  # bytes to and from memory
-    link: float  # bytes to other cards of the host, one way
-    network: float  # bytes to other hosts, one way
+    flops: float  # operations of bfloat16 matrix products
+    flops32: float  # operations of float32 matrix products, computed as TF32
+    bandwidth: float  # bytes read from and written to memory
+    link: float  # bytes to other cards of the host, in one direction
+    network: float  # bytes to other hosts, in one direction
     source: str
 
 
@@ -43,7 +43,7 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """The card of this name; `UserError` with the known names."""
+    """The card of this name; `UserError` that lists the known names if there is none."""
     if (card := CARDS.get(name.lower())) is None:
         raise UserError(f"--card: {name!r} is not known; choose one of {', '.join(CARDS)}")
     return card
@@ -63,7 +63,7 @@ def parse_memory(text: str) -> float:
 
 
 def usable_share() -> float:
-    """The share of a card's memory that a run may fill: `XLA_PYTHON_CLIENT_MEM_FRACTION`, by default 0.9."""
+    """The share of a card's memory that a run may fill: `XLA_PYTHON_CLIENT_MEM_FRACTION`, or 0.9 if it is not set."""
     text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1:

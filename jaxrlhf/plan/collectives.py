@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from XLA's text: how often they run, and their bytes by mesh axis."""
+"""Collectives of a compiled program, read from XLA's text: how often they run, and the bytes sent along mesh axes."""
 
 import collections
 import dataclasses
@@ -19,17 +19,17 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """All calls of one kind of collective along the same mesh axes, per device."""
+    """All calls of one kind of collective along the same mesh axes, for one device."""
 
-    count: float
-    sent: float  # bytes, in a ring
+    count: float  # number of calls
+    sent: float  # bytes that the device sends if the collective uses a ring
 
 
 def collectives_of(text: str, mesh: Mapping[str, int], unknown_trips: int) -> dict[str, Exchange]:
-    """The collectives of a compiled module by kind and axes ("all-reduce over tensor"), the largest first.
+    """Returns the collectives of a compiled module by kind and mesh axes ("all-reduce over tensor"), the largest first.
 
-    Counts the body of each loop once per iteration (`unknown_trips` times where the text has no trip count), and each
-    branch once.
+    The body of a loop counts once per iteration; a loop whose number of iterations is not in the text counts
+    `unknown_trips` times. Each branch of a conditional counts once.
     """
     bodies = {name: (bool(entry), body.splitlines()) for entry, name, body in _COMPUTATION.findall(text)}
     totals: dict[str, dict[str, np.ndarray]] = {}
@@ -56,7 +56,7 @@ def largest_first(exchanges: Mapping[str, Exchange]) -> dict[str, Exchange]:
 
 
 def _exchange(match: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | None:
-    """(kind and axes, bytes that a device sends) of a collective; None within one device."""
+    """Returns (kind and mesh axes, bytes that a device sends) of a collective; None if its groups are one device."""
     shapes, kind, start, attributes = match.groups()
     sizes = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     sizes = [_SIZES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in sizes]
@@ -73,14 +73,15 @@ def _exchange(match: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | N
 
 
 def first_group(attributes: str, devices: int) -> list[int]:
-    """The device numbers of a collective's first group, from each notation that XLA prints."""
+    """Returns the device numbers of a collective's first group; reads every notation that XLA prints."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return next(([int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", pairs[1]) if a != b), [0])
     if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))?\s*\{(.*?)\}", attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         ids = _iota(named[2] or f"[{math.prod(axes.values())}]").reshape(tuple(axes.values()))
         index: list[slice | int] = [0] * len(axes)
-        # A group may span a part of an axis: 'x':(before)size splits it into before x size x the rest.
+        # A group may span a part of an axis: 'x':(before)size splits the axis x into before x size x rest, and the
+        # group spans `size`.
         for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3]):
             rest = axes[name] // (int(before or 1) * int(part or axes[name]))
             index[list(axes).index(name)] = slice(0, rest * int(part or axes[name]), rest)
@@ -95,7 +96,7 @@ def first_group(attributes: str, devices: int) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """The numbers of `[8,4]T(1,0)`: counted from 0 in this shape, transposed, flattened."""
+    """Returns the numbers that `[8,4]T(1,0)` stands for: counted from 0 in this shape, transposed, then flattened."""
     shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     sizes = [int(n) for n in shape.split(",")]
     numbers = np.arange(math.prod(sizes)).reshape(sizes)

@@ -1,7 +1,8 @@
-"""Compiles programs for cards that are not there, and reads memory and collectives from what XLA compiled.
+"""Compiles programs for cards that this machine lacks, and reads memory and collectives of the compiled programs.
 
-The wheels `jax-cuda12-plugin` and `jax-cuda12-pjrt` (180 MB, no CUDA library) hold XLA's compiler for NVIDIA cards. It
-needs a description of the card (`targets/`), not the card. It cannot try kernels then and takes its default ones.
+The wheels `jax-cuda12-plugin` and `jax-cuda12-pjrt` (180 MB, no CUDA library) hold XLA's compiler for NVIDIA cards. The
+compiler needs a description of the card (`targets/`), not the card itself. Without the card it cannot time kernels to
+choose among them, so it uses its default kernels.
 """
 
 import contextlib
@@ -25,16 +26,16 @@ from jaxrlhf.stages.calls import Call
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What XLA reports about a program; bytes per card."""
+    """What XLA reports about a compiled program, for one card."""
 
-    results: float  # without those that reuse an argument's memory
-    temporaries: float
+    results: float  # bytes, without results that reuse the memory of an argument
+    temporaries: float  # bytes
     collectives: dict[str, Exchange]
-    seconds: float  # of compiling
+    seconds: float  # time that compiling took
 
 
 def missing() -> str | None:
-    """One line that says what to install for XLA's compiler for cards; None if it is installed."""
+    """Returns a line that says how to install XLA's compiler for cards, or None if the compiler is installed."""
     own = importlib.metadata.version("jaxlib")
     for cuda in ("cuda13", "cuda12"):
         wheels = f"jax-{cuda}-plugin", f"jax-{cuda}-pjrt"
@@ -46,7 +47,7 @@ def missing() -> str | None:
 
 
 def mesh_of_cards(config: MeshConfig, devices: int, per_host: int, target: Path) -> jax.sharding.Mesh:
-    """The mesh over cards that the file `target` describes; `UserError` as from `make_mesh`."""
+    """Returns the mesh over cards that the file `target` describes; raises `UserError` as `make_mesh` does."""
     hosts = devices // per_host if devices % per_host == 0 else 1
     lines = target.read_text(encoding="utf-8").splitlines()
     with without_driver_warnings():
@@ -60,20 +61,21 @@ def mesh_of_cards(config: MeshConfig, devices: int, per_host: int, target: Path)
 
 
 def without_cudnn() -> contextlib.AbstractContextManager[Any]:
-    """In this block jax finds a cuDNN: tracing asks for its version, but XLA compiles the calls without it.
+    """Returns a context in which cuDNN calls can be traced on a machine without cuDNN.
 
-    jax has no public name for this; `AttributeError` or `ImportError` where it has changed.
+    Tracing asks for cuDNN's version, but XLA compiles the calls without cuDNN. jax has no public function for this: the
+    context raises `AttributeError` or `ImportError` if the private one has moved.
     """
     return mock.patch("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
 
 def compiled(call: Call, mesh: Mapping[str, int]) -> Compiled:
-    """Compiles a call that was made for a mesh of cards with these axes."""
+    """Compiles a call of a program; `mesh` has the sizes of the mesh axes that the call was made for."""
     start = time.perf_counter()
     lowered = call.program.lower(*call.args, **call.kwargs)
     try:
         program = lowered.compile()
-    except jax.errors.JaxRuntimeError:  # XLA wants to try a kernel on a card; without Triton products it does not
+    except jax.errors.JaxRuntimeError:  # XLA must time some Triton kernels on a card; without them it needs no card
         program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
     memory = program.memory_analysis()
     return Compiled(
@@ -85,7 +87,10 @@ def compiled(call: Call, mesh: Mapping[str, int]) -> Compiled:
 
 
 def extrapolated(few: Compiled, more: Compiled, depths: tuple[int, int], layers: int) -> Compiled:
-    """The figures of a model with `layers` layers, on the line through those of two shallower ones."""
+    """Returns the figures for `layers` layers by linear extrapolation from two models with fewer layers.
+
+    `depths` are the numbers of layers of the two models, whose figures are `few` and `more`.
+    """
     share, none = (layers - depths[0]) / (depths[1] - depths[0]), Exchange(0.0, 0.0)
 
     def line(x: float, y: float) -> float:

@@ -1,4 +1,4 @@
-"""The plan of a run: memory, arithmetic, traffic and least time of each of its programs on a mesh of cards."""
+"""The plan of a run: memory, arithmetic, traffic and least time of each program of the run, on a mesh of cards."""
 
 import contextlib
 import dataclasses
@@ -20,53 +20,58 @@ from jaxrlhf.stages.calls import Call, calls_of
 from jaxrlhf.stages.checks import check_stage, shares_of, valid_batches
 from jaxrlhf.stages.shapes import Shapes, bytes_per_device, read_model, resolved
 
-# Depths that are compiled for a deeper model. All layers have the same shapes, so memory and collectives grow by the
-# same with each; how XLA packs arrays is noise on that line, and less the farther apart the depths are. Updates keep
-# much of each layer and take the longest to compile.
+# Numbers of layers that are compiled in place of a deeper model. All layers have the same shapes, so memory and
+# collectives grow linearly with the number of layers. How XLA packs arrays adds noise, which matters less if the two
+# numbers are far apart. Updates take the longest to compile, and they save much of each layer, so that fewer layers
+# are enough.
 DEPTHS, UPDATE_DEPTHS = (6, 12), (3, 8)
-POLICIES = ("none", "dots", "full")  # of remat; each keeps less than the one before it
+POLICIES = ("none", "dots", "full")  # values of remat; each saves fewer activations than the previous one
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command's own options."""
+    """Options of the command `plan`."""
 
     devices: int
     card: Card
-    memory: float  # bytes of a card that a run may fill
-    per_host: int = 8  # cards of a host
+    memory: float  # bytes of each card that a run may fill
+    per_host: int = 8  # number of cards in a host
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramPlan:
-    """One program, per card and call: bytes and seconds. None without a compiler for the card."""
+    """The plan of one program: bytes and seconds of one call, on one card.
+
+    Without a compiler for the card, `temporaries`, `peak` and `compiled` are None.
+    """
 
     name: str
-    calls: float  # in an iteration or step
-    parts: dict[str, float]  # weights, adapters, optimizer, rows
-    temporaries: float | None
-    peak: float | None
-    flops: float
-    read: float
-    sent: dict[str, float]  # least, by mesh axis
-    seconds: dict[str, float]  # least at the card's rates: arithmetic, memory, links; least: all together
-    bound_by: str
+    calls: float  # number of calls in a PPO iteration or an optimizer step
+    parts: dict[str, float]  # bytes of weights, adapters, optimizer, rows
+    temporaries: float | None  # bytes
+    peak: float | None  # bytes
+    flops: float  # least number of operations
+    read: float  # least bytes from and to memory
+    sent: dict[str, float]  # mesh axis -> least bytes sent
+    seconds: dict[str, float]  # least seconds of arithmetic, memory and links alone; "least": of the whole call
+    bound_by: str  # arithmetic, memory or links
     compiled: Compiled | None
-    grows: bool  # whether temporaries grow with the batch
+    grows: bool  # whether the temporaries grow with the batch
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """One stage: an iteration (PPO) or an optimizer step."""
+    """The plan of one stage: of a PPO iteration, or of an optimizer step in the other stages."""
 
     stage: str
     batch_size: int
     programs: list[ProgramPlan]
     least_seconds: float
     peak: float | None = None
-    largest_batch: int | None = None  # None: unknown; 0: none fits
+    largest_batch: int | None = None  # None: unknown; 0: no batch fits
     held_back_by: str | None = None  # the program that limits the largest batch
-    remat: dict[str, float] = dataclasses.field(default_factory=dict)  # policy -> the update's peak; the run's first
+    # Value of remat -> peak bytes of the update; the run's own value is first.
+    remat: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +80,13 @@ class Plan:
     mesh: dict[str, int]
     parameters: int
     layers: int
-    compiled_layers: list[int]  # depths that were compiled; empty without a compiler
+    compiled_layers: list[int]  # numbers of layers of the compiled models; empty without a compiler
     stages: list[StagePlan]
     notes: list[str]
 
 
 def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = lambda text: None) -> Plan:
-    """Plans the run's stages; `UserError` where a run would refuse its settings."""
+    """Plans the stages of the run; raises `UserError` for settings that the run itself would refuse."""
     config, reason = resolved(_at_full_length(config)), missing()
     mesh = jax.sharding.AbstractMesh(
         mesh_sizes(config.mesh, options.devices), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
@@ -97,7 +102,10 @@ def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = 
                 stack.enter_context(without_cudnn())
             except (AttributeError, ImportError):
                 config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "xla"})})
-                notes.append("model.attention: this jax needs cuDNN for cudnn; planned with xla, which takes more")
+                notes.append(
+                    "model.attention: this version of jax cannot trace cudnn without cuDNN; the plan is for xla, which "
+                    "takes more memory"
+                )
         shapes = Shapes(config, mesh, model)
         planners = [_StagePlanner(stage, shapes, options, reason is None, say) for stage in config.stages]
         plans = [planner.plan() for planner in planners]
@@ -108,7 +116,10 @@ def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = 
 
 
 def _at_full_length(config: RunConfig) -> RunConfig:
-    """The same run with completions of full length: decoding drops no rows, and the update cuts none."""
+    """Returns the same run with completions of full length.
+
+    The active batch is never compacted in decoding, and the update does not cut rows to shorter buckets.
+    """
     if config.ppo is None:
         return config
     sampling = config.ppo.sampling.model_copy(update={"max_compactions": 0})
@@ -118,7 +129,7 @@ def _at_full_length(config: RunConfig) -> RunConfig:
 
 
 class _StagePlanner:
-    """Makes the plan of one stage. `depths` collects how many layers the compiled models have."""
+    """Makes the plan of one stage. `depths` collects the numbers of layers of the compiled models."""
 
     def __init__(self, stage: str, shapes: Shapes, options: Options, compiles: bool, say: Callable[[str], None]):
         self.stage, self.shapes, self.options, self.compiles, self.say = stage, shapes, options, compiles, say
@@ -167,7 +178,8 @@ class _StagePlanner:
         kinds = ("weights", "adapters", "optimizer")
         parts = {kind: float(bytes_per_device(call.resident.get(kind))) for kind in kinds}
         parts["rows"] = float(bytes_per_device(call.rows)) + (made.results if made else 0.0)
-        # Decoding holds at least its cache; at few layers the pass over the prompts may have the peak instead.
+        # Decoding holds at least its cache. With few layers, the pass over the prompts may decide the peak, so that the
+        # extrapolation misses the cache.
         temporaries = max(made.temporaries, cache_bytes(call, self.shapes)) if made else None
         work, sent = work_of(call.name, call.args, call.kwargs, call.result, config).on_card(mesh)
         flops, read = float(work.flops.sum()), float(work.bytes.sum())
@@ -193,7 +205,7 @@ class _StagePlanner:
         )
 
     def _remat(self, programs: list[ProgramPlan]) -> dict[str, float]:
-        """The update's peak by policy: the run's own, then those that keep less, up to the first that fits."""
+        """Value of remat -> peak bytes of the update: the run's own, then values that save less, until one fits."""
         ((update, own),) = ((call, p) for call, p in zip(self.calls, programs) if call.remat is not None)
         peaks = {update.remat: own.peak}
         for policy in POLICIES[POLICIES.index(update.remat) + 1 :]:
@@ -202,7 +214,10 @@ class _StagePlanner:
         return peaks
 
     def _largest_batch(self, batch: int, programs: list[ProgramPlan]) -> tuple[int, str]:
-        """(rows, the program that limits them), where rows and growing temporaries are proportional to the batch."""
+        """Returns (the largest batch that fits, the program that limits it).
+
+        Rows and growing temporaries are taken to be proportional to the batch.
+        """
         limits = {}
         for p in programs:
             growing = p.parts["rows"] + (p.temporaries if p.grows else 0.0)
@@ -212,7 +227,10 @@ class _StagePlanner:
 
 
 def cache_bytes(call: Call, shapes: Shapes) -> float:
-    """Bytes per card of the keys and values of all positions, which a decode loop holds at least; 0 without a loop."""
+    """Bytes per card of the keys and values of all positions; 0 for a program without a decode loop.
+
+    A decode loop holds at least these bytes.
+    """
     if call.trips == 1:
         return 0.0
     model, mesh, (rows, positions) = shapes.model, shapes.mesh.shape, call.result.tokens.shape
@@ -222,9 +240,10 @@ def cache_bytes(call: Call, shapes: Shapes) -> float:
 
 
 def links_seconds(sent: dict[str, float], mesh: dict[str, int], options: Options) -> float:
-    """The least time to send these bytes: along the links of a host, and over the network on axes that span hosts.
+    """Returns the least seconds to send `sent` (mesh axis -> bytes per card).
 
-    The cards of a group in one host share the network's adapters.
+    Bytes go along the links of a host, and on axes that span hosts also over the network; the longer time counts. The
+    cards of a host that belong to the same group share their network adapters.
     """
     total, stride = 0.0, 1
     for axis in reversed(AXES):

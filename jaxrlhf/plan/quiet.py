@@ -1,4 +1,4 @@
-"""Loads CUDA's wheels without their log lines. Imports no jax, which loads some of them itself."""
+"""Hides log lines of the CUDA wheels while they are loaded. Does not import jax, which loads some of them itself."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ _NOISE = (b"before absl::InitializeLog() is called", b"cudart_stub.cc")  # TF_CP
 
 @contextlib.contextmanager
 def without_driver_warnings() -> Iterator[None]:
-    """In this block stderr loses the lines that say that CUDA has no driver here; the others come when it ends."""
+    """Removes lines from stderr that say that CUDA has no driver; other lines are printed when the block ends."""
     with tempfile.TemporaryFile() as log:
         stderr = os.dup(2)
         os.dup2(log.fileno(), 2)

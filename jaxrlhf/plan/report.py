@@ -1,4 +1,4 @@
-"""A plan as text for people, and as JSON."""
+"""Formats a plan as text for people, and as JSON values."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,13 @@ _SHOWN = 6  # collectives of a program
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values; sizes in bytes, times in seconds."""
+    """Returns the plan as JSON values; sizes are in bytes, times in seconds."""
     values = dataclasses.asdict(plan)
     return values.pop("options") | values | {"card": plan.options.card.name, "notes": [*plan.notes, *_method(plan)]}
 
 
 def as_text(plan: Plan) -> str:
-    """The plan as tables for a terminal."""
+    """Returns the plan as tables for a terminal."""
     options, mesh = plan.options, " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
         f"{plan.parameters:,} parameters in {plan.layers} layers, on {options.devices} x {options.card.name} ({mesh}); "
@@ -48,7 +48,7 @@ def _stage(stage: StagePlan, memory: float) -> list[str]:
         lines.append(f"largest batch: {rows}; {stage.held_back_by} limits it")
     elif stage.largest_batch == 0:
         hint = "; a smaller microbatch_size takes less" if "update" in stage.held_back_by else ""
-        lines.append(f"largest batch: none fits; {stage.held_back_by} takes too much with any{hint}")
+        lines.append(f"largest batch: none fits; {stage.held_back_by} takes too much with any size{hint}")
     if len(stage.remat) > 1:
         setting = "ppo.update.remat" if stage.stage == "ppo" else f"{stage.stage}.remat"
         peaks = (f"{p} {_gib(size)} GiB{'' if size <= memory else ', too much'}" for p, size in stage.remat.items())
@@ -57,20 +57,21 @@ def _stage(stage: StagePlan, memory: float) -> list[str]:
 
 
 def _method(plan: Plan) -> list[str]:
-    """Notes on what was compiled, counted and extrapolated."""
+    """Returns notes on what was compiled, counted and extrapolated."""
     card, layers, notes = plan.options.card, ", ".join(map(str, plan.compiled_layers)), []
     if plan.compiled_layers:
         notes.append(
-            f"temporaries and exchanges: as XLA compiles the programs for {card.name} with {layers} layers; nothing "
-            "was run, so XLA tried no kernels"
+            f"temporaries and exchanges are those of programs that XLA compiled for {card.name} with {layers} layers; "
+            "nothing was run, so XLA timed no kernels"
         )
     if plan.compiled_layers not in ([], [plan.layers]):
-        notes.append(f"temporaries, results and exchanges are extrapolated to {plan.layers} layers on a line")
+        notes.append(f"temporaries, results and exchanges are extrapolated to {plan.layers} layers linearly")
     return [
         *notes,
-        "arithmetic, read and sent: the least by formula, for completions of full length, without what remat repeats",
+        "arithmetic, read and sent are least values from formulas, for completions of full length; work that remat "
+        "repeats is not counted",
         "largest batch: rows, and temporaries that no microbatch limits, are taken to grow in proportion to the batch",
-        f"least time: the largest of the three at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s in "
+        f"least time: the largest of these three at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s in "
         f"bfloat16, {card.bandwidth / 1e12:.2f} TB/s, {card.link / 1e9:.0f} GB/s within a host of "
         f"{plan.options.per_host}, {card.network / 1e9:.0f} GB/s between hosts; {card.source}); no run reaches it",
     ]

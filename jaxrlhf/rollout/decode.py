@@ -1,7 +1,7 @@
 """The rollout: samples completions for a batch of prompts, in one compiled program.
 
 B rows, P prompt tokens, R response tokens, S = P + R, V vocabulary, b active rows. When half of the active rows have
-finished, the batch is compacted to the others, up to `Sampling.max_compactions` times.
+finished, they are removed from the active batch; this happens at most `Sampling.max_compactions` times.
 """
 
 import jax
@@ -20,37 +20,37 @@ from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
 
 @struct.dataclass
 class _Responses:
-    """The tokens that each row of the batch has sampled so far."""
+    """The tokens that are sampled so far, for each row of the batch."""
 
     tokens: jax.Array  # i32[B,R]
     logprobs: jax.Array  # f32[B,R]
     mask: jax.Array  # bool[B,R]
-    alive: jax.Array  # bool[B]; no stop token yet
+    alive: jax.Array  # bool[B]; whether the row has sampled no stop token yet
 
 
 @struct.dataclass
 class _ActiveRows:
     """The rows that still decode, and the inputs of their next step."""
 
-    index: jax.Array | None  # i32[b]; each row's place in the batch; None: every row is active
-    alive: jax.Array  # bool[b]
-    token: jax.Array  # i32[b]; the newest
+    index: jax.Array | None  # i32[b]; each active row's place in the batch; None: every row is active
+    alive: jax.Array  # bool[b]; whether the row has sampled no stop token yet
+    token: jax.Array  # i32[b]; the newest token
     prompt_slots: jax.Array  # bool[b,S]; slots that hold a prompt token
     prompt_length: jax.Array  # i32[b]
     cache: Cache
 
     @property
     def places(self) -> jax.Array | slice:
-        """Index of the active rows in the batch. A slice for all of them keeps each row on its own device."""
+        """Index of the active rows in the batch. If all rows are active, it is a slice: rows stay on their devices."""
         return slice(None) if self.index is None else self.index
 
 
 def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.Array, sampling: Sampling) -> Rollout:
     """Samples n = `samples_per_prompt` completions of each prompt, in adjacent rows. Each prompt is encoded once.
 
-    A completion ends with a stop token, which is kept and real, or at `max_new_tokens`; padding follows. Logprobs are
-    those of the full distribution at `temperature`, also where top-k, top-p or min-p truncate it for sampling. Greedy
-    completions (temperature 0) get logprobs at temperature 1.
+    A completion ends with a stop token or after `max_new_tokens` tokens; padding follows. The stop token counts as a
+    real token. Logprobs are those of the full distribution at `temperature`, even if top-k, top-p or min-p truncate
+    the distribution that tokens are sampled from. Greedy completions (temperature 0) get logprobs at temperature 1.
     """
     model = for_decoding(bind(base, adapter))
     n, P = sampling.samples_per_prompt, prompts.tokens.shape[1]
@@ -65,14 +65,14 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     def extend(
         t: jax.Array, responses: _Responses, active: _ActiveRows, logits: jax.Array
     ) -> tuple[_Responses, _ActiveRows]:
-        """Samples token t of each active row from logits f32[b,V]."""
+        """Samples token t of each active row from the logits f32[b,V], and adds it to the responses."""
         rows = active.places
         token = jax.lax.cond(
             greedy,
             lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
             lambda: draw(truncate(logits / temperature, sampling), uniforms[rows, t]),
         )
-        # The function that recomputes logprobs later: sums in another order would give other logprobs.
+        # Scoring and the update use the same function: sums in another order would give other logprobs.
         logprob = token_logprobs(logits[:, None], token[:, None], temperature)[0][:, 0]
         alive = active.alive & ~jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
         responses = _Responses(
@@ -86,7 +86,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     slots = jnp.arange(P + R)
 
     def decode(state: tuple[jax.Array, _Responses, _ActiveRows]) -> tuple[jax.Array, _Responses, _ActiveRows]:
-        """Runs the model on the newest token, t - 1, whose slot is P + t - 1, and samples token t."""
+        """Runs the model on the newest token (number t - 1, in slot P + t - 1), and samples token t."""
         t, responses, active = state
         at = P + t - 1
         visible = active.prompt_slots | ((slots >= P) & (slots <= at))
@@ -133,7 +133,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
 def _batch_sizes(rows: int, max_compactions: int) -> list[int]:
     """Sizes of the active batch, from `rows` down.
 
-    A batch on several devices is not compacted: moving its caches would take longer than the rows that it saves.
+    A batch on several devices is never compacted: moving its caches would take longer than decoding finished rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if any(mesh.shape.get(axis, 1) > 1 for axis in BATCH_AXES):
@@ -143,7 +143,7 @@ def _batch_sizes(rows: int, max_compactions: int) -> list[int]:
 
 
 def _compact(active: _ActiveRows, size: int) -> _ActiveRows:
-    """Returns `size` of the active rows; unfinished rows come first."""
+    """Returns `size` of the active rows; unfinished rows are kept first."""
     rows = active.alive.shape[0]
     if size == rows:
         return active
