@@ -18,6 +18,10 @@ class Fault(Exception):
     """An error from outside the program during a run: one line with what failed and where."""
 
 
+class Diverged(Fault):
+    """A run whose weights are of no use. The same command would end the same way, so it is not recommended."""
+
+
 def reported_elsewhere(error: Exception, line: str) -> Exception:
     """Marks an error that another process reports, and returns it. This process prints `line` instead."""
     error.elsewhere = line

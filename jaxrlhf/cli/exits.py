@@ -1,12 +1,14 @@
 """Signals, streams, exit statuses and one-line error messages, shared by all commands."""
 
+import itertools
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from jaxrlhf.cli.streams import OutputLost, discard_output, open_streams
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
-from jaxrlhf.errors import Fault, UserError
+from jaxrlhf.errors import Diverged, Fault, UserError
 
 
 def main_of(command: Callable[[StopSignals], None], afterwards: str = "") -> int:
@@ -43,6 +45,7 @@ def _status(command: Callable[[], None], afterwards: str) -> int:
         command()
         return 0
     except UserError as error:
+        _print_user_frames(error)
         _say(_line(error))
         return 2
     except Stopped as stopped:
@@ -54,7 +57,8 @@ def _status(command: Callable[[], None], afterwards: str) -> int:
     except OutputLost:
         raise
     except Fault as fault:
-        _say(f"error: {fault}{afterwards}")
+        _print_user_frames(fault)
+        _say(f"error: {fault}{'' if isinstance(fault, Diverged) else afterwards}")
     except Exception as error:
         if hasattr(error, "elsewhere"):
             _say(_line(error))
@@ -62,6 +66,17 @@ def _status(command: Callable[[], None], afterwards: str) -> int:
             traceback.print_exc()
             _say(f"error: {type(error).__name__}: {' '.join(str(error).split())}{afterwards}")
     return 1
+
+
+def _print_user_frames(error: BaseException | None) -> None:
+    """Prints the frames of the user's reward function if it raised: they say which of its lines is at fault."""
+    while error is not None and getattr(error, "user_error", None) is None:
+        error = error.__cause__
+    if error is not None:
+        package = str(Path(__file__).parents[1])
+        frames = traceback.extract_tb(error.user_error.__traceback__)
+        own = itertools.dropwhile(lambda frame: frame.filename.startswith(package), frames)
+        _say("".join(traceback.format_list(list(own))).rstrip())
 
 
 def _line(error: Exception) -> str:

@@ -7,7 +7,6 @@ item of a list (an enum with null) stays.
 
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,8 @@ from jaxrlhf.config.data import check_template_arguments
 from jaxrlhf.data.chats import Chat, Prompt, content_text, without_empty_turn
 from jaxrlhf.data.sources import Message, Row, describe, one_line
 from jaxrlhf.errors import UserError
+
+_FLOAT32_MAX = 3.4028235e38
 
 
 def has_field(row: Row, name: str) -> bool:
@@ -59,12 +60,12 @@ def check_answer(row: Row, name: str, message: Message) -> None:
 
 
 def number_field(row: Row, name: str, default: float) -> float:
-    """The field's finite number, or `default` if the field is absent."""
+    """The field's number, which must be finite in float32, or `default` if the field is absent."""
     if not has_field(row, name):
         return default
     value = row.values[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{row.where}: field {name!r} is {describe(value)}; want a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _FLOAT32_MAX:
+        raise UserError(f"{row.where}: field {name!r} is {describe(value)}; want a finite number (of float32)")
     return float(value)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -118,6 +119,16 @@ def fetch(tree: Any) -> Any:
         return np.asarray(leaf)
 
     return jax.tree.map(full, tree)
+
+
+def finite_leaves(tree: Any) -> Any:
+    """For each leaf, whether all its values are finite: a tree of bools, alike on every process."""
+    return jax.tree.map(bool, fetch(jax.tree.map(_is_finite, tree)))
+
+
+@jax.jit
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else jnp.bool_(True)
 
 
 def put(leaf: Any, sharding: NamedSharding) -> jax.Array:

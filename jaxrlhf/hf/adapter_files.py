@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.hf.decoder_tensors import pending
+from jaxrlhf.hf.decoder_tensors import check_finite, pending
 from jaxrlhf.hf.folders import check_replaceable, written_once
 from jaxrlhf.hf.tensor_files import read_json, read_tensors, write_json, write_tensors
 from jaxrlhf.models.adapters import HEAD, SCORE
@@ -65,7 +65,9 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
     for tensor in stored.values():
         tensor.check_dtype()
     check_leaves({name: tensor.shape for name, tensor in stored.items()}, info.get("kind"), base, folder / ADAPTER)
-    return nested({name: jnp.asarray(np.array(tensor.view())) for name, tensor in stored.items()})
+    leaves = {name: jnp.asarray(np.array(tensor.view())) for name, tensor in stored.items()}
+    check_finite(leaves, stored)
+    return nested(leaves)
 
 
 def nested(leaves: dict[str, jax.Array]) -> Adapter:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxrlhf.data.tokenizers import Tokenizer, load_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.decoder_tensors import (
+    check_finite,
     in_dtype,
     load_parameter,
     match,
@@ -80,6 +81,7 @@ def load_sequence_classifier(
         sharding = None if mesh is None else parameter_sharding(mesh, f"{SCORE}/kernel", kernel.shape)
         address = address_of(config, f"{SCORE}/kernel")
         score = {SCORE: {"kernel": load_parameter(head, kernel, config, address, sharding)}}
+        check_finite({head.name: score[SCORE]["kernel"]}, {head.name: head})
         if document.get(BIAS) is not None:
             score[SCORE]["bias"] = jnp.full(1, _bias(document[BIAS], folder / "config.json"))
     if adapter is not None:

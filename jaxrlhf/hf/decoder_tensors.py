@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.distributed.mesh import fetch
+from jaxrlhf.distributed.mesh import fetch, finite_leaves
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.families import FAMILIES, address_of, is_ignored
 from jaxrlhf.hf.family import Part, TensorAddress
@@ -130,7 +130,15 @@ def read_decoder(
             continue
         sharding = None if mesh is None else parameter_sharding(mesh, name, parameter.shape)
         values[name] = load_parameter(stored[name], parameter, config, address, sharding)
+    check_finite(values, stored)
     return with_parameters(abstract if quantize is None else abstract_quantized(abstract, quantize), values)
+
+
+def check_finite(values: dict[str, jax.Array], stored: dict[str, StoredTensor]) -> None:
+    """Raises `UserError` naming file and tensor if a parameter that was read as it is stored is not finite."""
+    for name, finite in finite_leaves({name: value for name, value in values.items() if name in stored}).items():
+        if not finite:
+            stored[name].refuse_not_finite()
 
 
 def stored_shape(shape: tuple[int, ...], config: DecoderConfig, address: TensorAddress) -> tuple[int, ...]:
@@ -170,7 +178,7 @@ def _column_reader(
     def read(columns: slice) -> np.ndarray:
         part = np.array(view[:, columns], np.float32)
         if not np.isfinite(part).all():
-            raise UserError(f"{stored.file}: tensor {stored.name} has NaN or infinite values, which have no codes")
+            stored.refuse_not_finite()
         return part
 
     return read
@@ -191,6 +199,8 @@ def load_parameter(
         with np.errstate(over="ignore"):
             part = np.array(view[index], dtype=parameter.dtype, order="C")
         if parameter.dtype == jnp.float16 and not np.isfinite(part).all():
+            if not np.isfinite(np.asarray(view[index], np.float32)).all():
+                stored.refuse_not_finite()
             raise UserError(f"{stored.file}: tensor {stored.name} does not fit float16; load it as bfloat16 or float32")
         return part
 

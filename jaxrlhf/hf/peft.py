@@ -71,6 +71,8 @@ def load_peft(path: str | Path, base: Decoder) -> Adapter:
     stored = {_plain(name): tensor for name, tensor in read_tensors(file).items()}
     for tensor in stored.values():
         tensor.check_dtype()
+        if not np.isfinite(np.asarray(tensor.view(), np.float32)).all():
+            tensor.refuse_not_finite()
     head = stored.pop("score.weight", None)
     if config.has_head and head is None:
         raise UserError(f"{file}: tensor {HEAD_TENSOR} is missing, but modules_to_save lists the head")

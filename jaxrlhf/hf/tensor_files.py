@@ -49,6 +49,13 @@ class StoredTensor:
             found, required = list(self.shape), list(shape)
             raise UserError(f"{self.file}: tensor {self.name} has shape {found}; {source} requires {required}")
 
+    def refuse_not_finite(self) -> None:
+        """Raises `UserError`: the tensor was found to hold NaN or infinite values."""
+        raise UserError(
+            f"{self.file}: tensor {self.name} has NaN or infinite values: its training diverged, or the file is "
+            "damaged; use other weights"
+        )
+
     def view(self) -> np.ndarray:
         """The tensor as a read-only view of the file; nothing is read before it is sliced."""
         return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)

@@ -138,6 +138,9 @@ def _load_model(path: str, key_path: str) -> Any:
         # transformers fills missing tensors with random weights.
         missing = sorted(loading["missing_keys"])[0]
         raise UserError(f"{key_path}.path: {path} has no tensor {missing}; want a *ForSequenceClassification folder")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{key_path}.path: {path}: tensor {name} has NaN or infinite values; use other weights")
     return model.eval()
 
 

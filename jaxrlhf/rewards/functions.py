@@ -23,13 +23,20 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.sources import one_line
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import Fault, UserError
 from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.event_loop import run_async
 
 
-class RewardFault(RuntimeError):
-    """A reward raised an error or returned something other than scores; the message is one line and names it."""
+class RewardFault(Fault):
+    """A reward raised an error or returned something other than scores; the message is one line and names it.
+
+    `user_error` is what a user's function raised, None if it raised nothing.
+    """
+
+    def __init__(self, message: str, user_error: BaseException | None = None):
+        super().__init__(message)
+        self.user_error = user_error
 
 
 class FunctionReward:
@@ -110,7 +117,7 @@ class FunctionReward:
             raise
         except BaseException as error:  # sys.exit, or a panic in Rust, would end the run as if it had succeeded
             what = f"{type(error).__name__}: {one_line(error)}"
-            raise RewardFault(f"reward function {self.name} raised {what}") from error
+            raise RewardFault(f"reward function {self.name} raised {what}", user_error=error) from error
         return checked_scores(scores, len(completions.prompts), f"reward function {self.name}")
 
 

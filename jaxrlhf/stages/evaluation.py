@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxrlhf.errors import Diverged
 from jaxrlhf.records import Experience, Rollout
 from jaxrlhf.rewards.completions import Completions
 
@@ -26,6 +27,16 @@ class Evaluation:
 
     means: dict[str, float]  # by metric name
     samples: list[dict]
+
+
+def check_results(stage: str, results: Mapping[str, float], run_dir: str) -> None:
+    """Raises `Diverged` if a result of a stage's final evaluation is not finite: its weights are of no use."""
+    for name, value in results.items():
+        if not np.isfinite(value):
+            raise Diverged(
+                f"{stage}: {name} of the trained weights is {value}, so they do not become a role; checkpoints "
+                f"are in {run_dir}/checkpoints/{stage}; start a new run in another run_dir, with a lower rate"
+            )
 
 
 def row_metrics(experience: Experience, rollout: Rollout) -> dict[str, np.ndarray]:

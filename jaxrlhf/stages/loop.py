@@ -13,8 +13,9 @@ import jax
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.mesh import finite_leaves
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
-from jaxrlhf.errors import Fault
+from jaxrlhf.errors import Diverged, Fault
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.tracking.health import Health, stop_with_batch
@@ -140,11 +141,38 @@ class Loop:
         if step == self.first and self.settings.best not in (None, *values):
             self.run.say(f"{self.stage}: has no metric {self.settings.best}, so no checkpoint counts as the best")
         if self._due(self.reached):
-            self._save(values.get(self.settings.best))
+            self._save_if_learning(values.get(self.settings.best))
         self._step_start = time.perf_counter()
+
+    def _save_if_learning(self, score: float | None) -> None:
+        """Saves a regular checkpoint, unless the last step made no update: then older, better ones are kept.
+
+        Resuming repeats those steps with the same result. Raises `Diverged` at the end of a stage without any update.
+        """
+        if self.reached == self.total <= self.health.in_a_row:
+            raise Diverged(
+                f"{self.stage}: all {self.total} steps skipped updates: a loss or gradient was not finite, or KL "
+                f"or length was above its limit (see {self.run.folder / 'metrics.jsonl'}); correct data or settings, "
+                "and start a new run in another run_dir"
+            )
+        if self.reached == self.total or not self.health.in_a_row:
+            self._save(score)
+
+    def _check_finite(self) -> None:
+        """Raises `Diverged` if the state has NaN or infinite values; checkpoints saved before stay as they are."""
+        bad = [path for path, finite in jax.tree_util.tree_leaves_with_path(finite_leaves(self.state)) if not finite]
+        if bad:
+            name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
+            saved = self.checkpoints.on_disk
+            kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint before it"
+            raise Diverged(
+                f"{self.stage}: {name} is not finite after step {self.reached}; {kept}; start a new run in another "
+                "run_dir, with a lower learning rate or max_grad_norm"
+            )
 
     def _save(self, score: float | None = None) -> None:
         """Saves a checkpoint. Only regular checkpoints have a score: an interruption must not change the best one."""
+        self._check_finite()
         lines = {}
         for name, log in self.run.logs.items():
             lines[name] = log.lines()

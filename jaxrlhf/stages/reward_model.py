@@ -12,6 +12,7 @@ from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter
+from jaxrlhf.stages.evaluation import check_results
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
@@ -70,6 +71,7 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
         run, roles.base, "reward_model", adapter, inputs.train, reward_model_update, coefficient, shown=shown
     )
     results = evaluate(run, roles.base, adapter, inputs.heldout)
+    check_results("reward_model", results, run.config.run_dir)
     save_role(run.config.run_dir, "reward", adapter)
     mark_finished(run.config.run_dir, "reward_model", results)
     accuracy, pairs = results["heldout_accuracy"], results["heldout_pairs"]

@@ -11,6 +11,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter
+from jaxrlhf.stages.evaluation import check_results
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
@@ -51,6 +52,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     adapter = init_adapter(roles.base, config.adapter_or(config.sft.adapter), key_for(config.seed, "sft", 0, "adapter"))
     adapter = train_adapter(run, roles.base, "sft", adapter, inputs.train, sft_update, shown={"loss": "sft/loss"})
     results = {"heldout_loss": evaluate(run, roles.base, adapter, inputs.heldout)} if inputs.heldout else {}
+    check_results("sft", results, folder)
     if config.sft_trains_base:
         base = shard(run.mesh, merge(roles.base, adapter))
         save_base(folder, base, roles.tokenizer)

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from jaxrlhf.checkpoint.files import atomic_directory
 from jaxrlhf.distributed.mesh import fetch
-from jaxrlhf.errors import Fault
+from jaxrlhf.errors import Diverged
 
 SKIPPED, PAUSED = "skipped", "health/paused"
 
@@ -34,7 +34,7 @@ class Health:
 
 
 def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str, in_a_row: int) -> None:
-    """Writes the batch of the last step to `folder`/STAGE-STEP/batch.safetensors and raises `Fault` with its path.
+    """Writes the batch of the last step to `folder`/STAGE-STEP/batch.safetensors and raises `Diverged` with its path.
 
     All processes must call it; process 0 writes.
     """
@@ -45,7 +45,7 @@ def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str
         with atomic_directory(target, replace=True) as temporary:
             save_file(arrays, temporary / "batch.safetensors")
     steps = f"{in_a_row} steps in a row" if in_a_row > 1 else "a step"
-    raise Fault(
+    raise Diverged(
         f"{stage}: {steps} made no update, because {reason}; the batch of step {step} is {target}/batch.safetensors "
         "(health.patience sets how many are allowed; to change another setting, start a new run in another run_dir)"
     )

@@ -70,7 +70,7 @@ def events(monkeypatch):
 def iterations(events):
     """The events of each iteration, from its rollout to its line of metrics."""
     found, own = [], []
-    for event in events:
+    for event in events[events.index("rollout") :]:  # the first reward is the trial before training
         own.append(event)
         if event == "metrics":
             found.append(own)

@@ -20,9 +20,10 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own, on_first
 from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.checks import check_adapter, rate_text, with_optimizers
-from jaxrlhf.stages.evaluation import comparison, samples_of
+from jaxrlhf.stages.evaluation import check_results, comparison, samples_of
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo.iteration import Iteration, StageState
@@ -86,6 +87,9 @@ def load(run: Run, roles: Roles) -> PPOInputs:
         check_prompts(rewards, prompt_set, "ppo.reward")
         if gold is not None:
             gold.check_columns(set().union(*prompt_set.columns), "ppo.gold")
+    if processes.is_first():
+        tried = {f"ppo.reward.parts.{name}" if name else "ppo.reward": reward for name, (reward, _) in rewards.items()}
+        try_rewards(tried | {"ppo.gold": gold}, prompts, roles.tokenizer)
     inputs = PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
     _check_kinds(run, inputs)
     if "sft" not in run.config.stages:  # otherwise the SFT adapter does not exist yet
@@ -138,11 +142,12 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
             loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, log_samples)
             loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
         ppo = loop.result().ppo
+    policies = {"before": start, "after": ppo.policy} | ({"average of": ppo.average} if ppo.average else {})
+    results = {name: iteration.evaluate(policy, ppo.value, inputs.evaluation) for name, policy in policies.items()}
+    check_results("ppo", results["after"].means, run.config.run_dir)
     trained = ppo_adapters(ppo.policy, ppo.value, ppo.average, update_config)
     for name, adapter in trained.items():
         save_role(run.config.run_dir, name, adapter)
-    policies = {"before": start, "after": ppo.policy} | ({"average of": ppo.average} if ppo.average else {})
-    results = {name: iteration.evaluate(policy, ppo.value, inputs.evaluation) for name, policy in policies.items()}
     run.samples.write("ppo", config.iterations, {name.split()[0]: e.samples for name, e in results.items()})
     mark_finished(run.config.run_dir, "ppo", {name.split()[0]: e.means for name, e in results.items()})
     if processes.is_first():

@@ -1,0 +1,51 @@
+"""Calls rewards once before training, so that a dead server or a wrong shape is found in seconds and not after SFT."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.errors import UserError
+from jaxrlhf.records import Rollout
+from jaxrlhf.rewards.classifier import ClassifierReward
+from jaxrlhf.rewards.completions import Completions, Reward
+from jaxrlhf.rewards.functions import FunctionReward, RewardFault
+from jaxrlhf.rewards.remote import HTTPReward
+
+ROWS, TOKENS = 2, 8
+
+
+def try_rewards(rewards: Mapping[str, Reward | None], prompts: PromptSet, tokenizer: Tokenizer) -> None:
+    """Scores two completions with each function, server and classifier. Raises `UserError` with its key path.
+
+    Rewards that are decoders are not called: their loading has checked them, and calling would compile a program.
+    """
+    completions = _completions(prompts, tokenizer)
+    for key_path, reward in rewards.items():
+        if isinstance(reward, FunctionReward | HTTPReward | ClassifierReward):
+            try:
+                reward(completions)
+            except RewardFault as fault:
+                raise UserError(f"{key_path}: tried on {ROWS} rows before training: {fault}") from fault
+
+
+def _completions(prompts: PromptSet, tokenizer: Tokenizer) -> Completions:
+    """Two prompts of the data, each with its own last tokens as the completion."""
+    rows = [0, min(1, len(prompts) - 1)]
+    padded = prompts.padded(rows)
+    response = np.zeros((ROWS, TOKENS), np.int32)
+    response_mask = np.zeros((ROWS, TOKENS), bool)
+    for row, index in enumerate(rows):
+        ids = prompts.ids[index][-TOKENS:]
+        response[row, : len(ids)], response_mask[row, : len(ids)] = ids, True
+    rollout = Rollout(
+        tokens=np.concatenate([padded.tokens, response], axis=1),
+        mask=np.concatenate([padded.mask, response_mask], axis=1),
+        response_mask=response_mask,
+        sample_logprobs=np.zeros(response.shape, np.float32),
+        ended=np.ones(ROWS, bool),
+        temperature=np.ones(ROWS, np.float32),
+    )
+    texts, columns, chats = ([values[i] for i in rows] for values in (prompts.texts, prompts.columns, prompts.chats))
+    return Completions(rollout, texts, columns, tokenizer, chats)
