@@ -12,8 +12,8 @@ from jaxrlhf.cli.train import main
 
 NEW = {"new": {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32}}
 PPO = {
-    "data": {"path": "builtin:assistant-prompts", "limit": 16}, "max_prompt_tokens": 16, "iterations": 2, "batch_size": 4,
-    "evaluation_prompts": 4, "sampling": {"max_new_tokens": 4, "max_compactions": 0},
+    "data": {"path": "builtin:assistant-prompts", "limit": 16}, "max_prompt_tokens": 16, "iterations": 2,
+    "batch_size": 4, "evaluation_prompts": 4, "sampling": {"max_new_tokens": 4, "max_compactions": 0},
     "adapter": {"rank": 2, "target_modules": ["q_proj", "down_proj"]}, "update": {"epochs": 1, "minibatches": 1},
 }  # fmt: skip
 GOOD = "def score(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
@@ -74,7 +74,8 @@ def test_weights_become_no_role_if_their_evaluation_is_not_finite(give):
 )
 def test_a_reward_is_called_before_the_first_stage(give, body, what):
     (give.folder / "reward.py").write_text(f"def score(prompts, completions, **columns):\n    {body}\n")
-    status, errors = give(stages=["sft", "ppo"], sft={"data": {"path": "builtin:assistant-demonstrations", "limit": 40}})
+    sft = {"data": {"path": "builtin:assistant-demonstrations", "limit": 40}}
+    status, errors = give(stages=["sft", "ppo"], sft=sft)
     *frames, line = errors.splitlines()
     assert status == 2 and line.startswith("error: ppo.reward: tried on 2 rows before training: reward function")
     assert re.search(what, line) and "Traceback" not in errors
