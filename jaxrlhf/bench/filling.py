@@ -1,6 +1,6 @@
-"""Arrays in place of shapes: random weights, tokens and scores for the programs that `stages.calls` describes.
+"""Fills shapes with arrays: random weights, tokens and scores for the programs that `stages.calls` describes.
 
-A leaf's name decides its contents, as it decides its sharding; a name that no rule covers is an error.
+The name of a leaf decides its contents, as it decides the leaf's sharding. A name that no rule covers is an error.
 """
 
 import functools
@@ -16,35 +16,36 @@ from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.sharding import leaf_name
 
 _INPUTS, _INITIAL = "one over the root of the inputs", "the model's initializer_range"
-# (pattern for the end of a leaf's name, mean, standard deviation) of floats; the first match counts.
+# (pattern for the end of a leaf's name, mean, standard deviation) for leaves of floats; the first match counts.
 _FLOATS: tuple[tuple[str, float, float | str], ...] = (
     (r"\.(mu|nu)\..*|kl_coef|moments/(count|mean|squares)|bias|margin|\w*logprobs", 0.0, 0.0),
     (r"lora_scale", 2.0, 0.0),
     (r"lora_a|score/kernel", 0.0, _INPUTS),
     (r"lora_b", 0.0, 0.01),  # zero at the start of a run, but products of zeros would be faster
-    (r"kernel_scale", 3e-4, 0.0),  # of 8-bit codes up to 127
+    (r"kernel_scale", 3e-4, 0.0),  # the scales of int8 codes, which go up to 127
     (r"norm/scale", 1.0, 0.0),
     (r"kernel|embedding", 0.0, _INITIAL),
-    (r"weight|temperature", 1.0, 0.0),  # weight: of preference pairs
-    (r"values|advantages|returns|\d+", 0.0, 1.0),  # a number: an argument without a name, the scores
+    (r"weight|temperature", 1.0, 0.0),  # weight: that of preference pairs
+    (r"values|advantages|returns|\d+", 0.0, 1.0),  # a number is the place of an argument without a name: the scores
 )
 
 
 class Filler:
-    """Makes one array for each shape, also where several programs take it."""
+    """Makes one array for each shape; programs that share a shape object get the same array."""
 
     def __init__(self, model: DecoderConfig, seed: int):
         self.model, self.key = model, jax.random.key(seed)
-        self.seconds = 0.0  # of compiling and drawing
-        self._arrays: dict[int, tuple[jax.ShapeDtypeStruct, jax.Array]] = {}  # by id of the shape, which is kept alive
-        self._programs: dict[tuple, Any] = {}  # shared by equal leaves
+        self.seconds = 0.0  # time spent compiling the random generators and drawing
+        # id of the shape -> (the shape, its array). Keeping the shape alive keeps its id unique.
+        self._arrays: dict[int, tuple[jax.ShapeDtypeStruct, jax.Array]] = {}
+        self._programs: dict[tuple, Any] = {}  # compiled random generators; leaves with the same contents share one
 
     def fill(self, tree: Any) -> Any:
-        """The tree with an array for each shape, sharded as the shape says; other leaves stay."""
+        """Returns the tree with an array in place of each shape, sharded as the shape says; other leaves stay."""
         return jax.tree_util.tree_map_with_path(self._leaf, tree)
 
     def give(self, shapes: Any, arrays: Any) -> None:
-        """Uses these arrays for these shapes from now on: the next program takes the results of the one before."""
+        """Uses `arrays` for `shapes` from now on, so that a program gets the results of an earlier program as input."""
         for leaf, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(arrays), strict=True):
             self._arrays[id(leaf)] = leaf, array
 
@@ -66,7 +67,7 @@ class Filler:
         return self._arrays[id(leaf)][1]
 
     def _contents(self, name: str, leaf: jax.ShapeDtypeStruct) -> tuple[str, float, float]:
-        """("normal", mean, standard deviation), ("integers", low, high) or ("bits", 0, 0)."""
+        """A leaf's contents: ("normal", mean, standard deviation), ("integers", low, high) or ("bits", 0, 0)."""
         if leaf.dtype in (jnp.int8, jnp.uint8):
             return "bits", 0, 0
         if leaf.dtype == jnp.bool_ or name.endswith("segments"):

@@ -1,4 +1,4 @@
-"""PPO's own iterations over programs that are compiled and timed already, with random prompts and scores."""
+"""Times PPO's iterations as the stage runs them, over compiled and timed programs, with random prompts and scores."""
 
 import statistics
 import time
@@ -20,13 +20,14 @@ from jaxrlhf.tracking.metrics import MetricsLog
 
 
 def time_iterations(shapes: Shapes, timed: dict[str, Timed], iterations: int) -> dict[str, Any]:
-    """Median seconds of the stage's own `Iteration`, with the host's work except logs, checkpoints and text.
+    """Runs the `Iteration` of the PPO stage several times and returns median seconds as JSON values.
 
-    `timed` has all programs of ppo, by name.
+    The time includes the host's work, except logs, checkpoints and text. `timed` has all programs of the stage, by
+    name.
     """
     iteration, state = _iteration(shapes, timed)
     prompts, wall, programs = _prompts(shapes), [], []
-    for step in range(iterations + 1):  # the first one compiles the small programs of the host
+    for step in range(iterations + 1):  # the first iteration compiles small programs and is not counted
         start = time.perf_counter()
         calls = {name: len(program.seconds) for name, program in timed.items()}
         state, *_ = iteration(state, step, prompts)
@@ -45,7 +46,7 @@ def time_iterations(shapes: Shapes, timed: dict[str, Timed], iterations: int) ->
 
 
 def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, StageState]:
-    """(the iteration, its first state) from the arguments of the timed programs."""
+    """Returns (the iteration, its first state), built from the arguments of the timed programs."""
     annotate, experience, update = timed["annotate"], timed["experience"], timed["update"]
     base, reference = annotate.args[0], annotate.args[3]
     state, control = update.args[0], experience.args[4]
@@ -55,13 +56,16 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, Stag
     sampler.greedy_rollout = timed.get("greedy", timed["rollout"])
     iteration = Iteration(run, sampler.roles, sampler, update.args[-1], state, reference, None)
     iteration.annotate, iteration.experience = annotate, experience
-    iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # the mix has the same rows each time
+    iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # every update mixes in the same rows
     refreshed = reference if shapes.config.ppo.refresh_reference else None
     return iteration, StageState(state, control, iteration.count(0), refreshed)
 
 
 class _RandomReward:
-    """Random scores, after the programs that the run's own reward would run."""
+    """A reward that runs the programs of the run's reward models.
+
+    It returns the scores of the program `reward` if the run has one, otherwise random scores.
+    """
 
     name = "bench"
 

@@ -1,7 +1,7 @@
-"""The rates of this machine: of its matrix products and of its memory, measured with XLA.
+"""Measures the rates of this machine with XLA: operations of matrix products, and bytes from and to memory.
 
-Many calls are in flight at a time, and only the last is waited for: a device that waits for its host is slower. All
-data is random: products of zeros take less power, and run faster on some cards.
+Many calls are dispatched before the host waits for the last one, because a device that waits for its host is slower.
+All data is random: matrix products of zeros take less power, and run faster on some cards.
 """
 
 import contextlib
@@ -18,16 +18,18 @@ import jax.numpy as jnp
 from jaxrlhf.models.target import Target
 from jaxrlhf.plan.work import Rates
 
-_REPEATS, _SECONDS, _MAX_CALLS = 5, 0.1, 64  # measurements, each of about so many seconds and at most so many calls
-# (rows of a square product, bytes of an array that exceeds all caches) by platform; other platforms are as a GPU
+_REPEATS = 5  # number of measurements
+_SECONDS, _MAX_CALLS = 0.1, 64  # length of a measurement: about this many seconds, at most this many calls
+# Platform -> (rows of square matrices, bytes of an array that is larger than all caches); `_LARGE` is for all others.
 _SIZES = {"cpu": (2048, 2**27)}
 _LARGE = (8192, 2**29)
 
 
 def measure_rates(dtype: str, devices: int, target: Target) -> Rates:
-    """The best rates of several products, in the run's precision, and of several passes over memory.
+    """Measures the best rates of matrix products, in the run's precision, and of passes over memory.
 
-    One device is measured, and the others are taken to be the same; virtual devices of one processor share its rates.
+    One device is measured, and the other devices are assumed to have the same rates. The virtual devices of a CPU share
+    the rates of that CPU.
     """
     size, length = _SIZES.get(target.platform, _LARGE)
     count = 1 if target.platform == "cpu" else devices
@@ -36,7 +38,7 @@ def measure_rates(dtype: str, devices: int, target: Target) -> Rates:
 
 
 def describe(devices: int) -> dict[str, str | int]:
-    """This machine as plain values."""
+    """Returns a description of this machine as JSON values."""
     device = jax.devices()[0]
     return {
         "backend": jax.default_backend(),
@@ -48,7 +50,7 @@ def describe(devices: int) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """The processor's name, with family and model on Linux: virtual machines shorten the name."""
+    """The processor's name; on Linux with family and model, because virtual machines shorten the name."""
     with contextlib.suppress(OSError, KeyError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
         info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
@@ -58,27 +60,27 @@ def _processor() -> str:
 
 
 def forget_peak() -> None:
-    """Resets this process' peak memory on Linux, so that it is the run's and not that of measuring rates."""
+    """Resets the peak memory of this process on Linux, so that the peak of measuring the rates does not count."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _product_rate(size: int, dtype: jnp.dtype) -> float:
-    """a <- a b, with b scaled so that a keeps its size."""
+    """Operations per second of matrix products: a <- a b, with b scaled so that the numbers in a keep their size."""
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.float32) for i in range(2))
     b = (b * size**-0.5).astype(dtype)
     return 2.0 * size**3 / _seconds(jax.jit(lambda a: a @ b), a.astype(dtype))
 
 
 def _memory_rate(length: int) -> float:
-    """y <- a x + y, in place: two arrays are read and one is written."""
+    """Bytes per second from and to memory: y <- a x + y in place reads two arrays and writes one."""
     x, y = (jax.random.normal(jax.random.key(i), (length // 4,), jnp.float32) for i in range(2))
     axpy = jax.jit(lambda y, x: 1e-3 * x + y, donate_argnums=0)
     return 3.0 * length / _seconds(lambda y: axpy(y, x), y)
 
 
 def _seconds(step: Callable[[jax.Array], jax.Array], state: jax.Array) -> float:
-    """Seconds of a step: the best of several series of steps that do not wait for each other."""
+    """Returns the seconds of a step: the best of several series, in which the host waits only for the last step."""
     state, calls, best = step(state).block_until_ready(), 1, math.inf
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One measurement of a run: the machine's rates, each program alone, then PPO's own iterations."""
+"""Measures a run: the machine's rates, each program alone, then whole PPO iterations."""
 
 import dataclasses
 import math
@@ -24,25 +24,26 @@ from jaxrlhf.stages.calls import Call, calls_of
 from jaxrlhf.stages.checks import check_stage
 from jaxrlhf.stages.shapes import Shapes, read_model, resolved
 
-_MEAN_SHARE = 4  # geometric lengths have a mean of the limit divided by this, before they are cut at the limit
+_MEAN_SHARE = 4  # the mean of geometric lengths, before they are cut at the limit, is the limit divided by this
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command's own options."""
+    """Options of the command `bench`."""
 
-    lengths: str = "full"  # or geometric
-    repeats: int = 5  # calls of each program
-    iterations: int = 5  # of PPO
-    only: Collection[str] = ()  # names of programs; empty: all, and PPO's iterations
-    profile: str | None = None  # a folder for traces
+    lengths: str = "full"  # lengths of completions: full or geometric
+    repeats: int = 5  # number of timed calls of each program
+    iterations: int = 5  # number of timed PPO iterations
+    only: Collection[str] = ()  # names of the programs to time; empty: all programs and PPO iterations
+    profile: str | None = None  # a folder for traces; None: no traces
 
 
 def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Measures on all devices; yields all results so far as plain values, and the new ones as text, again and again.
+    """Measures on all devices; after each measurement yields (all results so far as JSON values, new ones as text).
 
-    First the rates, then each program, then each stage. `say` takes progress messages. `UserError` where the settings
-    do not fit the devices or the model. Inputs that programs outside `options.only` would make are random.
+    The machine's rates come first. Then come the programs of each stage, one by one, and the stage as a whole. `say`
+    prints progress messages. Raises `UserError` if the settings do not fit the devices or the model. With
+    `options.only`, inputs that the other programs would compute are random.
     """
     mesh, model = make_mesh(config.mesh), read_model(config.model)
     config = resolved(with_lengths(config, options.lengths, model.vocab_size))
@@ -52,7 +53,7 @@ def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> 
         say("measures the machine")
         start = time.perf_counter()
         rates = measure_rates(config.model.dtype, mesh.size, shapes.base.config.target)
-        elsewhere = time.perf_counter() - start  # in compiling, and in programs
+        elsewhere = time.perf_counter() - start  # seconds spent in compiling and in running programs
         forget_peak()
         machine = {"flops_per_second": rates.flops, "bytes_per_second": rates.bytes}
         results = {"machine": describe(mesh.size) | machine, "model": _model(shapes), "lengths": options.lengths,
@@ -88,7 +89,7 @@ def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> 
 
 
 def _checked_calls(shapes: Shapes, only: Collection[str], say: Callable[[str], None]) -> dict[str, list[Call]]:
-    """Stage -> its programs; of `only`, if it names any."""
+    """Checks the settings, and returns stage -> its programs; only the programs in `only`, if it names any."""
     config = shapes.config
     for stage in config.stages:
         for note in check_stage(config, stage, shapes.model, shapes.mesh):
@@ -115,7 +116,7 @@ def _model(shapes: Shapes) -> dict[str, Any]:
 
 
 def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds, least seconds and tokens of an iteration (ppo) or an optimizer step, summed over its programs."""
+    """Sums seconds and least seconds over the programs of a PPO iteration or an optimizer step, with token rates."""
     seconds, least = (sum(p["calls"] * p[name] for p in programs) for name in ("seconds", "least_seconds"))
     tokens = programs[0]["tokens"]
     return {"seconds": seconds, "least_seconds": least, "share": least / seconds, "tokens": tokens,
@@ -123,10 +124,11 @@ def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def with_lengths(config: RunConfig, kind: str, vocabulary: int) -> RunConfig:
-    """The run with completions of `full` or `geometric` lengths, by its stop tokens alone.
+    """Returns the run with completions of `full` or `geometric` lengths; only its stop tokens decide the lengths.
 
-    Random weights give every token about the same probability. Stop tokens that are the share p of the vocabulary then
-    end a completion at each token with probability p: the mean is 1 / p, cut at the limit.
+    Random weights give every token about the same probability. If a share p of the vocabulary are stop tokens, each
+    sampled token ends its completion with probability p. The lengths are then geometric with mean 1 / p, cut at the
+    limit.
     """
     if config.ppo is None:
         return config

@@ -1,4 +1,4 @@
-"""Text of what `measure` has found so far; the JSON document has the same figures."""
+"""Formats the results of `measure` as text; the JSON document has the same figures."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _COLUMNS = {"program": 12, "calls": 5, "seconds": 8, "least": 8, "share": 5, "bo
 
 
 def opening(results: dict[str, Any]) -> str:
-    """The model, and the machine's rates."""
+    """Returns the first lines: the model, and the machine's rates."""
     machine, model = results["machine"], results["model"]
     lines = [
         f"{machine['devices']} x {machine['device']} ({machine['backend']}, {machine['cores']} cores), jax "
@@ -25,7 +25,10 @@ def opening(results: dict[str, Any]) -> str:
 
 
 def program_row(stage: dict[str, Any]) -> str:
-    """The row of the program that was timed last, below the table's head if it is the first, and its kernels."""
+    """Returns the table row of the program that was timed last, and a line for each of its slowest kernels.
+
+    The table's head comes before the first program of a stage.
+    """
     p, widths = stage["programs"][-1], _COLUMNS.values()
     head = [] if stage["programs"][1:] else ["", stage["stage"], table_row(_COLUMNS, widths)]
     name = p["name"] if len(p["name"]) <= _COLUMNS["program"] else f"{p['name']}\n{'':<{_COLUMNS['program']}}"
@@ -40,7 +43,7 @@ def program_row(stage: dict[str, Any]) -> str:
 
 
 def stage_sums(stage: dict[str, Any]) -> str:
-    """The sums over a stage's programs, and PPO's own iterations."""
+    """Returns the sums over the programs of a stage, and the times of whole PPO iterations."""
     unit = "iteration" if stage["stage"] == "ppo" else "optimizer step"
     text = (
         f"{unit}, sum of its programs: {stage['seconds']:.4g} s, at least {stage['least_seconds']:.3g} s "
@@ -54,12 +57,13 @@ def stage_sums(stage: dict[str, Any]) -> str:
 
 
 def closing(results: dict[str, Any]) -> str:
-    """The peak of memory, and what the columns mean."""
+    """Returns the last lines: the peak memory, and the meaning of the columns."""
     owner = "this process, with its compilers" if results["machine"]["backend"] == "cpu" else "the fullest device"
     return (
         f"\npeak memory {results['peak_bytes'] / _MIB:,.0f} MiB (of {owner}); {results['host_seconds']:.1f} s besides "
         "compiling and programs\n\n"
-        "Seconds are medians. least: max(FLOP / rate of products, bytes / rate of memory) of each phase, by formula\n"
-        "for the actual lengths; share: least / seconds. MiB: arguments, results and temporaries, as compiled.\n"
+        "Seconds are medians. least: max(FLOP / rate of matrix products, bytes / rate of memory), summed over phases;\n"
+        "FLOP and bytes come from formulas for the actual lengths. share: least / seconds. peak MiB: arguments,\n"
+        "results and temporaries of the compiled program.\n"
         "A program bound by memory can have a share above 100% when it reads from caches."
     )

@@ -12,13 +12,14 @@ import jax
 from jaxrlhf.plan.work import Rates, Work
 from jaxrlhf.stages.calls import Call
 
-_CHAINED = ("update", "sft_update", "reward_model_update")  # their first result is the next state; they donate the old
-_SHOWN = 10  # kernels
+# Programs whose first result is the next state; they donate the old state.
+_CHAINED = ("update", "sft_update", "reward_model_update")
+_SHOWN = 10  # number of kernels
 _HOST_LINES = "tf_XLA"  # threads on which XLA runs a program on a CPU
 
 
 class Timed:
-    """A compiled program that records how long each call took. Stands in for the `Program` it was made from."""
+    """A compiled program that records how long each call took. It can be called in place of the original `Program`."""
 
     compiles = 1
 
@@ -29,7 +30,7 @@ class Timed:
         self._compiled = call.program.lower(*args, **kwargs).compile()
         self.compile_seconds = time.perf_counter() - start
         self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []  # of all threads; the rest of cores x seconds is waiting
+        self.cpu_seconds: list[float] = []  # summed over threads; the cores wait for the rest of cores x seconds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         traced = {name: value for name, value in kwargs.items() if name not in self._static}
@@ -40,14 +41,14 @@ class Timed:
         return result
 
     def again(self) -> Any:
-        """One more call on its own arguments; an update continues from its own state."""
+        """Calls the program once more on its own arguments; an update starts from the state of its previous call."""
         result = self(*self.args, **self.kwargs)
         if self.name in _CHAINED:
             self.args = (result[0], *self.args[1:])
         return result
 
     def memory(self) -> dict[str, int]:
-        """Bytes per device as compiled. The peak counts arguments and results, each once."""
+        """Bytes per device of the compiled program. The peak counts memory that arguments and results share once."""
         sizes = self._compiled.memory_analysis()
         arguments, results = sizes.argument_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         parts = {"arguments": arguments, "results": results, "temporaries": sizes.temp_size_in_bytes}
@@ -55,7 +56,10 @@ class Timed:
 
 
 def time_program(program: Timed, work: Work, rates: Rates, repeats: int, traces: Path | None) -> dict[str, Any]:
-    """Times a program that was called before, as plain values of one call; with `traces`, under jax's profiler."""
+    """Times a program that was called before, and returns the figures of one call as JSON values.
+
+    With `traces`, a folder, the calls run under jax's profiler.
+    """
     with contextlib.nullcontext() if traces is None else jax.profiler.trace(str(traces)):
         for _ in range(repeats):
             program.again()
@@ -63,7 +67,7 @@ def time_program(program: Timed, work: Work, rates: Rates, repeats: int, traces:
     seconds, flops, moved = statistics.median(times), float(work.flops.sum()), float(work.bytes.sum())
     return {
         "name": program.name,
-        "calls": program.times,  # in an iteration, or an optimizer step
+        "calls": program.times,  # number of calls in a PPO iteration or an optimizer step
         "seconds": seconds,
         "best_seconds": min(times),
         "all_seconds": times,
@@ -85,9 +89,10 @@ def time_program(program: Timed, work: Work, rates: Rates, repeats: int, traces:
 
 
 def slowest(folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """The kernels (on a CPU, XLA's operations) that took most in the last trace, as times and counts of one call.
+    """Returns the kernels that took most time in the last trace, with seconds and counts per call of the program.
 
-    Empty where this jax cannot read its own traces, or where the trace has no kernels.
+    On a CPU these are XLA's operations. The list is empty if this version of jax cannot read its traces, or if the
+    trace has no kernels.
     """
     reader = getattr(jax.profiler, "ProfileData", None)
     traces = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
@@ -100,7 +105,7 @@ def slowest(folder: Path, repeats: int) -> list[dict[str, Any]]:
             # A device's other lines repeat the events of its streams by module and by step.
             if line.name.startswith("Stream" if device else _HOST_LINES):
                 for event in line.events:
-                    # Not the runtime's own functions on a CPU, nor the ends of operations that run beside others.
+                    # On a CPU, skip the runtime's own functions, and the end events of operations that run in parallel.
                     if device or not ("::" in event.name or event.name.startswith("end: ")):
                         times[event.name].append(event.duration_ns / 1e9)
     kernels = [{"name": name, "calls": len(each) / repeats, "seconds": sum(each) / repeats}

@@ -1,23 +1,26 @@
-"""The least work of each program by formula: operations of matrix products, bytes to read, bytes to send.
+"""The least work of each program, from formulas: operations of matrix products, bytes to read, bytes to send.
 
-It follows from sizes and row lengths, not from what was compiled: a program that does less than before comes nearer to
-its limit. A multiplication and an addition count as two operations. Per pass of one role, with W the weights of a
-layer's linear maps, A those of its LoRA pairs, D x V the head and L layers:
+The work follows from sizes and row lengths, not from the compiled program. So it is a fixed limit, which a faster
+program comes closer to. A multiplication and an addition count as two operations. For one pass of one role (policy,
+value, reward or reference), with W the number of weights in the linear layers of a block, A the number in their LoRA
+pairs, D x V the shape of the head, and L layers:
 
     forward    2 (W + A) per real token, 4 heads x head size per (query, key) pair, 2 D V per position with logits
     backward   2 W + 4 A per token under LoRA (the base has no gradient), 4 W where W is trained; twice the forward of
                attention; 2 D V for the head, 4 where it is trained
-    bytes      weights and adapters once a pass; decoding also reads the filled cache, 2 x kv heads x head size x L per
-               position; an update reads and writes its parameters and both moments (6 times the adapter)
-    sent       tensor (t cards): 2 all-reduces of [tokens, D] a layer forward and 2 backward (one where attention and
-               MLP read the same input), each 2 (t - 1) / t of its bytes; fsdp (f): the weights of each pass,
-               (f - 1) / f; data x fsdp (n): the gradients of each optimizer step, 2 (n - 1) / n
+    bytes      weights and adapters once in each pass; decoding also reads the filled cache, 2 x kv heads x head size
+               x L numbers per position; an update reads and writes its parameters and both moments (6 times the
+               adapter)
+    sent       tensor (t cards): in each layer, 2 all-reduces of [tokens, D] forward and 2 backward (1 each if attention
+               and MLP read the same input); each sends 2 (t - 1) / t of its bytes. fsdp (f cards): (f - 1) / f of the
+               weights in each pass. data x fsdp (n cards): 2 (n - 1) / n of the gradients in each optimizer step
 
-Not counted, because no result needs it: under LoRA the gradient of the first layer's input; in the last layer
-everything but keys and values for prompt tokens before the last (the reward model counts in full). Elementwise work,
-activations that leave the caches and what `remat` computes twice are not part of the least either. In float32 a LoRA
-pair may be added to its kernel (`models.linear`) for 2 x rank x in x out, once for each value that the adapter takes
-during the pass, instead of 2 A per token: the smaller one counts. Decoding then reads kernels alone.
+Work that no result needs is not counted: under LoRA, the gradient of the first layer's input; in the last layer,
+everything except keys and values for the prompt tokens before the last one (the reward model counts in full). Also not
+counted are elementwise operations, reads and writes of activations that do not fit in caches, and work that `remat`
+repeats. In float32 a LoRA pair may be merged into its kernel (`models.linear`). Merging takes 2 x rank x in x out
+operations, once for each value that the adapter has during the pass, instead of 2 A per token; the smaller number
+counts. Decoding then reads the merged kernels and no LoRA pairs.
 """
 
 import dataclasses
@@ -32,14 +35,14 @@ from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
 from jaxrlhf.steps.ppo import computed_steps, single_step
 
-_KEYS_VALUES = ("attention.k_proj", "attention.v_proj")  # later positions read these outputs of a position
+_KEYS_VALUES = ("attention.k_proj", "attention.v_proj")  # layers whose outputs are also read by later positions
 _QKV = ("attention.q_proj", *_KEYS_VALUES)
-_PARALLEL_INPUTS = (*_QKV, "mlp.gate_proj", "mlp.up_proj")  # where attention and MLP read the same input
+_PARALLEL_INPUTS = (*_QKV, "mlp.gate_proj", "mlp.up_proj")  # layers that read the input of a parallel block
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Operations of matrix products, and bytes read from and written to memory, per second."""
+    """Rates per second: operations of matrix products, and bytes read from or written to memory."""
 
     flops: float
     bytes: float
@@ -47,22 +50,25 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One call of a program on all devices together, by phase. Phases, such as decode steps, do not overlap."""
+    """The work of one call of a program, on all devices together, by phase.
+
+    Phases are steps that do not overlap, such as decode steps.
+    """
 
     flops: np.ndarray  # f64[phases]
     weights: np.ndarray  # f64[phases]; bytes of parameters and optimizer states that are read or written
     cache: np.ndarray  # f64[phases]; bytes of keys and values that are read
-    tokens: float  # PPO: sampled tokens, in an update once per epoch; other stages: all tokens
-    reduced: float = 0.0  # bytes summed over `tensor`
-    gradients: float = 0.0  # bytes summed over `data` and `fsdp`
+    tokens: float  # PPO: number of sampled tokens, counted once per epoch in an update; other stages: all tokens
+    reduced: float = 0.0  # bytes of activations that are summed over `tensor`
+    gradients: float = 0.0  # bytes of gradients that are summed over `data` and `fsdp`
 
     @property
     def bytes(self) -> np.ndarray:
-        """f64[phases]; from and to memory."""
+        """Bytes read from and written to memory, f64[phases]."""
         return self.weights + self.cache
 
     def on_card(self, mesh: Mapping[str, int]) -> tuple["Work", dict[str, float]]:
-        """(one card's share, bytes that it sends by mesh axis), as if each axis divided everything evenly."""
+        """Returns (the work of one card, mesh axis -> bytes that the card sends), as if axes divided all work evenly."""
         data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
         groups = data * fsdp
         share = dataclasses.replace(
@@ -81,11 +87,11 @@ class Work:
         return share, sent
 
     def least_seconds(self, rates: Rates) -> float:
-        """The sum over phases of the longer of arithmetic and memory traffic."""
+        """The least time: in each phase the longer of arithmetic and memory traffic, summed over phases."""
         return float(np.maximum(self.flops / rates.flops, self.bytes / rates.bytes).sum())
 
     def bound_by(self, rates: Rates) -> str:
-        """What takes most of the least time: arithmetic or memory."""
+        """Returns which of the two takes most of the least time: "arithmetic" or "memory"."""
         arithmetic, memory = self.flops / rates.flops, self.bytes / rates.bytes
         return "arithmetic" if 2 * arithmetic[arithmetic >= memory].sum() >= self.least_seconds(rates) else "memory"
 
@@ -95,7 +101,7 @@ def _one_phase(flops: float, weights: float, tokens: float, reduced: float = 0.0
 
 
 class Role:
-    """Counts for passes through the base with one adapter. Trees may hold arrays or shapes."""
+    """Counts the work of passes through the base with one adapter. Base and adapter may hold arrays or shapes."""
 
     def __init__(self, base: Decoder, adapter: Any):
         self.config, self.adapter, leaves = base.config, adapter or {}, named_parameters(base)
@@ -112,8 +118,8 @@ class Role:
             late = path.startswith(last) and path.removeprefix(last) not in _KEYS_VALUES
             first = not full and path.removeprefix("layers.0.") in first_inputs
             maps.append((fan_in * fan_out, "kernel" in own, down, down + up, down * fan_out, merges, late, first))
-        # Equal maps are counted once, times `counts`. [maps] each: `late` outputs are read by their own position
-        # alone; the input of `first` ones needs no gradient.
+        # Linear layers with equal numbers are one row of `maps`; `counts` says how many there are. `late` marks layers
+        # whose outputs only the same position reads; `first` marks layers whose inputs need no gradient.
         maps, self.counts = np.unique(np.array(maps, float), axis=0, return_counts=True)
         self.kernel, self.trained, self.down, self.pair, self.product, self.merges, self.late, self.first = maps.T
         self.trains_head = any(name in self.adapter for name in ("lm_head", "embed_tokens"))
@@ -122,10 +128,12 @@ class Role:
         *self.windows, self.last_window = (self.config.layer_kind(i).window for i in range(self.config.layers))
 
     def flops(self, tokens, seen, logits=0, scalars=0, unread=0, values=1, *, backward: bool = False) -> Any:
-        """Operations of a pass with these numbers of tokens, (query, key) pairs, logits and scalars: floats or f64[n].
+        """Returns the operations of a pass; all numbers are floats or f64[n].
 
-        `unread`: tokens whose last hidden state is unused. `values`: how many values the adapter takes during the
-        pass; 0: it is merged already. `backward` adds the gradients of the trained parameters.
+        `seen` is the number of (query, key) pairs; `logits` and `scalars` are the numbers of positions with logits and
+        with outputs of the scalar head. `unread` is the number of tokens whose last hidden state is unused. `values` is
+        how many values the adapter has during the pass; 0 means that it is merged already. `backward` adds the
+        gradients of the trained parameters.
         """
         config, tokens = self.config, np.asarray(tokens, float)[..., None] - unread * self.late
         merged = (self.merges > 0) & (values * self.product < self.pair * tokens)
@@ -139,23 +147,27 @@ class Role:
         return linear @ self.counts + times * other + head * logits
 
     def seen(self, lengths: np.ndarray, read: tuple[np.ndarray, np.ndarray] | None = None) -> float:
-        """(query, key) pairs of causal attention in rows of these lengths, summed over layers.
+        """Returns the number of (query, key) pairs of causal attention in rows of these lengths, summed over layers.
 
-        In the last layer only queries from read[0] up to read[1] of each row count; None: all.
+        In the last layer only the queries from read[0] up to read[1] of each row count; None: all queries.
         """
         first, end = (0 * lengths, lengths) if read is None else read
         last = _causal_pairs(end, self.last_window) - _causal_pairs(first, self.last_window)
         return float(sum(_causal_pairs(lengths, window).sum() for window in self.windows) + last.sum())
 
     def seen_by_next(self, filled: np.ndarray) -> np.ndarray:
-        """Keys that one more token of each row sees, its own included; summed over rows (the last axis) and layers."""
+        """Returns the number of keys that the newest token of each row sees, summed over rows (last axis) and layers.
+
+        `filled` is the number of tokens of each row, the newest one included.
+        """
         windows = (*self.windows, self.last_window)
         return sum((filled if window is None else np.minimum(filled, window)).sum(-1) for window in windows)
 
     def weight_bytes(self, logits: bool, tokens: Any, merged: bool = False) -> Any:
-        """Bytes of base and adapter that a pass reads; `merged`: pairs that may be merged are in the kernels already.
+        """Returns the bytes of base and adapter that a pass reads.
 
-        Of an embedding it reads the tokens' rows, unless the embedding is the head too.
+        With `merged`, the LoRA pairs that may be merged are in the kernels already. A pass reads only the tokens' rows
+        of an embedding, except when it computes logits with a tied embedding.
         """
         total = self.blocks + self.adapter_bytes - (self.merged_bytes if merged else 0.0)
         heads = ("lm_head", "embed_tokens") if self.config.tie_embeddings else ("lm_head",)
@@ -167,17 +179,17 @@ class Role:
         return total
 
     def cache_bytes(self, keys: Any) -> Any:
-        """Bytes of `keys` cached keys, summed over rows and layers, and of their values."""
+        """Returns the bytes of cached keys and values; `keys` is the number of keys, summed over rows and layers."""
         return 2 * self.config.kv_heads * self.config.head_dim * self.dtype.itemsize * keys
 
     def reduced(self, tokens: float) -> float:
-        """Bytes that a pass sums over `tensor`: [tokens, D] after each row-split product."""
+        """Returns the bytes that a forward pass sums over `tensor`: [tokens, D] after each row-split layer."""
         times = 1 if self.config.parallel_residual else 2
         return times * self.config.layers * tokens * self.config.hidden_size * self.dtype.itemsize
 
 
 def _causal_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
-    """Pairs in rows of these lengths: 1 + 2 + ..., but at most the window each."""
+    """Returns the number of (query, key) pairs in each row: query i sees i keys, or at most `window` of them."""
     lengths = np.asarray(lengths, np.float64)
     short = lengths if window is None else np.minimum(lengths, window)
     return short * (short + 1) / 2 + (lengths - short) * (window or 0)
@@ -187,13 +199,14 @@ def _bytes(tree: Any) -> float:
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")))
 
 
-# ---------------------------------------------------------------- programs, for rows of `lengths` real tokens, i[B]
+# ---------------------------------------------------------------- programs; `lengths` is the real tokens per row, i[B]
 
 
 def rollout(base: Decoder, policy: Any, prompts: np.ndarray, completions: np.ndarray) -> Work:
-    """Completions of these lengths, i[B n], for prompts of these lengths, i[B]: one phase for each token.
+    """Returns the work of sampling: one phase for each token. `prompts` i[B] and `completions` i[B n] are lengths.
 
-    The first phase reads each prompt once. The token at t is sampled by a step that reads the one before it.
+    The first phase reads each prompt once and samples the first tokens. Every other phase reads the newest token of the
+    active rows and samples the next one.
     """
     role, group, prompt_tokens = Role(base, policy), len(completions) // len(prompts), prompts.sum()
     seen = role.seen(prompts, (prompts - 1, prompts))
@@ -212,7 +225,7 @@ def rollout(base: Decoder, policy: Any, prompts: np.ndarray, completions: np.nda
 
 
 def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> Work:
-    """One scalar for each row."""
+    """Returns the work of a reward model, which computes one scalar for each row."""
     role, total = Role(base, adapter), float(lengths.sum())
     flops = role.flops(total, role.seen(lengths), scalars=len(lengths))
     return _one_phase(flops, role.weight_bytes(False, total), tokens, role.reduced(total))
@@ -221,9 +234,10 @@ def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> W
 def annotate(
     base: Decoder, roles: tuple[Any, Any, Any], lengths: np.ndarray, completions: np.ndarray, config: PPOConfig
 ) -> Work:
-    """Logprobs of policy (unless the update computes them) and reference, and values, if any, of all completions.
+    """Returns the work of computing logprobs and values of all completions.
 
-    `roles` are the adapters of policy, value and reference. The base is read once for all of them.
+    Logprobs are those of the reference, and of the policy unless the update computes them. `roles` are the adapters of
+    policy, value and reference. The base is read once for all three.
     """
     policy, value, reference = roles
     total, scored, first = float(lengths.sum()), float(completions.sum()), Role(base, reference)
@@ -237,9 +251,9 @@ def annotate(
 def update(
     base: Decoder, policy: Any, value: Any, lengths: np.ndarray, completions: np.ndarray, config: PPOConfig, mix=None
 ) -> Work:
-    """Epochs of forward and backward passes of policy and value, with an optimizer step for each minibatch.
+    """Returns the work of PPO's update: epochs of forward and backward passes, an optimizer step for each minibatch.
 
-    `mix` is the batch of demonstrations, if any.
+    `mix` is the batch of demonstrations that is mixed in, if any.
     """
     total, scored = float(lengths.sum()), float(completions.sum())
     passes = _passes(base, policy, value, scored, config)
@@ -257,7 +271,7 @@ def update(
 
 
 def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, scalars: float) -> Work:
-    """One optimizer step of the stages sft and reward_model."""
+    """Returns the work of one optimizer step of the stages sft and reward_model."""
     role, total = Role(base, adapter), float(lengths.sum())
     flops = role.flops(total, role.seen(lengths), logits, scalars, backward=True)
     weights = 2 * role.weight_bytes(logits > 0, total) + 6 * role.adapter_bytes
@@ -267,7 +281,7 @@ def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, 
 def _passes(
     base: Decoder, policy: Any, value: Any, scored: float, config: PPOConfig, values_only: bool = False
 ) -> list[tuple[Role, float, float]]:
-    """(role, logits, scalars) of each pass of policy and value: one where they share the trunk."""
+    """Returns (role, logits, scalars) of each pass of policy and value; a single pass if they share the trunk."""
     logits = 0.0 if values_only else scored
     if value and config.value_trunk == "policy":
         return [(Role(base, {**policy, **value}), logits, scored)]
@@ -276,9 +290,10 @@ def _passes(
 
 
 def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config: RunConfig) -> Work:
-    """The least work of a call of one of the programs in `stages.programs`, by its name.
+    """Returns the least work of a call of one of the programs in `stages.programs`; `name` is the program's name.
 
-    Arrays tell how long rows are; where `args` and `result` hold shapes, rows have their full length.
+    If `args` and `result` hold arrays, their masks give the lengths of rows. If they hold shapes, rows have their full
+    length.
     """
     settings = None if config.ppo is None else config.ppo.update
     match name.split()[0], args:
@@ -290,7 +305,7 @@ def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config:
             return reward(base, head, _lengths(mask), float(_lengths(mask).sum()))
         case "annotate", (base, *roles, rows, _):
             return annotate(base, roles, _lengths(rows.mask), _lengths(rows.response_mask), settings)
-        case "experience", (rows, *more, _):  # no products: it reads its arguments and writes its results
+        case "experience", (rows, *more, _):  # no matrix products: it reads its arguments and writes its results
             size = _bytes((rows, more)) + _bytes(result)
             return _one_phase(0.0, size, float(_lengths(rows.response_mask).sum()))
         case "update", (state, base, rows, *_):
@@ -310,5 +325,5 @@ def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config:
 
 
 def _lengths(mask: Any) -> np.ndarray:
-    """i[rows]; real tokens of each row."""
+    """Returns the number of real tokens of each row, i[rows]."""
     return np.full(*mask.shape) if isinstance(mask, jax.ShapeDtypeStruct) else np.asarray(mask).sum(1)
