@@ -1,12 +1,13 @@
-"""Checkpoints of one stage, and all use of orbax in the package.
+"""Checkpoints of one stage. Only this file uses orbax.
 
-A tree is stored as a flat table: one array per leaf under its path ("policy/layers.0.attention.q_proj/lora_a"), and a
-record with the type and shape of every leaf, the leaves that are plain Python numbers or text, and the checksum of
-every file. The tree's structure is not stored: `restore` takes it from `like`, and compares the leaves.
+A tree is stored as a flat table of arrays, one per leaf, under the leaf's path (such as
+"policy/layers.0.attention.q_proj/lora_a"), and a record. The record holds the type and shape of every leaf, the leaves
+that are Python numbers or text, and the checksum of every file. The structure of the tree is not stored: `restore`
+takes it from `like`, and compares the leaves.
 
-    DIRECTORY/120/           complete and synced to disk before it gets this name
-    DIRECTORY/120.damaged/   failed its checksums on a resume; never read or removed
-    DIRECTORY/latest.json    the last step that was saved, so that missing checkpoints are noticed
+    DIRECTORY/120/           a checkpoint, which is complete and synced to disk before it gets this name
+    DIRECTORY/120.damaged/   a checkpoint whose checksums were wrong when a run resumed; never read or removed
+    DIRECTORY/latest.json    the step of the latest save, so that missing checkpoints are noticed
 """
 
 import contextlib
@@ -41,7 +42,7 @@ _LEFTOVERS = ("*.saving", "*.removing", "*.orbax-checkpoint-tmp*", ".*.tmp")
 
 @dataclass(frozen=True)
 class Best:
-    """The checkpoint with the best score."""
+    """The step and score of the checkpoint with the best score."""
 
     step: int
     score: float
@@ -53,12 +54,12 @@ class Restored:
 
     step: int
     tree: Any
-    notes: dict[str, Any]  # those of `save`
+    notes: dict[str, Any]  # the notes that were given to `save`
 
 
 @dataclass(frozen=True)
 class _Saving:
-    """A save in progress; `steps` and `best` are the checkpoints on disk once it is complete."""
+    """A save in progress; `steps` and `best` describe the checkpoints on disk when the save is complete."""
 
     step: int
     written: Future
@@ -67,12 +68,12 @@ class _Saving:
 
 
 class Checkpoints:
-    """The last `keep` checkpoints under `directory`, by step, and the one with the best score.
+    """Saves and restores checkpoints in `directory`; keeps the last `keep` ones and the one with the best score.
 
     Leaves are jax or numpy arrays, Python numbers, bools and text. A checkpoint appears under its step when it is
-    complete, with a checksum of each file; incomplete ones of a killed process are removed here. `scored` names the
-    metric of the scores: best checkpoints by another metric are ignored. On several hosts every process creates one on
-    the same directory and makes the same calls.
+    complete, with a checksum of each file. Creating this object removes incomplete checkpoints of a killed process.
+    `scored` names the metric of the scores; an older best checkpoint by another metric is ignored. On several hosts
+    every process creates a `Checkpoints` on the same directory and makes the same calls.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2, scored: str = "", lowest_is_best: bool = False):
@@ -92,10 +93,11 @@ class Checkpoints:
         self._saving: _Saving | None = None
 
     def save(self, step: int, tree: Any, score: float | None = None, notes: dict[str, Any] | None = None) -> None:
-        """Starts a save; the caller may donate or change every leaf right after.
+        """Starts a save; the caller may donate or change every leaf as soon as this returns.
 
-        `notes` is JSON that `restore_latest` returns. Waits for the previous save, and raises its error. The latest
-        step is not saved again, since a run is deterministic; `ValueError` for an earlier one.
+        `notes` are JSON values that `restore_latest` returns. Waits for the previous save first, and raises its error.
+        Saving the latest step again does nothing, because a run is deterministic. Raises `ValueError` for an earlier
+        step.
         """
         latest = self.latest_step()
         if latest is not None and step <= latest:
@@ -121,7 +123,7 @@ class Checkpoints:
         steps = [*self._steps, step]
         kept = {*steps[-self._keep :], best and best.step}
         try:
-            # Orbax stores no tree without arrays, so the step is always one.
+            # Orbax cannot store a tree without arrays, so the step is stored as an array.
             stored = {"arrays": arrays, "step": np.asarray(step)}
             response = ocp.save_async(self._directory / f"{step}.saving", stored, overwrite=True)
             written = self._writer.submit(self._complete, step, response, record, sorted(set(steps) - kept))
@@ -131,7 +133,10 @@ class Checkpoints:
         self._saving = _Saving(step, written, [step for step in steps if step in kept], best)
 
     def _complete(self, step: int, response: Any, record: dict[str, Any], old: list[int]) -> None:
-        """Seals and names the checkpoint that orbax has written, and removes old ones; runs in its own thread."""
+        """Adds checksums to the checkpoint that orbax has written, gives it its final name, and removes old ones.
+
+        Runs in its own thread.
+        """
         response.result()  # returns when every process has written its part
         if not self._first:
             return
@@ -154,7 +159,7 @@ class Checkpoints:
 
     @property
     def on_disk(self) -> int | None:
-        """Step of the newest complete checkpoint known to this process; does not wait."""
+        """Step of the newest complete checkpoint that this process knows of; does not wait for the current save."""
         saving = self._saving
         complete = saving is not None and saving.written.done() and not self.failed
         return saving.step if complete else max(self._steps, default=None)
@@ -169,7 +174,7 @@ class Checkpoints:
             for partial in [*self._directory.glob(f"{saving.step}.saving*")] * self._first:
                 shutil.rmtree(partial, ignore_errors=True)  # frees the space
             why = "another process could not write its part" if error is None else reason(error)
-            before = f"that of step {self._steps[-1]} is complete" if self._steps else "there is none before it"
+            before = f"the one of step {self._steps[-1]} is complete" if self._steps else "no earlier one exists"
             raise Fault(f"{self._directory}: the checkpoint of step {saving.step} cannot be written: {why}; {before}")
         self._steps, self._best = saving.steps, saving.best
 
@@ -179,16 +184,16 @@ class Checkpoints:
         return max(self._steps, default=None)
 
     def best(self) -> Best | None:
-        """The checkpoint with the best score, after waiting for the current save; None where it was removed."""
+        """The checkpoint with the best score, after waiting for the current save; None if it is not on disk."""
         self.wait()
         return self._best if self._best is not None and self._best.step in self._steps else None
 
     def restore(self, step: int, like: Any) -> Any:
-        """The tree saved at `step`, with the structure and shardings of `like`.
+        """Returns the tree that was saved at `step`, with the structure and shardings of `like`.
 
-        `like` holds arrays or `jax.ShapeDtypeStruct`s; one without a sharding goes to the first device. Raises
-        `UserError` where the checkpoint is missing or damaged, or a leaf's name, shape or dtype differs (the first
-        is named).
+        `like` holds arrays or `jax.ShapeDtypeStruct`s; a leaf without a sharding goes to the first device. Raises
+        `UserError` if the checkpoint is missing or damaged, or if the name, shape or dtype of a leaf differs; the error
+        names the first such leaf.
         """
         latest, folder = self.latest_step(), self._directory / str(step)
         if step not in self._steps:
@@ -199,10 +204,10 @@ class Checkpoints:
             raise _spoilt(folder, damage) from None
 
     def restore_latest(self, like: Any, say: Callable[[str], None]) -> Restored | None:
-        """The newest undamaged checkpoint, or None where none was ever saved; `like` is as in `restore`.
+        """Restores the newest undamaged checkpoint; None if none was ever saved. `like` is as in `restore`.
 
-        Damaged newer ones are reported with `say` and renamed. Raises `UserError` where checkpoints were saved but
-        none is usable; they stay as they are.
+        Newer checkpoints that are damaged are reported with `say` and renamed. Raises `UserError` if checkpoints were
+        saved but none is usable; the files then stay as they are.
         """
         self.wait()
         steps = json.loads(from_first(lambda: json.dumps(self._steps).encode()))
@@ -211,7 +216,7 @@ class Checkpoints:
         except FileNotFoundError:
             last = None
         except (OSError, ValueError, KeyError, TypeError):
-            last = 0  # a step was saved, but not known which
+            last = 0  # some step was saved, but it is unknown which
         damaged: dict[int, str] = {}
         for step in reversed(steps):
             try:
@@ -270,7 +275,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [value(*item) for item in leaves.items()]), record
 
     def close(self) -> None:
-        """Waits for the current save and ends the writer's thread."""
+        """Waits for the current save, and ends the thread that writes."""
         try:
             self.wait()
         finally:
@@ -368,7 +373,7 @@ def _load_arrays(folder: Path, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path, in the tree's order."""
+    """Returns path -> leaf, in the tree's order."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
     if len(named) != len(pairs):
@@ -384,7 +389,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _describe(leaf: Any) -> str:
-    """Dtype and shape of a leaf, such as "float32[64,8]", or its type, such as "int"."""
+    """Returns dtype and shape of an array, such as "float32[64,8]", or the type of another leaf, such as "int"."""
     if not _is_array(leaf):
         return type(leaf).__name__
     return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
@@ -397,7 +402,7 @@ def _parse(text: str) -> jax.ShapeDtypeStruct:
 
 
 def _abstract(leaf: Any) -> Any:
-    """Tells orbax how to return a stored array: as a numpy array, or as a jax array with the leaf's sharding."""
+    """Returns a template that tells orbax to load a numpy array, or a jax array with the leaf's sharding."""
     if isinstance(leaf, np.ndarray | np.generic):
         return np.empty(leaf.shape, leaf.dtype)
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -405,10 +410,10 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _compare(folder: Path, stored: dict[str, str], needed: dict[str, str]) -> None:
-    """Raises `UserError` at the first leaf that differs."""
+    """Raises `UserError` that names the first leaf whose description differs."""
     for name in {**needed, **stored}:
         if stored.get(name) != needed.get(name):
             raise UserError(
-                f"{folder}: {name} is {stored.get(name, 'absent')} in the checkpoint, this run needs it to be "
-                f"{needed.get(name, 'absent')}; use the settings that the checkpoint was made with, or another run_dir"
+                f"{folder}: {name} is {stored.get(name, 'absent')} in the checkpoint, but this run needs it to be "
+                f"{needed.get(name, 'absent')}; use the settings of the run that saved it, or another run_dir"
             )

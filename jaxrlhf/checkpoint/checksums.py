@@ -1,8 +1,9 @@
 """Checksums of a folder: `record.json` holds every file's size and CRC-32, so that damage is found before loading.
 
-Files are hashed rather than arrays: this covers metadata and indices too, the reading devices and processes may differ
-from the writing ones, and several processes share the work. CRC-32 (zlib's) finds every burst of up to 32 flipped bits
-and misses one in 4e9 of other accidents, at several times the speed of a cryptographic hash.
+Checksums are of files rather than of arrays. So they cover metadata and indices too, they do not depend on which
+devices and processes write or read, and several processes can share the work. CRC-32 (from zlib) finds every burst of
+up to 32 flipped bits, and misses one in 4e9 of other random changes. It is several times faster than a cryptographic
+hash.
 """
 
 import contextlib
@@ -16,18 +17,18 @@ from typing import Any
 from jaxrlhf.checkpoint.files import atomic_write, sync
 
 RECORD = "record.json"
-# Errors that mean lost data. Others, such as a missing permission, are not damage.
+# Errors that mean lost data. Other errors, such as a missing permission, are not damage.
 _LOST = (errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Damaged(Exception):
-    """A sealed folder has changed; the text says which file, and how."""
+    """A folder has changed since `seal`; the message says which file changed, and how."""
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
-    """Syncs every file and folder to disk and writes `record.json` with their checksums and `content`.
+    """Syncs every file and folder to disk, and writes `record.json` with the files' checksums and `content`.
 
-    Every file in the folder is covered. Raises `OSError` where the disk refuses.
+    Every file in the folder is covered. Raises `OSError` if the disk refuses.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -39,10 +40,11 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
 
 
 def unseal(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
-    """Checks the files and returns the `content` of `seal`; raises `Damaged` at the first file that has changed.
+    """Checks the files and returns the `content` that was given to `seal`.
 
-    Several processes share the work: each reads every `shares`-th file, by size, from number `share` on. Raises
-    `OSError` where a file cannot be read for another reason than damage.
+    Several processes can share the work: of the files sorted by size, each process checks every `shares`-th file,
+    starting with number `share`. Raises `Damaged` for the first file that has changed, and `OSError` if a file cannot
+    be read for another reason than damage.
     """
     try:
         with _damage(RECORD):
@@ -75,7 +77,7 @@ def _size_and_crc(path: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Raises `Damaged` for an `OSError` that means lost data."""
+    """Turns an `OSError` in its block into `Damaged` if the error means lost data."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Atomic files and folders (written beside their place, synced, renamed), and the reasons of disk errors."""
+"""Writes files and folders atomically (under a temporary name, then synced and renamed), and explains disk errors."""
 
 import contextlib
 import errno
@@ -14,9 +14,9 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 
 
 def atomic_write(path: str | Path, text: str) -> None:
-    """Writes a text file that appears complete or not at all. Raises `OSError` where that fails."""
+    """Writes a text file that appears complete or not at all. Raises `OSError` if the disk refuses."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # overwrites what a killed process left
+    temporary = path.with_name(f".{path.name}.tmp")  # a file that a killed process left is overwritten
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -35,8 +35,8 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder to write into, which becomes `path` when the block ends without an exception.
 
     With `replace` the old contents of `path` stay until the new folder is complete. Leftovers of a killed process are
-    removed. Raises `UserError` where the folder cannot be created, or `path` is not empty and `replace` is false, and
-    `Fault` where the disk refuses a write of the block.
+    removed. Raises `UserError` if the folder cannot be created, or if `path` is not empty and `replace` is false.
+    Raises `Fault` if the disk refuses a write in the block.
     """
     path = Path(os.path.abspath(path))
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
@@ -75,7 +75,7 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Forces a file or folder to disk, so that its contents are there before it is renamed."""
+    """Forces a file or folder to disk, so that its contents are on disk before it is renamed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""A lock that keeps a second run out of a run directory: filelock's, on the file `lock`, which names the holder.
+"""A lock that keeps a second run out of a run directory. The file `lock` says which process holds the lock.
 
-The lock ends with its process, and children of the process do not keep it. On NFS it holds between hosts where the
-server's lock service works. On a file system without locks the run prints a warning and continues.
+The lock is a `filelock.FileLock`. It ends with its process; child processes do not keep it. On NFS the lock works
+between hosts if the server's lock service does. On a file system without locks the run prints a warning and continues.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """The lock of a run directory. Every process of a run calls `take`; the one with `takes` locks for all."""
+    """The lock of a run directory. Every process of a run calls `take`; the process with `takes` locks for all."""
 
     def __init__(self, folder: str | Path, takes: bool = True, say: Callable[[str], None] = print):
         self._folder, self._takes, self._say = Path(folder).absolute(), takes, say
@@ -32,7 +32,7 @@ class RunLock:
         self.held = False
 
     def take(self) -> None:
-        """Locks an existing folder; `UserError` on every process where another run holds the lock."""
+        """Locks the folder, which must exist; every process raises `UserError` if another run holds the lock."""
         if self.held:
             return
         refusal = self._acquire() if self._takes else ""
@@ -53,7 +53,9 @@ class RunLock:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 return f"{self._path}: cannot be written: {reason(error)}; give another run_dir, or make it writable"
-            self._say(f"{self._folder}: no locks on this file system ({reason(error)}): start no second run there")
+            self._say(
+                f"{self._folder}: no locks on this file system ({reason(error)}); do not start a second run there"
+            )
         return ""
 
     def __enter__(self) -> "RunLock":
@@ -69,7 +71,7 @@ class RunLock:
 
 
 def _write_holder(descriptor: int) -> None:
-    """Writes process, host and time into the lock file. The lock holds without them, such as on a full disk."""
+    """Writes process, host and time into the lock file. If that fails, as on a full disk, the lock still holds."""
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)

@@ -1,4 +1,7 @@
-"""The run directory: created once, and continued with the same settings only. On several hosts one process writes."""
+"""The run directory: a run creates it, and only a run with the same settings can continue in it.
+
+On several hosts one process writes.
+"""
 
 import datetime
 import os
@@ -19,9 +22,9 @@ def open_run(
 ) -> Path:
     """Creates the directory with its `config.yaml`, or opens one with the same settings, and returns its path.
 
-    `config_text` is YAML. On several hosts all processes compare, and one `writes`. Settings that `may_change` are
-    updated in the file. Raises `UserError` where other settings differ (the first is named), or the directory cannot
-    be written.
+    `config_text` is YAML. On several hosts all processes compare the settings, and the process with `writes` writes
+    them. Differing settings for which `may_change` is true are updated in the file. Raises `UserError` if other
+    settings differ (the error names the first), or if the directory cannot be written.
     """
     folder = Path(run_dir)
     file = folder / "config.yaml"
@@ -32,7 +35,7 @@ def open_run(
 
 
 def started_at(run_dir: str | Path) -> datetime.datetime | None:
-    """When the run started, as written by `record_start`; None before that."""
+    """Returns when the run started, as `record_start` wrote it; None if the run has not started."""
     path = Path(run_dir) / START
     try:
         return datetime.datetime.fromisoformat(path.read_text(encoding="utf-8").strip())
@@ -43,7 +46,7 @@ def started_at(run_dir: str | Path) -> datetime.datetime | None:
 
 
 def record_start(run_dir: str | Path, time: datetime.datetime) -> None:
-    """Writes when the run started, unless it is written already."""
+    """Writes when the run started, unless the file exists already."""
     path = Path(run_dir) / START
     if not path.exists():
         _write(path.parent, path, time.isoformat() + "\n")
@@ -73,9 +76,10 @@ def _unwritable(folder: Path, why: str) -> UserError:
 def check_run(
     run_dir: str | Path, config_text: str, may_change: Callable[[Change], bool] = lambda _: False
 ) -> list[Change]:
-    """The settings that differ from those in `run_dir`, none for a new run; writes nothing.
+    """Returns the settings that differ from those of the run in `run_dir`; none for a new run. Writes nothing.
 
-    `UserError` where `run_dir` is a file, cannot be written, or holds a run whose differing settings may not change.
+    Raises `UserError` if `run_dir` is a file, cannot be written, or holds a run with different settings that may not
+    change.
     """
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():

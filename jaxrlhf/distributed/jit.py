@@ -1,4 +1,4 @@
-"""Compiled programs: how often each was compiled, its XLA options, and the peak memory of the process."""
+"""Compiled programs: counts how often each is compiled, sets XLA options, and reads the peak memory of the process."""
 
 import contextlib
 import functools
@@ -14,21 +14,21 @@ import numpy as np
 from jaxrlhf.errors import UserError
 
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
-_running: list["Program"] = []  # programs being called, innermost last; dispatch is on the main thread
+_running: list["Program"] = []  # programs that are being called, innermost last; only the main thread calls programs
 
-ALL = "all"  # the options under this name are for every program
+ALL = "all"  # in `Options`, stands for every program
 Options = Mapping[str, Mapping[str, Any]]  # program -> option -> value
 
 _active_options: Options = {}
 
 
 class Program:
-    """`jax.jit` of a function under a name, with a count of its compilations; `mesh` is the one that `constrain` sees.
+    """A function under `jax.jit` with a name, which counts its compilations; `constrain` uses `mesh` during tracing.
 
-    `compiles` stays at 1 as long as every call has the shapes, dtypes, static values and shardings of the first.
-    A new sharding, or an array that is not yet committed to its device, compiles again without tracing again. So both
-    traces and compilations are counted, and `compiles` is the larger number. XLA gets `compiler_options`, overridden by
-    the options of `compiled_with`.
+    `compiles` stays at 1 as long as every call has the same shapes, dtypes, static values and shardings as the first. A
+    new sharding, or an array that is not yet committed to its device, makes jax compile again without tracing again. So
+    traces and compilations are both counted, and `compiles` is the larger number. XLA gets `compiler_options`; options
+    of `compiled_with` override them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Program:
 
         traced.__name__ = traced.__qualname__ = name
         self.name = name
-        self.static = tuple(jit_options.get("static_argnames", ()))  # arguments that are part of what is compiled
+        self.static = tuple(jit_options.get("static_argnames", ()))  # names of arguments that are compiled in
         self.traces = 0
         self._backend_compiles = 0
         self._jitted = jax.jit(traced, compiler_options=options_of(name, compiler_options), **jit_options)
@@ -65,12 +65,12 @@ class Program:
             _running.pop()
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """The program for these arguments (arrays or shapes), traced but not compiled."""
+        """Traces the program for these arguments (arrays or shapes), without compiling it."""
         return self._jitted.lower(*args, **kwargs)
 
 
 def _count_compile(event: str, seconds: float, **details: Any) -> None:
-    # Tracing compiles small programs of its own (constants), which have other names.
+    # While it traces, jax also compiles small programs (for constants); their names differ from the program's.
     if event == _BACKEND_COMPILE and _running and details.get("fun_name") == f"jit({_running[-1].name})":
         _running[-1]._backend_compiles += 1
 
@@ -80,9 +80,9 @@ jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 @contextlib.contextmanager
 def compiled_with(options: Options) -> Iterator[None]:
-    """Every `Program` created in the block is compiled with these options; `UserError` as in `check_options`.
+    """Compiles every `Program` that is created in the block with these options, on all threads of the process.
 
-    The options hold for the whole process.
+    Raises `UserError` as `check_options` does.
     """
     global _active_options
     check_options(options)
@@ -94,12 +94,12 @@ def compiled_with(options: Options) -> Iterator[None]:
 
 
 def options_of(program: str, own: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """XLA options of a program: its `own`, overridden by those of `compiled_with`; None where there are none."""
+    """Returns the XLA options of a program: its `own`, overridden by those of `compiled_with`; None if it has none."""
     return {**(own or {}), **_active_options.get(ALL, {}), **_active_options.get(program, {})} or None
 
 
 def check_options(options: Options) -> None:
-    """`UserError` for an option or value that this XLA refuses; compiles a small program with each option."""
+    """Compiles a small program with each option; raises `UserError` if this XLA refuses an option or its value."""
     for program, values in options.items():
         for option, value in values.items():
             try:
@@ -115,7 +115,7 @@ def check_options(options: Options) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory so far: of the fullest local device, or of this process where devices keep no count (CPU)."""
+    """Returns the peak memory so far of the fullest local device; on CPU, the peak memory of this process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:

@@ -1,12 +1,13 @@
-"""A run of several processes, on one host or many: process numbers, starting jax on all, and agreement between them.
+"""Runs of several processes, on one host or many: finds process numbers, starts jax, and makes processes agree.
 
-The number of a process and the coordinator's address come from flags, else from the environment (JAXRLHF_COORDINATOR,
-JAXRLHF_PROCESSES, JAXRLHF_PROCESS), else from jax's cluster detection: SLURM, Open MPI, TPU hosts, indexed Kubernetes
-jobs. In a run of one process every function here works without communication.
+The number of a process and the coordinator's address come from flags. If flags are missing, they come from the
+environment (JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS), and otherwise from jax's cluster detection:
+SLURM, Open MPI, TPU hosts, indexed Kubernetes jobs. In a run of one process no function here communicates.
 
-A process that fails ends at once. Its launcher ends the others; without a launcher jax's coordination service does,
-when a process sends no heartbeats. What a process reads from a disk, a clock or a server may differ between processes:
-process 0 reads it and sends it to all. All processes call the functions that communicate, in the same order.
+A process that fails ends at once. Its launcher then ends the other processes; without a launcher, jax's coordination
+service ends them, because the failed process sends no heartbeats. Data from a disk, a clock or a server may differ
+between processes, so process 0 reads it and sends it to all. Every process must call the functions that communicate,
+in the same order.
 """
 
 import contextlib
@@ -27,10 +28,10 @@ import numpy as np
 from jaxrlhf.config.differences import differences
 from jaxrlhf.errors import UserError, reported_elsewhere
 
-START_TIMEOUT = 300.0  # seconds; clusters start their tasks minutes apart
-HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead; all have ended after a minute
+START_TIMEOUT = 300.0  # seconds; a cluster may start the tasks of a job minutes apart
+HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead; all processes end within a minute
 EXIT_DELAY = 1.0  # seconds between a failure of process 0 and its exit
-SHUTDOWN = 60  # seconds that jax waits for the other processes at the end
+SHUTDOWN = 60  # seconds that jax waits for the other processes at the end of a run
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")  # set by srun for each task
 
@@ -39,17 +40,20 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ProcessSpec:
-    """Number of this process in its run; `coordinator` is HOST:PORT of process 0. jax detects what is None."""
+    """The place of this process in its run. jax detects the values that are None."""
 
-    coordinator: str | None
-    processes: int | None
-    process: int | None
+    coordinator: str | None  # HOST:PORT of process 0
+    processes: int | None  # number of processes
+    process: int | None  # number of this process, from 0
 
 
 def find_process_spec(
     coordinator: str | None, processes: int | None, process: int | None, environment: Mapping[str, str] = os.environ
 ) -> ProcessSpec | None:
-    """Spec of this process, or None for a run of one process; `UserError` where the flags are incomplete or invalid."""
+    """Returns the spec of this process, or None in a run of one process.
+
+    Raises `UserError` if the flags are incomplete or invalid.
+    """
     if processes == 1 and not process:
         return None
     flags = {"coordinator": coordinator, "processes": processes, "process": process}
@@ -61,7 +65,7 @@ def find_process_spec(
         present = " and ".join(f"--{name}" for name in flags if name not in missing)
         raise UserError(f"{present}: given without {absent}; give all three, or none for one process")
     if processes is not None and processes < 1:
-        raise UserError(f"--processes: must be at least 1, given {processes}")
+        raise UserError(f"--processes: must be at least 1, not {processes}")
     if process is not None and not 0 <= process < (processes or process + 1):
         raise UserError(f"--process: {process}, but {processes or 'the'} processes are numbered from 0")
     if coordinator is not None:
@@ -72,7 +76,7 @@ def find_process_spec(
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator: must be HOST:PORT of process 0, such as node001:12345, given {text!r}")
+        raise UserError(f"--coordinator: must be HOST:PORT of process 0, such as node001:12345, not {text!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -94,11 +98,11 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def joined(spec: ProcessSpec | None, timeout: float = START_TIMEOUT) -> Iterator[None]:
-    """Starts jax on all processes, runs the block, and waits at its end for all processes.
+    """Starts jax on all processes, runs the block, and waits for all processes at the end of the block.
 
-    Enter it before any jax computation; after an exception, exit with `exit_status`. Raises `UserError` where
-    the processes were started with different settings. Where not all are there within `timeout` seconds, prints an
-    error and exits with status 2.
+    The block must start before any jax computation. After an exception, the caller exits with `exit_status`. Raises
+    `UserError` if the processes were started with different settings. If not all processes connect within `timeout`
+    seconds, prints an error and exits with status 2.
     """
     if spec is None:
         yield
@@ -114,7 +118,7 @@ def joined(spec: ProcessSpec | None, timeout: float = START_TIMEOUT) -> Iterator
             options["coordinator_bind_address"] = spec.coordinator
         if spec.process == 0:
             _check_free(host, port)
-    # jax aborts with a C++ trace where processes are missing. This timer prints one line and exits before that.
+    # If processes are missing, jax aborts with a C++ trace. This timer prints one line and exits before jax aborts.
     timer = threading.Timer(timeout, _give_up, (spec, timeout))
     timer.daemon = True
     timer.start()
@@ -144,7 +148,7 @@ def joined(spec: ProcessSpec | None, timeout: float = START_TIMEOUT) -> Iterator
 
 
 def _check_free(host: str, port: int) -> None:
-    """`UserError` where process 0 cannot listen on the port: jax would crash."""
+    """Raises `UserError` if process 0 cannot listen on the port; jax would crash."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host if host in _LOOPBACK else "", port), family=family).close()
@@ -174,15 +178,15 @@ def _give_up(spec: ProcessSpec, timeout: float) -> None:
 
 
 def exit_status(status: int) -> int:
-    """Returns the exit status; after a failure in a run of several processes, exits at once instead."""
+    """Returns the exit status; after a failure in a run of several processes, exits at once and does not return."""
     if status == 0 or alone():
         return status
-    # jax's shutdown would wait for the other processes, which may be waiting for this one.
+    # jax's shutdown would wait for the other processes, which may be waiting for this process.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
     if is_first():
-        time.sleep(EXIT_DELAY)  # its exit aborts the others, which may still print an error of their own
+        time.sleep(EXIT_DELAY)  # the exit of process 0 aborts the others, which may still print their own errors
     os._exit(status)
 
 
@@ -205,7 +209,7 @@ def largest(value: int) -> int:
 
 
 def barrier() -> None:
-    """Returns when every process has called it. Files that process 0 wrote before are then visible to all."""
+    """Returns when every process has called `barrier`. All processes then see files that process 0 wrote before."""
     largest(0)
 
 
@@ -216,17 +220,19 @@ def _broadcast(data: bytes, source: int = 0) -> bytes:
 
     own = jax.process_index() == source
     size = int(broadcast_one_to_all(np.int32(len(data)), is_source=own))
-    padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # few sizes: each compiles a program
+    # Lengths are rounded up to a power of two, because jax compiles a program for each length.
+    padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     if own:
         padded[:size] = np.frombuffer(data, np.uint8)
     return np.asarray(broadcast_one_to_all(padded, is_source=own))[:size].tobytes()
 
 
 def agreed(make: Callable[[], T], error: type[Exception] = UserError) -> T:
-    """Returns `make()` of this process where it succeeds on all; an `error` on any process is raised on all.
+    """Returns `make()` of this process if it succeeds on every process; if one raises `error`, every process raises.
 
-    `make` must not communicate. The first process that failed raises its own exception; the others raise one that is
-    marked as reported by that process. An exception of another type stays on its own process, and ends the run.
+    `make` must not communicate. The failed process with the lowest number raises its own exception. The others raise a
+    copy that is marked as reported by that process. An exception of another type is raised only on its own process, and
+    ends the run.
     """
     if alone():
         return make()
@@ -250,13 +256,16 @@ def agreed(make: Callable[[], T], error: type[Exception] = UserError) -> T:
 
 
 def from_first(make: Callable[[], bytes], error: type[Exception] = UserError) -> bytes:
-    """Returns `make()` of process 0 on every process; an `error` there is raised on all, as in `agreed`."""
+    """Returns `make()` of process 0 on every process; if it raises `error`, every process raises, as in `agreed`."""
     made = agreed(make if is_first() else bytes, error)
     return made if alone() else _broadcast(made)
 
 
 def check_alike(what: str, own: Mapping[str, Any], remedy: str) -> None:
-    """`UserError` where `own`, plain JSON data, differs between this process and process 0."""
+    """Raises `UserError` if `own`, JSON values, differs between this process and process 0.
+
+    The error says that they differ in `what`, and ends with `remedy`.
+    """
     text = json.dumps(own)
     first = from_first(text.encode).decode()
 

@@ -28,7 +28,7 @@ _FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """The run ended on a signal, and its steps are saved."""
+    """The run ended after a signal, and its steps are saved."""
 
     def __init__(self, number: int, what: str):
         super().__init__(f"stopped by {signal.Signals(number).name}: {what}")
@@ -54,9 +54,9 @@ class StopSignals:
         self._steps = 0
 
     def due(self) -> int:
-        """The signal to stop for before the next step, or 0.
+        """Returns the signal for which the run must stop before the next step, or 0.
 
-        All processes of a run call it before each step, and all stop before the same one.
+        All processes of a run call `due` before each step, and all of them stop before the same step.
         """
         if self._before:  # the tracker of multiprocessing's spawn unblocks SIGINT, before Python 3.13
             signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)
@@ -68,9 +68,10 @@ class StopSignals:
         return (self._signal or signal.SIGTERM) if reached_preemption_sync_point(self._steps) else 0
 
     def share(self) -> None:
-        """Makes `due` agree between processes; call it after `jax.distributed.initialize`.
+        """Makes `due` agree between processes; must be called after `jax.distributed.initialize`.
 
-        jax has replaced our handler of SIGTERM by its own. The fault handler writes to our socket, then calls jax's.
+        jax has replaced the SIGTERM handler of this class by its own. Python's fault handler is registered before
+        jax's: it writes to the socket of this object, then calls jax's handler.
         """
         self._shared = True
         if self._before:
@@ -85,7 +86,7 @@ class StopSignals:
         self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         for number in STATUS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup
+                continue  # the process was started with nohup
             # Python writes to the wake-up descriptor only for signals that have a Python handler.
             self._before[number] = signal.signal(number, lambda number, frame: None)
         _active = self
@@ -97,7 +98,7 @@ class StopSignals:
         if self._before:
             self._restore(self._wakeup)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-            self._sender.close()  # which ends the thread
+            self._sender.close()  # ends the thread
 
     def _restore(self, wakeup: int = -1) -> None:
         global _active
@@ -119,21 +120,21 @@ class StopSignals:
                 if number not in list(STATUS):
                     continue
                 interrupts += number == signal.SIGINT
-                if self._signal is None:  # later signals change nothing
+                if self._signal is None:  # only the first signal starts the stop
                     self._begin_stop(signal.Signals(number))
                 if interrupts > 1:
                     self._exit("interrupted twice")
 
     def _begin_stop(self, received: signal.Signals) -> None:
         if received == signal.SIGHUP:
-            _leave_terminal()  # before the main thread learns of it, and prints
+            _leave_terminal()  # before the main thread learns of the signal and prints
         self._signal = received
         if self.at_work is None:
             self._exit("interrupted" if received == signal.SIGINT else f"stopped by {received.name}")
         _say(f"{received.name}: the current step ends and is saved, within {self.grace:g} s")
         threading.Thread(target=self._limit, name="grace", daemon=True).start()
         if self._shared and received != signal.SIGTERM:
-            os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes of SIGTERM only
+            os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes only of a SIGTERM
 
     def _limit(self) -> None:
         time.sleep(self.grace)
@@ -175,7 +176,7 @@ def _say(text: str) -> None:
 
 
 def _leave_terminal() -> None:
-    """Sends output to /dev/null where the terminal has closed, so that printing raises nothing."""
+    """Sends stdout and stderr to /dev/null if the terminal has closed, so that printing raises no error."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")

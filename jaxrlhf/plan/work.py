@@ -68,7 +68,7 @@ class Work:
         return self.weights + self.cache
 
     def on_card(self, mesh: Mapping[str, int]) -> tuple["Work", dict[str, float]]:
-        """Returns (the work of one card, mesh axis -> bytes that the card sends), as if axes divided all work evenly."""
+        """Returns (the work of one card, mesh axis -> bytes that it sends), as if the axes divided all work evenly."""
         data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
         groups = data * fsdp
         share = dataclasses.replace(

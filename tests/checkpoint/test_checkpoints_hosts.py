@@ -57,7 +57,7 @@ with Checkpoints(folder, 3) as checkpoints:
         checkpoints.wait()
     except Fault as fault:
         why = "No space left on device" if rank == 0 else "another process could not write its part"
-        assert f"step 2 cannot be written: {why}; that of step 1 is complete" in str(fault), fault
+        assert f"step 2 cannot be written: {why}; the one of step 1 is complete" in str(fault), fault
     else:
         raise AssertionError("the save failed")
     module.seal = seal

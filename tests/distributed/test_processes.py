@@ -333,7 +333,7 @@ UNUSABLE = {
     "no port": (("node", 2, 0), "--coordinator: must be HOST:PORT"),
     "no such process": (("node:1", 2, 2), "--process: 2, but 2 processes are numbered from 0"),
     "a negative process": (("node:1", 2, -1), "--process: -1, but 2 processes are numbered from 0"),
-    "no process": (("node:1", 0, 0), "--processes: must be at least 1, given 0"),
+    "no process": (("node:1", 0, 0), "--processes: must be at least 1, not 0"),
 }
 
 
