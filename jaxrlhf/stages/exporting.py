@@ -1,6 +1,7 @@
 """Exports a role of a run as a folder for other programs: the export command."""
 
 import argparse
+import warnings
 from pathlib import Path
 
 from jaxrlhf.config import RunConfig
@@ -46,9 +47,11 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
     else:
         from jaxrlhf.hf.classifiers import save_sequence_classifier
 
-        save_sequence_classifier(
-            arguments.to, roles.base, adapter, roles.tokenizer, arguments.dtype, arguments.max_shard_bytes
-        )
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always", UserWarning)
+            sizes = (arguments.dtype, arguments.max_shard_bytes)
+            save_sequence_classifier(arguments.to, roles.base, adapter, roles.tokenizer, *sizes)
+        lines += [str(warning.message) for warning in given if warning.category is UserWarning]
     return lines
 
 

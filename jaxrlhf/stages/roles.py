@@ -140,14 +140,16 @@ def load_run(
         saved = any(stored_steps(_checkpoints(config, stage)) for stage in config.stages)
         remedy = "generate and export read its last checkpoint with --step latest" if saved else "it has no checkpoint"
         raise UserError(f"{run_dir}: no stage of this run has finished; continue it; {remedy}")
-    checkpoint = None if step is None else find_checkpoint(config, step)
+    if step is not None:
+        find_checkpoint(config, step)  # before weights are read
     changes = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
-    if checkpoint is not None:
+    if step is not None:
         check_none_missing(config)
     roles = load_roles(config, mesh)
     roles.tokenizer.chats.time = started_at(run_dir)  # the same prompts as in the run
-    return roles if checkpoint is None else _at_checkpoint(roles, config, *checkpoint)
+    # A run that goes on meanwhile may have replaced the checkpoint that was found.
+    return roles if step is None else _at_checkpoint(roles, config, *find_checkpoint(config, step))
 
 
 def find_checkpoint(config: RunConfig, step: str) -> tuple[str, int]:
@@ -159,7 +161,7 @@ def find_checkpoint(config: RunConfig, step: str) -> tuple[str, int]:
         if steps := stored_steps(_checkpoints(config, stage)):
             break
     else:
-        raise UserError(f"--step {step}: {config.run_dir} has no checkpoint")
+        raise UserError(f"--step {short(step)}: {config.run_dir} has no checkpoint")
     earlier = ["..."] if len(steps) > 10 else []
     there = f"the stage {stage} has checkpoints of steps {', '.join([*earlier, *map(str, steps[-10:])])}"
     if step == "latest":

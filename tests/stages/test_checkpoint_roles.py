@@ -148,7 +148,7 @@ def earlier(folder):
     return SimpleNamespace(lora=folder / "lora", full=folder / "full")
 
 
-def test_the_stage_under_way_is_the_last_one_with_checkpoints(earlier, tmp_path):
+def test_the_stage_under_way_is_the_last_one_with_checkpoints(earlier, tmp_path, capsys):
     for stage, name in (("reward_model", "reward"), ("sft", "sft")):
         lora = shutil.copytree(earlier.lora, tmp_path / stage)
         saved = load_run(str(lora))
@@ -161,6 +161,9 @@ def test_the_stage_under_way_is_the_last_one_with_checkpoints(earlier, tmp_path)
         read = load_run(str(lora), step="latest")
         assert set(read.adapters) == {"sft", "reward"}
         same(read.adapters, saved.adapters)
+        target = ("--run", lora, "--to", tmp_path / "x", "--format")
+        assert run(export.main, *target, "reward" if stage == "reward_model" else "merged", "--step", "latest") == 0
+        assert f"x: {name} of {lora} (checkpoint of {stage}, step {read.checkpoint[1]})" in capsys.readouterr().out
 
 
 def test_sft_of_all_weights_is_the_base_of_its_checkpoint(earlier, tmp_path):

@@ -144,9 +144,11 @@ def test_an_adapter_for_peft_belongs_on_the_base_that_the_run_was_given(run, tmp
 
 
 @pytest.mark.parametrize("role", [None, "value"])
-def test_a_reward_folder_scores_as_the_run_does(run, tokens, tmp_path, role):
+def test_a_reward_folder_scores_as_the_run_does(run, tokens, tmp_path, capsys, role):
     to = tmp_path / "x"
     exported("--run", run.folder, "--to", to, "--format", "reward", *(["--role", role] if role else []))
+    shown = capsys.readouterr()
+    assert ("score_bias" in shown.out) == (role == "value") and "Warning" not in shown.err
     model = bind(run.base, run.adapters[role or "reward"])
     expected = jax.jit(sequence_scores)(model, tokens[:1], jnp.ones((1, 7), bool))
     scores = theirs(to, tokens[:1], "SequenceClassification")
