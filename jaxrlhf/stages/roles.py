@@ -138,14 +138,13 @@ def load_run(
     config = load_config(path).model_copy(update={"run_dir": run_dir})
     if step is None and not finished_stages(run_dir):
         saved = any(stored_steps(_checkpoints(config, stage)) for stage in config.stages)
-        remedy = "generate and export read its last checkpoint with --step latest" if saved else "it has no checkpoint"
-        raise UserError(f"{run_dir}: no stage of this run has finished; continue it; {remedy}")
+        remedy = "give --step latest to generate or export from its last checkpoint" if saved else "give another run"
+        raise UserError(f"{run_dir}: no stage of this run has finished; {remedy}, or continue it")
     if step is not None:
         find_checkpoint(config, step)  # before weights are read
+        check_none_missing(config)
     changes = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
-    if step is not None:
-        check_none_missing(config)
     roles = load_roles(config, mesh)
     roles.tokenizer.chats.time = started_at(run_dir)  # the same prompts as in the run
     # A run that goes on meanwhile may have replaced the checkpoint that was found.
