@@ -1,8 +1,9 @@
 """Exceptions with a message for the user. Commands print the message without a traceback.
 
 A `UserError` says in one line what is wrong, where (file and line, key path, tensor name) and what would be right. It
-is raised before anything is compiled or written; exit status 2. A `Fault` says in one line what outside the program
-stopped a run, such as a full disk; exit status 1. Any other exception is a bug: a traceback and exit status 1.
+is raised before anything is compiled or written, and the exit status is 2. A `Fault` says in one line what outside the
+program stopped a run, such as a full disk; the exit status is 1. Any other exception is a bug: the command prints a
+traceback, and the exit status is 1.
 """
 
 

@@ -1,7 +1,7 @@
 """The data that flows between steps: frozen pytrees of arrays.
 
 B rows, P prompt tokens (left-padded), R response tokens, S = P + R, L tokens of a training sequence. Response
-position t holds token P + t; logprobs, values and rewards at t belong to that token.
+position t holds token P + t; logprobs, values and rewards at index t belong to that token.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from jaxrlhf.config.base import metadata
 
 Adapter = dict[str, dict[str, jax.Array]]
 """Module path -> leaf name -> array. A LoRA pair is `lora_a` [in, rank], `lora_b` [rank, out] and the constant
-`lora_scale` []. Any other leaf replaces the module's own. The path `score` is the scalar head."""
+`lora_scale` []. Any other leaf replaces the module's leaf of that name. The path `score` is the scalar head."""
 
 
 @struct.dataclass
@@ -44,7 +44,7 @@ class PreferenceBatch:
 
     @property
     def token_count(self) -> int:
-        """B * L of both sides."""
+        """Number of tokens of chosen and rejected sequences together, padding included."""
         return self.chosen.size + self.rejected.size
 
 
@@ -58,14 +58,14 @@ class Prompts:
 
 @struct.dataclass
 class Rollout:
-    """Prompts with sampled completions. The masks tell real tokens from padding, not the token ids."""
+    """Prompts with sampled completions. Only the masks tell real tokens from padding; token ids do not."""
 
     tokens: jax.Array  # i32[B,S]
     mask: jax.Array  # bool[B,S]; real tokens of prompt and completion
     response_mask: jax.Array  # bool[B,R]; up to and including the stop token
-    sample_logprobs: jax.Array  # f32[B,R]; of the sampled token at `temperature`; 0 past the end
+    sample_logprobs: jax.Array  # f32[B,R]; logprob of the sampled token at `temperature`; 0 past the end
     ended: jax.Array  # bool[B]; the completion ended with a stop token
-    temperature: jax.Array  # f32[B]; divided the logits
+    temperature: jax.Array  # f32[B]; the logits were divided by it
 
 
 @struct.dataclass
@@ -74,7 +74,7 @@ class Annotated:
 
     logprobs: jax.Array  # f32[B,R]
     ref_logprobs: jax.Array  # f32[B,R]
-    values: jax.Array  # f32[B,R]; V of the state before the token at t
+    values: jax.Array  # f32[B,R]; value of the state before the token at t
 
 
 @struct.dataclass
@@ -83,7 +83,7 @@ class Experience:
 
     tokens: jax.Array  # i32[B,S]
     mask: jax.Array  # bool[B,S]
-    response_mask: jax.Array  # bool[B,R]; tokens in the losses; with `mask_truncated` none of a truncated completion
+    response_mask: jax.Array  # bool[B,R]; tokens in the losses; with `mask_truncated` no token of truncated completions
     temperature: jax.Array  # f32[B]
     sample_logprobs: jax.Array  # f32[B,R]
     logprobs: jax.Array  # f32[B,R]; old, from the policy that sampled
@@ -91,7 +91,7 @@ class Experience:
     values: jax.Array  # f32[B,R]; old
     advantages: jax.Array  # f32[B,R]
     returns: jax.Array  # f32[B,R]
-    kl_coef: jax.Array  # f32[B]; of the KL term in the loss, 0 if KL is part of the reward
+    kl_coef: jax.Array  # f32[B]; weight of the KL term in the loss, 0 if the KL is part of the reward
 
 
 @struct.dataclass

@@ -3,7 +3,7 @@
 Index convention: at response position t the policy sees state s_t, takes token a_t and receives r_t. V_t is the
 value of s_t, before the token. The end of a completion is a discount of 0 in the data, not a branch.
 
-`ADVANTAGES` holds every estimator behind one signature. A new estimator is a function and a line of that table.
+`ADVANTAGES` holds every estimator behind one signature. To add an estimator, write a function and add it to that table.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxrlhf.algorithms.masked import Axis, masked_sum, whiten, zero_masked
 
 
 def _step_back(advantage: Array, at_t: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Computes A_t from A_{t+1}. A module-level function, so that `scan` compiles it once."""
+    """Computes A_t from A_{t+1}. It is a module-level function, so that `scan` compiles it once."""
     delta, decay = at_t
     advantage = delta + decay * advantage
     return advantage, advantage
@@ -53,7 +53,7 @@ def truncated_gae(rewards: Array, values: Array, discounts: Array, lam: Array | 
 
 
 def _gae_row(rewards: Array, values: Array, mask: Array, gamma: Array, lam: Array) -> tuple[Array, Array]:
-    """`gae` of one row: all arrays [R], and 0 past the end."""
+    """Returns `gae` of one row. All arrays have shape [R] and are 0 past the end of the completion."""
     discounts = jnp.where(jnp.append(mask[1:], False), gamma, 0.0)
     advantages = truncated_gae(rewards, jnp.append(values, 0.0), discounts, lam)
     return advantages, advantages + values
@@ -64,7 +64,8 @@ def gae(
 ) -> tuple[Array, Array]:
     """Advantages and returns of completions of unequal length (Schulman et al., 1506.02438).
 
-    A completion ends at its last real token, by a stop token or by the length limit: the value after it is 0.
+    A completion ends at its last real token, by a stop token or by the length limit. The value of the state after that
+    token is 0.
 
     Args:
       rewards: f32[B,R].
@@ -101,7 +102,7 @@ class Advantage:
       mask: bool[B,R]; True from the first token to the last real one.
       values: f32[B,R]; 0 without a value model.
       group: int, static, a divisor of B; rows i*group to (i+1)*group - 1 are completions of one prompt.
-      greedy: f32[B]; return of the greedy completion of the same prompt, 0 if none was sampled.
+      greedy: f32[B]; return of the greedy completion for the same prompt, 0 if none was sampled.
       gamma: f32[]; discount. Estimators that treat a completion as one action ignore it.
       lam: f32[]; lambda, used by GAE only.
 
@@ -120,9 +121,10 @@ class Advantage:
 
 
 def _mean(x: Array, real: Array, axis: Axis = None) -> Array:
-    """Mean of x[real] along `axis`, which is kept; exactly x where all of them are equal.
+    """Mean of x[real] along `axis`, which is kept. The mean of equal numbers is exactly that number.
 
-    A plain mean of equal numbers may differ from them by rounding, and dividing by the deviation would amplify that.
+    The usual sum / count may differ from equal numbers by rounding, and dividing by the deviation would amplify this
+    difference.
     """
     top = jnp.max(jnp.where(real, x, -jnp.inf), axis=axis, keepdims=True)
     top = stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # -inf: no position is real
@@ -143,7 +145,7 @@ def _on_tokens(per_row: Array, mask: Array) -> Array:
 def _group_advantages(rewards: Array, mask: Array, group: int) -> tuple[Array, Array, Array]:
     """Per completion, f32[B] each: return minus group mean, non-empty completions in the group, return.
 
-    The first is 0 for empty completions.
+    The return minus the group mean is 0 for empty completions.
     """
     chex.assert_rank([rewards, mask], 2)
     chex.assert_is_divisible(rewards.shape[0], group)
@@ -185,7 +187,7 @@ def grpo(rewards, mask, values, group, greedy, gamma, lam):
 
 
 def dr_grpo(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - group mean: GRPO without the deviation (2503.20783). Its loss aggregates by constant."""
+    """A_i = r_i - group mean: GRPO without the deviation (2503.20783). Use it with the aggregation "constant"."""
     centered, _, returns = _group_advantages(rewards, mask, group)
     return _on_tokens(centered, mask), _on_tokens(returns, mask)
 
@@ -202,7 +204,8 @@ def reinforce_plus_plus(rewards, mask, values, group, greedy, gamma, lam):
 def reinforce_plus_plus_baseline(rewards, mask, values, group, greedy, gamma, lam):
     """A_i = r_i - group mean, then whitened over all tokens of the global batch (2501.03262).
 
-    The deviation is the batch's, unlike GRPO's, so a group whose scores are nearly equal is not amplified.
+    The deviation is over the batch, while GRPO uses the deviation of each group. So the advantages of a group whose
+    scores are nearly equal are not amplified.
     """
     centered, _, returns = _group_advantages(rewards, mask, group)
     tokens = _on_tokens(centered, mask)
@@ -210,7 +213,7 @@ def reinforce_plus_plus_baseline(rewards, mask, values, group, greedy, gamma, la
 
 
 def remax(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - return of the greedy completion of the same prompt (2310.10505).
+    """A_i = r_i - return of the greedy completion for the same prompt (2310.10505).
 
     Either both returns include a KL penalty or neither does.
     """

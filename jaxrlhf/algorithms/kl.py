@@ -9,7 +9,7 @@ from jax.lax import stop_gradient
 
 from jaxrlhf.algorithms.masked import zero_masked
 
-# The steepest slope of one token's estimate. verl (k3) and OpenRLHF (k2, k3) clip the estimate itself at 10.
+# The largest slope of one token's KL estimate, as a function of r. verl (k3) and OpenRLHF (k2, k3) clip the estimate itself at 10.
 BOUND = 10.0
 
 Bound = Array | float | None  # f32[]; None means unbounded
@@ -33,8 +33,8 @@ def _k3(r: Array, bound: Bound) -> Array:
     return jnp.expm1(near) - near + jnp.expm1(near) * (r - near)
 
 
-# Estimators of KL(policy || reference) from r = ref - policy of a token that the policy sampled (J. Schulman,
-# "Approximating KL Divergence", 2020). k1 is unbiased and may be negative. k2 is biased and never negative. k3 is
+# Estimators of KL(policy || reference) (J. Schulman, "Approximating KL Divergence", 2020). Their input is
+# r = ref_logprob - logprob of a token that the policy sampled. k1 is unbiased and may be negative. k2 is biased and never negative. k3 is
 # unbiased and never negative.
 ESTIMATORS: dict[str, Callable[[Array, Bound], Array]] = {"k1": _k1, "k2": _k2, "k3": _k3}
 
@@ -46,15 +46,16 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bou
       k2  r^2 / 2          up to |r| = bound
       k3  exp(r) - 1 - r   up to r = log(1 + bound)
 
-    Beyond these points k2 and k3 continue as the tangent line, of slope `bound`. So a token far from the reference
-    is still pulled back but cannot outweigh the batch: unbounded, k3 of a token 20 nats away is 480 million.
+    Beyond these points k2 and k3 continue as their tangent line, whose slope is `bound`. So a token far from the
+    reference is still pulled back but cannot outweigh the batch. Without a bound, k3 of a token 20 nats away is 480
+    million.
 
-    Nothing is masked here. Where gradients flow, set both logprobs to 0 past the end first, because k3 of padding may
+    This function does not mask. If gradients flow, first set both logprobs to 0 past the end, because k3 of padding may
     be infinite.
 
     Args:
-      logprobs: any shape; of the sampled tokens under the policy.
-      ref_logprobs: same shape; under the reference.
+      logprobs: any shape; logprobs of the sampled tokens under the policy.
+      ref_logprobs: same shape; logprobs of the same tokens under the reference.
       estimator: "k1", "k2" or "k3"; another name is a KeyError.
       bound: f32[] of at least 1; None means unbounded.
 
@@ -69,16 +70,18 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bou
 def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str, bound: Bound = BOUND) -> Array:
     """The KL estimate as a loss per token; the gradient flows through `logprobs`.
 
-    A good estimate of the KL need not have the KL's gradient. With r = ref - policy, on samples from the policy
-    (2510.01555):
+    The gradient of a good estimate of the KL may differ from the gradient of the KL. With r = ref - policy, on samples
+    from the policy (2510.01555):
 
-      k1  grad = grad logprob              0 in expectation: useless as a loss
-      k2  grad = -r * grad logprob         in expectation the gradient of KL(policy || ref), the same as k1 in the
-                                           reward: recommended
-      k3  grad = (1 - exp(r)) * grad logprob   equal to k2's to first order in r, so biased; in expectation the
-                                           gradient of KL(ref || policy). As in GRPO (2402.03300)
+      k1  grad = grad logprob              0 in expectation, so useless as a loss
+      k2  grad = -r * grad logprob         in expectation the gradient of KL(policy || ref), as with k1 in the
+                                           reward; recommended
+      k3  grad = (1 - exp(r)) * grad logprob   equal to the gradient of k2 to first order in r, so biased; in
+                                           expectation the gradient of KL(ref || policy); used by GRPO
+                                           (2402.03300)
 
-    On samples from an older policy all three lack its importance ratio. `bound` limits the factor of grad logprob.
+    On samples from an older policy all three gradients lack the importance ratio. `bound` limits the factor of
+    grad logprob.
 
     Args:
       logprobs: f32[B,R]; of the policy being trained.
@@ -114,7 +117,7 @@ def adapt_kl_coef(
       horizon: completions over which the coefficient adapts.
 
     Returns:
-      f32[]; of the same sign as before while batch < 5 * horizon.
+      f32[]; the new coefficient. It has the same sign as `kl_coef` if batch < 5 * horizon.
     """
     error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
     return jnp.asarray(kl_coef, jnp.float32) * (1.0 + error * batch / horizon)
@@ -141,7 +144,7 @@ def shape_rewards(
       kl_bound: as in `kl_estimate`.
 
     Returns:
-      f32[B,R]; 0 where the mask is False. The score of an empty completion is lost: it has no token to hold it.
+      f32[B,R]; 0 where the mask is False. The score of an empty completion is lost, because no token can hold it.
     """
     chex.assert_rank([scores, mask], [1, 2])
     chex.assert_equal_shape_prefix([scores, mask], 1)

@@ -1,8 +1,8 @@
 """Value, cross-entropy and pairwise losses; log-probabilities and entropies from logits.
 
 Policy losses are in `policy_losses`. Losses per token are not reduced here (see `masked.aggregate`), so that
-accumulation over microbatches is exact. All arithmetic is float32. Masked positions contribute 0 to value and
-gradient, whatever they hold.
+accumulation over microbatches is exact. All arithmetic is float32. Masked positions contribute 0 to the loss and its
+gradient, even if they hold NaN.
 """
 
 import chex
@@ -27,14 +27,14 @@ def value_loss(
 
     Args:
       values: f32[B,R]; of the value model being trained.
-      old_values: f32[B,R]; the values that the advantages were computed from.
+      old_values: f32[B,R]; the values from which the advantages were computed.
       returns: f32[B,R].
       mask: bool[B,R].
       clip: f32[]; infinity disables it.
 
     Returns:
-      loss f32[B,R], 0 where the mask is False; and bool[B,R], True where the clipped error is the larger one, so
-      that the token has no gradient.
+      loss f32[B,R], 0 where the mask is False; and bool[B,R], True where the clipped error is the larger one. There
+      the token has no gradient.
     """
     chex.assert_rank(mask, 2)
     values, old_values, returns = zero_masked(mask, values, old_values, returns)
@@ -51,14 +51,14 @@ def value_loss(
 
 
 def _peak(logits: Array) -> Array:
-    """The largest logit, a constant: f32[...,V] -> f32[...,1]. Finite even if all logits are -inf."""
+    """The largest logit, without gradient: f32[...,V] -> f32[...,1]. It is finite even if all logits are -inf."""
     return stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), _LOWEST))
 
 
 def _log_total(shifted: Array) -> Array:
-    """log sum exp of shifted logits: f32[...,V] -> f32[...,1]. -inf has probability 0 and gradient 0."""
+    """log sum exp of shifted logits: f32[...,V] -> f32[...,1]. A logit of -inf has probability 0 and gradient 0."""
     total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)
-    # The peak itself contributes 1, so the total is at least 1, or 0 in a row of -inf. 1/2 separates the cases.
+    # The peak itself contributes 1, so the total is at least 1, or 0 if all logits are -inf. 1/2 separates these cases.
     return jnp.log(jnp.maximum(total, 0.5))
 
 
@@ -71,7 +71,7 @@ def _entropy(shifted: Array, log_total: Array) -> Array:
 def _at(logits: Array, tokens: Array) -> Array:
     """Gathers the tokens' logits: [...,V], i32[...] -> f32[...,1].
 
-    Use it on the raw logits: a gather from shifted ones would write the full [...,V] array to memory.
+    Use this function on the raw logits. A gather from shifted logits would write the full [...,V] array to memory.
     """
     return jnp.asarray(jnp.take_along_axis(logits, tokens[..., None], axis=-1), jnp.float32)
 
@@ -113,7 +113,7 @@ def cross_entropy(logits: Array, targets: Array, mask: Array) -> Array:
 
     Args:
       logits: [...,V].
-      targets: i32[...]; in [0, V) where the mask is True; unused elsewhere, so -100 is fine.
+      targets: i32[...]; in [0, V) where the mask is True; elsewhere unused, so -100 is allowed.
       mask: bool[...]; the tokens to learn.
 
     Returns:

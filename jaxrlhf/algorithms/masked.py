@@ -19,20 +19,20 @@ ROUNDING = 8 * float(jnp.finfo(jnp.float32).eps)
 
 
 def zero_masked(mask: Array, *arrays: Array) -> tuple[Array, ...]:
-    """The arrays in float32, 0 where the mask is False. Raises if a shape differs or the mask is not bool."""
+    """The arrays in float32, 0 where the mask is False. Raises an error if a shape differs or the mask is not bool."""
     chex.assert_equal_shape([mask, *arrays])
     chex.assert_type(mask, bool)
     return tuple(jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in arrays)
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> Array:
-    """Sum of x[mask] along `axis` (default: all), f32. x has any shape, mask bool the same."""
+    """Sum of x[mask] in float32, along `axis` or over all axes. `mask` is bool and has the shape of x."""
     (x,) = zero_masked(mask, x)
     return jnp.sum(x, axis=axis)
 
 
 def masked_mean(x: Array, mask: Array, axis: Axis = None) -> Array:
-    """Mean of x[mask] along `axis` (default: all), 0 where the mask is empty. Shapes as in `masked_sum`."""
+    """Mean of x[mask], as in `masked_sum`; 0 where the mask is False everywhere."""
     count = jnp.sum(mask, axis=axis, dtype=jnp.float32)
     return masked_sum(x, mask, axis) / jnp.maximum(count, 1.0)
 
@@ -43,7 +43,7 @@ def masked_variance(x: Array, mask: Array, unbiased: bool = True) -> Array:
     Args:
       x: any shape.
       mask: bool, same shape.
-      unbiased: divide by count - 1 (Bessel's correction) instead of count.
+      unbiased: whether to divide by count - 1 (Bessel's correction) instead of count.
 
     Returns:
       f32[]; exactly 0 if fewer than two positions are real or x varies by rounding only.
@@ -61,7 +61,7 @@ def _deviations(x: Array, mask: Array) -> tuple[Array, Array]:
 
     The mean of many equal numbers may differ from them by rounding. So the mean is clipped to the range of x, and a
     second pass subtracts the mean of the deviations. If the range is at most `ROUNDING` of the largest magnitude,
-    x varies by rounding only and the deviations are exactly 0; whitening would turn them into noise of deviation 1.
+    x varies by rounding only and the deviations are exactly 0. Whitening would turn rounding into noise of deviation 1.
     """
     (x,) = zero_masked(mask, x)
     lowest = stop_gradient(jnp.min(jnp.where(mask, x, jnp.inf)))
@@ -80,7 +80,7 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8
       x: any shape; for advantages the global batch, so that all devices and minibatches share one scale.
       mask: bool, same shape.
       shift_mean: False adds the mean back, as for rewards (2403.17031).
-      epsilon: added to the variance. An x that varies by rounding only becomes exactly 0 (or its mean).
+      epsilon: added to the variance. If x varies by rounding only, the result is exactly 0 (or the mean).
 
     Returns:
       f32 of x's shape; 0 where the mask is False.
@@ -93,7 +93,8 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8
 def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
     """1 - Var(returns - values) / Var(returns) over the real positions.
 
-    1 means that the values predict the returns, 0 that they are no better than a constant, below 0 worse.
+    1 means that the values predict the returns. 0 means that they predict no better than a constant, and a negative
+    number that they predict worse.
 
     Args:
       values, returns: any shape, the same for both.
@@ -140,8 +141,9 @@ def aggregate(
       mask: bool[b,R].
       how: "token", "sequence" or "constant"; another name is a KeyError.
       total_tokens: real tokens of the minibatch, over all microbatches and devices.
-      total_rows: rows of the minibatch. If it or `total_tokens` is 0, the loss is 0.
-      length: the R of "constant", if these rows were cut to their longest completion; None takes that of `loss`.
+      total_rows: rows of the minibatch. If `total_rows` or `total_tokens` is 0, the loss is 0.
+      length: R in the formula of "constant". Give it if these rows were cut to their longest completion; None takes R
+        from `loss`.
 
     Returns:
       f32[].

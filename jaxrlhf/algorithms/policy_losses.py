@@ -1,8 +1,8 @@
 """Policy losses per token: PPO's clipped surrogate and its relatives, and importance weights.
 
-`policy_loss` computes each loss in `POLICY_LOSSES`. A new loss is a function and a line of that table. Nothing is
-reduced over tokens here (see `masked.aggregate`). All arithmetic is float32. Masked positions contribute 0 to value
-and gradient, whatever they hold.
+`policy_loss` computes each loss in `POLICY_LOSSES`. To add a loss, write a function and add it to that table. Losses
+per token are not reduced here (see `masked.aggregate`). All arithmetic is float32. Masked positions contribute 0 to
+the loss and its gradient, even if they hold NaN.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from jaxrlhf.algorithms.kl import Bound
 from jaxrlhf.algorithms.masked import masked_mean, masked_sum, zero_masked
 
 # exp of a log-ratio above 88 is infinite in float32, and its gradient is then NaN even where the loss is clipped.
-# At 20 the ratio is about 5e8: further from the policy a sample carries no information. The bound is verl's.
+# At 20 the ratio is about 5e8. A sample with a larger ratio carries no information. verl has the same bound.
 LOG_RATIO_BOUND = 20.0
 
 
 class _Tokens(NamedTuple):
-    """Inputs of a loss, f32[B,R] each, 0 where the mask is False. The ratio is exp(logprobs - old)."""
+    """Inputs of a loss; f32[B,R] each, 0 where the mask is False. The ratio is exp(logprobs - old_logprobs)."""
 
     logprobs: Array
     log_ratio: Array  # not bounded
@@ -33,7 +33,7 @@ class _Tokens(NamedTuple):
 
 
 class _Loss(NamedTuple):
-    """A loss per token [B,R] and what `policy_loss` logs of it."""
+    """A loss per token [B,R] and its diagnostics."""
 
     loss: Array
     ratio: Array
@@ -71,9 +71,9 @@ def policy_loss(
     Returns:
       loss f32[B,R], 0 where the mask is False; and diagnostics without gradient, each [B,R]:
         ratio        f32; 1 where the mask is False
-        clipped_low  bool; A < 0 and the ratio is below its bound: the token has no gradient
-        clipped_high bool; A > 0 and the ratio is above its bound: likewise
-        clipped_dual bool; A < 0 and the ratio is above `dual_clip`: likewise
+        clipped_low  bool; A < 0 and the ratio is below its bound, so the token has no gradient
+        clipped_high bool; A > 0 and the ratio is above its bound, so the token has no gradient
+        clipped_dual bool; A < 0 and the ratio is above `dual_clip`, so the token has no gradient
         approx_kl    f32; (ratio - 1) - log ratio per token, k3 of KL(old || new); 0 where the mask is False
     """
     chex.assert_rank(mask, 2)
@@ -100,7 +100,7 @@ def _bounded(log_ratio: Array, bound: Bound) -> Array:
 def _surrogate(
     ratio: Array, advantages: Array, clip_low: Array | float, clip_high: Array | float, dual_clip: Bound
 ) -> _Loss:
-    """The clipped surrogate of a ratio; 0 where the advantage is 0, so past the end."""
+    """The clipped surrogate loss; 0 where the advantage is 0, which includes positions past the end."""
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
     dual = False
@@ -118,8 +118,8 @@ def _clip(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, du
     ratio_t = exp(logprob_t - old_logprob_t)
     loss_t  = max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_low, 1 + clip_high))
 
-    With dual clip (1912.09729), where A_t < 0: loss_t = min(loss_t, dual_clip * |A_t|). This limits the loss of a bad
-    token that has become much likelier, which the first clip does not.
+    With dual clip (1912.09729), loss_t = min(loss_t, dual_clip * |A_t|) where A_t < 0. This limits the loss of a bad
+    token that has become much likelier. The first clip does not limit this loss.
     """
     ratio = jnp.exp(_bounded(tokens.log_ratio, tokens.bound))
     return _surrogate(ratio, tokens.advantages, clip_low, clip_high, dual_clip)
@@ -132,13 +132,13 @@ def _gspo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, du
     s_t = s * exp(logprob_t - stop_gradient(logprob_t))
     loss_t = max(-A_t * s_t, -A_t * clip(s_t, 1 - clip_low, 1 + clip_high)), with dual clip as in `_clip`
 
-    Every s_t has the value s and the gradient of its own token. If a completion's advantages have one sign, all of
-    it is clipped or none. The mean keeps ratios close to 1: the paper clips at 3e-4 and 4e-4 and aggregates by
+    Every s_t has the value s and the gradient of its own token. If all advantages of a completion have the same sign,
+    either all its tokens are clipped or none. The mean keeps ratios close to 1: the paper clips at 3e-4 and 4e-4 and aggregates by
     sequence. The diagnostic `ratio` is s; `approx_kl` is per token.
     """
     mean = masked_mean(tokens.log_ratio, tokens.mask, axis=-1)[:, None]
     sequence = jnp.where(tokens.mask, mean, 0.0)
-    # The difference is exactly 0 and is computed first, so that it costs the ratio no precision.
+    # The difference is exactly 0. It is computed first, so that the ratio loses no precision.
     own = tokens.logprobs - stop_gradient(tokens.logprobs)
     ratio = jnp.exp(_bounded(stop_gradient(sequence) + own, tokens.bound))
     return _surrogate(ratio, tokens.advantages, clip_low, clip_high, dual_clip)
@@ -149,8 +149,8 @@ def _cispo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, d
 
     loss_t = -stop_gradient(clip(ratio_t, 1 - clip_low, 1 + clip_high)) * A_t * logprob_t
 
-    Only the weight is clipped, so every token keeps a gradient. The paper has a wide upper bound and no lower one,
-    which is a clip_low of 1 or more. `dual_clip` is unused, because the upper bound holds for both signs of A. Here
+    Only the weight is clipped, so every token keeps a gradient. The paper has a wide upper bound and no lower bound,
+    as with a clip_low of 1 or more. `dual_clip` is unused, because the upper bound holds for both signs of A. Here
     `clipped_low` and `clipped_high` are True where the ratio is past its bound, for either sign. Only the gradient of
     this loss is meaningful, not its value.
     """
@@ -163,8 +163,8 @@ def _cispo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, d
 def _pg(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, dual_clip: Bound) -> _Loss:
     """Plain policy gradient (Williams 1992): loss_t = -A_t * logprob_t.
 
-    Unbiased only on samples from the policy itself, so for one step per iteration. Nothing is clipped; the old
-    logprobs are used for the diagnostics only.
+    The gradient is unbiased only on samples from the current policy, so use this loss with one step per iteration.
+    Nothing is clipped. The old logprobs are used for the diagnostics only.
     """
     ratio = jnp.exp(_bounded(tokens.log_ratio, tokens.bound))
     return _Loss(-tokens.advantages * tokens.logprobs, ratio)
@@ -191,18 +191,18 @@ def importance_weights(
     level: str = "token",
     log_ratio_bound: Bound = LOG_RATIO_BOUND,
 ) -> Array:
-    """Truncated importance weights for the gap between sampling and training logprobs.
+    """Truncated importance weights that correct the gap between sampling and training logprobs.
 
       token     min(exp(train_t - sample_t), cap)
       sequence  min(exp(sum_t (train_t - sample_t)), cap), the same on all tokens of a completion
 
-    They multiply the loss per token. Both logprobs belong to the policy that sampled, computed by the sampler and by
-    the training forward pass; the ratio to the policy being trained is part of the loss. Token weights are biased
-    with low variance, sequence weights the reverse. Sources: F. Yao et al., "Your Efficient RL Framework Secretly
+    The weights multiply the loss per token. Both logprobs belong to the policy that sampled. The sampler computed one,
+    the training forward pass the other. The ratio to the policy being trained is part of the loss, not of the weights.
+    Token weights have a bias and low variance, sequence weights have no bias and high variance. Sources: F. Yao et al., "Your Efficient RL Framework Secretly
     Brings You Off-Policy RL Training" (2025); truncation as in Ionides (2008).
 
     Args:
-      logprobs_train: f32[B,R]; recomputed, as the old logprobs are.
+      logprobs_train: f32[B,R]; recomputed by the training forward pass, like the old logprobs.
       logprobs_sample: f32[B,R]; recorded while sampling.
       mask: bool[B,R].
       cap: f32[] > 0; usually 2.

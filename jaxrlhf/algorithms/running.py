@@ -23,7 +23,7 @@ class RunningMoments:
 
 
 def init_moments() -> RunningMoments:
-    """The moments of no scores."""
+    """Moments before the first score."""
     return RunningMoments(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
@@ -42,7 +42,10 @@ def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
 
 
 def update_moments(moments: RunningMoments, scores: Array) -> RunningMoments:
-    """The moments with the scores f32[B] added. Sums deviations, because raw squares lose precision at a large mean."""
+    """The moments with the scores f32[B] added.
+
+    The sum is over squared deviations, because a sum of raw squares loses precision if the mean is large.
+    """
     chex.assert_rank(scores, 1)
     scores = jnp.asarray(scores, jnp.float32)
     count = jnp.float32(scores.shape[0])
@@ -53,7 +56,10 @@ def update_moments(moments: RunningMoments, scores: Array) -> RunningMoments:
 
 
 def gain_and_bias(moments: RunningMoments) -> tuple[Array, Array]:
-    """(gain, bias) f32[] with gain * score + bias = `normalise` (1909.08593): 1 / deviation, -mean / deviation."""
+    """(gain, bias) f32[] such that gain * score + bias equals `normalise` (1909.08593).
+
+    gain = 1 / deviation;  bias = -mean / deviation
+    """
     gain = 1.0 / _deviation(moments)
     return gain, -moments.mean * gain
 
@@ -65,7 +71,7 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
     or scores that vary by rounding only.
 
     Args:
-      moments: of initial completions, of all so far, or of this batch only (whitening).
+      moments: moments of the scores of initial completions, of all completions so far, or of this batch (whitening).
       scores: f32[B].
 
     Returns:
@@ -75,7 +81,7 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
 
 
 def _deviation(moments: RunningMoments) -> Array:
-    """Standard deviation f32[] of the scores so far; 1 if they do not vary, so that it can divide."""
+    """Standard deviation f32[] of the scores so far; 1 if they do not vary, so that division by it is safe."""
     variance = moments.squares / jnp.maximum(moments.count - 1.0, 1.0)
     varies = variance > jnp.square(ROUNDING * moments.mean)
     return jnp.sqrt(jnp.where(varies, variance, 1.0))
@@ -84,8 +90,8 @@ def _deviation(moments: RunningMoments) -> Array:
 def ema(old: Tree, new: Tree, decay: Array | float) -> Tree:
     """Exponential moving average of a tree of arrays: decay * old + (1 - decay) * new.
 
-    Computed in float32; each leaf keeps the dtype of `old`. Use float32 for the average, because the steps of a slow
-    one are below the resolution of bfloat16.
+    The arithmetic is float32; each leaf keeps the dtype of `old`. Use float32 for `old`, because the steps of a slow
+    average are below the resolution of bfloat16.
 
     Args:
       old, new: trees of the same structure and shapes.

@@ -1,4 +1,4 @@
-"""Score shaping: clipping, the missing-EOS rule and length penalties. B completions, one score each.
+"""Score shaping: clipping, the missing-EOS rule and length penalties. Each of B completions has one score.
 
 Penalties are 0 or less and are added to the scores. Normalisation is in `running`.
 """
@@ -11,7 +11,7 @@ from jax import Array
 
 
 def clip_scores(scores: Array, limit: Array | float) -> Array:
-    """Scores clipped to [-limit, limit]: f32[B] -> f32[B]; infinity disables it."""
+    """Scores clipped to [-limit, limit]: f32[B] -> f32[B]. A limit of infinity disables clipping."""
     return jnp.clip(jnp.asarray(scores, jnp.float32), -limit, limit)
 
 
@@ -44,12 +44,12 @@ def missing_eos(scores: Array, ended: Array, penalty: Array | float, how: str = 
 
 
 def length_penalty(lengths: Array, free: Array | float, per_token: Array | float) -> Array:
-    """-per_token * max(0, length - free): i32[B] -> f32[B], to be added to the scores."""
+    """-per_token * max(0, length - free): i32[B] -> f32[B]. The caller adds it to the scores."""
     return -per_token * jnp.maximum(jnp.asarray(lengths, jnp.float32) - free, 0.0)
 
 
 def overlong_penalty(lengths: Array, limit: Array | float, buffer: Array | float) -> Array:
-    """DAPO's soft overlong penalty (2503.14476, equation 13), to be scaled and added to the scores.
+    """DAPO's soft overlong penalty (2503.14476, equation 13). The caller scales it and adds it to the scores.
 
       0                                    length <= limit - buffer
       (limit - buffer - length) / buffer   within the buffer before the limit
@@ -70,7 +70,9 @@ def overlong_penalty(lengths: Array, limit: Array | float, buffer: Array | float
 
 
 def informative_groups(scores: Array, group: int) -> Array:
-    """Which prompts have completions with different scores; others give group baselines no gradient (2503.14476).
+    """Which prompts have completions with different scores.
+
+    With a group baseline, a group of equal scores has no gradient (2503.14476).
 
     Args:
       scores: f32[B]; rows i*group to (i+1)*group - 1 are completions of one prompt.

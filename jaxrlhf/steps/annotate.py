@@ -62,15 +62,18 @@ def annotate(
     value_trunk: Literal["own", "policy"] = "own",
     buckets: int = 1,
 ) -> Annotated:
-    """Logprobs, reference logprobs and values of the completions.
+    """Computes logprobs, reference logprobs and values of the completions.
 
     Args:
-      value: None or empty gives values of 0.
-      temperature: f32[] divides the logits; None takes the rollout's.
-      microbatches: equal parts that are computed one after another, at the shapes of the update's forward pass.
-      recompute_policy: False takes the sampling logprobs as the policy's; for updates that use no old logprobs.
+      value: adapter of the value model. If it is None or empty, all values are 0.
+      temperature: f32[]; divides the logits. None takes the temperature of the rollout.
+      microbatches: number of equal parts, which are computed one after another with the shapes of the update's forward
+        pass.
+      recompute_policy: False returns the sampling logprobs as the policy's logprobs. This suits updates that use no old
+        logprobs.
       value_trunk: with "policy", `value` is a head on the policy's trunk.
-      buckets: as in `PPOConfig`; each part is cut to its longest completion, and sorting makes lengths alike.
+      buckets: as in `PPOConfig`. Each part is cut to its longest completion; rows are sorted first, so that rows of
+        similar length share a part.
     """
     if temperature is not None:
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
@@ -120,19 +123,19 @@ def build_experience(
     kl_bound: jax.Array | float | None = BOUND,
     mask_truncated: bool = False,
 ) -> tuple[Experience, dict[str, jax.Array]]:
-    """(experience, metrics) from scores: KL-shaped rewards, advantages, whitening over the global batch.
+    """(experience, metrics): adds the KL to the rewards, computes advantages and whitens them over the global batch.
 
     Args:
-      scores: f32[B]; see `steps.scores` for the preceding normalisation and penalties.
+      scores: f32[B]; after normalisation and penalties (see `steps.scores`).
       kl_coef: f32[]; weight of the KL in the reward or, with `kl_in_loss`, in the loss.
       gamma, lam, estimator, whiten_rewards: as in `AdvantageConfig` and `KLConfig`.
-      whiten_advantages: None whitens those of the estimators in `WHITENED`.
+      whiten_advantages: None whitens the advantages if `advantage` is in `WHITENED`.
       advantage: a name from `algorithms.advantages.ADVANTAGES`.
       group: completions per prompt.
-      greedy: f32[B]; scores of the greedy completions, for estimators that need them.
+      greedy: f32[B]; scores of the greedy completions, if the estimator needs them.
       kl_bound: bound of k2 and k3 in rewards and metrics, see `algorithms.kl.kl_estimate`.
-      mask_truncated: removes completions that did not end from the experience's `response_mask` and from whitening.
-        Estimators that compare completions still see their scores.
+      mask_truncated: removes truncated completions (without a stop token) from the experience's `response_mask` and
+        from whitening. Estimators that compare completions still use the scores of truncated completions.
     """
     mask = rollout.response_mask
     learned = mask & rollout.ended[:, None] if mask_truncated else mask
@@ -176,7 +179,7 @@ def annotate_experience(
     control: Control,
     settings: ExperienceSettings,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
-    """`annotate_for_update` and `score_experience` in one program; (experience, next control, metrics)."""
+    """(experience, next control, metrics): runs `annotate_for_update` and `score_experience` in one program."""
     annotated = annotate_for_update(base, policy, value, reference, rollout, settings.update)
     return score_experience(rollout, annotated, scores, greedy, control, settings)
 
@@ -189,7 +192,10 @@ def annotate_for_update(
     rollout: Rollout,
     update: PPOConfig,
 ) -> Annotated:
-    """`annotate` with the arguments that `update` implies. Needs no scores, so it may run while they are computed."""
+    """Runs `annotate` with the arguments that `update` implies.
+
+    It needs no scores, so it may run while the scores are computed.
+    """
     rows = rollout.tokens.shape[0]
     update = complete(update, rows)
     return annotate(
@@ -214,11 +220,12 @@ def score_experience(
     control: Control,
     settings: ExperienceSettings,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
-    """`adjust_scores` and `build_experience`, the part that needs scores; (experience, next control, metrics).
+    """(experience, next control, metrics): runs `adjust_scores` and `build_experience`, which need the scores.
 
     Args:
       scores: f32[B]; from the reward, before normalisation and penalties.
-      greedy: one greedy completion per prompt and their scores, for estimators that need them; else None.
+      greedy: one greedy completion per prompt, and the scores of these completions, if the estimator needs them; else
+        None.
     """
     kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
     moments = score_moments(control.moments, scores, settings.score)

@@ -1,9 +1,9 @@
 """Joins the small arrays of trainable trees into a few, to launch fewer optimizer kernels on a GPU.
 
 An optimizer launches a few kernels per array, and an adapter has hundreds of small arrays, so launches would dominate
-a step. Only the loop of optimizer steps inside a PPO update uses this form, from `joined` to `by_leaf`. States between
-updates and in checkpoints have one leaf per parameter. Programs with one optimizer step (SFT, reward model) do not use
-it, because joining and splitting would launch as many kernels as it saves.
+a step. Only the loop of optimizer steps inside a PPO update uses joined arrays, from `joined` to `by_leaf`. States
+between updates and in checkpoints have one leaf per parameter. Programs with one optimizer step (SFT, reward model) do
+not join, because joining and splitting would launch as many kernels as they save.
 """
 
 import math
@@ -15,14 +15,15 @@ from flax import struct
 
 from jaxrlhf.models.sharding import leaf_name, parameter_sharding
 
-LARGEST = 2**20  # numbers; a larger leaf is not joined: its launch cost is negligible, and a copy takes memory
+LARGEST = 2**20  # numbers in a leaf; a larger leaf is not joined: its launch cost is small, and a copy takes memory
 
 
 @struct.dataclass
 class Flat:
-    """A dict of arrays whose small leaves are joined, by dtype: matrices as [1, N], vectors and scalars as [N].
+    """A dict of arrays whose small leaves are joined, with one joined array per dtype and kind.
 
-    The number of dimensions matters, because weight decay applies to matrices only.
+    Matrices are joined to [1, N], vectors and scalars to [N]. The number of dimensions is kept apart because weight
+    decay applies to matrices only.
     """
 
     arrays: dict[str, jax.Array]
@@ -39,7 +40,7 @@ class Flat:
 
 
 def joined(state: Any) -> Any:
-    """The state with each dict in it (adapters and their optimizer moments) as a `Flat`.
+    """The state with a `Flat` in place of each dict (adapters and their optimizer moments).
 
     Leaves that the mesh shards are not joined, because every device would hold all of the joined array. So a full
     fine-tune joins norms and biases only, and a mesh with `fsdp` or `tensor` joins replicated leaves only.
@@ -48,12 +49,12 @@ def joined(state: Any) -> Any:
 
 
 def by_leaf(state: Any) -> Any:
-    """Undoes `joined`."""
+    """The state with a dict in place of each `Flat`, as it was before `joined`."""
     return jax.tree.map(lambda part: part.tree() if isinstance(part, Flat) else part, state, is_leaf=_is_flat)
 
 
 def _join(part: Any) -> Any:
-    """A non-empty dict as a `Flat`; anything else unchanged."""
+    """Converts a non-empty dict to a `Flat` and returns anything else unchanged."""
     if not _is_dict(part) or not part:
         return part
     pairs, structure = jax.tree_util.tree_flatten_with_path(part)

@@ -1,4 +1,4 @@
-"""Metrics that know how to reduce over microbatches and over the steps of an update."""
+"""Metrics, each with its reduction over microbatches and over the steps of an update."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class Reduction(NamedTuple):
     """How a metric is reduced."""
 
     parts: Callable[[jax.Array, jax.Array], jax.Array]  # combines two microbatches
-    steps: Callable[[jax.Array, jax.Array], jax.Array]  # values f32[steps], 1 or 0 for computed steps -> f32[]
+    steps: Callable[[jax.Array, jax.Array], jax.Array]  # (values f32[steps], `seen` f32[steps]) -> f32[]
 
 
 REDUCTIONS = {
@@ -35,22 +35,22 @@ Metrics = dict[str, Metric]
 
 
 def share(value: jax.Array) -> Metric:
-    """A microbatch's share of the batch's value: summed over microbatches, averaged over steps."""
+    """A metric that is summed over microbatches and averaged over steps. `value` is one microbatch's share."""
     return Metric(value, "share")
 
 
 def count(value: jax.Array) -> Metric:
-    """A count: summed over microbatches and steps."""
+    """A metric that is summed over microbatches and steps."""
     return Metric(value, "count")
 
 
 def largest(value: jax.Array) -> Metric:
-    """A maximum over microbatches and steps."""
+    """A metric whose maximum is taken over microbatches and steps."""
     return Metric(value, "largest")
 
 
 def of_first_step(value: jax.Array) -> Metric:
-    """A maximum over microbatches of the first step."""
+    """A metric of the first step only, whose maximum is taken over microbatches."""
     return Metric(value, "first")
 
 

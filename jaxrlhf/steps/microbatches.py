@@ -14,7 +14,7 @@ from jaxrlhf.steps.metrics import Metrics, merged
 
 
 def shortest_first(rows: Any) -> jax.Array:
-    """Order i32[B] of rows (a `Rollout` or `Experience`) by completion length."""
+    """Row numbers i32[B] of a `Rollout` or `Experience`, sorted by completion length."""
     return jnp.argsort(jnp.sum(rows.response_mask, axis=1), stable=True)
 
 
@@ -24,10 +24,10 @@ def take_rows(tree: Any, order: jax.Array) -> Any:
 
 
 def by_longest(run: Callable[[Any], Any], rows: Any, buckets: int) -> Any:
-    """run(rows), with completions cut to the shortest of `buckets` lengths that fits them all.
+    """Returns run(rows) with all completions cut to one of `buckets` lengths: the shortest that holds every completion.
 
-    `rows` is a `Rollout` or `Experience`, whose two-dimensional arrays end with the R response tokens. All lengths are
-    compiled and one is executed, so `run` must return the same shapes for each.
+    `rows` is a `Rollout` or `Experience`, whose two-dimensional arrays end with the R response tokens. `run` is compiled
+    for every length and executed for one, so it must return the same shapes for each length.
     """
     if buckets == 1:
         return run(rows)
@@ -52,11 +52,11 @@ def accumulate(
     """(loss, metrics, gradient) of a batch, accumulated over `parts` equal microbatches.
 
     `loss(params, part)` must return the microbatch's share of the batch's loss (divided by the batch's totals), so
-    that sums over microbatches are exact. With `buckets` each microbatch is cut, see `by_longest`.
+    that sums over microbatches are exact. `by_longest` cuts each microbatch to one of `buckets` lengths.
     """
 
     def gradient(params: Any, part: Any):
-        # The switch over lengths is outside the gradient: inside, activations of all lengths would be kept.
+        # The switch over lengths is outside the gradient. Inside, the activations of all lengths would be kept.
         return by_longest(lambda rows: jax.value_and_grad(loss, has_aux=True)(params, rows), part, buckets)
 
     if parts == 1:

@@ -1,4 +1,4 @@
-"""AdamW with gradient clipping and a schedule. Its numbers are traced, so changing one recompiles nothing."""
+"""AdamW with gradient clipping and a schedule. Numbers in its settings are traced, so changing one recompiles nothing."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from jaxrlhf.steps.metrics import Metrics, count, share
 
 
 def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfig:
-    """Fills in a missing learning rate: that of `role` in `LEARNING_RATES`, for LoRA or a full fine-tune of `params`.
+    """Fills in a missing learning rate from `LEARNING_RATES`, by role and by whether `params` are a full fine-tune.
 
-    The rate of a full fine-tune grows in proportion for models narrower than `RATED_WIDTH`.
+    The rate of a full fine-tune is larger for models narrower than `RATED_WIDTH`, in proportion to 1 / width.
     """
     if config.learning_rate is not None:
         return config
@@ -28,7 +28,7 @@ def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfi
 
 
 def init_optimizer(params: Any) -> optax.OptState:
-    """The optimizer state before the first step. Its structure depends on no setting."""
+    """The optimizer state before the first step. Its structure is the same for all settings."""
     return _transformation(OptimizerConfig()).init(params)
 
 
@@ -43,10 +43,10 @@ def optimizer_step(
 ) -> tuple[Any, optax.OptState, Metrics]:
     """(params, state, metrics) after one optimizer step.
 
-    `step` i32[] counts the previous steps; `loss` f32[] is the current one. Adam is PyTorch's: m / (sqrt(v) + epsilon)
-    with bias-corrected moments. Weight decay is decoupled and skips vectors and scalars (biases, norms, LoRA scales).
-    If the loss or the gradient's norm is not finite, nothing changes and the metric `skipped` is 1. Raises ValueError
-    without a learning rate (see `with_rate`).
+    `step` i32[] is the number of previous steps; `loss` f32[] is the loss of this step. The Adam update is
+    m / (sqrt(v) + epsilon) with bias-corrected moments, as in PyTorch. Weight decay is decoupled and skips vectors and scalars (biases, norms, LoRA scales).
+    If the loss or the gradient's norm is not finite, params and state keep their values and the metric `skipped` is 1.
+    Raises ValueError if the settings have no learning rate (see `with_rate`).
     """
     rate = learning_rate(config, step)
     norm = optax.global_norm(grads)

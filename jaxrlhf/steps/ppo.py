@@ -29,10 +29,10 @@ MINIBATCHES = 4  # default number
 
 
 def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOState:
-    """The state before the first update; `value` None means no value model.
+    """The state before the first update. `value` is None if there is no value model.
 
-    With `value_trunk` "policy", `value` is a head only (`adapters.value_head`). The trees are copied, so the caller's
-    remain valid when the state is donated.
+    With `value_trunk` "policy", `value` is only a head (`adapters.value_head`). The arrays are copied: donating the state
+    does not delete the arrays that the caller passed in.
     """
     value = {} if value is None else value
     if value and (config.value_trunk == "policy") != (set(value) == {SCORE}):
@@ -43,9 +43,10 @@ def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOSt
 
 
 def complete(config: PPOConfig, rows: int) -> PPOConfig:
-    """Fills in a missing number of minibatches for `rows` completions: the largest valid one up to `MINIBATCHES`.
+    """Fills in a missing number of minibatches for `rows` completions: the largest valid number up to `MINIBATCHES`.
 
-    It is valid if it divides `rows` into minibatches that microbatches divide; 1 if none is.
+    A number is valid if the rows divide into so many minibatches, and each minibatch into microbatches. If no number is
+    valid, the result has 1.
     """
     if config.minibatches is not None:
         return config
@@ -55,14 +56,14 @@ def complete(config: PPOConfig, rows: int) -> PPOConfig:
 
 
 def single_step(config: PPOConfig) -> bool:
-    """Whether an iteration has one optimizer step, so that the old policy is exactly the new one."""
+    """Whether an iteration has one optimizer step. Then the policy being trained is exactly the old policy."""
     return config.epochs * (config.minibatches or MINIBATCHES) == 1
 
 
 def computed_steps(metrics: Mapping[str, float], config: PPOConfig) -> float:
-    """Optimizer steps that an update computed, including the one that `kl_stop` discarded.
+    """Number of optimizer steps that an update computed, including the step that `kl_stop` discarded.
 
-    `config` comes from `complete`.
+    `config` must be a result of `complete`.
     """
     steps = config.epochs * config.minibatches
     return min(float(metrics.get("policy/steps", steps)) + 1, steps)
@@ -79,8 +80,8 @@ def ppo_update(
     """(state, metrics) after `epochs` passes over the experience in `minibatches` steps each.
 
     Each epoch uses every row once, in an order drawn from `key`. `mix` holds rows for the language-model loss of
-    PPO-ptx, split equally over the steps. With `kl_stop`, the first minibatch whose approximate KL exceeds it and all
-    later ones are skipped. Missing learning rates and minibatches are filled in (`with_rate`, `complete`). Raises
+    PPO-ptx, split equally over the steps. With `kl_stop`, the first minibatch whose approximate KL exceeds this
+    limit and all later minibatches are skipped. Missing learning rates and minibatches are filled in (`with_rate`, `complete`). Raises
     ValueError if `minibatches` does not divide the rows.
     """
     rows = experience.tokens.shape[0]
@@ -112,7 +113,7 @@ def ppo_update(
 
 
 def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
-    """`step`, but the first call whose approximate KL exceeds `kl_stop` and all later calls change nothing."""
+    """Wraps `step`: the first call whose approximate KL exceeds `kl_stop`, and all later calls, change nothing."""
 
     def run(state: PPOState, inputs):
         after, (metrics, seen) = step(state, inputs)
@@ -200,9 +201,9 @@ def ppo_loss(
 ) -> tuple[jax.Array, Metrics]:
     """A microbatch's share of its minibatch's loss and metrics.
 
-    `total_tokens`, `total_rows` and `length` (response tokens per row; None takes the microbatch's) are those of the
-    minibatch, so that the shares of all microbatches sum to its loss. An empty `value` means no value model. With
-    `value_trunk` "policy" the value loss also trains the policy's trunk.
+    `total_tokens`, `total_rows` and `length` describe the whole minibatch, so that the shares of all microbatches sum to
+    its loss. `length` is the number of response tokens per row; None takes it from the microbatch. `value` is empty if
+    there is no value model. With `value_trunk` "policy" the value loss also trains the policy's trunk.
     """
     mask = experience.response_mask
     inputs = (experience.tokens, experience.mask, mask)
@@ -253,7 +254,7 @@ def ppo_loss(
         "policy/ratio_max": largest(jnp.max(jnp.where(mask, tokens["ratio"], 0.0))),
         "policy/first_ratio_error": of_first_step(jnp.max(jnp.where(mask, jnp.abs(tokens["ratio"] - 1.0), 0.0))),
     }
-    if single_step(config):  # with more steps `annotate` recomputes the logprobs and the gap is logged there
+    if single_step(config):  # with more steps `annotate` recomputes the logprobs, and `annotate` logs the gap
         gap = jnp.where(mask, jnp.abs(logprobs - experience.sample_logprobs), 0.0)
         metrics |= {"gap/logprob_max": largest(jnp.max(gap)), "gap/logprob_mean": share(mean(gap))}
     return loss, metrics

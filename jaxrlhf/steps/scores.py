@@ -13,10 +13,10 @@ from jaxrlhf.records import Rollout
 
 
 def score_moments(moments: RunningMoments, scores: jax.Array, config: ScoreConfig) -> RunningMoments:
-    """Moments that normalise this iteration's scores f32[B], and from which the next iteration continues.
+    """Moments that normalise this iteration's scores f32[B]. The next iteration continues from them.
 
-    With `initial` they are the moments passed in, fitted before the first iteration; with `running` the scores are
-    added; with `batch` they are those of the scores only.
+    With `normalise` "initial" they are the moments passed in, which were fitted before the first iteration. With
+    "running" the scores are added to the moments passed in. With "batch" only the scores count.
     """
     if config.normalise == "running":
         return update_moments(moments, scores)

@@ -26,7 +26,7 @@ def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str
 
 
 def learned_tokens(batch: SFTBatch) -> jax.Array:
-    """Which of tokens 1..L-1 to learn, bool[B,L-1]: in the loss mask and after a token of the same segment."""
+    """Which of the tokens 1..L-1 are learned, bool[B,L-1]: those in the loss mask that follow a token of their segment."""
     same_segment = batch.segments[:, 1:] == batch.segments[:, :-1]
     return batch.loss_mask[:, 1:] & same_segment & (batch.segments[:, 1:] > 0)
 
