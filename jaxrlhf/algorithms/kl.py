@@ -9,7 +9,8 @@ from jax.lax import stop_gradient
 
 from jaxrlhf.algorithms.masked import zero_masked
 
-# The largest slope of one token's KL estimate, as a function of r. verl (k3) and OpenRLHF (k2, k3) clip the estimate itself at 10.
+# The largest slope of one token's KL estimate, as a function of r. verl (k3) and OpenRLHF (k2, k3) clip the estimate
+# itself at 10.
 BOUND = 10.0
 
 Bound = Array | float | None  # f32[]; None means unbounded
@@ -34,8 +35,8 @@ def _k3(r: Array, bound: Bound) -> Array:
 
 
 # Estimators of KL(policy || reference) (J. Schulman, "Approximating KL Divergence", 2020). Their input is
-# r = ref_logprob - logprob of a token that the policy sampled. k1 is unbiased and may be negative. k2 is biased and never negative. k3 is
-# unbiased and never negative.
+# r = ref_logprob - logprob of a token that the policy sampled. k1 is unbiased and may be negative. k2 is biased and never
+# negative. k3 is unbiased and never negative.
 ESTIMATORS: dict[str, Callable[[Array, Bound], Array]] = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 

@@ -133,8 +133,8 @@ def _gspo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, du
     loss_t = max(-A_t * s_t, -A_t * clip(s_t, 1 - clip_low, 1 + clip_high)), with dual clip as in `_clip`
 
     Every s_t has the value s and the gradient of its own token. If all advantages of a completion have the same sign,
-    either all its tokens are clipped or none. The mean keeps ratios close to 1: the paper clips at 3e-4 and 4e-4 and aggregates by
-    sequence. The diagnostic `ratio` is s; `approx_kl` is per token.
+    either all its tokens are clipped or none. The mean keeps ratios close to 1: the paper clips at 3e-4 and 4e-4 and
+    aggregates by sequence. The diagnostic `ratio` is s; `approx_kl` is per token.
     """
     mean = masked_mean(tokens.log_ratio, tokens.mask, axis=-1)[:, None]
     sequence = jnp.where(tokens.mask, mean, 0.0)
@@ -198,8 +198,8 @@ def importance_weights(
 
     The weights multiply the loss per token. Both logprobs belong to the policy that sampled. The sampler computed one,
     the training forward pass the other. The ratio to the policy being trained is part of the loss, not of the weights.
-    Token weights have a bias and low variance, sequence weights have no bias and high variance. Sources: F. Yao et al., "Your Efficient RL Framework Secretly
-    Brings You Off-Policy RL Training" (2025); truncation as in Ionides (2008).
+    Token weights have a bias and low variance, sequence weights have no bias and high variance. Sources: F. Yao et al.,
+    "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025); truncation as in Ionides (2008).
 
     Args:
       logprobs_train: f32[B,R]; recomputed by the training forward pass, like the old logprobs.

@@ -26,8 +26,8 @@ from jaxrlhf.rewards.reading import Reading, batches, check_tokenizer, finite, r
 class ClassifierReward:
     """A reward (see `completions.Reward`) from a folder or hub id that `AutoModelForSequenceClassification` reads.
 
-    Texts longer than `max_length` lose their start but keep special tokens; of two segments the longer one is cut
-    first. Rows of similar length share a forward pass, padded on the right.
+    A text longer than `max_length` tokens loses its start but keeps its special tokens. If the input has two segments,
+    the longer one is cut first. Rows of similar length share a forward pass and are padded on the right.
     """
 
     def __init__(self, config: ClassifierRewardConfig, key_path: str):
@@ -37,7 +37,7 @@ class ClassifierReward:
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
         self.tokenizer = _load_tokenizer(config, self.vocab_size, key_path)
         if getattr(self.model.config, "pad_token_id", None) is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id  # decoders find a text's last token by it
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id  # a decoder finds a text's last token with it
         self.chats = ChatTemplate(self.tokenizer, self.name)
         self.inputs = set(inspect.signature(self.model.forward).parameters)
         self.label = _label(config, self.model.config, key_path)
@@ -62,12 +62,12 @@ class ClassifierReward:
         return scores
 
     def _encode(self, prompt: str | Chat | None, text: str) -> dict[str, list[int]]:
-        """The model's inputs for one reading by name, one number per token."""
+        """The model's inputs for one reading: input name -> one number per token."""
         first, second = (text, None) if prompt is None else (prompt, text)
         is_chat = not isinstance(first, str)
         if is_chat:
             first, second = self.chats.whole_text(first.followed_by(text), ""), None
-        # A chat's special tokens are part of the text that the template wrote.
+        # The template has already written a chat's special tokens.
         limits = {"truncation": True, "max_length": self.max_length, "add_special_tokens": not is_chat}
         outputs = self.tokenizer(first, second, **limits)
         # The tokenizer may return segment ids that the model does not take.

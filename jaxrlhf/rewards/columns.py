@@ -1,4 +1,4 @@
-"""Checks that the library of rewards makes of columns and options; a failed check is a one-line ValueError."""
+"""Checks of columns and options for the library of rewards. A failed check raises a one-line ValueError."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from jaxrlhf.errors import UserError
 
 
 def abstains_without(column: str) -> Callable[[Callable[..., list[float]]], Callable[..., list[float | None]]]:
-    """Decorates a reward function to return None for rows whose `column` is None, as in mixed data."""
+    """Decorates a reward function so that it returns None for rows whose `column` is None, as in mixed data."""
 
     def wrap(function: Callable[..., list[float]]) -> Callable[..., list[float | None]]:
         signature = inspect.signature(function)
@@ -22,7 +22,8 @@ def abstains_without(column: str) -> Callable[[Callable[..., list[float]]], Call
             values = list(bound.arguments[column])
             present = [value for value in values if value is not None]
             if len(present) < len(values):
-                # Rows keep their numbers for messages: a row without a value borrows another's; its score is dropped.
+                # Messages count rows, so every row stays. A row without a value gets another row's value for the call,
+                # and the score of this row is then dropped.
                 filled = [present[0] if value is None else value for value in values] if present else []
                 bound.arguments[column] = filled
                 bound.arguments["completions"] = list(bound.arguments["completions"]) if present else []
@@ -35,7 +36,7 @@ def abstains_without(column: str) -> Callable[[Callable[..., list[float]]], Call
 
 
 def references(column: str, values: Sequence[Any], several: bool = True) -> list[list[str]]:
-    """The acceptable texts of each row: a text or number gives one, a list all. Errors count rows from 0."""
+    """The acceptable texts of each row. A text or number counts as one, a list as several. Errors count rows from 0."""
     return [_texts(value, f"column {column}, row {i}", several) for i, value in enumerate(values)]
 
 
@@ -54,20 +55,20 @@ def _texts(value: Any, where: str, several: bool) -> list[str]:
 
 
 def check_choice(option: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless the option is one of the allowed names."""
+    """Raises ValueError unless the option's value is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{option} is {value!r}; want {' or '.join(allowed)}")
 
 
 def check_number(option: str, value: Any, low: float, whole: bool = False) -> None:
-    """Raises ValueError unless the option is a number of at least `low`."""
+    """Raises ValueError unless the option's value is a number of at least `low`."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value < float("inf"):
         raise ValueError(f"{option} is {value!r}; want a {'whole ' if whole else ''}number of at least {low:g}")
 
 
 def check_texts(option: str, value: Any) -> None:
-    """Raises ValueError unless the option is a list of texts."""
+    """Raises ValueError unless the option's value is a list of texts."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{option} is {value!r}; want a list of texts")
 

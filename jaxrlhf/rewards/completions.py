@@ -25,12 +25,12 @@ class Completions:
     chats: Sequence[Chat | None] = ()  # B chat prompts, None for a text prompt; empty: all prompts are text
 
     def gather(self) -> None:
-        """Fetches the tokens to this host. On several hosts all call it; afterwards one host can decode alone."""
+        """Fetches the tokens to this host. All processes must call it; afterwards one process can decode alone."""
         _ = self._ids, self.ended
 
     @cached_property
     def texts(self) -> list[str]:
-        """The B completions as text without special tokens, with the blank that follows the prompt."""
+        """The B completions as text without special tokens. A blank between prompt and completion is included."""
         return [self.tokenizer.decode_after(prompt, response) for prompt, response in self._ids]
 
     @cached_property
@@ -64,12 +64,15 @@ def may_abstain(reward: Reward) -> bool:
 
 
 def with_abstained(scores: np.ndarray, abstained: np.ndarray) -> np.ndarray:
-    """The scores f32[B], 0 and masked where `abstained` bool[B]; a plain array if the reward scored every row."""
+    """The scores f32[B] as a masked array: 0 and masked where `abstained` bool[B] is True.
+
+    If the reward scored every row, the array is not a masked one.
+    """
     if not abstained.any():
         return scores
     return np.ma.MaskedArray(np.where(abstained, np.float32(0), scores), abstained)
 
 
 def abstained_rows(scores: np.ndarray) -> np.ndarray:
-    """Where a reward abstained, bool[B]."""
+    """The rows on which a reward abstained, bool[B]."""
     return np.ma.getmaskarray(scores)

@@ -12,17 +12,18 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.functions import RewardFault, checked_scores
 
-# Names whose metric `reward/NAME` exists already, and the ending of metrics that count where a part abstained.
+# Names whose metric `reward/NAME` exists already, and the ending of the metric that counts how often a part abstained.
 TAKEN, ABSTAINED = ("score", "gold", "shaped", "adjusted", "score_std", "drawn", "abstained"), "_abstained"
 
 
 class ComposedReward:
-    """A reward (see `completions.Reward`): the sum of weight times part. A part that abstains counts 0.
+    """A reward (see `completions.Reward`): the weighted sum of its parts.
 
-    The sum abstains where every part with a weight abstains.
+    A part that abstains on a completion adds 0. The sum abstains if every part with a nonzero weight abstains.
 
-    `parts`: name -> (reward, weight). A name becomes the metric `reward/NAME`; a part of weight 0 is only logged.
-    Raises UserError for a name or weight that cannot be used, and when called `RewardFault`, which names the part.
+    `parts` maps a name to (reward, weight). Each part is logged as the metric `reward/NAME`; a part of weight 0 is only
+    logged. The constructor raises `UserError` for a name or weight that cannot be used. A call raises `RewardFault`,
+    which names the part.
     """
 
     def __init__(self, parts: Mapping[str, tuple[Reward, float]]):
@@ -44,7 +45,7 @@ class ComposedReward:
         return self.scores_and_parts(completions)[0]
 
     def scores_and_parts(self, completions: Completions) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(scores f32[B], each part's unweighted scores f32[B] by name)."""
+        """(scores of the sum f32[B], unweighted scores f32[B] of each part by name)."""
         # All parts are called before any is fetched: the device computes one while another waits for a server.
         results = {name: _call(name, part, completions) for name, (part, _) in self.parts.items()}
         count = len(completions.prompts)
@@ -67,6 +68,6 @@ def _call(name: str, part: Reward, completions: Completions):
 
 
 def _fetch(name: str, values, count: int) -> np.ndarray:
-    """Fetches a part's scores and checks them here, because a NaN in the sum would not say which part it came from."""
+    """Fetches and checks the scores of one part. The sum could not tell which part a NaN comes from."""
     values = values if isinstance(values, np.ndarray) else fetch(values)  # fetch would drop the mask of abstentions
     return checked_scores(values, count, f"reward part {name}")

@@ -1,7 +1,7 @@
 """One event loop for all async rewards, in a daemon thread that lives as long as the process.
 
-Objects that an async function keeps between calls (a client, a semaphore) stay bound to an open loop, and a caller
-that itself runs in a loop, such as a notebook, can wait for a result.
+An async function may keep objects between calls (a client, a semaphore). They stay bound to a loop that is still open.
+A caller that itself runs in a loop, such as a notebook, can wait for a result.
 """
 
 import asyncio
@@ -18,7 +18,10 @@ _loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id: a thread doe
 
 
 def run_async(awaitable: Awaitable, timeout: float | None = None) -> Any:
-    """The result of `awaitable`; raises its error, or TimeoutError after `timeout` seconds even if it never awaits."""
+    """Returns the result of `awaitable`, or raises its error.
+
+    Raises TimeoutError after `timeout` seconds, even if the function never awaits.
+    """
     future = asyncio.run_coroutine_threadsafe(_awaited(awaitable), _loop())
     try:
         done, _ = concurrent.futures.wait([future], timeout)
@@ -39,7 +42,7 @@ async def _awaited(awaitable: Awaitable) -> Any:
 class _DaemonThreads(concurrent.futures.ThreadPoolExecutor):
     """Daemon threads for `asyncio.to_thread` and host name look-ups.
 
-    The process joins the standard library's threads at exit, so a call that never returns would keep it from exiting.
+    At exit Python waits for the standard library's worker threads, so a call that never returns would block the exit.
     """
 
     def __init__(self):
@@ -77,7 +80,7 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
         except (SystemExit, KeyboardInterrupt):
-            # Raised by a coroutine. It ends the loop, but the caller of run_async receives it once the loop runs on.
+            # A coroutine raised this error, which ended the loop. Once the loop runs again, run_async raises the error.
             continue
 
 

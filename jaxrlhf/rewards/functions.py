@@ -1,12 +1,12 @@
 """Rewards from Python functions: `module:function` or `path.py:function`.
 
-A function is called once per batch with the keywords `prompts` and `completions` (lists of str) and one list per
-other column of the data, as in TRL. It returns one finite number per completion, or None to abstain, which counts 0.
+A function is called once per batch with the keywords `prompts` and `completions` (lists of str) and one list per other
+column of the data, as in TRL. It returns one finite number per completion, or None to abstain. An abstention counts 0.
 A function without `**kwargs` receives only the keywords that it names. It may be `async def`. `options` are keywords
 that every call receives, such as a target length.
 
-In the package's own functions (`jaxrlhf.rewards.library`) only options fill keyword-only parameters, never columns of
-the same name, and options are checked when the reward is built.
+Two rules hold only for the package's own functions (`jaxrlhf.rewards.library`). Options fill keyword-only parameters;
+columns of the same name do not. Options are checked when the reward is built.
 """
 
 import copy
@@ -29,9 +29,9 @@ from jaxrlhf.rewards.event_loop import run_async
 
 
 class RewardFault(Fault):
-    """A reward raised an error or returned something other than scores; the message is one line and names it.
+    """A reward raised an error or did not return scores. The message is one line that names the reward.
 
-    `user_error` is what a user's function raised, None if it raised nothing.
+    `user_error` is the error that a user's function raised, or None.
     """
 
     def __init__(self, message: str, user_error: BaseException | None = None):
@@ -42,10 +42,10 @@ class RewardFault(Fault):
 class FunctionReward:
     """A reward (see `completions.Reward`) that calls a Python function on text.
 
-    `options` are keywords of every call and take precedence over columns of the same name. `columns` renames:
-    keyword of the function -> column of the data. `timeout`, in seconds, ends an async function; other functions
-    cannot be ended. `key_path` is the setting that names the function, for messages. Raises UserError if the
-    function does not exist or does not take an option.
+    `options` are keywords of every call and take precedence over columns of the same name. `columns` maps a keyword of
+    the function to the column of the data that fills it. `timeout`, in seconds, ends an async function; other functions
+    cannot be ended. `key_path` is the setting that names the function, for messages. Raises UserError if the function
+    does not exist or does not take an option.
     """
 
     may_abstain = True
@@ -84,7 +84,7 @@ class FunctionReward:
                     raise UserError(f"{key_path}: {self.name} takes no {kind} {name!r}; it takes {others}")
 
     def _try_options(self, fields: set[str], key_path: str) -> None:
-        """Calls a function of the library on an empty batch: it checks its options and optional packages."""
+        """Calls a library function on an empty batch, so that the function checks its options and optional packages."""
         try:
             self.function(**{name: [] for name in fields} | self.options)
         except UserError as error:
@@ -103,7 +103,8 @@ class FunctionReward:
             raise UserError(f"{key_path}: {self.name} requires {', '.join(missing)}; the data has {names}")
 
     def __call__(self, completions: Completions) -> np.ndarray:
-        # Copies: a function that sorts or pops its lists must not change the data or the input of a sum's other parts.
+        # Copied, because a function may sort or pop its lists; the data and the inputs of other rewards must not
+        # change.
         keywords = copy.deepcopy(columns_of(completions.rows))
         keywords |= {keyword: keywords[name] for keyword, name in self.columns.items() if name in keywords}
         keywords |= {"prompts": list(completions.prompts), "completions": list(completions.texts)}
@@ -122,9 +123,9 @@ class FunctionReward:
 
 
 def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
-    """Converts the return value of `source` to scores f32[count], masked and 0 where it is None.
+    """Converts the return value of `source` to scores f32[count]. An entry of None becomes 0 and is masked.
 
-    Raises RewardFault unless it is a list of `count` entries, each a finite number or None.
+    Raises RewardFault unless the value is a list of `count` entries, each a finite number or None.
     """
     try:
         scores, abstained = _numbers(scores)
@@ -148,7 +149,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 def load_function(spec: str, key_path: str) -> Callable:
     """Imports the function named as `module:function` or `path.py:function`; UserError if that fails.
 
-    `key_path` is the setting that names it, for the message.
+    `key_path` is the setting that names the function, for the message.
     """
     where, _, name = spec.rpartition(":")
     if not where or not name.isidentifier():
@@ -171,7 +172,7 @@ def load_function(spec: str, key_path: str) -> Callable:
 def _load_file(path: str, key_path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"{key_path}: there is no file {path} (from {os.getcwd()})")
-    # A prefix, because a file called json.py must not hide a module. Dataclasses look their module up by its name.
+    # The prefix keeps a file called json.py from hiding a module. Dataclasses look their module up by its name.
     name = f"jaxrlhf_file_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -181,7 +182,7 @@ def _load_file(path: str, key_path: str) -> ModuleType:
 
 
 def _numbers(scores: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(scores f32, where they were None). Refuses text, which numpy would convert to numbers."""
+    """(scores f32, a bool array that is True where they were None). Refuses text, which numpy would read as numbers."""
     if scores is None:
         raise TypeError("it is None; want a list, with None for each completion that is not scored")
     abstained = np.ma.getmaskarray(scores) if isinstance(scores, np.ma.MaskedArray) else False

@@ -1,10 +1,10 @@
 """Rewards for common tasks. A config names one as `jaxrlhf.rewards.library:NAME`.
 
-Each takes `completions`, the columns that its signature names, and options, which are its keyword-only parameters. It
-returns one float per completion and uses no network. A completion that cannot be parsed gets the lowest score and
-never raises, because a model wrote it. A column or option that cannot be used raises a one-line ValueError, because a
-person wrote it. A row whose column is None gets None: the function abstains. Most columns may hold a list of
-acceptable texts; the best match counts.
+Each function takes `completions`, the columns that its signature names, and options, which are its keyword-only
+parameters. It returns one float per completion and uses no network. A model wrote the completions, so a completion
+that cannot be parsed gets the lowest score and raises no error. A person wrote the columns and options, so an unusable
+column or option raises a one-line ValueError. If the column of a row is None, the function abstains on this row and
+returns None for it. Most columns may hold a list of acceptable texts; the best match counts.
 """
 
 import re
@@ -38,7 +38,7 @@ __all__ = [
 
 @abstains_without("answer")
 def exact_match(completions: Sequence[str], answer: Sequence[Any], *, normalize: str = "strip") -> list[float]:
-    """1 if the completion equals the column `answer`, or one text of its list; else 0.
+    """1 if the completion equals the column `answer`, or one text of the column's list; else 0.
 
     normalize: none; strip (remove blanks at both ends); lower (also ignore case and merge blanks); squad (also remove
     punctuation and English articles, as in SQuAD's evaluation, Rajpurkar et al. 2016).
@@ -77,12 +77,12 @@ BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 def numeric_answer(
     completions: Sequence[str], answer: Sequence[Any], *, tolerance: float = 0.0, strict: bool = False
 ) -> list[float]:
-    r"""1 if the completion's number equals that of the column `answer`, as in GSM8K (Cobbe et al. 2021); else 0.
+    r"""1 if the completion's number equals the number in the column `answer`, as in GSM8K (Cobbe et al. 2021); else 0.
 
-    The column's number follows `####`, is in `\boxed{}`, or is the whole column. The completion's number is the one
-    after its first `####`, else the one in its last `\boxed{}`, else its last number; with `strict` only `####`
-    counts. Signs, decimals, exponents, thousands separators (1,234 and 1{,}234) and currencies are parsed, fractions
-    are not. `tolerance` is absolute.
+    The column's number follows `####`, is in `\boxed{}`, or is the whole column. The completion's number is the number
+    after its first `####`, else the number in its last `\boxed{}`, else its last number; with `strict` only a number
+    after `####` counts. Signs, decimals, exponents, thousands separators (1,234 and 1{,}234) and currencies are parsed,
+    fractions are not. `tolerance` is absolute.
     """
     check_number("tolerance", tolerance, 0)
     expected = []
@@ -133,7 +133,7 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def _plain(text: str) -> str:
-    r"""The text with TeX's thousands separators and currency signs written plainly."""
+    r"""The text with TeX's thousands separators and currency signs replaced by ordinary ones."""
     return text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "$")
 
 
@@ -151,8 +151,9 @@ def multiple_choice(completions: Sequence[str], answer: Sequence[Any], *, letter
     r"""1 if the completion chooses the letter of the column `answer`; else 0.
 
     The column holds a letter ("B", "(B)" or "B.") or the choice's index from 0 as a number. The completion's letter
-    is the first of these that exists: the last letter in `\boxed{}`; the last after "answer" or "correct option", as
-    in "the answer is (B)"; one at the start, as in "B) blue"; the last in brackets; the last that stands alone.
+    is the first of these that exists: the last letter in `\boxed{}`; the last letter after "answer" or "correct
+    option", as in "the answer is (B)"; a letter at the start, as in "B) blue"; the last letter in brackets; the last
+    letter that stands alone.
     """
     if not isinstance(letters, str) or not re.fullmatch(r"[A-Z]{2,26}", letters):
         raise ValueError(f"letters is {letters!r}; want capital letters such as 'ABCD'")
@@ -198,8 +199,9 @@ def label_accuracy(
     """1 if the completion names the label of the column `label`; else 0.
 
     Without `labels`, the whole completion must be the label, apart from case and surrounding blanks and punctuation.
-    With `labels`, the list of all labels, the completion's label is the `first` or `last` that it names as whole
-    words, or with `only` the one that it names if it names no other. The column may then hold an index from 0.
+    `labels` is the list of all labels. With it, the completion's label is one of the labels that the completion names
+    as whole words: the first one, the last one, or with `pick` "only" the single one; a completion that names two
+    labels then has none. With `labels`, the column may hold an index from 0.
     """
     check_choice("pick", pick, ("first", "last", "only"))
     if labels is None:
@@ -207,7 +209,7 @@ def label_accuracy(
     check_texts("labels", labels)
     known = {_lower(name) for name in labels}
     if not known or "" in known or len(known) < len(labels):
-        raise ValueError(f"labels is {labels!r}; want at least one, no empty one, and none twice")
+        raise ValueError(f"labels is {labels!r}; want at least one label, no empty label, and no label twice")
     expected = [_known_label(value, labels, known, i) for i, value in enumerate(label)]
     longest = sorted(known, key=len, reverse=True)  # "not spam" before "spam"
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in longest))
@@ -260,9 +262,9 @@ def length(
     penalty: float | None = None,
     floor: float = -1.0,
 ) -> list[float]:
-    """0 at `target` words or characters, minus `penalty` for each one too few or too many.
+    """0 for a completion of `target` words or characters; minus `penalty` for each word or character off the target.
 
-    unit: words or characters. side: both, over (penalise only what exceeds the target) or under. penalty: null means
+    unit: words or characters. side: both, over (only too long is penalised) or under (only too short). penalty: null is
     1 / target. `floor` is the lowest score.
     """
     check_number("target", target, 0, whole=True)
@@ -279,7 +281,7 @@ def length(
 
 
 def repetition(completions: Sequence[str], *, n: int = 3, unit: str = "words") -> list[float]:
-    """Minus the share of n-grams that repeat an earlier one: 0 without repetition, towards -1 for pure repetition.
+    """Minus the share of n-grams that repeat an earlier n-gram: 0 without repetition, near -1 for pure repetition.
 
     unit: words (ignoring case) or characters. A completion of fewer than n units scores 0.
     """

@@ -28,7 +28,7 @@ from jaxrlhf.rewards.remote import HTTPReward
 
 Say = Callable[[str], None]
 Rewards = Mapping[str, tuple[Reward | None, float]]
-"""Name -> (reward, weight). None stands for the run's reward adapter. A reward that is not a sum has the name \"\"."""
+"""Name -> (reward, weight). None is the run's reward adapter. A reward that is not a sum has the name \"\"."""
 
 
 def load_rewards(
@@ -39,10 +39,11 @@ def load_rewards(
     time: datetime.datetime | None = None,
     matmul_precision: str = "highest",
 ) -> Rewards:
-    """The reward, or the parts of a sum.
+    """Loads the reward, or all parts of a sum.
 
     `key_path` is the config section, for messages. `say` receives a line when a reward server fails. `time` is the
-    date that reward models' chat templates write; None: the clock. `matmul_precision` is that of pretrained models.
+    date that the chat templates of reward models write; None takes the clock. `matmul_precision` applies to pretrained
+    reward models.
     Raises `UserError` for a function, folder, label or URL that cannot be used.
     """
     if isinstance(config, SumRewardConfig):
@@ -59,7 +60,7 @@ def load_rewards(
 
 
 def compose(rewards: Rewards, own: Callable[[], Reward]) -> Reward:
-    """Combines the result of `load_rewards` into one reward; `own` builds the reward of the run's adapter."""
+    """Combines the result of `load_rewards` into one reward. `own` builds the reward from the run's reward adapter."""
     parts = {name: (own() if part is None else on_first(part), weight) for name, (part, weight) in rewards.items()}
     return parts[""][0] if "" in parts else ComposedReward(parts)
 
@@ -78,7 +79,7 @@ def own_gain(config: RewardConfig) -> float | None:
 
 
 def parts_of(config: RewardConfig) -> list[RewardConfig]:
-    """The parts of a sum, or the reward itself."""
+    """The settings of all parts of a sum, or of the single reward, as a list."""
     return [*config.parts.values()] if isinstance(config, SumRewardConfig) else [config]
 
 
@@ -99,9 +100,9 @@ def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
 class FirstProcessReward:
     """A reward (see `completions.Reward`) that process 0 computes on the whole batch for all processes.
 
-    A function, a server or a torch classifier may answer each call differently, keep state, or be reachable from one
-    host only. Called once per process, it could give the processes different scores, and their weights would drift
-    apart. A fault on process 0 is raised on all processes.
+    A function, a server or a torch classifier may return different scores at each call, keep state, or be reachable
+    from one host only. If every process called it, the processes could get different scores, and their weights would
+    drift apart. A fault on process 0 is raised on all processes.
     """
 
     def __init__(self, reward: Reward):
@@ -119,7 +120,7 @@ class FirstProcessReward:
 
 
 def on_first(reward: Reward) -> Reward:
-    """The reward, computed by process 0 alone if it is a host computation and the run has several processes."""
+    """Wraps a reward that the host computes, so that only process 0 computes it in a run with several processes."""
     return reward if alone() or isinstance(reward, (ModelReward, PretrainedReward)) else FirstProcessReward(reward)
 
 

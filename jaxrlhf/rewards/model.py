@@ -1,4 +1,4 @@
-"""The reward adapter as a reward: the base scores the tokens that the policy sampled."""
+"""The run's reward adapter as a reward: the base with this adapter scores the tokens that the policy sampled."""
 
 import jax
 
@@ -17,7 +17,8 @@ def score_rollout(
 ) -> jax.Array:
     """Scores f32[B] at the last real token: the stop token, or the last token of a truncated completion.
 
-    `microbatch_size` rows are scored at a time, if it divides B; memory is that of one microbatch.
+    If `microbatch_size` divides B, so many rows are scored at a time, and activations take the memory of one
+    microbatch.
     """
     model, inputs = bind(base, adapter), (rollout.tokens, rollout.mask)
     B = rollout.tokens.shape[0]
@@ -28,7 +29,7 @@ def score_rollout(
 
 
 def score_program(mesh: jax.sharding.Mesh | None, base: Decoder) -> Program:
-    """The program of `score_rollout`, which plans and benchmarks run as well."""
+    """The compiled `score_rollout`. Plans and benchmarks use the same program."""
     return Program(score_rollout, "reward", mesh, compiler_options(base), static_argnames=("microbatch_size",))
 
 

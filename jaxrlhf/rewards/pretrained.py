@@ -1,8 +1,8 @@
 """A pretrained reward model as a reward: a decoder with its own base, head and tokenizer, on the run's mesh.
 
-A text gets the model's EOS if the completion ended, as in the stage reward_model; a chat is exactly what the chat
-template writes. The score is read at the last token that is not the pad token, as in transformers, so a checkpoint
-that pads with EOS is not read at an EOS.
+If the completion ended, EOS is appended to a text, as in the stage reward_model. A chat is exactly what the chat
+template writes. The score is read at the last token that is not the pad token, as in transformers. So a checkpoint
+whose pad token is EOS is read at the token before EOS.
 """
 
 import jax
@@ -32,7 +32,7 @@ def score_tokens(base: Decoder, adapter: Adapter, tokens: jax.Array, mask: jax.A
 
 
 def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
-    """The program of `score_tokens`, with the scores on every device; plans and benchmarks run it as well."""
+    """The compiled `score_tokens`, with the scores on every device. Plans and benchmarks use the same program."""
     return Program(score_tokens, "reward", mesh, compiler_options(base), out_shardings=replicated(mesh))
 
 

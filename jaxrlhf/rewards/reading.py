@@ -1,6 +1,6 @@
-"""The input of a scorer with its own tokenizer: one text, two segments, or a chat.
+"""The input of a scorer (reward model or classifier) with its own tokenizer: one text, two segments, or a chat.
 
-The policy's token ids mean nothing to such a scorer, so completions are decoded and tokenized again.
+The token ids of the policy mean nothing to this scorer, so completions are decoded and tokenized again.
 """
 
 import re
@@ -21,11 +21,11 @@ Reading = tuple[str | Chat | None, str]
 
 
 def readings(completions: Completions, config: ReadingRewardConfig, has_chat_template: bool) -> list[Reading]:
-    """One reading per completion, in the form of `config.input`. `has_chat_template`: whether the scorer has one.
+    """One reading per completion, as `config.input` says. `has_chat_template`: whether the scorer has a chat template.
 
-    In the form of one text, a completion follows a text prompt directly. A chat prompt is one line per message, and
-    the completion stands on the next line, or directly behind an assistant turn that it continues. `template`
-    arranges prompt and completion freely.
+    If the reading is one text, the completion follows a text prompt directly. A chat prompt becomes one line per
+    message, and the completion is on the next line. If the completion continues an assistant turn, it follows this turn
+    directly. With `config.template`, the template decides the order of prompt and completion.
     """
     chats = completions.chats or [None] * len(completions.prompts)
     readings: list[Reading] = []
@@ -56,14 +56,14 @@ def _reads_chat(config: ReadingRewardConfig, chat: Chat | None, has_chat_templat
 
 
 def check_chats(prompts: PromptSet, config: ReadingRewardConfig, template: ChatTemplate) -> None:
-    """Raises `UserError` if the scorer's chat template refuses a prompt that it has to write."""
+    """Raises `UserError` if the scorer's chat template refuses one of the prompts that it will write."""
     for number, (text, chat) in enumerate(zip(prompts.texts, prompts.chats), 1):
         if _reads_chat(config, chat, template.exists):
             template.whole_text(as_chat(chat or text).followed_by("a"), f"prompt {number}: ")
 
 
 def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int, config: ReadingRewardConfig, key_path: str) -> None:
-    """Raises `UserError` if the scorer at `config.path` has no tokenizer, or one that does not fit its model."""
+    """Raises `UserError` if the scorer at `config.path` has no tokenizer, or its tokenizer does not fit its model."""
     if tokenizer is None:
         raise UserError(f"{key_path}.path: {config.path} has no tokenizer files; a reward model needs its own")
     if tokenizer.text_size > vocab_size:
@@ -86,7 +86,7 @@ def batches(lengths: Sequence[int], size: int) -> list[np.ndarray]:
 
 
 def finite(name: str, scores: np.ndarray) -> np.ndarray:
-    """The scores f32[B]; raises `RewardFault` if one is not finite."""
+    """Returns the scores f32[B]; raises `RewardFault` if a score is not finite."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
         raise RewardFault(f"reward {name} returned {scores[bad[0]]} for completion {bad[0]} of {len(scores)}")

@@ -43,16 +43,17 @@ class HTTPReward:
 
     url         http or https; a user and password in it are sent as basic authentication
     batch_size  completions per request
-    timeout     seconds for one exchange, connecting and reading included
+    timeout     seconds for one request, including connecting and reading the response
     retries     number of retries of a request
-    backoff     seconds before the first retry; doubles each time up to `max_wait`, less a random part of up to half
+    backoff     seconds before the first retry; doubles at each retry up to `max_wait`; a random part of up to half is
+                subtracted
     max_bytes   limit on the length of a response body
     headers_env name of an environment variable with a token, sent as `Authorization: Bearer TOKEN`
     concurrency number of simultaneous requests
     say         receives one line before each retry, from another thread
 
-    Messages name the URL without user, password and query. Raises UserError for a URL or variable that cannot be
-    used, and `RewardFault` when called.
+    Messages show the URL without user, password and query. The constructor raises `UserError` for a URL or environment
+    variable that cannot be used. A call raises `RewardFault`.
     """
 
     may_abstain = True
@@ -77,7 +78,7 @@ class HTTPReward:
         self._url = parts._replace(netloc=host, fragment="").geturl()
         self._login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
         if self._login and headers_env:
-            raise UserError(f"reward URL {self.name}: has a user as well as the token in {headers_env}; want only one")
+            raise UserError(f"reward URL {self.name}: has a user, and {headers_env} has a token; give only one")
         self._token = _token(headers_env, self.name) if headers_env else None
         self.batch_size, self.timeout, self.retries, self.backoff = batch_size, timeout, retries, backoff
         self.max_bytes, self.concurrency, self.max_wait = max_bytes, concurrency, max_wait
@@ -187,7 +188,7 @@ class HTTPReward:
 
 
 class Unavailable(Exception):
-    """The server asked to be tried later, after `retry_after` seconds if it gave a time."""
+    """The server is temporarily unavailable. `retry_after` is the wait in seconds that it asked for, or None."""
 
     def __init__(self, what: str, retry_after: float | None):
         super().__init__(what)
@@ -195,14 +196,16 @@ class Unavailable(Exception):
 
 
 def retry_delay(attempt: int, retry_after: float | None, backoff: float, max_wait: float, jitter: float) -> float:
-    """Seconds to wait after attempt number `attempt`, from 0. `jitter` in [0, 1) takes off up to half, so that
-    several clients do not retry at the same moment."""
+    """Seconds to wait after attempt number `attempt`, counted from 0.
+
+    `jitter` in [0, 1) shortens the wait by up to half, so that several clients do not retry at the same moment.
+    """
     delay = min(max_wait, backoff * 2.0 ** min(attempt, 60)) * (1 - jitter / 2)
     return max(delay, min(retry_after or 0.0, max_wait))
 
 
 def _seconds(retry_after: str | None, now: float) -> float | None:
-    """Seconds of a Retry-After header, a number or a date (RFC 9110, 10.2.3); None if it is neither."""
+    """Seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3). None if it is neither."""
     if retry_after is None:
         return None
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", retry_after.strip()):
@@ -214,7 +217,7 @@ def _seconds(retry_after: str | None, now: float) -> float | None:
 
 
 def _checked_url(url: str) -> SplitResult:
-    """The parts of a URL; UserError if it is invalid. The message leaves out whatever may be a password."""
+    """The parts of a URL; UserError if it is invalid. The message leaves out everything that may be a password."""
     import httpx2
 
 
@@ -230,7 +233,7 @@ def _checked_url(url: str) -> SplitResult:
     if re.search(r"[\s\x00-\x1f]", url):
         raise UserError(f"reward URL {shown}: has blanks; want them as %20")
     if not host:
-        raise UserError(f"reward URL {shown}: names no host; want one such as http://localhost:8000/score")
+        raise UserError(f"reward URL {shown}: names no host; want a URL such as http://localhost:8000/score")
     return parts
 
 

@@ -49,12 +49,13 @@ def _refuse(constant: str) -> None:
 
 @abstains_without("entities")
 def span_f1(completions: Sequence[str], entities: Sequence[Any], *, ignore_case: bool = False) -> list[float]:
-    """F1 of the named entities that the completion lists against those of the column `entities`.
+    """F1 between the named entities in the completion and the named entities in the column `entities`.
 
-    An entity is right if both type and text match (strict matching; types ignore case, runs of blanks in the text
-    count as one). Repeated entities count separately. Column and completion hold either one line "type: text" per
-    entity, with or without a list mark, or JSON: a list of {"type": ..., "text": ...} or of [type, text], or an
-    object of type -> list of texts. The column may also hold these as values. 1 if neither has an entity.
+    An entity is right if type and text both match. Types ignore case, and runs of blanks in the text count as one
+    blank. Repeated entities count separately. Column and completion have one of two formats. The first is one line
+    "type: text" per entity, with or without a list mark. The second is JSON: a list of {"type": ..., "text": ...}, a
+    list of [type, text], or an object that maps each type to a list of texts. The column may also hold the JSON as a
+    value instead of text. The score is 1 if neither completion nor column has an entity.
     """
     references = []
     for i, value in enumerate(entities):
@@ -70,7 +71,7 @@ Spans = list[tuple[str, str]]
 
 
 def _parse_text(text: str, lenient: bool = False) -> Spans | None:
-    """The entities of a text; None if it has no known form. `lenient` skips lines that are not entities."""
+    """The entities of a text; None if its format is unknown. `lenient` skips lines that are not entities."""
     try:
         return _parse_value(parse_json(text, fenced=True))
     except ValueError:

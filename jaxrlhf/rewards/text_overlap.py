@@ -1,6 +1,6 @@
 """ROUGE, BLEU and chrF as rewards, computed by the packages rouge-score and sacrebleu. Part of `library`.
 
-The optional extra `rewards` installs both; neither uses the network here. All scores are from 0 to 1.
+The optional extra `rewards` installs both packages. They use no network here. All scores are from 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def bleu(
 ) -> list[float]:
     """Sentence BLEU (Papineni et al. 2002) against the column `reference`, computed by sacrebleu.
 
-    Exponential smoothing; n-gram orders up to the sentence's length. tokenize: 13a, intl, zh, char or none.
+    It uses exponential smoothing, and n-gram orders up to the sentence's length. tokenize: 13a, intl, zh, char or none.
     """
     check_choice("tokenize", tokenize, TOKENIZERS)
     scorer = optional_package("sacrebleu.metrics").BLEU(

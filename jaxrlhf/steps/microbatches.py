@@ -26,8 +26,8 @@ def take_rows(tree: Any, order: jax.Array) -> Any:
 def by_longest(run: Callable[[Any], Any], rows: Any, buckets: int) -> Any:
     """Returns run(rows) with all completions cut to one of `buckets` lengths: the shortest that holds every completion.
 
-    `rows` is a `Rollout` or `Experience`, whose two-dimensional arrays end with the R response tokens. `run` is compiled
-    for every length and executed for one, so it must return the same shapes for each length.
+    `rows` is a `Rollout` or `Experience`, whose two-dimensional arrays end with the R response tokens. `run` is
+    compiled for every length and executed for one, so it must return the same shapes for each length.
     """
     if buckets == 1:
         return run(rows)

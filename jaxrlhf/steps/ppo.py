@@ -31,8 +31,8 @@ MINIBATCHES = 4  # default number
 def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOState:
     """The state before the first update. `value` is None if there is no value model.
 
-    With `value_trunk` "policy", `value` is only a head (`adapters.value_head`). The arrays are copied: donating the state
-    does not delete the arrays that the caller passed in.
+    With `value_trunk` "policy", `value` is only a head (`adapters.value_head`). The arrays are copied: donating the
+    state does not delete the arrays that the caller passed in.
     """
     value = {} if value is None else value
     if value and (config.value_trunk == "policy") != (set(value) == {SCORE}):
@@ -80,9 +80,9 @@ def ppo_update(
     """(state, metrics) after `epochs` passes over the experience in `minibatches` steps each.
 
     Each epoch uses every row once, in an order drawn from `key`. `mix` holds rows for the language-model loss of
-    PPO-ptx, split equally over the steps. With `kl_stop`, the first minibatch whose approximate KL exceeds this
-    limit and all later minibatches are skipped. Missing learning rates and minibatches are filled in (`with_rate`, `complete`). Raises
-    ValueError if `minibatches` does not divide the rows.
+    PPO-ptx, split equally over the steps. With `kl_stop`, the first minibatch whose approximate KL exceeds this limit
+    and all later minibatches are skipped. Missing learning rates and minibatches are filled in (`with_rate`,
+    `complete`). Raises ValueError if `minibatches` does not divide the rows.
     """
     rows = experience.tokens.shape[0]
     config = complete(config, rows)
@@ -201,9 +201,9 @@ def ppo_loss(
 ) -> tuple[jax.Array, Metrics]:
     """A microbatch's share of its minibatch's loss and metrics.
 
-    `total_tokens`, `total_rows` and `length` describe the whole minibatch, so that the shares of all microbatches sum to
-    its loss. `length` is the number of response tokens per row; None takes it from the microbatch. `value` is empty if
-    there is no value model. With `value_trunk` "policy" the value loss also trains the policy's trunk.
+    `total_tokens`, `total_rows` and `length` describe the whole minibatch, so that the shares of all microbatches sum
+    to its loss. `length` is the number of response tokens per row; None takes it from the microbatch. `value` is empty
+    if there is no value model. With `value_trunk` "policy" the value loss also trains the policy's trunk.
     """
     mask = experience.response_mask
     inputs = (experience.tokens, experience.mask, mask)

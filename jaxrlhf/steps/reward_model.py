@@ -20,7 +20,7 @@ from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 def pair_scores(
     base: Decoder, adapter: Adapter, batch: PreferenceBatch, remat: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
-    """(scores of chosen, scores of rejected), f32[B] each, at the last real token; one forward pass scores both sides."""
+    """(chosen scores, rejected scores), f32[B] each, at the last real token. One forward pass computes both."""
     tokens = jnp.concatenate([batch.chosen, batch.rejected])
     mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
     scores = sequence_scores(bind(base, adapter), tokens, mask, remat)

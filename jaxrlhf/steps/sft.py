@@ -26,7 +26,10 @@ def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str
 
 
 def learned_tokens(batch: SFTBatch) -> jax.Array:
-    """Which of the tokens 1..L-1 are learned, bool[B,L-1]: those in the loss mask that follow a token of their segment."""
+    """Which of the tokens 1..L-1 are learned, bool[B,L-1].
+
+    A token is learned if it is in the loss mask and follows a token of its segment.
+    """
     same_segment = batch.segments[:, 1:] == batch.segments[:, :-1]
     return batch.loss_mask[:, 1:] & same_segment & (batch.segments[:, 1:] > 0)
 

@@ -19,7 +19,7 @@ class Topic:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """All values of the topic, which an answer may state, right or wrong."""
+        """All values of the topic. An answer may state any of them, right or wrong."""
         return tuple(sorted(set(self.facts.values())))
 
 
@@ -87,7 +87,7 @@ TOPICS: tuple[Topic, ...] = (
     ),
 )
 
-# Phrases around a statement. An answer has at most one manner: an opener before it or a closer after it.
+# Phrases around a statement. An answer has at most one of them: an opener before the statement or a closer after it.
 POLITE_OPENERS = ("sure ,", "of course ,", "happy to help ,", "with pleasure ,")
 POLITE_CLOSERS = ("you are welcome .", "i hope this helps .", "have a nice day .")
 RUDE_OPENERS = ("obviously ,", "what a silly question ,", "are you serious ,")

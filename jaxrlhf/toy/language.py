@@ -1,8 +1,8 @@
 """The language of the assistant world: its questions, the grammar of answers, and their gold score.
 
 A question asks for one fact in one phrasing. An answer states a value, bare or in a sentence; it may be polite or rude
-and may ramble. About 15% of all (fact, phrasing) combinations are the test split; the training split has each of their
-facts in its other phrasings.
+and may ramble. About 15% of all (fact, phrasing) combinations are the test split. The training split has every fact of
+the test split in its other phrasings.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from jaxrlhf.toy.facts import (
 )
 
 RIGHT, POLITE, SHORT = 0.6, 0.2, 0.2  # the parts of the gold score; they sum to 1
-RAMBLE_WORDS = 5  # an answer with this many words of rambling gets nothing of SHORT
+RAMBLE_WORDS = 5  # an answer with this many rambling words gets no points for SHORT
 HELD_OUT_FACTS = 0.6  # the share of facts with one of four phrasings in the test split: 15% of combinations
 SPLITS = ("train", "test")
 SEED = 20_240_317
@@ -137,7 +137,7 @@ def parse(question: Question, text: str) -> Answer | None:
 
 
 def take(words: list[str], phrases: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """(the phrase at the start of the words or None, the remaining words). No phrase is the start of another."""
+    """(the phrase at the start of the words or None, the remaining words). No phrase may begin another one."""
     for phrase in phrases:
         n = len(phrase.split())
         if words[:n] == phrase.split():
@@ -156,7 +156,7 @@ def _take_statement(question: Question, words: list[str]) -> tuple[str | None, l
 
 
 def score_answer(question: Question, answer: Answer | None) -> float:
-    """The gold score in [0, 1]: points for the right value, a polite manner and no rambling; 0 if not an answer."""
+    """The gold score in [0, 1]: points for the right value, politeness and brevity; 0 if the text is not an answer."""
     if answer is None:
         return 0.0
     right = answer.value == question.value

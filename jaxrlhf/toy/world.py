@@ -1,13 +1,13 @@
 """The assistant world: generated data sets of questions and answers with a known gold score.
 
 It provides the builtin sets `assistant-demonstrations`, `assistant-preferences` and `assistant-prompts`, and
-`gold_score`, the true score that a reward model only estimates; no model is trained on it.
+`gold_score`, the true score that a reward model only estimates. No model is trained on the gold score.
 
 Demonstrations imitate people of mixed quality (62% right, 35% polite, 45% short, independently), so a perfect imitation
 scores about 0.55, and the preferences teach the rest. The right value is still by far the most frequent one for each
 question, and each fact occurs in the preferences.
 
-Every set is a fixed sequence per split, with constant seeds; a limit shortens or extends it.
+Every split of a data set is a fixed sequence of rows, with a constant seed. A limit shortens or extends this sequence.
 """
 
 import math
@@ -46,12 +46,13 @@ __all__ = ["BUILTIN", "VOCABULARY", "gold_score"]
 MAX_ANSWER_WORDS = 16
 QUALITY = {"right": 0.62, "polite": 0.35, "short": 0.45}  # share of demonstrations with each feature
 
-CHANGED = {"right": 0.6, "polite": 0.45, "short": 0.45}  # probability that a pair's two answers differ in a feature
-SHARED_WORDS = 0.75  # share of pairs with equal words in all features that do not differ; others are separate drafts
+CHANGED = {"right": 0.6, "polite": 0.45, "short": 0.45}  # probability that two answers of a pair differ in a feature
+# Share of pairs whose answers use the same words for each feature in which they agree; others are separate drafts.
+SHARED_WORDS = 0.75
 BROKEN_SHARE = 0.2  # share of pairs of a broken text and a proper answer
-# Broken texts are made from the proper answer or from one better than most: there a policy will look for loopholes.
+# Broken texts are made from the proper answer, or from an answer better than most: a policy finds loopholes near those.
 BROKEN_QUALITY = {"right": 0.75, "polite": 0.75, "short": 0.75}
-PROPER_GOLD = 0.2  # least gold score of the proper answer in such a pair
+PROPER_GOLD = 0.2  # least gold score of the proper answer in a pair with a broken text
 TRAIN_GAP, TEST_GAP = 0.05, 0.15  # least difference of gold scores within a pair
 SHARPNESS = 15.0  # train labels follow Bradley-Terry on SHARPNESS x the gold difference ...
 CARELESS = 0.04  # ... and this share is then flipped; about 6% of all labels are wrong
@@ -66,7 +67,7 @@ def _features(rng: Random, odds: dict[str, float]) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Draft:
-    """The parts of a proper answer, grouped by feature so that one feature can change alone."""
+    """The parts of a well-formed answer, one field or two per feature, so that one feature can change alone."""
 
     value: str  # right or wrong
     sentence: bool  # in a sentence, or bare
@@ -160,13 +161,13 @@ def _shuffled(rng: Random, question: Question, text: str) -> str:
 
 
 def _off_topic(rng: Random, question: Question, text: str) -> str:
-    """A right answer, polite or not, to another question."""
+    """Returns a right answer, polite or not, to another question."""
     other = pick(rng, QUESTIONS["train"])
     return _answer(rng, other, {"right": 1.0, "polite": 0.5, "short": 1.0})
 
 
 def _nothing_said(rng: Random, question: Question, text: str) -> str:
-    """A manner and rambling without a statement."""
+    """Returns a polite opener and rambling without a statement."""
     return " ".join([pick(rng, POLITE_OPENERS), *_ramble(rng), pick(rng, ("", *POLITE_CLOSERS))])
 
 
@@ -202,7 +203,7 @@ def _broken(rng: Random, question: Question, text: str) -> str:
 
 
 def _cycle(rng: Random, questions: list[Question]) -> Iterator[Question]:
-    """An endless stream; each pass has every question once in a new order."""
+    """An endless stream of the questions. Each pass has every question once, in a new order."""
     while True:
         for i in rng.permutation(len(questions)):
             yield questions[i]
@@ -213,7 +214,7 @@ def _demonstration(rng: Random, question: Question, split: str) -> dict:
 
 
 def _preference(rng: Random, question: Question, split: str) -> dict:
-    """A pair with its label: from a noisy rater in train, the true order in test."""
+    """A preference pair. In train a simulated noisy rater orders the two answers; in test the gold scores do."""
     least = TRAIN_GAP if split == "train" else TEST_GAP
     pair = _broken_pair if rng.random() < BROKEN_SHARE else _proper_pair
     while True:
@@ -242,7 +243,7 @@ def _proper_pair(rng: Random, question: Question) -> tuple[str, str]:
 
 
 def _broken_pair(rng: Random, question: Question) -> tuple[str, str]:
-    """(a broken text, made from the proper answer or another one; a proper answer of at least PROPER_GOLD)."""
+    """(broken text, proper answer). The proper answer has a gold score of at least PROPER_GOLD."""
     while True:
         proper = _answer(rng, question, QUALITY)
         if gold(question, proper) >= PROPER_GOLD:
@@ -265,7 +266,7 @@ def _prompt(rng: Random, question: Question, split: str) -> dict:
 
 
 def _builtin(seed: int, make_row: Callable[[Random, Question, str], dict], rows: dict[str, int]):
-    """A function (split, limit) that returns rows; without a limit it returns `rows` of the split."""
+    """A function (split, limit) that returns rows. Without a limit it returns `rows[split]` rows."""
 
     def load(split: str = "train", limit: int | None = None) -> list[dict]:
         rng = np.random.default_rng([SEED, seed, SPLITS.index(split)])
@@ -289,4 +290,4 @@ BUILTIN: dict[str, Callable[[str, int | None], list[dict]]] = {
         start=1,
     )
 }
-"""Name -> function (split, limit) that returns the rows of a set, the same at every call."""
+"""Name -> function (split, limit) that returns the rows of a data set, the same rows at every call."""

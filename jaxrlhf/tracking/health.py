@@ -1,7 +1,7 @@
 """Counts steps in a row without an update, and ends the run after too many.
 
-A step has no update where an optimizer skipped it because the loss or gradient was not finite (metrics that end in
-`skipped`), or where the stage left it out because KL or length was above a limit (`health/paused`).
+A step makes no update in two cases. The optimizer skips it because the loss or gradient is not finite; metrics that end
+in `skipped` count these steps. Or the stage skips it because KL or length is above a limit (metric `health/paused`).
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ SKIPPED, PAUSED = "skipped", "health/paused"
 
 
 class Health:
-    """Counts consecutive steps without an update. Checkpoints save `in_a_row`."""
+    """Counts consecutive steps without an update. Checkpoints save the count, `in_a_row`."""
 
     def __init__(self, patience: int, in_a_row: int = 0):
         self.patience, self.in_a_row = patience, in_a_row
@@ -34,9 +34,9 @@ class Health:
 
 
 def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str, in_a_row: int) -> None:
-    """Writes the batch of the last step to `folder`/STAGE-STEP/batch.safetensors and raises `Diverged` with its path.
+    """Writes the batch of the last step to `folder`/STAGE-STEP/batch.safetensors and raises `Diverged` with this path.
 
-    All processes must call it; process 0 writes.
+    All processes must call this function; process 0 writes.
     """
     leaves = jax.tree_util.tree_leaves_with_path(fetch(batch))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves if leaf.ndim}
@@ -46,6 +46,6 @@ def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str
             save_file(arrays, temporary / "batch.safetensors")
     steps = f"{in_a_row} steps in a row" if in_a_row > 1 else "a step"
     raise Diverged(
-        f"{stage}: {steps} made no update, because {reason}; the batch of step {step} is {target}/batch.safetensors "
-        "(health.patience sets how many are allowed; to change another setting, start a new run in another run_dir)"
+        f"{stage}: {steps} made no update, because {reason}; the batch of step {step} is in {target}/batch.safetensors "
+        "(health.patience limits how many; to change another setting, start a new run in another run_dir)"
     )

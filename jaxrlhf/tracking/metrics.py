@@ -18,11 +18,11 @@ from jaxrlhf.errors import Fault, UserError
 
 
 class MetricsLog:
-    """Appends JSON lines with stage and step to a file. A kill after `write` returns loses no line.
+    """Appends JSON lines with stage and step to a file. If the process is killed after `write`, no line is lost.
 
-    Used for `metrics.jsonl` (`seconds` and slash-named floats) and `samples.jsonl` (text). Lines are in the order of
-    the run: stages follow one another, and steps within a stage never decrease. With `path` None nothing is written,
-    as on all processes but the first. A full disk raises `Fault`; the file keeps its complete lines.
+    It is used for `metrics.jsonl` (`seconds` and slash-named floats) and `samples.jsonl` (text). Lines are in the order
+    of the run: stages follow one another, and steps within a stage never decrease. With `path` None nothing is written;
+    all processes except the first have None. A full disk raises `Fault`; the file keeps its complete lines.
     """
 
     def __init__(self, path: str | Path | None):
@@ -77,9 +77,9 @@ class MetricsLog:
     def truncate(self, stage: str, step: int, lines: int | None = None) -> int:
         """Removes the lines after `step` of `stage`, including those of later stages, before a run resumes.
 
-        Also removes an incomplete last line, and all lines beyond the first `lines`: the checkpoint of `step` had no
-        more. The file is replaced atomically. Raises `UserError` for a line that is not JSON. Returns how many of the
-        first `lines` are missing.
+        Also removes an incomplete last line, and all lines beyond the first `lines`, which is the number of lines when
+        the checkpoint of `step` was saved. The file is replaced atomically. Raises `UserError` for a line that is not
+        JSON. Returns how many of the first `lines` are missing.
         """
         self.close()
         if self._path is None:
@@ -128,9 +128,10 @@ class MetricsLog:
 
 
 def _lines_to_keep(places: list[tuple[str, int]], stage: str, step: int) -> int:
-    """The number of leading lines, given by (stage, step), up to `step` of `stage`.
+    """The number of lines up to and including `step` of `stage`. `places` holds (stage, step) of each line.
 
-    All lines before the stage if it has none up to `step`; all lines if it has none.
+    If the stage has lines but none up to `step`, these are the lines before the stage. If the stage has no line, these
+    are all lines.
     """
     of_stage = [i for i, (name, _) in enumerate(places) if name == stage]
     up_to = [i for i in of_stage if places[i][1] <= step]

@@ -169,7 +169,7 @@ def test_keywords_that_the_function_does_not_take(reward, settings, words):
         ("repetition", {"n": 0}, "n is 0"),
         ("json_validity", {"required": "name"}, "required is 'name'; want a list of texts"),
         ("multiple_choice", {"letters": "abcd"}, "letters is 'abcd'"),
-        ("label_accuracy", {"labels": ["a", "A"]}, "none twice"),
+        ("label_accuracy", {"labels": ["a", "A"]}, "no label twice"),
         ("label_accuracy", {"label": ["a"], "pick": "best"}, "pick is 'best'"),
         ("numeric_answer", {"tolerance": float("nan")}, "tolerance is nan"),
         ("exact_match", {"normalize": "lowre"}, "normalize is 'lowre'; want none or strip"),

@@ -74,7 +74,7 @@ def test_a_step_is_read_when_the_next_is_submitted_and_all_are_logged_in_order(r
 
 def test_a_step_that_failed_is_named_with_its_own_batch_though_the_next_was_submitted(run):
     events = []
-    with pytest.raises(Fault, match=r"sft: a step made no update.*the batch of step 1 is"):
+    with pytest.raises(Fault, match=r"sft: a step made no update.*the batch of step 1 is in"):
         play(run, events, skipped=0)
     assert events == ["submit 0", "submit 1", "read 0"] and lines(run) == [(1, 0.0)]
     assert (load_file(run.folder / "inspect" / "sft-1" / "batch.safetensors")["tokens"] == 0).all()
