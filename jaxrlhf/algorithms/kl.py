@@ -34,8 +34,8 @@ def _k3(r: Array, bound: Bound) -> Array:
     return jnp.expm1(near) - near + jnp.expm1(near) * (r - near)
 
 
-# Estimators of KL(policy || reference) (J. Schulman, "Approximating KL Divergence", 2020). Their input is
-# r = ref_logprob - logprob of a token that the policy sampled. k1 is unbiased and may be negative. k2 is biased and never
+# Estimators of KL(policy || reference) (J. Schulman, "Approximating KL Divergence", 2020). For a token
+# that the policy sampled, r = ref_logprob - logprob. k1 is unbiased and may be negative. k2 is biased and never
 # negative. k3 is unbiased and never negative.
 ESTIMATORS: dict[str, Callable[[Array, Bound], Array]] = {"k1": _k1, "k2": _k2, "k3": _k3}
 

@@ -43,10 +43,10 @@ def optimizer_step(
 ) -> tuple[Any, optax.OptState, Metrics]:
     """(params, state, metrics) after one optimizer step.
 
-    `step` i32[] is the number of previous steps; `loss` f32[] is the loss of this step. The update of Adam is
-    m / (sqrt(v) + epsilon) with bias-corrected moments, as in PyTorch. Weight decay is decoupled and skips vectors and scalars
-    (biases, norms, LoRA scales). If the loss or the gradient's norm is not finite, params and state keep their values
-    and the metric `skipped` is 1. Raises ValueError if the settings have no learning rate (see `with_rate`).
+    `step` i32[] is the number of previous steps; `loss` f32[] is the loss of this step. The update of Adam is m /
+    (sqrt(v) + epsilon) with bias-corrected moments, as in PyTorch. Weight decay is decoupled and skips vectors and
+    scalars (biases, norms, LoRA scales). If the loss or the gradient's norm is not finite, params and state keep their
+    values and the metric `skipped` is 1. Raises ValueError if the settings have no learning rate (see `with_rate`).
     """
     rate = learning_rate(config, step)
     norm = optax.global_norm(grads)
