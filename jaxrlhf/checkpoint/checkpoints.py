@@ -251,9 +251,9 @@ class Checkpoints:
         return Restored(step, tree, record["notes"])
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns (tree, record).
+        """Returns (tree, record) of the checkpoint of `step`, after checking its files.
 
-        Raises `Damaged` where a checksum fails, and `UserError` where the files cannot be read or the leaves differ.
+        Raises `Damaged` if a checksum is wrong, and `UserError` if the files cannot be read or the leaves differ.
         """
         folder = self._directory / str(step)
         record = _checked_record(folder)
@@ -289,7 +289,7 @@ class Checkpoints:
 
 
 def stored_steps(directory: str | Path) -> list[int]:
-    """Steps of the complete checkpoints under `directory`, in order; none where there is no such folder."""
+    """Returns the steps of the complete checkpoints in `directory`, in order; none if the folder does not exist."""
     try:
         return sorted(int(path.name) for path in Path(directory).iterdir() if path.name.isdecimal())
     except (FileNotFoundError, NotADirectoryError):
@@ -299,9 +299,9 @@ def stored_steps(directory: str | Path) -> list[int]:
 
 
 def stored_best(directory: str | Path, scored: str, lowest_is_best: bool = False) -> int | None:
-    """Step of the checkpoint with the best score by the metric `scored`; None where there is none.
+    """Returns the step of the checkpoint with the best score by the metric `scored`; None if there is none.
 
-    Raises `UserError` where the newest checkpoint, which names it, is damaged.
+    The newest checkpoint records this step. Raises `UserError` if the newest checkpoint is damaged.
     """
     steps = stored_steps(directory)
     best = _undamaged_record(Path(directory) / str(steps[-1]))["best"] if steps else None
@@ -311,9 +311,9 @@ def stored_best(directory: str | Path, scored: str, lowest_is_best: bool = False
 
 
 def stored_arrays(directory: str | Path, step: int, above: str) -> dict[str, jax.Array]:
-    """The arrays below the path `above` of a checkpoint, by their path from there; no other array is read.
+    """Reads only the arrays of a checkpoint whose path begins with `above`; returns them by the rest of the path.
 
-    They lie on the first device. Raises `UserError` where the checkpoint is damaged or cannot be read.
+    The arrays are on the first device. Raises `UserError` if the checkpoint is damaged or cannot be read.
     """
     folder = Path(directory).absolute() / str(step)
     leaves = _undamaged_record(folder)["leaves"]
@@ -322,16 +322,17 @@ def stored_arrays(directory: str | Path, step: int, above: str) -> dict[str, jax
     arrays = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in below.items() if name not in stored}
     if stored:
         context = ocp.Context()
-        context.pytree.loading.partial_load = True  # reads only the arrays that are asked for
+        context.pytree.loading.partial_load = True  # orbax then reads only the requested arrays
         with context:
             arrays |= _load_arrays(folder, stored)
     return {name.removeprefix(f"{above}/"): arrays[name] for name in below}
 
 
 def _checked_record(folder: Path) -> dict[str, Any]:
-    """A checkpoint's record, after its files were checked, each process a share; all raise the same type of error.
+    """Checks the files of a checkpoint and returns its record.
 
-    Raises `Damaged` where a checksum fails, and `UserError` where the files cannot be read.
+    Each process checks a share of the files, and all processes raise the same type of error: `Damaged` if a checksum is
+    wrong, `UserError` if the files cannot be read.
     """
     record, damage, error = {}, "", None
     try:
@@ -349,7 +350,7 @@ def _checked_record(folder: Path) -> dict[str, Any]:
 
 
 def _undamaged_record(folder: Path) -> dict[str, Any]:
-    """A checkpoint's record, after its files were checked; `UserError` where one has changed."""
+    """Checks the files of a checkpoint and returns its record; `UserError` if a file has changed."""
     try:
         return _checked_record(folder)
     except Damaged as damage:
@@ -363,7 +364,7 @@ def _spoilt(folder: Path, damage: Damaged) -> UserError:
 
 
 def _load_arrays(folder: Path, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Reads arrays of a checkpoint; `arrays` says how orbax returns each."""
+    """Reads arrays of a checkpoint; `arrays` holds a template for each, from `_abstract`."""
     step = np.zeros((), np.asarray(0).dtype)
     try:
         return ocp.load(folder, {"arrays": arrays, "step": step})["arrays"]
@@ -398,7 +399,7 @@ def _describe(leaf: Any) -> str:
 
 
 def _parse(text: str) -> jax.ShapeDtypeStruct:
-    """The dtype and shape that `_describe` wrote for an array."""
+    """Reads back the dtype and shape of an array from the text of `_describe`."""
     dtype, _, sizes = text.removesuffix("]").partition("[")
     return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(dtype))
 

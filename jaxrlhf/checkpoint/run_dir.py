@@ -53,7 +53,7 @@ def record_start(run_dir: str | Path, time: datetime.datetime) -> None:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Creates the run directory, and returns the folders created, inner ones first; `UserError` where that fails."""
+    """Creates the run directory, and returns the folders that it created, inner ones first; `UserError` on failure."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Ctrl-C from the first moment of a command: one line and status 130. Imports little, to be there early."""
+"""Handles Ctrl-C from the start of a command: one line and status 130. Imports little, so that it loads fast."""
 
 import os
 import signal
 
 
 def exit_on_interrupt() -> None:
-    """Makes Ctrl-C end the process with one line. A command calls it first, before it imports anything slow."""
+    """Makes Ctrl-C print one line and exit. A command calls this function before it imports anything slow."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
 
@@ -18,7 +18,7 @@ def _exit(number: int, frame: object) -> None:
 
 
 def restore_in_child() -> None:
-    """Lets Ctrl-C raise KeyboardInterrupt in a forked child."""
+    """Makes Ctrl-C raise KeyboardInterrupt again in a forked child."""
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

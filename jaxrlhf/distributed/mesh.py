@@ -1,8 +1,8 @@
 """The device mesh, and the sharding of batches on it. `models.sharding` has the sharding of parameters.
 
-Axes: `data` holds copies of the base, `fsdp` splits weights by rows (gathered layer by layer), `tensor` splits
-layers by heads and MLP width. A batch is split over `data` and `fsdp`. All axes are `AxisType.Auto`: XLA inserts
-the collectives that the shardings of the arguments require.
+The axis `data` holds copies of the base. `fsdp` splits weights by rows, which are gathered layer by layer. `tensor`
+splits layers by attention heads and MLP width. A batch is split over `data` and `fsdp`. All axes are `AxisType.Auto`:
+XLA inserts the collectives that the shardings of the arguments require.
 """
 
 import math
@@ -23,16 +23,19 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh [data, fsdp, tensor] over `devices` (default: all of every process); `UserError` as in `mesh_sizes`."""
+    """Returns the mesh [data, fsdp, tensor] over `devices`, by default those of all processes.
+
+    Raises `UserError` as `mesh_sizes` does.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_sizes(config, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Sizes of the axes data, fsdp and tensor over `count` devices; `UserError` where their product is another number.
+    """Returns the sizes of the axes data, fsdp and tensor; `UserError` if their product is not `count`, the devices.
 
-    An axis of -1 takes the devices that the others leave.
+    An axis of size -1 gets the devices that the other axes leave.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = next((axis for axis in AXES if sizes[axis] == -1), "data")
@@ -49,21 +52,21 @@ def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A full copy on each device."""
+    """The sharding that puts a full copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the first dimension) split over `data` and `fsdp`, replicated over `tensor`."""
+    """The sharding that splits rows (the first dimension) over `data` and `fsdp`, and replicates over `tensor`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Returns x with each dimension split over the given mesh axes; for use inside a `Program` on a mesh.
 
-    Without it activations would follow the sharding of the weights, and each device would compute every row.
-    Dimensions without axes are not split. Axes that do not divide a dimension are dropped, the last ones first. x is
-    unchanged without a mesh, and on a mesh whose axes are not `AxisType.Auto`.
+    Without this constraint activations would follow the sharding of the weights, and each device would compute every
+    row. Dimensions without axes are not split. Axes that do not divide a dimension are dropped, the last ones first.
+    Without a mesh, or on a mesh whose axes are not `AxisType.Auto`, x is returned unchanged.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
@@ -80,7 +83,7 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def split_rows(batch: Any, parts: int) -> Any:
-    """Reshapes each leaf [B, ...] of a tree to [parts, B / parts, ...]; ValueError where B does not divide."""
+    """Reshapes each leaf [B, ...] of a tree to [parts, B / parts, ...]; ValueError if `parts` does not divide B."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
         raise ValueError(f"{rows} rows cannot be split into {parts} equal parts")
@@ -88,7 +91,7 @@ def split_rows(batch: Any, parts: int) -> Any:
 
 
 def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
-    """`UserError` where `rows`, the setting at `key_path`, cannot be split evenly over `data` and `fsdp`."""
+    """Raises `UserError` if `rows`, the setting at `key_path`, cannot be split evenly over `data` and `fsdp`."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % shares:
         below = rows - rows % shares
@@ -109,7 +112,7 @@ def shard_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Returns the tree as full numpy arrays on every process; leaves that are split over processes are gathered."""
+    """Returns the tree with full numpy arrays on every process; leaves that are split over processes are gathered."""
 
     def full(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -122,7 +125,7 @@ def fetch(tree: Any) -> Any:
 
 
 def finite_leaves(tree: Any) -> Any:
-    """For each leaf, whether all its values are finite: a tree of bools, alike on every process."""
+    """Returns a tree of bools, the same on every process: whether all values of each leaf are finite."""
     return jax.tree.map(bool, fetch(jax.tree.map(_is_finite, tree)))
 
 
@@ -135,6 +138,6 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """Places a leaf with this sharding; every process passes the full leaf."""
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    # Across processes device_put would send the leaf to all of them to compare it.
+    # With several processes, device_put would send the leaf to all of them to compare it.
     full = np.asarray(leaf)
     return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])

@@ -1,14 +1,15 @@
-"""Stopping on a signal: SIGTERM, Ctrl-C and SIGHUP let the current step end and be saved, within a time limit.
+"""Stopping on a signal: after SIGTERM, Ctrl-C or SIGHUP, the current step ends and is saved, within a time limit.
 
-A thread receives the signals, so that they work while the main thread compiles and Python cannot run a handler. Where
-there is nothing to save, the thread exits the process itself: every file is written so that a kill does no harm.
+A thread receives the signals, because Python cannot run a signal handler while the main thread compiles. If there is
+nothing to save, the thread exits the process itself. This is safe, because every file is written so that a kill does no
+harm.
 
-A terminal sends Ctrl-C and its own end to the children too, such as the workers of a reward function. The step under
-way needs them, so these two signals are blocked in every thread that may start a child: children inherit that. A child
-that still runs when the process exits in the middle of a step is ended with it.
+A terminal sends SIGINT (Ctrl-C) and SIGHUP (when it closes) also to child processes, such as the workers of a reward
+function. The current step needs these children, so both signals are blocked in every thread that may start a child, and
+children inherit the block. If the process exits in the middle of a step, it ends its children.
 
-Several processes stop before the same step: jax's preemption service tells all of them of a SIGTERM to one, and chooses
-the step (`multihost_utils.reached_preemption_sync_point`).
+Several processes stop before the same step: if one process gets a SIGTERM, jax's preemption service tells all processes
+and chooses the step (`multihost_utils.reached_preemption_sync_point`).
 """
 
 import contextlib
@@ -36,13 +37,14 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Receives the signals of `STATUS` inside its `with` block; outside the main thread it receives none.
+    """Receives the signals of `STATUS` inside its `with` block; a block outside the main thread receives no signals.
 
-    A loop that can save sets `at_work`, which describes what an exit would lose now, and calls `due` before each step.
-    From the signal on it has `grace` seconds; then the process exits in the middle of the step. A second SIGINT exits
-    at once. Child processes keep the handlers from before the block, and do not receive SIGINT and SIGHUP.
+    A loop that can save its steps sets `at_work`, a function that describes what an exit would lose now. The loop calls
+    `due` before each step. After a signal it has `grace` seconds to stop; then the process exits in the middle of a
+    step. A second SIGINT exits at once. Child processes keep the handlers from before the block, and do not receive
+    SIGINT and SIGHUP.
 
-    `afterwards` is appended to the message of an exit that loses nothing: what the user can do next.
+    `afterwards` says what the user can do next; it is appended to the message of an exit that loses nothing.
     """
 
     def __init__(self, grace: float = 60.0, afterwards: str = ""):
@@ -58,7 +60,7 @@ class StopSignals:
 
         All processes of a run call `due` before each step, and all of them stop before the same step.
         """
-        if self._before:  # the tracker of multiprocessing's spawn unblocks SIGINT, before Python 3.13
+        if self._before:  # before Python 3.13, multiprocessing's resource tracker unblocks SIGINT when it starts
             signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)
         if not self._shared:
             return self._signal or 0
@@ -70,8 +72,8 @@ class StopSignals:
     def share(self) -> None:
         """Makes `due` agree between processes; must be called after `jax.distributed.initialize`.
 
-        jax has replaced the SIGTERM handler of this class by its own. Python's fault handler is registered before
-        jax's: it writes to the socket of this object, then calls jax's handler.
+        jax has replaced the SIGTERM handler of this object by its own. So Python's fault handler is set for SIGTERM: it
+        writes to the socket of this object, then calls jax's handler.
         """
         self._shared = True
         if self._before:
@@ -162,7 +164,7 @@ os.register_at_fork(after_in_child=_restore_in_child)
 
 
 def _end_children() -> None:
-    """Sends SIGTERM to the child processes, on Linux: no signal of the terminal has reached them."""
+    """Sends SIGTERM to the child processes (on Linux), which signals of the terminal do not reach."""
     for children in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
         with contextlib.suppress(OSError), open(children) as file:
             for child in map(int, file.read().split()):

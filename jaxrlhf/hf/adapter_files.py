@@ -1,6 +1,6 @@
 """Adapter folders: `adapter.safetensors` and `adapter.json`.
 
-Not here: PEFT's format (`peft.py`), which `load_adapter` opens too.
+Not here: PEFT's format (`peft.py`), although `load_adapter` opens it too.
 """
 
 from collections.abc import Collection
@@ -44,9 +44,9 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
 
 
 def load_adapter(path: str | Path, base: Decoder) -> Adapter:
-    """The adapter in a folder of `save_adapter` or PEFT (see `peft.load_peft`), checked against its base.
+    """Loads an adapter from a folder that `save_adapter` or PEFT wrote, and checks that it fits the base.
 
-    Raises `UserError` naming file and tensor if names or shapes do not fit the base.
+    `peft.load_peft` reads PEFT's folders. Raises `UserError` naming file and tensor if names or shapes do not fit.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -80,7 +80,10 @@ def nested(leaves: dict[str, jax.Array]) -> Adapter:
 
 
 def kind_of(leaves: Collection[str]) -> str:
-    """The entry `kind`: lora with pairs, full with all weights, whole with the full weights of some modules (DoRA)."""
+    """Returns the kind of an adapter with these leaves, for `adapter.json`.
+
+    "lora" has LoRA pairs, "full" has all weights, "whole" has all weights of some modules (from DoRA).
+    """
     if any(name.endswith("/lora_a") for name in leaves):
         return "lora"
     all_modules = "embed_tokens/embedding" in leaves and any("norm/" in name for name in leaves)
@@ -92,8 +95,8 @@ def check_leaves(stored: dict[str, tuple[int, ...]], kind: Any, base: Decoder, f
     parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
     head = base.config.hidden_size, base.config.vocab_size  # also if the head is tied to the embedding
     layers = linear_shapes(base) | {HEAD: head}
-    if kind == "full" and (codes := quantization(base)) is not None:
-        raise UserError(f"{file}: a full adapter replaces every weight, but this base is quantised ({codes})")
+    if kind == "full" and (quantised := quantization(base)) is not None:
+        raise UserError(f"{file}: a full adapter replaces every weight, but this base is quantised ({quantised})")
     for name, found in stored.items():
         module, _, leaf = name.partition("/")
         if leaf in ("lora_a", "lora_b", "lora_scale"):

@@ -1,8 +1,8 @@
 """Reads and writes transformers' `*ForSequenceClassification` decoders with one label: reward and value models.
 
-The head's weight [1, D] becomes an adapter of the base with nothing but `score`. Both transformers and
-`scoring.sequence_scores` read it at the last token that is not padding. The format has no bias for the head; a value
-model's bias is our own entry `score_bias` of `config.json`.
+The weight of the head, [1, D], becomes an adapter of the base that holds only `score`. Both transformers and
+`scoring.sequence_scores` take the head's output at the last token that is not padding. transformers' format has no bias
+for the head; the bias of a value model is saved as the entry `score_bias` of `config.json`, which transformers ignores.
 
 Not here: several labels, and models that are not decoders (see `rewards/classifier.py`).
 """
@@ -48,20 +48,20 @@ from jaxrlhf.records import Adapter
 
 CLASSIFIER = "ForSequenceClassification"
 LABEL = "LABEL_0"  # transformers' default name of a label
-BIAS = "score_bias"  # our own entry of config.json
+BIAS = "score_bias"  # an entry of config.json that only jaxrlhf uses
 
 
 def load_sequence_classifier(
     path: str | Path, dtype: str = AUTO, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Decoder, Adapter, Tokenizer | None]:
-    """Base, adapter {"score": {"kernel": f32[D,1]}} and tokenizer (or None) of a reward model.
+    """Loads a reward or value model: (base, adapter {"score": {"kernel": f32[D,1]}}, tokenizer or None).
 
-    `path` is a folder or hub id of a classifier with one label, or of a PEFT adapter on a classifier or any decoder.
-    The adapter is merged; its head and tokenizer take precedence over the base's. Dtype and sharding of the base are as
-    in `load_pretrained`; its `lm_head` is tied, so it takes no memory. The base's `pad_token` is that of `config.json`
-    or None: if there is one, transformers skips tokens equal to it at the end of a text. The adapter also has a "bias"
-    f32[1] if `save_sequence_classifier` wrote one. Raises `UserError` naming file and entry or tensor if the folder
-    cannot be used.
+    `path` is a folder or hub id of a classifier with one label, or of a PEFT adapter on a classifier or any decoder. A
+    PEFT adapter is merged into its base, and its head and tokenizer replace those of the base. Dtype and sharding are
+    as in `load_pretrained`. The `lm_head` is tied to the embedding, so it takes no memory. `pad_token` of the base's
+    config is that of `config.json`, or None; transformers skips pad tokens at the end of a text. "score" also has a
+    "bias" f32[1] if `save_sequence_classifier` wrote one. Raises `UserError` naming file and entry or tensor if the
+    folder cannot be used.
     """
     check_dtype(None if dtype == AUTO else dtype)
     folder, adapter = find_model(path)
@@ -100,13 +100,13 @@ def save_sequence_classifier(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes base and adapter, merged, with the scalar head as a folder with one label that transformers opens.
+    """Merges the adapter into the base and writes a sequence classifier with one label, which transformers opens.
 
-    All weights are stored in `dtype` (None: the base's). `pad_token_id` and the tokenizer's pad token are a token that
-    ends no text, so that transformers scores a completion at its EOS, as we do. Warns if there is no such token, which
-    makes EOS the pad token, and if the head has a bias, which transformers does not add. The folder is written
-    atomically and replaces an older model. Raises `UserError` if the folder holds anything else, if the adapter has no
-    head, and for a weight too large for `dtype`.
+    All weights are stored in `dtype` (None: the dtype of the base). `pad_token_id` and the tokenizer's pad token become
+    a token that never ends a text, so that transformers scores a completion at its EOS, as jaxrlhf does. If there is no
+    such token, EOS becomes the pad token, with a warning. Another warning says if the head has a bias, which
+    transformers does not add. The folder is written atomically and replaces an older model. Raises `UserError` if the
+    folder holds other files, if the adapter has no scalar head, or if a weight is too large for `dtype`.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
@@ -116,7 +116,7 @@ def save_sequence_classifier(
     config = dataclasses.replace(base.config, pad_token=_pad_token(base.config, tokenizer))
     if config.pad_token in _ends(config, tokenizer):
         warnings.warn(
-            f"{path}: every special token ends texts, so pad_token_id is EOS: transformers scores before it",
+            f"{path}: every special token ends texts, so pad_token_id is EOS, and transformers scores texts before EOS",
             stacklevel=2,
         )
     if bias := float(np.asarray(adapter[SCORE].get("bias", 0.0)).sum()):
@@ -142,7 +142,7 @@ def _check_labels(document: dict[str, Any], config: DecoderConfig, where: Path) 
     architectures = document.get("architectures")
     if not isinstance(architectures, list) or not any(str(name).endswith(CLASSIFIER) for name in architectures):
         expected = _architecture(config)
-        raise UserError(f"{where}: architectures is {architectures!r}; a reward model's is ['{expected}']")
+        raise UserError(f"{where}: architectures is {architectures!r}; in a reward model it is ['{expected}']")
     for entry in ("id2label", "num_labels"):
         value = document.get(entry)
         if value is None:
@@ -154,25 +154,28 @@ def _check_labels(document: dict[str, Any], config: DecoderConfig, where: Path) 
 
 def _bias(value: Any, where: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{where}: {BIAS} is {value!r}; must be a number")
+        raise UserError(f"{where}: {BIAS} is {value!r}; must be a finite number")
     return float(value)
 
 
 def _head(tensors: dict[str, StoredTensor], config: DecoderConfig, folder: Path) -> StoredTensor:
     name = address_of(config, f"{SCORE}/kernel").tensor
     if name not in tensors:
-        raise UserError(f"{folder}: tensor {name} is missing, the head of a sequence classifier")
+        raise UserError(f"{folder}: tensor {name} is missing; a sequence classifier needs it as its head")
     tensors[name].check_shape((1, config.hidden_size), "config.json with one label")
     return tensors[name]
 
 
 def _ends(config: DecoderConfig, tokenizer: Tokenizer | None) -> set[int]:
-    """The stop tokens of the model and the tokenizer's EOS."""
+    """The tokens that end a text: the stop tokens of the model, and the tokenizer's EOS."""
     return {*config.stop_tokens, *([] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id])}
 
 
 def _pad_token(config: DecoderConfig, tokenizer: Tokenizer | None) -> int | None:
-    """The pad token: the pad token, BOS or another special token, if possible one that ends no text."""
+    """Returns the pad token to write: if possible one that ends no text.
+
+    Candidates are the present pad token, then BOS, then other special tokens of the tokenizer.
+    """
     ends, size = _ends(config, tokenizer), config.vocab_size
     candidates = [config.pad_token, config.bos_token]
     if tokenizer is not None:  # the pad token must be one of its special tokens
@@ -184,7 +187,7 @@ def _pad_token(config: DecoderConfig, tokenizer: Tokenizer | None) -> int | None
 
 
 def _document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """A `config.json` with one label, whose output is the score itself (a regression)."""
+    """Returns a `config.json` with one label; the model's output is the score itself (a regression)."""
     return config_document(config, dtype) | {
         "architectures": [_architecture(config)],
         "id2label": {"0": LABEL},

@@ -1,7 +1,7 @@
 """Reads a decoder's parameters from the tensors of a checkpoint, and turns them back into tensors to write.
 
-All headers are checked before anything is built. Then each device reads its own slices from the mapped files, so no
-host or device holds more than it keeps.
+The headers of all files are checked before any array is made. Then each device reads its own slices from memory-mapped
+files, so no host or device holds more than its share.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ from jaxrlhf.tracking.notices import notice
 
 
 def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """Parameter name -> stored tensor, for every parameter; `UserError` if one is missing or has another shape.
+    """Returns parameter name -> stored tensor for every parameter; `UserError` if one is missing or has another shape.
 
     Tensors that the decoder does not use (a value head, a vision tower, layers that `config.json` does not mention) are
-    skipped with a notice; transformers warns.
+    skipped with a notice; transformers prints a warning for them.
     """
     matched, used = {}, set()
     for name, parameter in named_parameters(abstract_decoder(config)).items():
@@ -56,16 +56,17 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
 
 
 def plain_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """A checkpoint's tensors by the names of the plain text model, also if the model is multimodal."""
+    """Returns a checkpoint's tensors under the names of a text-only model, even if the model is multimodal."""
     return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 
 def untie_if_different(
     config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path
 ) -> tuple[DecoderConfig, dict[str, StoredTensor]]:
-    """Config and tensors after the tensors have decided whether embedding and head are tied, as in transformers 5.
+    """Returns (config, tensors) in which the tensors decide whether the head is tied to the embedding.
 
-    A tied head that differs from the embedding is untied. A tied head without an embedding is used as the embedding.
+    As in transformers 5, a tied head that differs from the embedding is untied, and if only the head is stored, it is
+    also used as the embedding.
     """
     head, embedding = (
         _name_in(tensors, config, address_of(config, name).tensor)
@@ -82,7 +83,7 @@ def untie_if_different(
 
 
 def _name_in(tensors: dict[str, StoredTensor], config: DecoderConfig, tensor: str) -> str:
-    """The name of a family's tensor in this checkpoint; models saved without their head lack the family's prefix."""
+    """Returns the name of a tensor in this checkpoint; models saved without a head lack the family's prefix."""
     prefix = FAMILIES[config.family].prefix
     has_prefix = any(name.startswith(prefix) for name in tensors)
     return tensor if has_prefix else tensor.removeprefix(prefix)
@@ -100,7 +101,7 @@ def _equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
 
 
 def _summary(names: list[str], shown: int = 4) -> str:
-    """Lists tensors by module, the largest groups first: "v_head.summary (2 tensors), lm_head.bias and 7 more"."""
+    """Lists tensors by module, the largest modules first: "v_head.summary (2 tensors), lm_head.bias and 7 more"."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.split(r"\.\d+\.|\.[^.]+$", name)[0], []).append(name)
@@ -117,7 +118,10 @@ def read_decoder(
     mesh: jax.sharding.Mesh | None,
     quantize: str | None = None,
 ) -> Decoder:
-    """The decoder with the tensors that `match` returned, sharded on the mesh, with the mesh's devices as target."""
+    """Returns the decoder with the tensors that `match` returned, sharded on the mesh.
+
+    The target in its config is that of the mesh's devices.
+    """
     config = dataclasses.replace(config, target=target_of(mesh))
     abstract, values = abstract_decoder(config, dtype), {}
     quantized = {} if quantize is None else linear_shapes(abstract)
@@ -142,19 +146,19 @@ def check_finite(values: dict[str, jax.Array], stored: dict[str, StoredTensor]) 
 
 
 def stored_shape(shape: tuple[int, ...], config: DecoderConfig, address: TensorAddress) -> tuple[int, ...]:
-    """The shape of the checkpoint's tensor that holds a parameter of this shape."""
+    """Returns the shape of the checkpoint's tensor that holds a parameter of the given shape."""
     if address.part is not None:
         shape = (*shape[:-1], stored_size(config, address.part))
     return shape[::-1] if address.transposed else shape
 
 
 def stored_size(config: DecoderConfig, part: Part) -> int:
-    """Number of outputs of the fused tensor that holds this part."""
+    """Number of outputs of the fused tensor in which this part is stored."""
     return part.groups(config) * sum(part.sizes(config))
 
 
 def part_of(fused: np.ndarray, config: DecoderConfig, part: Part) -> np.ndarray:
-    """The outputs of a part, on the last axis of a fused array; a view if they are contiguous."""
+    """Returns the outputs of one part from the last axis of a fused array; a view if the outputs are contiguous."""
     sizes, groups = part.sizes(config), part.groups(config)
     start = sum(sizes[: part.index])
     outputs = slice(start, start + sizes[part.index])
@@ -164,7 +168,7 @@ def part_of(fused: np.ndarray, config: DecoderConfig, part: Part) -> np.ndarray:
 
 
 def _view(stored: StoredTensor, config: DecoderConfig, address: TensorAddress) -> np.ndarray:
-    """A parameter as a view of its file; a part of a fused tensor that is stored in groups is copied."""
+    """Returns a parameter as a view of its file; only parts of a fused tensor with several groups are copied."""
     view = stored.view().T if address.transposed else stored.view()
     return view if address.part is None else part_of(view, config, address.part)
 
@@ -210,7 +214,7 @@ def load_parameter(
 
 
 def merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) -> tuple[dict[str, Pending], str]:
-    """(the checkpoint's tensors of base and adapter, their dtype); None is the base's dtype."""
+    """Merges the adapter into the base; returns (the checkpoint's tensors, their dtype). None is the base's dtype."""
 
     def widen(value: jax.Array) -> jax.Array:
         return value.astype(jnp.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
@@ -226,7 +230,7 @@ def merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) ->
 
 
 def _fused(config: DecoderConfig, parts: list[tuple[TensorAddress, jax.Array]]) -> Pending:
-    """The checkpoint's tensor that these parameters of ours are stored in; they are joined when it is fetched."""
+    """Returns the checkpoint's tensor for these parameters of the decoder; they are joined when it is fetched."""
     address, first = parts[0]
     if address.part is None:
         return pending(first, address.transposed)
@@ -242,13 +246,13 @@ def _fused(config: DecoderConfig, parts: list[tuple[TensorAddress, jax.Array]]) 
 
 
 def pending(value: jax.Array, transposed: bool = False) -> Pending:
-    """An array as a tensor to be written."""
+    """Returns a tensor to be written that holds the array, or its transpose."""
     shape = value.shape[::-1] if transposed else value.shape
     return Pending(value.dtype, shape, lambda: fetch(value).T if transposed else fetch(value))
 
 
 def in_dtype(name: str, tensor: Pending, dtype: str | None) -> Pending:
-    """The tensor `name`, rounded to `dtype` when it is fetched; None keeps its dtype."""
+    """Returns the tensor `name`, which is rounded to `dtype` when it is fetched; None keeps its dtype."""
     if dtype is None or tensor.dtype == jnp.dtype(dtype):
         return tensor
 

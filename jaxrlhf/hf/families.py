@@ -20,7 +20,10 @@ __all__ = ["FAMILIES", "address_of", "config_document", "is_ignored", "read_conf
 
 
 def read_config(document: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder's config from a `config.json`, of a multimodal model its text part; see `read_family_config`."""
+    """Returns the decoder's config from a `config.json`, as `read_family_config` does.
+
+    For a multimodal model it is the config of the text part.
+    """
     document = text_document(document, where)
     model_type = document.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -30,12 +33,12 @@ def read_config(document: dict[str, Any], where: str) -> DecoderConfig:
 
 
 def config_document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """A `config.json` that transformers opens."""
+    """Returns a `config.json` for this decoder that transformers opens."""
     return family_document(FAMILIES[config.family], config, dtype)
 
 
 def address_of(config: DecoderConfig, name: str) -> TensorAddress:
-    """The address of our parameter `module/leaf` in the family's checkpoints."""
+    """Returns where checkpoints of the family store the decoder's parameter `module/leaf`."""
     return address_in(FAMILIES[config.family], name)
 
 

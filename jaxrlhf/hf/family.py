@@ -1,6 +1,7 @@
-"""The columns of the table of families, and how a row reads and writes a `config.json` and tensor names.
+"""The columns of the table of model families, and functions that read and write `config.json` and tensor names by it.
 
-The rows are in `family_rows.py`. A row reads values of `DecoderConfig`; the forward pass does not know the family.
+The rows are in `family_rows.py`. A row says how to read the values of `DecoderConfig`. The forward pass depends on
+these values only, not on the family.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.rope import Rope
 
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # ours -> the checkpoint's
+# The decoder's name of a leaf -> the checkpoint's name.
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,35 +26,40 @@ class Field:
     ours: str  # name in DecoderConfig
     theirs: str  # name in config.json
     kind: str  # a key of KINDS
-    default: Any  # if the entry is absent or null; a function is called with the values read so far
+    default: Any  # value if the entry is absent or null; a function is called with the values that were read before
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Our outputs of a fused tensor, whose outputs are split into `groups`, each group into `sizes`."""
+    """The part of a fused tensor that belongs to one module of the decoder.
 
-    sizes: Callable[[DecoderConfig], tuple[int, ...]]
-    index: int  # of `sizes`
-    groups: Callable[[DecoderConfig], int] = lambda config: 1
+    The outputs of the fused tensor are split into groups, and each group is split into pieces. The module has one piece
+    of every group.
+    """
+
+    sizes: Callable[[DecoderConfig], tuple[int, ...]]  # number of outputs of each piece
+    index: int  # which piece belongs to the module
+    groups: Callable[[DecoderConfig], int] = lambda config: 1  # number of groups
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A rule from our module names to the checkpoint's."""
+    """A rule that maps module names of the decoder to module names of a checkpoint."""
 
-    ours: str  # regular expression for a full module path
-    theirs: str  # the checkpoint's module name, with the groups as \1, \2
-    transposed: bool = True  # of the kernel: ours are [in, out], torch's linear layers [out, in]
-    part: Part | None = None
+    ours: str  # regular expression for a full module path of the decoder
+    theirs: str  # the checkpoint's module name; \1 and \2 are the groups of the expression
+    transposed: bool = True  # whether the checkpoint's kernel is [out, in], as in torch.nn.Linear; ours are [in, out]
+    part: Part | None = None  # the module's part of a fused tensor; None: the tensor is not fused
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """The layers with a sliding window, for families that have any."""
+    """How a family describes the layers that have a sliding window."""
 
-    slides: Callable[[dict[str, Any], int], bool]  # (config.json, layer), if there are no `layer_types`
+    # (config.json, layer) -> whether the layer has a window; for a config.json without `layer_types`.
+    slides: Callable[[dict[str, Any], int], bool]
     default: int | None = 4096  # transformers' window if config.json has no entry
-    switch: str | None = None  # the entry that turns windows on, for families that have one
+    switch: str | None = None  # the entry that turns windows on; None: the family has no such entry
     typed: bool = True  # whether transformers supports `layer_types` for the family
 
 
@@ -63,31 +70,32 @@ class Family:
     architecture: str  # transformers' class, without ForCausalLM
     fields: tuple[Field, ...]
     modules: tuple[Module, ...]
-    prefix: str  # of the tensors' names; checkpoints of the bare model lack it
+    prefix: str  # prefix of tensor names; checkpoints of the model without a head lack it
     ropes: Ropes | None = dataclasses.field(default_factory=Ropes)  # None: learned positions
     windows: Windows | None = None
-    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of DecoderConfig; or a function of fields
-    ignored: tuple[str, ...] = ()  # expressions for unused tensors in old checkpoints
-    fixed: tuple[tuple[str, Any], ...] = ()  # (entry of config.json, the one value the decoder computes)
-    classifier: str | None = None  # transformers' class, without ForSequenceClassification; None: `architecture`
+    # Name in DecoderConfig -> its value for all models of the family, or a function of the values of `fields`.
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()  # regular expressions for unused tensors in old checkpoints
+    fixed: tuple[tuple[str, Any], ...] = ()  # (entry of config.json, the only value that is supported)
+    classifier: str | None = None  # transformers' class, without ForSequenceClassification; None: as `architecture`
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorAddress:
-    """The tensor of a checkpoint that holds one of our parameters, and how."""
+    """Where a checkpoint stores one parameter of the decoder."""
 
-    tensor: str
-    transposed: bool
-    part: Part | None
+    tensor: str  # name of the tensor
+    transposed: bool  # whether the tensor is the transpose of the parameter
+    part: Part | None  # the parameter's part of a fused tensor; None: the whole tensor
 
 
 # ---------------------------------------------------------------- config.json
 
 
 def read_family_config(family: Family, model_type: str, document: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder's config from a `config.json`; absent entries get transformers' defaults.
+    """Returns the decoder's config from a `config.json`; absent entries get transformers' defaults.
 
-    `where` is the file in messages. Raises `UserError` naming file and entry if a value is not supported.
+    `where` names the file in error messages. Raises `UserError` naming file and entry if a value is not supported.
     """
     for entry, value in (("quantization_config", None), *family.fixed):
         if document.get(entry) not in (None, value):
@@ -96,7 +104,7 @@ def read_family_config(family: Family, model_type: str, document: dict[str, Any]
     for field in family.fields:
         value = document.get(field.theirs)
         try:
-            # An explicit null means "none" for a token id or an optional number, and "the default" for all else.
+            # An explicit null means "none" for a token id or an optional number, and "the default" for other entries.
             if value is None and not (field.kind in NULLABLE and field.theirs in document):
                 value = field.default(read) if callable(field.default) else field.default
             read[field.ours] = KINDS[field.kind](value)
@@ -113,7 +121,7 @@ def read_family_config(family: Family, model_type: str, document: dict[str, Any]
 
 
 def family_document(family: Family, config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """A `config.json` that transformers opens; rope and dtype are written in the newer and the older style."""
+    """Returns a `config.json` that transformers opens; rope and dtype are in the style of versions 4 and 5."""
     document: dict[str, Any] = {"architectures": [f"{family.architecture}ForCausalLM"], "model_type": config.family}
     for field in family.fields:
         value = getattr(config, field.ours)
@@ -129,7 +137,7 @@ def family_document(family: Family, config: DecoderConfig, dtype: str) -> dict[s
 
 
 def _layer_kinds(family: Family, document: dict[str, Any], read: dict[str, Any], where: str) -> tuple[LayerKind, ...]:
-    """Window and rotary positions of each layer; a single kind if all layers are alike."""
+    """Returns window and rotary positions of each layer; only one `LayerKind` if all layers are alike."""
     layers = read["layers"]
     window, sliding = None, [False] * layers
     if family.windows is not None:
@@ -150,7 +158,7 @@ def _layer_kinds(family: Family, document: dict[str, Any], read: dict[str, Any],
 
 
 def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str) -> tuple[int | None, list[bool]]:
-    """(the window in tokens or None, whether each layer has it)."""
+    """Returns (the window in tokens or None, for each layer whether it has the window)."""
     window = document.get("sliding_window", windows.default)
     if windows.switch is not None:
         switched = document.get(windows.switch) or False
@@ -168,7 +176,9 @@ def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
     if not isinstance(types, list) or len(types) != layers or any(kind not in (SLIDING, FULL) for kind in types):
-        raise UserError(f"{where}: layer_types must be {layers} of {SLIDING} and {FULL}, not {short(types)}")
+        raise UserError(
+            f"{where}: layer_types must be a list of {layers} values, each {SLIDING} or {FULL}, not {short(types)}"
+        )
     return window, [name == SLIDING for name in types]
 
 
@@ -193,7 +203,7 @@ def _check(config: DecoderConfig, where: str) -> None:
         rotated = int(config.head_dim * rope.share)
         if rotated < 2 or rotated + rotated % 2 > config.head_dim:
             raise UserError(
-                f"{where}: head_dim ({config.head_dim}) must hold pairs: rope rotates {rotated} of its dimensions"
+                f"{where}: head_dim ({config.head_dim}) does not fit rope, which rotates {rotated} dimensions in pairs"
             )
 
 
@@ -201,7 +211,7 @@ def _check(config: DecoderConfig, where: str) -> None:
 
 
 def address_in(family: Family, name: str) -> TensorAddress:
-    """The address of the parameter `module/leaf` in the family's checkpoints; `KeyError` if no rule covers it."""
+    """Returns where the family's checkpoints store the parameter `module/leaf`; `KeyError` if no rule covers it."""
     module, _, leaf = name.rpartition("/")
     for rule in family.modules:
         if match := re.fullmatch(rule.ours, module):
@@ -221,7 +231,10 @@ def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
 
 
 def count(document: dict[str, Any], entry: str, default: int, least: int = 1) -> int:
-    """A whole number of `config.json`, or `default` if it is absent or null; `ValueError` if it is another value."""
+    """Returns an entry of `config.json` that must be a whole number of at least `least`, else raises `ValueError`.
+
+    An entry that is absent or null is `default`.
+    """
     value = document.get(entry)
     value = default if value is None else value
     if not _is_int(value) or value < least:
@@ -230,7 +243,10 @@ def count(document: dict[str, Any], entry: str, default: int, least: int = 1) ->
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Token ids from an entry that is null, one id or a list; -1, which some files use for "none", is dropped."""
+    """Returns the token ids of an entry that is null, one id or a list.
+
+    The id -1, which some files use for "none", is dropped.
+    """
     values = value if isinstance(value, list) else [value]
     if not all(v is None or _is_int(v) for v in values):
         raise ValueError("a token id, a list of them or null")
@@ -238,7 +254,7 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def token_entry(tokens: tuple[int, ...]) -> int | list[int] | None:
-    """The entry that `token_ids` reads back."""
+    """Returns the entry of `config.json` for these tokens; `token_ids` reads it back."""
     return list(tokens) if len(tokens) > 1 else next(iter(tokens), None)
 
 

@@ -1,6 +1,7 @@
-"""Rotary positions in the table of families, and how they are read from and written to `config.json`.
+"""Rotary positions in the table of model families; reads them from `config.json` and writes them.
 
-Both styles are supported: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (older).
+Both styles of `config.json` are supported: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling`
+(older versions).
 """
 
 import dataclasses
@@ -18,24 +19,25 @@ LENGTH = "original_max_position_embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class Ropes:
-    """A family's defaults for rotary positions, and the entries of older files."""
+    """A family's defaults for rotary positions, and its names of entries in older files."""
 
-    theta: float = 10000.0  # transformers' default
+    theta: float = 10000.0  # transformers' default of the entry `theta_entry`
     theta_entry: str = "rope_theta"
     share: float = 1.0  # default fraction of a head's dimensions that are rotated
-    share_entry: str | None = None  # None: all are rotated
-    local_theta: float | None = None  # of layers with a window, if they have their own
+    share_entry: str | None = None  # None: all dimensions are rotated
+    local_theta: float | None = None  # theta of layers with a window, if it differs from that of other layers
     types: tuple[str, ...] = tuple(SCALINGS)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"su": "longrope"})  # older names of types
     trained_length: int | None = None  # transformers' default of the entry LENGTH outside the rope, if it has one
-    skipped: Callable[[dict[str, Any], int], bool] | None = None  # (config.json, layer): whether it has no rope
+    # (config.json, layer) -> whether the layer has no rotary positions; None: all layers have them.
+    skipped: Callable[[dict[str, Any], int], bool] | None = None
 
 
 def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], local: bool, where: str) -> Rope:
-    """Rotary positions of the layers with a window (`local`) or without; `read` holds the fields read so far.
+    """Returns the rotary positions of the layers that have a window (`local`), or of the layers that have none.
 
-    Raises `UserError` naming file and entry. Entries that the rope type does not use are ignored with a notice;
-    transformers warns.
+    `read` holds the values of `DecoderConfig` that were read before. Entries that the rope type does not use are
+    ignored with a notice; transformers prints a warning for them. Raises `UserError` naming file and entry.
     """
     # If both are present, transformers uses rope_scaling.
     entry = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
@@ -49,7 +51,7 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
         scaling = document.get("rope_scaling") or {}
         given = (isinstance(parameters, dict) and parameters.get(SLIDING if local else FULL)) or {}
         if not all(isinstance(part, dict) for part in (parameters, scaling, given)):
-            raise UserError(f"{where}: rope_parameters must be an object with one for each of {SLIDING} and {FULL}")
+            raise UserError(f"{where}: rope_parameters must be an object that holds the objects {SLIDING} and {FULL}")
         given = given if local else given | scaling
         local_theta = document.get("rope_local_base_freq")
         if local:
@@ -64,7 +66,8 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
     try:
         kind = rope_kind(given, ropes.aliases)
         extra = unused_entries(given, kind)
-        # Numbers of a scaling without a type are an error. So are objects: other families have one per layer type.
+        # Numbers of a scaling whose type is missing are an error. So are objects, which other families have for each
+        # type of layer.
         untyped = given.get("rope_type", given.get("type")) is None
         if extra and (untyped or any(isinstance(given[name], dict) for name in extra)):
             raise ValueError(f"{', '.join(extra)} is not supported with rope_type {kind!r}")
@@ -72,7 +75,7 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
             notice(f"{where}: {entry}: {', '.join(extra)} is not used by rope_type {kind!r} and is ignored")
         outer = document.get(LENGTH, ropes.trained_length)
         if outer is not None and ropes.local_theta is None:
-            given = given | {LENGTH: outer}  # outside the rope it takes precedence, as in transformers
+            given = given | {LENGTH: outer}  # as in transformers, the entry outside the rope object takes precedence
         rope = read_rope(given, defaults, kind)
         if rope.kind not in ropes.types:
             raise ValueError(f"rope_type {rope.kind!r} is not supported; known: {', '.join(ropes.types)}")
@@ -87,7 +90,10 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
 
 
 def rope_entries(ropes: Ropes, kinds: list[LayerKind]) -> dict[str, Any]:
-    """The rope entries in the newer and the older style; a kind of layer that is absent gets the family's default."""
+    """Returns the rope entries of `config.json` in the newer and the older style.
+
+    If no layer has a window, or every layer has one, the other kind of layer gets the family's default.
+    """
     full = next((k.rope for k in kinds if k.window is None and k.rope), None)
     local = next((k.rope for k in kinds if k.window is not None and k.rope), None)
     main = full or (local if ropes.local_theta is None else None) or Rope(ropes.theta, ropes.share)

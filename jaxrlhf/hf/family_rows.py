@@ -1,8 +1,8 @@
-"""The families: one row of a table for each `model_type`. A new family needs a row here and nothing else.
+"""The model families: a table with one row for each `model_type`. A new family needs only a row here.
 
-A row gives the meaning of the entries of `config.json` (`fields`, `constants`, `ropes`, `windows`) and the tensor names
-of our modules (`modules`); `family.py` describes the columns. A computation that no family has yet becomes a value of
-`DecoderConfig` first.
+A row gives the meaning of the entries of `config.json` (`fields`, `constants`, `ropes`, `windows`) and the checkpoint's
+tensor names for the modules of the decoder (`modules`). `family.py` describes the columns. If a new family computes
+something that no other family does, `DecoderConfig` first gets a setting for it.
 """
 
 import dataclasses
@@ -24,7 +24,10 @@ def _equal_heads(read: dict[str, Any]) -> int:
 
 
 def _fields(*changed: Field, without: tuple[str, ...] = (), **defaults: Any) -> tuple[Field, ...]:
-    """Llama's fields, some of them replaced, added or removed, or with other defaults; by our names."""
+    """Returns Llama's fields with some of them replaced, added (`changed`), removed, or with other defaults.
+
+    Fields are named as in `DecoderConfig`.
+    """
     fields = {field.ours: field for field in (*LLAMA_FIELDS, *changed) if field.ours not in without}
     for name, default in defaults.items():
         fields[name] = dataclasses.replace(fields[name], default=default)
@@ -32,7 +35,7 @@ def _fields(*changed: Field, without: tuple[str, ...] = (), **defaults: Any) -> 
 
 
 def _parts(names: Iterable[str], theirs: str, sizes: Callable, **rest: Any) -> tuple[Module, ...]:
-    """Rules for modules of ours whose outputs form one fused tensor, in this order."""
+    """Returns the rules for modules of the decoder whose outputs form one fused tensor, in this order."""
     groups = {"groups": rest.pop("groups")} if "groups" in rest else {}
     return tuple(Module(name, theirs, part=Part(sizes, i, **groups), **rest) for i, name in enumerate(names))
 
@@ -68,7 +71,7 @@ LLAMA_MODULES = (
     Module("lm_head", "lm_head"),
     Module("score", "score"),
 )
-POST_NORM_MODULES = (  # Llama's `post_attention_layernorm` is before the MLP; here it is after attention
+POST_NORM_MODULES = (  # here `post_attention_layernorm` is applied to attention's output; in Llama, to the MLP's input
     Module(BLOCK + "attention_post_norm", r"model.layers.\1.post_attention_layernorm"),
     Module(BLOCK + "mlp_norm", r"model.layers.\1.pre_feedforward_layernorm"),
     Module(BLOCK + "mlp_post_norm", r"model.layers.\1.post_feedforward_layernorm"),
@@ -77,12 +80,12 @@ POST_NORM_MODULES = (  # Llama's `post_attention_layernorm` is before the MLP; h
 
 
 def _fused_columns(config: DecoderConfig) -> tuple[int, int, int]:
-    """Number of query, key and value outputs of a fused projection."""
+    """Numbers of query, key and value outputs of a fused projection."""
     return (config.heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2)
 
 
 def _by_head(config: DecoderConfig) -> tuple[int, int, int]:
-    """Number of query, key and value outputs of one head."""
+    """Numbers of query, key and value outputs of one head."""
     return (config.head_dim,) * 3
 
 
@@ -290,7 +293,7 @@ OLMO2 = dataclasses.replace(
 
 
 def _without_rope(document: dict[str, Any], layer: int) -> bool:
-    """Whether the layer has no rotary positions; SmolLM3's `no_rope_layers` holds 1 for layers that have them."""
+    """Whether the layer has no rotary positions; SmolLM3's `no_rope_layers` holds 0 for such layers."""
     rope_layers = document.get("no_rope_layers")
     if rope_layers is None:
         return (layer + 1) % count(document, "no_rope_layer_interval", 4) == 0

@@ -11,9 +11,9 @@ from jaxrlhf.checkpoint.files import atomic_directory
 from jaxrlhf.data import hub
 from jaxrlhf.errors import UserError
 
-MARK = ".jaxrlhf"  # lists the files of a folder that jaxrlhf wrote and may replace
+MARK = ".jaxrlhf"  # this file lists the files in its folder that jaxrlhf wrote and may replace
 DTYPES = ("float32", "bfloat16", "float16")
-AUTO = "auto"  # in place of a dtype: the dtype of the checkpoint's tensors
+AUTO = "auto"  # given as a dtype, stands for the dtype of most numbers in the checkpoint
 PEFT_INFO, INDEX = "adapter_config.json", "model.safetensors.index.json"
 EXPORTED = ("config.json", PEFT_INFO)  # one of them is in each folder that `jaxrlhf export` writes
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
@@ -26,7 +26,7 @@ def check_dtype(dtype: str | None) -> None:
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder itself, or the local copy of a hub repository."""
+    """Returns the folder at `path`, or the local copy of the hub repository with the id `path`."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -36,13 +36,14 @@ def find_folder(path: str | Path) -> Path:
         return hub.download(str(path), HUB_FILES)
     except (OSError, ValueError) as error:  # hub and connection errors are OSErrors, a malformed id a ValueError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path}: no such folder here, and not to be had from the hub: {reason}") from None
+        raise UserError(f"{path}: no such folder here, and the hub cannot provide it: {reason}") from None
 
 
 def find_model(path: str | Path) -> tuple[Path, Path | None]:
-    """(folder of a model, folder of a PEFT adapter or None); `path` is the model's folder or hub id, or the adapter's.
+    """Returns (folder of a model, folder of a PEFT adapter or None).
 
-    An adapter's base is its `base_model_name_or_path`: a hub id, or a folder relative to here or to the adapter.
+    `path` is the folder or hub id of a model, or of an adapter. The base of an adapter is named by its
+    `base_model_name_or_path`: a hub id, or a folder relative to the working directory or to the adapter.
     """
     from jaxrlhf.hf.tensor_files import read_json
 
@@ -62,7 +63,7 @@ def find_model(path: str | Path) -> tuple[Path, Path | None]:
 
 @contextlib.contextmanager
 def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
-    """Yields (folder to write into, whether this process writes); the other processes wait at the end."""
+    """Yields (folder to write into, whether this process writes); all processes wait for each other at the end."""
     primary = jax.process_index() == 0
     with atomic_directory(target, replace=True) if primary else contextlib.nullcontext(target) as folder:
         yield folder, primary

@@ -1,10 +1,12 @@
 """LoRA adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT uses the checkpoint's module names, and some checkpoints fuse several of our modules into one tensor. When reading,
-each of our modules takes the fused pair's A and its own rows of B. When writing, the A's are stacked and the B's form a
-block matrix, which is exact and has the sum of the ranks.
+PEFT uses the checkpoint's module names, and some checkpoints fuse several modules of the decoder into one tensor. When
+a LoRA pair of a fused tensor is read, each module of the decoder gets the whole A and its own rows of B. When such a
+pair is written, the A matrices of the modules are stacked and their B matrices form a block matrix. This is exact; the
+rank is the sum of the modules' ranks.
 
-Not here: PEFT tensors that become full weights (`peft_full.py`), and adapters that are neither pairs nor full weights.
+Not here: PEFT tensors that become full weights (`peft_full.py`), and adapters that are neither LoRA pairs nor full
+weights.
 """
 
 import dataclasses
@@ -42,11 +44,11 @@ SHAPE_SOURCE = f"{PEFT_INFO} with this base"
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A linear layer of the checkpoint: our modules in it, and the outputs that belong to each."""
+    """A linear layer of the checkpoint: the modules of the decoder in it, and the outputs that belong to each."""
 
     fan_in: int
-    outputs: dict[str, np.ndarray]  # our path -> i64[out]
-    transposed: bool
+    outputs: dict[str, np.ndarray]  # path of a module of the decoder -> indices of its outputs, i64[out]
+    transposed: bool  # whether the checkpoint's kernel is [out, in]
 
     @property
     def fan_out(self) -> int:
@@ -54,12 +56,12 @@ class _Layer:
 
 
 def load_peft(path: str | Path, base: Decoder) -> Adapter:
-    """The adapter in a PEFT LoRA folder, in float32, checked against its base.
+    """Loads the adapter in a PEFT LoRA folder, in float32, and checks that it fits the base.
 
     Scales are alpha / r, or alpha / sqrt(r) with `use_rslora` (2312.03732); `rank_pattern`, `alpha_pattern` and a
-    `score` head are supported. Saved modules, a pair on the embedding and DoRA become full weights (`peft_full`).
-    Raises `UserError` naming file and entry or tensor if a tensor is missing, unused or of another shape, or if an
-    entry is not supported.
+    `score` head are supported. Modules in `modules_to_save`, a LoRA pair on the embedding, and DoRA become full weights
+    (`peft_full`). Raises `UserError` naming file and entry or tensor if a tensor is missing, unused, not finite or of
+    another shape, or if an entry is not supported.
     """
     folder = Path(path).expanduser()
     file = folder / PEFT_TENSORS
@@ -82,8 +84,8 @@ def load_peft(path: str | Path, base: Decoder) -> Adapter:
     embedding = module_of(base, EMBEDDING)
     sides = {match["side"]: tensor for match, tensor in _take(stored, EMBEDDING_PAIR, embedding)}
     if embedding in magnitudes or len(sides) == 1:
-        what = "DoRA on the embedding" if embedding in magnitudes else "half a pair on the embedding"
-        raise UserError(f"{file}: {what} cannot be read; merge it with PEFT (merge_and_unload)")
+        what = "DoRA on the embedding" if embedding in magnitudes else "half a LoRA pair on the embedding"
+        raise UserError(f"{file}: {what} cannot be read; merge the adapter with PEFT (merge_and_unload)")
     layers = _layers(base)
     pairs = _pairs(stored, layers, file, allow_none=bool(sides))
     embedding_pair = (sides["A"], sides["B"]) if sides else None
@@ -106,9 +108,9 @@ def load_peft(path: str | Path, base: Decoder) -> Adapter:
 def with_adapter(
     base: Decoder, folder: Path, base_folder: Path, mesh: jax.sharding.Mesh | None
 ) -> tuple[Decoder, Adapter]:
-    """(the base with the adapter of a PEFT folder merged, the adapter's scalar head or {} if it has none)."""
+    """Merges the adapter of a PEFT folder into the base; returns (the base, an adapter with the scalar head, or {})."""
     adapter = load_peft(folder, base)
-    notice(f"{folder}: is an adapter; it is merged into its base {base_folder}")
+    notice(f"{folder}: this folder holds an adapter, which is merged into its base {base_folder}")
     adapter = adapter if mesh is None else shard(mesh, adapter)
     return merge(base, adapter), {SCORE: adapter[SCORE]} if SCORE in adapter else {}
 
@@ -118,9 +120,9 @@ def save_peft(
 ) -> None:
     """Writes an adapter's LoRA pairs as a folder that PEFT opens on `base_path`, the base's folder or hub id.
 
-    Full weights of embedding and head become `modules_to_save`. `dtype` None keeps the dtypes; a scalar head is not
-    written. The folder is written atomically. Raises `UserError` for an adapter with other full weights or without
-    pairs, and if other files would be lost.
+    Full weights of embedding and head become `modules_to_save`. `dtype` None keeps the dtypes. A scalar head is not
+    written. The folder is written atomically. Raises `UserError` if the adapter has other full weights or no LoRA pair,
+    or if files of others would be lost.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
@@ -135,7 +137,7 @@ def save_peft(
     fused = {module: _fused_pair(layer, adapter) for module, layer in layers.items()}
     pairs = {module: pair for module, pair in fused.items() if pair is not None}
     if not pairs:
-        raise UserError("adapter: has no LoRA pair, which PEFT's format needs; export it merged")
+        raise UserError("adapter: it has no LoRA pair, which PEFT's format needs; export it merged")
     tensors: dict[str, Pending] = {}
     for module, (a_RI, b_OR, _) in pairs.items():
         for side, array in (("A", a_RI), ("B", b_OR)):
@@ -164,7 +166,7 @@ def _own_leaves(
     scale: float,
     adapter: Adapter,
 ) -> dict[str, dict[str, jnp.ndarray]]:
-    """The leaves of each of our modules in a layer: its pair, or a DoRA layer's merged kernel."""
+    """Returns the leaves of each module of the decoder in a layer: a LoRA pair, or the merged kernel for DoRA."""
     a_RI, b_OR = (np.array(tensor.view(), np.float32) for tensor in pair)
     modules = {}
     for ours, outputs in layer.outputs.items():
@@ -173,7 +175,7 @@ def _own_leaves(
             saved_kernel = adapter.get(ours, {}).get("kernel")
             modules[ours] = folded_dora(base, saved_kernel, ours, (a_RI, b_OR[outputs]), length, scale)
             continue
-        # A module's ranks: those that are nonzero in its rows of B, and those that are zero in all rows.
+        # A module gets the columns of B that are nonzero in its own rows, and the columns that are zero in all rows.
         ranks = (b_OR[outputs] != 0).any(axis=0) | ~(b_OR != 0).any(axis=0)
         if ranks.any():
             modules[ours] = {
@@ -185,7 +187,7 @@ def _own_leaves(
 
 
 def _layers(base: Decoder) -> dict[str, _Layer]:
-    """The checkpoint's linear layers in the blocks, and its head, by the checkpoint's names."""
+    """Returns the linear layers of the blocks and the head, by the checkpoint's module names."""
     layers: dict[str, _Layer] = {}
     head = {HEAD: (base.config.hidden_size, base.config.vocab_size)}
     for ours, (fan_in, fan_out) in (linear_shapes(base) | head).items():
@@ -199,7 +201,7 @@ def _layers(base: Decoder) -> dict[str, _Layer]:
 
 
 def _fused_pair(layer: _Layer, adapter: Adapter) -> tuple[np.ndarray, np.ndarray, np.float32] | None:
-    """(A [R, in], B [out, R], scale) of one pair that replaces the pairs of a layer; None if it has none."""
+    """Joins the LoRA pairs of a layer's modules into one: (A [R, in], B [out, R], scale), or None if there are none."""
     pairs = [
         (outputs, *(fetch(adapter[ours][leaf]) for leaf in LORA_LEAVES))
         for ours, outputs in layer.outputs.items()
@@ -219,9 +221,9 @@ def _fused_pair(layer: _Layer, adapter: Adapter) -> tuple[np.ndarray, np.ndarray
 
 
 def _saved(base: Decoder, adapter: Adapter) -> dict[str, Pending]:
-    """The full embedding and head of an adapter, by the checkpoint's modules.
+    """Returns the full weights of embedding and head in an adapter, by the checkpoint's module names.
 
-    PEFT unties saved modules, so a head that is tied to a trained embedding is written as a separate copy.
+    PEFT unties the modules in `modules_to_save`, so a head that is tied to a trained embedding is written as a copy.
     """
     saved = {}
     if EMBEDDING in adapter:
@@ -237,7 +239,7 @@ def _saved(base: Decoder, adapter: Adapter) -> dict[str, Pending]:
 
 
 def _plain(name: str) -> str:
-    """A tensor's name without the prefixes of PEFT and of a multimodal model."""
+    """Returns a tensor's name without the prefixes of PEFT and of a multimodal model."""
     if match := SAVED.fullmatch(name):
         name = f"{match[1]}.{match[2]}"
     name = plain_name(name.removeprefix(PREFIX))
@@ -248,7 +250,7 @@ def _plain(name: str) -> str:
 def _take(
     stored: dict[str, StoredTensor], pattern: re.Pattern, module: str | None = None
 ) -> list[tuple[re.Match, StoredTensor]]:
-    """Removes the tensors whose names match the pattern, of one module or of all (None), and returns them."""
+    """Removes the tensors whose names match the pattern, of one module or of all modules (None), and returns them."""
     matches = [(match, name) for name in stored if (match := pattern.fullmatch(name))]
     return [(match, stored.pop(name)) for match, name in matches if module in (None, match["module"])]
 
@@ -256,19 +258,22 @@ def _take(
 def _pairs(
     stored: dict[str, StoredTensor], layers: dict[str, _Layer], file: Path, allow_none: bool
 ) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """Removes the tensors A and B of each module and returns them; `UserError` if one has no partner or no module."""
+    """Removes the tensors A and B of each LoRA pair from `stored` and returns them by module.
+
+    Raises `UserError` if one of the two is missing, or if the base has no such module.
+    """
     sides: dict[str, dict[str, StoredTensor]] = {}
     adapters = set()
     for match, tensor in _take(stored, PAIR):
         if match["module"] not in layers:
             raise UserError(
-                f"{file}: tensor {tensor.name} does not belong to this base: pairs must be on the linear layers of its "
-                "blocks, on its head or its embedding"
+                f"{file}: tensor {tensor.name} does not belong to this base; LoRA pairs must be on linear layers of "
+                "the blocks, on the head or on the embedding"
             )
         adapters.add(match["adapter"])
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if len(adapters) > 1:
-        raise UserError(f"{file}: holds several adapters ({', '.join(sorted(map(str, adapters)))}); must hold one")
+        raise UserError(f"{file}: holds several adapters ({', '.join(sorted(map(str, adapters)))}); it must hold one")
     if not sides and not allow_none:
         raise UserError(f"{file}: holds no LoRA pair")
     for module, pair in sides.items():
@@ -285,7 +290,7 @@ def _check_pairs(
     magnitudes: dict[str, StoredTensor],
     file: Path,
 ) -> None:
-    """Raises `UserError` if a pair or its magnitude is missing, or has not the shape of config and base."""
+    """Raises `UserError` if a LoRA pair or DoRA magnitude is missing, or if its shape does not fit config and base."""
     for module in layers:
         if config.targets_module(module) and module not in pairs:
             raise UserError(f"{file}: tensor {PREFIX}{module}.lora_A.weight is missing; target_modules requires it")
@@ -301,5 +306,5 @@ def _check_pairs(
         if not config.dora:
             raise UserError(f"{file}: tensor {tensor.name} needs use_dora: true in {PEFT_INFO}")
         if module not in pairs:
-            raise UserError(f"{file}: tensor {tensor.name} has no pair")
+            raise UserError(f"{file}: tensor {tensor.name} is a DoRA magnitude, but its module has no LoRA pair")
         tensor.check_shape((layers[module].fan_out,), SHAPE_SOURCE)

@@ -1,6 +1,7 @@
-"""`adapter_config.json` of a PEFT LoRA adapter: the modules with a pair, their ranks and scales.
+"""`adapter_config.json` of a PEFT LoRA adapter: the modules that have a LoRA pair, their ranks and scales.
 
-Module names are the checkpoint's. An entry that makes an adapter more than plain pairs is a `UserError` that names it.
+Modules have the names of the checkpoint. An entry that makes an adapter more than LoRA pairs raises a `UserError` that
+names the entry; DoRA and `modules_to_save` are supported.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ import numpy as np
 
 from jaxrlhf.errors import UserError, short
 
-HEADS = {"score", "classifier"}  # PEFT's modules_to_save for task_type SEQ_CLS; our families have `score`
-NEWER_NAMES = {"embed_out": "lm_head"}  # modules that transformers 5 renames, except in checkpoints
+HEADS = {"score", "classifier"}  # PEFT's modules_to_save for task_type SEQ_CLS; the head is always named `score` here
+NEWER_NAMES = {"embed_out": "lm_head"}  # old -> new names of modules that transformers 5 renames, except in checkpoints
 ALL_LINEAR = "all-linear"  # the linear layers of the blocks, without the head
 
 # Entries that change what an adapter computes, unless they are null, false or empty.
@@ -33,11 +34,11 @@ class PeftConfig:
     rank: int
     alpha: float
     root: bool  # use_rslora
-    ranks: dict[str, int]  # by pattern
-    alphas: dict[str, float]  # by pattern
-    targets: str | list[str] | None  # None: absent
-    excluded: str | list[str]
-    layers: list[int]  # empty: all
+    ranks: dict[str, int]  # pattern of module names -> rank
+    alphas: dict[str, float]  # pattern of module names -> alpha
+    targets: str | list[str] | None  # target_modules; None: the entry is absent
+    excluded: str | list[str]  # exclude_modules
+    layers: list[int]  # layers_to_transform; empty: all layers
     saved: list[str]  # modules_to_save
     dora: bool
     base: str | None  # base_model_name_or_path
@@ -51,7 +52,7 @@ class PeftConfig:
         return _by_pattern(self.alphas, module, self.alpha) / (rank**0.5 if self.root else rank)
 
     def targets_module(self, module: str) -> bool:
-        """Whether PEFT would put a pair on this linear layer of the blocks or the head."""
+        """Whether PEFT would put a LoRA pair on this module, which is a linear layer of the blocks or the head."""
         if _named(self.excluded, module) or self.targets is None:
             return False
         layer = re.search(r"\.(\d+)\.", module)
@@ -62,17 +63,17 @@ class PeftConfig:
         return _named(self.targets, module) and (not self.layers or (layer and int(layer[1]) in self.layers))
 
     def saves(self, module: str) -> bool:
-        """Whether PEFT trains a copy of this module."""
+        """Whether PEFT trains a full copy of this module (modules_to_save)."""
         return any(module.endswith(name) for name in self.saved)
 
     @property
     def has_head(self) -> bool:
-        """Whether the adapter is of a sequence classifier, with the head in modules_to_save."""
+        """Whether the adapter belongs to a sequence classifier: modules_to_save lists the head."""
         return bool(HEADS & set(self.saved))
 
 
 def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
-    """The settings of a plain LoRA adapter; `UserError` naming the entry if it is not supported."""
+    """Reads the settings of a LoRA adapter; raises `UserError` naming the entry if an entry is not supported."""
     if document.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type {document.get('peft_type')!r} is not supported; it must be 'LORA'")
     unsupported = [entry for entry in UNSUPPORTED if document.get(entry)]
@@ -115,7 +116,7 @@ def _number(value: Any, entry: str, kind: type, file: Path) -> Any:
 def _patterns(document: dict[str, Any], entry: str, kind: type, file: Path) -> dict[str, Any]:
     value = document.get(entry) or {}
     if not isinstance(value, dict):
-        raise UserError(f"{file}: {entry} must be an object of module names and numbers, not {short(value)}")
+        raise UserError(f"{file}: {entry} must be an object that maps module names to numbers, not {short(value)}")
     for pattern, number in value.items():
         _check_expression(pattern, entry, file)
         _number(number, f"{entry}: {pattern}", kind, file)
@@ -146,16 +147,16 @@ def _check_expression(pattern: str, entry: str, file: Path) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{file}: {entry}: {short(pattern)} is no regular expression ({error})") from None
+        raise UserError(f"{file}: {entry}: {short(pattern)} is not a regular expression ({error})") from None
 
 
 def _by_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
+    """Returns the value of the first pattern that matches the end of the module's name, as in PEFT."""
     return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def _named(targets: str | list[str], module: str) -> bool:
-    """Whether a regular expression, or a list of names or ends of names, matches a module."""
+    """Whether a module's name matches `targets`: a regular expression, or a list of names or ends of names."""
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
@@ -168,10 +169,11 @@ def peft_document(
     fan_in_fan_out: bool,
     saved: list[str],
 ) -> dict[str, Any]:
-    """An `adapter_config.json` for `pairs`, module -> (rank, scale), and `saved`, the full modules.
+    """Returns an `adapter_config.json`.
 
-    `modules` are all linear layers of the blocks, and the head. lora_alpha = scale * r. `r` is the largest rank,
-    because serving engines allocate that many.
+    `pairs` maps a module to (rank, scale) of its LoRA pair, `saved` names the modules with full weights, and `modules`
+    are all linear layers of the blocks and the head. lora_alpha is scale * r. `r` is the largest rank, because serving
+    engines allocate memory for rank `r`.
     """
     numbers = {module: (rank, _alpha(rank, scale)) for module, (rank, scale) in pairs.items()}
     largest = max(rank for rank, _ in numbers.values())
@@ -197,7 +199,7 @@ def peft_document(
 
 
 def _alpha(rank: int, scale: np.float32) -> int | float:
-    """The alpha with alpha / rank equal to the scale bit for bit; a round number if there is one."""
+    """Returns an alpha for which alpha / rank equals the scale bit for bit; a round number if possible."""
     exact = float(scale) * rank
     short = float(str(np.float32(exact)))
     alpha = short if np.float32(short / rank) == scale else exact
@@ -205,10 +207,10 @@ def _alpha(rank: int, scale: np.float32) -> int | float:
 
 
 def _by_name(values: dict[str, Any], modules: list[str]) -> dict[str, Any]:
-    """The values by the shortest ends of names that all modules with that end share the value of."""
+    """Returns the values by ends of module names: the shortest end for which all modules share the same value."""
 
     def ends(module: str) -> list[str]:
-        inner = re.sub(r"^.*?\.\d+\.", "", module)  # behind the layer's number
+        inner = re.sub(r"^.*?\.\d+\.", "", module)  # the part after the layer's number
         return [inner.split(".")[-1], inner, module]
 
     named = {}

@@ -1,8 +1,8 @@
-"""The tensors of a PEFT adapter that become full weights: saved modules, pairs on the embedding, and DoRA.
+"""The tensors of a PEFT adapter that become full weights: saved modules, LoRA pairs on the embedding, and DoRA.
 
 PEFT's rules: a module in `modules_to_save` is a copy, so a head that is tied to a trained embedding keeps the old
-embedding. A tensor that is saved beside the pairs, or as `base_layer`, replaces the base's tensor and those tied to it.
-Full weights that equal the base's are dropped.
+embedding. A tensor that is saved next to the LoRA pairs, or as `base_layer`, replaces the base's tensor and all tensors
+that are tied to it. Full weights that equal the weights of the base are dropped.
 """
 
 from pathlib import Path
@@ -22,11 +22,11 @@ from jaxrlhf.models.quantize import quantization
 from jaxrlhf.records import Adapter
 
 EMBEDDING = "embed_tokens"
-RESIZE = "tokens were added or removed; merge it with PEFT (merge_and_unload) and use that folder as the model"
+RESIZE = "tokens were added or removed; merge the adapter with PEFT (merge_and_unload) and use that folder as the model"
 
 
 def module_of(base: Decoder, ours: str) -> str:
-    """transformers' name of one of our modules that has a kernel or an embedding."""
+    """Returns transformers' name of a module of the decoder that has a kernel or an embedding."""
     leaf = "embedding" if ours == EMBEDDING else "kernel"
     module = address_of(base.config, f"{ours}/{leaf}").tensor.removesuffix(".weight")
     return NEWER_NAMES.get(module, module)
@@ -40,10 +40,10 @@ def full_weights(
     config: PeftConfig,
     file: Path,
 ) -> Adapter:
-    """The full weights of an adapter, from its saved tensors and its pair on the embedding; float32.
+    """Returns the full weights of an adapter, in float32, from its saved tensors and its LoRA pair on the embedding.
 
-    Removes the tensors that it uses from `saved`; `head_pair` is whether the head has a pair. Raises `UserError` if a
-    tensor has not the base's shape, or if an embedding or head in `modules_to_save` is missing.
+    Removes the tensors that it uses from `saved`. `head_pair` says whether the head has a LoRA pair. Raises `UserError`
+    if the shape of a tensor differs from the base's tensor, or if an embedding or head in `modules_to_save` is missing.
     """
     adapter: Adapter = {}
     abstract = named_parameters(abstract_decoder(base.config))
@@ -66,7 +66,7 @@ def full_weights(
 def _embedding_and_head(
     adapter: Adapter, base: Decoder, saved: dict, pair, head_pair: bool, config: PeftConfig, file: Path
 ) -> None:
-    """Adds the leaves of embedding and head that differ from the base's to the adapter."""
+    """Adds to the adapter the weights of embedding and head, if they differ from the weights of the base."""
     tied = base.lm_head is None
     own = base.embed_tokens.embedding[...]
     D, V = base.config.hidden_size, base.config.vocab_size
@@ -76,8 +76,8 @@ def _embedding_and_head(
         if (tensor := saved.get(f"{module}.weight")) is not None:
             if tensor.shape != (V, D):
                 raise UserError(
-                    f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, the base's has "
-                    f"{[V, D]}: {RESIZE}"
+                    f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, but {[V, D]} in the base: "
+                    f"{RESIZE}"
                 )
             tables[module] = jnp.asarray(np.array(tensor.view(), np.float32))
         elif config.saves(module):
@@ -95,8 +95,8 @@ def _embedding_and_head(
         table = jnp.asarray(table, jnp.float32) + config.scale(embedding) * (b_DR @ a_RV).T
     if not _same(table, own):
         adapter[EMBEDDING] = {"embedding": jnp.asarray(table, jnp.float32)}
-    kernel = tables.get(head, old_table if tied else None)  # None: the base's head
-    # Without a kernel in the adapter, a tied head is the new embedding, or with a LoRA pair the base's embedding.
+    kernel = tables.get(head, old_table if tied else None)  # None: the head of the base
+    # If the adapter holds no kernel for a tied head, the head is the new embedding. With a LoRA pair it is the base's.
     default = (own if head_pair else table) if tied else base.head_kernel().T
     if kernel is not None and not _same(kernel, default):
         adapter[HEAD] = {"kernel": jnp.asarray(kernel, jnp.float32).T}
@@ -106,9 +106,10 @@ def folded_dora(
     base: Decoder, kernel: jax.Array | None, ours: str, pair: tuple[np.ndarray, np.ndarray], magnitude: np.ndarray,
     scale: float,
 ) -> dict[str, jax.Array]:
-    """The merged kernel of a DoRA layer (2402.09353): the weights of each output have the norm `magnitude`, f32[out].
+    """Returns the merged kernel of a DoRA layer (2402.09353), in which the weights of each output are rescaled.
 
-    `pair` is (A [R, in], B [out, R]); `kernel` replaces the base's kernel if given.
+    `magnitude` f32[out] is their new norm. `pair` is (A [R, in], B [out, R]). `kernel` replaces the kernel of the base
+    if it is given.
     """
     a_RI, b_OR = pair
     if kernel is None:
@@ -118,20 +119,20 @@ def folded_dora(
 
 
 def check_foldable(base: Decoder, file: Path) -> None:
-    """Raises `UserError` for a quantised base, into which DoRA cannot be merged."""
+    """Raises `UserError` if the base is quantised, because DoRA cannot be merged into it."""
     if (kind := quantization(base)) is not None:
         raise UserError(f"{file}: use_dora changes full weights, but this base is quantised ({kind}); drop quantize")
 
 
 def _read(base: Decoder, tensor: StoredTensor, name: str, shape: tuple[int, ...]) -> jax.Array:
-    """The saved tensor as the parameter `name`, f32[shape]."""
+    """Reads the saved tensor as the parameter `name`, f32[shape]."""
     address = address_of(base.config, name)
     tensor.check_shape(stored_shape(shape, base.config, address), "this base")
     return load_parameter(tensor, jax.ShapeDtypeStruct(shape, jnp.float32), base.config, address, None)
 
 
 def _same(value: jax.Array, own: jax.Array) -> bool:
-    """Whether a weight equals the base's in the base's dtype."""
+    """Whether a weight, rounded to the dtype of the base, equals the weight `own` of the base."""
     return value is own or bool(jnp.array_equal(jnp.asarray(value, own.dtype), own))
 
 

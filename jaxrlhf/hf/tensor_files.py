@@ -1,7 +1,7 @@
-"""Safetensors files, single or sharded: read lazily as numpy views of the file, and written.
+"""Reads safetensors files, single or sharded, lazily as numpy views of the file; and writes them.
 
-The library's numpy reader has no bfloat16 and returns full tensors; a view of the mapped file lets each device read
-only its slice. Pickle files are refused.
+The numpy reader of the safetensors library has no bfloat16 and returns full tensors. A view of the memory-mapped file
+lets each device read only its slice. Pickle files are refused.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxrlhf.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-# Bytes per number of other dtypes in a file: old checkpoints keep causal masks as U8 or BOOL beside their weights.
+# Bytes per number of other dtypes in a file. Old checkpoints hold causal masks as U8 or BOOL, besides their weights.
 OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4}
 OTHER_SIZES |= {"U64": 8, "I64": 8, "F64": 8}
 HEADER_LIMIT = 100_000_000  # bytes, as in the library
@@ -27,14 +27,14 @@ HEADER_LIMIT = 100_000_000  # bytes, as in the library
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """The location of a tensor in a file."""
+    """A tensor in a safetensors file: its location, dtype and shape."""
 
     name: str
     file: Path
     dtype: str  # safetensors' name: F32, BF16, ...
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
-    end: int  # the byte after its last one
+    end: int  # offset of the first byte after the tensor
 
     def check_dtype(self) -> None:
         """Raises `UserError` if the dtype is not one of `DTYPES`."""
@@ -44,7 +44,7 @@ class StoredTensor:
             )
 
     def check_shape(self, shape: tuple[int, ...], source: str) -> None:
-        """Raises `UserError` if the tensor has not the shape that `source` requires."""
+        """Raises `UserError` if the tensor's shape is not `shape`; `source` names what requires that shape."""
         if self.shape != shape:
             found, required = list(self.shape), list(shape)
             raise UserError(f"{self.file}: tensor {self.name} has shape {found}; {source} requires {required}")
@@ -57,13 +57,13 @@ class StoredTensor:
         )
 
     def view(self) -> np.ndarray:
-        """The tensor as a read-only view of the file; nothing is read before it is sliced."""
+        """Returns the tensor as a read-only view of the file; the file is read only when the view is sliced."""
         return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A tensor to be written; `fetch` copies it to the host just before that."""
+    """A tensor to be written; `fetch` copies it to the host just before it is written."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Pending:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; `UserError` if there is none."""
+    """Reads the JSON object in a file; raises `UserError` if the file is missing or holds no object."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,23 +92,23 @@ def write_json(file: Path, document: dict[str, Any]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name; only its header is read.
+    """Returns the tensors of a safetensors file by name; reads only the header.
 
-    Raises `UserError` naming file and tensor if the file is truncated or its header is inconsistent. Dtypes are not
-    checked: see `StoredTensor.check_dtype`.
+    Raises `UserError` naming file and tensor if the file is truncated or its header is inconsistent. Does not check
+    dtypes; see `StoredTensor.check_dtype`.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            # The length is checked first: in another kind of file it may be any number.
+            # The header's length is checked before it is read: in another kind of file it may be any number.
             header = json.loads(stream.read(length)) if 8 + length <= size and length <= HEADER_LIMIT else None
     except OSError as error:
         raise UserError(f"{file}: not readable ({error.strerror})") from None
     except ValueError:
         header = None
     if not isinstance(header, dict):
-        raise UserError(f"{file}: no safetensors header: a truncated or corrupt file of {size} bytes")
+        raise UserError(f"{file}: no safetensors header; the file of {size} bytes is truncated or corrupt")
     header.pop("__metadata__", None)
     tensors = {name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_cover(file, list(tensors.values()), 8 + length, size)
@@ -116,7 +116,7 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model folder: those of `model.safetensors`, or of the shards in its index."""
+    """Returns all tensors of a model folder: those in `model.safetensors`, or in the shards that the index lists."""
     if (folder / SINGLE).exists():
         return read_tensors(folder / SINGLE)
     if not (folder / INDEX).exists():
@@ -127,13 +127,13 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     index = folder / INDEX
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) and Path(v).name == v for v in shards.values()):
-        raise UserError(f"{index}: weight_map must be an object of tensor names and file names in this folder")
+        raise UserError(f"{index}: weight_map must be an object that maps tensor names to file names in this folder")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(shards.values())):
         if not shard.endswith(".safetensors"):
-            raise UserError(f"{index}: names {shard}: only safetensors files are read; convert it")
+            raise UserError(f"{index}: it lists {shard}, but only safetensors files are read; convert that file")
         if not (folder / shard).exists():
-            raise UserError(f"{index}: names {shard}, which is not in the folder")
+            raise UserError(f"{index}: it lists {shard}, which is not in the folder")
         tensors.update(read_tensors(folder / shard))
     for name, shard in shards.items():
         if name not in tensors:
@@ -142,9 +142,9 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def main_dtype(tensors: Iterable[StoredTensor]) -> str:
-    """The dtype of most of the checkpoint's numbers: "float32", "bfloat16" or "float16".
+    """Returns the dtype of most numbers in the checkpoint: "float32", "bfloat16" or "float16".
 
-    A checkpoint may keep a few small tensors, such as norms, wider than its kernels.
+    A checkpoint may store a few small tensors, such as norms, in a wider dtype than its kernels.
     """
     sizes: dict[str, int] = {}
     for tensor in tensors:
@@ -155,8 +155,8 @@ def main_dtype(tensors: Iterable[StoredTensor]) -> str:
 def write_checkpoint(folder: Path, tensors: dict[str, Pending], max_shard_bytes: int, primary: bool = True) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_bytes` (or one tensor) each, and their index.
 
-    One shard is on the host at a time. Every process fetches, because fetching may be a collective; only the `primary`
-    one writes.
+    Only one shard is on the host at a time. Every process fetches the tensors, because fetching may be a collective;
+    only the `primary` process writes.
     """
     shards: list[list[str]] = [[]]
     bytes_left = max_shard_bytes
@@ -195,21 +195,23 @@ def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise UserError(f"{file}: the header's entry for tensor {name} is malformed: a corrupt file")
+        raise UserError(f"{file}: the header's entry for tensor {name} is malformed; the file is corrupt")
     size_of = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER_SIZES.get(dtype)
     if size_of is not None and end - begin != math.prod(shape) * size_of:
-        raise UserError(f"{file}: tensor {name} of shape {list(shape)} has {end - begin} bytes: a corrupt file")
+        raise UserError(f"{file}: tensor {name} of shape {list(shape)} has {end - begin} bytes; the file is corrupt")
     if start + end > size:
-        raise UserError(f"{file}: tensor {name} ends at byte {start + end}, the file at {size}: a truncated file")
+        raise UserError(f"{file}: tensor {name} ends at byte {start + end}, but the file has {size}; it is truncated")
     return StoredTensor(name, file, dtype, shape, start + begin, start + end)
 
 
 def _check_cover(file: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
-    """Raises `UserError` unless the tensors fill the file without gaps: overlapping offsets give wrong weights."""
+    """Raises `UserError` unless the tensors fill the file without gaps or overlaps, which would give wrong weights."""
     at = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.end)):
         if tensor.offset != at:
-            raise UserError(f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, not {at}: a corrupt file")
+            raise UserError(
+                f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, not {at}; the file is corrupt"
+            )
         at = tensor.end
     if at != size:
-        raise UserError(f"{file}: {size - at} bytes after its last tensor are unused: a corrupt file")
+        raise UserError(f"{file}: {size - at} bytes after the last tensor are unused; the file is corrupt")

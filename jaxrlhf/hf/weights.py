@@ -1,4 +1,4 @@
-"""Loads pretrained model folders, and saves base and adapter merged.
+"""Loads pretrained model folders, and saves a base with its adapter merged into it.
 
 Not here: adapters (`adapter_files.py`, `peft.py`) and sequence classifiers (`classifiers.py`).
 """
@@ -27,21 +27,24 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     quantize: str | None = None,
 ) -> tuple[Decoder, Tokenizer | None]:
-    """The decoder and the tokenizer (or None) of a Hugging Face folder or hub id.
+    """Loads the decoder and the tokenizer (or None) of a Hugging Face folder or hub id.
 
-    A PEFT adapter's folder gives its base with the adapter merged, and its own tokenizer if it has one.
+    For a PEFT adapter's folder it loads the base with the adapter merged, and the adapter's tokenizer if there is one.
     Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto" is the dtype of most of them. On a mesh
-    each parameter is sharded by `models.sharding.parameter_sharding`, and each process reads only its slices.
+    each parameter is sharded by `models.sharding.parameter_sharding`, and each process reads only its own slices.
     `quantize` "int8" or "nf4" quantises the linear layers of the blocks on the host, a part at a time (see
-    `quantize.py`). The model's target is the mesh's devices, or jax's default device, with float32 products in float32;
-    `decoder.with_target` changes it. Raises `UserError` naming file and entry or tensor if the folder cannot be used.
+    `quantize.py`). The target in the model's config is that of the mesh's devices, or of jax's default device, with
+    full precision for float32 matrix products; `decoder.with_target` changes it. Raises `UserError` naming file and
+    entry or tensor if the folder cannot be used.
     """
     check_dtype(None if dtype == AUTO else dtype)
     if quantize not in (None, *KINDS):
         raise UserError(f"quantize: must be one of {', '.join(KINDS)} or None, not {quantize!r}")
     folder, adapter = find_model(path)
     if adapter is not None and quantize is not None:
-        raise UserError(f"{path}: an adapter cannot be merged into {quantize} codes; merge it first, or drop quantize")
+        raise UserError(
+            f"{path}: an adapter cannot be merged into a base quantised as {quantize}; merge it first, or drop quantize"
+        )
     document = read_json(folder / "config.json")
     config = read_config(document, str(folder / "config.json"))
     config, tensors = untie_if_different(config, plain_tensors(read_checkpoint(folder)), folder)
@@ -55,7 +58,7 @@ def load_pretrained(
 
 
 def with_tokenizer(base: Decoder, tokenizer: Tokenizer) -> tuple[Decoder, Tokenizer]:
-    """Adapts a base and another tokenizer to each other: the stop tokens become those of both."""
+    """Returns (base, tokenizer) for a tokenizer that is not the base's own; both get the stop tokens of both."""
     tokenizer = tokenizer.for_model(base.config.vocab_size, base.config.stop_tokens, foreign=True)
     return with_config(base, dataclasses.replace(base.config, stop_tokens=tokenizer.stop_ids)), tokenizer
 
@@ -68,10 +71,11 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     dtype: str | None = None,
 ) -> None:
-    """Writes base and adapter, merged, as a folder that transformers opens, in `dtype` (None: the base's).
+    """Merges the adapter into the base and writes a folder that transformers opens.
 
-    Weights are rounded once, after merging. A scalar head is not written. The folder is written atomically and replaces
-    an older model. Raises `UserError` if the folder holds anything else, and for a weight too large for `dtype`.
+    Weights are written in `dtype` (None: the dtype of the base), and are rounded once, after merging. A scalar head is
+    not written. The folder is written atomically and replaces an older model. Raises `UserError` if the folder holds
+    other files, or if a weight is too large for `dtype`.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
@@ -97,11 +101,11 @@ def save_pretrained(
 def _with_tokens(
     config: DecoderConfig, folder: Path, tokenizer: Tokenizer | None, has_eos: bool
 ) -> tuple[DecoderConfig, Tokenizer | None]:
-    """The config with its stop tokens and pad token, and the tokenizer with the same stop tokens.
+    """Returns (the config with its stop tokens and pad token, the tokenizer with the same stop tokens).
 
     The stop tokens are those of `generation_config.json`, `config.json`, the tokenizer and its chat template. If
-    `config.json` has none (not `has_eos`), the family's default is used only without any other. A missing pad token may
-    be any token, because masks mark padding: a stop token, or 0.
+    `config.json` has none (not `has_eos`), the family's default is used only if there is no other stop token. If no pad
+    token is given, a stop token or 0 is used; any token would do, because masks mark the padding.
     """
     file = folder / "generation_config.json"
     generation = read_json(file) if file.exists() else {}

@@ -1,6 +1,7 @@
-"""Multimodal folders whose text part is a known family: its entries and tensors under the plain family's names.
+"""Multimodal models whose text part belongs to a supported family: reads the text part as a text-only model.
 
-For text alone such a model computes what the plain one does. The plain text model is trained and exported.
+Given text alone, the multimodal model computes the same as the text-only model. The text-only model is trained and
+exported.
 
 Not here: models whose text attention differs (Llama 3.2 Vision, PaliGemma) or whose text part is not in the table of
 families (Llama 4, Qwen3-VL).
@@ -18,13 +19,18 @@ TIED = "tie_word_embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
-    """A multimodal `model_type`, with transformers' defaults."""
+    """How a multimodal `model_type` holds its text part, with transformers' defaults.
 
-    text: str  # the family of its text part, if text_config has none
-    tied: bool = False  # default of TIED outside text_config; the entry inside is ignored,
-    inner_tied: bool = False  # unless this is set and the entry inside is true
-    flat: bool = False  # older files have the text part's entries at the top level
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # those that differ from the family's
+    Whether the head is tied to the embedding is decided by the entry TIED outside text_config. The entry TIED inside
+    text_config is ignored, unless `inner_tied` is set and the entry outside is false.
+    """
+
+    text: str  # the family of the text part, if text_config has no model_type
+    tied: bool = False  # transformers' default of the entry TIED outside text_config
+    inner_tied: bool = False
+    flat: bool = False  # whether older files have the entries of the text part at the top level
+    # transformers' defaults of entries in text_config that differ from the family's defaults.
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 QWEN_VL = Wrapper(
@@ -49,8 +55,8 @@ WRAPPERS: dict[str, Wrapper] = {
     "idefics3": Wrapper("llama"),
     "smolvlm": Wrapper("llama"),
 }
-SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}  # other names of a family
-INNER = (  # (prefix of the text part's tensors, prefix in the plain model)
+SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}  # model_type of a text part -> the same family
+INNER = (  # (prefix of the text part's tensors, prefix in the text-only model)
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
@@ -60,7 +66,10 @@ INNER = (  # (prefix of the text part's tensors, prefix in the plain model)
 
 
 def text_document(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """The `config.json` of the text part in the form of the plain family; other documents are returned unchanged."""
+    """Returns the text part of a multimodal `config.json`, as the `config.json` of a text-only model.
+
+    A `config.json` of a text-only model is returned unchanged.
+    """
     model_type = document.get("model_type")
     wrapper = WRAPPERS.get(model_type) if isinstance(model_type, str) else None
     if wrapper is None:
@@ -85,14 +94,14 @@ def text_document(document: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(rope, dict) and "mrope" in (rope.get("rope_type"), rope.get("type")):
             text[entry] = rope | {"rope_type": "default"}
     notice(
-        f"{where}: only the text part of this {model_type} model is read, trained and exported, as a plain "
+        f"{where}: only the text part of this {model_type} model is read, trained and exported, as a text-only "
         f"{text['model_type']} model"
     )
     return text
 
 
 def plain_name(tensor: str) -> str:
-    """A tensor's or module's name in the plain text model."""
+    """Returns the name of a tensor or module in the text-only model."""
     for start, plain in INNER:
         if tensor.startswith(start):
             return plain + tensor.removeprefix(start)

@@ -66,7 +66,7 @@ def test_the_policy_is_the_base_with_the_adapter(folders, forward, torch_logits,
     assert model.config.tie_embeddings == (model.lm_head is None) == False  # noqa: E712
     expected = torch_logits(theirs[name], TOKENS, REAL)
     np.testing.assert_allclose(forward(model, TOKENS, REAL), expected, atol=1e-4)
-    with pytest.raises(UserError, match="nf4 codes"):
+    with pytest.raises(UserError, match="quantised as nf4"):
         load_pretrained(root / name, quantize="nf4")
 
 

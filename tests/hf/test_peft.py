@@ -358,7 +358,7 @@ SPOILT = {
     "B of another width": (tensors(lambda t: t.update({B: t[B][:20]})), [PEFT_TENSORS, B, "[20, 2]", "[24, 2]"]),
     "an embedding": (
         tensors(lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": t[A]})),
-        [PEFT_TENSORS, "half a pair on the embedding"],
+        [PEFT_TENSORS, "half a LoRA pair on the embedding"],
     ),
     "the head": (
         tensors(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A]})),
