@@ -11,7 +11,7 @@ Change = tuple[str, Any, Any]  # key path, old value, new value
 def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> list[Change]:
     """(key path, old value, new value) of every difference, in the order of `new`.
 
-    A key that one side lacks has the value "absent" there. A section that one side lacks is one difference.
+    If one side lacks a key, its value there is "absent". If one side lacks a section, the section is one difference.
     """
     changes = []
     for key in [*new, *(key for key in old if key not in new)]:
@@ -26,7 +26,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> li
 
 
 def describe_change(change: Change) -> str:
-    """A change as "KEY was OLD, is now NEW"."""
+    """Returns the text "KEY was OLD, is now NEW"."""
     key, before, after = change
     old, new = ("a section" if isinstance(value, dict) else as_yaml(value) for value in (before, after))
     return f"{key} was {old}, is now {new}"

@@ -13,9 +13,9 @@ Origins = Mapping[SettingPath, str]
 
 
 def explain(error: ValidationError, path: str, origins: Origins) -> str:
-    """One line for the error that is most likely the cause."""
+    """One line about the error that is most likely the cause."""
     faults = error.errors(include_url=False)
-    # A list with a bad item is also reported as too short: drop faults of what contains another fault.
+    # pydantic reports a list with a bad item as too short, too. So a fault whose place contains another fault is dropped.
     faults = [f for f in faults if not any(g["loc"][: len(f["loc"])] == f["loc"] != g["loc"] for g in faults)]
     faults.sort(key=lambda fault: fault["type"] != "extra_forbidden")  # a misspelt key often explains a missing one
     fault = faults[0]
@@ -25,8 +25,8 @@ def explain(error: ValidationError, path: str, origins: Origins) -> str:
 
 
 def _origin(fault: dict, keys: SettingPath, path: str, origins: Origins) -> str:
-    """File and line, or override, of the key at fault."""
-    if fault["type"] == "value_error":  # it concerns a section: an override of a key that the message names is the cause
+    """Where the invalid key was set: file and line, or override."""
+    if fault["type"] == "value_error":  # of a section; the cause is an override of a key that the message names
         words = re.findall(r"\w+", fault["msg"])
         for known, where in reversed(origins.items()):
             if known[: len(keys)] == keys and where.startswith("override ") and known[-1] in words:
@@ -59,7 +59,7 @@ def _message(fault: dict, place: SettingPath) -> str:
 
 
 def _nearest(place: SettingPath) -> str:
-    """The key that was probably meant, or the list of keys."""
+    """Advice for an unknown key: the key that was probably meant, or the list of valid keys."""
     *section, name = place
     above = path_of(section) or ()
     below = [other for other in settings() if other[: len(above)] == above and len(other) > len(above)]

@@ -20,7 +20,7 @@ from jaxrlhf.config.table import describe, find_setting, one_line
 from jaxrlhf.errors import UserError
 
 KeyPath = tuple[str, ...]
-MAX_DEPTH, MAX_VALUES = 50, 100_000  # of a file, to bound its cost
+MAX_DEPTH, MAX_VALUES = 50, 100_000  # limits for one file, to bound the cost of reading it
 _TOO_DEEP = f"more than {MAX_DEPTH} nested sections and lists; settings need fewer"
 
 
@@ -30,8 +30,8 @@ _TOO_DEEP = f"more than {MAX_DEPTH} nested sections and lists; settings need few
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads and validates the settings of a YAML file, after overrides such as `ppo.kl.coef=0.1`.
 
-    An override's value is YAML, and missing sections are created. `null` is a value for settings that accept it and
-    resets all others to their default. Paths in settings are relative to the current directory. Raises `UserError`
+    An override's value is YAML, and missing sections are created. For a setting that accepts `null`, `null` is a value;
+    any other setting is reset to its default. Paths in settings are relative to the current directory. Raises `UserError`
     for an unusable file, override or setting.
     """
     data, origins = _read(str(path))
@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Every setting as YAML that `load_config` reads back to an equal config."""
+    """Writes every setting as YAML, from which `load_config` reads an equal config."""
     text = io.StringIO()
     _yaml().dump(_plain(config.model_dump()), text)
     return text.getvalue()
@@ -73,7 +73,10 @@ def _yaml() -> YAML:
 
 
 def parse_yaml(text: str, where: str, origins: dict[KeyPath, str] | None = None) -> Any:
-    """The value of a YAML document, or a `UserError` with its line. Fills `origins` with the source of every key."""
+    """Returns the value of a YAML document and fills `origins` with the source of every key.
+
+    Raises `UserError` with the line if the document is not valid.
+    """
     try:
         yaml = _yaml()
         node = yaml.compose(text)
@@ -88,7 +91,7 @@ def parse_yaml(text: str, where: str, origins: dict[KeyPath, str] | None = None)
         ) from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_DEEP}") from None
-    except (YAMLError, ValueError, TypeError, AttributeError) as error:  # also from a tag that does not fit its value
+    except (YAMLError, ValueError, TypeError, AttributeError) as error:  # a tag that does not fit its value also raises these
         raise UserError(f"{where}: not valid YAML: {one_line(str(error))}") from None
 
 
@@ -173,7 +176,7 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
 
 
 def _drop_nulls(data: dict[str, Any], path: KeyPath) -> None:
-    """Removes settings that are null but do not accept it, in place, so that they get their default."""
+    """Removes, in place, settings that are null and do not accept null, so that they get their default."""
     for name, value in list(data.items()):
         setting = find_setting((*path, name))
         if value is None and setting is not None and not setting.kind.endswith("or null"):
@@ -183,7 +186,7 @@ def _drop_nulls(data: dict[str, Any], path: KeyPath) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value with tuples as lists, copied."""
+    """A deep copy of the value with lists in place of tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

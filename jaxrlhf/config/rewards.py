@@ -32,9 +32,9 @@ class _Reader(Settings):
     """Shared by the kinds that score text with their own model and tokenizer."""
 
     kind: Literal["model", "classifier"]
-    template: str | None = Field(None, description="input text, with {prompt} and {completion} in it; null appends the completion to the prompt")
+    template: str | None = Field(None, description="text that contains {prompt} and {completion} and becomes the input; null appends the completion to the prompt")
     batch_size: PositiveInt = Field(16, description="completions per forward pass of the model at path")
-    max_length: PositiveInt = Field(512, description="tokens per input of the model at path, at most its positions; longer inputs lose their start")
+    max_length: PositiveInt = Field(512, description="longest input of the model at path, in tokens; the model's number of positions is also a limit; longer inputs lose their start")
 
     @model_validator(mode="after")
     def _check_template(self) -> "_Reader":
@@ -48,9 +48,9 @@ class ModelRewardConfig(_Reader):
 
     kind: Literal["model"] = Field("model", description="the run's reward adapter, or the reward model at path")
     path: str | None = Field(None, description="folder or hub id of a *ForSequenceClassification decoder with one label and its own tokenizer; null uses the run's reward adapter")
-    input: Literal["auto", "text", "completion", "chat"] = Field("auto", description="input of the model at path: prompt and completion as one text (text), the completion only (completion), or its chat template (chat); auto is chat for chats if the model has a template, else text")
-    end_at_eos: bool | None = Field(None, description="whether a completion that ended is followed by the end-of-turn token of the reward model's chat template, or its EOS, as in the stage reward_model; null does so in texts and leaves chats to the template")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the weights at path in memory; auto keeps that of the files")
+    input: Literal["auto", "text", "completion", "chat"] = Field("auto", description="input of the model at path: prompt and completion as one text (text), the completion only (completion), or a chat in its chat template (chat); auto is chat for chat prompts if the model has a chat template, else text")
+    end_at_eos: bool | None = Field(None, description="whether an end token is appended to a completion that ended, as in the stage reward_model: the end-of-turn token of the reward model's chat template, or else its EOS; null appends it in texts, and in chats only the template decides")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype in memory of the weights at path; auto keeps the dtype of the files")
 
 
 class ClassifierRewardConfig(_Reader):
@@ -59,21 +59,21 @@ class ClassifierRewardConfig(_Reader):
     kind: Literal["classifier"] = Field("classifier", description="a text classifier of any architecture, run by transformers with torch on the CPU")
     path: str = Field(description="folder or hub id of a *ForSequenceClassification model with its own tokenizer")
     label: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] | None = Field(None, description="name or number of the label to score; null needs a model with one label")
-    score: Literal["logit", "probability", "log_probability"] = Field("logit", description="output of the label that is the score")
-    input: Literal["auto", "text", "completion", "pair", "chat"] = Field("auto", description="input of the classifier: prompt and completion as one text (text), the completion only (completion), two segments (pair), or its chat template (chat); auto is chat for chats if the model has a template, else text")
+    score: Literal["logit", "probability", "log_probability"] = Field("logit", description="which output for the label is the score")
+    input: Literal["auto", "text", "completion", "pair", "chat"] = Field("auto", description="input of the classifier: prompt and completion as one text (text), the completion only (completion), two segments (pair), or a chat in its chat template (chat); auto is chat for chat prompts if the model has a chat template, else text")
 
 
 def _tag(section: Any) -> str | None:
-    """"kind=NAME", which cannot be the name of a setting; the default kind is model."""
+    """The kind of a section as "kind=NAME", which cannot be the name of a setting. The default kind is model."""
     if isinstance(section, dict):
         return f"kind={section.get('kind', 'model')}"
     return f"kind={section.kind}" if isinstance(section, Settings) else None
 
 
 class _Weighted(Settings):
-    """The setting that a part of a sum adds to those of its kind."""
+    """The additional setting of a reward that is a part of a sum."""
 
-    weight: FiniteFloat = Field(1.0, description="factor of the part's scores; with 0 they are only logged")
+    weight: FiniteFloat = Field(1.0, description="factor of the part's scores in the sum; a part with weight 0 is only logged")
 
 
 class FunctionPart(_Weighted, FunctionRewardConfig):

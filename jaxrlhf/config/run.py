@@ -30,7 +30,7 @@ from jaxrlhf.config.steps import (
     ScoreConfig,
 )
 
-# Keys of `compiler_options`: the names of the programs that runs compile, and all of them.
+# Keys of `compiler_options`: the names of the programs that runs compile, and "all", which stands for every program.
 PROGRAMS = (
     "all", "rollout", "rollout_greedy", "merge", "annotate", "experience", "update", "reward", "sft_update",
     "sft_evaluate", "reward_model_update", "pair_scores",
@@ -61,13 +61,13 @@ class ModelConfig(Settings):
     """The base model: exactly one of path, run and new."""
 
     path: str | None = Field(None, description="Hugging Face folder or hub id of a pretrained model")
-    run: str | None = Field(None, description="directory of a finished run, whose base, tokenizer and adapters are used")
+    run: str | None = Field(None, description="directory of a finished run; this run uses its base, tokenizer and adapters")
     new: NewModelConfig | None = Field(None, description="creates a decoder with random weights")
     tokenizer: str | None = Field(None, description="tokenizer folder or hub id; null uses the model's own")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base in memory; auto keeps that of the files, and is float32 for a new model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base in memory; auto keeps the dtype of the files, and is float32 for a new model")
     attention: Literal["xla", "cudnn"] = Field("xla", description="implementation of attention over full sequences; cudnn is fused, for NVIDIA GPUs in bfloat16 or float16", json_schema_extra=ROUNDING)
-    matmul_precision: Literal["highest", "tf32"] = Field("highest", description="precision of float32 matrix products on NVIDIA GPUs, in every program; highest is float32, which the ratio of 1 in the first minibatch needs; tf32 is faster with a 10-bit mantissa. With a bfloat16 or float16 base only scalar heads and LoRA pairs on lm_head are affected; a CPU ignores it", json_schema_extra=ROUNDING)
-    quantize: Literal["int8", "nf4"] | None = Field(None, description="stores the base's linear layers in 8 or 4 bits, for LoRA adapters; null does not, or does as in run")
+    matmul_precision: Literal["highest", "tf32"] = Field("highest", description="precision of float32 matrix products on NVIDIA GPUs, in every program; highest is float32, which is needed for a ratio of exactly 1 in the first minibatch; tf32 is faster and has a 10-bit mantissa. With a bfloat16 or float16 base the setting affects only scalar heads and LoRA pairs on lm_head; a CPU ignores the setting", json_schema_extra=ROUNDING)
+    quantize: Literal["int8", "nf4"] | None = Field(None, description="stores the base's linear layers in 8 or 4 bits, for training LoRA adapters; null keeps the precision of the files, or the quantization of model.run")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
@@ -82,7 +82,7 @@ class ModelConfig(Settings):
 
 
 class MeshConfig(Settings):
-    """Number of devices along each mesh axis; -1 takes the remaining ones."""
+    """Number of devices along each mesh axis; -1 takes the remaining devices."""
 
     data: int = Field(-1, ge=-1, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
     fsdp: int = Field(1, ge=-1, description="devices that share the weights, gathered layer by layer, and the batch", json_schema_extra=FREE)
@@ -100,22 +100,22 @@ class CheckpointsConfig(Settings):
     """Which checkpoints each stage keeps, and which one is its result."""
 
     keep: PositiveInt = Field(2, description="number of latest checkpoints to keep", json_schema_extra=FREE)
-    best: str | None = Field(None, description="metric whose best checkpoint is kept too, such as reward/gold; null keeps none", json_schema_extra=CHOICE)
+    best: str | None = Field(None, description="metric, such as reward/gold; the checkpoint with its best value is kept as well; null keeps only the latest", json_schema_extra=CHOICE)
     best_is: Literal["highest", "lowest"] = Field("highest", description="whether the highest or the lowest value of best is the best", json_schema_extra=CHOICE)
-    result: Literal["last", "best"] = Field("last", description="which weights are the result of a stage that logs the metric best: those of its last step or of its best checkpoint")
+    result: Literal["last", "best"] = Field("last", description="which weights are the result of a stage: the weights of its last step (last), or of its best checkpoint (best) if the stage logs the metric named by best")
     grace: PositiveFloat = Field(60.0, description="seconds after SIGTERM, SIGHUP or Ctrl-C in which the current step may finish and be saved", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _best_metric(self) -> "CheckpointsConfig":
         if self.result == "best" and self.best is None:
-            raise ValueError("result is best, but best names no metric; give one, such as best: reward/gold")
+            raise ValueError("result is best, but best names no metric; give a metric, such as best: reward/gold")
         return self
 
 
 class HealthConfig(Settings):
-    """When to stop a run that no longer learns. A step whose loss or gradient is not finite is skipped and counted."""
+    """When to stop a run that no longer learns. Steps whose loss or gradient is not finite are skipped and counted."""
 
-    patience: PositiveInt = Field(10, description="number of consecutive skipped steps that stops the run; the last one's batch is saved", json_schema_extra=FREE)
+    patience: PositiveInt = Field(10, description="number of consecutive skipped steps that stops the run; the batch of the last skipped step is saved", json_schema_extra=FREE)
     max_kl: PositiveFloat | None = Field(None, description="KL to the reference, in nats per completion, above which a PPO iteration is skipped; null sets no limit")
     max_length: PositiveFloat | None = Field(None, description="mean completion length, in tokens, above which a PPO iteration is skipped; null sets no limit")
 
@@ -137,29 +137,29 @@ class SFTConfig(_SupervisedConfig):
     """Supervised fine-tuning: cross-entropy on the response only."""
 
     data: DemonstrationsConfig = Field(description="demonstrations to learn from")
-    heldout: NonNegativeInt = Field(64, description="rows held out to measure the loss; at most a tenth of all")
-    adapter: AdapterConfig | None = Field(None, description="the trained adapter; a full fine-tune becomes the new base; null uses the run's adapter settings")
+    heldout: NonNegativeInt = Field(64, description="rows held out to measure the loss; at most a tenth of all rows")
+    adapter: AdapterConfig | None = Field(None, description="settings of the trained adapter; with kind full the result is the new base; null uses the run's adapter settings")
     batch_size: PositiveInt = Field(16, description="sequences per optimizer step")
     overflow: Overflow = Field("cut", description="rows longer than max_length lose their end (cut), are dropped (drop), or stop the run (stop)")
-    packing: bool = Field(True, description="packs several rows into one sequence, each attending to itself only, to avoid padding; false sorts rows into length buckets")
+    packing: bool = Field(True, description="packs several rows into one sequence to avoid padding; each row attends only to itself; false sorts rows into length buckets")
 
 
 class RewardModelConfig(_SupervisedConfig):
     """Reward model: pairwise log-sigmoid loss on the score at the last real token."""
 
     data: PreferencesConfig = Field(description="preference pairs to learn from")
-    test_data: PreferencesConfig | None = Field(None, description="pairs to measure accuracy on; null holds some of data out")
-    heldout: PositiveInt = Field(128, description="pairs held out if test_data is null; at most a tenth of all")
-    start: Literal["sft", "fresh"] = Field("sft", description="sft starts from a copy of the SFT adapter, if any; fresh from a new adapter")
-    adapter: AdapterConfig | None = Field(None, description="the trained adapter; full, started from a LoRA adapter of SFT, is a copy of the base with it merged; null uses the run's adapter settings")
+    test_data: PreferencesConfig | None = Field(None, description="preference pairs to measure accuracy on; null holds out some pairs of data")
+    heldout: PositiveInt = Field(128, description="pairs held out if test_data is null; at most a tenth of all pairs")
+    start: Literal["sft", "fresh"] = Field("sft", description="sft starts from a copy of the SFT adapter if there is one; fresh starts from a new adapter")
+    adapter: AdapterConfig | None = Field(None, description="settings of the trained adapter; with kind full it starts from a copy of the base, into which a LoRA adapter of SFT is merged; null uses the run's adapter settings")
     batch_size: PositiveInt = Field(32, description="pairs per optimizer step")
     overflow: Overflow = Field("cut", description="pairs longer than max_length lose the prompt's start (cut), are dropped (drop), or stop the run (stop)")
-    buckets: PositiveInt = Field(4, description="number of sequence lengths that batches are padded to; each is compiled once")
+    buckets: PositiveInt = Field(4, description="number of sequence lengths to which batches are padded; the update is compiled once for each length")
     center_rewards_coef: NonNegativeFloat = Field(0.01, description="weight of (chosen + rejected)^2, which keeps scores near 0")
 
 
 class PretrainingConfig(Settings):
-    """The language-model rows of PPO-ptx: texts, or prompts with responses, that the policy must not unlearn."""
+    """Data for the language-model loss of PPO-ptx: texts, or prompts with responses, that the policy must not unlearn."""
 
     data: DemonstrationsConfig = Field(description="rows to learn from")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer step")
@@ -171,28 +171,28 @@ class PPOStageConfig(Settings):
 
     data: PromptsConfig = Field(description="prompts to sample completions for")
     max_prompt_tokens: PositiveInt = Field(64, description="longest prompt, in tokens; shorter ones are padded on the left")
-    overflow: Overflow = Field("stop", description="longer prompts lose their start (cut), are dropped (drop), or stop the run (stop)")
+    overflow: Overflow = Field("stop", description="prompts longer than max_prompt_tokens lose their start (cut), are dropped (drop), or stop the run (stop)")
     iterations: PositiveInt = Field(100, description="number of iterations, each with one rollout and one update", json_schema_extra=LONGER)
     batch_size: PositiveInt = Field(64, description="prompts per rollout, each with sampling.samples_per_prompt completions")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled")
-    policy: str | None = Field(None, description="adapter folder (ours or PEFT's) that the policy starts from; null starts from the reference")
+    policy: str | None = Field(None, description="adapter folder (written by jaxrlhf or PEFT) from which the policy starts; null starts from the reference")
     reference: str | None = Field(None, description="adapter folder of the reference; null uses the SFT adapter, or the base if there is none")
     reward: RewardConfig = Field(ModelRewardConfig(), description="the reward to maximise")
-    gold: str | None = Field(None, description="function that is logged but never trained on, as module:function or path.py:function")
+    gold: str | None = Field(None, description="function whose score is logged but never trained on, as module:function or path.py:function")
     score: ScoreConfig = Field(ScoreConfig(), description="how scores become rewards")
-    resample: NonNegativeInt = Field(0, description="additional rollouts per iteration that may replace groups with equal scores by groups of new prompts (dynamic sampling, 2503.14476); metrics cover the groups kept, reward/drawn covers all")
+    resample: NonNegativeInt = Field(0, description="largest number of additional rollouts per iteration, whose groups replace groups with equal scores (dynamic sampling, 2503.14476); metrics cover the groups kept, reward/drawn covers all groups")
     kl: KLConfig = Field(KLConfig(), description="penalty for the KL divergence from the reference")
-    refresh_reference: PositiveInt | None = Field(None, description="iterations after which the policy becomes the reference, again and again; null never")
-    pretraining: PretrainingConfig | None = Field(None, description="rows whose language-model loss is added to every optimizer step (PPO-ptx); null adds none")
+    refresh_reference: PositiveInt | None = Field(None, description="number of iterations after each of which the policy becomes the new reference; null keeps the first reference")
+    pretraining: PretrainingConfig | None = Field(None, description="data whose language-model loss is added to every optimizer step (PPO-ptx); null adds no such loss")
     advantage: AdvantageConfig = Field(AdvantageConfig(), description="how rewards become advantages")
-    adapter: AdapterConfig | None = Field(None, description="the policy's adapter; a start from a LoRA adapter keeps its rank, or with full is merged into a copy of the base; null uses the run's adapter settings")
-    value_adapter: AdapterConfig | None = Field(None, description="the value model's adapter; null uses the run's adapter settings")
-    value_from: Literal["reward", "fresh"] = Field("reward", description="reward starts the value model from the reward adapter, if any, of the same kind: with its head if it is the only reward and score.normalise is none or initial, else from its trunk with a head of 0; fresh starts from a new adapter")
+    adapter: AdapterConfig | None = Field(None, description="settings of the policy's adapter; a policy that starts from a LoRA adapter keeps the rank of that adapter; with kind full that adapter is merged into a copy of the base; null uses the run's adapter settings")
+    value_adapter: AdapterConfig | None = Field(None, description="settings of the value model's adapter; null uses the run's adapter settings")
+    value_from: Literal["reward", "fresh"] = Field("reward", description="where the value model starts; reward: from the reward adapter, if there is one of the same kind; its head is kept if this adapter is the only reward and score.normalise is none or initial, else the head is 0; fresh: from a new adapter")
     update: PPOConfig = Field(PPOConfig(), description="the update of one iteration")
     save_every: PositiveInt = Field(10, description="iterations between checkpoints", json_schema_extra=CHOICE)
     sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl", json_schema_extra=FREE)
     evaluation_data: PromptsConfig | None = Field(None, description="held-out prompts for the final table; null uses data")
-    evaluation_prompts: PositiveInt = Field(128, description="number of prompts for the final table, before and after training; the source is repeated if it has fewer")
+    evaluation_prompts: PositiveInt = Field(128, description="number of prompts for the final table, before and after training; if the source has fewer prompts, they are repeated")
 
     @model_validator(mode="before")
     @classmethod
@@ -219,13 +219,13 @@ class RunConfig(Settings):
     stages: tuple[Literal["sft", "reward_model", "ppo"], ...] = Field(("sft", "reward_model", "ppo"), strict=False, min_length=1, description="stages to run, in this order")
     model: ModelConfig = Field(description="the base model")
     mesh: MeshConfig = Field(MeshConfig(), description="number of devices along each mesh axis")
-    adapter: AdapterConfig = Field(AdapterConfig(), description="default adapter of policy, value and reward in every stage: LoRA, or with kind full the full model")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="default adapter settings of policy, value and reward in every stage: LoRA, or the full model with kind full")
     sft: SFTConfig | None = Field(None, description="settings of the sft stage")
     reward_model: RewardModelConfig | None = Field(None, description="settings of the reward_model stage")
     ppo: PPOStageConfig | None = Field(None, description="settings of the ppo stage")
-    compilation_cache: str | None = Field("auto", min_length=1, description="folder that caches compiled programs between starts; auto is JAX_COMPILATION_CACHE_DIR, or jaxrlhf/xla in the user's cache folder; null disables the cache", json_schema_extra=FREE)
+    compilation_cache: str | None = Field("auto", min_length=1, description="folder in which compiled programs are cached between starts; auto is JAX_COMPILATION_CACHE_DIR, or jaxrlhf/xla in the user's cache folder; null disables the cache", json_schema_extra=FREE)
     compiler_options: dict[str, Any] = Field({}, description=f"XLA options by program, such as {{update: {{xla_gpu_triton_gemm_any: true}}}}; programs are {', '.join(PROGRAMS)}", json_schema_extra=ROUNDING)
-    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which checkpoints are kept")
+    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which checkpoints are kept, and which one is the result of a stage")
     health: HealthConfig = Field(HealthConfig(), description="when to stop a run that no longer learns")
 
     @field_validator("compiler_options")
@@ -253,7 +253,7 @@ class RunConfig(Settings):
         return self
 
     def adapter_or(self, own: AdapterConfig | None) -> AdapterConfig:
-        """A stage's own adapter settings, or the run's."""
+        """Returns a stage's own adapter settings, or else the default adapter settings of the run."""
         return self.adapter if own is None else own
 
     @property

@@ -1,7 +1,7 @@
 """A table of all settings with type, bounds, default and description, for help, docs and messages.
 
-A setting's place is a tuple of names in pydantic's form. In a section with several kinds it includes the kind, as in
-`kind=http`. Entries of a mapping with free names (the parts of a sum) are under `*`.
+A setting's place is a tuple of names, as in pydantic's errors. If a section has several kinds, its kind is one of these
+names, such as `kind=http`. `*` stands for the free names of a mapping (the parts of a sum).
 """
 
 import functools
@@ -28,8 +28,8 @@ class Setting:
     default: Any  # or REQUIRED
     description: str
     is_section: bool
-    metadata: dict[str, Any]  # of its field, see `config.base`
-    kinds: tuple[str, ...] = ()  # of a section with several
+    metadata: dict[str, Any]  # `json_schema_extra` of the field, see `config.base`
+    kinds: tuple[str, ...] = ()  # names of the kinds, if this is a section with several kinds
 
 
 @functools.cache
@@ -67,12 +67,15 @@ def settings() -> dict[SettingPath, Setting]:
 
 @functools.cache
 def _prefixes() -> frozenset[SettingPath]:
-    """Every place and every prefix of one."""
+    """All places and all prefixes of places."""
     return frozenset(place[:depth] for place in settings() for depth in range(len(place) + 1))
 
 
 def path_of(names: Sequence[str]) -> SettingPath | None:
-    """The place of a key path that may omit kinds and has a mapping's own names; the first match, or None."""
+    """The first place that matches a key path, or None.
+
+    A key path may omit kinds, and has a mapping's actual names instead of `*`.
+    """
     places: list[SettingPath] = [()]
     for name in names:
         steps = [(kind, step) for kind in (None, *KINDS) for step in (name, ANY)]
@@ -82,7 +85,10 @@ def path_of(names: Sequence[str]) -> SettingPath | None:
 
 
 def find_setting(names: Sequence[str]) -> Setting | None:
-    """The setting at a key path, or None. For an entry of a mapping that is no section, it is the mapping."""
+    """The setting at a key path, or None if there is none.
+
+    An entry of a mapping of plain values has no setting of its own: then the result is the mapping's setting.
+    """
     for length in range(len(names), 0, -1):
         setting = settings().get(path_of(names[:length]) or ())
         if setting is not None:
@@ -91,7 +97,7 @@ def find_setting(names: Sequence[str]) -> Setting | None:
 
 
 def without_kinds(place: Sequence[str]) -> SettingPath:
-    """The place as a key path in a file, without kinds."""
+    """The key path of a place in a settings file, which has no kinds."""
     return tuple(name for name in place if not name.startswith("kind="))
 
 
@@ -99,7 +105,7 @@ def settings_help() -> str:
     """One line per setting: key path, type and bounds, default, description."""
     lines = []
     for place, setting in settings().items():
-        if ANY in place:  # the kinds have lines of their own
+        if ANY in place:  # each kind of reward has lines of its own
             continue
         if setting.is_section:
             default = " = null" if setting.default is None else ""
@@ -117,7 +123,7 @@ def dotted(place: SettingPath) -> str:
 
 
 def _kind(schema: dict) -> str:
-    """Type and bounds of a schema that is no section."""
+    """Type and bounds, as text, of a schema that is not a section."""
     if "enum" in schema or "const" in schema:
         return " | ".join(as_yaml(value) for value in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "object":
