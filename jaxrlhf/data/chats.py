@@ -123,7 +123,7 @@ class ChatTemplate:
         return before, self._after_opening(chat, before, content_text(turns[0]))
 
     def _after_opening(self, chat: Chat, before: str, text: str) -> str:
-        """The response text without the tag that the prompt `before` it already ends with, if it begins with that."""
+        """The response text without a tag at its start that already ends the prompt `before`, such as <think>."""
         if chat.continued:
             return text
         header = self._render(chat.followed_by(_MARK), "", whole=True).partition(_MARK)[0]
@@ -233,7 +233,7 @@ class ChatTemplate:
         return self._read
 
     def _writes(self, content: Callable[[list[str]], Any]) -> bool:
-        """Whether the template writes all words of such contents, and not the Python or JSON form of a list."""
+        """Whether the template writes every word of contents made by `content`, not a list as Python or JSON text."""
         words = [f"probe{i}" for i in range(6)]
         turns = [
             {"role": role, "content": content(words[2 * i : 2 * i + 2])}
@@ -265,7 +265,7 @@ def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
 
 
 def without_empty_turn(messages: list[Message]) -> list[Message]:
-    """The messages of a prompt without empty assistant turns at the end, which only mark where the response goes."""
+    """The prompt's messages without empty assistant turns at the end, which only mark the place of the response."""
     last = messages[-1] if messages else {"role": ""}
     if last["role"] != "assistant" or content_text(last).strip() or any(map(last.get, _BESIDE_CONTENT)):
         return messages

@@ -1,7 +1,7 @@
 """Stop tokens: which tokens end a response, and which one training appends. The same rules apply in every stage.
 
 Four files may name an end token: the tokenizer's (EOS), `config.json`, `generation_config.json`, and the chat template,
-which writes one after an assistant turn. They often differ. All of them stop a response.
+which writes an end token after an assistant turn. These tokens often differ. Each of them stops a response.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,9 @@ def end_of_turn(rendered: str, added: Mapping[int, str]) -> int | None:
 def union(
     files: Sequence[int], own: Sequence[int], rows: int, added: Mapping[int, str], name: str, foreign: bool
 ) -> tuple[tuple[int, ...], list[str]]:
-    """(stop tokens of the model's `files` and of the tokenizer's `own`, a line on each that is left out).
+    """(all stop tokens, a line for each token that is left out).
+
+    The stop tokens are those of the model's files (`files`) and those of the tokenizer (`own`).
 
     Left out are ids beyond the model's `rows` embeddings. If the tokenizer is `foreign` to the model and has an end
     token, ids of the files that are not its added tokens are left out too: they are ordinary text in it, or nothing.

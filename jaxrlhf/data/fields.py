@@ -1,8 +1,8 @@
 """Reads and checks the fields of a row. No other module looks at the types of a row's values.
 
-A bad field raises `UserError` with the row's place. Null counts as absent: tables give every row every column, and
-every struct every key, at any depth. So null keys are removed from messages, tools and template arguments; a null
-item of a list (an enum with null) stays.
+A bad field raises `UserError` with the row's place. Null counts as absent, because in a table every row has every
+column and every struct has every key, at any depth. So keys whose value is null are removed from messages, tools and
+template arguments. A null item of a list (an enum with null) stays.
 """
 
 import difflib
@@ -72,7 +72,8 @@ def number_field(row: Row, name: str, default: float) -> float:
 def chat_of(row: Row, config: ChatSourceConfig, prompt: str | list[Message], continued: bool | None = None) -> Prompt:
     """The prompt as a `Chat` with the tools and template arguments of row and config; a text prompt is returned as is.
 
-    `continued`: whether the response continues the last message; None: if that is a non-empty assistant turn.
+    `continued`: whether the response continues the last message. None means that it does if the last message is a
+    non-empty assistant turn.
     """
     if isinstance(prompt, str):
         return prompt
@@ -91,7 +92,7 @@ def columns_beside_text(row: Row, config: ChatSourceConfig, prompt: Prompt) -> s
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a column of tools or template arguments is empty, also as JSON text."""
+    """Whether the value of a column of tools or template arguments is empty. JSON text counts as its value."""
     return value in (None, [], {}) or (isinstance(value, str) and value.strip() in ("", "null", "[]", "{}"))
 
 
@@ -139,7 +140,7 @@ def _template_arguments(row: Row, config: ChatSourceConfig) -> dict[str, Any]:
 
 
 def _parsed(row: Row, name: str) -> Any:
-    """The field's value, parsed if it is JSON text, as in tables that cannot hold objects; None if it is empty."""
+    """The field's value; None if it is empty. JSON text is parsed, because some tables cannot hold objects."""
     value = row.values.get(name)
     if not isinstance(value, str):
         return value
@@ -152,7 +153,7 @@ def _parsed(row: Row, name: str) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without null keys at any depth."""
+    """A copy of the value without the keys, at any depth, whose value is null."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

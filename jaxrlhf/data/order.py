@@ -15,8 +15,8 @@ import numpy as np
 def epoch_order(seed: int, epoch: int, count: int, stream: int = 0) -> np.ndarray:
     """A permutation of range(count), i64[count], read-only. `stream` separates uses that share seed and epoch.
 
-    It sorts raw Philox words instead of calling `Generator.permutation`: numpy keeps the output of a bit generator
-    fixed for ever, that of a generator's methods only within a version.
+    The function sorts raw Philox words instead of calling `Generator.permutation`. numpy never changes the output of a
+    bit generator, but it may change the output of a generator's methods between versions.
     """
     words = np.random.Philox(np.random.SeedSequence([seed, epoch, stream])).random_raw(count)
     order = np.argsort(words, kind="stable").astype(np.int64)
@@ -25,9 +25,9 @@ def epoch_order(seed: int, epoch: int, count: int, stream: int = 0) -> np.ndarra
 
 
 def batch_rows(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
-    """Row indices i64[batch_size] of one batch of an endless shuffled stream with each row once an epoch.
+    """Row indices i64[batch_size] of the batch at `step` of an endless shuffled stream.
 
-    A batch may span two epochs and then hold a row twice. Needs count >= 1.
+    Each epoch has each row once. A batch may span two epochs and then hold a row twice. `count` must be at least 1.
     """
     if count < 1:
         raise ValueError("batch_rows needs at least one row")
@@ -38,7 +38,7 @@ def batch_rows(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
 
 
 def hold_out(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random split of range(count) into (training rows, held-out rows); `size` are held out, at most a tenth."""
+    """Splits range(count) at random into (training rows, held-out rows): `size` held-out rows, but at most a tenth."""
     order = epoch_order(seed, 0, count, stream=2)
     size = min(size, count // 10)
     return np.sort(order[size:]), np.sort(order[:size])
@@ -54,9 +54,9 @@ def checksum(rows: Iterable[np.ndarray]) -> str:
 
 
 def bucket_lengths(lengths: np.ndarray, buckets: int, max_length: int, multiple: int = 8) -> np.ndarray:
-    """At most `buckets` padded lengths, ascending, so that buckets have about equally many rows and all rows fit.
+    """At most `buckets` padded lengths, in ascending order. All rows fit, and about equally many rows have each length.
 
-    They are quantiles of i64[N] `lengths`, rounded up to `multiple` and limited to `max_length`.
+    The padded lengths are quantiles of `lengths` i64[N], rounded up to `multiple` and limited to `max_length`.
     """
     levels = np.quantile(lengths, np.arange(1, buckets + 1) / buckets, method="inverted_cdf")
     return np.unique(np.minimum(-(-levels // multiple) * multiple, max_length)).astype(np.int64)
@@ -84,7 +84,7 @@ class Buckets:
         return cls(tuple(np.flatnonzero(bucket == i) for i in used), tuple(int(bounds[i]) for i in used), batch_size)
 
     def _batches(self) -> list[tuple[int, int]]:
-        """(bucket, index within it) of all batches of an epoch, unshuffled."""
+        """(bucket, index of the batch in this bucket) for all batches of an epoch, unshuffled."""
         return [(b, i) for b, rows in enumerate(self.members) for i in range(-(-len(rows) // self.batch_size))]
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ TURN = "\n\nAssistant:"  # the start of an assistant turn in hh-rlhf's dialogues
 
 @dataclass(frozen=True)
 class Pair:
-    """Two sequences of prompt, response and EOS with the same prompt."""
+    """A preference pair: two sequences of prompt, response and EOS. Both have the same prompt."""
 
     chosen_ids: np.ndarray  # i32[c]
     rejected_ids: np.ndarray  # i32[r]
@@ -115,7 +115,7 @@ def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Respo
                 if not isinstance(side, str) and side[0]["role"] != "assistant":
                     raise UserError(
                         f"{row.where}: field {name!r} is a chat that begins with a turn of {side[0]['role']} and does "
-                        f"not hold the turns of {config.prompt_field!r}; want one that does, or the response alone"
+                        f"not hold the turns of {config.prompt_field!r}; want a chat with them, or the response alone"
                     )
             return chat_of(row, config, prompt), chosen, rejected
         if not all(whole):
@@ -145,7 +145,7 @@ def _same_message(one: Message, other: Message) -> bool:
 
 
 def _split_texts(row: Row, config: PreferencesConfig, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Splits two dialogues that are one text each; the prompt ends with the last common assistant marker."""
+    """Splits two dialogues, each of them one text; the prompt ends with the last common assistant marker."""
     common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (compares characters, on purpose)
     opening = common.rfind(TURN)
     if opening < 0:
@@ -163,7 +163,7 @@ def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tu
     end = 0
     while end < min(len(chosen), len(rejected)) and _same_message(chosen[end], rejected[end]):
         end += 1
-    # Equal chats, or one that continues the other: step back to the last assistant turn that both have.
+    # If the chats are equal, or one continues the other: step back to the last assistant turn that both have.
     while end and (end == min(len(chosen), len(rejected)) or chosen[end]["role"] != "assistant"):
         end -= 1
     if not end:
@@ -175,10 +175,10 @@ def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tu
 
 
 class PreferenceData:
-    """An endless sequence of batches of pairs, `batch(step)`, with `len` batches per epoch.
+    """An endless sequence of batches of pairs. `batch(step)` returns a batch; `len` is the number of batches per epoch.
 
-    Pairs of similar length share a batch, padded to one of `buckets` lengths. Copies of the first pair with weight 0
-    fill a short batch up, because every score needs real tokens.
+    Pairs of similar length share a batch, which is padded to one of `buckets` lengths. A short batch is filled up with
+    copies of its first pair that have weight 0, because every score needs real tokens.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from jaxrlhf.records import Prompts
 
 
 def left_pad(ids: Sequence[Sequence[int]], length: int | None = None, pad_id: int | None = None) -> Prompts:
-    """Left-pads B lists of ids into numpy Prompts [B, length]; `length` None: that of the longest list."""
+    """Left-pads B lists of ids into numpy Prompts [B, length]. `length` None takes the length of the longest list."""
     length = max(map(len, ids)) if length is None else length
     tokens = np.full((len(ids), length), 0 if pad_id is None else pad_id, np.int32)
     mask = np.zeros((len(ids), length), bool)
@@ -58,7 +58,7 @@ class PromptSet:
         return checksum([*self.ids, np.frombuffer(columns, np.uint8)])
 
     def rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """Prompt numbers i64[batch_size] at a step of an endless shuffled stream with each prompt once an epoch."""
+        """Prompt numbers i64[batch_size] at a step of an endless shuffled stream. An epoch has each prompt once."""
         return batch_rows(seed, step, batch_size, len(self))
 
     def padded(self, rows: Sequence[int] | np.ndarray) -> Prompts:
@@ -67,7 +67,7 @@ class PromptSet:
 
 
 def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
-    """(rows, their prompts, the config key of the field that holds them).
+    """(rows, the prompt of each row, the config key of the field that holds the prompts).
 
     The first row's fields decide the form of all rows: a prompt (text or chat), a chat whose last assistant turn is
     left out, or plain text. If a row has several, a field that the config names comes first, then this order.
@@ -140,7 +140,7 @@ def _chat(row: Row, config: PromptsConfig) -> Prompt:
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
-        raise UserError(f"{row.where}: field {config.messages_field!r} has no message before the assistant's; want one")
+        raise UserError(f"{row.where}: field {config.messages_field!r} has no message before the assistant turn")
     return chat_of(row, config, messages, continued=False)
 
 
@@ -158,5 +158,5 @@ def _form(config: PromptsConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
     raise UserError(
         f"{rows[0].where}: want field {config.prompt_field!r}, {config.messages_field!r} or {config.text_field!r}; "
         f"the row has {', '.join(rows[0].values) or 'no fields'} "
-        "(prompt_field, messages_field and text_field name them)"
+        "(the settings prompt_field, messages_field and text_field give these names)"
     )

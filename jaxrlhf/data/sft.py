@@ -136,9 +136,9 @@ def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
     if any(has_field(row, field) for row in rows for field in forms[0][0]):
         return _prompt_and(config.response_field)  # its error names the missing field
     raise UserError(
-        f"{rows[0].where}: want fields {config.prompt_field!r} and {config.response_field!r}, or "
+        f"{rows[0].where}: want the fields {config.prompt_field!r} and {config.response_field!r}, or "
         f"{config.messages_field!r}, or {config.text_field!r}; the row has {', '.join(rows[0].values) or 'no fields'} "
-        "(prompt_field, response_field, messages_field and text_field name them)"
+        "(the settings prompt_field, response_field, messages_field and text_field give these names)"
     )
 
 
@@ -148,15 +148,15 @@ def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs items of these lengths into bins of `capacity` by best fit, longest first; returns the items of each bin.
 
-    Deterministic, and within 11/9 of the fewest bins (Johnson et al. 1974, as for first fit decreasing).
+    The result is deterministic and needs at most about 11/9 of the fewest possible bins (Johnson et al. 1974).
     """
     bins: list[list[int]] = []
     open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free room
-    rooms = 0  # bit r is set if a bin with room r is open; finds the tightest fit without a search
+    rooms = 0  # bit r is set if a bin with room r is open; it gives the tightest fit without a search
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = lengths[index]
         if length > capacity:
-            raise ValueError(f"item {index} of length {length} fits no bin of {capacity}")
+            raise ValueError(f"item {index} of length {length} fits no bin of capacity {capacity}")
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -198,10 +198,10 @@ def fill(
 
 
 class SFTData:
-    """An endless sequence of numpy batches, `batch(step)`, with `len` batches per epoch.
+    """An endless sequence of numpy batches. `batch(step)` returns a batch; `len` is the number of batches per epoch.
 
-    Packed: several examples share a sequence of `max_length`, and each epoch shuffles the sequences. Not packed: one
-    example per sequence, padded to one of a few lengths.
+    With packing, several examples share a sequence of `max_length` tokens, and each epoch shuffles the sequences.
+    Without packing, each example is a sequence of its own, padded to one of a few lengths.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class LoadReport:
                 yield row, result
 
     def refuses(self, row: Row, fault: str | None, drop: bool) -> bool:
-        """Whether a row has a fault and is dropped; without `drop` a fault raises UserError with the row's place."""
+        """Drops a row that has a fault and returns whether it did. Without `drop`, a fault raises UserError."""
         if fault is None:
             return False
         if not drop:
@@ -288,7 +288,7 @@ def _builtin(source: SourceConfig) -> list[Row]:
 
 
 def describe(value: Any) -> str:
-    """The type and the start of a value, for messages."""
+    """Describes a value by its type and its start, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,8 +1,8 @@
 """Reads and writes tokenizer files. `tokenizer.json` decides how text becomes ids, and is written back byte for byte.
 
 transformers' classes (LlamaTokenizer, GPT2Tokenizer, ...) build their own pipeline from the file's vocabulary, but
-models are trained on the file's pipeline. So `tokenizers` reads that file, and transformers' plain fast class reads the
-files beside it: names of special tokens, added tokens, chat templates.
+models are trained with the file's pipeline. So the library `tokenizers` reads this file. transformers' class
+`PreTrainedTokenizerFast` reads the other files: names of special tokens, added tokens, chat templates.
 
 Left out on purpose: slow tokenizers and remote code. Without a `tokenizer.json`, transformers converts other files.
 """
@@ -24,16 +24,16 @@ VOCABULARY_FILES = (
 )  # fmt: skip
 HUB_FILES = ("tokenizer*", "*.model", "vocab*", "merges*", "tekken.json", "special_tokens_map.json",
              "added_tokens.json", "chat_template*", "config.json")  # fmt: skip
-# The class named in the files that we write: in transformers 4 and 5 it follows tokenizer.json.
+# The class that written files name. In transformers 4 and 5 this class follows tokenizer.json.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 # A converted sentencepiece model must tokenize these texts as the model itself does.
 PROBES = ("Hello world", "a b  c", " x", "it is 10 + 5 = 15.", "(a)\n\nb")
 
 
 def find_folder(path: str) -> str | None:
-    """The local folder of a folder or hub id; None if it has no tokenizer files.
+    """Returns the local folder that holds the tokenizer files; None if there are no such files.
 
-    UserError if there is no such folder and the hub has none.
+    `path` is a folder, or a hub id whose files are downloaded. Raises UserError if neither exists.
     """
     folder = os.path.expanduser(path)
     if not os.path.isdir(folder):
@@ -42,9 +42,9 @@ def find_folder(path: str) -> str | None:
 
 
 def read_files(folder: str, name: str) -> tuple[Any, bytes | None]:
-    """(transformers' fast tokenizer, the bytes of `tokenizer.json` or None) of a folder.
+    """(transformers' fast tokenizer, the bytes of `tokenizer.json` or None), read from a folder.
 
-    Raises UserError, which names `name`, if the files cannot be used.
+    Raises UserError if the files cannot be used; `name` is the tokenizer's name in the message.
     """
     # Without torch, transformers warns on import that it is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -84,10 +84,10 @@ def write_files(tokenizer: Any, data: bytes | None, path: str, pad_id: int | Non
 
 
 def _from_file(folder: str, data: bytes) -> Any:
-    """The plain fast tokenizer with the pipeline of `tokenizer.json`.
+    """Returns a `PreTrainedTokenizerFast` with the pipeline of `tokenizer.json`.
 
-    Tokens that only the files beside it name are added with the ids that transformers gives them, except that a
-    vocabulary word used as the pad token stays an ordinary word.
+    Tokens that only the folder's other files name are added with the ids that transformers gives to these tokens. One
+    exception: a vocabulary word that is used as the pad token stays an ordinary word.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -108,7 +108,10 @@ def _from_file(folder: str, data: bytes) -> Any:
 
 
 def _name_special_tokens(tokenizer: Any, folder: str) -> None:
-    """Takes BOS, EOS and the unknown token from transformers' class of the model, for files such as GPT-2's."""
+    """Sets BOS, EOS and the unknown token as transformers' class for this model does.
+
+    Some tokenizer files, such as those of GPT-2, do not name these tokens.
+    """
     from transformers import AutoTokenizer
 
     with contextlib.suppress(ValueError, OSError, KeyError):  # no class for the model: no special tokens
@@ -133,7 +136,7 @@ def _added(backend: Any) -> set[str]:
 
 
 def _convert(folder: str, name: str) -> Any:
-    """transformers' conversion of a folder without a `tokenizer.json`."""
+    """Lets transformers convert the tokenizer of a folder that has no `tokenizer.json`."""
     from transformers import AutoTokenizer
 
     for model in ("tokenizer.model", "spiece.model"):
@@ -145,7 +148,8 @@ def _convert(folder: str, name: str) -> Any:
 def _convert_sentencepiece(folder: str, model: str, name: str) -> Any:
     """A fast tokenizer that tokenizes the probes as the sentencepiece model does.
 
-    The plain class, which follows the model's own settings, is tried first, then the class of the model's family.
+    `PreTrainedTokenizerFast`, which follows the model's own settings, is tried first, then the class of the model
+    family.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -15,8 +15,8 @@ from jaxrlhf.data.sources import Message
 from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
 from jaxrlhf.errors import SharedFault, UserError
 
-# A response is tokenized without its prompt after one of these, the first that does not merge with it, so that
-# tokenizers that insert a space before a text insert it before the anchor.
+# A response without its prompt is tokenized after an anchor text: the first of these that shares no token with the
+# response. A tokenizer that inserts a space before a text then inserts it before the anchor.
 ANCHORS = ("\n", ".", "a")
 CHUNK = 512  # texts per call; bounds the memory of offsets
 
@@ -27,11 +27,11 @@ class Tokenizer:
     name         folder or hub id, for messages
     fast         the transformers tokenizer
     eos_id, pad_id  None if the tokenizer has none
-    prefix_ids   ids that it puts before every text, usually BOS
+    prefix_ids   ids that the tokenizer puts before every text, usually BOS
     added        added tokens by id
     vocab_size   largest id + 1; `text_size` leaves out added tokens
     turn_end_id  the token with which the chat template ends a response; None if that is plain text
-    stop_ids     tokens that end a response: its own, and after `for_model` the model's as well
+    stop_ids     tokens that end a response: those of the tokenizer, and after `for_model` also those of the model
     notes        lines on stop tokens that do not fit the model
     """
 
@@ -68,7 +68,7 @@ class Tokenizer:
 
     @property
     def chat_end_id(self) -> int | None:
-        """The end token of a chat response: the chat template's, or else that of a text."""
+        """The end token of a chat response: the token that the chat template writes, or else `text_end_id`."""
         return self.turn_end_id if self.turn_end_id in self.stop_ids else self.text_end_id
 
     def for_model(self, rows: int, stop_tokens: Sequence[int], foreign: bool = False) -> "Tokenizer":
@@ -96,16 +96,16 @@ class Tokenizer:
         return next(self.encode_prompts([prompt]))
 
     def encode_pair(self, prompt: Prompt, response: Response) -> tuple[list[int], list[int]]:
-        """(ids of a prompt, exactly as from `encode_prompt`; ids of the response that follows it).
+        """(ids of the prompt, exactly as from `encode_prompt`; ids of the response).
 
-        The response's ids come from tokenizing both together if that does not change the prompt's ids, else from the
-        response alone. They are cut after the first of `stop_ids`, or one is appended. A text without a prompt is one
-        document: stop tokens inside it are kept.
+        Prompt and response are tokenized together if this does not change the ids of the prompt; else the response is
+        tokenized alone. The response's ids are cut after the first stop token, or a stop token is appended. A text
+        without a prompt is one document, so stop tokens inside the text are kept.
         """
         return next(self.encode_pairs([(prompt, response)]))
 
     def encode_prompts(self, prompts: Sequence[Prompt], where: Sequence[str] = ()) -> Iterator[list[int]]:
-        """`encode_prompt` of several prompts; `where` has their places for messages."""
+        """Calls `encode_prompt` for several prompts. `where` holds the place of each prompt, for messages."""
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
             places = [f"{place}: " for place in where[start : start + CHUNK]] or [""] * len(part)
@@ -114,13 +114,13 @@ class Tokenizer:
                 yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
     def encode_chats(self, chats: Sequence[list[Message] | Chat]) -> Iterator[list[int]]:
-        """Ids of finished chats as the chat template writes them."""
+        """Ids of finished chats, which the chat template writes as text."""
         for start in range(0, len(chats), CHUNK):
             texts = [self.chats.whole_text(chat, "") for chat in chats[start : start + CHUNK]]
             yield from (encoding.ids for encoding in self._encode(texts))
 
     def encode_pairs(self, pairs: Sequence[tuple[Prompt, Response]]) -> Iterator[tuple[list[int], list[int]]]:
-        """`encode_pair` of several pairs."""
+        """Calls `encode_pair` for several pairs."""
         if not self.stop_ids:
             raise UserError(f"{self.name}: the tokenizer has no EOS token to end responses with; set eos_token")
         for start in range(0, len(pairs), CHUNK):
@@ -138,7 +138,7 @@ class Tokenizer:
                 yield prompt_ids, self._ended(*pair, text, ids)
 
     def fault(self, ids: Sequence[int]) -> str | None:
-        """An error text if ids contain an added token for which the model has no embedding; else None."""
+        """An error text if the ids contain an added token for which the model has no embedding; else None."""
         if self._rows is None or self._rows >= self.vocab_size:
             return None
         tokens = (f"{self.added.get(token, 'a token')} (id {token})" for token in ids if token >= self._rows)
@@ -155,7 +155,7 @@ class Tokenizer:
         )
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """Text of ids that follow a prompt, with the leading blank that SentencePiece drops when decoding ids alone."""
+        """Text of ids that follow a prompt. It keeps a leading blank, which SentencePiece drops without the prompt."""
         before, whole = self.decode(prompt), self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
@@ -202,11 +202,11 @@ class Tokenizer:
         raise UserError(f"{self.name}: the tokenizer changes a text's own tokens when it adds special ones")
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
-        """The ids with BOS before them, unless they begin with it, as text from a chat template may."""
+        """Puts BOS before the ids, unless they begin with BOS, which a chat template may have written."""
         return ids if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids + ids
 
     def _encode_alone(self, texts: list[str]) -> Iterator[list[int]]:
-        """Ids of texts as in the middle of a longer text."""
+        """Tokenizes each text as if it stood in the middle of a longer text, and returns its ids."""
         plain = self._encode(texts)
         anchors = self._encode(list(ANCHORS))
         joints = [self._encode([anchor + text for text in texts]) for anchor in ANCHORS]
@@ -215,7 +215,10 @@ class Tokenizer:
             yield next(fits, encoding.ids)
 
     def _with_prefix_once(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
-        """Both with BOS before the prompt; the response may contain BOS itself if the prompt is empty."""
+        """Returns prompt and response with BOS before the prompt.
+
+        If the prompt is empty, the response may begin with BOS; this BOS is removed.
+        """
         if not prompt and response[: len(self.prefix_ids)] == self.prefix_ids:
             response = response[len(self.prefix_ids) :]
         return self._with_prefix(prompt), response
@@ -293,7 +296,10 @@ def build_word_tokenizer(
 
 
 def _splits(first: Any, joint: Any, border: int) -> bool:
-    """Whether the encoding `joint` of a text is longer than, and begins with, that of its first `border` characters."""
+    """Whether the encoding `joint` of a text begins with the encoding `first` of its first `border` characters.
+
+    `joint` must also be longer than `first`.
+    """
     count = len(first.ids)
     if joint.ids[:count] != first.ids or len(joint.ids) == count:
         return False

@@ -48,7 +48,7 @@ class Call:
     program: Program
     args: tuple
     kwargs: dict[str, Any]
-    result: Any  # shapes of the result if a later call uses it, else None
+    result: Any  # shapes of the result if a later call uses the result, else None
     rows: Any  # the arguments that are rows of data
     resident: dict[str, Any]  # arrays that stay in memory: weights, adapters, optimizer
     times: float = 1.0  # runs per iteration or optimizer step
@@ -76,7 +76,7 @@ def _sft(shapes: Shapes) -> Call:
 
 
 def _reward_model(shapes: Shapes) -> Call:
-    """At the longest padded length."""
+    """The call of the training step at the longest padded length."""
     config = shapes.config.reward_model
     B, L = config.batch_size, config.max_length
     sides = (tokens(B, L), mask(B, L))

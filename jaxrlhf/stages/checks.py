@@ -71,7 +71,10 @@ def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None
 
 
 def _update_rows(config: RunConfig, stage: str, batch: int) -> tuple[int, int | None, str]:
-    """(rows per optimizer step, rows per microbatch, its key path); 0 rows if the batch has no equal minibatches."""
+    """(rows per optimizer step, rows per microbatch, key path of the microbatch size).
+
+    The first is 0 if the batch cannot be split into equal minibatches.
+    """
     section = getattr(config, stage)
     if stage != "ppo":
         return batch, section.microbatch_size, f"{stage}.microbatch_size"
@@ -114,7 +117,7 @@ def rate_text(config: OptimizerConfig, tree: Adapter) -> str:
 
 
 def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
-    """Returns the optimizer settings with `total_steps` filled in if they give none."""
+    """Returns the optimizer settings, with `total_steps` filled in if it is null."""
     return config if config.total_steps is not None else config.model_copy(update={"total_steps": steps})
 
 
@@ -146,7 +149,7 @@ def _fitting(rows: int) -> str:
 
 
 def check_adapter(base: Decoder, config: AdapterConfig, key_path: str) -> None:
-    """Raises `UserError` if the adapter targets modules that the model lacks, or would fully train a quantised one."""
+    """Raises `UserError` if the adapter targets modules that the model lacks, or trains a quantised model in full."""
     try:
         check_kind(base, config)
         if config.kind == "lora":

@@ -40,7 +40,7 @@ def check_results(stage: str, results: Mapping[str, float], run_dir: str) -> Non
 
 
 def row_metrics(experience: Experience, rollout: Rollout) -> dict[str, np.ndarray]:
-    """Metrics of each of B completions except its scores, [B] by metric name. Takes numpy arrays."""
+    """Metrics of B completions, except scores: metric name -> [B]. The arguments hold numpy arrays."""
     mask = rollout.response_mask
     return {
         "kl/k1": np.sum(np.where(mask, experience.logprobs - experience.ref_logprobs, 0.0), axis=1),

@@ -1,7 +1,8 @@
 """Fingerprints of what a run began with: model, tokenizer, rows and reward code, in RUN/fingerprints.json.
 
-Settings say where these are, not what they are. A run that continues on another model, tokenizer or data set would be
-no run of its config, so that is refused by name. Another reward is only reported: people mend reward functions.
+Settings say where these inputs are, not what they contain. If the model, tokenizer or a data set has changed, a run is
+not resumed, and the error names the input. If a reward has changed, the run only reports it: people correct their
+reward functions.
 """
 
 import hashlib
@@ -48,7 +49,10 @@ def fingerprint(tree: Any) -> str:
 
 @jax.jit
 def _bits(x: jax.Array) -> jax.Array:
-    """A checksum u32[] of an array's bits: their sum modulo 2^32, each word times an odd number of its position."""
+    """A checksum u32[] of an array's bits: the sum of its words modulo 2^32.
+
+    Each word is multiplied by an odd number that depends on its position.
+    """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]).astype(jnp.uint32)
@@ -59,16 +63,19 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Depends on vocabulary, special tokens and chat template. How text is split shows in the rows' fingerprints."""
+    """Fingerprint of vocabulary, special tokens and chat template.
+
+    A change in how text is split into tokens changes the fingerprints of the rows.
+    """
     fast = tokenizer.fast
     special = [tokenizer.special_ids, tokenizer.eos_id, tokenizer.pad_id]
     return _digest(json.dumps([sorted(fast.get_vocab().items()), special, fast.chat_template]))
 
 
 def fingerprints(config: RunConfig, roles: Roles, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Everything that the run reads now, by a name for messages; on several hosts all call it.
+    """Fingerprints of everything that the run reads now, by a name for messages. All processes must call it.
 
-    Left out are the roles that the run made itself (their folders are sealed), and stages that have finished.
+    Roles that the run made itself are left out, because their folders have checksums. Finished stages are left out too.
     """
     own = Path(config.run_dir) / "roles"
     found = {} if (own / "base").is_dir() else {"model": fingerprint(named_parameters(roles.base))}
@@ -85,9 +92,9 @@ def fingerprints(config: RunConfig, roles: Roles, inputs: Mapping[str, Any]) -> 
 
 
 def check_fingerprints(run_dir: Path, now: Mapping[str, str]) -> list[str]:
-    """Lines on rewards that have changed since the run began; `UserError` where anything else has.
+    """Returns a line for each reward that has changed since the run began.
 
-    A name that only one side has is not compared.
+    Raises `UserError` if anything else has changed. A name that only the run or only `now` has is not compared.
     """
     before = read_fingerprints(run_dir)
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
@@ -101,19 +108,19 @@ def check_fingerprints(run_dir: Path, now: Mapping[str, str]) -> list[str]:
 
 
 def read_fingerprints(run_dir: Path) -> dict[str, str]:
-    """The fingerprints of a run; empty where it has none yet."""
+    """Reads the fingerprints of a run; empty if the run has none yet."""
     path = Path(run_dir) / FILE
     return read_json(path) if path.is_file() else {}
 
 
 def record_fingerprints(run_dir: Path, now: Mapping[str, str]) -> None:
-    """Writes the fingerprints, beside those of stages that were not read this time."""
+    """Writes the fingerprints, and keeps those of stages that were not read this time."""
     text = json.dumps({**read_fingerprints(run_dir), **now}, indent=1, sort_keys=True) + "\n"
     atomic_write(Path(run_dir) / FILE, text)
 
 
 def _rewards(config: PPOStageConfig) -> dict[str, str]:
-    """Key path -> fingerprint of each reward's source file or model folder; servers have none."""
+    """Key path -> fingerprint of the reward's source file or model folder. Reward servers have no fingerprint."""
     parts = {"ppo.reward": config.reward}
     if isinstance(config.reward, SumRewardConfig):
         parts = {f"ppo.reward.parts.{name}": part for name, part in config.reward.parts.items()}
@@ -133,14 +140,14 @@ def _digest(text: str | bytes) -> str:
 
 
 def _source_fingerprint(spec: str) -> str | None:
-    """Of the file that holds a loaded function `path.py:name` or `module:name`; None where it is in no file."""
+    """Fingerprint of the file that defines a loaded function `path.py:name` or `module:name`; None without a file."""
     where = spec.rpartition(":")[0]
     file = where if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None)
     return _digest(Path(file).read_bytes()) if file is not None and Path(file).is_file() else None
 
 
 def _folder_fingerprint(folder: Path) -> str | None:
-    """Depends on names, sizes, and the first and last bytes of the files of a folder; None for a hub id."""
+    """Fingerprint of names, sizes, first and last bytes of a folder's files; None for a hub id."""
     if not folder.is_dir():
         return None
     found = hashlib.blake2b(digest_size=8)

@@ -54,7 +54,7 @@ class Roles:
 
 
 def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Roles:
-    """Loads the roles of a run: those that it has saved, else those of its model."""
+    """Loads the roles of a run: the roles that the run has saved, or else the roles of its model."""
     folder = Path(config.run_dir) / "roles"
     _check_seals(folder)
     model, inherited = config.model, {}
@@ -80,7 +80,7 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
 
 
 def check_none_missing(config: RunConfig) -> None:
-    """Raises `UserError` if a role that the run has saved is missing: resuming would silently make another one."""
+    """Raises `UserError` if a saved role of the run is missing; a resumed run would silently make a new one."""
     folder = Path(config.run_dir) / "roles"
     role_of = {"sft": "base" if config.sft_trains_base else "sft", "reward_model": "reward", "ppo": "policy"}
     expected = {role_of[stage]: f"the stage {stage} saved it" for stage in finished_stages(config.run_dir)}

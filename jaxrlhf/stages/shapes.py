@@ -33,7 +33,7 @@ _LAYER = re.compile(r"layers\.\d+\.")
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """Returns the settings with the values that a run derives: the base's dtype and the number of minibatches."""
+    """Returns the settings with derived values filled in: the base's dtype and the number of minibatches."""
     changes: dict[str, Any] = {"model": config.model.model_copy(update={"dtype": model_dtype(config.model)})}
     if (ppo := config.ppo) is not None:
         update = complete(ppo.update, ppo.batch_size * ppo.sampling.samples_per_prompt)
@@ -133,7 +133,7 @@ def read_model(config: ModelConfig) -> DecoderConfig:
 
 
 def model_dtype(config: ModelConfig) -> str:
-    """The dtype in which a run would load the model: by the settings, else by `config.json`, else float32."""
+    """The dtype in which a run loads the model: from the settings, else from `config.json`, else float32."""
     if config.dtype != AUTO or config.new is not None:
         return "float32" if config.dtype == AUTO else config.dtype
     if config.run is not None:
@@ -148,7 +148,7 @@ def model_dtype(config: ModelConfig) -> str:
 def folder_dtype(path: str) -> str:
     """The dtype that the `config.json` of a folder or hub id names, else float32."""
     document, _ = _read_document(path)
-    inner = document.get("text_config")  # a multimodal model may name it only there
+    inner = document.get("text_config")  # a multimodal model may name its dtype only there
     sections = [document, inner] if isinstance(inner, dict) else [document]
     names = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]
     return next((name for name in names if name in DTYPES), "float32")

@@ -34,7 +34,7 @@ def test_fields_by_other_names(jsonl, words):
     path = jsonl([{"question": "a b", "answer": "c d"}])
     examples, _ = load(path, words, prompt_field="question", response_field="answer")
     assert whole(examples[0]) == words.encode_pair("a b", "c d")
-    with pytest.raises(UserError, match=r"rows.jsonl:1: want fields 'prompt' and 'response'.*has question, answer"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: want the fields 'prompt' and 'response'.*has question, answer"):
         load(path, words)
     with pytest.raises(UserError, match=r"rows.jsonl:1: no field 'response'"):
         load(path, words, prompt_field="question")

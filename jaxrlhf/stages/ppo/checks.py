@@ -1,4 +1,4 @@
-"""Checks for contradicting PPO settings, which are errors. `remarks` has those that are only unusual."""
+"""Errors for PPO settings that contradict each other. Warnings for unusual settings are in `remarks`."""
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import PPOStageConfig
@@ -74,7 +74,7 @@ def _check_combinations(config: PPOStageConfig) -> None:
          "with an estimator that sums a completion's rewards it would reward length; leave it out, or give "
          "ppo.score.normalise=batch"),
         ("value_adapter", shared and config.value_adapter is not None,
-         "with ppo.update.value_trunk=policy the value has only a head; leave one of them out"),
+         "with ppo.update.value_trunk=policy the value model is only a head; leave one of these settings out"),
     )  # fmt: skip
     for name, wrong, reason in faults:
         if wrong:

@@ -80,9 +80,9 @@ class Iteration:
     ) -> tuple[StageState, dict[str, float], Experience]:
         """Runs iteration `step`, counted from 0; returns (state, metrics, experience).
 
-        `log_samples` is called while the update runs. The wall-clock times add up to the iteration: time/rollout until
-        completions are ready, time/reward until their scores are, time/annotate until the experience is, time/update
-        the rest.
+        `log_samples` is called while the update runs. The wall-clock times of the phases add up to the iteration:
+        time/rollout ends when the completions are ready, time/reward when the scores are ready, time/annotate when the
+        experience is ready, and time/update is the rest.
         """
         config, clock, ppo, draws = self.config, Clock(), state.ppo, int(state.draws)
         models = (ppo.policy, ppo.value, self.reference if state.reference is None else state.reference)
@@ -139,9 +139,10 @@ class Iteration:
     def _dispatch(
         self, models: tuple[Adapter, Adapter, Adapter | None], prompts: PromptSet, sampled: Sampled
     ) -> tuple[Annotated, Completions | None]:
-        """Starts the device programs that need no scores: (annotated, greedy completions if the estimator needs them).
+        """Starts the device programs that need no scores.
 
-        `models` are (policy, value, reference).
+        Returns (annotated, greedy completions or None if the estimator needs none). `models` are (policy, value,
+        reference).
         """
         greedy = self.sampler.sample_greedily(models[0], prompts, sampled.indices) if self.needs_greedy else None
         return self.annotate(self.roles.base, *models, sampled.completions.rollout, self.update_config), greedy
@@ -185,7 +186,7 @@ class Iteration:
         return Evaluation(means, samples[:SAMPLES])
 
     def _paused(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
-        """The metric that says whether KL or length is above its limit and the update is left out."""
+        """The metric health/paused: 1 if KL or length is above its limit, so that the update is skipped."""
         health = self.run.config.health
         limits = {"kl/k1": health.max_kl, "length/mean": health.max_length}
         limits = {name: limit for name, limit in limits.items() if limit is not None}

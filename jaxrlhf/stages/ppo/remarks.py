@@ -32,7 +32,7 @@ def _unusual(config: PPOStageConfig) -> tuple[tuple[bool, str], ...]:
          f"cispo has no lower bound in its paper (ppo.update.clip_low=1); with {update.clip_low:g}, tokens that became "
          "less likely keep too large a weight"),
         (in_reward and kl.estimator != "k1",
-         f"ppo.kl.estimator={kl.estimator} in the reward: its expected gradient is not that of the KL; that of k1 is"),
+         f"ppo.kl.estimator={kl.estimator} in the reward: only k1 has the gradient of the KL in expectation"),
         (in_reward and estimator == "remax",
          "remax subtracts the score of the greedy completion, which includes no KL, but the KL is in the reward; "
          "ppo.update.kl_loss=k3 puts it in the loss"),
@@ -40,11 +40,11 @@ def _unusual(config: PPOStageConfig) -> tuple[tuple[bool, str], ...]:
          f"ppo.advantage.whiten_advantages divides the group-relative advantages of {estimator} by the standard "
          "deviation of the batch"),
         (bool(config.resample) and not needs.needs_group,
-         f"ppo.resample replaces groups with equal scores, but {estimator} can learn from them: only estimators that "
-         "compare the completions of a group cannot"),
+         f"ppo.resample replaces groups with equal scores, but {estimator} can learn from such groups; only estimators "
+         "that compare the completions of a group cannot"),
         (own_value and _changed(update, "value_coef") and update.value_coef > 0,
-         "ppo.update.value_coef: Adam removes the scale of the gradient of a separate value model, so this affects "
-         "only gradient clipping; ppo.update.value_optimizer.learning_rate sets how fast the value learns"),
+         "ppo.update.value_coef: Adam removes the scale of the gradient of a separate value model, so this "
+         "setting affects only gradient clipping; ppo.update.value_optimizer.learning_rate sets how fast it learns"),
     )  # fmt: skip
 
 

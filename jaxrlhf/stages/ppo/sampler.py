@@ -129,7 +129,7 @@ class Sampler:
     def reward_metrics(self, completions: Completions) -> dict[str, np.ndarray]:
         """Scores completions: f32[B] by metric name, for the reward, its parts and the gold reward.
 
-        A reward that may abstain scores 0 where it does, and has a second metric that is 1 there.
+        A reward that may abstain has a score of 0 where it abstains, and a second metric that is 1 there.
         """
         rows: dict[str, np.ndarray] = {}
         if self.gold is not None:
@@ -179,8 +179,8 @@ class Sampler:
     ) -> ScoredRollout:
         """Dynamic sampling (2503.14476): replaces groups with equal scores, which have no advantage.
 
-        Replacements come from the next prompts, in at most `resample` further draws. Groups that are still equal then
-        stay.
+        Replacements come from the next prompts, in at most `resample` further draws. If groups with equal scores remain
+        after these draws, they stay.
         """
         group, count, scores = self.sampling.samples_per_prompt, 1, [scored.scores]
         informative = np.array(informative_groups(scored.scores, group))

@@ -172,7 +172,10 @@ def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter |
 
 
 def starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
-    """Returns a copy of the adapter in ppo.policy, else of the reference, else a fresh one. Updates donate it."""
+    """Returns a copy of the adapter in ppo.policy, else of the reference, else a fresh adapter.
+
+    It is a copy because updates donate the policy.
+    """
     config = run.config.adapter_or(run.config.ppo.adapter)
     for adapter in (inputs.policy, inputs.reference, roles.reference):
         if adapter is not None:
@@ -204,7 +207,8 @@ def _check_kinds(run: Run, inputs: PPOInputs) -> None:
 def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapter) -> Adapter | None:
     """Returns the adapter in ppo.reference, else the SFT adapter, else None: the base is the reference.
 
-    With `refresh_reference` it has the leaves of the policy from the start, so that programs compile once.
+    With `refresh_reference` the reference has the same leaves as the policy from the start, so that programs compile
+    once.
     """
     reference = roles.reference if inputs.reference is None else inputs.reference
     if not run.config.ppo.refresh_reference:

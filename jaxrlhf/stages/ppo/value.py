@@ -18,8 +18,8 @@ from jaxrlhf.stages.roles import Roles
 def starting_value(run: Run, roles: Roles) -> tuple[Adapter | None, bool]:
     """Returns (adapter of the value model, whether it predicts reward scores before normalisation).
 
-    The adapter is only a head if the trunk is shared with the policy, and None without a value model. Prints a line if
-    it starts from less than the whole reward adapter.
+    The adapter is only a head if the value model shares the policy's trunk, and None if there is no value model. Prints
+    a line if the value model does not start from the whole reward adapter.
     """
     config, base = run.config.ppo, roles.base
     if not ADVANTAGES[config.advantage.estimator].needs_value:
