@@ -25,7 +25,7 @@ _FLOATS: tuple[tuple[str, float, float | str], ...] = (
     (r"kernel_scale", 3e-4, 0.0),  # the scales of int8 codes, which go up to 127
     (r"norm/scale", 1.0, 0.0),
     (r"kernel|embedding", 0.0, _INITIAL),
-    (r"weight|temperature", 1.0, 0.0),  # weight: that of preference pairs
+    (r"weight|temperature", 1.0, 0.0),  # weight: the weight of a preference pair
     (r"values|advantages|returns|\d+", 0.0, 1.0),  # a number is the place of an argument without a name: the scores
 )
 

@@ -71,7 +71,7 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
 
 
 def nested(leaves: dict[str, jax.Array]) -> Adapter:
-    """Returns an adapter from its leaves by MODULE/LEAF."""
+    """Returns the adapter with these leaves; their names are "module/leaf"."""
     adapter: Adapter = {}
     for name, value in leaves.items():
         module, leaf = name.split("/")
@@ -91,7 +91,7 @@ def kind_of(leaves: Collection[str]) -> str:
 
 
 def check_leaves(stored: dict[str, tuple[int, ...]], kind: Any, base: Decoder, file: Path) -> None:
-    """Raises `UserError` unless each tensor (name -> shape) fits the base and each LoRA pair is complete."""
+    """Raises `UserError` unless each tensor fits the base and each LoRA pair is complete; `stored` is name -> shape."""
     parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
     head = base.config.hidden_size, base.config.vocab_size  # also if the head is tied to the embedding
     layers = linear_shapes(base) | {HEAD: head}

@@ -59,9 +59,9 @@ def load_sequence_classifier(
     `path` is a folder or hub id of a classifier with one label, or of a PEFT adapter on a classifier or any decoder. A
     PEFT adapter is merged into its base, and its head and tokenizer replace those of the base. Dtype and sharding are
     as in `load_pretrained`. The `lm_head` is tied to the embedding, so it takes no memory. `pad_token` of the base's
-    config is that of `config.json`, or None; transformers skips pad tokens at the end of a text. "score" also has a
-    "bias" f32[1] if `save_sequence_classifier` wrote one. Raises `UserError` naming file and entry or tensor if the
-    folder cannot be used.
+    config is the pad token in `config.json`, or None; transformers skips pad tokens at the end of a text. "score" also
+    has a "bias" f32[1] if `save_sequence_classifier` wrote one. Raises `UserError` naming file and entry or tensor if
+    the folder cannot be used.
     """
     check_dtype(None if dtype == AUTO else dtype)
     folder, adapter = find_model(path)

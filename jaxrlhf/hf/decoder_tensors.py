@@ -139,7 +139,10 @@ def read_decoder(
 
 
 def check_finite(values: dict[str, jax.Array], stored: dict[str, StoredTensor]) -> None:
-    """Raises `UserError` naming file and tensor if a parameter that was read as it is stored is not finite."""
+    """Raises `UserError` naming file and tensor if a parameter is not finite.
+
+    Checks only the parameters in `values` whose name is in `stored`, which are those that are not quantised.
+    """
     for name, finite in finite_leaves({name: value for name, value in values.items() if name in stored}).items():
         if not finite:
             stored[name].refuse_not_finite()

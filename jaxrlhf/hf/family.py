@@ -23,8 +23,8 @@ LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": 
 class Field:
     """One entry of `config.json`."""
 
-    ours: str  # name in DecoderConfig
-    theirs: str  # name in config.json
+    ours: str  # the value's name in DecoderConfig
+    theirs: str  # the entry's name in config.json
     kind: str  # a key of KINDS
     default: Any  # value if the entry is absent or null; a function is called with the values that were read before
 
@@ -48,7 +48,7 @@ class Module:
 
     ours: str  # regular expression for a full module path of the decoder
     theirs: str  # the checkpoint's module name; \1 and \2 are the groups of the expression
-    transposed: bool = True  # whether the checkpoint's kernel is [out, in], as in torch.nn.Linear; ours are [in, out]
+    transposed: bool = True  # whether the checkpoint's kernel is [out, in], as in torch.nn.Linear, not [in, out]
     part: Part | None = None  # the module's part of a fused tensor; None: the tensor is not fused
 
 

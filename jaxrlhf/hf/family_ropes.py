@@ -25,7 +25,7 @@ class Ropes:
     theta_entry: str = "rope_theta"
     share: float = 1.0  # default fraction of a head's dimensions that are rotated
     share_entry: str | None = None  # None: all dimensions are rotated
-    local_theta: float | None = None  # theta of layers with a window, if it differs from that of other layers
+    local_theta: float | None = None  # theta of layers with a window; None: all layers have the same theta
     types: tuple[str, ...] = tuple(SCALINGS)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"su": "longrope"})  # older names of types
     trained_length: int | None = None  # transformers' default of the entry LENGTH outside the rope, if it has one

@@ -15,7 +15,7 @@ MARK = ".jaxrlhf"  # this file lists the files in its folder that jaxrlhf wrote 
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"  # given as a dtype, stands for the dtype of most numbers in the checkpoint
 PEFT_INFO, INDEX = "adapter_config.json", "model.safetensors.index.json"
-EXPORTED = ("config.json", PEFT_INFO)  # one of them is in each folder that `jaxrlhf export` writes
+EXPORTED = ("config.json", PEFT_INFO)  # each folder that `jaxrlhf export` writes has one of these files
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 
@@ -79,7 +79,7 @@ def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
 def check_replaceable(target: Path, *of_kinds: str) -> None:
     """Raises `UserError` if a folder holds files that its `MARK` does not list.
 
-    The list must contain one of the files `of_kinds`, so that a role of a run does not replace a model.
+    The list must contain one of the files `of_kinds`, so that an adapter does not replace an exported model.
     """
     if not target.is_dir():
         return

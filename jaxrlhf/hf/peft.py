@@ -1,9 +1,9 @@
 """LoRA adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
 PEFT uses the checkpoint's module names, and some checkpoints fuse several modules of the decoder into one tensor. When
-a LoRA pair of a fused tensor is read, each module of the decoder gets the whole A and its own rows of B. When such a
-pair is written, the A matrices of the modules are stacked and their B matrices form a block matrix. This is exact; the
-rank is the sum of the modules' ranks.
+a LoRA pair of a fused tensor is read, each module of the decoder gets the whole A and its own rows of B. When
+the LoRA pairs of these modules are written, the A matrices are stacked and the B matrices form a block matrix. The
+result is exact, and its rank is the sum of the ranks of the pairs.
 
 Not here: PEFT tensors that become full weights (`peft_full.py`), and adapters that are neither LoRA pairs nor full
 weights.

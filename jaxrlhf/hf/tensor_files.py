@@ -50,10 +50,10 @@ class StoredTensor:
             raise UserError(f"{self.file}: tensor {self.name} has shape {found}; {source} requires {required}")
 
     def refuse_not_finite(self) -> None:
-        """Raises `UserError`: the tensor was found to hold NaN or infinite values."""
+        """Raises the `UserError` for a tensor that holds NaN or infinite values."""
         raise UserError(
-            f"{self.file}: tensor {self.name} has NaN or infinite values: its training diverged, or the file is "
-            "damaged; use other weights"
+            f"{self.file}: tensor {self.name} has NaN or infinite values: the training that wrote it diverged, or "
+            "the file is damaged; use other weights"
         )
 
     def view(self) -> np.ndarray:

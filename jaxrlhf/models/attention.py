@@ -98,10 +98,11 @@ def attend(
     softcap: float | None = None,
     target: Target = ON_CPU,
 ) -> jax.Array:
-    """Grouped-query attention [B,T,N,H] with softmax in float32. Outputs of a query that sees no key are arbitrary.
+    """Grouped-query attention [B,T,N,H], with softmax in float32.
 
-    Such outputs are finite. Keys and values are contiguous for each head, as in the cache. `scale` multiplies the
-    products of queries and keys (None: H^-1/2). A `softcap` c limits a score s to c tanh(s / c) (2408.00118).
+    A query that sees no key gets arbitrary finite outputs. Keys and values are contiguous for each head, as in the
+    cache. `scale` multiplies the products of queries and keys (None: H^-1/2). A `softcap` c limits a score s to
+    c tanh(s / c) (2408.00118).
     """
     if q_BTNH.shape[1] > 1 and softcap is None and target.platform != "cpu":
         k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)

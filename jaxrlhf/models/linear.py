@@ -67,8 +67,8 @@ class Linear(nnx.Module):
 def merged_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns x @ (kernel + scale * a @ b), for x [...,D], kernel [D,F], a [D,r], b [r,F]; the scale has no gradient.
 
-    Adding the product of x and kernel to that of x and the LoRA pair would write and read an array [...,F] twice more,
-    in both the forward and the backward pass.
+    Computing the outputs of kernel and LoRA pair separately and adding them would write and read an array [...,F] twice
+    more, in both the forward and the backward pass.
     """
     return _merged_product(ambient_precision(), x, kernel, a, b, scale)
 

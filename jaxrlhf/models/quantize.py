@@ -53,8 +53,8 @@ _CHUNK = 1 << 16  # number of weights that are quantised at a time; they fit in 
 class QuantizedLinear(Linear):
     """A linear layer whose kernel is stored as quantised codes and scales. Bias and LoRA pair are as in `Linear`.
 
-    The codes are kernel_int8 i8[in, out], or kernel_nf4 u8[in / 2 rounded up, out] with two codes per byte: that of the
-    even input is in the low four bits. The scales are kernel_scale f32[blocks, out]; int8 has one block.
+    The codes are kernel_int8 i8[in, out], or kernel_nf4 u8[in / 2 rounded up, out] with two codes per byte; the code of
+    the even input is in the low four bits. The scales are kernel_scale f32[blocks, out]; int8 has one block.
     """
 
     def __init__(self, codes: jax.Array, scale: jax.Array, fan_in: int, bias: nnx.Param | None = None):

@@ -61,7 +61,7 @@ def _method(plan: Plan) -> list[str]:
     card, layers, notes = plan.options.card, ", ".join(map(str, plan.compiled_layers)), []
     if plan.compiled_layers:
         notes.append(
-            f"temporaries and exchanges are those of programs that XLA compiled for {card.name} with {layers} layers; "
+            f"temporaries and exchanges come from programs that XLA compiled for {card.name} with {layers} layers; "
             "nothing was run, so XLA timed no kernels"
         )
     if plan.compiled_layers not in ([], [plan.layers]):
