@@ -35,7 +35,7 @@ class Settings(BaseModel):
 
 
 def number(default: float | None, description: str, **bounds: Any) -> Any:
-    """A traced field: it enters compiled steps as an array, so changing it recompiles nothing and it may be batched."""
+    """A traced field. It enters compiled steps as an array, so changing it recompiles nothing, and it may be batched."""
     return Field(default, description=description, json_schema_extra={"traced": True}, **bounds)
 
 

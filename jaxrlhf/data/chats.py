@@ -92,7 +92,7 @@ class ChatTemplate:
         return datetime.datetime.fromisoformat(text)
 
     def prompt_text(self, prompt: Prompt, place: str) -> str:
-        """The prompt as text; a chat ends where the assistant's turn begins, or where the response continues it."""
+        """The prompt as text. A chat ends where the assistant's turn begins, or where the response continues it."""
         if isinstance(prompt, str):
             return prompt
         return prompt.text if isinstance(prompt, Rendered) else self._render(as_chat(prompt), place)
@@ -209,7 +209,7 @@ class ChatTemplate:
         return self._tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, **arguments)
 
     def _message(self, message: Message, arguments_as_text: bool, null: str) -> Message:
-        """The message in the form that the template reads."""
+        """Converts a message to the form that the template reads."""
         message, content = dict(message), message.get("content")
         reads_parts, reads_text = self._reads
         if content is None:
@@ -332,7 +332,7 @@ _CLOCK = (
 
 
 def _directives(time: datetime.datetime) -> dict[str, str]:
-    """The values of strftime's directives at that time, and of the forms without leading zeros."""
+    """strftime directive -> its value at this time, including directives without leading zeros, such as %-d."""
     bare = {f"%-{letter}": time.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dmyHIMSj"}
     letters = "aAbBcdeDfFGhHIjmMnprRStTuUVwWxXyYzZ"
     return bare | {f"%{letter}": time.strftime(f"%{letter}") for letter in letters} | {"%%": "%"}

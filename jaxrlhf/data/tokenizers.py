@@ -160,7 +160,7 @@ class Tokenizer:
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
     def cut_start(self, prompt: list[int], room: int) -> list[int] | None:
-        """The prompt cut to `room` tokens: its BOS, if any, and its end. None if no token but BOS would be left."""
+        """Cuts the prompt to `room` tokens: its BOS, if it has one, and its end. None if only BOS would be left."""
         if len(prompt) <= room:
             return prompt
         kept = self.prefix_ids if prompt[: len(self.prefix_ids)] == self.prefix_ids else []

@@ -56,7 +56,7 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
 
 
 def base_of(config: RunConfig) -> tuple[str, bool]:
-    """Returns the folder or hub id of a run's base, and whether a run made or changed it."""
+    """Returns the folder or hub id of a run's base, and whether a run made or changed this base."""
     own = Path(config.run_dir, "roles", "base")
     if own.is_dir():
         return str(own.absolute()), True

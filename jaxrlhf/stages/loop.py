@@ -114,7 +114,7 @@ class Loop:
             self._read()
 
     def _read(self) -> None:
-        """Calls the postponed `done`, if any."""
+        """Calls the postponed `done` if there is one."""
         unread, self._unread = self._unread, None
         if unread is not None:
             unread()
@@ -194,7 +194,7 @@ class Loop:
             raise self._stopped(signal)
 
     def _signal(self) -> int:
-        """The number of the signal that asks the run to stop, 0 if none."""
+        """The number of the signal that asks the run to stop, or 0 if there was no signal."""
         return self.run.stop.due() if self.run.stop is not None else 0
 
     def _stopped(self, signal: int) -> Stopped:

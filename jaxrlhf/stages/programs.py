@@ -1,8 +1,8 @@
 """The compiled programs of the stages: names, donated arguments and output shardings.
 
-Stages run these programs, `plan` compiles them and `bench` times them; `stages.calls` has their arguments' shapes.
-A program that computes with the base gets the compiler options of its dtype (`models.precision`). `rewards.model` and
-`rewards.pretrained` have the programs of rewards.
+Stages run these programs, `plan` compiles them and `bench` times them; `stages.calls` has their arguments' shapes. A
+program that computes with the base gets the compiler options for the base's dtype (`models.precision`). `rewards.model`
+and `rewards.pretrained` have the programs of rewards.
 """
 
 from collections.abc import Callable

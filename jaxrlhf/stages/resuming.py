@@ -45,7 +45,7 @@ def change_text(change: Change) -> str:
 
 
 def makes_longer(change: Change) -> bool:
-    """Whether a change adds steps to a stage, even to a finished one."""
+    """Whether a change adds steps to a stage, even to a finished stage."""
     return _has_rule(change[0], LONGER) and change[2] > change[1]
 
 

@@ -124,7 +124,7 @@ def _load_roles(run: Run) -> Roles:
 
 
 def _check_checkpoints(run: Run, todo: list[str]) -> None:
-    """Raises `UserError` if a stage has logged steps and the folder of its checkpoints is gone."""
+    """Raises `UserError` if a stage has logged steps but the folder with its checkpoints is missing."""
     for stage in run.metrics.stages() & {*todo}:
         folder = run.folder / "checkpoints" / stage
         if not folder.is_dir():
@@ -135,7 +135,7 @@ def _check_checkpoints(run: Run, todo: list[str]) -> None:
 
 
 def _check_still_new(folder: Path, writes: bool) -> None:
-    """Raises `UserError` if another process has started a run in the folder since it was read."""
+    """Raises `UserError` if another process has started a run in the folder since this process read the folder."""
     if writes and (folder / "config.yaml").exists():
         raise UserError(f"run_dir {folder}: another process has just started a run there; give the command again")
 

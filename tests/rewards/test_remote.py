@@ -322,7 +322,7 @@ def test_tokens_that_cannot_be_sent(monkeypatch):
     with pytest.raises(UserError, match="the token in SCORE_TOKEN has blanks") as error:
         HTTPReward(url, headers_env="SCORE_TOKEN")
     assert "evil" not in str(error.value)
-    with pytest.raises(UserError, match="user as well as the token"):
+    with pytest.raises(UserError, match="has a user, and SCORE_TOKEN has a token; give only one"):
         HTTPReward("http://me@localhost:1/score", headers_env="SCORE_TOKEN")
 
 

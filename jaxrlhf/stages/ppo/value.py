@@ -1,9 +1,10 @@
 """The value model before the first iteration.
 
-It must predict returns on their scale. A value of 3 with returns of 0 gives the last token of every completion an
-advantage of -3, and the policy learns not to end. If the reward is the score of the run's reward adapter, the value
-starts from that adapter including its head; with `score.normalise` initial, gain and bias are folded into the head.
-For other rewards or scales the value starts from the adapter's trunk with a head of 0, the mean of normalised scores.
+The value model must predict returns on their scale. A value of 3 with returns of 0 gives the last token of every
+completion an advantage of -3, and the policy learns not to end a completion. If the reward is the score of the run's
+reward adapter, the value starts from that adapter including its head; with `score.normalise` initial, gain and bias are
+folded into the head. For other rewards or scales the value starts from the adapter's trunk with a head of 0, because 0
+is the mean of normalised scores.
 """
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
