@@ -28,6 +28,7 @@ from jaxrlhf.stages import reward_model, sft
 from jaxrlhf.stages.checks import end_notes
 from jaxrlhf.stages.fingerprints import check_fingerprints, fingerprints, record_fingerprints
 from jaxrlhf.stages.loop import Run
+from jaxrlhf.stages.metric_names import check_best
 from jaxrlhf.stages.ppo import stage as ppo
 from jaxrlhf.stages.resuming import change_text, makes_longer, may_change
 from jaxrlhf.stages.roles import Roles, check_none_missing, finished_stages, load_roles, mark_unfinished, save_base
@@ -65,6 +66,7 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
 
 def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitStack) -> Roles:
     config, folder, allowed = run.config, run.folder, may_change(run.config)
+    processes.agreed(lambda: check_best(config))
     changes = processes.agreed(lambda: check_run(folder, dump_config(config), allowed))
     exists = (folder / "config.yaml").is_file()
     if exists:

@@ -12,6 +12,7 @@ import pytest
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.rewards.functions import FunctionReward
+from jaxrlhf.stages.metric_names import metrics_of
 from jaxrlhf.stages.ppo.sampler import Clock, Sampler
 from jaxrlhf.stages.run import run_stages
 from jaxrlhf.tracking.metrics import MetricsLog
@@ -80,7 +81,8 @@ def iterations(events):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_overlaps(tmp_path, events, case):
-    run_stages(RunConfig.model_validate(CONFIG | {"run_dir": str(tmp_path), "ppo": CONFIG["ppo"] | CASES[case]}))
+    config = RunConfig.model_validate(CONFIG | {"run_dir": str(tmp_path), "ppo": CONFIG["ppo"] | CASES[case]})
+    run_stages(config)
     first, second = iterations(events)
     for order in (first, second):
         at = order.index
@@ -95,5 +97,6 @@ def test_what_overlaps(tmp_path, events, case):
     assert second[0] == "rollout" or case == "resample", "its prompts were ready"
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
+        assert record.keys() - {"stage", "step"} <= metrics_of(config), "checkpoints.best may name each"
         times = [record[f"time/{name}"] for name in ("rollout", "reward", "annotate", "update")]
         assert min(times) > 0 and sum(times) <= record["seconds"], "parts of one wall clock"

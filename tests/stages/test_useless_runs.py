@@ -83,6 +83,17 @@ def test_a_reward_is_called_before_the_first_stage(give, body, what):
     assert not any("jaxrlhf/" in frame for frame in frames) and not (give.folder / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("best", "hint"),
+    [("reward/scores", "did you mean reward/score"), ("reward/gold", "where ppo.gold names a function"),
+     ("sft/loss", "give one of")],
+)  # fmt: skip
+def test_the_best_checkpoint_is_by_a_metric_that_is_logged(give, best, hint):
+    status, errors = give(f"checkpoints.best={best}", "checkpoints.result=best")
+    assert status == 2 and f"checkpoints.best: no stage of this run logs '{best}'" in errors and hint in errors
+    assert not (give.folder / "run").exists()
+
+
 def test_a_dead_server_is_found_before_the_first_stage(give):
     reward = {"kind": "http", "url": "http://127.0.0.1:1/score", "retries": 0}
     status, errors = give(ppo=PPO | {"reward": {"kind": "sum", "parts": {"server": reward}}})
