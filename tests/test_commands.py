@@ -54,7 +54,7 @@ FEW = ["--max-new-tokens", "4"]
 
 BAD = {
     "unknown key": (["ppo.itertions=3"], r"ppo\.itertions; did you mean ppo\.iterations\?$"),
-    "key of a section below": (["ppo.klcoef=3"], r"ppo\.klcoef; there is ppo\.kl\.coef$"),
+    "key of a section below": (["ppo.klcoef=3"], r"ppo\.klcoef; did you mean ppo\.kl\.coef\?$"),
     "wrong type": (["ppo.iterations=many"], r"ppo\.iterations.*many"),
     "out of bounds": (["ppo.update.epochs=0"], r"ppo\.update\.epochs.*(1|0)"),
     "two origins": (["model.path=model"], r"exactly one of path, run, new"),
@@ -160,6 +160,40 @@ def test_help_names_every_setting_with_its_default(processes):
     shown = processes.run("-m", "jaxrlhf.train", "--help", seconds=60).output
     for setting, default in [("ppo.update.clip_low", "0.2"), ("ppo.advantage.lam", "0.95"), ("sft.packing", "true")]:
         assert re.search(rf"{re.escape(setting)}\b.*{default}", shown), setting
+
+
+@pytest.mark.parametrize("name", ["ppo.kl", "ppo.kl.coef", "ppo.kl.coef=0.1", "ppo.reward[http].url", "ppo.reward.url"])
+def test_help_of_a_section_or_a_setting_shows_nothing_else(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help", name])
+    shown, name = capsys.readouterr().out.splitlines(), name.split("=")[0]
+    assert ended.value.code == 0 and shown
+    assert all(line.replace("[http]", "").startswith(name.replace("[http]", "")) for line in shown)
+    assert (len(shown) > 1) == (name == "ppo.kl")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("ppo.kl.ceof", "did you mean ppo.kl.coef"), ("ppo.coef", "did you mean ppo.kl.coef"), ("zzz", "there are ")],
+)
+def test_help_of_an_unknown_setting_names_the_nearest(name, hint, capsys):
+    assert train.main(["--help", name]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --help: no setting {name}; {hint}")
+
+
+def test_a_dry_run_checks_all_and_writes_nothing(folder, capsys):
+    stages = ["stages=[sft, ppo]", *SFT[1:], *PPO[1:], "ppo.iterations=7", "sft.epochs=2", "sft.batch_size=4"]
+    stages += ["sft.heldout=0", "ppo.batch_size=4", "ppo.max_prompt_tokens=8", "compilation_cache=cache"]
+    before = sorted(folder.rglob("*"))
+    assert train.main(["--dry-run", "--config", QUICKSTART, "run_dir=run", *stages]) == 0
+    shown = capsys.readouterr()
+    *_, sft, ppo, last = shown.err.splitlines()
+    assert re.match(r"sft: would run \d+ optimizer steps \(epochs x batches: 2 x \d+\)$", sft), sft
+    assert ppo == "ppo: would run 7 iterations of 4 prompts"
+    assert last.startswith("dry run: all checks passed, and nothing was written") and not shown.out
+    assert sorted(folder.rglob("*")) == before
+    assert train.main(["--dry-run", "--config", QUICKSTART, "run_dir=run", *stages, "sft.data.path=field.jsonl"]) == 2
+    assert "field.jsonl:2" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
 
 
 def test_module_lists_the_commands(processes):

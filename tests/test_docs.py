@@ -48,7 +48,7 @@ def flags():
     for name in COMMANDS:
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             parser_of(name)(["--help"])
-    return set(re.findall(r"--[a-z-]+", text.getvalue())) | {"--serve"}
+    return set(re.findall(r"--[a-z-]+", text.getvalue())) | {"--serve", "--version"}
 
 
 def each(language):

@@ -1,5 +1,6 @@
 """The package as it is imported, and its command."""
 
+import re
 import subprocess
 import sys
 
@@ -39,6 +40,12 @@ def test_without_a_command_all_are_listed(arguments, capsys, monkeypatch):
     assert main(arguments or None) == 0
     out = capsys.readouterr().out
     assert all(f"jaxrlhf {name}" in out for name in COMMANDS)
+
+
+def test_the_version_is_one_line(capsys):
+    assert main(["--version"]) == 0
+    version = re.escape(jaxrlhf.__version__)
+    assert re.fullmatch(rf"jaxrlhf {version} \(jax \d.*, Python 3.*\)\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

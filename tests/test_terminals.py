@@ -68,7 +68,7 @@ def test_characters_that_an_output_lacks_are_replaced():
 def test_the_results_of_a_run_are_named_where_its_table_is_lost(monkeypatch, capsys):
     import jaxrlhf.stages.run
 
-    def lost(config, stop):
+    def lost(*arguments):
         raise OutputLost(BrokenPipeError(32, "Broken pipe"))
 
     monkeypatch.setattr(jaxrlhf.stages.run, "run_stages", lost)

@@ -8,6 +8,7 @@ import sys
 from jaxrlhf.cli.exits import main_of
 from jaxrlhf.cli.streams import OutputLost
 from jaxrlhf.distributed.stopping import StopSignals
+from jaxrlhf.errors import UserError
 
 
 def _seconds(text: str) -> float:
@@ -20,16 +21,35 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    from jaxrlhf.config.table import settings_help
+class _Help(argparse.Action):
+    """`--help`: the options and every setting. `--help SETTING`: that setting, or the settings of a section."""
 
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, value: str | None, option: object) -> None:
+        from jaxrlhf.config.table import settings_help
+
+        if value is None:
+            parser.epilog = "settings:\n\n" + settings_help()
+            parser.print_help()
+        else:
+            try:
+                print(settings_help(value.split("=")[0]))
+            except ValueError as error:
+                raise UserError(f"--help: {error}") from None
+        parser.exit()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="jaxrlhf train",
         description="Runs the stages of a config: sft, reward_model, ppo. The same command resumes an interrupted run.",
-        epilog="settings:\n\n" + settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    one = "this help with every setting; with a name such as ppo.kl: that setting or section only"
+    parser.add_argument("-h", "--help", action=_Help, nargs="?", metavar="SETTING", help=one)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
+    dry = "check settings, model, rows and rewards, print what would run, and stop; writes nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
     several = parser.add_argument_group(
         "several processes",
         "Run the same command on each host; only --process differs. Without these flags the values come from "
@@ -64,7 +84,7 @@ def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
         from jaxrlhf.stages.run import run_stages
 
         try:
-            run_stages(config, stop)
+            run_stages(config, stop, arguments.dry_run)
             sys.stdout.flush()
         except OutputLost as lost:
             lost.kept = f"; the results are in {config.run_dir}"

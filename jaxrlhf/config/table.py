@@ -4,6 +4,7 @@ A setting's place is a tuple of names, as in pydantic's errors. If a section has
 names, such as `kind=http`. `*` stands for the free names of a mapping (the parts of a sum).
 """
 
+import difflib
 import functools
 import json
 import math
@@ -101,11 +102,16 @@ def without_kinds(place: Sequence[str]) -> SettingPath:
     return tuple(name for name in place if not name.startswith("kind="))
 
 
-def settings_help() -> str:
-    """One line per setting: key path, type and bounds, default, description."""
-    lines = []
+def settings_help(above: str = "") -> str:
+    """One line per setting: key path, type and bounds, default, description.
+
+    With `above` only that setting, or that section and what is in it. ValueError, with the nearest names, if unknown.
+    """
+    names, lines = tuple(filter(None, above.split("."))), []
     for place, setting in settings().items():
         if ANY in place:  # each kind of reward has lines of its own
+            continue
+        if without_kinds(place)[: len(names)] != names and dotted(place) != above:
             continue
         if setting.is_section:
             default = " = null" if setting.default is None else ""
@@ -114,6 +120,13 @@ def settings_help() -> str:
         else:
             default = f" = {as_yaml(setting.default)}"
         lines.append(f"{dotted(place)}  {setting.kind}{default}  {setting.description}")
+    if not lines:
+        known = sorted({".".join(without_kinds(place)) for place in settings() if ANY not in place})
+        same_end = [name for name in known if name.split(".")[-1] == names[-1]]
+        near = same_end or difflib.get_close_matches(above, known, n=3)
+        sections = [name for name in known if "." not in name]
+        hint = f"did you mean {' or '.join(near[:3])}?" if near else f"there are {', '.join(sections)}"
+        raise ValueError(f"no setting {one_line(above)}; {hint}")
     return "\n".join(lines)
 
 

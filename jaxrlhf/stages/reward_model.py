@@ -74,8 +74,6 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
     check_results("reward_model", results, run.config.run_dir)
     save_role(run.config.run_dir, "reward", adapter)
     mark_finished(run.config.run_dir, "reward_model", results)
-    accuracy, pairs = results["heldout_accuracy"], results["heldout_pairs"]
-    run.say(f"reward_model: accuracy {accuracy:.3f} on {pairs} held-out pairs")
     return dataclasses.replace(roles, adapters=roles.adapters | {"reward": adapter})
 
 

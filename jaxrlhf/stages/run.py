@@ -26,6 +26,7 @@ from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.stages import reward_model, sft
 from jaxrlhf.stages.checks import end_notes
+from jaxrlhf.stages.endings import ending, next_command, planned
 from jaxrlhf.stages.fingerprints import check_fingerprints, fingerprints, record_fingerprints
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.metric_names import check_best
@@ -39,8 +40,10 @@ SHARED = "give a folder on a file system that all hosts share"
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 
 
-def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
+def run_stages(config: RunConfig, stop: StopSignals | None = None, dry_run: bool = False) -> Roles:
     """Runs the stages of `config` that have not finished yet, and returns the final roles.
+
+    `dry_run` ends after all checks, before anything is compiled for a stage or written, and prints what would run.
 
     Raises `UserError`, before anything is compiled or written, if settings, files, rows or model are invalid, or if
     another process uses the run directory. Raises `Stopped` after a signal to `stop`.
@@ -60,16 +63,16 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None) -> Roles:
         lock = stack.enter_context(RunLock(folder, writes, run.say))
         for log in run.logs.values():
             stack.enter_context(contextlib.closing(log))
-        stack.enter_context(cached_programs(config.compilation_cache, run.say))
-        return _run_stages(run, lock, writes, stack)
+        stack.enter_context(cached_programs(None if dry_run else config.compilation_cache, run.say))
+        return _run_stages(run, lock, writes, stack, dry_run)
 
 
-def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitStack) -> Roles:
+def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitStack, dry_run: bool) -> Roles:
     config, folder, allowed = run.config, run.folder, may_change(run.config)
     processes.agreed(lambda: check_best(config))
     changes = processes.agreed(lambda: check_run(folder, dump_config(config), allowed))
     exists = (folder / "config.yaml").is_file()
-    if exists:
+    if exists and not dry_run:
         lock.take()
     roles = processes.agreed(lambda: _load_roles(run))
     for line in end_notes(config, roles.tokenizer):
@@ -80,7 +83,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
     todo = [stage for stage in config.stages if stage not in finished or stage in continued]
     for stage in config.stages:
         if stage not in todo:
-            run.say(f"{stage}: already finished")
+            run.say(f"{stage}: already finished; next: {next_command(config, stage)}")
     processes.agreed(lambda: _check_checkpoints(run, todo))
     inputs = processes.agreed(lambda: _load_inputs(run, roles, todo))
     needs_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
@@ -91,6 +94,13 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
         processes.check_alike("data", _checksums(inputs), "give all hosts the same files of data and tokenizer")
     began_with = fingerprints(config, roles, inputs)
     notes = processes.agreed(lambda: check_fingerprints(folder, began_with) if exists else [])
+    if dry_run:
+        for text in (*(f"run_dir {folder}: {change_text(change)}" for change in changes), *notes):
+            run.say(text)
+        for stage in todo:
+            run.say(planned(config, stage, inputs[stage]))
+        run.say(f"dry run: all checks passed, and nothing was written; without --dry-run the files go to {folder}")
+        return roles
     if not exists:
         made = processes.agreed(lambda: make_folder(folder))
         lock.take()
@@ -112,6 +122,8 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
     roles.base = shard(run.mesh, roles.base)
     for stage in todo:
         roles = STAGES[stage].train(run, roles, inputs[stage])
+        for line in ending(config, stage, finished_stages(config.run_dir)[stage]) if writes else ():
+            run.say(line)
     return roles
 
 

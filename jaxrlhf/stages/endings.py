@@ -1,0 +1,53 @@
+"""The lines that end a stage: what it reached, where its files are, and the next command. And those of a dry run."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.checkpoint.checkpoints import stored_steps
+from jaxrlhf.config import RunConfig
+
+
+def ending(config: RunConfig, stage: str, reached: dict[str, Any]) -> list[str]:
+    """The lines after a stage. `reached` is what the stage recorded with `mark_finished`."""
+    roles = {"sft": ["base" if config.sft_trains_base else "sft"], "reward_model": ["reward"]}
+    names = roles.get(stage) or [name for name in ("policy", "value", "average") if _folder(config, name).is_dir()]
+    folders = ", ".join(str(_folder(config, name)) for name in names)
+    return [f"{stage}: {_reached(stage, reached)}saved in {folders}", f"{stage}: next: {next_command(config, stage)}"]
+
+
+def next_command(config: RunConfig, stage: str) -> str:
+    """A command that uses the result of a finished stage."""
+    run = shlex.quote(config.run_dir)
+    if stage == "reward_model":
+        return f"jaxrlhf export --run {run} --role reward --format reward --to FOLDER"
+    sft = ["base"] if config.sft_trains_base else ["base", "sft"]
+    roles = sft if stage == "sft" else [sft[-1] if _folder(config, "sft").is_dir() else "base", "policy"]
+    return f"jaxrlhf generate --run {run} --roles {','.join(roles)} --prompt TEXT"
+
+
+def planned(config: RunConfig, stage: str, inputs: Any) -> str:
+    """What a stage would do, for `--dry-run`."""
+    section = getattr(config, stage)
+    if stage == "ppo":
+        work = f"{section.iterations:,} iterations of {section.batch_size} prompts"
+    else:
+        steps = section.epochs * len(inputs.train)
+        work = f"{steps:,} optimizer steps (epochs x batches: {section.epochs} x {len(inputs.train):,})"
+    done = max(stored_steps(Path(config.run_dir, "checkpoints", stage)), default=0)
+    return f"{stage}: would run {work}{f', from step {done} on' if done else ''}"
+
+
+def _folder(config: RunConfig, role: str) -> Path:
+    return Path(config.run_dir, "roles", role)
+
+
+def _reached(stage: str, reached: dict[str, Any]) -> str:
+    """What a stage reached, as text that ends with "; ", or "" if it measured nothing."""
+    if stage == "ppo":
+        before, after = reached["before"], reached["after"]
+        reward = f"reward {after['reward/score']:.3f}, before PPO {before['reward/score']:.3f}"
+        return f"{reward}; KL to the reference {after['kl/k1']:.3f} nats; "
+    if stage == "reward_model":
+        return f"accuracy {reached['heldout_accuracy']:.3f} on {reached['heldout_pairs']} held-out pairs; "
+    return f"held-out loss {reached['heldout_loss']:.3f} nats per token; " if reached else ""
