@@ -44,7 +44,6 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None, dry_run: bool
     """Runs the stages of `config` that have not finished yet, and returns the final roles.
 
     `dry_run` ends after all checks, before anything is compiled for a stage or written, and prints what would run.
-
     Raises `UserError`, before anything is compiled or written, if settings, files, rows or model are invalid, or if
     another process uses the run directory. Raises `Stopped` after a signal to `stop`.
     """
@@ -94,9 +93,9 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
         processes.check_alike("data", _checksums(inputs), "give all hosts the same files of data and tokenizer")
     began_with = fingerprints(config, roles, inputs)
     notes = processes.agreed(lambda: check_fingerprints(folder, began_with) if exists else [])
+    for text in (*(f"run_dir {folder}: {change_text(change)}" for change in changes), *notes):
+        run.say(text)
     if dry_run:
-        for text in (*(f"run_dir {folder}: {change_text(change)}" for change in changes), *notes):
-            run.say(text)
         for stage in todo:
             run.say(planned(config, stage, inputs[stage]))
         run.say(f"dry run: all checks passed, and nothing was written; without --dry-run the files go to {folder}")
@@ -106,8 +105,6 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
         lock.take()
         processes.agreed(lambda: _check_still_new(folder, writes))
         stack.enter_context(given_back(folder, made, writes))
-    for text in (*(f"run_dir {folder}: {change_text(change)}" for change in changes), *notes):
-        run.say(text)
     for stage in continued if writes else ():
         mark_unfinished(config.run_dir, stage)
     processes.agreed(lambda: open_run(folder, dump_config(config), writes, allowed))
