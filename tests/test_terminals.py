@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -78,11 +77,25 @@ def test_the_results_of_a_run_are_named_where_its_table_is_lost(monkeypatch, cap
     assert capsys.readouterr().err == error
 
 
-@pytest.mark.parametrize("command", [["-m", "jaxrlhf.train"], ["-m", "jaxrlhf", "bench"]])
-@pytest.mark.parametrize("seconds", [0.15, 0.5, 1.0])
-def test_ctrl_c_before_anything_is_done_is_one_line(command, seconds, processes, tmp_path):
-    started = processes.start(*command, "--config", QUICKSTART, f"run_dir={tmp_path / 'run'}")
-    time.sleep(seconds)
+# Runs a module as `python -m` does, and stays a while where it imports the first argument.
+IMPORTS = """
+import runpy, sys, time
+slow, module, *sys.argv[1:] = sys.argv[1:]
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == slow:
+            print("importing", flush=True)
+            time.sleep(30)
+sys.meta_path.insert(0, Watch)
+runpy.run_module(module, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("command", [["jaxrlhf.train"], ["jaxrlhf", "bench"]], ids=lambda command: command[-1])
+@pytest.mark.parametrize("slow", ["jaxrlhf.cli", "pydantic", "jax"])
+def test_ctrl_c_before_anything_is_done_is_one_line(command, slow, processes, tmp_path):
+    started = processes.start("-c", IMPORTS, slow, *command, "--config", QUICKSTART, f"run_dir={tmp_path / 'run'}")
+    started.wait_until(lambda: "importing" in started.output)
     started.send(signal.SIGINT)
-    assert started.wait(30) == 130, started.errors
-    assert re.fullmatch(r"interrupted.*\n", started.errors) and not started.output
+    assert started.wait(20) == 130, started.errors
+    assert re.fullmatch(r"interrupted.*\n", started.errors) and not (tmp_path / "run").exists()
