@@ -6,6 +6,10 @@ program stopped a run, such as a full disk; the exit status is 1. Any other exce
 traceback, and the exit status is 1.
 """
 
+import re
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(Exception):
     """Invalid input: one line with what is wrong, where, and what would be right."""
@@ -27,6 +31,15 @@ def reported_elsewhere(error: Exception, line: str) -> Exception:
     """Marks an error that another process reports, and returns it. This process prints `line` instead."""
     error.elsewhere = line
     return error
+
+
+def printable(text: str) -> str:
+    """The text without what would control a terminal: such characters are written as \\uXXXX, as in JSON.
+
+    These are control characters except newline and tab, marks that reverse the direction of text, Unicode's own line
+    ends, and half surrogate pairs. Texts of data, models and servers may contain them.
+    """
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def short(value: object) -> str:

@@ -1,6 +1,7 @@
 """Settings in, settings out; and every way to get them wrong ends in one line that says what would be right."""
 
 import re
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -85,10 +86,10 @@ def test_file_and_defaults(write):
         ("compiler_options.all.xla_a=true", lambda c: c.compiler_options, {"all": {"xla_a": True}}),
         ("compiler_options={merge: {xla_a: B}}", lambda c: c.compiler_options, {"merge": {"xla_a": "B"}}),
         ("compiler_options=null", lambda c: c.compiler_options, {}),
-        ("run_dir=a=b", lambda c: c.run_dir, "a=b"),
-        ("run_dir=2024-01-01", lambda c: c.run_dir, "2024-01-01"),
-        ("run_dir=no", lambda c: c.run_dir, "no"),
-        ('run_dir="1e5"', lambda c: c.run_dir, "1e5"),
+        ("run_dir=a=b", lambda c: Path(c.run_dir).name, "a=b"),
+        ("run_dir=2024-01-01", lambda c: Path(c.run_dir).name, "2024-01-01"),
+        ("run_dir=no", lambda c: Path(c.run_dir).name, "no"),
+        ('run_dir="1e5"', lambda c: Path(c.run_dir).name, "1e5"),
         ("ppo.kl.coef=null", lambda c: c.ppo.kl.coef, KLConfig().coef),
         ("ppo.kl=null", lambda c: c.ppo.kl, KLConfig()),
         ("sft.optimizer={warmup_steps: 5}", lambda c: c.sft.optimizer, OptimizerConfig(warmup_steps=5)),
@@ -203,7 +204,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("sft=3", "sft must be a section with keys or null; given 3"),
         ("sft.optimizer=[1]", "sft.optimizer must be a section with keys; given the list [1]"),
         ("sft.remat=1", "sft.remat must be none | dots | full; given 1"),
-        ("sft.optimizer.warmup_steps=2.5", "sft.optimizer.warmup_steps must be int >= 0 and < 2147483648; given 2.5"),
+        ("sft.optimizer.warmup_steps=2.5", "sft.optimizer.warmup_steps must be int >= 0; given 2.5"),
         ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo; given the text "sft"'),
         ("stages=[]", "stages must be non-empty list of sft | reward_model | ppo; given the list []"),
         ("stages=[dpo]", 'stages must be non-empty list of sft | reward_model | ppo; given the text "dpo"'),

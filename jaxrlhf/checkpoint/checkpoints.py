@@ -215,7 +215,7 @@ class Checkpoints:
             last = int(json.loads((self._directory / _LATEST).read_text(encoding="utf-8"))["step"])
         except FileNotFoundError:
             last = None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             last = 0  # some step was saved, but it is unknown which
         damaged: dict[int, str] = {}
         for step in reversed(steps):

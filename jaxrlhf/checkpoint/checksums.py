@@ -54,7 +54,7 @@ def unseal(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
         files, content = record["files"], record["content"]
         if outer["crc32"] != zlib.crc32(text.encode()):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{RECORD} has changed since it was written") from None
     for name in sorted(files, key=lambda name: (-files[name][0], name))[share::shares]:
         with _damage(name):

@@ -46,7 +46,7 @@ class RunLock:
             self._lock.acquire()
         except filelock.Timeout:
             holder = "another process"
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(self._path.read_bytes())
                 holder = f"process {entry['pid']} on {entry['host']}, since {entry['since']},"
             return f"run_dir {self._folder}: {holder} is running there; wait for it, stop it, or give another run_dir"

@@ -103,7 +103,11 @@ def check_run(
 def _changes(folder: Path, new_text: str, may_change: Callable[[Change], bool]) -> list[Change]:
     try:
         old = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
-    except (UserError, UnicodeDecodeError, OSError):
+    except OSError as error:
+        raise UserError(
+            f"{folder / 'config.yaml'}: cannot be read: {error.strerror}; make it readable, or give another run_dir"
+        ) from None
+    except (UserError, UnicodeDecodeError):
         old = None
     if not isinstance(old, dict):
         raise UserError(f"{folder / 'config.yaml'}: not a run's settings; give another run_dir, or remove this one")

@@ -5,12 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+from jaxrlhf.cli.arguments import Parser, output_file, path, whole
 from jaxrlhf.cli.exits import main_of
 from jaxrlhf.errors import UserError
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jaxrlhf bench",
         description="Times each compiled program of a run on this machine, with random weights, prompts and scores, "
         "and compares it with the least possible time: arithmetic at the speed of a large matrix product, or bytes at "
@@ -18,16 +19,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "config.json of model.path, reads no data and calls no reward function.",
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="YAML file of settings")
+    add("--config", type=path, required=True, metavar="FILE", help="YAML file of settings")
     add("--lengths", choices=("full", "geometric"), default="full",
         help="completion lengths: full (default), or geometric with a mean of about a quarter of the full length")
-    add("--repeats", type=int, default=5, metavar="N", help="timed calls of each program; default 5")
-    add("--iterations", type=int, default=5, metavar="N", help="timed PPO iterations; default 5, 0: none")
+    add("--repeats", type=whole(1), default=5, metavar="N", help="timed calls of each program; default 5")
+    add("--iterations", type=whole(0), default=5, metavar="N", help="timed PPO iterations; default 5, 0: none")
     add("--only", metavar="PROGRAM,...", default="",
         help="time only these programs, such as rollout,update; no iterations")
-    add("--profile", metavar="FOLDER",
+    add("--profile", type=path, metavar="FOLDER",
         help="write a jax.profiler trace of each program there, and print its slowest kernels")
-    add("--json", metavar="FILE", help="write JSON after each program; -: to standard output, without the table")
+    add("--json", type=output_file, metavar="FILE",
+        help="write JSON after each program; -: to standard output, without the table")
     add("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
 
@@ -35,9 +37,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def bench(arguments: argparse.Namespace) -> None:
     from jaxrlhf.config.reading import load_config
 
-    for name, minimum in (("repeats", 1), ("iterations", 0)):
-        if getattr(arguments, name) < minimum:
-            raise UserError(f"--{name}: must be at least {minimum}, not {getattr(arguments, name)}")
     config = load_config(arguments.config, arguments.overrides)
     _check_writable(arguments)
     from jaxrlhf.bench.measure import Options, measure

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxrlhf.cli.streams import OutputLost, discard_output, open_streams
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
-from jaxrlhf.errors import Diverged, Fault, UserError
+from jaxrlhf.errors import Diverged, Fault, UserError, printable
 
 
 def main_of(command: Callable[[StopSignals], None], afterwards: str = "") -> int:
@@ -59,11 +59,15 @@ def _status(command: Callable[[], None], afterwards: str) -> int:
     except Fault as fault:
         _print_user_frames(fault)
         _say(f"error: {fault}{'' if isinstance(fault, Diverged) else afterwards}")
+    except PermissionError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        _say(f"error: {what}; change its permissions, or give another path")
+        return 2
     except Exception as error:
         if hasattr(error, "elsewhere"):
             _say(_line(error))
         else:
-            traceback.print_exc()
+            _say(traceback.format_exc().rstrip("\n"))
             _say(f"error: {type(error).__name__}: {' '.join(str(error).split())}{afterwards}")
     return 1
 
@@ -85,4 +89,4 @@ def _line(error: Exception) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -5,8 +5,8 @@ import json
 import os
 import sys
 
+from jaxrlhf.cli.arguments import MOST_PROCESSES, Parser, path, whole
 from jaxrlhf.cli.exits import main_of
-from jaxrlhf.errors import UserError
 from jaxrlhf.plan.cards import CARDS, find_card, parse_memory, usable_share
 from jaxrlhf.plan.quiet import without_driver_warnings
 
@@ -18,7 +18,7 @@ _ENVIRONMENT = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jaxrlhf plan",
         description="Estimates memory, arithmetic, communication and least time of each program of a run on N GPUs. "
         "Needs neither GPUs nor weights, only config.json of model.path. XLA compiles the programs for these GPUs; "
@@ -26,11 +26,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "formulas, and a line says what to install.",
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="YAML file of settings")
-    add("--devices", required=True, type=int, metavar="N", help="number of GPUs, such as 8 or 512")
+    add("--config", type=path, required=True, metavar="FILE", help="YAML file of settings")
+    add("--devices", required=True, type=whole(1, MOST_PROCESSES), metavar="N", help="number of GPUs, such as 8 or 512")
     add("--card", default="h100", help=f"{', '.join(CARDS)}; default h100")
     add("--memory", metavar="SIZE", help="memory of each GPU, such as 80GiB; default: the card's")
-    add("--per-host", type=int, default=8, metavar="N", help="GPUs per host; default 8")
+    add("--per-host", type=whole(1, MOST_PROCESSES), default=8, metavar="N", help="GPUs per host; default 8")
     add("--json", action="store_true", help="print JSON")
     add("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
@@ -46,9 +46,6 @@ def plan(arguments: argparse.Namespace) -> None:
         from jaxrlhf.plan.planner import Options, make_plan
         from jaxrlhf.plan.report import as_json, as_text
 
-    for name in ("devices", "per_host"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {getattr(arguments, name)}")
     card = find_card(arguments.card)
     memory = parse_memory(arguments.memory) if arguments.memory else card.memory
     options = Options(arguments.devices, card, memory * usable_share(), arguments.per_host)

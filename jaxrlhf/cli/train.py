@@ -5,8 +5,10 @@ import math
 import os
 import sys
 
+from jaxrlhf.cli.arguments import MOST_PROCESSES, Parser, path, whole
 from jaxrlhf.cli.exits import main_of
 from jaxrlhf.cli.streams import OutputLost
+from jaxrlhf.config.base import SECONDS_LIMIT
 from jaxrlhf.distributed.stopping import StopSignals
 from jaxrlhf.errors import UserError
 
@@ -16,8 +18,9 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text}")
+    if not 0 < seconds <= SECONDS_LIMIT:
+        bounds = f"above 0 and at most {SECONDS_LIMIT:g}"
+        raise argparse.ArgumentTypeError(f"must be a number of seconds {bounds}, not {text[:40]!r}")
     return seconds
 
 
@@ -39,7 +42,7 @@ class _Help(argparse.Action):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jaxrlhf train",
         description="Runs the stages of a config: sft, reward_model, ppo. The same command resumes an interrupted run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -47,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     one = "this help with every setting; with a name such as ppo.kl: that setting or section only"
     parser.add_argument("-h", "--help", action=_Help, nargs="?", metavar="SETTING", help=one)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--config", type=path, required=True, metavar="FILE", help="YAML file of settings")
     dry = "check settings, model, rows and rewards, print what would run, and stop; writes nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     several = parser.add_argument_group(
@@ -58,8 +61,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     for flag, kind, metavar, text in (
         ("coordinator", str, "HOST:PORT", "address of process 0"),
-        ("processes", int, "N", "number of processes; 1: no coordination"),
-        ("process", int, "I", "index of this process, from 0"),
+        ("processes", whole(1, MOST_PROCESSES), "N", "number of processes; 1: no coordination"),
+        ("process", whole(0, MOST_PROCESSES), "I", "index of this process, from 0"),
     ):
         variable = os.environ.get(f"JAXRLHF_{flag.upper()}") or None
         several.add_argument(f"--{flag}", type=kind, default=variable, metavar=metavar, help=text)

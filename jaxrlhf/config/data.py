@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from jaxrlhf.config.base import PositiveInt, Settings
+from jaxrlhf.config.paths import SourcePath
 
 # Arguments of `apply_chat_template` that the stages set. Rows and settings may not set these arguments.
 RESERVED = (
@@ -25,7 +26,7 @@ def check_template_arguments(names: Iterable[str]) -> None:
 class SourceConfig(Settings):
     """A data source."""
 
-    path: str = Field(description="file, folder, hub id, or builtin:assistant-demonstrations, -preferences, -prompts")
+    path: SourcePath = Field(description="file, folder, hub id, or builtin:assistant-demonstrations, -preferences, -prompts")
     format: Literal["auto", "json", "jsonl", "parquet", "datasets", "builtin"] = Field("auto", description="file format; auto takes it from the path's ending; datasets is for a folder or hub id that the datasets library loads")
     split: str = Field("train", description="split of a datasets folder or hub id; builtin data sets have the splits train and test")
     subset: str | None = Field(None, description="configuration name of a hub id")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
+from jaxrlhf.config.base import LARGEST, LARGEST_FLOAT
 from jaxrlhf.config.table import SettingPath, describe, one_line, path_of, settings, without_kinds
 
 Origins = Mapping[SettingPath, str]
@@ -55,6 +56,8 @@ def _message(fault: dict, place: SettingPath) -> str:
     hint = ""
     if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
         hint = "; put text that looks like a number in quotes"
+    if fault["type"] == "less_than_equal" and fault["ctx"]["le"] in (LARGEST, LARGEST_FLOAT):
+        kind = f"at most {fault['ctx']['le']:g}".replace("2.14748e+09", str(LARGEST))
     return f"{dotted} must be {kind}; given {describe(fault['input'])}{hint}"
 
 

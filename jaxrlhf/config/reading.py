@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.faults import explain
@@ -110,11 +110,19 @@ class _Walk:
             raise UserError(f"{line}: {_TOO_DEEP}")
         if self.seen > MAX_VALUES:  # a few nested aliases expand to billions
             raise UserError(f"{line}: more than {MAX_VALUES:,} values with aliases expanded; settings need fewer")
+        if isinstance(node, ScalarNode):
+            self._scalar(node, line, path)
         if isinstance(node, SequenceNode):
             for child in node.value:  # keys inside a list have no key path
                 self.walk(child, (*path, "[]"), (*above, id(node)))
         if isinstance(node, MappingNode):
             self._mapping(node, path, (*above, id(node)))
+
+    def _scalar(self, node: ScalarNode, line: str, path: KeyPath) -> None:
+        try:
+            node.value.encode()
+        except UnicodeEncodeError:  # config.yaml of a run could not hold it
+            raise UserError(f"{line}: {'.'.join(path)} is not UTF-8 text: {node.value[:40]!r}") from None
 
     def _mapping(self, node: MappingNode, path: KeyPath, above: tuple[int, ...]) -> None:
         lines: dict[str, int] = {}

@@ -4,17 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from jaxrlhf.config.base import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, Settings
+from jaxrlhf.config.base import FiniteFloat, PositiveInt, Seconds, Settings
+from jaxrlhf.config.paths import FunctionPath, SourcePath
 
 
 class FunctionRewardConfig(Settings):
     """A Python function."""
 
     kind: Literal["function"] = Field("function", description="a Python function")
-    function: str = Field(description="module:function or path.py:function, called with prompts=, completions= and the row's other columns as keywords")
+    function: FunctionPath = Field(description="module:function or path.py:function, called with prompts=, completions= and the row's other columns as keywords")
     options: dict[str, Any] = Field({}, description="keyword arguments of every call, such as {pattern: '####'}")
     columns: dict[str, str] = Field({}, description="renames columns: keyword argument of the function -> column of the data")
-    timeout: PositiveFloat = Field(30.0, description="seconds that one call of an async function may take")
+    timeout: Seconds = Field(30.0, description="seconds that one call of an async function may take")
 
 
 class HTTPRewardConfig(Settings):
@@ -22,8 +23,8 @@ class HTTPRewardConfig(Settings):
 
     kind: Literal["http"] = Field("http", description="an HTTP server")
     url: str = Field(description="URL that receives {prompts, completions, columns} as JSON and returns {scores: [numbers]}")
-    timeout: PositiveFloat = Field(30.0, description="seconds that one request may take")
-    retries: NonNegativeInt = Field(4, description="retries after a timeout, a lost connection, status 429 or 5xx")
+    timeout: Seconds = Field(30.0, description="seconds that one request may take")
+    retries: Annotated[int, Field(ge=0, le=1000)] = Field(4, description="retries after a timeout, a lost connection, status 429 or 5xx")
     token_env: str | None = Field(None, description="name of the environment variable that holds a bearer token; null sends none")
     batch_size: PositiveInt = Field(16, description="completions per request")
 
@@ -47,7 +48,7 @@ class ModelRewardConfig(_Reader):
     """The run's reward adapter, or a reward model in a folder."""
 
     kind: Literal["model"] = Field("model", description="the run's reward adapter, or the reward model at path")
-    path: str | None = Field(None, description="folder or hub id of a *ForSequenceClassification decoder with one label and its own tokenizer; null uses the run's reward adapter")
+    path: SourcePath | None = Field(None, description="folder or hub id of a *ForSequenceClassification decoder with one label and its own tokenizer; null uses the run's reward adapter")
     input: Literal["auto", "text", "completion", "chat"] = Field("auto", description="input of the model at path: prompt and completion as one text (text), the completion only (completion), or a chat in its chat template (chat); auto is chat for chat prompts if the model has a chat template, else text")
     end_at_eos: bool | None = Field(None, description="whether an end token is appended to a completion that ended, as in the stage reward_model: the end-of-turn token of the reward model's chat template, or else its EOS; null appends it in texts, and in chats only the template decides")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype in memory of the weights at path; auto keeps the dtype of the files")
@@ -57,7 +58,7 @@ class ClassifierRewardConfig(_Reader):
     """A text classifier of any architecture, run by transformers with torch on the CPU."""
 
     kind: Literal["classifier"] = Field("classifier", description="a text classifier of any architecture, run by transformers with torch on the CPU")
-    path: str = Field(description="folder or hub id of a *ForSequenceClassification model with its own tokenizer")
+    path: SourcePath = Field(description="folder or hub id of a *ForSequenceClassification model with its own tokenizer")
     label: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] | None = Field(None, description="name or number of the label to score; null needs a model with one label")
     score: Literal["logit", "probability", "log_probability"] = Field("logit", description="which output for the label is the score")
     input: Literal["auto", "text", "completion", "pair", "chat"] = Field("auto", description="input of the classifier: prompt and completion as one text (text), the completion only (completion), two segments (pair), or a chat in its chat template (chat); auto is chat for chat prompts if the model has a chat template, else text")

@@ -1,14 +1,16 @@
 """Settings of a run: the model, the mesh, and one section per stage."""
 
 import difflib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from jaxrlhf.config.base import (
     CHOICE,
     FREE,
+    LARGEST,
     LONGER,
+    MAX_LAYERS,
     ROUNDING,
     NonNegativeFloat,
     NonNegativeInt,
@@ -16,9 +18,11 @@ from jaxrlhf.config.base import (
     PositiveFloat,
     PositiveInt,
     Remat,
+    Seconds,
     Settings,
 )
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
+from jaxrlhf.config.paths import CachePath, FolderPath, FunctionPath, SourcePath
 from jaxrlhf.config.rewards import ModelRewardConfig, RewardConfig
 from jaxrlhf.config.steps import (
     AdapterConfig,
@@ -42,7 +46,7 @@ class NewModelConfig(Settings):
 
     vocabulary: Literal["assistant"] = Field("assistant", description="vocabulary of the tokenizer: the words of the builtin assistant world")
     hidden_size: PositiveInt = Field(128, description="width of the residual stream")
-    layers: PositiveInt = Field(3, description="number of layers")
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = Field(3, description="number of layers")
     heads: PositiveInt = Field(4, description="number of query heads")
     kv_heads: PositiveInt = Field(2, description="number of key and value heads")
     intermediate_size: PositiveInt = Field(384, description="width of the MLP")
@@ -60,10 +64,10 @@ class NewModelConfig(Settings):
 class ModelConfig(Settings):
     """The base model: exactly one of path, run and new."""
 
-    path: str | None = Field(None, description="Hugging Face folder or hub id of a pretrained model")
-    run: str | None = Field(None, description="directory of a finished run; this run uses its base, tokenizer and adapters")
+    path: SourcePath | None = Field(None, description="Hugging Face folder or hub id of a pretrained model")
+    run: FolderPath | None = Field(None, description="directory of a finished run; this run uses its base, tokenizer and adapters")
     new: NewModelConfig | None = Field(None, description="creates a decoder with random weights")
-    tokenizer: str | None = Field(None, description="tokenizer folder or hub id; null uses the model's own")
+    tokenizer: SourcePath | None = Field(None, description="tokenizer folder or hub id; null uses the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base in memory; auto keeps the dtype of the files, and is float32 for a new model")
     attention: Literal["xla", "cudnn"] = Field("xla", description="implementation of attention over full sequences; cudnn is fused, for NVIDIA GPUs in bfloat16 or float16", json_schema_extra=ROUNDING)
     matmul_precision: Literal["highest", "tf32"] = Field("highest", description="precision of float32 matrix products on NVIDIA GPUs, in every program; highest is float32, which is needed for a ratio of exactly 1 in the first minibatch; tf32 is faster and has a 10-bit mantissa. With a bfloat16 or float16 base the setting affects only scalar heads and LoRA pairs on lm_head; a CPU ignores the setting", json_schema_extra=ROUNDING)
@@ -84,9 +88,9 @@ class ModelConfig(Settings):
 class MeshConfig(Settings):
     """Number of devices along each mesh axis; -1 takes the remaining devices."""
 
-    data: int = Field(-1, ge=-1, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
-    fsdp: int = Field(1, ge=-1, description="devices that share the weights, gathered layer by layer, and the batch", json_schema_extra=FREE)
-    tensor: int = Field(1, ge=-1, description="devices that share each layer's heads and MLP width", json_schema_extra=FREE)
+    data: int = Field(-1, ge=-1, le=LARGEST, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
+    fsdp: int = Field(1, ge=-1, le=LARGEST, description="devices that share the weights, gathered layer by layer, and the batch", json_schema_extra=FREE)
+    tensor: int = Field(1, ge=-1, le=LARGEST, description="devices that share each layer's heads and MLP width", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _one_filler(self) -> "MeshConfig":
@@ -103,7 +107,7 @@ class CheckpointsConfig(Settings):
     best: str | None = Field(None, description="metric, such as reward/gold; the checkpoint with its best value is kept as well; null keeps only the latest", json_schema_extra=CHOICE)
     best_is: Literal["highest", "lowest"] = Field("highest", description="whether the highest or the lowest value of best is the best", json_schema_extra=CHOICE)
     result: Literal["last", "best"] = Field("last", description="which weights are the result of a stage: the weights of its last step (last), or of its best checkpoint (best) if the stage logs the metric named by best")
-    grace: PositiveFloat = Field(60.0, description="seconds after SIGTERM, SIGHUP or Ctrl-C in which the current step may finish and be saved", json_schema_extra=FREE)
+    grace: Seconds = Field(60.0, description="seconds after SIGTERM, SIGHUP or Ctrl-C in which the current step may finish and be saved", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _best_metric(self) -> "CheckpointsConfig":
@@ -175,12 +179,12 @@ class PPOStageConfig(Settings):
     iterations: PositiveInt = Field(100, description="number of iterations, each with one rollout and one update", json_schema_extra=LONGER)
     batch_size: PositiveInt = Field(64, description="prompts per rollout, each with sampling.samples_per_prompt completions")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled")
-    policy: str | None = Field(None, description="adapter folder (written by jaxrlhf or PEFT) from which the policy starts; null starts from the reference")
-    reference: str | None = Field(None, description="adapter folder of the reference; null uses the SFT adapter, or the base if there is none")
+    policy: FolderPath | None = Field(None, description="adapter folder (written by jaxrlhf or PEFT) from which the policy starts; null starts from the reference")
+    reference: FolderPath | None = Field(None, description="adapter folder of the reference; null uses the SFT adapter, or the base if there is none")
     reward: RewardConfig = Field(ModelRewardConfig(), description="the reward to maximise")
-    gold: str | None = Field(None, description="function whose score is logged but never trained on, as module:function or path.py:function")
+    gold: FunctionPath | None = Field(None, description="function whose score is logged but never trained on, as module:function or path.py:function")
     score: ScoreConfig = Field(ScoreConfig(), description="how scores become rewards")
-    resample: NonNegativeInt = Field(0, description="largest number of additional rollouts per iteration, whose groups replace groups with equal scores (dynamic sampling, 2503.14476); metrics cover the groups kept, reward/drawn covers all groups")
+    resample: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="largest number of additional rollouts per iteration, whose groups replace groups with equal scores (dynamic sampling, 2503.14476); metrics cover the groups kept, reward/drawn covers all groups")
     kl: KLConfig = Field(KLConfig(), description="penalty for the KL divergence from the reference")
     refresh_reference: PositiveInt | None = Field(None, description="number of iterations after each of which the policy becomes the new reference; null keeps the first reference")
     pretraining: PretrainingConfig | None = Field(None, description="data whose language-model loss is added to every optimizer step (PPO-ptx); null adds no such loss")
@@ -192,7 +196,7 @@ class PPOStageConfig(Settings):
     save_every: PositiveInt = Field(10, description="iterations between checkpoints", json_schema_extra=CHOICE)
     sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl", json_schema_extra=FREE)
     evaluation_data: PromptsConfig | None = Field(None, description="held-out prompts for the final table; null uses data")
-    evaluation_prompts: PositiveInt = Field(128, description="number of prompts for the final table, before and after training; if the source has fewer prompts, they are repeated")
+    evaluation_prompts: Annotated[int, Field(ge=1, le=1_000_000)] = Field(128, description="number of prompts for the final table, before and after training; if the source has fewer prompts, they are repeated")
 
     @model_validator(mode="before")
     @classmethod
@@ -214,7 +218,7 @@ class PPOStageConfig(Settings):
 class RunConfig(Settings):
     """A run: its stages, model and directory."""
 
-    run_dir: str = Field(description="directory of the run; the same command resumes it", json_schema_extra=FREE)
+    run_dir: FolderPath = Field(description="directory of the run; the same command resumes it", json_schema_extra=FREE)
     seed: int = Field(0, ge=0, lt=2**32, description="seed of all random numbers")
     stages: tuple[Literal["sft", "reward_model", "ppo"], ...] = Field(("sft", "reward_model", "ppo"), strict=False, min_length=1, description="stages to run, in this order")
     model: ModelConfig = Field(description="the base model")
@@ -223,7 +227,7 @@ class RunConfig(Settings):
     sft: SFTConfig | None = Field(None, description="settings of the sft stage")
     reward_model: RewardModelConfig | None = Field(None, description="settings of the reward_model stage")
     ppo: PPOStageConfig | None = Field(None, description="settings of the ppo stage")
-    compilation_cache: str | None = Field("auto", min_length=1, description="folder in which compiled programs are cached between starts; auto is JAX_COMPILATION_CACHE_DIR, or jaxrlhf/xla in the user's cache folder; null disables the cache", json_schema_extra=FREE)
+    compilation_cache: CachePath | None = Field("auto", description="folder in which compiled programs are cached between starts; auto is JAX_COMPILATION_CACHE_DIR, or jaxrlhf/xla in the user's cache folder; null disables the cache", json_schema_extra=FREE)
     compiler_options: dict[str, Any] = Field({}, description=f"XLA options by program, such as {{update: {{xla_gpu_triton_gemm_any: true}}}}; programs are {', '.join(PROGRAMS)}", json_schema_extra=ROUNDING)
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which checkpoints are kept, and which one is the result of a stage")
     health: HealthConfig = Field(HealthConfig(), description="when to stop a run that no longer learns")

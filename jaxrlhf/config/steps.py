@@ -43,7 +43,7 @@ class Sampling(Settings):
     stop_tokens: tuple[int, ...] | None = Field(None, strict=False, description="token ids that end a completion; null takes the stop tokens of the model, the tokenizer and the chat template")
     pad_token: NonNegativeInt | None = Field(None, description="token id that fills rows after the end of a completion; null takes the model's pad token")
     samples_per_prompt: PositiveInt = Field(1, description="completions per prompt (a group), sampled after one prefill")
-    max_compactions: NonNegativeInt = Field(4, description="how many times the active batch is halved when half its rows have finished; each size compiles one more decode loop; 0 disables it", json_schema_extra=ROUNDING)
+    max_compactions: Annotated[int, Field(ge=0, le=31)] = Field(4, description="how many times the active batch is halved when half its rows have finished; each size compiles one more decode loop; 0 disables it", json_schema_extra=ROUNDING)
 
 
 class LearningRates(NamedTuple):
@@ -73,8 +73,8 @@ class OptimizerConfig(Settings):
 
     learning_rate: NonNegativeFloat | None = number(None, "peak learning rate; null takes a default for LoRA or for a full fine-tune: sft 2e-4 or 2e-5, reward_model 1e-4 or 1e-5, policy 2e-5 or 1e-6, value model 1e-4 or 1e-5; full fine-tunes of models narrower than 896 get proportionally more")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate after warm-up: constant, or decaying to 0 at the last step")
-    warmup_steps: NonNegativeInt = number(0, "optimizer steps of linear warm-up", lt=2**31)
-    total_steps: PositiveInt | None = number(None, "optimizer steps until the learning rate reaches 0; null takes all optimizer steps of the stage", lt=2**31)
+    warmup_steps: NonNegativeInt = number(0, "optimizer steps of linear warm-up")
+    total_steps: PositiveInt | None = number(None, "optimizer steps until the learning rate reaches 0; null takes all optimizer steps of the stage")
     weight_decay: NonNegativeFloat = number(0.0, "decoupled weight decay of matrices")
     max_grad_norm: PositiveFloat = number(1.0, "largest global norm of the gradient; a larger gradient is scaled down to this norm")
     beta1: float = number(0.9, "Adam's decay of the first moment", ge=0, lt=1)
@@ -95,7 +95,7 @@ BY_LOSS: dict[str, dict[str, Any]] = {
 class PPOConfig(Settings):
     """The update of one iteration: PPO (1707.06347) as applied to language models (2403.17031)."""
 
-    epochs: PositiveInt = Field(1, description="passes over the completions of an iteration; more than 1 moves large models out of the clip range")
+    epochs: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="passes over the completions of an iteration; more than 1 moves large models out of the clip range")
     minibatches: PositiveInt | None = Field(None, description="number of minibatches (optimizer steps) per pass; null is the largest number up to 4 that divides the completions")
     microbatch_size: PositiveInt | None = Field(None, description="rows per forward and backward pass, also where logprobs and values are computed; null is a full minibatch; smaller values save memory")
     loss: Literal["clip", "gspo", "cispo", "pg"] = Field("clip", description="policy loss: PPO's clipped surrogate (clip), one ratio per completion (gspo), clipped weights (cispo), or plain policy gradient with one step per iteration (pg)")
@@ -133,14 +133,14 @@ class ScoreConfig(Settings):
     """How scores become rewards: normalisation first, then penalties in the normalised scale."""
 
     normalise: Literal["none", "initial", "running", "batch"] = Field("none", description="scales scores to mean 0 and deviation 1; mean and deviation are those of the scores of completions before the first iteration (initial, 1909.08593), of all scores so far (running), or of the scores of the iteration (batch, whitening)")
-    initial_completions: PositiveInt = Field(256, description="with normalise initial, the smallest number of completions from which mean and deviation are computed")
+    initial_completions: Annotated[int, Field(ge=1, le=1_000_000)] = Field(256, description="with normalise initial, the smallest number of completions from which mean and deviation are computed")
     clip: PositiveFloat | None = number(None, "clips normalised scores to +- this value; null disables clipping")
     missing_eos: Literal["subtract", "replace"] = Field("subtract", description="for completions that did not end: subtract takes missing_eos_penalty off the score; replace makes the score -missing_eos_penalty")
     missing_eos_penalty: NonNegativeFloat = number(0.0, "penalty for completions that did not end, see missing_eos")
     length_penalty: NonNegativeFloat = number(0.0, "subtracted from the score for each token beyond length_free")
-    length_free: NonNegativeInt = number(0, "number of tokens without length_penalty", lt=2**31)
+    length_free: NonNegativeInt = number(0, "number of tokens without length_penalty")
     overlong_penalty: NonNegativeFloat = number(0.0, "subtracted from the score at max_new_tokens, rising from 0 over overlong_buffer tokens before it (2503.14476, equation 13)")
-    overlong_buffer: NonNegativeInt = number(0, "tokens before max_new_tokens over which overlong_penalty rises", lt=2**31)
+    overlong_buffer: NonNegativeInt = number(0, "tokens before max_new_tokens over which overlong_penalty rises")
 
     @model_validator(mode="after")
     def _complete(self) -> "ScoreConfig":
@@ -157,7 +157,7 @@ class KLConfig(Settings):
     coef: NonNegativeFloat = number(0.05, "initial weight of the per-token KL in the reward")
     estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token KL estimator, with r = ref - policy: -r (k1), r^2/2 (k2), or exp(r)-1-r (k3)")
     target: PositiveFloat | None = number(None, "KL per completion, in nats, that the adaptive coefficient aims at; null keeps the coefficient fixed")
-    horizon: PositiveInt = number(10000, "number of completions over which the coefficient adapts", lt=2**31)
+    horizon: PositiveInt = number(10000, "number of completions over which the coefficient adapts")
 
 
 class AdvantageConfig(Settings):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxrlhf.config.base import LARGEST, LARGEST_FLOAT
 from jaxrlhf.config.run import RunConfig
 
 SettingPath = tuple[str, ...]
@@ -146,7 +147,8 @@ def _kind(schema: dict) -> str:
         return f"{'non-empty ' if schema.get('minItems') else ''}list of {items}"
     kind = {"integer": "int", "number": "float", "boolean": "true | false", "string": "text"}[schema["type"]]
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {as_yaml(schema[name])}" for name, sign in signs.items() if name in schema]
+    limits = (LARGEST, LARGEST_FLOAT, -LARGEST_FLOAT)  # of every number; errors name them
+    bounds = [f"{sign} {as_yaml(schema[name])}" for name, sign in signs.items() if schema.get(name, LARGEST) not in limits]
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxrlhf.data.sources import Message, one_line
+from jaxrlhf.data.time_limit import within
 from jaxrlhf.errors import SharedFault, UserError
 
 
@@ -55,6 +56,7 @@ Response = str | Message | list[Message] | Rendered
 _BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # a turn without content may have these
 _NOT_ASSISTANT = ("system", "developer", "user", "tool", "function")
 _MARK = "jaxrlhf-mark"  # a text to find in the output of a template
+TIME_LIMIT = 10.0  # seconds for one chat; templates take milliseconds
 _ABSENT, _NULL, _EMPTY = "absent", "null", "empty"  # forms of null content
 
 
@@ -71,6 +73,7 @@ class ChatTemplate:
         self.time: datetime.datetime | None = None
         self.unread: set[str] = set()  # tools and arguments of rendered chats that the template does not use
         self._read: tuple[bool, bool] | None = None
+        self._powers_checked = False
 
     @property
     def exists(self) -> bool:
@@ -156,12 +159,30 @@ class ChatTemplate:
             raise UserError(f"{place}the prompt ends with a tool call of the assistant; want a tool's message after it")
         end = {"continue_final_message": continued, "add_generation_prompt": not whole and not continued}
         try:
+            self._check_powers()
             return self._in_a_form_that_fits(chat, end)
+        except SharedFault:
+            raise
         except ImportError as error:
             raise SharedFault(f"{self.name}: chat templates need jinja2: pip install jinja2") from error
         except Exception as error:  # a template is a program and may raise anything
             self._check_syntax(error)
             raise UserError(f"{place}the chat template of {self.name} refuses this chat: {one_line(error)}") from error
+
+    def _check_powers(self) -> None:
+        """Raises SharedFault for the operator **: one huge power would block the process, past every time limit."""
+        if self._powers_checked:
+            return
+        from jinja2 import Environment
+
+        templates = self._tokenizer.chat_template
+        for template in templates.values() if isinstance(templates, dict) else (templates,):
+            before = ""
+            for _, kind, token in Environment().lex(str(template)):
+                if token == "**" and kind == "operator" and before not in ("(", ","):  # not of f(**arguments)
+                    raise SharedFault(f"{self.name}: its chat template uses the operator **; write the product out")
+                before = token if kind != "whitespace" else before
+        self._powers_checked = True
 
     def _check_syntax(self, error: Exception) -> None:
         """Raises SharedFault if the error means that the template does not compile."""
@@ -188,6 +209,8 @@ class ChatTemplate:
             messages = [self._message(message, as_text, null) for message in chat.messages]
             try:
                 text = self._apply(messages, chat, end, null == _NULL)
+            except SharedFault:
+                raise
             except Exception as error:
                 failure = failure or error
                 continue
@@ -206,7 +229,18 @@ class ChatTemplate:
             template, arguments["jaxrlhf_time"] = _CLOCK + template, _directives(self.time)
         if template is not original:
             arguments["chat_template"] = template
-        return self._tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, **arguments)
+        return self._written(messages, tools=chat.tools, **arguments)
+
+    def _written(self, messages: list[Message], **arguments: Any) -> str:
+        """The template's text; a template is a program, so its time is limited. Raises `SharedFault` beyond that."""
+        try:
+            render = self._tokenizer.apply_chat_template
+            return within(TIME_LIMIT, lambda: render(messages, tokenize=False, **arguments))
+        except TimeoutError:
+            raise SharedFault(
+                f"{self.name}: its chat template took more than {TIME_LIMIT:g} seconds for one chat; correct its "
+                "loops, or give prompt and response as text"
+            ) from None
 
     def _message(self, message: Message, arguments_as_text: bool, null: str) -> Message:
         """Converts a message to the form that the template reads."""
@@ -241,7 +275,9 @@ class ChatTemplate:
         ]
         for chat in ([turns[2], *turns[:2]], turns[:2]):  # some templates refuse a system message
             try:
-                text = self._tokenizer.apply_chat_template(chat, tokenize=False)
+                text = self._written(chat)
+            except SharedFault:
+                raise
             except Exception:
                 continue
             has_words = all(word in text for word in words[: 2 * len(chat)])
@@ -307,7 +343,7 @@ def _with_arguments(call: Any, as_text: bool) -> Any:
     elif not as_text and isinstance(arguments, str):
         try:
             parsed = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return call
         arguments = parsed if isinstance(parsed, dict) else arguments
     return {**call, "function": {**function, "arguments": arguments}} if "arguments" in function else call

@@ -8,13 +8,14 @@ import gzip
 import itertools
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from jaxrlhf.config import Overflow, SourceConfig
+from jaxrlhf.config.paths import BUILTIN as BUILTIN_PREFIX
+from jaxrlhf.config.paths import HUB_ID
 from jaxrlhf.data import hub
 from jaxrlhf.errors import SharedFault, UserError
 
@@ -22,11 +23,9 @@ Message = dict[str, Any]
 """One turn of a chat: `role`, `content`, and other keys that the chat template reads."""
 
 ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-BUILTIN_PREFIX = "builtin:"
-BUILTIN_SPLITS = ("train", "test")
+BUILTIN_SPLITS, BUILTIN_LIMIT = ("train", "test"), 1_000_000
 REASONS = 6  # reasons that a report lists; rarer ones count as "other reasons"
 T = TypeVar("T")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -283,6 +282,8 @@ def _builtin(source: SourceConfig) -> list[Row]:
         )
     if source.split not in BUILTIN_SPLITS:
         raise UserError(f"{source.path}: no split {source.split!r}; it has {', '.join(BUILTIN_SPLITS)}")
+    if (source.limit or 0) > BUILTIN_LIMIT:
+        raise UserError(f"{source.path}: limit {source.limit}: a builtin set has at most {BUILTIN_LIMIT:,} rows")
     rows = BUILTIN[name](source.split, source.limit)
     return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(rows, 1)]
 

@@ -36,6 +36,9 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
     Tensors that the decoder does not use (a value head, a vision tower, layers that `config.json` does not mention) are
     skipped with a notice; transformers prints a warning for them.
     """
+    if config.layers > len(tensors):  # before a decoder of so many layers is built
+        info = folder / "config.json"
+        raise UserError(f"{info}: calls for {config.layers} layers, but the weights have only {len(tensors)} tensors")
     matched, used = {}, set()
     for name, parameter in named_parameters(abstract_decoder(config)).items():
         address = address_of(config, name)

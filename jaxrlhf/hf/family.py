@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxrlhf.config.base import LARGEST, LARGEST_FLOAT, MAX_LAYERS
 from jaxrlhf.errors import UserError, short
 from jaxrlhf.hf.family_ropes import FULL, SLIDING, Ropes, read_ropes, rope_entries
 from jaxrlhf.models.activations import ACTIVATIONS
@@ -237,7 +238,7 @@ def count(document: dict[str, Any], entry: str, default: int, least: int = 1) ->
     """
     value = document.get(entry)
     value = default if value is None else value
-    if not _is_int(value) or value < least:
+    if not _is_int(value) or not least <= value <= LARGEST:
         raise ValueError(f"{entry} must be a whole number, at least {least}, not {short(value)}")
     return value
 
@@ -263,14 +264,20 @@ def _is_int(value: Any) -> bool:
 
 
 def _size(value: Any) -> int:
-    if not _is_int(value) or value < 1:
-        raise ValueError("a whole number, at least 1")
+    if not _is_int(value) or not 1 <= value <= LARGEST:
+        raise ValueError(f"a whole number, at least 1 and at most {LARGEST}")
+    return value
+
+
+def _layers(value: Any) -> int:
+    if not _is_int(value) or not 1 <= value <= MAX_LAYERS:
+        raise ValueError(f"a whole number, at least 1 and at most {MAX_LAYERS}")
     return value
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError("a number, at least 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_FLOAT:
+        raise ValueError("a number, at least 0, that float32 holds")
     return float(value)
 
 
@@ -300,6 +307,7 @@ def _activation(value: Any) -> str:
 
 KINDS: dict[str, Callable[[Any], Any]] = {
     "size": _size,
+    "layers": _layers,
     "float": _float,
     "cap": _cap,
     "bool": _bool,

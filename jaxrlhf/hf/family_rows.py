@@ -44,7 +44,7 @@ LLAMA_FIELDS = (
     Field("vocab_size", "vocab_size", "size", 32000),
     Field("hidden_size", "hidden_size", "size", 4096),
     Field("intermediate_size", "intermediate_size", "size", 11008),
-    Field("layers", "num_hidden_layers", "size", 32),
+    Field("layers", "num_hidden_layers", "layers", 32),
     Field("heads", "num_attention_heads", "size", 32),
     Field("kv_heads", "num_key_value_heads", "size", lambda read: read["heads"]),
     Field("head_dim", "head_dim", "size", _equal_heads),
@@ -182,7 +182,7 @@ GPT2 = Family(
     fields=_fields(
         Field("hidden_size", "n_embd", "size", 768),
         Field("intermediate_size", "n_inner", "size", lambda read: 4 * read["hidden_size"]),
-        Field("layers", "n_layer", "size", 12),
+        Field("layers", "n_layer", "layers", 12),
         Field("heads", "n_head", "size", 12),
         Field("max_positions", "n_positions", "size", 1024),
         Field("norm_eps", "layer_norm_epsilon", "float", 1e-5),

@@ -80,7 +80,7 @@ def read_json(file: Path) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file.parent}: no {file.name} in this folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # endless nesting
         raise UserError(f"{file}: not readable as JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{file}: must hold a JSON object, not a {type(document).__name__}")
@@ -105,7 +105,7 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length)) if 8 + length <= size and length <= HEADER_LIMIT else None
     except OSError as error:
         raise UserError(f"{file}: not readable ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise UserError(f"{file}: no safetensors header; the file of {size} bytes is truncated or corrupt")

@@ -116,14 +116,19 @@ def _with_tokens(
         except ValueError as error:
             raise UserError(f"{file}: {entry} must be {error}, not {generation[entry]!r}") from None
     stops = tokens["eos_token_id"]
+    for token in (*stops, *(config.stop_tokens if has_eos else ())):
+        if token >= config.vocab_size:
+            info = file if token in stops else folder / "config.json"
+            raise UserError(
+                f"{info}: eos_token_id {token} is outside the vocabulary of {config.vocab_size} tokens; give an id "
+                f"from 0 to {config.vocab_size - 1}"
+            )
     if has_eos or not (stops or (tokenizer is not None and tokenizer.stop_ids)):
         stops = tuple(dict.fromkeys([*stops, *config.stop_tokens]))
     if tokenizer is not None:
         tokenizer = tokenizer.for_model(config.vocab_size, stops)
         stops = tokenizer.stop_ids
-    for token in stops:
-        if token >= config.vocab_size:
-            raise UserError(f"{folder}: eos_token_id {token} is outside the vocabulary of {config.vocab_size} tokens")
+    stops = tuple(token for token in stops if token < config.vocab_size)  # a family's default may not fit
     own_pad = None if tokenizer is None else tokenizer.pad_id
     pads = (*tokens["pad_token_id"], config.pad_token, own_pad, *stops, 0)
     pad = next(token for token in pads if token is not None and token < config.vocab_size)

@@ -172,6 +172,10 @@ def load_function(spec: str, key_path: str) -> Callable:
 def _load_file(path: str, key_path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"{key_path}: there is no file {path} (from {os.getcwd()})")
+    # So that the files beside it can be imported, now and when a function imports them later; last, so that they hide
+    # no installed module.
+    if (folder := str(Path(path).parent.absolute())) not in sys.path:
+        sys.path.append(folder)
     # The prefix keeps a file called json.py from hiding a module. Dataclasses look their module up by its name.
     name = f"jaxrlhf_file_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)

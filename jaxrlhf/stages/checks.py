@@ -16,6 +16,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.fused_attention import check_model
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.ppo.checks import check_algorithm
+from jaxrlhf.stages.sizes import check_tokens_per_step, check_total_steps
 from jaxrlhf.steps.optimizer import with_rate
 from jaxrlhf.steps.ppo import complete
 
@@ -35,6 +36,7 @@ def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh)
         _check_ppo(section, model, mesh)
     else:
         check_length(model, section.max_length, f"{stage}.max_length")
+        check_tokens_per_step(section.batch_size, section.max_length, f"{stage}.batch_size")
     rows, size, key_path = _update_rows(config, stage, section.batch_size)
     if size is not None:
         check_microbatches(rows, size, key_path)
@@ -56,14 +58,17 @@ def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None
     if config.update.buckets > 1:
         check_one_rope(model, config.max_prompt_tokens + 1, length, "ppo.update.buckets")
     rows = config.batch_size * config.sampling.samples_per_prompt
+    check_tokens_per_step(rows, length, "ppo.batch_size x ppo.sampling.samples_per_prompt")
     minibatches = complete(config.update, rows).minibatches
     if rows % minibatches:
         raise UserError(
             f"ppo.update.minibatches: {rows} rows cannot be split into {minibatches} minibatches; {_fitting(rows)}"
         )
+    check_total_steps(config.iterations * config.update.epochs * minibatches, "ppo.iterations")
     mix, size = config.pretraining, config.update.microbatch_size
     if mix is not None:
         check_length(model, mix.max_length, "ppo.pretraining.max_length")
+        check_tokens_per_step(mix.batch_size, mix.max_length, "ppo.pretraining.batch_size")
         check_batch(mesh, mix.batch_size, "ppo.pretraining.batch_size")
         if size is not None and mix.batch_size > size:
             check_microbatches(mix.batch_size, size, "ppo.update.microbatch_size for ppo.pretraining.batch_size")
@@ -145,7 +150,9 @@ def check_microbatches(rows: int, size: int, key_path: str) -> None:
 
 
 def _fitting(rows: int) -> str:
-    return f"these fit: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}"
+    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+    divisors = [*small, *(rows // n for n in reversed(small) if n * n != rows)]
+    return f"these fit: {', '.join(map(str, divisors))}"
 
 
 def check_adapter(base: Decoder, config: AdapterConfig, key_path: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxrlhf.errors import Diverged
+from jaxrlhf.errors import Diverged, printable
 from jaxrlhf.records import Experience, Rollout
 from jaxrlhf.rewards.completions import Completions
 
@@ -73,5 +73,5 @@ def comparison(evaluations: Mapping[str, Evaluation], samples: int = 5) -> str:
 
 
 def _wrapped(label: str, text: str) -> list[str]:
-    lines = textwrap.wrap(" ".join(text.split()), WIDTH - 18) or [""]
+    lines = textwrap.wrap(printable(" ".join(text.split())), WIDTH - 18) or [""]
     return [f"{label if i == 0 else '':18}{line}" for i, line in enumerate(lines)]

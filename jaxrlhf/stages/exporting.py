@@ -26,8 +26,6 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
     Raises `UserError`, before anything is written, if the run or role does not exist, the format cannot represent the
     role, or the target folder holds something else.
     """
-    if arguments.max_shard_bytes < 1:
-        raise UserError(f"--max-shard-bytes: must be at least 1, not {arguments.max_shard_bytes}")
     roles = load_run(arguments.run, step=arguments.step)
     config = load_config(f"{arguments.run}/config.yaml").model_copy(update={"run_dir": arguments.run})
     base_path, own = base_of(config)

@@ -13,7 +13,7 @@ from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.tokenizers import Tokenizer
-from jaxrlhf.errors import UserError, short
+from jaxrlhf.errors import UserError, printable, short
 from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
@@ -51,7 +51,7 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
         notice(f"{arguments.run}: the roles of the stage {roles.checkpoint[0]} are those of step {roles.checkpoint[1]}")
     program = jax.jit(rollout, compiler_options=compiler_options(roles.base))
     cache = AUTO if config is None else config.compilation_cache
-    with cached_programs(cache, lambda text: print(text, file=sys.stderr)):
+    with cached_programs(cache, lambda text: print(printable(text), file=sys.stderr)):
         for start in range(0, len(prompts), BATCH):
             batch = ids[start : start + BATCH]
             if len(ids) > 1:  # pad the last batch with its first prompt, so that all batches have one shape

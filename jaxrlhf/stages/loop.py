@@ -15,7 +15,7 @@ from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.mesh import finite_leaves
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
-from jaxrlhf.errors import Diverged, Fault
+from jaxrlhf.errors import Diverged, Fault, printable
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.tracking.health import Health, stop_with_batch
@@ -45,7 +45,7 @@ class Run:
     def say(self, text: str) -> None:
         """Prints a line on stderr, on process 0 only."""
         if processes.is_first():
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 class Loop:

@@ -16,6 +16,7 @@ from jaxrlhf.stages.evaluation import check_results
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
+from jaxrlhf.stages.sizes import check_total_steps
 from jaxrlhf.stages.training import check_settings, train_adapter
 from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
 
@@ -44,7 +45,9 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
 
     def data(pairs: list[Pair]) -> PreferenceData:
         sizes = (config.batch_size, config.max_length)
-        return PreferenceData(pairs, *sizes, run.config.seed, config.buckets, tokenizer.pad_id)
+        rows = PreferenceData(pairs, *sizes, run.config.seed, config.buckets, tokenizer.pad_id)
+        check_total_steps(config.epochs * len(rows), "reward_model.epochs")
+        return rows
 
     pairs = read(config.data)
     if config.test_data is not None:

@@ -34,6 +34,7 @@ from jaxrlhf.models.quantize import quantization
 from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.keys import key_for
+from jaxrlhf.stages.sizes import check_new_model
 
 ADAPTERS = ("sft", "reward", "policy", "value", "average")
 
@@ -237,7 +238,7 @@ def finished_stages(run_dir: str) -> dict[str, dict]:
         return {}
     try:
         stages = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}; restore it, or give another run_dir") from None
     if not isinstance(stages, dict):
         raise UserError(f"{path}: must hold an object with the finished stages; restore it, or give another run_dir")
@@ -275,6 +276,7 @@ def _load_model(
     from jaxrlhf.toy.world import VOCABULARY
 
     tokenizer = build_word_tokenizer(VOCABULARY)
-    shape = new_decoder_config(model.new, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     dtype = jnp.dtype("float32" if model.dtype == AUTO else model.dtype)
+    check_new_model(model.new, tokenizer.vocab_size, dtype.itemsize, mesh)
+    shape = new_decoder_config(model.new, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     return Decoder(shape, key_for(config.seed, "model", 0, "weights"), dtype), tokenizer, {}

@@ -15,6 +15,7 @@ from jaxrlhf.stages.evaluation import check_results
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
+from jaxrlhf.stages.sizes import check_total_steps
 from jaxrlhf.stages.training import check_settings, train_adapter
 from jaxrlhf.steps.sft import sft_evaluate, sft_update
 
@@ -43,7 +44,9 @@ def load(run: Run, roles: Roles) -> SFTInputs:
         sizes = (config.batch_size, config.max_length)
         return SFTData([examples[i] for i in rows], *sizes, run.config.seed, config.packing, tokenizer.pad_id)
 
-    return SFTInputs(data(train), data(held) if len(held) else None)
+    inputs = SFTInputs(data(train), data(held) if len(held) else None)
+    check_total_steps(config.epochs * len(inputs.train), "sft.epochs")
+    return inputs
 
 
 def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:

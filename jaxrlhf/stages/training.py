@@ -14,6 +14,7 @@ from jaxrlhf.records import Adapter, TrainState
 from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, with_total_steps
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import static_arguments, train_program
+from jaxrlhf.stages.sizes import check_lora, check_packed, check_rollout
 from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 
 
@@ -24,6 +25,21 @@ def check_settings(run: Run, base: Decoder, stage: str, *sources: Any) -> None:
     check_adapter(base, run.config.adapter_or(getattr(run.config, stage).adapter), f"{stage}.adapter")
     for warning in check_stage(run.config, stage, base.config, run.mesh):
         run.say(warning)
+    _check_memory(run, base, stage)
+
+
+def _check_memory(run: Run, base: Decoder, stage: str) -> None:
+    """Raises `UserError` if the stage needs more memory than there is, whatever its rows are."""
+    config, settings = run.config, getattr(run.config, stage)
+    for name in ("adapter", "value_adapter"):
+        own = getattr(settings, name, None)
+        if (adapter := config.adapter_or(own)).kind == "lora":
+            check_lora(base, adapter, run.mesh, f"{stage}.{name}" if own is not None else "adapter")
+    if stage == "ppo":
+        check_rollout(settings, base.config, run.mesh)
+    elif getattr(settings, "packing", False):
+        rows = settings.microbatch_size or settings.batch_size
+        check_packed(rows, settings.max_length, base.config, run.mesh, f"{stage}.batch_size")
 
 
 def train_adapter(

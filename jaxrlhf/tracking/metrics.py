@@ -102,7 +102,7 @@ class MetricsLog:
             if not isinstance(stage, str) or not isinstance(step, int):
                 raise TypeError
             return stage, step
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"{self._path}:{number}: not a line of this log (JSON with stage and step); remove the line"
             ) from None

@@ -3,6 +3,7 @@
 import sys
 
 from jaxrlhf.distributed import processes
+from jaxrlhf.errors import printable
 
 _printed: set[str] = set()
 
@@ -10,5 +11,5 @@ _printed: set[str] = set()
 def notice(text: str) -> None:
     """Prints a line on stderr, once per process. Of several processes, process 0 prints."""
     if text not in _printed and processes.is_first():
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(printable(f"note: {text}"), file=sys.stderr, flush=True)
     _printed.add(text)
