@@ -75,6 +75,8 @@ def source_path(text: str) -> str:
 
 def function_path(text: str) -> str:
     """`path.py:function` with an absolute path; `module:function` stays as it is."""
+    if not text.strip():
+        raise ValueError("is empty; give module:function or path.py:function")
     where, _, name = text.rpartition(":")
     if not where.endswith(".py"):
         check_characters(text)
