@@ -57,8 +57,11 @@ def _status(command: Callable[[], None], afterwards: str) -> int:
     except OutputLost:
         raise
     except Fault as fault:
-        _print_user_frames(fault)
-        _say(f"error: {fault}{'' if isinstance(fault, Diverged) else afterwards}")
+        if hasattr(fault, "elsewhere"):  # another process prints it
+            _say(_line(fault))
+        else:
+            _print_user_frames(fault)
+            _say(f"error: {fault}{'' if isinstance(fault, Diverged) else afterwards}")
     except PermissionError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
         _say(f"error: {what}; change its permissions, or give another path")

@@ -168,7 +168,7 @@ def test_rewards_are_asked_once_and_tables_are_printed_once(runs):
     assert {*runs.calls["one"]} == {"alone"} and {*runs.calls["two"], *runs.calls["four"]} == {"0"}
     assert len(runs.calls["one"]) == len(runs.calls["two"]) == len(runs.calls["four"])
     for name, processes in (("two", 2), ("four", 4)):
-        assert runs.said[name].count("before PPO") == 1
+        assert len(re.findall(r"before PPO +after PPO", runs.said[name])) == 1
         for number in range(1, processes):
             text = (runs.folder / f"logs-{name}" / f"process-{number}.log").read_text()
             assert not [line for line in text.splitlines() if "[Gloo]" not in line], text
@@ -243,7 +243,8 @@ def test_a_reward_that_fails_ends_all_and_loses_no_step(runs):
     finally:
         (runs.folder / "down").unlink()
     assert status == 1
-    assert said.count("Traceback") == 2 and said.count("ConnectionError: no answer") == 3, "the cause and its effect"
+    assert "Traceback" not in said and said.count("ConnectionError: no answer") == 1, "one line"
+    assert re.search(r"line \d+, in score$", said, re.MULTILINE), "and the frames of the function"
     done = len(lines(failing.run_dir, "metrics.jsonl"))
     assert failing.checkpoint(done).exists(), "what was learnt until then"
     assert re.search(r"^stopped: process 0 of 2 .* failed: see its own output$", failing.log(1), re.MULTILINE)
@@ -257,7 +258,7 @@ def test_hosts_that_read_other_data_are_refused(tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     rows = (["red", "blue", "green"], ["red", "green", "blue"])
     config = settings(tmp_path, "unlike")
-    config["ppo"] |= {"data": {"path": "prompts.jsonl"}}
+    config["ppo"] |= {"data": {"path": "/proc/self/cwd/prompts.jsonl"}}
     (tmp_path / "letters.py").write_text(REWARD)
     (tmp_path / "unlike.yaml").write_text(yaml.safe_dump(config))
     running = []
