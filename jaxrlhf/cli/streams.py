@@ -73,5 +73,5 @@ def discard_output() -> None:
 
 
 def ascii_only() -> bool:
-    """Whether standard output lacks characters, so that JSON must escape them."""
+    """Whether the encoding of standard output cannot write all of Unicode, so that JSON must be ASCII."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") not in ("utf8", "utf16", "utf32")

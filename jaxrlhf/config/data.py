@@ -59,7 +59,7 @@ class DemonstrationsConfig(ChatSourceConfig):
 
 
 class PreferencesConfig(ChatSourceConfig):
-    """Preference pairs: a prompt with two completions, two full dialogues as in hh-rlhf, or two chats."""
+    """Preference pairs, in one of three forms: one prompt and two completions; two full dialogues, as in hh-rlhf; two chats."""
 
     prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages; without this column, chosen and rejected are full dialogues")
     chosen_field: str = Field("chosen", description="column with the better completion or dialogue")

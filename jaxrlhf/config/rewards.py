@@ -65,7 +65,7 @@ class ClassifierRewardConfig(_Reader):
 
 
 def _tag(section: Any) -> str | None:
-    """The kind of a section as "kind=NAME", which cannot be the name of a setting. The default kind is model."""
+    """Returns a section's kind as "kind=NAME". No setting has such a name. The default kind is model."""
     if isinstance(section, dict):
         return f"kind={section.get('kind', 'model')}"
     return f"kind={section.kind}" if isinstance(section, Settings) else None

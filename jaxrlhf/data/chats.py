@@ -101,7 +101,7 @@ class ChatTemplate:
         return prompt.text if isinstance(prompt, Rendered) else self._render(as_chat(prompt), place)
 
     def whole_text(self, chat: list[Message] | Chat, place: str) -> str:
-        """A finished chat as text, with the end that the template writes."""
+        """A finished chat as text, with what the template writes after the last message."""
         return self._render(as_chat(chat), place, whole=True)
 
     def pair_texts(self, prompt: Prompt, response: Response, place: str) -> tuple[str, str]:

@@ -84,8 +84,8 @@ def load_prompts(
     """Reads, checks and tokenizes all prompts (see `read_prompts`); none is longer than `max_prompt_tokens`.
 
     The prompt of plain text is its first `text_tokens` tokens after BOS. For a longer prompt, `cut` removes its start
-    but keeps BOS, `drop` drops it, `stop` raises. A row that cannot be used raises UserError with its place; if the
-    config drops such rows, the majority of rows decides the form.
+    but keeps BOS, `drop` drops it, `stop` raises. A row that cannot be used raises UserError with its place. If the
+    config drops such rows, the rows are read as text, messages or prompts: as most of them are.
     """
     rows = read_rows(config)
     drop = drops_unusable(config, overflow)
@@ -158,5 +158,5 @@ def _form(config: PromptsConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
     raise UserError(
         f"{rows[0].where}: want field {config.prompt_field!r}, {config.messages_field!r} or {config.text_field!r}; "
         f"the row has {', '.join(rows[0].values) or 'no fields'} "
-        "(the settings prompt_field, messages_field and text_field give these names)"
+        "(the settings prompt_field, messages_field and text_field name these fields)"
     )

@@ -236,7 +236,7 @@ def merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) ->
 
 
 def _fused(config: DecoderConfig, parts: list[tuple[TensorAddress, jax.Array]]) -> Pending:
-    """Returns the checkpoint's tensor for these parameters of the decoder; they are joined when it is fetched."""
+    """Returns the checkpoint's tensor that holds these parameters; fetching the tensor joins them."""
     address, first = parts[0]
     if address.part is None:
         return pending(first, address.transposed)

@@ -104,7 +104,8 @@ def _with_tokens(
     """Returns (the config with its stop tokens and pad token, the tokenizer with the same stop tokens).
 
     The stop tokens are those of `generation_config.json`, `config.json`, the tokenizer and its chat template. If
-    `config.json` has none (not `has_eos`), the family's default is used only if there is no other stop token. If no pad
+    `config.json` names no stop token (`has_eos` is False), the default of the model family counts only when all other
+    sources name none. If no pad
     token is given, a stop token or 0 is used; any token would do, because masks mark the padding.
     """
     file = folder / "generation_config.json"

@@ -220,7 +220,7 @@ def kind_of(config: DecoderConfig, path: str, kind: str) -> str:
 
 
 def quantize_decoder(base: Decoder, kind: str) -> Decoder:
-    """Returns the base, which is on one device, with its linear layers quantised; other weights are shared."""
+    """Returns a copy of the base (on one device) with quantised linear layers. All other weights are shared."""
 
     def replace(path: str, linear: Linear) -> Linear:
         kernel = np.asarray(linear.kernel[...], np.float32)

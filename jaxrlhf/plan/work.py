@@ -132,8 +132,8 @@ class Role:
 
         `seen` is the number of (query, key) pairs; `logits` and `scalars` are the numbers of positions with logits and
         with outputs of the scalar head. `unread` is the number of tokens whose last hidden state is unused. `values` is
-        how many values the adapter has during the pass; 0 means that it is merged already. `backward` adds the
-        gradients of the trained parameters.
+        how many different adapter weights the pass uses (one per optimizer step); 0: the adapter is merged.
+        `backward` adds the gradients of the trained parameters.
         """
         config, tokens = self.config, np.asarray(tokens, float)[..., None] - unread * self.late
         merged = (self.merges > 0) & (values * self.product < self.pair * tokens)

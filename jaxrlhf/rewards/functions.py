@@ -160,7 +160,7 @@ def load_function(spec: str, key_path: str) -> Callable:
         raise
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{key_path}: {where} does not import: {what}") from error
+        raise UserError(f"{key_path}: cannot import {where}: {what}") from error
     function = getattr(module, name, None)
     if not callable(function):
         own = [(n, v) for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]

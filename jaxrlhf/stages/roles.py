@@ -176,7 +176,7 @@ def find_checkpoint(config: RunConfig, step: str) -> tuple[str, int]:
     for number in steps:
         if step == str(number):
             return stage, number
-    raise UserError(f"--step {short(step)}: must be latest, best or a step that is there; {there}")
+    raise UserError(f"--step {short(step)}: must be latest, best or the number of a saved step; {there}")
 
 
 def _checkpoints(config: RunConfig, stage: str) -> Path:

@@ -146,7 +146,7 @@ def take(words: list[str], phrases: tuple[str, ...]) -> tuple[str | None, list[s
 
 
 def _take_statement(question: Question, words: list[str]) -> tuple[str | None, list[str]]:
-    """(the value stated at the start of the words or None, the remaining words)."""
+    """Returns (value, remaining words). The value is what `words` states first, None if they state nothing."""
     for value in question.topic.values:
         for statement in (question.sentence(value), f"{value} ."):
             n = len(statement.split())

@@ -189,12 +189,12 @@ def test_functions_of_modules_and_files(tmp_path):
         ("rewards.py:", "neither module:function"),
         ("rewards.py:two words", "neither module:function"),
         ("absent.py:score", "there is no file absent.py"),
-        ("no_such_module_here:score", "no_such_module_here does not import: ModuleNotFoundError"),
+        ("no_such_module_here:score", "cannot import no_such_module_here: ModuleNotFoundError"),
         ("jaxrlhf.rewards:score", "jaxrlhf.rewards has no function score; it has none"),
         ("{folder}/good.py:scores", "has no function scores; it has score"),
         ("{folder}/good.py:NUMBER", "has no function NUMBER"),
-        ("{folder}/broken.py:score", "does not import: SyntaxError"),
-        ("{folder}/raising.py:score", "does not import: ValueError: one"),
+        ("{folder}/broken.py:score", "broken.py: SyntaxError"),
+        ("{folder}/raising.py:score", "raising.py: ValueError: one"),
     ],
 )
 def test_a_function_that_cannot_be_found_is_named_in_one_line(tmp_path, spec, words):
