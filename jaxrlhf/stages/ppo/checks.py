@@ -16,7 +16,7 @@ def check_algorithm(config: PPOStageConfig) -> None:
         )
     if config.resample and group == 1:
         raise UserError(
-            "ppo.resample: replaces groups whose scores are all equal, so set ppo.sampling.samples_per_prompt to 2 or more"
+            "ppo.resample: replaces groups of equal scores, so set ppo.sampling.samples_per_prompt to 2 or more"
         )
     if config.sampling.temperature == 0:
         raise UserError("ppo.sampling.temperature: 0 is greedy, but PPO must sample; give a number above 0, such as 1")
