@@ -33,6 +33,7 @@ except ImportError:  # orbax versions with v1 under `experimental`
 
 from jaxrlhf.checkpoint.checksums import Damaged, seal, unseal
 from jaxrlhf.checkpoint.files import atomic_write, reason, sync
+from jaxrlhf.checkpoint.leaves import abstract, compare, describe, is_array, named_leaves, parse
 from jaxrlhf.distributed.processes import from_first, largest
 from jaxrlhf.errors import Fault, UserError
 
@@ -104,19 +105,19 @@ class Checkpoints:
             if step == latest:
                 return
             raise ValueError(f"step {step} is not after the latest checkpoint, {latest}")
-        leaves = _named_leaves(tree)
+        leaves = named_leaves(tree)
         # jax keeps a donated array until it is written; a numpy array is copied, since the caller may change it.
         arrays = {
             name: leaf if isinstance(leaf, jax.Array) else np.array(leaf)
             for name, leaf in leaves.items()
-            if _is_array(leaf) and math.prod(leaf.shape)
+            if is_array(leaf) and math.prod(leaf.shape)
         }
         best, scored = self._best, score is not None and math.isfinite(score)
         if scored and (best is None or self._sign * score > self._sign * best.score):
             best = Best(step, score)
         record = {
-            "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-            "values": {name: json.dumps(leaf) for name, leaf in leaves.items() if not _is_array(leaf)},
+            "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
+            "values": {name: json.dumps(leaf) for name, leaf in leaves.items() if not is_array(leaf)},
             "best": best and [self._scored, self._sign, best.step, best.score],
             "notes": notes or {},
         }
@@ -257,9 +258,9 @@ class Checkpoints:
         """
         folder = self._directory / str(step)
         record = _checked_record(folder)
-        leaves = _named_leaves(like)
-        _compare(folder, record["leaves"], {name: _describe(leaf) for name, leaf in leaves.items()})
-        arrays = {name: _abstract(leaf) for name, leaf in leaves.items() if _is_array(leaf)}
+        leaves = named_leaves(like)
+        compare(folder, record["leaves"], {name: describe(leaf) for name, leaf in leaves.items()})
+        arrays = {name: abstract(leaf) for name, leaf in leaves.items() if is_array(leaf)}
         stored = {name: leaf for name, leaf in arrays.items() if math.prod(leaf.shape)}  # orbax stores no empty arrays
         loaded = _load_arrays(folder, stored)
         values = {name: json.loads(text) for name, text in record["values"].items()}
@@ -317,8 +318,8 @@ def stored_arrays(directory: str | Path, step: int, above: str) -> dict[str, jax
     """
     folder = Path(directory).absolute() / str(step)
     leaves = _undamaged_record(folder)["leaves"]
-    below = {name: _parse(text) for name, text in leaves.items() if name.startswith(f"{above}/") and text.endswith("]")}
-    stored = {name: _abstract(leaf) for name, leaf in below.items() if math.prod(leaf.shape)}
+    below = {name: parse(text) for name, text in leaves.items() if name.startswith(f"{above}/") and text.endswith("]")}
+    stored = {name: abstract(leaf) for name, leaf in below.items() if math.prod(leaf.shape)}
     arrays = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in below.items() if name not in stored}
     if stored:
         context = ocp.Context()
@@ -364,7 +365,7 @@ def _spoilt(folder: Path, damage: Damaged) -> UserError:
 
 
 def _load_arrays(folder: Path, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Reads arrays of a checkpoint; `arrays` holds a template for each, from `_abstract`."""
+    """Reads arrays of a checkpoint; `arrays` holds a template for each, from `abstract`."""
     step = np.zeros((), np.asarray(0).dtype)
     try:
         return ocp.load(folder, {"arrays": arrays, "step": step})["arrays"]
@@ -373,50 +374,3 @@ def _load_arrays(folder: Path, arrays: dict[str, Any]) -> dict[str, Any]:
             f"{folder}: the checkpoint is undamaged but cannot be read ({reason(raised)}); use the versions of jax "
             "and orbax-checkpoint that wrote it"
         ) from raised
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns path -> leaf, in the tree's order."""
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
-    if len(named) != len(pairs):
-        raise ValueError("two leaves of the tree have the same path")
-    for name, leaf in named.items():
-        if not (_is_array(leaf) or isinstance(leaf, bool | int | float | str)):
-            raise ValueError(f"leaf {name} is a {type(leaf).__name__}; a checkpoint holds arrays, numbers and text")
-    return named
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-def _describe(leaf: Any) -> str:
-    """Returns dtype and shape of an array, such as "float32[64,8]", or the type of another leaf, such as "int"."""
-    if not _is_array(leaf):
-        return type(leaf).__name__
-    return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-
-def _parse(text: str) -> jax.ShapeDtypeStruct:
-    """Reads back the dtype and shape of an array from the text of `_describe`."""
-    dtype, _, sizes = text.removesuffix("]").partition("[")
-    return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(dtype))
-
-
-def _abstract(leaf: Any) -> Any:
-    """Returns a template that tells orbax to load a numpy array, or a jax array with the leaf's sharding."""
-    if isinstance(leaf, np.ndarray | np.generic):
-        return np.empty(leaf.shape, leaf.dtype)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _compare(folder: Path, stored: dict[str, str], needed: dict[str, str]) -> None:
-    """Raises `UserError` that names the first leaf whose description differs."""
-    for name in {**needed, **stored}:
-        if stored.get(name) != needed.get(name):
-            raise UserError(
-                f"{folder}: {name} is {stored.get(name, 'absent')} in the checkpoint, but this run needs it to be "
-                f"{needed.get(name, 'absent')}; use the settings of the run that saved it, or another run_dir"
-            )
