@@ -291,7 +291,7 @@ def test_no_folder_and_no_hub(tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand more about it")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    refused(lambda: load_pretrained("owner/name"), "owner/name: no such folder", "hub: no connection")
+    refused(lambda: load_pretrained("owner/name"), "owner/name: no such folder", "hub cannot provide it: no connection")
 
 
 def test_a_hub_id_fetches_no_pickles_and_no_code(folder, small, monkeypatch):
