@@ -306,6 +306,9 @@ def describe(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
+    """The first line of an error's message; the error's type if it has no message or cannot be printed."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a user's own exception class may raise in __str__
+        lines = []
     return lines[0] if lines else type(error).__name__

@@ -205,3 +205,10 @@ def test_a_function_that_cannot_be_found_is_named_in_one_line(tmp_path, spec, wo
         FunctionReward(spec.format(folder=tmp_path), "ppo.gold")
     message = str(error.value)
     assert message.startswith("ppo.gold: ") and words in message and "\n" not in message
+
+
+def test_an_exception_that_cannot_be_printed_is_named_by_its_type(reward, completions):
+    odd = "class Odd(Exception):\n    def __str__(self):\n        raise RuntimeError\n"
+    score = reward(odd + "def score(prompts):\n    raise Odd\n")
+    with pytest.raises(RewardFault, match=r"score raised Odd: Odd$"):
+        score(completions)
