@@ -232,8 +232,7 @@ class Checkpoints:
             if damaged:
                 what = f"every checkpoint is damaged ({'; '.join(f'step {n}: {text}' for n, text in damaged.items())})"
             raise UserError(
-                f"{self._directory}: {what}; restore a checkpoint from a copy, or remove this directory to start the "
-                "stage again, or give another run_dir"
+                f"{self._directory}: {what}; restore a checkpoint from a copy, or give another run_dir"
             )
         if not damaged and last is not None and last > step:
             say(f"{self._directory}: the checkpoint of step {last} is missing; resuming from step {step}")

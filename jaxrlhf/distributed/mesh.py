@@ -126,7 +126,8 @@ def fetch(tree: Any) -> Any:
 
 def finite_leaves(tree: Any) -> Any:
     """Returns a tree of bools, the same on every process: whether all values of each leaf are finite."""
-    return jax.tree.map(bool, fetch(jax.tree.map(_is_finite, tree)))
+    # One program at a time: on a CPU, programs of several devices that run beside each other may deadlock.
+    return jax.tree.map(lambda leaf: bool(fetch(_is_finite(leaf))), tree)
 
 
 @jax.jit

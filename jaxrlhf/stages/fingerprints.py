@@ -25,6 +25,7 @@ from jaxrlhf.config import (
     SumRewardConfig,
 )
 from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.tensor_files import read_json
 from jaxrlhf.models.decoder import named_parameters
@@ -40,9 +41,8 @@ _REWARDS = ("ppo.reward", "ppo.gold")  # names that begin so are reported, not r
 def fingerprint(tree: Any) -> str:
     """64 bits in hex that depend on every bit of a tree's arrays and on their paths, and on no sharding."""
     found = hashlib.blake2b(digest_size=8)
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get([_bits(leaf) for _, leaf in named])
-    for (path, leaf), bits in zip(named, sums):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        bits = int(fetch(_bits(leaf)))  # one program at a time, see `finite_leaves`
         found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {bits}\n".encode())
     return found.hexdigest()
 

@@ -26,9 +26,9 @@ METRICS = {
 
 
 def metrics_of(config: RunConfig) -> set[str]:
-    """Names of the metrics that the stages of a run may log."""
-    names = set().union(*(METRICS[stage] for stage in config.stages))
-    if "ppo" in config.stages:
+    """Names of the metrics that the stages of a config may log, including stages that `stages` leaves out."""
+    names = set().union(*METRICS.values())
+    if config.ppo is not None:
         rewards = ["gold"] if config.ppo.gold is not None else []
         rewards += config.ppo.reward.parts if isinstance(config.ppo.reward, SumRewardConfig) else []
         names |= {f"reward/{name}{ending}" for name in rewards for ending in ("", "_abstained")}
@@ -36,7 +36,7 @@ def metrics_of(config: RunConfig) -> set[str]:
 
 
 def check_best(config: RunConfig) -> None:
-    """Raises `UserError` if `checkpoints.best` names a metric that no stage of the run logs."""
+    """Raises `UserError` if `checkpoints.best` names a metric that no stage logs."""
     best = config.checkpoints.best
     known = metrics_of(config)
     if best is None or best in known:
@@ -44,4 +44,4 @@ def check_best(config: RunConfig) -> None:
     near = difflib.get_close_matches(best, sorted(known), n=1)
     hint = f"did you mean {near[0]}?" if near else "give one of the names in metrics.jsonl"
     hint = "it is logged where ppo.gold names a function" if best == "reward/gold" else hint
-    raise UserError(f"checkpoints.best: no stage of this run logs {best!r}; {hint}")
+    raise UserError(f"checkpoints.best: no stage logs {best!r}; {hint}")

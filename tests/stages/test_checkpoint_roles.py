@@ -104,7 +104,7 @@ def test_a_stopped_run_answers_and_is_exported(folder, tmp_path, capsys):
         assert "no stage of this run has finished" in error and "--step latest" in error
         for step, words in (
             ("3", "has checkpoints of steps 2, 4"),
-            ("newest", "latest, best or a step"),
+            ("newest", "latest, best or the number of a saved step"),
             ("9" * 5000, "steps 2, 4"),
         ):
             error = refused(capsys, main, *arguments, "--step", step)

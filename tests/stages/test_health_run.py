@@ -33,7 +33,7 @@ from pathlib import Path
 here = Path(__file__).parent
 def score(completions):
     calls = here / 'calls'
-    calls.open('a').write('x')
+    calls.open('a').write('x' * (len(completions) > 2))  # the trial before training has two rows
     sick = len(calls.read_text()) > 2 and not (here / 'well').exists()
     return [(3e38 if sick else 1.0) * (-1) ** len(text.split()) for text in completions]
 """

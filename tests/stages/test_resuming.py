@@ -143,9 +143,9 @@ def test_checkpoints_that_somebody_removed_are_missed(workshop, run, capfd):
         shutil.rmtree(run / "checkpoints/sft" / str(step))
     assert command(workshop, run) == 2
     assert "a checkpoint of step 6 was saved here, and none is left" in capfd.readouterr().err
-    shutil.rmtree(run / "checkpoints/sft")  # the way out that it names
-    assert command(workshop, run) == 0
-    assert same(workshop, run)
+    shutil.rmtree(run / "checkpoints/sft")
+    assert command(workshop, run) == 2
+    assert "is missing, but metrics.jsonl has steps of the stage sft" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- settings
@@ -222,7 +222,7 @@ def test_a_signal_saves_the_step_and_the_same_command_continues(workshop, proces
 SLOW = """
 import time
 def score(completions):
-    time.sleep({seconds})
+    time.sleep({seconds} * (len(completions) > 2))  # the trial before training has two rows
     return [float(len(text)) for text in completions]
 """
 PPO = {
@@ -324,4 +324,4 @@ def test_a_run_goes_on_with_other_compiler_options_and_says_so(workshop, run, tm
     options = [f"compiler_options.sft_update.xla_dump_to={dump}", "compilation_cache=null"]
     assert command(workshop, run, *options) == 0
     assert "compiler_options.sft_update was absent, is now a section: sums may round" in capsys.readouterr().err
-    assert {file.name.split(".")[1] for file in dump.glob("*jit_*")} == {"jit__probe", "jit_sft_update"}
+    assert {file.name.split(".")[1] for file in dump.glob("*jit_*")} == {"jit_neg", "jit_sft_update"}
