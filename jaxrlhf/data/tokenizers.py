@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxrlhf.data import ends
 from jaxrlhf.data.chats import Chat, ChatTemplate, Prompt, Response, last_turn
-from jaxrlhf.data.sources import Message
+from jaxrlhf.data.sources import Message, one_line
 from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
 from jaxrlhf.errors import SharedFault, UserError
 
@@ -258,7 +258,12 @@ def load_tokenizer(path: str) -> Tokenizer | None:
     if folder is None:
         return None
     tokenizer, file = read_files(folder, path)
-    return Tokenizer(tokenizer, path, file)
+    try:
+        return Tokenizer(tokenizer, path, file)
+    except UserError:
+        raise
+    except Exception as error:  # an entry of the wrong type, such as a model_max_length that is text
+        raise UserError(f"{path}: its tokenizer cannot be used: {type(error).__name__}: {one_line(error)}") from error
 
 
 def build_word_tokenizer(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -290,3 +291,12 @@ def test_stories_tokenizer(stories260k):
     assert prompt_ids + response_ids == [*raw.encode("Once upon a time, there was").ids, 2]
     prompt_ids, response_ids = tokenizer.encode_pair("Once upon a time ", "there was")
     assert tokenizer.decode(prompt_ids + response_ids) == "Once upon a time there was"
+
+
+@pytest.mark.parametrize("value", [{}, "many"])
+def test_a_tokenizer_with_an_entry_of_the_wrong_type_is_refused_in_one_line(tmp_path, stories260k, value):
+    folder = shutil.copytree(stories260k, tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": value}))
+    with pytest.raises(UserError, match="model: its tokenizer cannot be used: TypeError: "):
+        load_tokenizer(str(folder))
