@@ -186,14 +186,14 @@ def test_a_chat_template_that_loops_is_one_line(model, monkeypatch, template):
     model("tokenizer_config.json", chat_template=template)
     monkeypatch.setattr(chats, "TIME_LIMIT", 0.3)
     tokenizer = load_tokenizer("model")
-    with pytest.raises(SharedFault, match=r"its chat template took more than 0.3 seconds for one chat") as caught:
+    with pytest.raises(SharedFault, match=r"the chat template took more than 0.3 seconds for one chat") as caught:
         tokenizer.encode_prompt([{"role": "user", "content": "what"}])
     assert "\n" not in str(caught.value)
 
 
 def test_a_chat_template_that_computes_a_power_is_one_line(model):
     model("tokenizer_config.json", chat_template="{{ 10 ** 10 ** 10 }}")
-    with pytest.raises(SharedFault, match=r"its chat template uses the operator \*\*"):
+    with pytest.raises(SharedFault, match=r"the chat template uses the operator \*\*"):
         load_tokenizer("model").encode_prompt([{"role": "user", "content": "what"}])
 
 

@@ -1,12 +1,13 @@
 """Chats, and how a tokenizer's chat template writes them as text.
 
-A chat is the input of transformers' `apply_chat_template`: messages, tools, and further arguments of the template. The
-text is that function's output. Templates accept different forms of messages, so messages are converted:
+A chat is the input of transformers' `apply_chat_template`: messages, tools and further arguments of the template. This
+function returns the text. Templates accept different forms of messages, so messages are converted:
 
-- content in parts (`[{"type": "text", "text": ...}]`) becomes one text for a template that reads only text, and text
-  becomes a part for a template that reads only parts;
-- arguments of tool calls become objects, and JSON text if the template fails with objects;
-- null content beside tool calls is left out, as in transformers; it becomes null or empty if the template fails.
+- If the template reads only text, content in parts (`[{"type": "text", "text": ...}]`) becomes one text.
+- If the template reads only parts, text becomes one part.
+- Arguments of tool calls become objects. If the template fails with objects, the arguments become JSON text.
+- Null content of a message with tool calls is left out, because transformers does so too. If the template then fails,
+  the content is null or an empty text.
 
 `ChatTemplate.time` fixes the date that a template writes, so that a run has the same prompts on every day.
 """
@@ -25,15 +26,18 @@ from jaxrlhf.errors import SharedFault, UserError
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages, with tools and further arguments of the chat template."""
+    """Messages, tools and further arguments of the chat template."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)  # variables of the template, such as enable_thinking
-    continued: bool = False  # the last message is the start of the assistant's turn, which the response continues
+    continued: bool = False  # the response continues the last message, which is the start of the assistant's turn
 
     def followed_by(self, response: "Response") -> "Chat":
-        """The chat with a response appended, or joined to the assistant's turn that the prompt began."""
+        """Returns the chat with the response at its end.
+
+        If the prompt began an assistant's turn, the response continues this turn.
+        """
         messages = as_messages(response, "assistant")
         if not self.continued or not messages:
             return replace(self, messages=[*self.messages, *messages], continued=False)
@@ -44,27 +48,28 @@ class Chat:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text that a chat template wrote, special tokens included."""
+    """Text that a chat template wrote. The text includes special tokens."""
 
     text: str
-    last_turn: int = 0  # of a response: where the text of its last turn begins; -1: not known
+    last_turn: int = 0  # for a response: the character at which its last turn begins; -1 if unknown
 
 
 Prompt = str | list[Message] | Chat | Rendered
 Response = str | Message | list[Message] | Rendered
 
-_BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # a turn without content may have these
+_BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # keys of a turn without content
 _NOT_ASSISTANT = ("system", "developer", "user", "tool", "function")
-_MARK = "jaxrlhf-mark"  # a text to find in the output of a template
+_MARK = "jaxrlhf-mark"  # the text of a probe response, which is then searched in the output of the template
 TIME_LIMIT = 10.0  # seconds for one chat; templates take milliseconds
 _ABSENT, _NULL, _EMPTY = "absent", "null", "empty"  # forms of null content
 
 
 class ChatTemplate:
-    """The chat template of a transformers tokenizer. `name` is the tokenizer's folder or hub id, for messages.
+    """The chat template of a transformers tokenizer.
 
-    `time` is the date that templates write; None: the clock. Methods that render take the chat's `place`, such as
-    "file.jsonl:3: ", and raise `UserError` with it for a chat that the template cannot write.
+    `name` is the tokenizer's folder or hub id; error messages contain it. `time` is the date that the template writes.
+    If `time` is None, the template writes the current date. `place` is the place of a chat, such as "file.jsonl:3: ".
+    If the template cannot write a chat, methods raise `UserError` with this place.
     """
 
     def __init__(self, tokenizer: Any, name: str):
@@ -85,7 +90,7 @@ class ChatTemplate:
         return "strftime_now" in str(self._tokenizer.chat_template or "")
 
     def now(self) -> datetime.datetime:
-        """The current time as a template writes it, to the second."""
+        """Returns the current time, to the second, as the template reads it from the clock."""
         template = "{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}"
         try:
             chat = [{"role": "user", "content": ""}]
@@ -95,38 +100,39 @@ class ChatTemplate:
         return datetime.datetime.fromisoformat(text)
 
     def prompt_text(self, prompt: Prompt, place: str) -> str:
-        """The prompt as text. A chat ends where the assistant's turn begins, or where the response continues it."""
+        """Returns the prompt as text. The template renders a chat up to the start of the response."""
         if isinstance(prompt, str):
             return prompt
         return prompt.text if isinstance(prompt, Rendered) else self._render(as_chat(prompt), place)
 
     def whole_text(self, chat: list[Message] | Chat, place: str) -> str:
-        """A finished chat as text, with what the template writes after the last message."""
+        """Returns a finished chat as text, including the text that the template writes after the last message."""
         return self._render(as_chat(chat), place, whole=True)
 
     def pair_texts(self, prompt: Prompt, response: Response, place: str) -> tuple[str, str]:
-        """The prompt as text, and the text that follows it."""
+        """Returns the prompt as text, and the response as the text that follows the prompt."""
         if isinstance(prompt, Rendered) and isinstance(response, Rendered):
             return prompt.text, response.text
         if isinstance(prompt, str) and isinstance(response, str):
             return prompt, response
         chat, turns = as_chat(prompt), as_messages(response, "assistant")
         if turns and turns[0]["role"] in _NOT_ASSISTANT:
-            raise UserError(f"{place}the response begins with a turn of {turns[0]['role']}; want the assistant's first")
+            role = turns[0]["role"]
+            raise UserError(f"{place}the response begins with a turn of {role}; its first turn must be the assistant's")
         before = self._render(chat, place)
         whole = self._render(chat.followed_by(turns), place, whole=True)
         if whole.startswith(before):
             return before, whole[len(before) :]
-        # Some templates open the assistant's turn with text that a finished turn lacks, such as <think>.
+        # Some templates begin the assistant's turn with a tag, such as <think>, that they leave out of finished turns.
         if len(turns) != 1 or turns[0].get("tool_calls"):
             raise UserError(
-                f"{place}the chat template of {self.name} writes the prompt differently before a response of several "
-                "turns, so prompt and response cannot be separated; want a response of one turn of text"
+                f"{place}the chat template of {self.name} writes the prompt differently if the response has several "
+                "turns, so prompt and response cannot be separated; give a response of one text turn"
             )
         return before, self._after_opening(chat, before, content_text(turns[0]))
 
     def _after_opening(self, chat: Chat, before: str, text: str) -> str:
-        """The response text without a tag at its start that already ends the prompt `before`, such as <think>."""
+        """Returns the response text without a first tag, such as <think>, that already ends the prompt `before`."""
         if chat.continued:
             return text
         header = self._render(chat.followed_by(_MARK), "", whole=True).partition(_MARK)[0]
@@ -135,11 +141,11 @@ class ChatTemplate:
         return text[len(tag) :].lstrip("\n") if is_tag and text.startswith(tag) else text
 
     def rendered_prompt(self, prompt: Prompt, place: str) -> Prompt:
-        """The prompt, with a chat rendered to text."""
+        """Returns the prompt as text. If the prompt is a chat, the template renders it."""
         return prompt if isinstance(prompt, str) else Rendered(self.prompt_text(prompt, place))
 
     def rendered_pair(self, prompt: Prompt, response: Response, place: str) -> tuple[Prompt, Response]:
-        """Prompt and response, with a chat rendered to text."""
+        """Returns prompt and response as texts. If one of them is a chat, the template renders both."""
         if isinstance(prompt, str) and isinstance(response, str):
             return prompt, response
         before, after = self.pair_texts(prompt, response, place)
@@ -148,15 +154,17 @@ class ChatTemplate:
     def _render(self, chat: Chat, place: str, whole: bool = False) -> str:
         if not self.exists:
             raise UserError(
-                f"{place}chat messages, but the tokenizer {self.name} has no chat template; "
-                "want prompt and response as text, or a tokenizer with a chat template"
+                f"{place}chat messages need a chat template, but the tokenizer {self.name} has no chat template; "
+                "give prompt and response as text, or use a tokenizer with a chat template"
             )
         if not chat.messages:
-            raise UserError(f"{place}a chat without a message before the response; want at least one")
+            raise UserError(f"{place}the chat has no message before the response; it must have at least one")
         continued = chat.continued and not whole
         last = chat.messages[-1]
         if continued and (last.get("content") is None or (last.get("tool_calls") and not content_text(last).strip())):
-            raise UserError(f"{place}the prompt ends with a tool call of the assistant; want a tool's message after it")
+            raise UserError(
+                f"{place}the prompt ends with a tool call of the assistant; a message of the tool must follow this call"
+            )
         end = {"continue_final_message": continued, "add_generation_prompt": not whole and not continued}
         try:
             self._check_powers()
@@ -164,13 +172,16 @@ class ChatTemplate:
         except SharedFault:
             raise
         except ImportError as error:
-            raise SharedFault(f"{self.name}: chat templates need jinja2: pip install jinja2") from error
+            raise SharedFault(f"{self.name}: the chat template needs jinja2; run pip install jinja2") from error
         except Exception as error:  # a template is a program and may raise anything
             self._check_syntax(error)
             raise UserError(f"{place}the chat template of {self.name} refuses this chat: {one_line(error)}") from error
 
     def _check_powers(self) -> None:
-        """Raises SharedFault for the operator **: one huge power would block the process, past every time limit."""
+        """Raises SharedFault if the template uses the operator **.
+
+        The computation of one huge power blocks the whole process, and no time limit can stop this.
+        """
         if self._powers_checked:
             return
         from jinja2 import Environment
@@ -179,8 +190,8 @@ class ChatTemplate:
         for template in templates.values() if isinstance(templates, dict) else (templates,):
             before = ""
             for _, kind, token in Environment().lex(str(template)):
-                if token == "**" and kind == "operator" and before not in ("(", ","):  # not of f(**arguments)
-                    raise SharedFault(f"{self.name}: its chat template uses the operator **; write the product out")
+                if token == "**" and kind == "operator" and before not in ("(", ","):  # f(**arguments) is allowed
+                    raise SharedFault(f"{self.name}: the chat template uses the operator **; write * instead")
                 before = token if kind != "whitespace" else before
         self._powers_checked = True
 
@@ -191,14 +202,15 @@ class ChatTemplate:
         if isinstance(error, TemplateSyntaxError):
             line = error.lineno - (error.source or "").startswith(_CLOCK.rstrip())
             raise SharedFault(
-                f"{self.name}: its chat template does not compile, line {line}: {one_line(error.message)}; "
-                "correct it, or give prompt and response as text"
+                f"{self.name}: line {line} of the chat template does not compile: {one_line(error.message)}; "
+                "correct the template, or give prompt and response as text"
             ) from error
 
     def _in_a_form_that_fits(self, chat: Chat, end: dict[str, bool]) -> str:
-        """Renders the chat in the usual form of messages, or if the template fails, in the first form that works.
+        """Renders the chat with the usual form of messages. If the template fails, other forms are tried in turn.
 
-        Another form counts only if the output has the names of all tool calls: a template may drop unexpected values.
+        Another form is accepted only if the output contains the names of all tool calls, because a template may drop
+        values of a form that it does not expect.
         """
         calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]
         nulls = any(message.get("content") is None for message in chat.messages)
@@ -232,13 +244,13 @@ class ChatTemplate:
         return self._written(messages, tools=chat.tools, **arguments)
 
     def _written(self, messages: list[Message], **arguments: Any) -> str:
-        """The template's text; a template is a program, so its time is limited. Raises `SharedFault` beyond that."""
+        """Returns the text that the template writes. Raises `SharedFault` if this takes longer than `TIME_LIMIT`."""
         try:
             render = self._tokenizer.apply_chat_template
             return within(TIME_LIMIT, lambda: render(messages, tokenize=False, **arguments))
         except TimeoutError:
             raise SharedFault(
-                f"{self.name}: its chat template took more than {TIME_LIMIT:g} seconds for one chat; correct its "
+                f"{self.name}: the chat template took more than {TIME_LIMIT:g} seconds for one chat; correct its "
                 "loops, or give prompt and response as text"
             ) from None
 
@@ -260,14 +272,17 @@ class ChatTemplate:
 
     @property
     def _reads(self) -> tuple[bool, bool]:
-        """(whether the template reads content in parts, whether it reads content as text); tested once."""
+        """(whether the template reads content in parts, whether it reads content as text). The answers are cached."""
         if self._read is None:
             parts = self._writes(lambda words: [{"type": "text", "text": word} for word in words])
             self._read = parts, not parts or self._writes(" ".join)
         return self._read
 
     def _writes(self, content: Callable[[list[str]], Any]) -> bool:
-        """Whether the template writes every word of contents made by `content`, not a list as Python or JSON text."""
+        """Whether the template writes every word of a content that `content` makes.
+
+        The result is False if the template writes a list of parts as Python or JSON text.
+        """
         words = [f"probe{i}" for i in range(6)]
         turns = [
             {"role": role, "content": content(words[2 * i : 2 * i + 2])}
@@ -286,14 +301,17 @@ class ChatTemplate:
 
 
 def as_messages(value: str | Message | list[Message], role: str) -> list[Message]:
-    """The value as chat messages; text becomes one turn of `role`."""
+    """Returns the value as chat messages. Text becomes one turn of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [value] if isinstance(value, dict) else list(value)
 
 
 def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
-    """The prompt as a chat. Text becomes a user turn; a response continues a last turn of the assistant."""
+    """Returns the prompt as a chat. Text becomes a user turn.
+
+    If the last turn is the assistant's, the response continues this turn.
+    """
     if isinstance(prompt, Chat):
         return prompt
     messages = without_empty_turn(as_messages(prompt, "user"))
@@ -301,7 +319,10 @@ def as_chat(prompt: str | Message | list[Message] | Chat) -> Chat:
 
 
 def without_empty_turn(messages: list[Message]) -> list[Message]:
-    """The prompt's messages without empty assistant turns at the end, which only mark the place of the response."""
+    """Returns the prompt's messages without empty assistant turns at the end.
+
+    These turns only mark the place of the response.
+    """
     last = messages[-1] if messages else {"role": ""}
     if last["role"] != "assistant" or content_text(last).strip() or any(map(last.get, _BESIDE_CONTENT)):
         return messages
@@ -309,7 +330,10 @@ def without_empty_turn(messages: list[Message]) -> list[Message]:
 
 
 def last_turn(response: Response, text: str) -> int:
-    """Where the content of the response's last turn begins in its rendered `text`; -1: not known."""
+    """Returns the index in the rendered `text` at which the content of the response's last turn begins.
+
+    Returns -1 if this index is unknown.
+    """
     if isinstance(response, Rendered):
         return response.last_turn
     if not isinstance(response, list) or len(response) < 2:
@@ -319,7 +343,7 @@ def last_turn(response: Response, text: str) -> int:
 
 
 def content_text(message: Message) -> str:
-    """The content of a message as one text; empty if it is null."""
+    """Returns the content of a message as one text. Null content becomes an empty text."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
@@ -333,7 +357,7 @@ def _name(call: Any) -> str:
 
 
 def _with_arguments(call: Any, as_text: bool) -> Any:
-    """A tool call with its arguments as an object, or as JSON text."""
+    """Returns a tool call with its arguments as JSON text if `as_text` is set, else as an object."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call
@@ -349,16 +373,17 @@ def _with_arguments(call: Any, as_text: bool) -> Any:
     return {**call, "function": {**function, "arguments": arguments}} if "arguments" in function else call
 
 
-# Prefixes for a template. transformers compiles templates with `trim_blocks`, which removes the final newline.
+# Texts that are put before a template. transformers compiles templates with `trim_blocks`, so the final newline is not
+# written.
 
-# Sets missing content to null, which transformers removes but DeepSeek's templates test with `is none`.
+# Sets missing content to null. transformers removes null content, but DeepSeek's templates test it with `is none`.
 _NULL_CONTENT = (
     "{% set filled = namespace(messages=[]) %}{% for message in messages %}"
     "{% set filled.messages = filled.messages + [message if 'content' in message else dict(message, content=none)] %}"
     "{% endfor %}{% set messages = filled.messages %}\n"
 )
-# Shadows transformers' function of this name, which reads the clock. A template cannot receive a function (since
-# transformers 5 it arrives as text), so it receives the value of each directive.
+# Replaces transformers' function `strftime_now`, which reads the clock. transformers 5 passes a function to a template
+# as text, so the template receives the value of each strftime directive instead.
 _CLOCK = (
     "{% macro strftime_now(format) %}{% set time = namespace(text=format) %}"
     "{% for directive, text in jaxrlhf_time.items() %}{% set time.text = time.text.replace(directive, text) %}"
@@ -368,7 +393,10 @@ _CLOCK = (
 
 
 def _directives(time: datetime.datetime) -> dict[str, str]:
-    """strftime directive -> its value at this time, including directives without leading zeros, such as %-d."""
+    """Returns the value of each strftime directive at this time.
+
+    Directives without leading zeros, such as %-d, are included.
+    """
     bare = {f"%-{letter}": time.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dmyHIMSj"}
     letters = "aAbBcdeDfFGhHIjmMnprRStTuUVwWxXyYzZ"
     return bare | {f"%{letter}": time.strftime(f"%{letter}") for letter in letters} | {"%%": "%"}

@@ -1,7 +1,8 @@
-"""Stop tokens: which tokens end a response, and which one training appends. The same rules apply in every stage.
+"""Decides which tokens end a response, and which of these tokens training appends. Every stage uses the same rules.
 
-Four files may name an end token: the tokenizer's (EOS), `config.json`, `generation_config.json`, and the chat template,
-which writes an end token after an assistant turn. These tokens often differ. Each of them stops a response.
+Four files may name an end token: the tokenizer's file (EOS), `config.json`, `generation_config.json` and the chat
+template. A chat template writes an end token after an assistant turn. The four tokens often differ, and each of them
+stops a response.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ PROBE = "jaxrlhf"
 
 
 def end_of_turn(rendered: str, added: Mapping[int, str]) -> int | None:
-    """The id of the added token that a chat template writes after an assistant turn, possibly after blanks.
+    """Returns the id of the added token that a chat template writes after an assistant turn.
 
-    `rendered` is a chat that ends with the assistant's `PROBE`; `added` maps added tokens' ids to their texts. None if
-    the template writes plain text or nothing.
+    The template may write blanks before this token.
+    `rendered` is the text of a chat whose last assistant turn is `PROBE`. `added` maps the ids of added tokens to
+    their texts. Returns None if the template writes plain text or nothing after the turn.
     """
     _, probe, rest = rendered.rpartition(PROBE)
     rest = rest.lstrip()
@@ -25,39 +27,45 @@ def end_of_turn(rendered: str, added: Mapping[int, str]) -> int | None:
 def union(
     files: Sequence[int], own: Sequence[int], rows: int, added: Mapping[int, str], name: str, foreign: bool
 ) -> tuple[tuple[int, ...], list[str]]:
-    """(all stop tokens, a line for each token that is left out).
+    """Returns (all stop tokens, a line for each token that is left out).
 
-    The stop tokens are those of the model's files (`files`) and those of the tokenizer (`own`).
+    The stop tokens are the union of the model files' tokens `files` and the tokenizer's tokens `own`. Ids that the
+    model's `rows` embeddings do not cover are left out.
 
-    Left out are ids beyond the model's `rows` embeddings. If the tokenizer is `foreign` to the model and has an end
-    token, ids of the files that are not its added tokens are left out too: they are ordinary text in it, or nothing.
+    `foreign` means that the tokenizer is not the model's own tokenizer. If a foreign tokenizer has an end token, an id
+    of `files` is left out unless the tokenizer has an added token with this id. Without an added token, the id means
+    ordinary text or nothing in this tokenizer.
     """
     has_own = any(token < rows for token in own)
     stops, lines = [], []
     for token in dict.fromkeys([*files, *own]):
         text = f"{added[token]} (id {token})" if token in added else f"id {token}"
         if token >= rows:
-            lines.append(f"{name}: {text} is no stop token: the model has {rows} tokens")
+            lines.append(f"{name}: {text} is no stop token, because the model has only {rows} tokens")
         elif foreign and has_own and token not in own and token not in added:
-            lines.append(f"{name}: {text} is a stop token of the model's files, but no added token here: left out")
+            lines.append(
+                f"{name}: {text} is a stop token in the model's files, but no added token of this tokenizer, so it "
+                "does not stop responses"
+            )
         else:
             stops.append(token)
     return tuple(stops), lines
 
 
 def ended(ids: list[int], stops: Sequence[int], end: int, passed: int = 0) -> list[int]:
-    """The response up to and including its first stop token, or with `end` appended if it has none.
+    """Returns the response up to its first stop token, which is included. Without a stop token, `end` is appended.
 
-    `passed` is the number of stop tokens before the last turn of a response of several turns.
+    A response may have several turns. Its first `passed` stop tokens, which lie before its last turn, do not count.
     """
     at = [i for i, token in enumerate(ids) if token in stops]
     return ids[: at[passed] + 1] if len(at) > passed else [*ids, end]
 
 
 def ended_text(ids: list[int], stops: Sequence[int], end: int, tokenizer: Any) -> list[int]:
-    """The whole text with one stop token at its end; blanks after a last stop token are removed.
+    """Returns the ids of a whole text with one stop token at the end.
 
-    Stop tokens inside the text, which may separate documents or turns, are kept.
+    If only blanks follow the last stop token, they are removed. Otherwise `end` is appended. Stop tokens inside the
+    text are kept, because they may separate documents or turns.
     """
     last = max((i for i, token in enumerate(ids) if token in stops), default=-1)
     rest = ids[last + 1 :]

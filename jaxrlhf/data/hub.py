@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, without the libraries' logs: what fails is one line of ours."""
+"""Downloads files from the Hugging Face hub. The libraries' log lines are not shown; an error is one line of ours."""
 
 import contextlib
 import logging
@@ -9,13 +9,14 @@ from typing import Any
 
 from jaxrlhf.tracking.notices import notice
 
-LOGS = {"huggingface_hub": "HF_HUB_VERBOSITY", "datasets": "DATASETS_VERBOSITY"}  # the user's own setting of each
-PROBE = 10  # seconds for the hub to answer, before the copy in the cache is used
+# Logger -> the environment variable with which the user sets the level of this logger.
+LOGS = {"huggingface_hub": "HF_HUB_VERBOSITY", "datasets": "DATASETS_VERBOSITY"}
+PROBE = 10  # seconds; if the hub does not answer within this time, the copy in the cache is used
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops the libraries' warnings inside the block, except those that the user has asked for."""
+    """Drops the libraries' warnings inside the block. If the user has set the level of a library, this level holds."""
     loggers = [logging.getLogger(name) for name, variable in LOGS.items() if variable not in os.environ]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -28,7 +29,7 @@ def quiet() -> Iterator[None]:
 
 
 def download(name: str, files: list[str]) -> Path:
-    """The local copy of a model's files. Raises `OSError` or `ValueError` where it cannot be had."""
+    """Returns the folder of the local copy of a model's files. Raises `OSError` or `ValueError` if there is no copy."""
     import huggingface_hub
 
     with quiet():
@@ -36,7 +37,7 @@ def download(name: str, files: list[str]) -> Path:
 
 
 def download_file(name: str, file: str) -> Path:
-    """The local copy of one file of a model. Raises `OSError` or `ValueError` where it cannot be had."""
+    """Returns the path of the local copy of one model file. Raises `OSError` or `ValueError` if there is no copy."""
     import huggingface_hub
 
     with quiet():
@@ -44,9 +45,10 @@ def download_file(name: str, file: str) -> Path:
 
 
 def load_dataset(name: str, subset: str | None, split: str) -> Any:
-    """A data set of the hub, or its copy in the cache where the hub cannot be reached; raises what `datasets` raises.
+    """Returns a data set of the hub. If the hub cannot be reached, the copy in the cache is returned.
 
-    `datasets` would try an unreachable hub again for half a minute. Here one request decides.
+    One request decides whether the hub can be reached, because `datasets` would try again for half a minute. Errors of
+    `datasets` are raised unchanged.
     """
     import datasets
 
@@ -56,7 +58,7 @@ def load_dataset(name: str, subset: str | None, split: str) -> Any:
             stack.enter_context(_offline())
         table = datasets.load_dataset(name, subset, split=split)
     if not reached:
-        notice(f"{name}: the hub cannot be reached; its copy in the cache is used")
+        notice(f"{name}: the hub cannot be reached; the copy of the data set in the cache is used")
     return table
 
 
@@ -66,9 +68,9 @@ def _reached(name: str) -> bool:
 
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=PROBE)
-    except HfHubHTTPError:  # an answer, such as that there is no such data set
+    except HfHubHTTPError:  # the hub answered, for example that there is no such data set
         return True
-    except Exception:  # the errors of several HTTP libraries, or offline mode
+    except Exception:  # an error of one of several HTTP libraries, or of offline mode
         return False
     return True
 

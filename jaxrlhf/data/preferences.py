@@ -1,4 +1,4 @@
-"""Preference pairs for the reward model: rows become pairs of token sequences, and pairs become batches."""
+"""Preference pairs for the reward model. Rows become pairs of token sequences, and these pairs become batches."""
 
 import os.path
 from collections.abc import Sequence
@@ -22,34 +22,36 @@ from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import PreferenceBatch
 
-TURN = "\n\nAssistant:"  # the start of an assistant turn in hh-rlhf's dialogues, which are one text
+TURN = "\n\nAssistant:"  # the start of an assistant turn in a dialogue of hh-rlhf, which is one text
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference pair: two sequences of prompt, response and EOS. Both have the same prompt."""
+    """A preference pair: two token sequences. Each sequence is a prompt, a response and EOS; the prompt is the same."""
 
     chosen_ids: np.ndarray  # i32[c]
     rejected_ids: np.ndarray  # i32[r]
-    margin: float  # 0 where the data has none
+    margin: float  # 0 if the row has no margin
     where: str
 
     def __len__(self) -> int:
-        """Tokens of the longer sequence."""
+        """The number of tokens of the longer sequence."""
         return max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 def load_preferences(
     config: PreferencesConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
 ) -> tuple[list[Pair], LoadReport]:
-    """Reads, checks and tokenizes all pairs; no sequence is longer than `max_length` tokens.
+    """Reads, checks and tokenizes all pairs. No sequence is longer than `max_length` tokens.
 
-    Without a prompt field, chosen and rejected are whole dialogues (texts in hh-rlhf's form, or chats), and the prompt
-    is their common start up to an assistant turn. The same holds for chats that contain the prompt field's turns.
-    Pairs of equal responses are dropped. For a longer pair, `cut` removes the start of the prompt but keeps BOS
-    (the score is read at the end of the response), or drops the pair if a response leaves no room for a prompt;
-    `drop` drops it; `stop` raises. A row that cannot be used raises UserError with its place, unless the config drops
-    such rows.
+    If a row has no prompt field, chosen and rejected are whole dialogues, either texts in hh-rlhf's form or chats. The
+    prompt is then their common start up to an assistant turn. This also holds for chosen and rejected chats that
+    contain the turns of the prompt field. A pair with equal responses is dropped.
+
+    `overflow` decides about a pair that is longer than `max_length`. "cut" removes the start of the prompt but keeps
+    BOS, because the score is read at the end of the response. If a response leaves no room for a prompt, "cut" drops
+    the pair. "drop" drops the pair, and "stop" raises UserError. A row that cannot be used raises UserError with its
+    place, unless the config drops unusable rows.
     """
     rows = read_rows(config)
     report = LoadReport(config.path, len(rows))
@@ -65,7 +67,7 @@ def load_preferences(
     template.unread.clear()
     usable = list(report.usable(rows, rendered, drop))
     report.unread = sorted(template.unread)
-    # Chosen and rejected are adjacent, so that the tokenizer encodes their common prompt once.
+    # The two sequences of a pair are adjacent, so that the tokenizer encodes their common prompt once.
     sides = tokenizer.encode_pairs([side for _, (_, both) in usable for side in both])
     pairs = []
     tokenizer.cut_responses = 0
@@ -76,8 +78,8 @@ def load_preferences(
         total = len(prompt) + longer
         if total > max_length and overflow == "stop":
             raise UserError(
-                f"{row.where}: {total} tokens (prompt {len(prompt)}, longer response {longer}), but max_length is "
-                f"{max_length}; raise it, or set overflow: cut or drop"
+                f"{row.where}: the pair has {total} tokens (prompt {len(prompt)}, longer response {longer}), but "
+                f"max_length is {max_length}; raise max_length, or set overflow: cut or drop"
             )
         if chosen == rejected:
             report.drop("chosen and rejected are equal")
@@ -86,7 +88,7 @@ def load_preferences(
         else:
             kept = tokenizer.cut_start(prompt, max_length - longer)
             if kept is None:
-                report.drop(f"response leaves no room for a prompt in {max_length} tokens")
+                report.drop(f"the response leaves no room for a prompt in {max_length} tokens")
                 continue
             report.cut += len(kept) < len(prompt)
             chosen_ids, rejected_ids = (np.array(kept + response, np.int32) for response in (chosen, rejected))
@@ -100,74 +102,83 @@ def load_preferences(
 
 
 def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Response]:
-    """(prompt, chosen response, rejected response)."""
+    """Returns (prompt, chosen response, rejected response) of a row."""
     has_prompt = has_field(row, config.prompt_field)
     prompt = text_or_messages_field(row, config.prompt_field, empty=True) if has_prompt else ""
     prompt = prompt if isinstance(prompt, str) else without_empty_turn(prompt)
     chosen, rejected = answer_field(row, config.chosen_field), answer_field(row, config.rejected_field)
     opening = as_messages(prompt, "user")
     if not prompt and not isinstance(chosen, str) and not isinstance(rejected, str):
-        has_prompt = False  # an empty text before chats counts as no prompt
+        has_prompt = False  # chats with an empty text as prompt have no prompt
     if has_prompt:
         whole = [not isinstance(side, str) and _holds(side[:-1], opening) for side in (chosen, rejected)]
         if not any(whole):
             for name, side in ((config.chosen_field, chosen), (config.rejected_field, rejected)):
                 if not isinstance(side, str) and side[0]["role"] != "assistant":
                     raise UserError(
-                        f"{row.where}: field {name!r} is a chat that begins with a turn of {side[0]['role']} and does "
-                        f"not hold the turns of {config.prompt_field!r}; want a chat with them, or the response alone"
+                        f"{row.where}: the chat in field {name!r} begins with a turn of {side[0]['role']}, but does "
+                        f"not contain the turns of field {config.prompt_field!r}; give these turns too, or only the "
+                        "response"
                     )
             return chat_of(row, config, prompt), chosen, rejected
         if not all(whole):
-            raise UserError(f"{row.where}: only one of chosen and rejected holds the prompt; want both or neither")
+            raise UserError(
+                f"{row.where}: only one of chosen and rejected contains the prompt; both or neither must contain it"
+            )
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise UserError(f"{row.where}: one of chosen and rejected is text and the other a chat; want the same form")
+        raise UserError(
+            f"{row.where}: one of chosen and rejected is text and the other is a chat; give two texts or two chats"
+        )
     if isinstance(chosen, str):
         return _split_texts(row, config, chosen, rejected)
     common, *responses = _split_chats(row, chosen, rejected)
     if has_prompt and not _holds(common, opening):
         raise UserError(
-            f"{row.where}: chosen and rejected differ before the turns of {config.prompt_field!r} end; want them equal"
+            f"{row.where}: chosen and rejected differ before the end of the turns of field {config.prompt_field!r}; "
+            "they must be equal up to this end"
         )
     return chat_of(row, config, common, continued=False), *responses
 
 
 def _holds(chat: list[Message], opening: list[Message]) -> bool:
-    """Whether a chat contains the prompt's turns in sequence, ignoring blanks around their content."""
+    """Whether a chat contains the prompt's turns `opening` in sequence. Blanks around their content are ignored."""
     turns, prompt = [[(m["role"], content_text(m).strip()) for m in messages] for messages in (chat, opening)]
     return any(turns[i : i + len(prompt)] == prompt for i in range(len(turns) - len(prompt) + 1))
 
 
 def _same_message(one: Message, other: Message) -> bool:
-    """Whether two messages are equal, ignoring blanks around their content and how it is split into parts."""
+    """Whether two messages are equal. Blanks around the content and its division into parts are ignored."""
     first, second = ({**message, "content": content_text(message).strip()} for message in (one, other))
     return first == second
 
 
 def _split_texts(row: Row, config: PreferencesConfig, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Splits two dialogues, each of them one text; the prompt ends with the last common assistant marker."""
+    """Splits two dialogues, each of which is one text. The prompt ends with the last common marker `TURN`."""
     common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (compares characters, on purpose)
     opening = common.rfind(TURN)
     if opening < 0:
         raise UserError(
-            f"{row.where}: no field {config.prompt_field!r}, and {config.chosen_field!r} and "
-            f"{config.rejected_field!r} do not begin alike up to {TURN!r} as whole dialogues do; "
-            f"the row has {', '.join(row.values)}"
+            f"{row.where}: the row has no field {config.prompt_field!r}, and {config.chosen_field!r} and "
+            f"{config.rejected_field!r} have no common start that ends with {TURN!r}; give a prompt field, or two "
+            f"whole dialogues with a common start; the row's fields are: {', '.join(row.values)}"
         )
     end = opening + len(TURN)
     return chosen[:end], chosen[end:], rejected[end:]
 
 
 def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tuple[Prompt, Response, Response]:
-    """Splits two chats; the prompt is their common turns up to an assistant turn."""
+    """Splits two chats. The prompt consists of their common turns up to an assistant turn."""
     end = 0
     while end < min(len(chosen), len(rejected)) and _same_message(chosen[end], rejected[end]):
         end += 1
-    # If the chats are equal, or one continues the other: step back to the last assistant turn that both have.
+    # If the chats are equal, or if one continues the other, the responses begin at the last common assistant turn.
     while end and (end == min(len(chosen), len(rejected)) or chosen[end]["role"] != "assistant"):
         end -= 1
     if not end:
-        raise UserError(f"{row.where}: chosen and rejected are chats without a common turn before an assistant's")
+        raise UserError(
+            f"{row.where}: the chats of chosen and rejected have no common turn before an assistant's turn; both chats "
+            "must begin with the turns of the prompt"
+        )
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -177,8 +188,8 @@ def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tu
 class PreferenceData:
     """An endless sequence of batches of pairs. `batch(step)` returns a batch; `len` is the number of batches per epoch.
 
-    Pairs of similar length share a batch, which is padded to one of `buckets` lengths. A short batch is filled up with
-    copies of its first pair that have weight 0, because every score needs real tokens.
+    A batch has pairs of similar length and is padded to one of `buckets` lengths. A short batch is filled with copies
+    of its first pair, because a score needs real tokens. These copies have weight 0.
     """
 
     def __init__(
@@ -192,25 +203,25 @@ class PreferenceData:
     ):
         self.pairs, self.seed, self.pad_id, self.batch_size = pairs, seed, pad_id, batch_size
         lengths = np.array([len(pair) for pair in pairs], np.int64)
-        # A bucket smaller than a batch would compile one more program to compute mostly padding rows.
+        # A bucket that is smaller than a batch would need one more compiled program, mostly for padding rows.
         bounds = bucket_lengths(lengths, min(buckets, max(1, len(pairs) // batch_size)), max_length)
         self.buckets = Buckets.of(lengths, bounds, batch_size)
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """The number of batches per epoch."""
         return len(self.buckets)
 
     def checksum(self) -> str:
-        """A hash of these pairs in this order."""
+        """Returns a hash of these pairs in this order."""
         margins = np.array([pair.margin for pair in self.pairs])
         return checksum([margins, *(ids for pair in self.pairs for ids in (pair.chosen_ids, pair.rejected_ids))])
 
     def batch(self, step: int) -> PreferenceBatch:
-        """The batch at a step, counted from 0, as numpy arrays; the same for the same seed."""
+        """Returns the batch at a step as numpy arrays. Steps are counted from 0. The same seed gives the same batch."""
         return self._fill(*self.buckets.batch(self.seed, step))
 
     def all_batches(self) -> list[PreferenceBatch]:
-        """Batches with every pair once at weight 1, unshuffled."""
+        """Returns unshuffled batches in which every pair has weight 1 exactly once."""
         return [self._fill(length, rows) for length, rows in self.buckets.in_order()]
 
     def _fill(self, length: int, rows: np.ndarray) -> PreferenceBatch:
@@ -225,7 +236,7 @@ class PreferenceData:
         )  # fmt: skip
 
     def _pad(self, rows: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Right-padded tokens i32[B,length] and their mask."""
+        """Returns right-padded tokens, i32[B,length], and their mask, bool[B,length]."""
         tokens = np.full((len(rows), length), 0 if self.pad_id is None else self.pad_id, np.int32)
         for b, ids in enumerate(rows):
             tokens[b, : len(ids)] = ids

@@ -1,4 +1,4 @@
-"""Prompts for rollouts: rows become left-padded token ids, with the columns that reward functions read."""
+"""Prompts for rollouts. Rows become left-padded token ids; reward functions read the other columns of the rows."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ from jaxrlhf.records import Prompts
 
 
 def left_pad(ids: Sequence[Sequence[int]], length: int | None = None, pad_id: int | None = None) -> Prompts:
-    """Left-pads B lists of ids into numpy Prompts [B, length]. `length` None takes the length of the longest list."""
+    """Left-pads B lists of ids into numpy Prompts [B, length]. `length` None means the length of the longest list."""
     length = max(map(len, ids)) if length is None else length
     tokens = np.full((len(ids), length), 0 if pad_id is None else pad_id, np.int32)
     mask = np.zeros((len(ids), length), bool)
     for b, prompt in enumerate(ids):
         if not 0 < len(prompt) <= length:
-            raise ValueError(f"prompt {b} has {len(prompt)} tokens; want 1 to {length}")
+            raise ValueError(f"prompt {b} must have 1 to {length} tokens, not {len(prompt)}")
         tokens[b, length - len(prompt) :] = prompt
         mask[b, length - len(prompt) :] = True
     return Prompts(tokens=tokens, mask=mask)
@@ -43,7 +43,7 @@ class PromptSet:
 
     ids: list[np.ndarray]  # i32[p] each
     texts: list[str]  # as reward functions receive them
-    chats: list[Chat | None]  # the whole chat, even if the prompt was cut; None for a text prompt
+    chats: list[Chat | None]  # the uncut chat of the prompt; None for a text prompt
     columns: list[dict[str, Any]]  # the row's other fields
     max_prompt_tokens: int
     pad_id: int | None
@@ -53,25 +53,29 @@ class PromptSet:
         return len(self.ids)
 
     def checksum(self) -> str:
-        """A hash of these prompts and their columns in this order."""
+        """Returns a hash of these prompts and their columns in this order."""
         columns = json.dumps(self.columns, sort_keys=True, default=str).encode()
         return checksum([*self.ids, np.frombuffer(columns, np.uint8)])
 
     def rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """Prompt numbers i64[batch_size] at a step of an endless shuffled stream. An epoch has each prompt once."""
+        """Returns the prompt numbers, i64[batch_size], at a step of an endless shuffled stream.
+
+        Each epoch has each prompt once.
+        """
         return batch_rows(seed, step, batch_size, len(self))
 
     def padded(self, rows: Sequence[int] | np.ndarray) -> Prompts:
-        """The prompts with these numbers as numpy Prompts [len(rows), max_prompt_tokens]."""
+        """Returns the prompts with these numbers as numpy Prompts [len(rows), max_prompt_tokens]."""
         return left_pad([self.ids[i] for i in rows], self.max_prompt_tokens, self.pad_id)
 
 
 def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
-    """(rows, the prompt of each row, the config key of the field that holds the prompts).
+    """Returns (rows, the prompt of each row, the config key of the field that holds the prompts).
 
-    The first row's fields decide the form of all rows: a prompt (text or chat), a chat whose last assistant turn is
-    left out, or plain text. If a row has several, a field that the config names comes first, then this order.
-    A row that cannot be used raises UserError with its place.
+    All rows are read from the same field: the prompt field (text or chat), the messages field (a chat whose last
+    assistant turn is left out) or the text field. The first row decides which field this is. If the first row has
+    several of these fields, a field that the config names is preferred, then the order above decides. A row that cannot
+    be used raises UserError with its place.
     """
     rows = read_rows(config)
     key, read = _form(config, rows[:1])
@@ -81,11 +85,12 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
 def load_prompts(
     config: PromptsConfig, tokenizer: Tokenizer, max_prompt_tokens: int, overflow: Overflow
 ) -> PromptSet:
-    """Reads, checks and tokenizes all prompts (see `read_prompts`); none is longer than `max_prompt_tokens`.
+    """Reads, checks and tokenizes all prompts. No prompt is longer than `max_prompt_tokens` tokens.
 
-    The prompt of plain text is its first `text_tokens` tokens after BOS. For a longer prompt, `cut` removes its start
-    but keeps BOS, `drop` drops it, `stop` raises. A row that cannot be used raises UserError with its place. If the
-    config drops such rows, the rows are read as text, messages or prompts: as most of them are.
+    `read_prompts` explains which field is read. From the text field, a prompt takes BOS and the first `text_tokens`
+    tokens of the text. `overflow` decides about a prompt that is too long. "cut" removes the start of the prompt but
+    keeps BOS, "drop" drops the prompt, and "stop" raises UserError. A row that cannot be used raises UserError with its
+    place. If the config drops unusable rows, the field that most rows have is read instead of the first row's field.
     """
     rows = read_rows(config)
     drop = drops_unusable(config, overflow)
@@ -106,13 +111,13 @@ def load_prompts(
         length = len(ids)
         if key == "text_field":
             length = min(length, len(tokenizer.prefix_ids) + config.text_tokens)
-        empty = None if length else "an empty prompt, and the tokenizer has no BOS; want text"
+        empty = None if length else "the prompt is empty, and the tokenizer has no BOS; the prompt must have text"
         if report.refuses(row, empty or tokenizer.fault(ids[:length]), drop):
             continue
         if length > max_prompt_tokens and overflow == "stop":
             raise UserError(
-                f"{row.where}: prompt of {length} tokens, but max_prompt_tokens is {max_prompt_tokens}; "
-                "raise it, or set overflow: cut or drop"
+                f"{row.where}: the prompt has {length} tokens, but max_prompt_tokens is {max_prompt_tokens}; "
+                "raise max_prompt_tokens, or set overflow: cut or drop"
             )
         kept = tokenizer.cut_start(ids[:length], max_prompt_tokens)
         if kept is None or (overflow == "drop" and len(kept) < length):
@@ -140,7 +145,9 @@ def _chat(row: Row, config: PromptsConfig) -> Prompt:
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
-        raise UserError(f"{row.where}: field {config.messages_field!r} has no message before the assistant turn")
+        raise UserError(
+            f"{row.where}: field {config.messages_field!r} has no message before the assistant turn; a prompt needs one"
+        )
     return chat_of(row, config, messages, continued=False)
 
 
@@ -149,14 +156,14 @@ def _text(row: Row, config: PromptsConfig) -> Prompt:
 
 
 def _form(config: PromptsConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
-    """(config key of the field that holds the prompt in most of these rows, its reader)."""
+    """Returns (config key of the field that holds the prompt in most of these rows, the reader of this field)."""
     forms = [("prompt_field", _prompt), ("messages_field", _chat), ("text_field", _text)]
     forms.sort(key=lambda form: form[0] not in config.model_fields_set)
     counts = [sum(has_field(row, getattr(config, key)) for row in rows) for key, _ in forms]
     if any(counts):
         return forms[counts.index(max(counts))]
     raise UserError(
-        f"{rows[0].where}: want field {config.prompt_field!r}, {config.messages_field!r} or {config.text_field!r}; "
-        f"the row has {', '.join(rows[0].values) or 'no fields'} "
-        "(the settings prompt_field, messages_field and text_field name these fields)"
+        f"{rows[0].where}: the row must have the field {config.prompt_field!r}, {config.messages_field!r} or "
+        f"{config.text_field!r}; its fields are: {', '.join(rows[0].values) or 'none'} "
+        "(the settings prompt_field, messages_field and text_field name the field to read)"
     )

@@ -1,7 +1,7 @@
-"""Demonstrations for supervised fine-tuning: rows become token ids, and token ids batches of fixed shape.
+"""Demonstrations for supervised fine-tuning. Rows become token ids, and token ids become batches of fixed shape.
 
-Left out on purpose: streaming. All rows are read and tokenized before anything is compiled, so that a bad row stops
-the run at once and not after a day.
+Rows are not streamed, on purpose. All rows are read and tokenized before anything is compiled, so that a bad row stops
+the run immediately and not after a day.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import SFTBatch
 
-COMPLETION = "completion"  # TRL's name of the response field, read if a row has no field of the default name
-LENGTH_BUCKETS = 4  # padded lengths of unpacked sequences, each compiled once
+COMPLETION = "completion"  # TRL's name of the response field; read if a row has no field with the default name
+LENGTH_BUCKETS = 4  # number of padded lengths of unpacked sequences; the program of each length is compiled once
 
 
 @dataclass(frozen=True)
 class Example:
-    """One demonstration. Only the response is trained on; it ends with EOS unless it was cut."""
+    """One demonstration. Training learns only the response. The response ends with EOS unless its end was cut off."""
 
     prompt_ids: np.ndarray  # i32[p]
     response_ids: np.ndarray  # i32[r], r >= 1
@@ -46,12 +46,15 @@ class Example:
 def load_demonstrations(
     config: DemonstrationsConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
 ) -> tuple[list[Example], LoadReport]:
-    """Reads, checks and tokenizes all rows; none is longer than `max_length` tokens.
+    """Reads, checks and tokenizes all rows. No example is longer than `max_length` tokens.
 
-    The first row's fields decide the form of all rows: prompt and response, a chat, or plain text. If a row has
-    several, fields that the config names come first, then this order. For a longer row, `cut` removes its end, or
-    drops the row if its prompt leaves no room for the response; `drop` drops it; `stop` raises. A row that cannot be
-    used raises UserError with its place; if the config drops such rows, the majority of rows decides the form.
+    All rows have the same form: prompt and response, a chat, or plain text. The first row's fields decide which form
+    this is. If the first row has the fields of several forms, fields that the config names are preferred, then the
+    order above decides. A row that cannot be used raises UserError with its place. If the config drops unusable rows,
+    the form that most rows have is read instead of the first row's form.
+
+    `overflow` decides about a row that is longer than `max_length`. "cut" removes the end of the row. If the prompt
+    leaves no room for a response, "cut" drops the row. "drop" drops the row, and "stop" raises UserError.
     """
     rows = read_rows(config)
     drop = drops_unusable(config, overflow)
@@ -74,13 +77,13 @@ def load_demonstrations(
         total = len(prompt) + len(response)
         if total > max_length and overflow == "stop":
             raise UserError(
-                f"{row.where}: {total} tokens (prompt {len(prompt)}, response {len(response)}), but max_length is "
-                f"{max_length}; raise it, or set overflow: cut or drop"
+                f"{row.where}: the row has {total} tokens (prompt {len(prompt)}, response {len(response)}), but "
+                f"max_length is {max_length}; raise max_length, or set overflow: cut or drop"
             )
         if total > max_length and overflow == "drop":
             report.drop(f"longer than {max_length} tokens")
         elif len(prompt) >= max_length:
-            report.drop(f"prompt leaves no room for a response in {max_length} tokens")
+            report.drop(f"the prompt leaves no room for a response in {max_length} tokens")
         else:
             report.cut += total > max_length
             response = response[: max_length - len(prompt)]
@@ -110,7 +113,7 @@ def _chat(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
     if not turns or not turns[-1]:
         raise UserError(
             f"{row.where}: field {config.messages_field!r} has no assistant turn after another message; "
-            f"its roles are {', '.join(m['role'] for m in messages)}"
+            f"the roles of the messages are {', '.join(m['role'] for m in messages)}"
         )
     check_answer(row, config.messages_field, messages[turns[-1]])
     return chat_of(row, config, messages[: turns[-1]], continued=False), messages[turns[-1]]
@@ -121,7 +124,7 @@ def _plain_text(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Respons
 
 
 def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
-    """The reader for the form that most of these rows have."""
+    """Returns the reader for the form that most of these rows have."""
     named = config.model_fields_set
     forms = [((config.prompt_field, config.response_field), {"prompt_field", "response_field"})]
     if "response_field" not in named:
@@ -134,11 +137,12 @@ def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
     if any(counts):
         return readers[counts.index(max(counts))][2]
     if any(has_field(row, field) for row in rows for field in forms[0][0]):
-        return _prompt_and(config.response_field)  # its error names the missing field
+        return _prompt_and(config.response_field)  # this reader raises an error that names the missing field
     raise UserError(
-        f"{rows[0].where}: want the fields {config.prompt_field!r} and {config.response_field!r}, or "
-        f"{config.messages_field!r}, or {config.text_field!r}; the row has {', '.join(rows[0].values) or 'no fields'} "
-        "(the settings prompt_field, response_field, messages_field and text_field give these names)"
+        f"{rows[0].where}: the row must have the fields {config.prompt_field!r} and {config.response_field!r}, or the "
+        f"field {config.messages_field!r}, or the field {config.text_field!r}; its fields are: "
+        f"{', '.join(rows[0].values) or 'none'} (the settings prompt_field, response_field, messages_field and "
+        "text_field name the fields to read)"
     )
 
 
@@ -146,17 +150,18 @@ def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs items of these lengths into bins of `capacity` by best fit, longest first; returns the items of each bin.
+    """Packs items of these lengths into bins of `capacity` and returns the item numbers of each bin.
 
-    The result is deterministic and needs at most about 11/9 of the fewest possible bins (Johnson et al. 1974).
+    The method is best fit, and the longest items are packed first. The result is deterministic. The number of bins is
+    at most about 11/9 of the smallest possible number (Johnson et al. 1974).
     """
     bins: list[list[int]] = []
-    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free room
-    rooms = 0  # bit r is set if a bin with room r is open; it gives the tightest fit without a search
+    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # entry r: the bins with free room r
+    rooms = 0  # bit r is set if an open bin has room r; the bits give the tightest fit without a search
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = lengths[index]
         if length > capacity:
-            raise ValueError(f"item {index} of length {length} fits no bin of capacity {capacity}")
+            raise ValueError(f"item {index} has length {length}, but bins have capacity {capacity}")
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -176,10 +181,10 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def fill(
     examples: Sequence[Example], sequences: Sequence[Sequence[int]], rows: int, length: int, pad_id: int | None
 ) -> SFTBatch:
-    """A batch [rows, length] whose row b holds the examples with the numbers `sequences[b]`, one after the other.
+    """Returns a batch [rows, length]. Row b holds the examples with the numbers `sequences[b]`, one after the other.
 
-    Rows after the last sequence are empty (segments 0). The loss mask is True on response tokens including EOS, but
-    not on a segment's first token, which has no context.
+    Rows after the last sequence are empty and have segment 0. The loss mask is True on response tokens including EOS.
+    It is False on the first token of a segment, because this token has no context.
     """
     tokens = np.full((rows, length), 0 if pad_id is None else pad_id, np.int32)
     segments = np.zeros((rows, length), np.int32)
@@ -201,7 +206,7 @@ class SFTData:
     """An endless sequence of numpy batches. `batch(step)` returns a batch; `len` is the number of batches per epoch.
 
     With packing, several examples share a sequence of `max_length` tokens, and each epoch shuffles the sequences.
-    Without packing, each example is a sequence of its own, padded to one of a few lengths.
+    Without packing, each example is one sequence and is padded to one of a few lengths.
     """
 
     def __init__(
@@ -227,19 +232,19 @@ class SFTData:
         self.buckets = Buckets.of(totals, bounds, batch_size)
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """The number of batches per epoch."""
         return len(self.buckets)
 
     def checksum(self) -> str:
-        """A hash of these examples in this order."""
+        """Returns a hash of these examples in this order."""
         return checksum(ids for example in self.examples for ids in (example.prompt_ids, example.response_ids))
 
     def batch(self, step: int) -> SFTBatch:
-        """The batch at a step, counted from 0; the same for the same seed. Its length is one of a few."""
+        """Returns the batch at a step. Steps are counted from 0. The same seed gives the same batch."""
         return self._fill(*self.buckets.batch(self.seed, step))
 
     def all_batches(self) -> list[SFTBatch]:
-        """Batches with every example once, unshuffled."""
+        """Returns unshuffled batches that hold every example once."""
         return [self._fill(length, rows) for length, rows in self.buckets.in_order()]
 
     def _fill(self, length: int, rows: np.ndarray) -> SFTBatch:

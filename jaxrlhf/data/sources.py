@@ -1,7 +1,7 @@
-"""Reads rows from JSON, JSON Lines, Parquet, the datasets library and the builtin sets.
+"""Reads rows from files (JSON, JSON Lines, Parquet), from the datasets library and from the builtin data sets.
 
 `read_rows` returns each row with its place, so that later errors name file and line. A file that cannot be parsed
-always stops the run; a row that cannot be used may be dropped.
+always stops the run. A row that cannot be used may be dropped.
 """
 
 import gzip
@@ -24,13 +24,13 @@ Message = dict[str, Any]
 
 ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 BUILTIN_SPLITS, BUILTIN_LIMIT = ("train", "test"), 1_000_000
-REASONS = 6  # reasons that a report lists; rarer ones count as "other reasons"
+REASONS = 6  # number of reasons that a report lists; the rarest are counted together as "other reasons"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row and its place, such as `pairs.jsonl:12` or `pairs.parquet row 12` (counted from 1)."""
+    """One row and its place `where`, such as `pairs.jsonl:12` or `pairs.parquet row 12`. Rows are counted from 1."""
 
     values: dict[str, Any]
     where: str
@@ -38,16 +38,16 @@ class Row:
 
 @dataclass
 class LoadReport:
-    """Counts of the rows of a source that were read, cut to length and dropped, with reasons."""
+    """Counts how many rows of a source were read, cut to length and dropped, and for which reasons."""
 
     path: str
     rows: int
     cut: int = 0
     past_stop: int = 0  # text responses that were cut after a stop token inside them
     dropped: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row dropped for it, if known
+    first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row that was dropped, if known
     unread: list[str] = field(default_factory=list)  # tools and template arguments that the chat template ignores
-    beside_text: set[str] = field(default_factory=set)  # columns of tools and arguments beside prompts of text
+    beside_text: set[str] = field(default_factory=set)  # columns of tools and arguments that text prompts do not use
 
     def drop(self, reason: str, where: str | None = None) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -55,7 +55,7 @@ class LoadReport:
             self.first.setdefault(reason, where)
 
     def usable(self, rows: Sequence[Row], read: Callable[[Row], T], drop: bool) -> Iterator[tuple[Row, T]]:
-        """Yields each row with `read(row)`; a UserError drops the row if `drop` is set, and is raised otherwise."""
+        """Yields (row, `read(row)`) for each row. If `read` raises UserError and `drop` is set, the row is dropped."""
         for row in rows:
             try:
                 result = read(row)
@@ -67,7 +67,7 @@ class LoadReport:
                 yield row, result
 
     def refuses(self, row: Row, fault: str | None, drop: bool) -> bool:
-        """Drops a row that has a fault and returns whether it did. Without `drop`, a fault raises UserError."""
+        """Returns whether the row has a fault. A row with a fault is dropped, or UserError is raised without `drop`."""
         if fault is None:
             return False
         if not drop:
@@ -76,7 +76,7 @@ class LoadReport:
         return True
 
     def refuse(self, row: Row, message: str) -> None:
-        """Drops a row; the reason is the error message without the place and without the advice after "; "."""
+        """Drops a row. The reason is the error message without the place and without the advice after "; "."""
         self.drop(message.removeprefix(f"{row.where}: ").split("; ")[0], row.where)
 
     @property
@@ -87,7 +87,7 @@ class LoadReport:
         """Raises UserError if no row is left."""
         if not self.kept:
             reasons = "; ".join(self._reasons("{} {}"))
-            raise UserError(f"{self.path}: none of its {self.rows} rows can be used: {reasons}")
+            raise UserError(f"{self.path}: none of the {self.rows} rows can be used: {reasons}")
 
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kept} of {self.rows} rows"]
@@ -95,11 +95,11 @@ class LoadReport:
         parts += [f"{self.past_stop} responses cut after a stop token in their text"] if self.past_stop else []
         parts += self._reasons("{} dropped ({})")
         parts += [f"the chat template ignores {' and '.join(self.unread)}"] if self.unread else []
-        parts += [f"prompts of text ignore {' and '.join(sorted(self.beside_text))}"] if self.beside_text else []
+        parts += [f"text prompts ignore {' and '.join(sorted(self.beside_text))}"] if self.beside_text else []
         return ", ".join(parts)
 
     def _reasons(self, form: str) -> list[str]:
-        """The number of dropped rows for each reason, the most frequent first."""
+        """Returns a text for each reason with the number of dropped rows. The most frequent reason is first."""
         ordered = sorted(self.dropped.items(), key=lambda item: -item[1])
         first = {reason: f"; first {place}" for reason, place in self.first.items()}
         texts = [form.format(count, reason + first.get(reason, "")) for reason, count in ordered]
@@ -110,22 +110,29 @@ class LoadReport:
 
 
 def drops_unusable(source: SourceConfig, overflow: Overflow) -> bool:
-    """Whether rows that cannot be used are dropped: the setting `unusable`, or by default if long rows are dropped."""
+    """Whether rows that cannot be used are dropped. The setting `unusable` decides.
+
+    Without this setting, unusable rows are dropped if `overflow` drops long rows.
+    """
     return (source.unusable or ("drop" if overflow == "drop" else "stop")) == "drop"
 
 
 def check_source(source: SourceConfig) -> tuple[str, str]:
-    """(path, format) of a source, which is not read yet. UserError if it does not exist."""
+    """Returns (path, format) of a source without reading the source. Raises UserError if the source does not exist."""
     path = os.path.expanduser(source.path)
     form = _form(source, path)
     if form not in ("builtin", "datasets") and not os.path.isfile(path):
-        problem = "is a folder; format: datasets reads one" if os.path.isdir(path) else "no such file"
+        is_folder = os.path.isdir(path)
+        problem = "this is a folder; set format: datasets to read a folder" if is_folder else "no such file"
         raise UserError(f"{source.path}: {problem}")
     return path, form
 
 
 def read_rows(source: SourceConfig) -> list[Row]:
-    """All rows of a source, or the first `limit`. UserError if it is missing, broken or empty."""
+    """Returns all rows of a source, or the first `limit` rows.
+
+    Raises UserError if the source is missing, broken or empty.
+    """
     path, form = check_source(source)
     if form == "builtin":
         rows = _builtin(source)
@@ -136,14 +143,14 @@ def read_rows(source: SourceConfig) -> list[Row]:
         try:
             rows = list(itertools.islice(reader(path, source), source.limit))
         except (OSError, EOFError, zlib.error) as error:  # no permission, or a broken .gz
-            raise UserError(f"{source.path}: cannot be read: {one_line(error)}") from error
+            raise UserError(f"{source.path}: the file cannot be read: {one_line(error)}") from error
     if not rows:
-        raise UserError(f"{source.path}: has no rows; want at least one")
+        raise UserError(f"{source.path}: the source has no rows; it must have at least one")
     return rows
 
 
 def _form(source: SourceConfig, path: str) -> str:
-    """The format of the config; `auto` follows from the path."""
+    """Returns the format that the config sets. If it is `auto`, the path decides."""
     if source.format != "auto":
         return source.format
     if path.startswith(BUILTIN_PREFIX):
@@ -156,8 +163,8 @@ def _form(source: SourceConfig, path: str) -> str:
     if not os.path.exists(path):
         raise UserError(f"{source.path}: no such file or folder")
     raise UserError(
-        f"{source.path}: its ending is not a known format; "
-        f"want {', '.join(ENDINGS)}, or set format: json, jsonl or parquet"
+        f"{source.path}: the ending of the file name is no known format; "
+        f"the ending must be one of {', '.join(ENDINGS)}; for another ending, set format: json, jsonl or parquet"
     )
 
 
@@ -174,29 +181,29 @@ def _parse(data: bytes, source: SourceConfig, first_line: int, hint: str) -> Any
     except UnicodeDecodeError as error:
         line = first_line + data[: error.start].count(b"\n")
         raise UserError(
-            f"{source.path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8"
+            f"{source.path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
         ) from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{source.path}:{line}: not JSON ({error.msg}, column {error.colno}); {hint}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or very deep nesting
         raise UserError(f"{source.path}:{first_line}: not usable JSON ({one_line(error)})") from error
 
 
 def _row(values: Any, where: str) -> Row:
     if not isinstance(values, dict):
-        raise UserError(f"{where}: a row must be a JSON object of named fields, not {describe(values)}")
+        raise UserError(f"{where}: a row must be a JSON object with named fields, not {describe(values)}")
     return Row(values, where)
 
 
 def _json(path: str, source: SourceConfig) -> Iterator[Row]:
     with _open(path) as file:
         data = file.read()
-    value = _parse(data, source, 1, "want a list of objects (JSON Lines: set format: jsonl)")
+    value = _parse(data, source, 1, "the file must be a list of rows; for JSON Lines, set format: jsonl")
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):
-        raise UserError(f'{source.path}: want a list of objects, or {{"data": [...]}}, not {describe(value)}')
+        raise UserError(f'{source.path}: the file must be a list of rows or {{"data": [...]}}, not {describe(value)}')
     for number, values in enumerate(value, 1):
         yield _row(values, f"{source.path} row {number}")
 
@@ -205,7 +212,7 @@ def _json_lines(path: str, source: SourceConfig) -> Iterator[Row]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                values = _parse(line.rstrip(b"\r\n"), source, number, "want one JSON object a line")
+                values = _parse(line.rstrip(b"\r\n"), source, number, "each line must be one JSON object")
                 yield _row(values, f"{source.path}:{number}")
 
 
@@ -221,14 +228,17 @@ def _parquet(path: str, source: SourceConfig) -> Iterator[Row]:
                     number += 1
                     yield _row(values, f"{source.path} row {number}")
     except pyarrow.ArrowException as error:
-        raise UserError(f"{source.path}: not a readable Parquet file: {one_line(error)}") from error
+        raise UserError(f"{source.path}: the file cannot be read as Parquet: {one_line(error)}") from error
 
 
 # ---------------------------------------------------------------- datasets and builtin sets
 
 
 def _datasets(source: SourceConfig, path: str) -> list[Row]:
-    """Loads a folder from `save_to_disk`, a folder of data files, or a hub id. datasets >= 4 runs no remote code."""
+    """Loads a folder that `save_to_disk` wrote, a folder of data files, or a data set of the hub.
+
+    datasets >= 4 runs no remote code.
+    """
     import datasets
 
     if os.path.exists(os.path.join(path, "dataset_dict.json")) or os.path.exists(os.path.join(path, "state.json")):
@@ -236,18 +246,20 @@ def _datasets(source: SourceConfig, path: str) -> list[Row]:
     else:
         local = os.path.isdir(path)
         if not local and (os.path.exists(path) or not HUB_ID.fullmatch(path)):
-            raise UserError(f"{source.path}: format: datasets wants a folder or a hub id such as owner/name")
+            raise UserError(
+                f"{source.path}: for format: datasets, the path must be a folder or a hub id such as owner/name"
+            )
         try:
             load = datasets.load_dataset if local else hub.load_dataset
             table = load(path, source.subset, split=source.split)
         except ConnectionError as error:  # also raised in offline mode, but not for an unknown hub id
             raise UserError(
-                f"{source.path}: no such folder here, and the hub cannot be reached: {one_line(error)}"
+                f"{source.path}: there is no such local folder, and the hub cannot be reached: {one_line(error)}"
             ) from error
-        except Exception as error:  # the library raises its own, pyarrow's, fsspec's and httpx's errors
+        except Exception as error:  # an error of datasets, pyarrow, fsspec or httpx
             cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
             raise UserError(
-                f"{source.path}: {'cannot be loaded' if local else 'cannot be loaded from the hub'} "
+                f"{source.path}: the data set {'cannot be loaded' if local else 'cannot be loaded from the hub'} "
                 f"(split {source.split}, subset {source.subset}): {one_line(cause or error)}"
             ) from error
     if source.limit:
@@ -261,14 +273,14 @@ def _saved(source: SourceConfig, path: str) -> Any:
     try:
         table = datasets.load_from_disk(path)
     except Exception as error:  # a broken file may raise anything
-        raise UserError(f"{source.path}: a saved set that cannot be read: {one_line(error)}") from error
+        raise UserError(f"{source.path}: the saved data set cannot be read: {one_line(error)}") from error
     if isinstance(table, datasets.DatasetDict):
         if source.split not in table:
-            raise UserError(f"{source.path}: no split {source.split!r}; it has {', '.join(table)}")
+            raise UserError(f"{source.path}: no split {source.split!r}; the splits are {', '.join(table)}")
         return table[source.split]
-    # A single saved set often has no split name, and `train` is only the setting's default.
+    # A data set that was saved without splits often has no split name. `train` is the default of the setting `split`.
     if source.split not in ("train", str(table.split)):
-        raise UserError(f"{source.path}: a single set without splits; split: {source.split} does not exist; want train")
+        raise UserError(f"{source.path}: this data set has no splits; split must be train, not {source.split}")
     return table
 
 
@@ -278,18 +290,20 @@ def _builtin(source: SourceConfig) -> list[Row]:
     name = source.path.removeprefix(BUILTIN_PREFIX)
     if name not in BUILTIN:
         raise UserError(
-            f"{source.path}: no such builtin set; there are {', '.join(BUILTIN_PREFIX + n for n in BUILTIN)}"
+            f"{source.path}: no such builtin set; the builtin sets are {', '.join(BUILTIN_PREFIX + n for n in BUILTIN)}"
         )
     if source.split not in BUILTIN_SPLITS:
-        raise UserError(f"{source.path}: no split {source.split!r}; it has {', '.join(BUILTIN_SPLITS)}")
+        raise UserError(f"{source.path}: no split {source.split!r}; the splits are {', '.join(BUILTIN_SPLITS)}")
     if (source.limit or 0) > BUILTIN_LIMIT:
-        raise UserError(f"{source.path}: limit {source.limit}: a builtin set has at most {BUILTIN_LIMIT:,} rows")
+        raise UserError(
+            f"{source.path}: limit of a builtin set must be at most {BUILTIN_LIMIT:,} rows, not {source.limit}"
+        )
     rows = BUILTIN[name](source.split, source.limit)
     return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(rows, 1)]
 
 
 def describe(value: Any) -> str:
-    """Describes a value by its type and its start, for messages."""
+    """Returns the type and the first characters of a value, for error messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -306,9 +320,12 @@ def describe(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message; the error's type if it has no message or cannot be printed."""
+    """Returns the first line of an error's message.
+
+    Returns the error's type instead if the message is empty or cannot be printed.
+    """
     try:
         lines = str(error).strip().splitlines()
-    except Exception:  # a user's own exception class may raise in __str__
+    except Exception:  # `__str__` of a user's exception class may raise
         lines = []
     return lines[0] if lines else type(error).__name__

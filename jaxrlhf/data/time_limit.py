@@ -1,4 +1,4 @@
-"""A time limit for code that is not ours, such as a chat template that loops."""
+"""A time limit for code from outside the package, such as a chat template with an endless loop."""
 
 import ctypes
 import threading
@@ -7,7 +7,10 @@ from typing import Any
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Returns `call()`, run in a thread of its own; raises TimeoutError where it takes longer, and ends the thread."""
+    """Runs `call` in a new thread and returns its result.
+
+    If the call takes longer than `seconds`, the thread is ended and TimeoutError is raised.
+    """
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -21,7 +24,7 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        # Raised at the thread's next bytecode; the thread runs nothing but `call`.
+        # The next bytecode of the thread raises SystemExit. The thread runs only `call`.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
         raise TimeoutError
     if errors:

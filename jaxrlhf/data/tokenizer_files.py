@@ -1,10 +1,12 @@
-"""Reads and writes tokenizer files. `tokenizer.json` decides how text becomes ids, and is written back byte for byte.
+"""Reads and writes tokenizer files.
 
-transformers' classes (LlamaTokenizer, GPT2Tokenizer, ...) build their own pipeline from the file's vocabulary, but
-models are trained with the file's pipeline. So the library `tokenizers` reads this file. transformers' class
-`PreTrainedTokenizerFast` reads the other files: names of special tokens, added tokens, chat templates.
+The file `tokenizer.json` decides how text becomes ids. This file is written back byte for byte. transformers' classes
+such as LlamaTokenizer use only the vocabulary of the file and build another pipeline, but models are trained with the
+pipeline of the file. So the library `tokenizers` reads the file. transformers' class `PreTrainedTokenizerFast` reads
+the other files, which hold the names of special tokens, added tokens and chat templates.
 
-Left out on purpose: slow tokenizers and remote code. Without a `tokenizer.json`, transformers converts other files.
+If there is no `tokenizer.json`, transformers converts other files. Slow tokenizers and remote code are not supported,
+on purpose.
 """
 
 import contextlib
@@ -24,16 +26,17 @@ VOCABULARY_FILES = (
 )  # fmt: skip
 HUB_FILES = ("tokenizer*", "*.model", "vocab*", "merges*", "tekken.json", "special_tokens_map.json",
              "added_tokens.json", "chat_template*", "config.json")  # fmt: skip
-# The class that written files name. In transformers 4 and 5 this class follows tokenizer.json.
+# The name of this class is written into saved files. In transformers 4 and 5 this class follows tokenizer.json.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
-# A converted sentencepiece model must tokenize these texts as the model itself does.
+# After the conversion of a sentencepiece model, the new tokenizer must give the model's ids for these texts.
 PROBES = ("Hello world", "a b  c", " x", "it is 10 + 5 = 15.", "(a)\n\nb")
 
 
 def find_folder(path: str) -> str | None:
-    """Returns the local folder that holds the tokenizer files; None if there are no such files.
+    """Returns the local folder that holds the tokenizer files. Returns None if there are no tokenizer files.
 
-    `path` is a folder, or a hub id whose files are downloaded. Raises UserError if neither exists.
+    `path` is a folder or a hub id. The files of a hub id are downloaded. Raises UserError if there is neither a folder
+    nor a hub id of this name.
     """
     folder = os.path.expanduser(path)
     if not os.path.isdir(folder):
@@ -42,11 +45,11 @@ def find_folder(path: str) -> str | None:
 
 
 def read_files(folder: str, name: str) -> tuple[Any, bytes | None]:
-    """(transformers' fast tokenizer, the bytes of `tokenizer.json` or None), read from a folder.
+    """Reads a folder and returns (transformers' fast tokenizer, the bytes of `tokenizer.json` or None).
 
-    Raises UserError if the files cannot be used; `name` is the tokenizer's name in the message.
+    Raises UserError if the files cannot be used. The message contains `name`, the tokenizer's name.
     """
-    # Without torch, transformers warns on import that it is missing; nothing here needs it.
+    # If torch is missing, transformers prints a warning when it is imported. Nothing here needs torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     file = Path(folder, FILE)
     try:
@@ -55,17 +58,17 @@ def read_files(folder: str, name: str) -> tuple[Any, bytes | None]:
     except UserError:
         raise
     except Exception as error:  # broken files may raise anything
-        raise UserError(f"{name}: its tokenizer cannot be loaded: {one_line(error)}") from error
-    for entry in ("is_local", "local_files_only"):  # transformers would write these loading options when saving
+        raise UserError(f"{name}: the tokenizer cannot be loaded: {one_line(error)}") from error
+    for entry in ("is_local", "local_files_only"):  # else transformers writes these loading options into saved files
         tokenizer.init_kwargs.pop(entry, None)
     return tokenizer, data
 
 
 def write_files(tokenizer: Any, data: bytes | None, path: str, pad_id: int | None = None) -> None:
-    """Writes a fast tokenizer's files, chat templates included.
+    """Writes a fast tokenizer's files, including chat templates.
 
-    `data` is the original `tokenizer.json`, written unchanged. `pad_id` sets the pad token in `tokenizer_config.json`
-    only.
+    `data` is the original `tokenizer.json` and is written unchanged. `pad_id` sets the pad token, but only in
+    `tokenizer_config.json`.
     """
     tokenizer.save_pretrained(path)
     config = Path(path, CONFIG)
@@ -86,8 +89,8 @@ def write_files(tokenizer: Any, data: bytes | None, path: str, pad_id: int | Non
 def _from_file(folder: str, data: bytes) -> Any:
     """Returns a `PreTrainedTokenizerFast` with the pipeline of `tokenizer.json`.
 
-    Tokens that only the folder's other files name are added with the ids that transformers gives to these tokens. One
-    exception: a vocabulary word that is used as the pad token stays an ordinary word.
+    Tokens that only the other files of the folder name are added. They get the ids that transformers gives to them. A
+    vocabulary word that is used as the pad token is not added and stays an ordinary word.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -102,19 +105,19 @@ def _from_file(folder: str, data: bytes) -> Any:
         if token.content not in known:
             add = backend.add_special_tokens if token.special else backend.add_tokens
             add([token])
-    tokenizer._tokenizer = backend  # transformers' own copy has other added tokens and another post-processor
+    tokenizer._tokenizer = backend  # the backend of transformers has other added tokens and another post-processor
     tokenizer.split_special_tokens = False
     return tokenizer
 
 
 def _name_special_tokens(tokenizer: Any, folder: str) -> None:
-    """Sets BOS, EOS and the unknown token as transformers' class for this model does.
+    """Sets BOS, EOS and the unknown token to those of transformers' class for this model.
 
-    Some tokenizer files, such as those of GPT-2, do not name these tokens.
+    Some tokenizer files, such as the files of GPT-2, do not name these tokens.
     """
     from transformers import AutoTokenizer
 
-    with contextlib.suppress(ValueError, OSError, KeyError):  # no class for the model: no special tokens
+    with contextlib.suppress(ValueError, OSError, KeyError):  # without a class for the model, no token is set
         known = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         for entry in ("bos_token", "eos_token", "unk_token"):
             if getattr(known, entry, None) in tokenizer.get_vocab():
@@ -122,7 +125,7 @@ def _name_special_tokens(tokenizer: Any, folder: str) -> None:
 
 
 def _backend(data: bytes) -> Any:
-    """The tokenizer of the file, without truncation and padding: the data modules limit lengths."""
+    """Returns the tokenizer of the file without truncation and padding, because the data modules limit lengths."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_buffer(data)
@@ -136,7 +139,7 @@ def _added(backend: Any) -> set[str]:
 
 
 def _convert(folder: str, name: str) -> Any:
-    """Lets transformers convert the tokenizer of a folder that has no `tokenizer.json`."""
+    """Returns the tokenizer of a folder that has no `tokenizer.json`. transformers converts the folder's files."""
     from transformers import AutoTokenizer
 
     for model in ("tokenizer.model", "spiece.model"):
@@ -146,24 +149,25 @@ def _convert(folder: str, name: str) -> Any:
 
 
 def _convert_sentencepiece(folder: str, model: str, name: str) -> Any:
-    """A fast tokenizer that tokenizes the probes as the sentencepiece model does.
+    """Returns a fast tokenizer that gives the same ids for the texts `PROBES` as the sentencepiece model.
 
-    `PreTrainedTokenizerFast`, which follows the model's own settings, is tried first, then the class of the model
-    family.
+    `PreTrainedTokenizerFast` is tried first, because it follows the settings in the file `model`. Then transformers'
+    class for the model family is tried.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     packages = (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
     missing = [package for package, module in packages if _is_missing(module)]
     if missing:
-        raise UserError(f"{name}: reading {model} without a {FILE} needs pip install {' '.join(missing)}")
+        raise UserError(f"{name}: the folder has no {FILE}; to read {model}, run pip install {' '.join(missing)}")
     from sentencepiece import SentencePieceProcessor
 
-    # Llama, Mistral and Gemma begin a text with BOS unless the folder sets add_bos_token; transformers 5 omits it here.
+    # Llama, Mistral and Gemma begin a text with BOS, unless the folder's add_bos_token says otherwise. transformers 5
+    # does not add this BOS without the option.
     options = {} if model != "tokenizer.model" or _has_entry(folder, "add_bos_token") else {"add_bos_token": True}
     try:
         pieces = SentencePieceProcessor(model_file=os.path.join(folder, model))
-    except (OSError, RuntimeError):  # another kind of file with that name
+    except (OSError, RuntimeError):  # the file has this name, but is no sentencepiece model
         return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, **options)
     fault: Exception | None = None
     for loader in (PreTrainedTokenizerFast, AutoTokenizer):
@@ -174,12 +178,12 @@ def _convert_sentencepiece(folder: str, model: str, name: str) -> Any:
             continue
         if all(tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text) for text in PROBES):
             return tokenizer
-    reason = f": {one_line(fault)}" if fault else ": the result tokenizes texts differently"
-    raise UserError(f"{name}: transformers cannot convert {model}{reason}; want a folder with its {FILE}")
+    reason = one_line(fault) if fault else "the new tokenizer gives other ids for the same texts"
+    raise UserError(f"{name}: transformers cannot convert {model}: {reason}; use a folder that has a {FILE}")
 
 
 def _has_entry(folder: str, entry: str, file: str = CONFIG) -> bool:
-    """Whether a JSON file of the folder exists and has the entry."""
+    """Whether the JSON file `file` of the folder exists and has the entry."""
     config = Path(folder, file)
     return config.exists() and entry in json.loads(config.read_text(encoding="utf-8"))
 
@@ -187,15 +191,17 @@ def _has_entry(folder: str, entry: str, file: str = CONFIG) -> bool:
 def _is_missing(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:  # its parent package is missing
+    except ModuleNotFoundError:  # the parent package of the module is missing
         return True
 
 
 def _download(path: str) -> str:
     """Downloads the tokenizer files of a hub id and returns their folder."""
     if os.path.exists(path) or not HUB_ID.fullmatch(path):
-        raise UserError(f"{path}: no such folder; want one with a tokenizer, or a hub id such as owner/name")
+        raise UserError(f"{path}: no such folder; give a folder with a tokenizer, or a hub id such as owner/name")
     try:
         return str(hub.download(path, [*HUB_FILES]))
     except Exception as error:  # not found, gated, offline, refused
-        raise UserError(f"{path}: no such folder here, nor on the hub: {one_line(error)}") from error
+        raise UserError(
+            f"{path}: there is no such local folder, and the hub gives no files: {one_line(error)}"
+        ) from error

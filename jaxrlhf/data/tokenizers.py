@@ -1,7 +1,8 @@
 """Converts text and chats to token ids and back, with a transformers fast tokenizer.
 
-Left out on purpose: padding and truncation (the data modules do both, and masks mark the real tokens), adding tokens
-(a pad token that the model was not trained with would need a new embedding row), slow tokenizers and remote code.
+This module neither pads nor truncates, because the data modules do both, and masks mark the real tokens. It adds no
+tokens, because a new pad token would need a new embedding row. Slow tokenizers and remote code are not supported, on
+purpose.
 """
 
 import copy
@@ -15,30 +16,32 @@ from jaxrlhf.data.sources import Message, one_line
 from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
 from jaxrlhf.errors import SharedFault, UserError
 
-# A response without its prompt is tokenized after an anchor text: the first of these that shares no token with the
-# response. A tokenizer that inserts a space before a text then inserts it before the anchor.
+# If a response is tokenized without its prompt, an anchor text is put before the response. The first anchor that
+# shares no token with the response is used. A tokenizer that inserts a space before each text then inserts the space
+# before the anchor and not before the response.
 ANCHORS = ("\n", ".", "a")
-CHUNK = 512  # texts per call; bounds the memory of offsets
+CHUNK = 512  # texts per call; this number limits the memory for character offsets
 
 
 class Tokenizer:
     """Encodes prompts and responses as the model reads them, and decodes ids.
 
-    name         folder or hub id, for messages
+    name         folder or hub id; error messages contain it
     fast         the transformers tokenizer
     eos_id, pad_id  None if the tokenizer has none
     prefix_ids   ids that the tokenizer puts before every text, usually BOS
     added        added tokens by id
-    vocab_size   largest id + 1; `text_size` leaves out added tokens
-    turn_end_id  the token with which the chat template ends a response; None if that is plain text
-    stop_ids     tokens that end a response: those of the tokenizer, and after `for_model` also those of the model
-    notes        lines on stop tokens that do not fit the model
+    vocab_size   largest id + 1
+    text_size    largest id of a token that is not an added token, + 1
+    turn_end_id  the token that the chat template writes at the end of a response; None if it writes plain text
+    stop_ids     tokens that end a response; a copy from `for_model` also has the stop tokens of the model
+    notes        lines about stop tokens that do not fit the model
     """
 
     def __init__(self, tokenizer: Any, name: str, file: bytes | None = None):
         """`file` is the content of the tokenizer's `tokenizer.json`."""
         if not getattr(tokenizer, "is_fast", False):
-            raise UserError(f"{name}: no fast tokenizer; save one with a tokenizer.json")
+            raise UserError(f"{name}: this is no fast tokenizer; save a fast tokenizer with a tokenizer.json")
         self.fast = tokenizer
         self.name = name
         self.chats = ChatTemplate(tokenizer, name)
@@ -50,7 +53,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary, default=-1) + 1
         self.text_size: int = max((index for index in vocabulary if index not in self.added), default=-1) + 1
         self.prefix_ids = self._find_prefix()
-        self.cut_responses = 0  # text responses that were cut after a stop token, since a caller set it to 0
+        self.cut_responses = 0  # text responses that were cut after a stop token, since a caller reset this count
         self._template_runs = True
         self.turn_end_id = self._find_turn_end()
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(self._own_ends()))
@@ -63,24 +66,24 @@ class Tokenizer:
 
     @property
     def text_end_id(self) -> int | None:
-        """The end token of a plain text response: EOS, or else the first stop token."""
+        """The end token of a plain text response. This is EOS if it is a stop token, else the first stop token."""
         return self.eos_id if self.eos_id in self.stop_ids else next(iter(self.stop_ids), None)
 
     @property
     def chat_end_id(self) -> int | None:
-        """The end token of a chat response: the token that the chat template writes, or else `text_end_id`."""
+        """The end token of a chat response. This is the token that the chat template writes, else `text_end_id`."""
         return self.turn_end_id if self.turn_end_id in self.stop_ids else self.text_end_id
 
     def for_model(self, rows: int, stop_tokens: Sequence[int], foreign: bool = False) -> "Tokenizer":
-        """A copy for a model with `rows` embeddings whose files name these stop tokens.
+        """Returns a copy for a model that has `rows` embeddings and files with these stop tokens.
 
-        Its `stop_ids` are the union, see `ends.union`, which also explains `foreign`. `fault` of the copy reports
-        tokens without an embedding.
+        `stop_ids` of the copy is the union of the stop tokens of tokenizer and model. `ends.union` explains `foreign`.
+        `fault` of the copy reports tokens without an embedding.
         """
         fitted = copy.copy(self)
         fitted.stop_ids, lines = ends.union(stop_tokens, self._own_ends(), rows, self.added, self.name, foreign)
         if not fitted.stop_ids:
-            lines.append(f"{self.name}: no token ends a response: all completions have max_new_tokens tokens")
+            lines.append(f"{self.name}: no token ends a response, so all completions have max_new_tokens tokens")
         elif self.has_chat_template and self.turn_end_id is None and self._template_runs:
             end = self.fast.convert_ids_to_tokens(fitted.chat_end_id)
             lines.append(
@@ -92,20 +95,24 @@ class Tokenizer:
         return fitted
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt: BOS (if the tokenizer has it) and text without EOS, or a chat up to the assistant's turn."""
+        """Returns the ids of a prompt, without EOS at the end.
+
+        A text prompt begins with BOS if the tokenizer has BOS. A chat is rendered up to the start of the response.
+        """
         return next(self.encode_prompts([prompt]))
 
     def encode_pair(self, prompt: Prompt, response: Response) -> tuple[list[int], list[int]]:
-        """(ids of the prompt, exactly as from `encode_prompt`; ids of the response).
+        """Returns (ids of the prompt, ids of the response).
 
-        Prompt and response are tokenized together if this does not change the ids of the prompt; else the response is
-        tokenized alone. The response's ids are cut after the first stop token, or a stop token is appended. A text
-        without a prompt is one document, so stop tokens inside the text are kept.
+        The ids of the prompt are the same as from `encode_prompt`. Prompt and response are tokenized together if this
+        does not change the ids of the prompt. Otherwise the response is tokenized alone. The response is cut after its
+        first stop token. If it has none, a stop token is appended. A text with an empty prompt is one document, so stop
+        tokens inside this text are kept.
         """
         return next(self.encode_pairs([(prompt, response)]))
 
     def encode_prompts(self, prompts: Sequence[Prompt], where: Sequence[str] = ()) -> Iterator[list[int]]:
-        """Calls `encode_prompt` for several prompts. `where` holds the place of each prompt, for messages."""
+        """Yields the ids of each prompt, see `encode_prompt`. `where` holds the place of each prompt, for errors."""
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
             places = [f"{place}: " for place in where[start : start + CHUNK]] or [""] * len(part)
@@ -114,15 +121,15 @@ class Tokenizer:
                 yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
     def encode_chats(self, chats: Sequence[list[Message] | Chat]) -> Iterator[list[int]]:
-        """Ids of finished chats, which the chat template writes as text."""
+        """Yields the ids of each finished chat. The chat template writes a chat as text, which is then tokenized."""
         for start in range(0, len(chats), CHUNK):
             texts = [self.chats.whole_text(chat, "") for chat in chats[start : start + CHUNK]]
             yield from (encoding.ids for encoding in self._encode(texts))
 
     def encode_pairs(self, pairs: Sequence[tuple[Prompt, Response]]) -> Iterator[tuple[list[int], list[int]]]:
-        """Calls `encode_pair` for several pairs."""
+        """Yields the ids of prompt and response of each pair, see `encode_pair`."""
         if not self.stop_ids:
-            raise UserError(f"{self.name}: the tokenizer has no EOS token to end responses with; set eos_token")
+            raise UserError(f"{self.name}: the tokenizer has no EOS token to end a response; set its eos_token")
         for start in range(0, len(pairs), CHUNK):
             part = pairs[start : start + CHUNK]
             texts = [self.chats.pair_texts(*pair, "") for pair in part]
@@ -138,29 +145,38 @@ class Tokenizer:
                 yield prompt_ids, self._ended(*pair, text, ids)
 
     def fault(self, ids: Sequence[int]) -> str | None:
-        """An error text if the ids contain an added token for which the model has no embedding; else None."""
+        """Returns an error text if the model has no embedding for one of the ids, else None."""
         if self._rows is None or self._rows >= self.vocab_size:
             return None
         tokens = (f"{self.added.get(token, 'a token')} (id {token})" for token in ids if token >= self._rows)
         token = next(tokens, None)
         if token is None:
             return None
-        return f"holds {token}, but the model has {self._rows} tokens; leave it out, or take a model that has it"
+        return (
+            f"the text contains {token}, but the model has only {self._rows} tokens; remove this token, or use a model "
+            "that has it"
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens and stop tokens."""
+        """Returns the text of these ids without special tokens and stop tokens."""
         hidden = {self.fast.bos_token_id, self.eos_id, *self.stop_ids}
         return self.fast.decode(
             [int(i) for i in ids if int(i) not in hidden], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """Text of ids that follow a prompt. It keeps a leading blank, which SentencePiece drops without the prompt."""
+        """Returns the text of ids that follow a prompt.
+
+        The text keeps its leading blank. If SentencePiece decodes the ids without the prompt, this blank is lost.
+        """
         before, whole = self.decode(prompt), self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
     def cut_start(self, prompt: list[int], room: int) -> list[int] | None:
-        """Cuts the prompt to `room` tokens: its BOS, if it has one, and its end. None if only BOS would be left."""
+        """Returns the last tokens of the prompt, at most `room` tokens. If the prompt begins with BOS, BOS is kept.
+
+        Returns None if only BOS would be left.
+        """
         if len(prompt) <= room:
             return prompt
         kept = self.prefix_ids if prompt[: len(self.prefix_ids)] == self.prefix_ids else []
@@ -170,43 +186,46 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> list[int]:
-        """Sorted ids of BOS, EOS and all other special tokens."""
+        """The sorted ids of BOS, EOS and all other special tokens."""
         added = self.fast.added_tokens_decoder.items()
         return sorted({*self.fast.all_special_ids, *(index for index, token in added if token.special)})
 
     def save(self, path: str, pad_id: int | None = None) -> None:
-        """Writes the tokenizer's files, chat template included, into a folder that `load_tokenizer` reads.
+        """Writes the tokenizer's files and chat template into a folder that `load_tokenizer` can read.
 
-        `pad_id` is the pad token named in the folder; None: the tokenizer's own.
+        `pad_id` is the pad token that the files name. If it is None, this is the pad token of the tokenizer.
         """
         write_files(self.fast, self._file, path, None if pad_id == self.pad_id else pad_id)
 
     def _encode(self, texts: list[str]) -> list[Any]:
-        """A `tokenizers.Encoding` per text, without special tokens, padding and truncation."""
-        # verbose=False: no warning about model_max_length, because the data modules limit lengths.
+        """Returns a `tokenizers.Encoding` for each text, without special tokens, padding and truncation."""
+        # verbose=False switches off a warning about model_max_length; the data modules limit lengths.
         return self.fast(texts, add_special_tokens=False, verbose=False).encodings if texts else []
 
     def _encode_unique(self, texts: list[str]) -> dict[str, Any]:
-        """The encoding of each distinct text."""
+        """Returns the encoding of each distinct text."""
         unique = list(dict.fromkeys(texts))
         return dict(zip(unique, self._encode(unique)))
 
     def _find_prefix(self) -> list[int]:
-        """Ids that the tokenizer puts before every text. A trailing EOS is ignored: it would end a prompt."""
+        """Returns the ids that the tokenizer puts before every text. An EOS that it puts after a text is ignored."""
         probe = "a"
         inner = self._encode([probe])[0].ids
         outer = self.fast(probe, add_special_tokens=True, verbose=False)["input_ids"]
         for start in range(len(outer) - len(inner) + 1):
             if outer[start : start + len(inner)] == inner:
                 return outer[:start]
-        raise UserError(f"{self.name}: the tokenizer changes a text's own tokens when it adds special ones")
+        raise UserError(
+            f"{self.name}: the tokenizer changes the tokens of a text when it adds special tokens to the text; use "
+            "another tokenizer"
+        )
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
-        """Puts BOS before the ids, unless they begin with BOS, which a chat template may have written."""
+        """Puts BOS before the ids. Ids that already begin with BOS are returned unchanged."""
         return ids if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids + ids
 
     def _encode_alone(self, texts: list[str]) -> Iterator[list[int]]:
-        """Tokenizes each text as if it stood in the middle of a longer text, and returns its ids."""
+        """Yields the ids of each text. Each text is tokenized as if it were in the middle of a longer text."""
         plain = self._encode(texts)
         anchors = self._encode(list(ANCHORS))
         joints = [self._encode([anchor + text for text in texts]) for anchor in ANCHORS]
@@ -217,7 +236,7 @@ class Tokenizer:
     def _with_prefix_once(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
         """Returns prompt and response with BOS before the prompt.
 
-        If the prompt is empty, the response may begin with BOS; this BOS is removed.
+        If the prompt is empty and the response begins with BOS, this BOS is removed.
         """
         if not prompt and response[: len(self.prefix_ids)] == self.prefix_ids:
             response = response[len(self.prefix_ids) :]
@@ -235,7 +254,7 @@ class Tokenizer:
             return None
 
     def _ended(self, prompt: Prompt, response: Response, text: str, ids: list[int]) -> list[int]:
-
+        """Returns the response's ids with a stop token at the end, see `encode_pair`."""
         if isinstance(prompt, str) and isinstance(response, str):
             if prompt:
                 kept = ends.ended(ids, self.stop_ids, self.text_end_id)
@@ -250,9 +269,9 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str) -> Tokenizer | None:
-    """Loads the tokenizer of a local folder or hub id; None if there are no tokenizer files.
+    """Loads the tokenizer of a local folder or hub id. Returns None if there are no tokenizer files.
 
-    UserError if the folder is missing or its files cannot be used. Remote code is never run.
+    Raises UserError if the folder is missing or if the files cannot be used. Remote code is never run.
     """
     folder = find_folder(path)
     if folder is None:
@@ -263,7 +282,7 @@ def load_tokenizer(path: str) -> Tokenizer | None:
     except UserError:
         raise
     except Exception as error:  # an entry of the wrong type, such as a model_max_length that is text
-        raise UserError(f"{path}: its tokenizer cannot be used: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{path}: the tokenizer cannot be used: {type(error).__name__}: {one_line(error)}") from error
 
 
 def build_word_tokenizer(
@@ -274,9 +293,10 @@ def build_word_tokenizer(
     unk: str = "<unk>",
     chat_template: str | None = None,
 ) -> Tokenizer:
-    """A tokenizer of words separated by blanks, with BOS in front; decoding joins words with single spaces.
+    """Returns a tokenizer for words that are separated by blanks. It puts BOS before each text.
 
-    Ids: pad 0, bos 1, eos 2, unk 3, then the words in order.
+    Decoding joins the words with single spaces. The ids of pad, bos, eos and unk are 0, 1, 2 and 3. The ids of the
+    words follow in order.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from tokenizers import Tokenizer as Backend
@@ -287,7 +307,7 @@ def build_word_tokenizer(
 
     entries = [pad, bos, eos, unk, *words]
     if len(set(entries)) != len(entries) or any(len(entry.split()) != 1 for entry in entries):
-        raise ValueError("words of a word tokenizer must be distinct and hold no blanks")
+        raise ValueError("words of a word tokenizer must be distinct and must not contain blanks")
     vocabulary = {word: index for index, word in enumerate(entries)}
     backend = Backend(WordLevel(vocabulary, unk_token=unk))
     backend.pre_tokenizer = WhitespaceSplit()
@@ -301,9 +321,9 @@ def build_word_tokenizer(
 
 
 def _splits(first: Any, joint: Any, border: int) -> bool:
-    """Whether the encoding `joint` of a text begins with the encoding `first` of its first `border` characters.
+    """Whether the encoding `joint` of a text begins with the encoding `first` of the text's first `border` characters.
 
-    `joint` must also be longer than `first`.
+    The result is False if `joint` is not longer than `first`.
     """
     count = len(first.ids)
     if joint.ids[:count] != first.ids or len(joint.ids) == count:

@@ -114,7 +114,7 @@ def test_tools_and_template_arguments_of_rows_and_settings(jsonl, tokenizer, sto
 
 def test_tools_in_other_columns_and_none(jsonl, tokenizer):
     row = {"prompt": [user("hi")], "tools": "hammer", "functions": [TOOL]}
-    with pytest.raises(UserError, match=r"rows.jsonl:1: field 'tools' is text that is not JSON"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the text of field 'tools' is not JSON"):
         prompt_of(tokenizer, jsonl([row]))
     assert prompt_of(tokenizer, jsonl([row]), tools_field="functions") == [
         rendered(tokenizer, [user("hi")], tools=[TOOL], add_generation_prompt=True)
@@ -127,9 +127,9 @@ def test_tools_in_other_columns_and_none(jsonl, tokenizer):
 @pytest.mark.parametrize(
     ("columns", "part"),
     [
-        ({"tools": ["f"]}, "field 'tools' is a list of 1; want a list of tools as objects"),
-        ({"tools": 3}, "field 'tools' is the number 3"),
-        ({"chat_template_kwargs": [1]}, "field 'chat_template_kwargs' is a list of 1; want an object"),
+        ({"tools": ["f"]}, "field 'tools' must be a list of tools"),
+        ({"tools": 3}, "JSON text of such a list, not the number 3"),
+        ({"chat_template_kwargs": [1]}, "field 'chat_template_kwargs' must be an object"),
         ({"chat_template_kwargs": {"tokenize": True}}, "tokenize is set by the stage"),
     ],
 )
@@ -145,7 +145,7 @@ def test_arguments_that_cannot_be_used(jsonl, tokenizer, columns, part):
 def test_the_refusal_says_how_to_name_no_column(jsonl, tokenizer, column):
     with pytest.raises(UserError) as caught:
         prompt_of(tokenizer, jsonl([{"prompt": [user("hi")], column: 3}]))
-    assert str(caught.value).endswith(f"({column}_field names another column, or '' for none)")
+    assert str(caught.value).endswith(f"set {column}_field to another column, or to '' for no column")
 
 
 def test_columns_that_hold_none(jsonl, tokenizer):
@@ -185,7 +185,7 @@ def test_columns_beside_prompts_of_text_are_said(jsonl, tokenizer):
         ]
 
     for report in said(own, "hi"):
-        assert report.endswith("1 of 1 rows, prompts of text ignore chat_template_kwargs and tools")
+        assert report.endswith("1 of 1 rows, text prompts ignore chat_template_kwargs and tools")
     for report in (*said(own, [user("hi")]), *said(none, "hi"), *said({}, "hi")):
         assert "ignore" not in report
 
@@ -333,7 +333,7 @@ def test_an_empty_beginning_is_left_out(jsonl, nothing):
     assert as_chat([user("hi"), assistant("a"), assistant(nothing)]) == as_chat([user("hi"), assistant("a")])
     thought = [user("hi"), assistant(nothing, reasoning_content="so")]
     assert as_chat(thought).messages == thought
-    with pytest.raises(UserError, match=r"rows.jsonl:1: a chat without a message before the response"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the chat has no message before the response"):
         prompt_of(headers, jsonl([{"prompt": chat[1:]}]))
     with pytest.raises(UserError, match=r"rows.jsonl:1: the prompt ends with a tool call"):
         prompt_of(headers, jsonl([{"prompt": [user("hi"), assistant(nothing, tool_calls=[call()])]}]))
@@ -341,7 +341,7 @@ def test_an_empty_beginning_is_left_out(jsonl, nothing):
 
 def test_beginnings_that_cannot_be_continued(tokenizer):
     called = [user("hi"), assistant(None, tool_calls=[call()])]
-    with pytest.raises(UserError, match=r"x:1: the prompt ends with a tool call of the assistant; want a tool's"):
+    with pytest.raises(UserError, match=r"x:1: the prompt ends with a tool call of the assistant; a message of"):
         list(tokenizer.encode_prompts([called], ["x:1"]))
     drops = characters("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}")
     with pytest.raises(UserError, match=r"x:1: the chat template of characters refuses this chat: .*continue"):
@@ -381,9 +381,9 @@ def test_pairs_that_cannot_be_told_apart_are_refused(tokenizer):
     several = [assistant("b"), user("c"), assistant("d")]
     before, after = tokenizer.chats.pair_texts([user("a")], several, "")
     assert before + after == rendered(tokenizer, [user("a"), *several])
-    with pytest.raises(UserError, match=r"x:1: .*before a response of several turns"):
+    with pytest.raises(UserError, match=r"x:1: .*if the response has several turns"):
         characters(THINKS).chats.pair_texts([user("a")], several, "x:1: ")
-    with pytest.raises(UserError, match=r"x:1: the response begins with a turn of user; want the assistant's first"):
+    with pytest.raises(UserError, match=r"x:1: the response begins with a turn of user; its first turn must"):
         tokenizer.chats.pair_texts([user("a")], several[1:], "x:1: ")
 
 
@@ -406,10 +406,10 @@ def test_a_template_that_does_not_compile_is_refused_once(jsonl, overflow, timed
         with pytest.raises(UserError) as caught:
             load(config(path=path), broken, 512, overflow)
         message = str(caught.value)
-        assert message.startswith("characters: its chat template does not compile, line 2: "), message
+        assert message.startswith("characters: line 2 of the chat template does not compile: "), message
         assert "endfr" in message and "\n" not in message and "rows.jsonl" not in message
         load(config(path=jsonl([texts] * 2)), broken, 512, overflow)  # texts need no template
-    with pytest.raises(UserError, match="characters: its chat template does not compile"):
+    with pytest.raises(UserError, match=r"characters: line .* of the chat template does not compile"):
         list(broken.encode_chats([[user("hi")]]))
     assert not broken.for_model(broken.vocab_size, []).notes  # nothing is said of how it ends answers
 

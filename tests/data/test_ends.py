@@ -117,7 +117,9 @@ def test_ends_of_another_tokenizer_are_left_out():
     joined = tokenizer.for_model(eos + 1, (7, eos), foreign=True)
     assert joined.stop_ids == (eos,) and joined.chat_end_id == eos
     assert [note.split(": ")[1] for note in joined.notes] == [
-        "id 7 is a stop token of the model's files, but no added token here", f"<|im_end|> (id {end}) is no stop token"
+        "id 7 is a stop token in the model's files, but no added token of this tokenizer, "
+        "so it does not stop responses",
+        f"<|im_end|> (id {end}) is no stop token, because the model has only {eos + 1} tokens",
     ]  # fmt: skip
     without = tokenizer_with(eos=None)
     assert without.for_model(300, (7,), foreign=True).stop_ids == (7,)
@@ -233,7 +235,7 @@ def test_tokens_without_a_row_are_refused_where_they_occur(rows):
     assert tokenizer.text_size == 256
     joined = tokenizer.for_model(size, ())
     prompts = rows({"prompt": "sky", "response": "blue"}, {"prompt": "a <image>", "response": "b"})
-    message = rf"rows.jsonl:2: holds <image> \(id {size}\), but the model has {size} tokens"
+    message = rf"rows.jsonl:2: the text contains <image> \(id {size}\), but the model has only {size} tokens"
     with pytest.raises(UserError, match=message):
         load_prompts(PromptsConfig(path=prompts), joined, 99, "stop")
     with pytest.raises(UserError, match=message):

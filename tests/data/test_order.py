@@ -36,7 +36,7 @@ def test_resuming_anywhere_gives_the_same_rows():
 
 
 def test_no_rows():
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="count must be at least 1, not 0"):
         batch_rows(0, 0, 4, 0)
 
 

@@ -50,7 +50,7 @@ def test_dialogues_in_one_text(jsonl, words):
 
 
 def test_texts_that_are_no_dialogues(jsonl, words):
-    with pytest.raises(UserError, match=r"rows.jsonl:1: no field 'prompt', and .*the row has chosen, rejected"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the row has no field 'prompt', .* are: chosen, rejected"):
         load(jsonl([{"chosen": "a b", "rejected": "a c"}]), words)
 
 
@@ -85,7 +85,7 @@ def test_whole_chats_split_at_the_last_common_question(jsonl, chat):
     assert sides(pairs[1])[0] == joint(chat, common[:1], [*common[1:], turn("assistant", "d")])
     assert sides(pairs[2])[0] == joint(chat, common[:1], "b")
     for wrong in ([turn("user", "x")], [turn("assistant", "b")]):
-        with pytest.raises(UserError, match=r"rows.jsonl:1: .*without a common turn"):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: .*have no common turn"):
             load(jsonl([{"chosen": common, "rejected": wrong}]), chat)
 
 
@@ -124,11 +124,11 @@ def test_answers_of_several_turns(jsonl, chat):
 @pytest.mark.parametrize(
     ("prompt", "chosen", "rejected", "message"),
     [
-        ("x", "user:a assistant:b", "user:a assistant:c", "'chosen' is a chat that begins with a turn of user"),
-        ("a", "user:a assistant:b", "user:x assistant:c", "only one of chosen and rejected holds the prompt"),
-        ("a", "user:a assistant:b", "assistant:c", "one of chosen and rejected holds the prompt"),
-        ("a", "assistant:b", "user:x assistant:c", "'rejected' is a chat that begins with a turn of user"),
-        ("a", "system:b user:a assistant:b", "system:c user:a assistant:c", "without a common turn"),
+        ("x", "user:a assistant:b", "user:a assistant:c", "the chat in field 'chosen' begins with a turn of user"),
+        ("a", "user:a assistant:b", "user:x assistant:c", "only one of chosen and rejected contains the prompt"),
+        ("a", "user:a assistant:b", "assistant:c", "one of chosen and rejected contains the prompt"),
+        ("a", "assistant:b", "user:x assistant:c", "the chat in field 'rejected' begins with a turn of user"),
+        ("a", "system:b user:a assistant:b", "system:c user:a assistant:c", "have no common turn"),
         ("a", "user:b assistant:b user:a assistant:b", "user:b assistant:c user:a assistant:c", "differ before"),
         ("a", "assistant:", "assistant:c", "'chosen' has an empty response"),
     ],
@@ -149,11 +149,11 @@ def test_mixed_rows_that_cannot_be_used(jsonl, chat, prompt, chosen, rejected, m
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "field 'prompt' is the number 3"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' must be text or a list of chat messages, not the"),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "field 'chosen' is empty"),
         ({"prompt": "a", "chosen": "b", "rejected": None}, "field 'rejected' is null"),
-        ({"prompt": "a", "chosen": "b", "reject": "c"}, "no field 'rejected'; the row has prompt, chosen, reject; did"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}, "field 'margin' is the text 'x'"),
+        ({"prompt": "a", "chosen": "b", "reject": "c"}, "the row's fields are: prompt, chosen, reject; did"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}, "must be a finite float32 number, not"),
         ({"chosen": "b", "rejected": [{"role": "user", "content": "a"}]}, "one of chosen and rejected is text"),
     ],
 )  # fmt: skip
@@ -167,7 +167,7 @@ def test_equal_answers_are_dropped_and_counted(jsonl, words):
     same = {"prompt": "a", "chosen": "b", "rejected": " b"}
     pairs, report = load(jsonl([same, {"prompt": "a", "chosen": "b", "rejected": "c"}, same]), words)
     assert len(pairs) == 1 and report.dropped == {"chosen and rejected are equal": 2}
-    with pytest.raises(UserError, match="none of its 1 rows can be used: 1 chosen and rejected are equal"):
+    with pytest.raises(UserError, match="none of the 1 rows can be used: 1 chosen and rejected are equal"):
         load(jsonl([same]), words)
 
 
@@ -185,15 +185,15 @@ def test_overflow_cut_takes_the_same_off_both_prompts(jsonl, words):
     pairs, report = load(jsonl(ROWS), words, max_length=6, overflow="cut")
     assert sides(pairs[0]) == (joint(words, "c d", "e"), joint(words, "c d", "f g"))
     assert sides(pairs[1]) == (joint(words, "a", "b"), joint(words, "a", "c"))
-    assert report.cut == 1 and report.dropped == {"response leaves no room for a prompt in 6 tokens": 1}
+    assert report.cut == 1 and report.dropped == {"the response leaves no room for a prompt in 6 tokens": 1}
 
 
 def test_overflow_drop_and_stop(jsonl, words):
     pairs, report = load(jsonl(ROWS), words, max_length=6, overflow="drop")
     assert len(pairs) == 1 and report.dropped == {"longer than 6 tokens": 2}
-    with pytest.raises(UserError, match=r"rows.jsonl:1: 8 tokens \(prompt 5, longer response 3\), but max_length is 6"):
+    with pytest.raises(UserError, match=r"the pair has 8 tokens \(prompt 5, longer response 3\), but max_length is 6"):
         load(jsonl(ROWS), words, max_length=6, overflow="stop")
-    with pytest.raises(UserError, match="none of its 3 rows can be used"):
+    with pytest.raises(UserError, match="none of the 3 rows can be used"):
         load(jsonl(ROWS), words, max_length=3, overflow="drop")
 
 

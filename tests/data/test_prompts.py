@@ -65,11 +65,11 @@ def test_form_is_the_first_rows_and_the_settings_choose(jsonl, words):
     assert load(jsonl([row]), words).texts == ["a"]
     assert load(jsonl([row]), words, text_field="text").texts == ["b c"]
     assert load(jsonl([{"question": "a"}]), words, prompt_field="question").texts == ["a"]
-    with pytest.raises(UserError, match=r"rows.jsonl:1: want field 'prompt', 'messages' or 'text'; .* question"):
+    with pytest.raises(UserError, match=r":1: the row must have the field 'prompt', 'messages' or 'text'; .* question"):
         load(jsonl([{"question": "a"}]), words)
-    with pytest.raises(UserError, match=r"rows.jsonl:2: no field 'prompt'; the row has text"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the row has no field 'prompt'; the row's fields are: text"):
         load(jsonl([row, {"text": "c"}]), words)
-    with pytest.raises(UserError, match=r"rows.jsonl:2: field 'prompt' is the number 1"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: field 'prompt' must be text or .*, not the number 1"):
         load(jsonl([row, {"prompt": 1}]), words)
 
 
@@ -79,7 +79,7 @@ def test_unusable_prompts_are_dropped(jsonl, words):
         prompts = load(jsonl(rows), words, **settings)
         assert prompts.texts == ["a", "b"] and [column["n"] for column in prompts.columns] == [1, 4]
         assert prompts.report.kept == 2 and all(count == 1 for count in prompts.report.dropped.values())
-    with pytest.raises(UserError, match=r"rows.jsonl:1: field 'prompt' is the number 3"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: field 'prompt' must be text.*, not the number 3"):
         load(jsonl(rows), words, overflow="cut")
 
 
@@ -87,7 +87,7 @@ def test_an_empty_prompt_without_bos(jsonl, words):
     bare = build_word_tokenizer(["a", "b"])
     bare.prefix_ids = []
     path = jsonl([{"prompt": "a"}, {"prompt": ""}])
-    with pytest.raises(UserError, match=r"rows.jsonl:2: an empty prompt, and the tokenizer has no BOS"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the prompt is empty, and the tokenizer has no BOS"):
         load(path, bare)
     prompts = load(path, bare, unusable="drop")
     assert prompts.texts == ["a"] and next(iter(prompts.report.first.values())).endswith("rows.jsonl:2")
@@ -100,10 +100,10 @@ def test_overflow(jsonl, words):
     assert cut.texts == ["c d", "a"] and cut.report.cut == 1 and cut.report.kept == 2
     drop = load(path, words, max_prompt_tokens=3, overflow="drop")
     assert drop.texts == ["a"] and drop.columns == [{"n": 1}] and drop.report.kept == 1
-    with pytest.raises(UserError, match=r"rows.jsonl:1: prompt of 5 tokens, but max_prompt_tokens is 3"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the prompt has 5 tokens, but max_prompt_tokens is 3"):
         load(path, words, max_prompt_tokens=3, overflow="stop")
     for overflow in ("cut", "drop"):
-        with pytest.raises(UserError, match="none of its 2 rows can be used"):
+        with pytest.raises(UserError, match="none of the 2 rows can be used"):
             load(path, words, max_prompt_tokens=1, overflow=overflow)
 
 

@@ -34,9 +34,9 @@ def test_fields_by_other_names(jsonl, words):
     path = jsonl([{"question": "a b", "answer": "c d"}])
     examples, _ = load(path, words, prompt_field="question", response_field="answer")
     assert whole(examples[0]) == words.encode_pair("a b", "c d")
-    with pytest.raises(UserError, match=r"rows.jsonl:1: want the fields 'prompt' and 'response'.*has question, answer"):
+    with pytest.raises(UserError, match=r"the row must have the fields 'prompt' and 'response'.*: question, answer"):
         load(path, words)
-    with pytest.raises(UserError, match=r"rows.jsonl:1: no field 'response'"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the row has no field 'response'"):
         load(path, words, prompt_field="question")
 
 
@@ -75,17 +75,17 @@ def test_form_is_the_first_rows_and_the_settings_choose(jsonl, words):
     row = {"prompt": "a", "response": "b", "text": "c"}
     assert whole(load(jsonl([row]), words)[0][0]) == words.encode_pair("a", "b")
     assert whole(load(jsonl([row]), words, text_field="text")[0][0]) == words.encode_pair("", "c")
-    with pytest.raises(UserError, match=r"rows.jsonl:2: no field 'prompt'; the row has text"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the row has no field 'prompt'; the row's fields are: text"):
         load(jsonl([row, {"text": "c"}]), words)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": 3, "response": "b"}, "field 'prompt' is the number 3; want text or a list"),
+        ({"prompt": 3, "response": "b"}, "field 'prompt' must be text or a list of chat messages, not the number 3"),
         ({"prompt": "a", "response": " "}, "field 'response' is empty"),
-        ({"prompt": "a", "respnse": "b"}, "no field 'response'; the row has prompt, respnse; did you mean 'respnse'"),
-        ({"text": 1}, "no field 'prompt'; the row has text"),
+        ({"prompt": "a", "respnse": "b"}, "'response'; the row's fields are: prompt, respnse; did you mean 'respnse'"),
+        ({"text": 1}, "no field 'prompt'; the row's fields are: text"),
         ({"prompt": [{"role": "user", "content": "a"}], "response": "b"}, "no chat template"),
     ],
 )
@@ -103,7 +103,7 @@ def test_the_response_by_the_name_that_trl_gives_it(jsonl, words, chat):
     assert whole(load(jsonl([turns]), chat)[0][0]) == chat.encode_pair(turns["prompt"], "c")
     both = text | {"response": "e"}
     assert whole(load(jsonl([both]), words)[0][0]) == words.encode_pair("a b", "e")
-    with pytest.raises(UserError, match=r"rows.jsonl:1: no field 'response'"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the row has no field 'response'"):
         load(jsonl([text]), words, response_field="response")  # what is named is meant
 
 
@@ -134,10 +134,10 @@ def test_unusable_rows_stop_or_are_dropped_and_counted(jsonl, words):
 
 
 def test_nothing_left_says_why(jsonl, words):
-    with pytest.raises(UserError, match=r"none of its 2 rows .*: 2 field 'response' is empty; first .*rows.jsonl:1$"):
+    with pytest.raises(UserError, match=r"none of the 2 rows .*: 2 field 'response' is empty; first .*rows.jsonl:1$"):
         load(jsonl([GOOD | {"response": ""}] * 2), words, unusable="drop")
     chat = {"prompt": [{"role": "user", "content": "a"}], "response": "b"}
-    with pytest.raises(UserError, match=r"none of its 1 rows .*: 1 chat messages, but .* has no chat template"):
+    with pytest.raises(UserError, match=r"none of the 1 rows .*: 1 chat messages need .*, but .* has no chat template"):
         load(jsonl([chat]), words, unusable="drop")
 
 
@@ -190,13 +190,13 @@ def test_overflow_drop(long, words):
     examples, report = load(long, words, max_length=6, overflow="drop")
     assert [whole(e) for e in examples] == [words.encode_pair("a", "b")]
     assert report.cut == 0 and sum(report.dropped.values()) == 2
-    with pytest.raises(UserError, match="none of its 3 rows can be used: 3 longer than 3 tokens"):
+    with pytest.raises(UserError, match="none of the 3 rows can be used: 3 longer than 3 tokens"):
         load(long, words, max_length=3, overflow="drop")
 
 
 def test_overflow_stop(long, words):
     assert len(load(long, words, max_length=8, overflow="stop")[0]) == 3
-    with pytest.raises(UserError, match=r"rows.jsonl:1: 8 tokens \(prompt 3, response 5\), but max_length is 7"):
+    with pytest.raises(UserError, match=r":1: the row has 8 tokens \(prompt 3, response 5\), but max_length is 7"):
         load(long, words, max_length=7, overflow="stop")
 
 

@@ -109,7 +109,7 @@ def test_saved_datasets(hf, tmp_path):
     assert [row.values for row in rows] == ROWS[4:] and rows[0].where.endswith("two test row 1")
     assert len(read(tmp_path / "two", limit=2)) == 2
     fails("no split 'dev'", "train, test", path=tmp_path / "two", split="dev")
-    fails("without splits", "dev", path=tmp_path / "one", split="dev")
+    fails("has no splits", "dev", path=tmp_path / "one", split="dev")
     (tmp_path / "one" / "state.json").write_text("{")
     fails("cannot be read", path=tmp_path / "one")
 
@@ -122,7 +122,7 @@ def test_folder_of_data_files(hf, tmp_path):
     assert [row.values for row in read(folder)] == ROWS
     assert [row.values for row in read(folder, split="test")] == ROWS[:1]
     fails("dev", "['train', 'test']", path=folder, split="dev")
-    fails("is a folder", path=folder, format="jsonl")
+    fails("this is a folder", path=folder, format="jsonl")
 
 
 def test_hub_ids_go_to_the_hub(hf, monkeypatch):
@@ -183,7 +183,8 @@ def test_the_copy_in_the_cache_is_used_where_the_hub_is_unreachable(hf, monkeypa
 
     monkeypatch.setattr(hf, "load_dataset", load)
     assert [row.values for row in read("owner/cached")] == ROWS
-    assert capfd.readouterr().err == "note: owner/cached: the hub cannot be reached; its copy in the cache is used\n"
+    note = "note: owner/cached: the hub cannot be reached; the copy of the data set in the cache is used\n"
+    assert capfd.readouterr().err == note
 
 
 def test_builtin_sets(monkeypatch):
@@ -202,7 +203,7 @@ def test_builtin_sets(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "data", "parts"),
     [
-        ("a.jsonl", '{"a": 1}\n\n{"a": \n', (":3: not JSON", "one JSON object a line")),
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', (":3: not JSON", "each line must be one JSON object")),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', (":2: not UTF-8", "0xff")),
         ("a.jsonl", '{"a": 1}\n[1, 2]\n', (":2: a row must be a JSON object", "a list of 2")),
         ("a.jsonl", '{"a": 1}\n"text"\n', (":2: a row must be", "the text 'text'")),
@@ -211,15 +212,15 @@ def test_builtin_sets(monkeypatch):
         ("a.jsonl", "[" * 100_000, (":1: not usable JSON",)),
         ("a.jsonl", "9" * 5000, (":1: not usable JSON",)),
         ("a.json", "[]", ("has no rows",)),
-        ("a.json", '{"rows": []}', ("want a list of objects", "an object with rows")),
+        ("a.json", '{"rows": []}', ("must be a list of rows", "an object with rows")),
         ("a.json", '[{"a": 1},\n {"a": 2}\n {"a": 3}]', (":3: not JSON",)),
         ("a.json", '[{"a": 1},\n {"a": 2},\n 3]', ("a.json row 3: a row must be", "the number 3")),
         ("a.json", '{"a": 1}\n{"a": 2}\n', (":2: not JSON", "format: jsonl")),
         ("a.json", b'[{"a": 1},\n{"a": "\xe4"}]', (":2: not UTF-8",)),
-        ("a.parquet", "not parquet", ("not a readable Parquet file",)),
+        ("a.parquet", "not parquet", ("the file cannot be read as Parquet",)),
         ("a.jsonl.gz", "not gzip", ("cannot be read",)),
         ("a.jsonl.gz", ZIPPED[:-9], ("cannot be read",)),
-        ("a.csv", "a,b", ("is not a known format", ".jsonl")),
+        ("a.csv", "a,b", ("is no known format", ".jsonl")),
     ],
 )
 def test_broken_files(write, name, data, parts):
@@ -242,7 +243,7 @@ def test_report_counts_andrefuses_nothing_left():
     assert str(report) == "x.jsonl: 2 of 3 rows, 1 cut to length, 1 dropped (too long)"
     report.drop("too long")
     report.drop("equal")
-    with pytest.raises(UserError, match=r"none of its 3 rows can be used: 2 too long; 1 equal"):
+    with pytest.raises(UserError, match=r"none of the 3 rows can be used: 2 too long; 1 equal"):
         report.check()
 
 
