@@ -1,9 +1,11 @@
 """Advantage estimators: generalised advantage estimation (GAE) and estimators without a value model.
 
-Index convention: at response position t the policy sees state s_t, takes token a_t and receives r_t. V_t is the
-value of s_t, before the token. The end of a completion is a discount of 0 in the data, not a branch.
+Index convention: at response position t the policy sees state s_t, samples token a_t and receives reward r_t. V_t is
+the value of s_t, before token a_t. The discount is 0 at the last token of a completion, so the code needs no branch
+for the end of a completion.
 
-`ADVANTAGES` holds every estimator behind one signature. To add an estimator, write a function and add it to that table.
+The table `ADVANTAGES` holds all estimators. All have one signature. To add an estimator, write a function and add the
+function to `ADVANTAGES`.
 """
 
 import dataclasses
@@ -19,14 +21,14 @@ from jaxrlhf.algorithms.masked import Axis, masked_sum, whiten, zero_masked
 
 
 def _step_back(advantage: Array, at_t: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Computes A_t from A_{t+1}. It is a module-level function, so that `scan` compiles it once."""
+    """Computes A_t from A_{t+1}. The function is at module level, so that `scan` compiles it only once."""
     delta, decay = at_t
     advantage = delta + decay * advantage
     return advantage, advantage
 
 
 def truncated_gae(rewards: Array, values: Array, discounts: Array, lam: Array | float) -> Array:
-    """Advantages of one unmasked sequence with a discount per step.
+    """Returns the advantages of one sequence without a mask. Each step has its own discount.
 
     delta_t = r_t + discount_t * V_{t+1} - V_t
     A_t     = delta_t + discount_t * lam * A_{t+1},  A_T = 0
@@ -35,12 +37,12 @@ def truncated_gae(rewards: Array, values: Array, discounts: Array, lam: Array | 
 
     Args:
       rewards: f32[T].
-      values: f32[T+1]; the last one is the bootstrap value of the state after the last step.
-      discounts: f32[T]; 0 where an episode ends with step t.
+      values: f32[T+1]; the last value is that of the state after the last step (bootstrap).
+      discounts: f32[T]; 0 at each step that ends an episode.
       lam: lambda, f32[].
 
     Returns:
-      f32[T]; no gradient is stopped.
+      f32[T]. Gradients flow through all arguments.
     """
     chex.assert_rank([rewards, values, discounts], 1)
     chex.assert_equal_shape([rewards, discounts])
@@ -53,7 +55,7 @@ def truncated_gae(rewards: Array, values: Array, discounts: Array, lam: Array | 
 
 
 def _gae_row(rewards: Array, values: Array, mask: Array, gamma: Array, lam: Array) -> tuple[Array, Array]:
-    """Returns `gae` of one row. All arrays have shape [R] and are 0 past the end of the completion."""
+    """Returns the result of `gae` for one row. All arrays have shape [R] and are 0 past the end of the completion."""
     discounts = jnp.where(jnp.append(mask[1:], False), gamma, 0.0)
     advantages = truncated_gae(rewards, jnp.append(values, 0.0), discounts, lam)
     return advantages, advantages + values
@@ -62,20 +64,22 @@ def _gae_row(rewards: Array, values: Array, mask: Array, gamma: Array, lam: Arra
 def gae(
     rewards: Array, values: Array, mask: Array, gamma: Array | float, lam: Array | float
 ) -> tuple[Array, Array]:
-    """Advantages and returns of completions of unequal length (Schulman et al., 1506.02438).
+    """Computes the advantages and returns of completions of unequal length (Schulman et al., 1506.02438).
 
-    A completion ends at its last real token, by a stop token or by the length limit. The value of the state after that
-    token is 0.
+    A completion ends at its last real token. The state after this token has the value 0, also if the completion
+    reached the length limit.
 
     Args:
       rewards: f32[B,R].
       values: f32[B,R].
-      mask: bool[B,R]; True from the first token to the last real one. A gap ends one episode and starts another.
+      mask: bool[B,R]; True on real tokens. A gap in the mask ends one episode and starts another.
       gamma: discount, f32[].
-      lam: lambda, f32[]; 1 gives discounted rewards-to-go minus values, 0 the one-step TD error.
+      lam: lambda, f32[]. If lambda is 1, the advantages are discounted rewards-to-go minus values. If lambda is 0, the
+        advantages are one-step TD errors.
 
     Returns:
-      advantages f32[B,R], not whitened, and returns f32[B,R] = advantages + values; both 0 where the mask is False.
+      (advantages, returns), f32[B,R] each; 0 where the mask is False. Returns are advantages + values. The advantages
+      are not whitened.
     """
     chex.assert_rank(mask, 2)
     rewards, values = zero_masked(mask, rewards, values)
@@ -93,59 +97,60 @@ Compute = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Advantage:
-    """An estimator and its requirements.
+    """An advantage estimator and its requirements.
 
       compute(rewards, mask, values, group, greedy, gamma, lam) -> (advantages, returns)
 
     Args of `compute`:
-      rewards: f32[B,R]; per token, including the KL penalty where that is part of the reward.
-      mask: bool[B,R]; True from the first token to the last real one.
-      values: f32[B,R]; 0 without a value model.
-      group: int, static, a divisor of B; rows i*group to (i+1)*group - 1 are completions of one prompt.
-      greedy: f32[B]; return of the greedy completion for the same prompt, 0 if none was sampled.
-      gamma: f32[]; discount. Estimators that treat a completion as one action ignore it.
-      lam: f32[]; lambda, used by GAE only.
+      rewards: f32[B,R]; rewards per token. If the KL penalty is part of the reward, these rewards include the penalty.
+      mask: bool[B,R]; True on real tokens.
+      values: f32[B,R]; 0 if there is no value model.
+      group: int, static; completions per prompt, a divisor of B. Rows i*group to (i+1)*group - 1 have the same prompt.
+      greedy: f32[B]; return of the greedy completion of the same prompt; 0 if no greedy completion was sampled.
+      gamma: f32[]; discount. Estimators that treat a completion as one action ignore the discount.
+      lam: f32[]; lambda. Only GAE uses lambda.
 
-    Both results are f32[B,R] and 0 where the mask is False. GAE's returns are the value model's target. The other
-    estimators return rewards-to-go or, where a completion is one action, its summed reward on each of its tokens.
+    Both results are f32[B,R] and 0 where the mask is False. The returns of GAE are the targets of the value model. The
+    returns of REINFORCE and REINFORCE++ are rewards-to-go. The other estimators treat a completion as one action. Their
+    returns are the completion's summed reward, repeated on each token.
 
-    Empty completions are left out of means, deviations and group sizes. If all compared completions have the same
-    return, the advantages are exactly 0. A completion alone in its group has advantage 0.
+    Means, deviations and group sizes do not count empty completions. If all compared completions have the same return,
+    the advantages are exactly 0. If a completion is alone in its group, its advantage is 0.
     """
 
     compute: Compute
     source: str  # arXiv number, or author and year
-    needs_value: bool = False  # a value model
-    needs_group: bool = False  # several completions per prompt: group > 1
-    needs_greedy: bool = False  # the return of a greedy completion per prompt
+    needs_value: bool = False  # needs a value model
+    needs_group: bool = False  # needs several completions per prompt: group > 1
+    needs_greedy: bool = False  # needs the return of a greedy completion per prompt
 
 
 def _mean(x: Array, real: Array, axis: Axis = None) -> Array:
-    """Mean of x[real] along `axis`, which is kept. The mean of equal numbers is exactly that number.
+    """Returns the mean of x[real] along `axis`. That axis keeps length 1. The mean of equal numbers is exact.
 
-    The usual sum / count may differ from equal numbers by rounding, and dividing by the deviation would amplify this
-    difference.
+    A plain sum / count of equal numbers may differ from these numbers by rounding. Division by a deviation near 0
+    would amplify the difference. So the mean is computed relative to the largest number.
     """
     top = jnp.max(jnp.where(real, x, -jnp.inf), axis=axis, keepdims=True)
-    top = stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # -inf: no position is real
+    top = stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # the maximum is -inf if no position is real
     count = jnp.sum(real, axis=axis, keepdims=True, dtype=jnp.float32)
     return top + jnp.sum(jnp.where(real, x - top, 0.0), axis=axis, keepdims=True) / jnp.maximum(count, 1.0)
 
 
 def _rewards_to_go(rewards: Array, mask: Array, gamma: Array | float) -> Array:
-    """G_t = r_t + gamma * G_{t+1}: f32[B,R]. This is GAE with values of 0 and lambda 1."""
+    """Returns the rewards-to-go G_t = r_t + gamma * G_{t+1}, f32[B,R]. They are GAE with values of 0 and lambda 1."""
     return gae(rewards, jnp.zeros(rewards.shape), mask, gamma, 1.0)[0]
 
 
 def _on_tokens(per_row: Array, mask: Array) -> Array:
-    """Repeats one number per completion on each of its tokens: f32[B] -> f32[B,R], 0 where the mask is False."""
+    """Repeats the number of each completion on all its tokens: f32[B] -> f32[B,R]; 0 where the mask is False."""
     return jnp.where(mask, per_row[:, None], 0.0)
 
 
 def _group_advantages(rewards: Array, mask: Array, group: int) -> tuple[Array, Array, Array]:
-    """Per completion, f32[B] each: return minus group mean, non-empty completions in the group, return.
+    """Returns (return - group mean, count, return) of each completion, f32[B] each.
 
-    The return minus the group mean is 0 for empty completions.
+    The count is the number of non-empty completions in the group. For an empty completion the first result is 0.
     """
     chex.assert_rank([rewards, mask], 2)
     chex.assert_is_divisible(rewards.shape[0], group)
@@ -157,55 +162,55 @@ def _group_advantages(rewards: Array, mask: Array, group: int) -> tuple[Array, A
 
 
 def _gae(rewards, mask, values, group, greedy, gamma, lam):
-    """`gae` with the common signature."""
+    """Calls `gae` with the signature that all estimators share."""
     return gae(rewards, values, mask, gamma, lam)
 
 
 def reinforce(rewards, mask, values, group, greedy, gamma, lam):
-    """A_t = G_t - mean of G_0 over the batch (Williams 1992, with a constant baseline)."""
+    """REINFORCE with a constant baseline (Williams 1992): A_t = G_t - mean of G_0 over the batch."""
     to_go = _rewards_to_go(rewards, mask, gamma)
     baseline = _mean(to_go[:, :1], jnp.any(mask, axis=1)[:, None])
     return jnp.where(mask, to_go - baseline, 0.0), to_go
 
 
 def rloo(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - mean of the group's other completions = n / (n - 1) * (r_i - group mean) (2402.14740)."""
+    """RLOO (2402.14740): A_i = r_i - mean of the group's other n - 1 returns = n / (n - 1) * (r_i - group mean)."""
     centered, count, returns = _group_advantages(rewards, mask, group)
     advantages = centered * count / jnp.maximum(count - 1.0, 1.0)
     return _on_tokens(advantages, mask), _on_tokens(returns, mask)
 
 
 def grpo(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = (r_i - mean) / (deviation + 1e-4) of the group, with the unbiased deviation (2402.03300; as in TRL)."""
+    """GRPO (2402.03300): A_i = (r_i - group mean) / (group deviation + 1e-4). The deviation is unbiased, as in TRL."""
     centered, count, returns = _group_advantages(rewards, mask, group)
     squares = jnp.sum(jnp.square(centered).reshape(-1, group), axis=1, keepdims=True)
     squares = jnp.broadcast_to(squares, (squares.shape[0], group)).reshape(-1)
     variance = squares / jnp.maximum(count - 1.0, 1.0)
-    # The square root has no gradient at 0.
+    # The inner `where` keeps the square root away from 0, because its gradient is not finite there.
     deviation = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return _on_tokens(centered / (deviation + 1e-4), mask), _on_tokens(returns, mask)
 
 
 def dr_grpo(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - group mean: GRPO without the deviation (2503.20783). Use it with the aggregation "constant"."""
+    """Dr. GRPO (2503.20783): A_i = r_i - group mean. Use this estimator with the aggregation "constant"."""
     centered, _, returns = _group_advantages(rewards, mask, group)
     return _on_tokens(centered, mask), _on_tokens(returns, mask)
 
 
 def reinforce_plus_plus(rewards, mask, values, group, greedy, gamma, lam):
-    """A_t = (G_t - mean) / deviation, over all tokens of the global batch (2501.03262).
+    """REINFORCE++ (2501.03262): A_t = (G_t - mean) / deviation. Both are taken over all tokens of the global batch.
 
-    The whitening is part of the method. Whitening the result again changes nothing.
+    The whitening is part of the method. A second whitening of the result changes nothing.
     """
     to_go = _rewards_to_go(rewards, mask, gamma)
     return whiten(to_go - _mean(to_go, mask), mask), to_go
 
 
 def reinforce_plus_plus_baseline(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - group mean, then whitened over all tokens of the global batch (2501.03262).
+    """REINFORCE++ with a group baseline (2501.03262): r_i - group mean, whitened over all tokens of the global batch.
 
-    The deviation is over the batch, while GRPO uses the deviation of each group. So the advantages of a group whose
-    scores are nearly equal are not amplified.
+    This estimator divides by the deviation of the batch. GRPO divides by the deviation of each group, and thus
+    amplifies the advantages of a group with nearly equal scores. This estimator does not amplify them.
     """
     centered, _, returns = _group_advantages(rewards, mask, group)
     tokens = _on_tokens(centered, mask)
@@ -213,9 +218,9 @@ def reinforce_plus_plus_baseline(rewards, mask, values, group, greedy, gamma, la
 
 
 def remax(rewards, mask, values, group, greedy, gamma, lam):
-    """A_i = r_i - return of the greedy completion for the same prompt (2310.10505).
+    """ReMax (2310.10505): A_i = r_i - return of the greedy completion of the same prompt.
 
-    Either both returns include a KL penalty or neither does.
+    If one of the two returns includes a KL penalty, the other return must include a KL penalty too.
     """
     chex.assert_rank([rewards, mask, greedy], [2, 2, 1])
     chex.assert_equal_shape_prefix([rewards, greedy], 1)

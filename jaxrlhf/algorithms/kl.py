@@ -1,4 +1,4 @@
-"""KL divergence from the reference: per-token estimators, the KL loss, the adaptive coefficient, shaped rewards."""
+"""KL divergence of policy and reference: estimates per token, KL loss, adaptive coefficient, KL penalty in rewards."""
 
 from collections.abc import Callable
 
@@ -9,8 +9,8 @@ from jax.lax import stop_gradient
 
 from jaxrlhf.algorithms.masked import zero_masked
 
-# The largest slope of one token's KL estimate, as a function of r. verl (k3) and OpenRLHF (k2, k3) clip the estimate
-# itself at 10.
+# The largest allowed slope of a token's KL estimate as a function of r (see `kl_estimate`). Other libraries limit the
+# estimate and not the slope: verl clips k3 at 10, OpenRLHF clips k2 and k3 at 10.
 BOUND = 10.0
 
 Bound = Array | float | None  # f32[]; None means unbounded
@@ -34,31 +34,31 @@ def _k3(r: Array, bound: Bound) -> Array:
     return jnp.expm1(near) - near + jnp.expm1(near) * (r - near)
 
 
-# Estimators of KL(policy || reference) (J. Schulman, "Approximating KL Divergence", 2020). For a token
-# that the policy sampled, r = ref_logprob - logprob. k1 is unbiased and may be negative. k2 is biased and never
-# negative. k3 is unbiased and never negative.
+# Estimators of KL(policy || reference) from tokens that the policy sampled, with r = ref_logprob - logprob. k1 is
+# unbiased and may be negative. k2 is biased and never negative. k3 is unbiased and never negative. Source:
+# J. Schulman, "Approximating KL Divergence", 2020.
 ESTIMATORS: dict[str, Callable[[Array, Bound], Array]] = {"k1": _k1, "k2": _k2, "k3": _k3}
 
 
 def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bound = BOUND) -> Array:
-    """Per-token estimate of KL(policy || reference).
+    """Returns an estimate of KL(policy || reference) for each token.
 
       k1  -r
       k2  r^2 / 2          up to |r| = bound
       k3  exp(r) - 1 - r   up to r = log(1 + bound)
 
-    Beyond these points k2 and k3 continue as their tangent line, whose slope is `bound`. So a token far from the
-    reference is still pulled back but cannot outweigh the batch. Without a bound, k3 of a token 20 nats away is 480
+    Beyond these points k2 and k3 continue as a straight line with slope `bound`. So the loss still pulls a token that
+    is far from the reference back, but this token cannot outweigh the batch. Without a bound, k3 at r = 20 is 480
     million.
 
-    This function does not mask. If gradients flow, first set both logprobs to 0 past the end, because k3 of padding may
-    be infinite.
+    This function does not mask. k3 of padding may be infinite. If gradients flow, first set both logprobs to 0 past
+    the end of each completion.
 
     Args:
       logprobs: any shape; logprobs of the sampled tokens under the policy.
       ref_logprobs: same shape; logprobs of the same tokens under the reference.
-      estimator: "k1", "k2" or "k3"; another name is a KeyError.
-      bound: f32[] of at least 1; None means unbounded.
+      estimator: "k1", "k2" or "k3"; any other name raises `KeyError`.
+      bound: f32[], at least 1; None means no bound.
 
     Returns:
       f32 of the same shape, in nats.
@@ -69,33 +69,32 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bou
 
 
 def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str, bound: Bound = BOUND) -> Array:
-    """The KL estimate as a loss per token; the gradient flows through `logprobs`.
+    """Returns the KL estimate of each token as a loss. The gradient flows through `logprobs` only.
 
-    The gradient of a good estimate of the KL may differ from the gradient of the KL. With r = ref - policy, on samples
-    from the policy (2510.01555):
+    An estimate of the KL may be good while its gradient is not the gradient of the KL. With r = ref_logprob - logprob
+    and tokens sampled from the policy, the gradients are (2510.01555):
 
-      k1  grad = grad logprob              0 in expectation, so useless as a loss
-      k2  grad = -r * grad logprob         in expectation the gradient of KL(policy || ref), as with k1 in the
-                                           reward; recommended
-      k3  grad = (1 - exp(r)) * grad logprob   equal to the gradient of k2 to first order in r, so biased; in
-                                           expectation the gradient of KL(ref || policy); used by GRPO
-                                           (2402.03300)
+      k1  grad logprob                  The expectation is 0, so k1 is useless as a loss.
+      k2  -r * grad logprob             The expectation is the gradient of KL(policy || ref). k1 as a part of the
+                                        reward has the same expectation. k2 is recommended.
+      k3  (1 - exp(r)) * grad logprob   The expectation is the gradient of KL(ref || policy). It equals that of k2
+                                        only to first order in r, so k3 is biased. GRPO uses k3 (2402.03300).
 
-    On samples from an older policy all three gradients lack the importance ratio. `bound` limits the factor of
-    grad logprob.
+    If an older policy sampled the tokens, all three gradients lack the importance ratio. `bound` limits the factor
+    before grad logprob.
 
     Args:
-      logprobs: f32[B,R]; of the policy being trained.
+      logprobs: f32[B,R]; from the policy in training.
       ref_logprobs: f32[B,R]; constants.
       mask: bool[B,R].
-      estimator: a name from `ESTIMATORS`.
-      bound: as in `kl_estimate`.
+      estimator: a name in `ESTIMATORS`.
+      bound: see `kl_estimate`.
 
     Returns:
       f32[B,R] in nats; 0 where the mask is False.
     """
     chex.assert_rank(mask, 2)
-    logprobs, ref_logprobs = zero_masked(mask, logprobs, ref_logprobs)  # every estimate at r = 0 is 0
+    logprobs, ref_logprobs = zero_masked(mask, logprobs, ref_logprobs)  # at r = 0 every estimate is 0
     return kl_estimate(logprobs, stop_gradient(ref_logprobs), estimator, bound)
 
 
@@ -106,19 +105,19 @@ def adapt_kl_coef(
     batch: Array | float,
     horizon: Array | float,
 ) -> Array:
-    """KL coefficient of the next iteration, by the proportional controller of 1909.08593, section 2.2.
+    """Returns the KL coefficient for the next iteration. A proportional controller adapts it (1909.08593, section 2.2).
 
     kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * batch / horizon)
 
     Args:
       kl_coef: f32[]; the current coefficient.
-      kl: f32[]; measured KL per completion (summed over its tokens, mean over completions), in nats.
+      kl: f32[]; measured KL in nats: summed over the tokens of a completion, then averaged over completions.
       target: f32[] > 0; the desired KL per completion, in nats.
-      batch: completions in this iteration.
-      horizon: completions over which the coefficient adapts.
+      batch: number of completions in this iteration.
+      horizon: number of completions over which the coefficient adapts.
 
     Returns:
-      f32[]; the new coefficient. It has the same sign as `kl_coef` if batch < 5 * horizon.
+      f32[]; the new coefficient. It has the sign of `kl_coef` if batch < 5 * horizon.
     """
     error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
     return jnp.asarray(kl_coef, jnp.float32) * (1.0 + error * batch / horizon)
@@ -133,24 +132,24 @@ def shape_rewards(
     estimator: str = "k1",
     kl_bound: Bound = BOUND,
 ) -> Array:
-    """Rewards per token: -kl_coef * KL_t on every token, plus the score on the last real token (1909.08593).
+    """Returns the rewards: -kl_coef * KL_t on every token, plus the score on the last real token (1909.08593).
 
     Args:
-      scores: f32[B]; one per completion.
-      logprobs: f32[B,R]; of the policy that sampled.
-      ref_logprobs: f32[B,R].
-      mask: bool[B,R]; the completion's real tokens.
+      scores: f32[B]; one score per completion.
+      logprobs: f32[B,R]; from the policy that sampled the tokens.
+      ref_logprobs: f32[B,R]; from the reference.
+      mask: bool[B,R]; True on the completion's real tokens.
       kl_coef: f32[].
-      estimator: a name from `ESTIMATORS`.
-      kl_bound: as in `kl_estimate`.
+      estimator: a name in `ESTIMATORS`.
+      kl_bound: the `bound` of `kl_estimate`.
 
     Returns:
-      f32[B,R]; 0 where the mask is False. The score of an empty completion is lost, because no token can hold it.
+      f32[B,R]; 0 where the mask is False. The score of an empty completion is lost, because there is no token for it.
     """
     chex.assert_rank([scores, mask], [1, 2])
     chex.assert_equal_shape_prefix([scores, mask], 1)
     kl = kl_estimate(*zero_masked(mask, logprobs, ref_logprobs), estimator, kl_bound)
     position = jnp.arange(mask.shape[1])
-    last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1 matches no position: empty
+    last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1 if the completion is empty
     score = jnp.where(position == last, jnp.asarray(scores, jnp.float32)[:, None], 0.0)
     return jnp.where(mask, -kl_coef * kl, 0.0) + score

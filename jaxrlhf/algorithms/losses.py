@@ -1,8 +1,8 @@
 """Value, cross-entropy and pairwise losses; log-probabilities and entropies from logits.
 
-Policy losses are in `policy_losses`. Losses per token are not reduced here (see `masked.aggregate`), so that
-accumulation over microbatches is exact. All arithmetic is float32. Masked positions contribute 0 to the loss and its
-gradient, even if they hold NaN.
+Policy losses are in `policy_losses`. This module does not reduce losses per token (see `masked.aggregate`), so that
+accumulation over microbatches is exact. All arithmetic is float32. Where the mask is False, the loss and its gradient
+are 0, even if the inputs there are NaN.
 """
 
 import chex
@@ -19,22 +19,22 @@ _LOWEST = jnp.finfo(jnp.float32).min
 def value_loss(
     values: Array, old_values: Array, returns: Array, mask: Array, clip: Array | float
 ) -> tuple[Array, Array]:
-    """PPO's clipped value loss per token (2403.17031).
+    """Returns PPO's clipped value loss of each token (2403.17031).
 
     loss_t = 1/2 max((V_t - R_t)^2, (clip(V_t, V_old_t - clip, V_old_t + clip) - R_t)^2)
 
     The gradient flows through `values` only.
 
     Args:
-      values: f32[B,R]; of the value model being trained.
+      values: f32[B,R]; from the value model in training.
       old_values: f32[B,R]; the values from which the advantages were computed.
       returns: f32[B,R].
       mask: bool[B,R].
-      clip: f32[]; infinity disables it.
+      clip: f32[]; infinity disables clipping.
 
     Returns:
-      loss f32[B,R], 0 where the mask is False; and bool[B,R], True where the clipped error is the larger one. There
-      the token has no gradient.
+      (loss, clipped). loss: f32[B,R]; 0 where the mask is False. clipped: bool[B,R]; True where the clipped error is
+      larger than the other error. A clipped token has no gradient.
     """
     chex.assert_rank(mask, 2)
     values, old_values, returns = zero_masked(mask, values, old_values, returns)
@@ -46,55 +46,56 @@ def value_loss(
     return loss, clipped_error > error
 
 
-# log softmax(logits / T) = shifted - log sum exp(shifted), with shifted = (logits - peak) / T. The peak is subtracted
-# before the division, because float32 subtraction of near numbers is exact.
+# log softmax(logits / T) = shifted - log sum exp(shifted), with shifted = (logits - peak) / T. The subtraction comes
+# before the division, because the float32 difference of two close numbers is exact.
 
 
 def _peak(logits: Array) -> Array:
-    """The largest logit, without gradient: f32[...,V] -> f32[...,1]. It is finite even if all logits are -inf."""
+    """Returns the largest logit without gradient: f32[...,V] -> f32[...,1]. If all logits are -inf, it is finite."""
     return stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), _LOWEST))
 
 
 def _log_total(shifted: Array) -> Array:
-    """log sum exp of shifted logits: f32[...,V] -> f32[...,1]. A logit of -inf has probability 0 and gradient 0."""
+    """Returns log sum exp of shifted logits: f32[...,V] -> f32[...,1]. A logit of -inf adds 0 and has gradient 0."""
     total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)
-    # The peak itself contributes 1, so the total is at least 1, or 0 if all logits are -inf. 1/2 separates these cases.
+    # The peak contributes 1, so the total is at least 1. If all logits are -inf, the total is 0. The limit 1/2
+    # separates the two cases.
     return jnp.log(jnp.maximum(total, 0.5))
 
 
 def _entropy(shifted: Array, log_total: Array) -> Array:
-    """Entropy -sum p log p over the last axis, with 0 log 0 = 0 in value and gradient."""
+    """Returns the entropy -sum p log p over the last axis. Where p is 0, p log p has value 0 and gradient 0."""
     log_p = shifted - log_total
     return -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, _LOWEST), axis=-1)
 
 
 def _at(logits: Array, tokens: Array) -> Array:
-    """Gathers the tokens' logits: [...,V], i32[...] -> f32[...,1].
+    """Returns the logits of the tokens: logits [...,V], tokens i32[...] -> f32[...,1].
 
-    Use this function on the raw logits. A gather from shifted logits would write the full [...,V] array to memory.
+    Call this function with the raw logits. With shifted logits, XLA would write the full [...,V] array to memory.
     """
     return jnp.asarray(jnp.take_along_axis(logits, tokens[..., None], axis=-1), jnp.float32)
 
 
 def entropy_from_logits(logits: Array) -> Array:
-    """Entropy of softmax(logits) in nats: [...,V] -> f32[...]. A logit of -inf has probability 0."""
+    """Returns the entropy of softmax(logits) in nats: [...,V] -> f32[...]. A logit of -inf has probability 0."""
     logits = jnp.asarray(logits, jnp.float32)
     shifted = logits - _peak(logits)
     return _entropy(shifted, _log_total(shifted))
 
 
 def token_logprobs(logits: Array, tokens: Array, temperature: Array | float) -> tuple[Array, Array]:
-    """Log-probabilities of tokens under softmax(logits / temperature), and the entropy of that distribution.
+    """Returns the logprobs of tokens under softmax(logits / temperature), and the entropies of these distributions.
 
-    Old, new and reference logprobs all come from this function, so that temperature applies equally to them.
+    This function computes old, new and reference logprobs, so that the temperature has the same effect on all three.
 
     Args:
-      logits: [B,R,V]; the predictions of `tokens`, before temperature.
-      tokens: i32[B,R]; in [0, V), padding included.
+      logits: [B,R,V]; the model's predictions of `tokens`, not yet divided by the temperature.
+      tokens: i32[B,R]; all values, also those of padding, are in [0, V).
       temperature: f32[B] or a scalar; greater than 0.
 
     Returns:
-      logprobs f32[B,R] and entropy f32[B,R], in nats, not masked. A token with logit -inf has logprob -inf.
+      (logprobs, entropies), f32[B,R] each, in nats, not masked. A token with logit -inf has logprob -inf.
     """
     chex.assert_rank([logits, tokens], [3, 2])
     chex.assert_equal_shape_prefix([logits, tokens], 2)
@@ -109,12 +110,12 @@ def token_logprobs(logits: Array, tokens: Array, temperature: Array | float) -> 
 
 
 def cross_entropy(logits: Array, targets: Array, mask: Array) -> Array:
-    """-log softmax(logits)[target] per token.
+    """Returns -log softmax(logits)[target] of each token.
 
     Args:
       logits: [...,V].
-      targets: i32[...]; in [0, V) where the mask is True; elsewhere unused, so -100 is allowed.
-      mask: bool[...]; the tokens to learn.
+      targets: i32[...]; in [0, V) where the mask is True. Other targets are not used, and may be -100.
+      mask: bool[...]; True on the tokens to learn.
 
     Returns:
       f32[...] in nats; 0 where the mask is False.
@@ -132,20 +133,21 @@ def cross_entropy(logits: Array, targets: Array, mask: Array) -> Array:
 def pairwise_loss(
     chosen_scores: Array, rejected_scores: Array, margin: Array, center_rewards_coef: Array | float, weight: Array
 ) -> tuple[Array, Array]:
-    """Bradley-Terry loss of a reward model (2203.02155) with margin (2307.09288) and centering (2312.09244).
+    """Returns a reward model's Bradley-Terry loss (2203.02155) with margin (2307.09288) and centering (2312.09244).
 
     loss = -log sigmoid(chosen - rejected - margin) + center_rewards_coef * (chosen + rejected)^2
 
     Args:
-      chosen_scores: f32[B]; of the better completions.
-      rejected_scores: f32[B].
+      chosen_scores: f32[B]; scores of the better completions.
+      rejected_scores: f32[B]; scores of the worse completions.
       margin: f32[B]; 0 if unknown.
-      center_rewards_coef: f32[]; keeps scores near 0, because the first term depends on differences only.
-      weight: f32[B]; 0 on padding rows, whose scores are ignored.
+      center_rewards_coef: f32[]; weight of the term that keeps scores near 0. The first term depends only on the
+        difference of the two scores.
+      weight: f32[B]; 0 on padding rows. Scores of padding rows are ignored.
 
     Returns:
-      loss f32[], the weighted mean over pairs; accuracy f32[], the weighted share of pairs with chosen > rejected
-      (a tie counts as wrong). Both are 0 if all weights are.
+      (loss, accuracy), f32[] each. The loss is the weighted mean over pairs. The accuracy is the weighted share of
+      pairs with chosen > rejected; a tie counts as wrong. If all weights are 0, loss and accuracy are 0.
     """
     chex.assert_rank([chosen_scores, rejected_scores, margin, weight], 1)
     chex.assert_equal_shape([chosen_scores, rejected_scores, margin, weight])
@@ -154,7 +156,7 @@ def pairwise_loss(
         jnp.where(weight > 0, jnp.asarray(x, jnp.float32), 0.0)
         for x in (chosen_scores, rejected_scores, margin)
     )
-    # softplus(-x) = -log sigmoid(x), without overflow on either side.
+    # softplus(-x) = -log sigmoid(x). softplus overflows neither for large positive nor for large negative x.
     losses = jax.nn.softplus(rejected + margin - chosen) + center_rewards_coef * jnp.square(chosen + rejected)
     total = jnp.sum(weight)
     share = weight / jnp.where(total > 0, total, 1.0)

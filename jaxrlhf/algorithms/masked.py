@@ -1,8 +1,8 @@
-"""Masked reductions: sum, mean, variance, whitening, aggregation of a loss.
+"""Masked reductions: sum, mean, variance, whitening and the aggregation of a loss.
 
-A mask is bool and True where a position is real. Other positions (padding, garbage, NaN) change no value and no
-gradient: they are replaced by 0 before any arithmetic, not multiplied by 0 after it. All arithmetic is float32.
-Under `jit` with sharded arrays the reductions run over the global batch.
+A mask is bool and True on real positions. Other positions may hold any number or NaN, and change no value and no
+gradient. Their numbers are replaced by 0 before any arithmetic. A multiplication by 0 would keep NaN. All arithmetic
+is float32. If arrays are sharded, the reductions under `jit` run over the global batch.
 """
 
 from collections.abc import Callable
@@ -14,39 +14,39 @@ from jax.lax import stop_gradient
 
 Axis = int | tuple[int, ...] | None
 
-# Float32 numbers that differ by less than this, relative to the largest, differ by rounding only.
+# If float32 numbers differ by less than this share of the largest number, they differ by rounding only.
 ROUNDING = 8 * float(jnp.finfo(jnp.float32).eps)
 
 
 def zero_masked(mask: Array, *arrays: Array) -> tuple[Array, ...]:
-    """The arrays in float32, 0 where the mask is False. Raises an error if a shape differs or the mask is not bool."""
+    """Returns float32 arrays, 0 where the mask is False. Raises an error if shapes differ or the mask is not bool."""
     chex.assert_equal_shape([mask, *arrays])
     chex.assert_type(mask, bool)
     return tuple(jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in arrays)
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> Array:
-    """Sum of x[mask] in float32, along `axis` or over all axes. `mask` is bool and has the shape of x."""
+    """Returns the float32 sum of x[mask] along `axis`; None means all axes. `mask` is bool and has the shape of x."""
     (x,) = zero_masked(mask, x)
     return jnp.sum(x, axis=axis)
 
 
 def masked_mean(x: Array, mask: Array, axis: Axis = None) -> Array:
-    """Mean of x[mask], as in `masked_sum`; 0 where the mask is False everywhere."""
+    """Returns the mean of x[mask], with the arguments of `masked_sum`. If no position is real, the mean is 0."""
     count = jnp.sum(mask, axis=axis, dtype=jnp.float32)
     return masked_sum(x, mask, axis) / jnp.maximum(count, 1.0)
 
 
 def masked_variance(x: Array, mask: Array, unbiased: bool = True) -> Array:
-    """Variance of x[mask], in two passes: first the mean, then the squared deviations (see `_deviations`).
+    """Returns the variance of x[mask]. One pass computes the mean, a second pass the squared deviations.
 
     Args:
       x: any shape.
       mask: bool, same shape.
-      unbiased: whether to divide by count - 1 (Bessel's correction) instead of count.
+      unbiased: True divides by count - 1 (Bessel's correction), False by count.
 
     Returns:
-      f32[]; exactly 0 if fewer than two positions are real or x varies by rounding only.
+      f32[]. The variance is exactly 0 if fewer than two positions are real, or if x varies by rounding only.
     """
     return _variance(_deviations(x, mask)[1], mask, unbiased)
 
@@ -57,11 +57,12 @@ def _variance(deviations: Array, mask: Array, unbiased: bool = True) -> Array:
 
 
 def _deviations(x: Array, mask: Array) -> tuple[Array, Array]:
-    """(mean f32[], x - mean f32 of x's shape, 0 where the mask is False).
+    """Returns (mean f32[], x - mean f32 of x's shape); the difference is 0 where the mask is False.
 
-    The mean of many equal numbers may differ from them by rounding. So the mean is clipped to the range of x, and a
-    second pass subtracts the mean of the deviations. If the range is at most `ROUNDING` of the largest magnitude,
-    x varies by rounding only and the deviations are exactly 0. Whitening would turn rounding into noise of deviation 1.
+    The mean of many equal numbers may differ from these numbers by rounding. So the mean is clipped to the range of x,
+    and a second pass subtracts the mean of the deviations. If the range is at most `ROUNDING` * the largest magnitude,
+    x varies by rounding only. The deviations are then exactly 0. Otherwise whitening would scale the rounding errors
+    to a deviation of 1.
     """
     (x,) = zero_masked(mask, x)
     lowest = stop_gradient(jnp.min(jnp.where(mask, x, jnp.inf)))
@@ -74,13 +75,14 @@ def _deviations(x: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8) -> Array:
-    """(x - mean) / sqrt(var + epsilon) over the real positions, with the unbiased variance.
+    """Returns (x - mean) / sqrt(variance + epsilon). Mean and unbiased variance are those of the real positions.
 
     Args:
-      x: any shape; for advantages the global batch, so that all devices and minibatches share one scale.
+      x: any shape. Pass the advantages of the global batch, so that all devices and minibatches have one scale.
       mask: bool, same shape.
-      shift_mean: False adds the mean back, as for rewards (2403.17031).
-      epsilon: added to the variance. If x varies by rounding only, the result is exactly 0 (or the mean).
+      shift_mean: False adds the mean back to the result. Whitening of rewards uses False (2403.17031).
+      epsilon: added to the variance. If x varies by rounding only, the result is exactly 0, or the mean if
+        `shift_mean` is False.
 
     Returns:
       f32 of x's shape; 0 where the mask is False.
@@ -91,13 +93,13 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8
 
 
 def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
-    """1 - Var(returns - values) / Var(returns) over the real positions.
+    """Returns the explained variance, 1 - Var(returns - values) / Var(returns), over the real positions.
 
-    1 means that the values predict the returns. 0 means that they predict no better than a constant, and a negative
-    number that they predict worse.
+    If it is 1, the values predict the returns exactly. If it is 0, the values predict no better than a constant. If
+    it is negative, the values predict worse than a constant.
 
     Args:
-      values, returns: any shape, the same for both.
+      values, returns: any shape, but both have the same shape.
       mask: bool, same shape.
 
     Returns:
@@ -128,22 +130,22 @@ def aggregate(
     total_rows: Array | float,
     length: int | None = None,
 ) -> Array:
-    """A microbatch's share of its minibatch's loss; the shares of all microbatches sum to that loss.
+    """Returns the part that a microbatch adds to the loss of its minibatch. The sum of all parts is that loss.
 
-    With N = total_tokens, B = total_rows and sums over this microbatch's rows i and real tokens t:
+    N is `total_tokens`, B is `total_rows`. Sums are over the rows i and the real tokens t of this microbatch:
 
-      token     sum_it loss_it / N           every token has the same weight
-      sequence  sum_i (mean_t loss_it) / B   every completion has the same weight; an empty one adds 0
-      constant  sum_it loss_it / (B * R)     a token's weight does not depend on lengths (Dr. GRPO, 2503.20783)
+      token     sum_it loss_it / N           Every token has the same weight.
+      sequence  sum_i (mean_t loss_it) / B   Every completion has the same weight. An empty completion adds 0.
+      constant  sum_it loss_it / (B * R)     A token's weight does not depend on lengths (Dr. GRPO, 2503.20783).
 
     Args:
       loss: f32[b,R], per token.
       mask: bool[b,R].
-      how: "token", "sequence" or "constant"; another name is a KeyError.
-      total_tokens: real tokens of the minibatch, over all microbatches and devices.
-      total_rows: rows of the minibatch. If `total_rows` or `total_tokens` is 0, the loss is 0.
-      length: R in the formula of "constant". Give it if these rows were cut to their longest completion; None takes R
-        from `loss`.
+      how: "token", "sequence" or "constant"; any other name raises `KeyError`.
+      total_tokens: number of real tokens in the minibatch, over all microbatches and devices.
+      total_rows: number of rows in the minibatch. If `total_rows` or `total_tokens` is 0, the loss is 0.
+      length: R in the formula of "constant"; None takes R from the shape of `loss`. `length` is needed if the rows
+        were cut to the longest completion of the microbatch.
 
     Returns:
       f32[].

@@ -1,8 +1,8 @@
-"""Policy losses per token: PPO's clipped surrogate and its relatives, and importance weights.
+"""Policy losses per token, such as PPO's clipped surrogate, and importance weights.
 
-`policy_loss` computes each loss in `POLICY_LOSSES`. To add a loss, write a function and add it to that table. Losses
-per token are not reduced here (see `masked.aggregate`). All arithmetic is float32. Masked positions contribute 0 to
-the loss and its gradient, even if they hold NaN.
+`policy_loss` computes any loss of the table `POLICY_LOSSES`. To add a loss, write a function and add the function to
+this table. This module does not reduce losses per token (see `masked.aggregate`). All arithmetic is float32. Where the
+mask is False, the loss and its gradient are 0, even if the inputs there are NaN.
 """
 
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from jax.lax import stop_gradient
 from jaxrlhf.algorithms.kl import Bound
 from jaxrlhf.algorithms.masked import masked_mean, masked_sum, zero_masked
 
-# exp of a log-ratio above 88 is infinite in float32, and its gradient is then NaN even where the loss is clipped.
-# At 20 the ratio is about 5e8. A sample with a larger ratio carries no information. verl has the same bound.
+# exp of a log-ratio above 88 is infinite in float32, and the gradient is then NaN, even if the loss is clipped.
+# At 20 the ratio is about 5e8. A sample with a larger ratio carries no information. verl has the same bound of 20.
 LOG_RATIO_BOUND = 20.0
 
 
 class _Tokens(NamedTuple):
-    """Inputs of a loss; f32[B,R] each, 0 where the mask is False. The ratio is exp(logprobs - old_logprobs)."""
+    """The inputs of a loss: f32[B,R] each; 0 where the mask is False. The ratio is exp(logprobs - old_logprobs)."""
 
     logprobs: Array
     log_ratio: Array  # not bounded
     advantages: Array  # constants
     mask: Array  # bool[B,R]
-    bound: Bound  # of log-ratios
+    bound: Bound  # bound of log-ratios
 
 
 class _Loss(NamedTuple):
-    """A loss per token [B,R] and its diagnostics."""
+    """The loss of each token [B,R] and its diagnostics."""
 
     loss: Array
     ratio: Array
@@ -53,31 +53,32 @@ def policy_loss(
     log_ratio_bound: Bound = LOG_RATIO_BOUND,
     loss: str = "clip",
 ) -> tuple[Array, dict[str, Array]]:
-    """Loss per token of the policy, and its diagnostics.
+    """Returns the policy's loss per token, and diagnostics of the loss.
 
-    The gradient flows through `logprobs` only; old logprobs and advantages are constants.
+    The gradient flows through `logprobs` only. Old logprobs and advantages are constants.
 
     Args:
-      logprobs: f32[B,R]; of the policy being trained.
-      old_logprobs: f32[B,R]; of the policy that sampled.
+      logprobs: f32[B,R]; from the policy in training.
+      old_logprobs: f32[B,R]; from the policy that sampled the tokens.
       advantages: f32[B,R].
       mask: bool[B,R].
       clip_low, clip_high: f32[]; the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      dual_clip: f32[] > 1, 3 in the paper; None or infinity disables it.
-      log_ratio_bound: f32[]; log-ratios are clipped to +- this before exp, and have no gradient beyond. None means
-        unbounded: a ratio may then be infinite, and a gradient NaN.
-      loss: a name from `POLICY_LOSSES`; another is a KeyError.
+      dual_clip: f32[] > 1, 3 in the paper; None or infinity disables the dual clip.
+      log_ratio_bound: f32[]. Log-ratios are clipped to [-log_ratio_bound, log_ratio_bound] before exp. A clipped
+        log-ratio has no gradient. None means no bound: a ratio may then be infinite, and a gradient NaN.
+      loss: a name in `POLICY_LOSSES`; any other name raises `KeyError`.
 
     Returns:
-      loss f32[B,R], 0 where the mask is False; and diagnostics without gradient, each [B,R]:
+      (loss, diagnostics). The loss is f32[B,R]; 0 where the mask is False. The diagnostics have no gradient. They are
+      [B,R] each:
         ratio        f32; 1 where the mask is False
-        clipped_low  bool; A < 0 and the ratio is below its bound, so the token has no gradient
-        clipped_high bool; A > 0 and the ratio is above its bound, so the token has no gradient
+        clipped_low  bool; A < 0 and the ratio is below 1 - clip_low, so the token has no gradient
+        clipped_high bool; A > 0 and the ratio is above 1 + clip_high, so the token has no gradient
         clipped_dual bool; A < 0 and the ratio is above `dual_clip`, so the token has no gradient
-        approx_kl    f32; (ratio - 1) - log ratio per token, k3 of KL(old || new); 0 where the mask is False
+        approx_kl    f32; (ratio - 1) - log ratio, the k3 estimate of KL(old || new); 0 where the mask is False
     """
     chex.assert_rank(mask, 2)
-    # Masked before exp: the gradient of an infinite ratio is NaN even where its value is unused.
+    # The mask is applied before exp: the gradient of an infinite ratio is NaN even if the ratio is not used.
     logprobs, old_logprobs, advantages = zero_masked(mask, logprobs, old_logprobs, advantages)
     log_ratio = logprobs - stop_gradient(old_logprobs)
     tokens = _Tokens(logprobs, log_ratio, stop_gradient(advantages), mask, log_ratio_bound)
@@ -100,7 +101,7 @@ def _bounded(log_ratio: Array, bound: Bound) -> Array:
 def _surrogate(
     ratio: Array, advantages: Array, clip_low: Array | float, clip_high: Array | float, dual_clip: Bound
 ) -> _Loss:
-    """The clipped surrogate loss; 0 where the advantage is 0, which includes positions past the end."""
+    """Returns the clipped surrogate loss. It is 0 where the advantage is 0, so also where the mask is False."""
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
     dual = False
@@ -118,41 +119,42 @@ def _clip(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, du
     ratio_t = exp(logprob_t - old_logprob_t)
     loss_t  = max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_low, 1 + clip_high))
 
-    With dual clip (1912.09729), loss_t = min(loss_t, dual_clip * |A_t|) where A_t < 0. This limits the loss of a bad
-    token that has become much likelier. The first clip does not limit this loss.
+    If A_t < 0, the dual clip (1912.09729) also limits loss_t to at most dual_clip * |A_t|. Such a token is bad. If it
+    has become much likelier, the first clip does not limit its loss.
     """
     ratio = jnp.exp(_bounded(tokens.log_ratio, tokens.bound))
     return _surrogate(ratio, tokens.advantages, clip_low, clip_high, dual_clip)
 
 
 def _gspo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, dual_clip: Bound) -> _Loss:
-    """The clipped surrogate with one ratio per completion (2507.18071, GSPO-token).
+    """GSPO: the clipped surrogate with one ratio per completion (2507.18071, GSPO-token).
 
     s   = exp(mean_t (logprob_t - old_logprob_t)),  a constant
     s_t = s * exp(logprob_t - stop_gradient(logprob_t))
-    loss_t = max(-A_t * s_t, -A_t * clip(s_t, 1 - clip_low, 1 + clip_high)), with dual clip as in `_clip`
+    loss_t = max(-A_t * s_t, -A_t * clip(s_t, 1 - clip_low, 1 + clip_high))
 
-    Every s_t has the value s and the gradient of its own token. If all advantages of a completion have the same sign,
-    either all its tokens are clipped or none. The mean keeps ratios close to 1: the paper clips at 3e-4 and 4e-4 and
-    aggregates by sequence. The diagnostic `ratio` is s; `approx_kl` is per token.
+    The dual clip is that of `_clip`. Every s_t has the value s and the gradient of its own token. If all advantages of
+    a completion have the same sign, all its tokens are clipped or none is. The mean keeps ratios close to 1, so the
+    clip range is small. The paper uses 3e-4 and 4e-4, and the aggregation "sequence". The diagnostic `ratio` is s. The
+    diagnostic `approx_kl` is per token.
     """
     mean = masked_mean(tokens.log_ratio, tokens.mask, axis=-1)[:, None]
     sequence = jnp.where(tokens.mask, mean, 0.0)
-    # The difference is exactly 0. It is computed first, so that the ratio loses no precision.
+    # This difference is exactly 0. The brackets compute it first, so that the ratio loses no precision.
     own = tokens.logprobs - stop_gradient(tokens.logprobs)
     ratio = jnp.exp(_bounded(stop_gradient(sequence) + own, tokens.bound))
     return _surrogate(ratio, tokens.advantages, clip_low, clip_high, dual_clip)
 
 
 def _cispo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, dual_clip: Bound) -> _Loss:
-    """Policy gradient with a clipped importance weight (2506.13585).
+    """CISPO: policy gradient with a clipped importance weight (2506.13585).
 
     loss_t = -stop_gradient(clip(ratio_t, 1 - clip_low, 1 + clip_high)) * A_t * logprob_t
 
-    Only the weight is clipped, so every token keeps a gradient. The paper has a wide upper bound and no lower bound,
-    as with a clip_low of 1 or more. `dual_clip` is unused, because the upper bound holds for both signs of A. Here
-    `clipped_low` and `clipped_high` are True where the ratio is past its bound, for either sign. Only the gradient of
-    this loss is meaningful, not its value.
+    Only the weight is clipped, so every token keeps a gradient. The paper uses a high upper bound and no lower bound.
+    A clip_low of 1 or more means no lower bound. `dual_clip` is not used, because the upper bound holds for both signs
+    of A. `clipped_low` and `clipped_high` are True where the ratio is beyond that bound, for both signs of A. The
+    gradient of this loss has a meaning, but the value of the loss has none.
     """
     ratio = jnp.exp(_bounded(tokens.log_ratio, tokens.bound))
     weight = stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
@@ -163,8 +165,8 @@ def _cispo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, d
 def _pg(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, dual_clip: Bound) -> _Loss:
     """Plain policy gradient (Williams 1992): loss_t = -A_t * logprob_t.
 
-    The gradient is unbiased only on samples from the current policy, so use this loss with one step per iteration.
-    Nothing is clipped. The old logprobs are used for the diagnostics only.
+    The gradient is unbiased only if the current policy sampled the tokens. So use this loss with one optimizer step
+    per iteration. Nothing is clipped. Only the diagnostics use the old logprobs.
     """
     ratio = jnp.exp(_bounded(tokens.log_ratio, tokens.bound))
     return _Loss(-tokens.advantages * tokens.logprobs, ratio)
@@ -191,26 +193,28 @@ def importance_weights(
     level: str = "token",
     log_ratio_bound: Bound = LOG_RATIO_BOUND,
 ) -> Array:
-    """Truncated importance weights that correct the gap between sampling and training logprobs.
+    """Returns importance weights that correct the difference of sampling and training logprobs. `cap` truncates them.
 
       token     min(exp(train_t - sample_t), cap)
       sequence  min(exp(sum_t (train_t - sample_t)), cap), the same on all tokens of a completion
 
-    The weights multiply the loss per token. Both logprobs belong to the policy that sampled. The sampler computed one,
-    the training forward pass the other. The ratio to the policy being trained is part of the loss, not of the weights.
-    Token weights have a bias and low variance, sequence weights have no bias and high variance. Sources: F. Yao et al.,
-    "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025); truncation as in Ionides (2008).
+    The caller multiplies the loss per token by the weights. Both logprobs are those of the policy that sampled the
+    tokens. The sampler computed one of them, and the training forward pass computed the other. The ratio to the policy
+    in training is part of the loss, and not of the weights. Token weights have a bias and a low variance. Sequence
+    weights have no bias and a high variance. Sources: F. Yao et al., "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training" (2025); for the truncation, Ionides (2008).
 
     Args:
-      logprobs_train: f32[B,R]; recomputed by the training forward pass, like the old logprobs.
-      logprobs_sample: f32[B,R]; recorded while sampling.
+      logprobs_train: f32[B,R]; old logprobs, computed by the training forward pass.
+      logprobs_sample: f32[B,R]; recorded during sampling.
       mask: bool[B,R].
       cap: f32[] > 0; usually 2.
-      level: "token" or "sequence"; another name is a KeyError.
-      log_ratio_bound: f32[]; log-weights are clipped to +- this before exp; None means unbounded.
+      level: "token" or "sequence"; any other name raises `KeyError`.
+      log_ratio_bound: f32[]. Log-weights are clipped to [-log_ratio_bound, log_ratio_bound] before exp. None means no
+        bound.
 
     Returns:
-      f32[B,R], constants; 0 where the mask is False.
+      f32[B,R]; constants; 0 where the mask is False.
     """
     chex.assert_rank(mask, 2)
     train, sample = zero_masked(mask, logprobs_train, logprobs_sample)

@@ -1,4 +1,4 @@
-"""Running statistics: moments of the scores, and a moving average of weights."""
+"""Running statistics: the moments of scores, and the moving average of weights."""
 
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ Tree = TypeVar("Tree")
 
 @struct.dataclass
 class RunningMoments:
-    """Count, mean and spread of all scores so far; saved in checkpoints."""
+    """Count, mean and spread of all scores so far. Checkpoints contain these moments."""
 
     count: Array  # f32[]; exact up to 2^24 scores
     mean: Array  # f32[]
@@ -23,12 +23,12 @@ class RunningMoments:
 
 
 def init_moments() -> RunningMoments:
-    """Moments before the first score."""
+    """Returns the moments before the first score."""
     return RunningMoments(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
 def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
-    """Moments of two sets of scores together (Chan, Golub and LeVeque 1979).
+    """Returns the moments of the union of two sets of scores (Chan, Golub and LeVeque 1979).
 
     delta = mean_b - mean_a;  n = n_a + n_b
     mean  = mean_a + delta * n_b / n
@@ -42,21 +42,21 @@ def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
 
 
 def update_moments(moments: RunningMoments, scores: Array) -> RunningMoments:
-    """The moments with the scores f32[B] added.
+    """Adds the scores f32[B] to the moments, and returns the new moments.
 
-    The sum is over squared deviations, because a sum of raw squares loses precision if the mean is large.
+    The moments hold the sum of squared deviations. A sum of squared scores would lose precision if the mean is large.
     """
     chex.assert_rank(scores, 1)
     scores = jnp.asarray(scores, jnp.float32)
     count = jnp.float32(scores.shape[0])
-    # Relative to the first score, so that equal scores have a spread of exactly 0.
+    # The mean is computed relative to the first score, so that equal scores have a spread of exactly 0.
     origin = jnp.sum(scores[:1])
     mean = origin + jnp.sum(scores - origin) / jnp.maximum(count, 1.0)
     return merge_moments(moments, RunningMoments(count, mean, jnp.sum(jnp.square(scores - mean))))
 
 
 def gain_and_bias(moments: RunningMoments) -> tuple[Array, Array]:
-    """(gain, bias) f32[] such that gain * score + bias equals `normalise` (1909.08593).
+    """Returns (gain, bias), f32[] each, such that gain * score + bias is the normalised score (1909.08593).
 
     gain = 1 / deviation;  bias = -mean / deviation
     """
@@ -65,13 +65,13 @@ def gain_and_bias(moments: RunningMoments) -> tuple[Array, Array]:
 
 
 def normalise(moments: RunningMoments, scores: Array) -> Array:
-    """(score - mean) / deviation, with the mean and deviation of `moments`.
+    """Returns (score - mean) / deviation. Mean and deviation come from `moments`.
 
-    The deviation is the root of the unbiased variance. It is taken as 1 if the moments hold fewer than two scores,
-    or scores that vary by rounding only.
+    The deviation is the square root of the unbiased variance. It is 1 instead if the moments hold fewer than two
+    scores, or if the scores vary by rounding only.
 
     Args:
-      moments: moments of the scores of initial completions, of all completions so far, or of this batch (whitening).
+      moments: moments of the initial completions' scores, of all scores so far, or of this batch's scores (whitening).
       scores: f32[B].
 
     Returns:
@@ -81,24 +81,24 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
 
 
 def _deviation(moments: RunningMoments) -> Array:
-    """Standard deviation f32[] of the scores so far; 1 if they do not vary, so that division by it is safe."""
+    """Returns the standard deviation of the scores so far, f32[]. If the scores do not vary, it returns 1."""
     variance = moments.squares / jnp.maximum(moments.count - 1.0, 1.0)
     varies = variance > jnp.square(ROUNDING * moments.mean)
     return jnp.sqrt(jnp.where(varies, variance, 1.0))
 
 
 def ema(old: Tree, new: Tree, decay: Array | float) -> Tree:
-    """Exponential moving average of a tree of arrays: decay * old + (1 - decay) * new.
+    """Returns the exponential moving average of a tree of arrays: decay * old + (1 - decay) * new.
 
-    The arithmetic is float32; each leaf keeps the dtype of `old`. Use float32 for `old`, because the steps of a slow
-    average are below the resolution of bfloat16.
+    The arithmetic is float32. Each leaf keeps the dtype of `old`. Use float32 for `old`: bfloat16 cannot represent the
+    small steps of a slow average.
 
     Args:
-      old, new: trees of the same structure and shapes.
-      decay: f32[] in [0, 1]; 0 takes the new tree, 1 keeps the old one.
+      old, new: trees of arrays with the same structure and shapes.
+      decay: f32[] in [0, 1]. 0 returns the new tree, 1 the old tree.
 
     Returns:
-      A tree like `old`; unchanged where old and new are equal.
+      A tree with the structure of `old`. Where old and new are equal, the number does not change.
     """
     chex.assert_trees_all_equal_structs(old, new)
     chex.assert_trees_all_equal_shapes(old, new)

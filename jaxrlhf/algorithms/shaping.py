@@ -1,6 +1,6 @@
-"""Score shaping: clipping, the missing-EOS rule and length penalties. Each of B completions has one score.
+"""Score shaping: clipping, the missing-EOS rule and length penalties. Each of the B completions has one score.
 
-Penalties are 0 or less and are added to the scores. Normalisation is in `running`.
+Length penalties are 0 or negative, and the caller adds them to the scores. Normalisation is in `running`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax import Array
 
 
 def clip_scores(scores: Array, limit: Array | float) -> Array:
-    """Scores clipped to [-limit, limit]: f32[B] -> f32[B]. A limit of infinity disables clipping."""
+    """Returns the scores clipped to [-limit, limit]: f32[B] -> f32[B]. A limit of infinity disables clipping."""
     return jnp.clip(jnp.asarray(scores, jnp.float32), -limit, limit)
 
 
@@ -22,19 +22,19 @@ MISSING_EOS: dict[str, Callable[[Array, Array | float], Array]] = {
 
 
 def missing_eos(scores: Array, ended: Array, penalty: Array | float, how: str = "subtract") -> Array:
-    """Penalises completions that did not end with a stop token.
+    """Penalises completions that did not end with a stop token, and returns all scores.
 
-      subtract  score - penalty (TRL)
-      replace   -penalty, whatever the score (2403.17031, with a penalty of 1)
+      subtract  The new score is score - penalty (as in TRL).
+      replace   The new score is -penalty (2403.17031, where the penalty is 1).
 
     Args:
       scores: f32[B].
       ended: bool[B].
       penalty: f32[] >= 0.
-      how: a name from `MISSING_EOS`; another is a KeyError.
+      how: a name in `MISSING_EOS`; any other name raises `KeyError`.
 
     Returns:
-      f32[B]; scores of completions that ended are unchanged.
+      f32[B]. A completion that ended with a stop token keeps its score.
     """
     chex.assert_rank([scores, ended], 1)
     chex.assert_equal_shape([scores, ended])
@@ -44,39 +44,40 @@ def missing_eos(scores: Array, ended: Array, penalty: Array | float, how: str = 
 
 
 def length_penalty(lengths: Array, free: Array | float, per_token: Array | float) -> Array:
-    """-per_token * max(0, length - free): i32[B] -> f32[B]. The caller adds it to the scores."""
+    """Returns -per_token * max(0, length - free): i32[B] -> f32[B]. The caller adds this penalty to the scores."""
     return -per_token * jnp.maximum(jnp.asarray(lengths, jnp.float32) - free, 0.0)
 
 
 def overlong_penalty(lengths: Array, limit: Array | float, buffer: Array | float) -> Array:
-    """DAPO's soft overlong penalty (2503.14476, equation 13). The caller scales it and adds it to the scores.
+    """Returns DAPO's soft overlong penalty (2503.14476, equation 13). The caller scales it and adds it to the scores.
 
-      0                                    length <= limit - buffer
-      (limit - buffer - length) / buffer   within the buffer before the limit
-      -1                                   beyond the limit
+      0                                    if length <= limit - buffer
+      (limit - buffer - length) / buffer   if limit - buffer < length <= limit
+      -1                                   if length > limit
 
     Args:
-      lengths: i32[B]; tokens of each completion.
-      limit: f32[]; tokens; longer completions get the full penalty.
-      buffer: f32[] >= 0; tokens before the limit over which the penalty grows. 0 is a hard limit.
+      lengths: i32[B]; number of tokens of each completion.
+      limit: f32[]; number of tokens. Longer completions get the full penalty of -1.
+      buffer: f32[] >= 0; number of tokens before the limit. Over these tokens the penalty grows from 0 to -1. A buffer
+        of 0 makes the limit hard.
 
     Returns:
       f32[B] in [-1, 0].
     """
     limit, buffer = jnp.asarray(limit, jnp.float32), jnp.asarray(buffer, jnp.float32)
     beyond = jnp.asarray(lengths, jnp.float32) - (limit - buffer)
-    # Lengths are integers, so with a buffer of 0 `beyond` is at least 1 or not positive.
+    # Lengths are integers. So if the buffer is 0, `beyond` is either at least 1 or not positive.
     return -jnp.clip(beyond / jnp.maximum(buffer, 1e-6), 0.0, 1.0)
 
 
 def informative_groups(scores: Array, group: int) -> Array:
-    """Which prompts have completions with different scores.
+    """Returns for each prompt whether its completions have different scores.
 
-    With a group baseline, a group of equal scores has no gradient (2503.14476).
+    If all scores of a group are equal and the baseline is the group mean, the group has no gradient (2503.14476).
 
     Args:
-      scores: f32[B]; rows i*group to (i+1)*group - 1 are completions of one prompt.
-      group: completions per prompt, static, a divisor of B. A group of one is never informative.
+      scores: f32[B]; rows i*group to (i+1)*group - 1 are the completions of one prompt.
+      group: completions per prompt; static; a divisor of B. The result is False for groups of one completion.
 
     Returns:
       bool[B/group].
