@@ -1,6 +1,6 @@
-"""Activations by their names in `config.json` (transformers' `ACT2FN`).
+"""Activation functions by their names in `config.json` (transformers' `ACT2FN`).
 
-Not here: activations with parameters (prelu, xielu).
+Activations with parameters (prelu, xielu) are not supported.
 """
 
 import functools

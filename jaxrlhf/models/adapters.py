@@ -1,8 +1,9 @@
-"""Adapters: the trainable trees that turn one frozen base into policy, value, reward and reference model.
+"""Adapters: trainable trees. With different adapters one frozen base is policy, value, reward and reference model.
 
-An adapter is a dict: module path -> leaf name -> array (see `records.Adapter`). `bind` attaches the adapter to a copy
-of the base's module tree; the copy shares the base's arrays. Gradients are taken with respect to the adapter only, so
-the base stays frozen. A full adapter holds a copy of every weight; a LoRA adapter holds LoRA pairs (lora_a, lora_b).
+An adapter is a dict: module path -> leaf name -> array (see `records.Adapter`). `bind` attaches an adapter to a copy
+of the base's module tree. The copy shares the arrays of the base. Gradients are taken with respect to the adapter
+only, so the base stays frozen. A full adapter holds a copy of every weight. A LoRA adapter holds LoRA pairs (lora_a
+and lora_b).
 """
 
 import dataclasses
@@ -26,12 +27,12 @@ LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
 def init_adapter(
     base: Decoder, config: AdapterConfig, key: jax.Array, head: Literal["value", "reward"] | None = None
 ) -> Adapter:
-    """Returns a new adapter that leaves the base's outputs unchanged.
+    """Returns a new adapter. The base computes the same hidden states with and without the new adapter.
 
-    LoRA pairs are initialised as in PEFT: lora_a is uniform in +-1/sqrt(in), lora_b is zero. A full adapter is a
-    float32 copy of the base. A value head starts at zero. A reward head is drawn from N(0, 1/(D+1)) (2009.01325,
-    appendix). Raises `UserError` if `target_modules` names a module that the base lacks, or if a full adapter is
-    requested for a quantised base.
+    LoRA pairs are initialised as in PEFT: lora_a is uniform in [-1/sqrt(in), 1/sqrt(in)], and lora_b is zero. A full
+    adapter is a float32 copy of the base. A value head starts at zero. A reward head is drawn from N(0, 1/(D+1))
+    (2009.01325, appendix). Raises `UserError` if `target_modules` names a module that the base lacks. Also raises
+    `UserError` if the base is quantised and the config requests a full adapter.
     """
     check_kind(base, config)
     adapter = _init_lora(base, config, key) if config.kind == "lora" else _copy_weights(base)
@@ -48,10 +49,10 @@ def _copy_weights(base: Decoder) -> Adapter:
 
 
 def with_head(adapter: Adapter, base: Decoder, head: Literal["value", "reward"], key: jax.Array) -> Adapter:
-    """Returns the adapter with a new scalar head, which replaces an existing head.
+    """Returns the adapter with a new scalar head. If the adapter has a head already, the new head replaces it.
 
-    A value head has a bias, f32[1]. A reward head has no bias: the loss on preference pairs does not depend on a bias,
-    and the score layers of transformers have none.
+    A value head has a bias, f32[1]. A reward head has no bias, because the loss on preference pairs does not depend on
+    a bias. The score layers of transformers have no bias either.
     """
     D = base.config.hidden_size
     if head == "value":
@@ -60,24 +61,24 @@ def with_head(adapter: Adapter, base: Decoder, head: Literal["value", "reward"],
 
 
 def scaled_head(adapter: Adapter, gain: jax.Array | float, bias: jax.Array | float) -> Adapter:
-    """Returns the adapter with its scalar head rescaled to gain * score + bias; the new head always has a bias."""
+    """Returns the adapter with a new scalar head that computes gain * old score + bias. The new head has a bias."""
     head = adapter[SCORE]
     return {**adapter, SCORE: {"kernel": gain * head["kernel"], "bias": gain * head.get("bias", jnp.zeros(1)) + bias}}
 
 
 def value_head(base: Decoder) -> Adapter:
-    """Returns an adapter that holds only a zero value head, for a value model that shares the policy's trunk."""
+    """Returns an adapter that holds only a value head of zeros. A value model on the policy's trunk needs no more."""
     return with_head({}, base, "value", jax.random.key(0))
 
 
 def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> Adapter:
-    """Returns a trainable copy of the adapter and its head, converted to `kind`.
+    """Converts an adapter, with its head, to `kind`, and returns a trainable copy.
 
-    `full` merges LoRA pairs into a copy of every weight. Raises `UserError` if a full adapter should become `lora`,
-    because LoRA pairs cannot represent full weights.
+    The kind "full" merges LoRA pairs into a copy of every weight. Raises `UserError` if the adapter is full and `kind`
+    is "lora", because LoRA pairs cannot represent full weights.
     """
     if kind == "lora" and is_full(adapter):
-        raise UserError("holds full weights, which LoRA pairs cannot represent; set kind full, or give a LoRA adapter")
+        raise UserError("holds full weights, but kind is lora; set kind to full, or give a LoRA adapter")
     if kind == "lora" or is_full(adapter):
         return jax.tree.map(lambda x: jnp.array(x, copy=True), adapter)
     check_kind(base, AdapterConfig(kind="full"))
@@ -93,9 +94,9 @@ def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> A
 
 
 def bare(base: Decoder, adapter: Adapter) -> Adapter:
-    """Returns an adapter with the same leaves and shapes but no scalar head, which does not change the base's outputs.
+    """Returns an adapter that does not change the base's outputs. It has the same leaves but no scalar head.
 
-    LoRA's lora_b becomes zero; full weights become those of the base.
+    Each lora_b becomes zero. Full weights become the weights of the base.
     """
     weights = named_parameters(base)
     weights.setdefault(f"{HEAD}/kernel", base.head_kernel())
@@ -112,21 +113,22 @@ def bare(base: Decoder, adapter: Adapter) -> Adapter:
 
 
 def lora_product(leaves: dict[str, jax.Array], precision: str = "highest") -> jax.Array:
-    """Returns what a LoRA pair adds to its kernel: lora_scale * lora_a @ lora_b, f32[in, out]."""
+    """Returns the array that a LoRA pair adds to its kernel: lora_scale * lora_a @ lora_b, f32[in, out]."""
     a, b = (leaves[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
     return leaves["lora_scale"] * jnp.matmul(a, b, precision=precision)
 
 
 def without_head(adapter: Adapter) -> Adapter:
-    """The adapter without its scalar head."""
+    """Returns the adapter without its scalar head."""
     return {path: leaves for path, leaves in adapter.items() if path != SCORE}
 
 
 def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
-    """Returns a model that shares the base's arrays and has the adapter attached. `bind(base, None)` is the base.
+    """Attaches the adapter to a copy of the base, and returns the copy. `bind(base, None)` returns the base.
 
-    Full weights are cast to the base's dtype. LoRA pairs and scalar heads stay in float32. An adapter on `lm_head`
-    unties the head from the embedding.
+    The copy shares the arrays of the base. Full weights are cast to the base's dtype. LoRA pairs and scalar heads stay
+    in float32. If the adapter has leaves for `lm_head`, the head of the copy is no longer tied to the embedding. Raises
+    `UserError` if a full weight has no counterpart in the base.
     """
     if adapter is None:
         return base
@@ -142,17 +144,20 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
         for name, value in values.items():
             if name not in LORA_LEAVES:
                 if not hasattr(module, name):
-                    raise UserError(f"adapter: {path}/{name} replaces a weight that this base lacks or has quantised")
+                    raise UserError(
+                        f"adapter: holds the full weight {path}/{name}, but this base lacks or quantises this weight; "
+                        "give the base of the adapter, not quantised"
+                    )
                 value = value.astype(getattr(module, name)[...].dtype)
             setattr(module, name, nnx.Param(value))
     return model
 
 
 def for_decoding(model: Decoder) -> Decoder:
-    """Returns an equivalent of a bound model with fewer matrix products per layer, for decoding token by token.
+    """Returns an equivalent model that decodes faster, because it has fewer matrix products per layer.
 
-    LoRA pairs are merged into their kernels where `Linear.can_merge` allows it. The query, key and value projections
-    of attention become one projection. The changed kernels are copies, which take memory while the program runs.
+    A LoRA pair is merged into its kernel if `Linear.can_merge` is True. The query, key and value projections of
+    attention become one projection. The changed kernels are copies. The copies take memory while the program runs.
     """
     model = shallow_copy(model)
     for block in model.layers:
@@ -168,9 +173,9 @@ def for_decoding(model: Decoder) -> Decoder:
 
 
 def _fuse_qkv(attention: Attention) -> None:
-    """Joins the q, k and v projections into one.
+    """Joins the q, k and v projections into one projection.
 
-    Does nothing if one of them is not float32, has a LoRA pair, or is split over `tensor`.
+    Does nothing if one of the three is not float32, has a LoRA pair, or is split over the mesh axis `tensor`.
     """
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
@@ -181,10 +186,11 @@ def _fuse_qkv(attention: Attention) -> None:
 
 
 def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
-    """Returns a base with the adapter merged into its weights; the scalar head is dropped.
+    """Merges the adapter into the weights of the base, and returns a new base. The scalar head is dropped.
 
-    LoRA products are added in float32, and the sum is rounded once to the base's dtype. A quantised base is first
-    dequantised to the dtype of its embedding. Without an adapter, a base that is not quantised is returned unchanged.
+    The product of each LoRA pair is added in float32, and the sum is rounded once to the base's dtype. A quantised base
+    is first dequantised to the dtype of its embedding. If `adapter` is None and the base is not quantised, the function
+    returns the base.
     """
     plain = dequantize_decoder(base)
     if adapter is None:
@@ -206,17 +212,17 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
 
 
 def is_full(adapter: Adapter) -> bool:
-    """Whether the adapter holds full weights: it has no LoRA pair, and it holds more than a scalar head."""
+    """Returns True if the adapter holds full weights: it has no LoRA pair, and it has more than a scalar head."""
     return bool(without_head(adapter)) and not any("lora_a" in leaves for leaves in adapter.values())
 
 
 def _head_kernel(base: Decoder) -> jax.Array:
-    """A float32 copy of the language-model head's kernel, f32[D,V]."""
+    """Returns a float32 copy of the language-model head's kernel, f32[D,V]."""
     return jnp.array(base.head_kernel(), jnp.float32, copy=True)
 
 
 def parameter_count(adapter: Adapter) -> int:
-    """Number of trained parameters of the adapter."""
+    """Returns the number of trained parameters in the adapter."""
     return sum(leaf.size for leaves in adapter.values() for name, leaf in leaves.items() if name != "lora_scale")
 
 
@@ -225,19 +231,19 @@ def check_kind(base: Decoder, config: AdapterConfig) -> None:
     kind = quantization(base)
     if config.kind == "full" and kind is not None:
         raise UserError(
-            f"kind: full trains a copy of every weight, but this base is quantised ({kind}); give kind lora, or load "
-            "the base without quantize"
+            f"kind: must be lora, not full, because this base is quantised ({kind}); set kind to lora, or load the "
+            "base without quantize"
         )
 
 
 def target_paths(base: Decoder, config: AdapterConfig) -> list[str]:
-    """Paths of the modules that get a LoRA pair; `UserError` if a target matches no module."""
+    """Returns the paths of the modules that get a LoRA pair. Raises `UserError` if a target matches no module."""
     shapes = linear_shapes(base)
     targets = config.target_modules
     for target in targets:
         if target != "all-linear" and not any(target in (p, p.split(".")[-1]) for p in shapes):
             known = sorted({p.split(".")[-1] for p in shapes})
-            raise UserError(f"target_modules: no module {target!r} in this model; it has {', '.join(known)}")
+            raise UserError(f"target_modules: this model has no module {target!r}; its modules are {', '.join(known)}")
     return [p for p in shapes if "all-linear" in targets or p in targets or p.split(".")[-1] in targets]
 
 

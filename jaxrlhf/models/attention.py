@@ -1,7 +1,7 @@
 """Attention, rotary positions and attention masks.
 
-B rows, T query positions, S key positions, N query heads, K key-value heads, G = N / K query heads per key-value head,
-H head dimension.
+Sizes: B rows, T query positions, S key positions, N query heads, K key-value heads, G = N / K query heads per
+key-value head, and H the head dimension.
 """
 
 from typing import NamedTuple
@@ -13,15 +13,15 @@ import numpy as np
 from jaxrlhf.models.fused_attention import attend_fused
 from jaxrlhf.models.target import ON_CPU, Target
 
-# Blocks of queries, and the least number of queries in one: more blocks or smaller ones cost more than they save.
+# Largest number of query blocks, and smallest number of queries in a block. More or smaller blocks are slower.
 _BLOCKS, _LEAST_QUERIES = 4, 32
 
 
 def positions_of(segments_BT: jax.Array) -> jax.Array:
-    """Position of each real token in its segment, counted from 0; i32[B,T].
+    """Returns the position of each real token in its segment, i32[B,T]. The first token has position 0.
 
-    `segments_BT` is a mask (bool) or segment ids (i32; 0 is padding). For a left-padded mask the positions are
-    `cumsum(mask) - 1`, clipped at 0.
+    `segments_BT` is a mask (bool), or holds segment ids (i32; 0 is padding). For a left-padded mask the positions are
+    max(cumsum(mask) - 1, 0).
     """
     segments_BT = segments_BT.astype(jnp.int32)
     real_BT = segments_BT > 0
@@ -32,7 +32,10 @@ def positions_of(segments_BT: jax.Array) -> jax.Array:
 
 
 def causal_mask(segments_BT: jax.Array) -> jax.Array:
-    """Causal mask bool[B, T queries, T keys]: a query sees the real tokens of its segment up to its own position."""
+    """Returns the causal mask, bool[B, T queries, T keys].
+
+    A query sees the real tokens of its segment up to and including its own position.
+    """
     T = segments_BT.shape[1]
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     real_B1T = (segments_BT > 0)[:, None, :]
@@ -40,16 +43,16 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
 
 
 def within_window(mask_BTS: jax.Array, window: int, at: jax.Array | int = 0) -> jax.Array:
-    """Removes keys from the mask that are `window` or more slots before the query; query t is in slot at + t.
+    """Removes from the mask all keys that are `window` or more slots before the query. Query t is in slot at + t.
 
-    The real tokens of a row or segment are contiguous, so a distance in slots equals the distance in positions.
+    The real tokens of a row or segment are contiguous, so a distance in slots is also a distance in positions.
     """
     T, S = mask_BTS.shape[1:]
     return mask_BTS & (at + jnp.arange(T)[:, None] - jnp.arange(S) < window)
 
 
 class RotaryTables(NamedTuple):
-    """Cosine and sine of the rotary angles of each position; float32. Heads and layers with the same rope share them.
+    """Cosine and sine of the rotary angles of each position, in float32. Layers with the same rope share the tables.
 
     F is the number of rotated pairs of dimensions.
     """
@@ -59,12 +62,13 @@ class RotaryTables(NamedTuple):
 
 
 def rotary_tables(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, factor: float = 1.0) -> RotaryTables:
-    """Returns the rotary tables of positions i32[B,T], which must be below `slots`.
+    """Returns the rotary tables of positions i32[B,T]. All positions must be below `slots`.
 
-    `frequencies` is f32[F], radians per position; `factor` multiplies cosine and sine.
+    `frequencies` is f32[F], in radians per position. `factor` multiplies cosine and sine.
     """
     angle_SF = jnp.arange(slots, dtype=jnp.float32)[:, None] * frequencies
-    # A lookup: XLA would otherwise recompute the cosine for every head of every layer.
+    # The tables are looked up by position. Without the lookup, XLA would compute the cosine again for every head and
+    # layer.
     return RotaryTables(*((factor * f(angle_SF))[positions_BT][:, :, None] for f in (jnp.cos, jnp.sin)))
 
 
@@ -72,8 +76,8 @@ def rotary_tables(positions_BT: jax.Array, slots: int, frequencies: np.ndarray, 
 def rotate(x_BTNH: jax.Array, rotary: RotaryTables) -> jax.Array:
     """Rotates the first 2F <= H dimensions of each head (2104.09864).
 
-    Dimension i is paired with dimension i + F, as in Hugging Face's Llama. The custom gradient rotates in the opposite
-    direction, which is cheaper than differentiating the split and the concatenation. The tables get no gradient.
+    Dimensions i and i + F are a pair, as in Hugging Face's Llama. The custom gradient rotates in the opposite
+    direction. This is cheaper than the gradients of split and concatenation. The tables get no gradient.
     """
     cos, sin = rotary
     F = cos.shape[-1]
@@ -98,10 +102,10 @@ def attend(
     softcap: float | None = None,
     target: Target = ON_CPU,
 ) -> jax.Array:
-    """Grouped-query attention [B,T,N,H], with softmax in float32.
+    """Computes grouped-query attention, [B,T,N,H]. The softmax is in float32.
 
-    A query that sees no key gets arbitrary finite outputs. Keys and values are contiguous for each head, as in the
-    cache. `scale` multiplies the products of queries and keys (None: H^-1/2). A `softcap` c limits a score s to
+    If a query sees no key, its outputs are arbitrary finite numbers. Keys and values have the layout of the cache.
+    `scale` multiplies the products of queries and keys; None means H^-1/2. A `softcap` c replaces a score s by
     c tanh(s / c) (2408.00118).
     """
     if q_BTNH.shape[1] > 1 and softcap is None and target.platform != "cpu":
@@ -110,7 +114,8 @@ def attend(
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
     G = N // K
-    # The query heads that share a key head form one matrix of G T rows: one large product is faster than G small ones.
+    # The G query heads that share a key head form one matrix of G * T rows. One large product is faster than G small
+    # products.
     q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     mask_B1XS = jnp.tile(mask_BTS, (1, G, 1))[:, None]
     scores = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS, preferred_element_type=jnp.float32)
@@ -131,11 +136,11 @@ def attend_causal(
     softcap: float | None = None,
     target: Target = ON_CPU,
 ) -> jax.Array:
-    """Causal attention [B,T,N,H]: like `attend`, for queries in the last T of S slots.
+    """Computes causal attention, [B,T,N,H]. It is `attend` for queries in the last T of S slots.
 
-    The target chooses XLA or cuDNN; with a soft cap XLA is used, because cuDNN has none (`fused_attention`). On a CPU
-    the queries are computed in blocks, each with the keys up to the end of the block. This skips most of the masked
-    scores above the diagonal.
+    The target chooses XLA or cuDNN. If there is a soft cap, XLA computes the attention, because cuDNN has no soft cap.
+    On a CPU the queries are computed in blocks. Each block reads only the keys up to its end. This skips most of the
+    masked scores above the diagonal.
     """
     T, S = mask_BTS.shape[1:]
     if target.attention == "cudnn" and T > 1 and softcap is None:

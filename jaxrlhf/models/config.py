@@ -1,6 +1,6 @@
 """The decoder's config: sizes, constants, and the settings that may differ between layers.
 
-All model families use the same names of settings.
+The names of settings are the same for all model families.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from jaxrlhf.models.target import ON_CPU, Target
 class LayerKind:
     """The settings that may differ between layers."""
 
-    window: int | None = None  # number of tokens that a query sees, its own included; None: all tokens up to its own
-    rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: no rotary positions
+    window: int | None = None  # number of tokens that a query sees, including its own token; None means no limit
+    rope: Rope | None = dataclasses.field(default_factory=Rope)  # None means no rotary positions
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and constants of a decoder; `hf/families.py` reads them from a `config.json`."""
+    """The sizes and constants of a decoder. `hf/families.py` reads them from a `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -35,17 +35,17 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     pre_norms: bool = True  # norms before attention and MLP
     post_norms: bool = False  # norms after attention and MLP, before the residual sum
-    qk_norm: str | None = None  # norm on queries and keys: "head": on each head; "projection": on all heads together
+    qk_norm: str | None = None  # norm on queries and keys: of each head ("head"), or of all heads ("projection")
     parallel_residual: bool = False  # attention and MLP read the same input
     learned_positions: bool = False
     activation: str = "silu"  # a key of activations.ACTIVATIONS
     gated_mlp: bool = True
     qkv_bias: bool = False
-    output_bias: bool = False  # of attention's output projection
+    output_bias: bool = False  # bias of attention's output projection
     mlp_bias: bool = False
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
-    query_scalar: int | None = None  # attention scores are divided by the square root of this; None: of head_dim
+    query_scalar: int | None = None  # attention scores are divided by its square root; None means head_dim
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     initializer_range: float = 0.02
@@ -60,10 +60,7 @@ class DecoderConfig:
 
 
 def new_decoder_config(new: NewModelConfig, vocab_size: int, eos: int, pad: int) -> DecoderConfig:
-    """Returns the config of a new Llama model.
-
-    The layer sizes come from the settings; vocabulary size, EOS and pad token are arguments.
-    """
+    """Returns the config of a new Llama model. `new` sets the layer sizes."""
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=new.hidden_size,

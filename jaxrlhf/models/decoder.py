@@ -1,10 +1,11 @@
-"""The decoder: one `flax.nnx` module for all families, which differ only in its config.
+"""The decoder: one `flax.nnx` module for all model families. Families differ only in the decoder's config.
 
-Modules are pytrees, which `jax.jit` and `jax.grad` accept. The weights of the layers are not stacked, so that the
-decode loop need not slice them. Nothing here samples, trains or depends on the role (policy, value, reward,
-reference): a role is an adapter that `adapters.bind` attaches.
+`jax.jit` and `jax.grad` accept the modules, because modules are pytrees. The weights of the layers are not stacked, so
+the decode loop need not slice them. This module does not sample and does not train. It does not know the model's role
+(policy, value, reward or reference). The adapter that `adapters.bind` attaches gives the model its role.
 
-B rows, T positions, S cache positions, D hidden, V vocabulary, N query heads, K key-value heads, H head dim.
+Sizes: B rows, T positions, S cache positions, D the hidden size, V the vocabulary size, N query heads, K key-value
+heads, and H the head dimension.
 """
 
 import dataclasses
@@ -35,9 +36,10 @@ from jaxrlhf.models.rope import frequencies
 from jaxrlhf.models.sharding import leaf_name
 from jaxrlhf.models.target import Target
 
-# Setting `remat` -> the activations of a layer that are saved for the backward pass, in addition to its input. The
-# outputs of linear layers are saved by name. jax's own policy for matrix products does not see inside custom gradients
-# (merged and quantised products). It would also save the outputs of kernel and LoRA pair separately, not their sum.
+# Values of the setting `remat` -> the policy that saves activations of a layer for the backward pass. The layer's input
+# is always saved. "dots" saves the outputs of linear layers by their name. It does not use jax's policy for matrix
+# products. That policy does not see products inside custom gradients (merged and quantised products). It would also
+# save the outputs of a kernel and of its LoRA pair, and not their sum.
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -45,20 +47,20 @@ REMAT = {
 
 
 class LayerCache(NamedTuple):
-    """Keys (after rotation) and values of one layer; contiguous for each head, because decoding reads head by head."""
+    """The rotated keys and the values of one layer. Each head is contiguous, because decoding reads head by head."""
 
     k: jax.Array  # [B,K,H,S]
     v: jax.Array  # [B,K,S,H]
 
     def with_new(self, new: "LayerCache", at: jax.Array) -> "LayerCache":
-        """Returns the cache with T new positions written at slot `at`."""
+        """Returns the cache with the T new positions written to the slots from `at` on."""
         return LayerCache(
             jax.lax.dynamic_update_slice_in_dim(self.k, new.k.astype(self.k.dtype), at, axis=3),
             jax.lax.dynamic_update_slice_in_dim(self.v, new.v.astype(self.v.dtype), at, axis=2),
         )
 
     def with_room(self, copies: int, slots: int) -> "LayerCache":
-        """Returns the cache with each row repeated `copies` times and `slots` empty slots at the end."""
+        """Returns a larger cache: each row is repeated `copies` times and gets `slots` empty slots at its end."""
         k, v = (jnp.repeat(x, copies, axis=0) for x in self)
         return LayerCache(jnp.pad(k, ((0, 0),) * 3 + ((0, slots),)), jnp.pad(v, ((0, 0),) * 2 + ((0, slots), (0, 0))))
 
@@ -81,7 +83,7 @@ class Attention(nnx.Module):
         self.k_proj = make.linear(D, K * H, config.qkv_bias)
         self.v_proj = make.linear(D, K * H, config.qkv_bias)
         self.o_proj = make.linear(N * H, D, config.output_bias)
-        self.qkv_proj = nnx.data(None)  # q_proj, k_proj and v_proj joined; set by `adapters.for_decoding`
+        self.qkv_proj = nnx.data(None)  # joins q_proj, k_proj and v_proj; `adapters.for_decoding` sets it
         norm_sizes = {"head": (H, H), "projection": (N * H, K * H)}.get(config.qk_norm)
         self.q_norm = nnx.data(norm_sizes and make.norm(norm_sizes[0]))
         self.k_norm = nnx.data(norm_sizes and make.norm(norm_sizes[1]))
@@ -107,7 +109,7 @@ class Attention(nnx.Module):
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
 
     def _heads(self, x_BTX: jax.Array, norm: nnx.Module | None) -> jax.Array:
-        """Splits a projection into heads, and applies the query or key norm if the model has one."""
+        """Splits a projection into heads. If `norm` is not None, also normalises the projection or its heads."""
         if self.config.qk_norm == "projection" and norm is not None:
             x_BTX = norm(x_BTX)
         heads = x_BTX.reshape(*x_BTX.shape[:2], -1, self.config.head_dim)
@@ -141,7 +143,7 @@ class Block(nnx.Module):
         self.parallel = config.parallel_residual
 
     def __call__(self, x_BTD, rotary: RotaryTables | None, mask_BTS, cache: LayerCache | None, at, first: int):
-        """Returns (hidden states [B,T-first,D] of the positions from `first` on, keys and values of all positions)."""
+        """Returns (hidden states [B,T-first,D], cache). The hidden states start at position `first`."""
         attended, cache = self.attention(_normed(self.attention_norm, x_BTD), rotary, mask_BTS, cache, at, first)
         x_BTD = x_BTD[:, first:]
         middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
@@ -151,7 +153,7 @@ class Block(nnx.Module):
 
 
 def _in_own_precision(method: Callable) -> Callable:
-    """Decorates a method of the decoder: its matrix products have the precision of the decoder's target."""
+    """Decorates a method of the decoder. Its matrix products then have the precision of the decoder's target."""
 
     @functools.wraps(method)
     def run(model: "Decoder", *args, **kwargs):
@@ -166,7 +168,7 @@ def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
 
 
 class Decoder(nnx.Module):
-    """A decoder: maps tokens to logits (`__call__`), or in two steps: `hidden`, then `logits` or `scores`."""
+    """A decoder. It maps tokens to logits (`__call__`), or to hidden states (`hidden`) for `logits` or `scores`."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32):
         make = _Initializer(config, key, jnp.dtype(dtype))
@@ -179,12 +181,12 @@ class Decoder(nnx.Module):
         self.lm_head = nnx.data(
             None if config.tie_embeddings else make.linear(config.hidden_size, config.vocab_size, False)
         )
-        self.score = nnx.data(None)  # the scalar head of value and reward models, attached by an adapter
+        self.score = nnx.data(None)  # the scalar head of value and reward models; an adapter attaches it
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Returns the next-token logits f32[B,T,V] at each of the tokens i32[B,T].
+        """Returns the next-token logits f32[B,T,V] after each token. The tokens are i32[B,T].
 
-        `mask` is bool[B,T], or i32 segment ids of packed rows (0 is padding); None means no padding.
+        `mask` is bool[B,T], or holds the segment ids i32[B,T] of packed rows (0 is padding). None means no padding.
         """
         segments = jnp.ones(tokens.shape, jnp.int32) if mask is None else mask.astype(jnp.int32)
         return self.logits(self.encode(tokens, segments))
@@ -192,7 +194,7 @@ class Decoder(nnx.Module):
     def encode(
         self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: str = "none", first: int = 0
     ) -> jax.Array:
-        """Returns hidden states [B,T-first,D] after the final norm, from position `first` on; reads no cache."""
+        """Returns the hidden states [B,T-first,D] after the final norm, from position `first` on. Uses no cache."""
         positions_BT, mask_BTT = positions_of(segments_BT), causal_mask(segments_BT)
         return self.hidden(tokens_BT, positions_BT, mask_BTT, remat=remat, first=first)[0]
 
@@ -208,23 +210,24 @@ class Decoder(nnx.Module):
         first: int = 0,
         slots: int | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Returns (hidden states [B,T-first,D] after the final norm, from position `first` on; cache of all positions).
+        """Returns (hidden states [B,T-first,D] after the final norm, cache). The states start at position `first`.
 
-        Without `cache`, S = T, `mask_BTS` is causal, and the new keys and values are returned as the cache. With a
-        `cache`, the new keys and values are written into it at slot `at` (i32[]), and `mask_BTS` spans the whole cache.
-        The last layer skips the queries before `first`, whose outputs are unused. `remat` is "none" or a key of
-        `REMAT`. `slots` is the final length of the rows (None: S), which selects the factors of longrope.
+        If `cache` is None, S = T, `mask_BTS` must be causal, and the returned cache holds the new keys and values. If
+        a cache is given, the new keys and values are written to the slots from `at` (i32[]) on, and S is the size of
+        the cache. The last layer skips the queries before `first`, because their outputs are not needed. `remat` is
+        "none" or a key of `REMAT`. `slots` is the final length of the rows; None means S. The final length selects the
+        factors of longrope.
         """
         run = Block.__call__
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT[remat], static_argnums=6)
-        # For whole sequences, the weights are gathered and the activations stay on the devices of their rows. In
-        # decoding, the activations of one token per row are smaller than the weights, so they move to the weights'
-        # shards.
+        # For whole sequences, weights are gathered, and activations stay on the devices of their rows. Decoding
+        # computes one token per row. Its activations are smaller than the weights, so the activations move to the
+        # shards of the weights.
         axes = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")
         x_BTD = constrain(self.embed_tokens(tokens_BT), "data", None, "fsdp")  # D is split as in the embedding
         x_BTD = constrain(x_BTD, *axes)
-        if self.config.embedding_scale != 1:  # the scale is rounded to the model's dtype, as it was in pretraining
+        if self.config.embedding_scale != 1:  # the scale is rounded to the model's dtype, as in pretraining
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.embed_positions is not None:
             x_BTD += self.embed_positions(positions_BT)
@@ -244,12 +247,12 @@ class Decoder(nnx.Module):
 
     @_in_own_precision
     def logits(self, hidden_BTD: jax.Array, kernel_DV: jax.Array | None = None) -> jax.Array:
-        """Returns the next-token logits f32[B,T,V] for hidden states after the final norm.
+        """Returns the next-token logits f32[B,T,V] of hidden states after the final norm.
 
-        `kernel_DV` is `head_kernel()`, if the caller has it already.
+        `kernel_DV` is the result of `head_kernel()`. If it is None, this method calls `head_kernel`.
         """
         kernel = self.head_kernel() if kernel_DV is None else kernel_DV
-        # Logits are accumulated and kept in float32: rounding them to bfloat16 would change every logprob.
+        # Logits are accumulated and kept in float32, because rounding to bfloat16 would change every logprob.
         logits = jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
         if self.lm_head is not None and self.lm_head.lora_a is not None:
             logits += self.lm_head.pair_product(hidden_BTD)
@@ -258,17 +261,17 @@ class Decoder(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def head_kernel(self) -> jax.Array:
-        """The language-model head's kernel [D,V], without its LoRA pair."""
+        """Returns the kernel [D,V] of the language-model head, without the LoRA pair of the head."""
         return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     @_in_own_precision
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns the outputs of the scalar head, f32[B,T], for hidden states; computed in float32."""
+        """Returns the outputs f32[B,T] of the scalar head on hidden states. The head computes in float32."""
         return jnp.squeeze(self.score(hidden_BTD.astype(jnp.float32)), -1)
 
 
 class _Initializer:
-    """Builds modules with random weights, initialised as in Hugging Face's Llama; each kernel has its own key."""
+    """Builds modules with random weights, as Hugging Face's Llama does. Each kernel has its own random key."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array, dtype: jnp.dtype):
         self.config, self.key, self.dtype = config, key, dtype
@@ -288,22 +291,22 @@ class _Initializer:
 
 
 def abstract_decoder(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Decoder:
-    """A decoder of `jax.ShapeDtypeStruct`s, which take no memory."""
+    """Returns a decoder of `jax.ShapeDtypeStruct`s. They take no memory."""
     return jax.eval_shape(lambda: Decoder(config, jax.random.key(0), dtype))
 
 
 def shallow_copy(model: Decoder) -> Decoder:
-    """A copy of the module tree that shares the arrays."""
+    """Returns a copy of the module tree. The copy shares the arrays of the model."""
     return jax.tree.map(lambda leaf: leaf, model)
 
 
 def with_target(model: Decoder, target: Target) -> Decoder:
-    """Returns a copy of the model that shares its arrays, with another target in its config."""
+    """Returns a copy of the model with `target` in its config. The copy shares the arrays of the model."""
     return with_config(model, dataclasses.replace(model.config, target=target))
 
 
 def with_config(model: Decoder, config: DecoderConfig) -> Decoder:
-    """Returns a copy of the model that shares its arrays, with another config; the config must fit the arrays."""
+    """Returns a copy of the model with another config. The copy shares the arrays, so the config must fit them."""
     model = shallow_copy(model)
     model.config = config
     for block in model.layers:
@@ -312,24 +315,24 @@ def with_config(model: Decoder, config: DecoderConfig) -> Decoder:
 
 
 def named_parameters(tree) -> dict[str, jax.Array]:
-    """Name -> leaf of a module; a name is like "layers.0.attention.q_proj/kernel"."""
+    """Returns the leaves of a module by name. An example of a name is "layers.0.attention.q_proj/kernel"."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def with_parameters(tree, values: dict[str, jax.Array]):
-    """Returns a copy of the module in which `values[name]` replaces the leaf `name`; `values` must hold every name."""
+    """Returns a copy of the module with the leaves of `values`. `values` must have an entry for every leaf name."""
     return jax.tree_util.tree_map_with_path(lambda path, _: values[leaf_name(path)], tree)
 
 
 def find_module(model: nnx.Module, path: str) -> nnx.Module:
-    """The module at a path like "layers.0.attention.q_proj"."""
+    """Returns the module at a path, for example "layers.0.attention.q_proj"."""
     for part in path.split("."):
         model = model[int(part)] if part.isdigit() else getattr(model, part)
     return model
 
 
 def linear_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
-    """Path -> (in, out) of every linear layer inside the blocks."""
+    """Returns the shape (in, out) of every linear layer inside the blocks, by module path."""
     leaves = [name.split("/") for name in named_parameters(model) if name.startswith("layers.")]
     paths = dict.fromkeys(path for path, leaf in leaves if leaf.startswith("kernel"))
     return {path: find_module(model, path).shape for path in paths}

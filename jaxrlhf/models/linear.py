@@ -1,6 +1,6 @@
 """A linear layer with an optional LoRA pair, and a matrix product that merges the pair into the kernel.
 
-D inputs, F outputs, r the rank of the LoRA pair.
+Sizes: D inputs, F outputs, and r the rank of the LoRA pair.
 """
 
 import functools
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "weight_product"  # name of a linear layer's output, for rematerialisation policies
+PRODUCT = "weight_product"  # rematerialisation policies know the output of a linear layer by this name
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where a LoRA pair is attached (2106.09685)."""
+    """A linear layer, x @ kernel + bias. A LoRA pair adds lora_scale * (x @ lora_a) @ lora_b (2106.09685)."""
 
     def __init__(self, kernel: jax.Array, bias: jax.Array | None = None):
         self.kernel = nnx.Param(kernel)  # [in, out]
@@ -25,24 +25,24 @@ class Linear(nnx.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(in, out)."""
+        """Shape of the kernel, (in, out)."""
         return self.kernel.shape
 
     @property
     def can_merge(self) -> bool:
-        """Whether the LoRA pair may be merged into the kernel; in bfloat16, rounding would lose the small update."""
+        """True if a LoRA pair may be merged into the kernel. In bfloat16, rounding would lose the small update."""
         return self.kernel.dtype == jnp.float32
 
     def float32_kernel(self) -> jax.Array:
-        """The kernel as f32[in, out]."""
+        """Returns the kernel as f32[in, out]."""
         return self.kernel[...].astype(jnp.float32)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """x @ kernel, in the dtype of x."""
+        """Returns x @ kernel, in the dtype of x."""
         return x @ self.kernel[...].astype(x.dtype)
 
     def pair_product(self, x: jax.Array) -> jax.Array:
-        """Returns the output of the LoRA pair alone, f32[..., out]."""
+        """Returns the output of the LoRA pair without that of the kernel, f32[..., out]."""
         a, b, scale = (leaf[...].astype(jnp.float32) for leaf in (self.lora_a, self.lora_b, self.lora_scale))
         return ((x.astype(jnp.float32) @ a) * jax.lax.stop_gradient(scale)) @ b
 
@@ -53,10 +53,10 @@ class Linear(nnx.Module):
     def _with_pair(self, x: jax.Array) -> jax.Array:
         if self.lora_a is None:
             return self.project(x)
-        scale = jax.lax.stop_gradient(self.lora_scale[...])  # part of the adapter's tree, but not trained
+        scale = jax.lax.stop_gradient(self.lora_scale[...])  # in the adapter's tree, but not trained
         pair = self.lora_a[...], self.lora_b[...]
-        # XLA may compute the merged kernels of all layers early. They take little memory compared with the activations
-        # of many tokens.
+        # XLA may compute the merged kernels of all layers early. Compared with the activations of many tokens, these
+        # kernels take little memory.
         many = x.size // x.shape[-1] >= max(self.shape)
         if self.can_merge and many and x.dtype == jnp.float32:
             return merged_product(x, self.kernel[...], *pair, scale)
@@ -65,18 +65,19 @@ class Linear(nnx.Module):
 
 
 def merged_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns x @ (kernel + scale * a @ b), for x [...,D], kernel [D,F], a [D,r], b [r,F]; the scale has no gradient.
+    """Returns x @ (kernel + scale * a @ b), for x [...,D], kernel [D,F], a [D,r], b [r,F]. The scale has no gradient.
 
-    Computing the outputs of kernel and LoRA pair separately and adding them would write and read an array [...,F] twice
-    more, in both the forward and the backward pass.
+    The alternative is the sum of two outputs, that of the kernel and that of the LoRA pair. The sum would write and
+    read an array [...,F] two more times in the forward pass, and also in the backward pass.
     """
     return _merged_product(ambient_precision(), x, kernel, a, b, scale)
 
 
 def ambient_precision() -> str | None:
-    """The default matmul precision at this point of tracing.
+    """Returns the default matmul precision at this point of tracing.
 
-    A custom gradient keeps this precision as a constant: it is traced later, when the default may be another.
+    A custom gradient keeps this precision as a constant, because jax traces the gradient later. The default may have
+    changed by then.
     """
     return jax.config.jax_default_matmul_precision
 
@@ -95,13 +96,13 @@ def _backward(precision, saved, dy):
     with jax.default_matmul_precision(precision):
         x, kernel, a, b, scale = saved
         rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        # The merged kernel is recomputed: saving it would take as much memory as the weights.
+        # The merged kernel is computed again, because the saved kernels would take as much memory as the weights.
         dx = dy @ (kernel + (scale * a) @ b).T
-        # The transposed product reads its inputs row by row, which takes a third of the time on a CPU. The barrier
+        # The transposed product reads its inputs row by row. On a CPU this takes a third of the time. The barrier
         # keeps XLA from undoing the transposition.
         da = jax.lax.optimization_barrier((scale * (d_rows @ b.T)).T @ rows).T
         db = (scale * (rows @ a)).T @ d_rows
-        return dx, rows.T @ d_rows, da, db, jnp.zeros_like(scale)  # XLA drops the kernel's gradient if it is unused
+        return dx, rows.T @ d_rows, da, db, jnp.zeros_like(scale)  # XLA drops an unused kernel gradient
 
 
 _merged_product.defvjp(_forward, _backward)

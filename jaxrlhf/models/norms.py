@@ -1,4 +1,4 @@
-"""Norms over the hidden dimension D, by their names in `DecoderConfig.norm`."""
+"""Norms over the hidden dimension D. The table `NORMS` has their names for `DecoderConfig.norm`."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class RMSNorm(nnx.Module):
 
 
 class RMSNormPlusOne(RMSNorm):
-    """Gemma's RMSNorm, which multiplies by 1 + scale; computed in float32."""
+    """Gemma's RMSNorm, computed in float32. It multiplies by 1 + scale."""
 
     def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
         super().__init__(size, epsilon, dtype)

@@ -1,22 +1,22 @@
 """Weight-only quantisation of a frozen base, to int8 or nf4.
 
-Each kernel of the linear layers in the blocks becomes an array of codes (small integers that stand for the quantised
-weights) and an array of scales.
+The kernels of the linear layers in the blocks are quantised. Each kernel becomes an array of codes and an array of
+scales. A code is a small integer that stands for a weight.
 
-int8: a weight is its code times the scale of its output channel, which is the channel's largest magnitude / 127
-(2208.07339, section 2.1).
+int8: a weight is its code times the scale of its output channel. This scale is the largest magnitude in the channel /
+127 (2208.07339, section 2.1).
 nf4: 4-bit NormalFloat (2305.14314, section 3). The weights of an output are split into blocks of 64 along the inputs.
-A weight is one of 16 values, given by its code, times the scale of its block. If the number of inputs is a multiple of
-64, the blocks are those of bitsandbytes; otherwise the last block of each output is shorter. Two choices differ from
-QLoRA: the scale need not be the block's largest magnitude (see `_nf4`), and in grouped-query attention k_proj and
-v_proj are int8, because these few weights are the most sensitive. On a small trained model the relative error of the
-logits is 8.4%; with QLoRA's choices it is 11%.
+A code selects one of 16 values. A weight is this value times the scale of its block. If the number of inputs is a
+multiple of 64, the blocks are those of bitsandbytes. Otherwise the last block of each output is shorter. Two choices
+differ from QLoRA. First, the scale need not be the block's largest magnitude (see `_nf4`). Second, k_proj and v_proj
+are int8 in grouped-query attention, because these few weights are the most sensitive. On a small trained model the
+relative error of the logits is 8.4%. The choices of QLoRA give 11%.
 
-Embeddings, norms, biases and heads are not quantised. Kernels are dequantised inside the forward pass, layer by layer.
+Embeddings, norms, biases and heads are not quantised. The forward pass dequantises the kernels layer by layer.
 
-Not here: integer matrix products (codes are cast to the activations' dtype first), quantised activations, and
-gradients with respect to codes and scales. The library qwix also quantises, but it intercepts a model's calls, keeps
-one nf4 code per byte on a CPU, and needs dimensions that are multiples of the block.
+This module has no integer matrix products: codes are first cast to the dtype of the activations. It does not quantise
+activations. Codes and scales have no gradients. The library qwix also quantises, but qwix intercepts the calls of a
+model, keeps one nf4 code per byte on a CPU, and needs dimensions that are multiples of the block.
 """
 
 import functools
@@ -37,7 +37,7 @@ from jaxrlhf.models.sharding import parameter_sharding
 
 KINDS = ("int8", "nf4")
 BLOCK = 64
-# 2305.14314, appendix E: quantiles of the normal distribution, normalised to [-1, 1], with an exact zero.
+# The 16 values of nf4 (2305.14314, appendix E): quantiles of the normal distribution, scaled to [-1, 1], and exact 0.
 NF4 = np.array(
     [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -47,14 +47,15 @@ NF4 = np.array(
     np.float32,
 )  # fmt: skip
 _NF4_BOUNDS = (NF4[1:] + NF4[:-1]) / 2
-_CHUNK = 1 << 16  # number of weights that are quantised at a time; they fit in a processor's cache
+_CHUNK = 1 << 16  # number of weights that are quantised at a time; so many fit in a processor's cache
 
 
 class QuantizedLinear(Linear):
-    """A linear layer whose kernel is stored as quantised codes and scales. Bias and LoRA pair are as in `Linear`.
+    """A linear layer whose kernel is stored as codes and scales. Bias and LoRA pair are as in `Linear`.
 
-    The codes are kernel_int8 i8[in, out], or kernel_nf4 u8[in / 2 rounded up, out] with two codes per byte; the code of
-    the even input is in the low four bits. The scales are kernel_scale f32[blocks, out]; int8 has one block.
+    The codes are kernel_int8 i8[in, out], or kernel_nf4 u8[in / 2 rounded up, out]. A byte of kernel_nf4 holds two
+    codes. The code of the even input is in the low four bits. The scales are kernel_scale f32[blocks, out]. int8 has
+    one block.
     """
 
     def __init__(self, codes: jax.Array, scale: jax.Array, fan_in: int, bias: nnx.Param | None = None):
@@ -101,11 +102,11 @@ def quantize(kernel: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nf4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (codes u8[N, 64], scales f32[N, 1]) of N blocks of weights; the largest magnitude in a block is 1.
+    """Returns (codes u8[N, 64], scales f32[N, 1]) of N blocks of weights. The largest magnitude in a block must be 1.
 
-    Four scales are tried for each block, and the one with the smallest squared error is kept. The first two are 1 and
-    -1, because the 16 values are not symmetric. Each of these gives codes; the other two scales are the least-squares
-    fits to these codes.
+    The function tries four scales for each block, and keeps the scale with the smallest squared error. The scales 1
+    and -1 are tried because the 16 values are not symmetric. Each of these two scales gives codes. The other two
+    scales are the least-squares fits to these codes.
     """
     codes, scale = np.zeros(blocks.shape, np.uint8), np.ones_like(blocks[:, :1])
     least_error = np.full_like(scale, np.inf)
@@ -126,17 +127,17 @@ def _nf4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _row_dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Dot products of row i of x with row i of y, f32[N, 1]."""
+    """Returns the dot product of row i of x and row i of y, for each i: f32[N, 1]."""
     return np.einsum("ij,ij->i", x, y)[:, None]
 
 
 def _divisor(scale: np.ndarray) -> np.ndarray:
-    """The scale with 1 in place of 0, so that blocks of zeros can be divided by it."""
+    """Returns the scale with 1 in place of 0. So a block of zeros can be divided by its scale."""
     return np.where(scale == 0, np.float32(1), scale)
 
 
 def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
-    """Returns the kernel f32[in, out] that the codes and scales stand for."""
+    """Returns the kernel f32[in, out] from its codes and scales."""
     if codes.dtype == jnp.int8:
         return codes.astype(jnp.float32) * scale
     fan_out = codes.shape[1]
@@ -147,11 +148,12 @@ def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns x [..., in] @ the dequantised kernel, in the dtype of x; codes and scale have no gradient.
+    """Returns x [..., in] @ the dequantised kernel, in the dtype of x. Codes and scales have no gradient.
 
-    The dequantised kernels must not all be in memory at once. XLA would move their computation out of the decode loop,
-    or to the start of the program, and autodiff would save them for the backward pass. So each kernel is dequantised
-    only after x is computed (`_after`), and again in the backward pass.
+    The dequantised kernels of all layers would take too much memory. Without `_after`, XLA would dequantise all kernels
+    before the decode loop or at the start of the program. Without the custom gradient, autodiff would save all
+    dequantised kernels for the backward pass. So a kernel is dequantised only after x is computed, and again in the
+    backward pass.
     """
     return _matmul(fan_in, precision, x, _after(x, codes), scale)
 
@@ -171,7 +173,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """Returns the codes with a data dependency on x, so that XLA does not use them before x is computed."""
+    """Returns the codes with a data dependency on x, so that XLA cannot use the codes before x is computed."""
 
     def with_barrier(x: jax.Array, codes: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier((x, codes))[1]
@@ -179,14 +181,14 @@ def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
     def with_zero(x: jax.Array, codes: jax.Array) -> jax.Array:
         return codes + _opaque_false(x).astype(codes.dtype)
 
-    # On CPU, XLA drops barriers before it schedules operations. Adding a zero that depends on x works on every
-    # platform, but it costs a collective if x is split over devices.
+    # On a CPU, XLA drops barriers before it schedules operations. A zero that depends on x works on every platform. But
+    # if x is split over devices, the zero costs a collective operation.
     return jax.lax.platform_dependent(x, codes, cpu=with_zero, default=with_barrier)
 
 
 @jax.custom_batching.custom_vmap
 def _opaque_false(x: jax.Array) -> jax.Array:
-    """Returns False, computed from x in a way that XLA cannot fold into a constant."""
+    """Returns False. It is computed from x, and XLA cannot replace it by a constant."""
     first = x[(0,) * x.ndim]
     return first * first < -1
 
@@ -198,7 +200,7 @@ def _opaque_false_of_batch(_, batched: list[bool], x: jax.Array) -> tuple[jax.Ar
 
 def _matmul(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     if codes.dtype == jnp.int8:
-        # Scaling the outputs is cheaper than scaling the weights. The sums are in float32, because codes are large.
+        # Scaling the outputs is cheaper than scaling the weights. Sums are in float32, because codes are up to 127.
         y = jnp.matmul(x, codes.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
         return (y * scale[0]).astype(x.dtype)
     return jnp.matmul(x, dequantize(codes, scale, fan_in).astype(x.dtype), precision=precision)
@@ -208,19 +210,19 @@ def _matmul(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, 
 
 
 def quantization(model: Decoder) -> str | None:
-    """The kind of quantisation of a model ("int8" or "nf4"), or None if the model is not quantised."""
+    """Returns the model's kind of quantisation, "int8" or "nf4". Returns None if the model is not quantised."""
     kinds = {name.rpartition("/kernel_")[2] for name in named_parameters(model)}
     return next((kind for kind in reversed(KINDS) if kind in kinds), None)
 
 
 def kind_of(config: DecoderConfig, path: str, kind: str) -> str:
-    """The kind of quantisation of the layer at `path`, in a model that is quantised as `kind`."""
+    """Returns the kind of quantisation of the layer at `path`. `kind` is the model's kind of quantisation."""
     grouped_kv = config.kv_heads < config.heads and path.endswith((".k_proj", ".v_proj"))
     return "int8" if grouped_kv else kind
 
 
 def quantize_decoder(base: Decoder, kind: str) -> Decoder:
-    """Returns a copy of the base (on one device) with quantised linear layers. All other weights are shared."""
+    """Returns a copy of the base with quantised linear layers. It shares all other weights. Works on one device."""
 
     def replace(path: str, linear: Linear) -> Linear:
         kernel = np.asarray(linear.kernel[...], np.float32)
@@ -231,7 +233,10 @@ def quantize_decoder(base: Decoder, kind: str) -> Decoder:
 
 
 def dequantize_decoder(base: Decoder) -> Decoder:
-    """Returns the base with dequantised kernels in the dtype of its embedding, or unchanged if it is not quantised."""
+    """Returns the base with dequantised kernels. If the base is not quantised, returns the base itself.
+
+    The kernels get the dtype of the embedding.
+    """
     if quantization(base) is None:
         return base
     dtype = base.embed_tokens.embedding.dtype
@@ -244,7 +249,7 @@ def dequantize_decoder(base: Decoder) -> Decoder:
 
 
 def abstract_quantized(abstract: Decoder, kind: str) -> Decoder:
-    """Returns the shapes of the quantised decoder, from a decoder of `jax.ShapeDtypeStruct`s."""
+    """Returns the shapes of the quantised decoder. `abstract` is the decoder before quantisation, also of shapes."""
 
     def replace(path: str, linear: Linear) -> Linear:
         (fan_in, fan_out), blocks, codes = linear.shape, 1, jnp.zeros(linear.shape, jnp.int8)
@@ -262,11 +267,11 @@ def load_quantized(
     read: Callable[[slice], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
-    """Quantises the kernel of the layer at `path` and returns its leaves by name, on the mesh or the default device.
+    """Quantises the kernel of the layer at `path`, and returns its codes and scales by leaf name.
 
-    `shape` is the kernel's shape (in, out), and `read(columns)` returns some of its columns, f32[in, columns]. A
-    process reads only the columns that its own devices keep. It reads all rows of them, because a scale covers several
-    rows.
+    They are placed on the mesh, or on the default device if `mesh` is None. `shape` is the kernel's shape (in, out).
+    `read(columns)` returns these columns of the kernel, f32[in, columns]. A process reads only the columns that its
+    devices keep. It reads all rows of these columns, because a scale covers several rows.
     """
 
     @functools.cache
@@ -295,7 +300,7 @@ def load_quantized(
 
 
 def _with_layers(model: Decoder, replace: Callable[[str, Linear], Linear]) -> Decoder:
-    """Returns a copy of the model whose linear layers are `replace(path, layer)`; it shares the other arrays."""
+    """Returns a copy of the model with `replace(path, layer)` for each linear layer. It shares all other arrays."""
     model = shallow_copy(model)
     for path in linear_shapes(model):
         parent_path, _, name = path.rpartition(".")

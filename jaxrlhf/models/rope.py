@@ -1,7 +1,7 @@
-"""Rotary position embeddings: the frequency (radians per position) of each pair of dimensions, by rope type.
+"""Rotary position embeddings (rope). A rope type gives the frequency (radians per position) of each dimension pair.
 
-The frequencies of longrope depend on the sequence length. Here this is the length of the array, prompt and completion
-with their padding. It is the same in sampling, scoring and update, so that a token is rotated alike in all three.
+The frequencies of longrope depend on the sequence length. This package uses the length of the padded row of prompt and
+completion. This length is the same in sampling, scoring and update, so all three rotate a token by the same angle.
 transformers uses the length of the longest row of the batch instead.
 """
 
@@ -15,18 +15,19 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of a layer (2104.09864); `numbers` holds its scaling's entries of `config.json`."""
+    """The rotary position embedding of a layer (2104.09864). `numbers` holds the entries that its type reads."""
 
     theta: float = 10000.0
-    share: float = 1.0  # fraction of a head's dimensions that are rotated, from the first on
+    share: float = 1.0  # the first dimensions of a head are rotated; this fraction of all
     kind: str = "default"
     numbers: tuple[tuple[str, Any], ...] = ()
 
 
 def frequencies(rope: Rope, head_dim: int, slots: int) -> tuple[np.ndarray, float]:
-    """Returns (radians per position of each rotated pair f32[F], factor on cosine and sine) for rows of `slots` tokens.
+    """Returns (frequencies f32[F], factor). The frequencies are in radians per position, for rows of `slots` tokens.
 
-    The first 2F <= head_dim dimensions of a head are rotated; dimension i is paired with dimension i + F.
+    The factor multiplies cosine and sine. The first 2F <= head_dim dimensions of a head are rotated. Dimensions i and
+    i + F are a pair.
     """
     rotated = int(head_dim * rope.share)
     exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
@@ -36,10 +37,10 @@ def frequencies(rope: Rope, head_dim: int, slots: int) -> tuple[np.ndarray, floa
 
 
 def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rope:
-    """Reads a rope of type `kind` from a rope object of `config.json`; `ValueError` if an entry is missing or wrong.
+    """Reads a rope of type `kind` from a rope object of `config.json`. `ValueError` if an entry is missing or wrong.
 
-    `defaults` holds values for absent entries: rope_theta, partial_rotary_factor and original_max_position_embeddings.
-    It also holds max_position_embeddings, from which the default factor of longrope is computed.
+    `defaults` holds the values of absent entries: rope_theta, partial_rotary_factor, original_max_position_embeddings.
+    `defaults` also holds max_position_embeddings. The default factor of longrope is computed from it.
     """
     scaling = SCALINGS[kind]
     present = {name: value for name, value in entry.items() if value is not None}
@@ -47,10 +48,10 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rop
     numbers = {name: values.get(name) for name in scaling.numbers}
     missing = [name for name in scaling.required if numbers[name] is None]
     if missing:
-        raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}")
+        raise ValueError(f"the entries {', '.join(missing)} are missing, but rope_type {kind!r} needs them")
     theta = _positive("rope_theta", values["rope_theta"])
     if kind == "yarn" and theta <= 1:
-        raise ValueError(f"rope_theta must be above 1 with rope_type 'yarn', not {theta:g}")
+        raise ValueError(f"rope_theta must be above 1 for rope_type 'yarn', not {theta:g}")
     share = _positive("partial_rotary_factor", values["partial_rotary_factor"])
     if share > 1:
         raise ValueError(f"partial_rotary_factor must be at most 1, not {share}")
@@ -58,7 +59,9 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rop
     if kind == "longrope":
         length = checked["original_max_position_embeddings"]
         if length < 2:
-            raise ValueError("original_max_position_embeddings must be at least 2 with rope_type 'longrope'")
+            raise ValueError(
+                f"original_max_position_embeddings must be at least 2 for rope_type 'longrope', not {length:g}"
+            )
         checked.setdefault("factor", defaults["max_position_embeddings"] / length)
     low, high = checked.get("low_freq_factor"), checked.get("high_freq_factor")
     if low is not None and low >= high:
@@ -67,40 +70,40 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rop
 
 
 def rope_kind(entry: dict[str, Any], aliases: Mapping[str, str]) -> str:
-    """The rope type in a rope object of `config.json`, by its current name; `ValueError` if it is unknown.
+    """Returns the rope type in a rope object of `config.json`. Raises `ValueError` if the type is unknown.
 
-    `aliases` maps older names to current ones.
+    `aliases` maps the older names of types to the current names. The result is a current name.
     """
     kind = entry.get("rope_type", entry.get("type", "default"))
     kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in SCALINGS:
-        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(sorted(SCALINGS))}")
+        raise ValueError(f"rope_type {kind!r} is not supported; the supported types are {', '.join(sorted(SCALINGS))}")
     return kind
 
 
 def unused_entries(entry: dict[str, Any], kind: str) -> list[str]:
-    """Names of the entries in a rope object of `config.json` that the rope type `kind` does not use."""
+    """Returns the names of entries that the rope type `kind` ignores. `entry` is a rope object of `config.json`."""
     known = {"rope_theta", "partial_rotary_factor", "rope_type", "type", *IGNORED, *SCALINGS[kind].numbers}
     return sorted(name for name, value in entry.items() if value is not None and name not in known)
 
 
 def rope_entry(rope: Rope) -> dict[str, Any]:
-    """Returns the object that describes the rope in `config.json`; `read_rope` reads it back."""
+    """Returns the rope object for `config.json`. `read_rope` reads this object."""
     partial = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
     numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in rope.numbers}
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **partial, **numbers}
 
 
 def factor_count(rope: Rope) -> int | None:
-    """Length of the factor lists of longrope, or None for other rope types; `ValueError` if their lengths differ."""
+    """Returns the length of longrope's factor lists; None for other types. `ValueError` if the lengths differ."""
     counts = {len(value) for _, value in rope.numbers if isinstance(value, tuple)}
     if len(counts) > 1:
-        raise ValueError(f"short_factor and long_factor must be equally long, not {min(counts)} and {max(counts)}")
+        raise ValueError(f"short_factor and long_factor must have the same length, not {min(counts)} and {max(counts)}")
     return next(iter(counts), None)
 
 
 def _number(name: str, value: Any) -> Any:
-    """Returns a checked entry of a rope scaling; the lists of longrope become tuples."""
+    """Checks an entry of a rope object, and returns its value. The lists of longrope become tuples."""
     if name in ("short_factor", "long_factor"):
         if not isinstance(value, list | tuple) or not value:
             raise ValueError(f"{name} must be a list of numbers, not {value!r}")
@@ -119,13 +122,13 @@ def _default(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots
 
 
 def _linear(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """Position interpolation (2306.15595): divides all frequencies by the factor."""
+    """Position interpolation (2306.15595): divides all frequencies by `factor`."""
     return plain / np.float32(numbers["factor"]), 1.0
 
 
 def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """Llama 3.1 (2407.21783): stretches long wavelengths, keeps short ones, and interpolates between the two."""
-    # Turns of each pair over the trained length.
+    """Llama 3.1 (2407.21783): stretches long wavelengths, keeps short wavelengths, and interpolates in between."""
+    # Number of turns of each pair over the trained length.
     turns = numbers["original_max_position_embeddings"] * plain / np.float32(2 * math.pi)
     low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -133,12 +136,15 @@ def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots:
 
 
 def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """YaRN (2309.00071): keeps high frequencies, stretches low ones, with a ramp between; scales cosine and sine."""
+    """YaRN (2309.00071): keeps high frequencies, divides low frequencies by `factor`, and interpolates in between.
+
+    YaRN also multiplies cosine and sine by a number.
+    """
     length = numbers["original_max_position_embeddings"]
     factor = numbers["factor"]
 
     def dimension(turns: float) -> float:
-        """The (fractional) index of the pair that makes this many turns over the trained length."""
+        """Returns the index of the pair that makes this many turns over the trained length. It may be a fraction."""
         return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))
@@ -157,9 +163,9 @@ def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: i
 
 
 def _longrope(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
-    """LongRoPE (2402.13753): divides each frequency by its own factor; long rows use another list of factors.
+    """LongRoPE (2402.13753): divides each frequency by its own factor.
 
-    A row is long if it has more than original_max_position_embeddings tokens.
+    If a row has more than original_max_position_embeddings tokens, the factors are long_factor, else short_factor.
     """
     length, factor = numbers["original_max_position_embeddings"], numbers["factor"]
     stretch = numbers["long_factor" if slots > length else "short_factor"]
@@ -175,7 +181,7 @@ def _yarn_scale(factor: float, scale: float = 1.0) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """A rope type: its function on the unscaled frequencies, and the entries of `config.json` that it reads."""
+    """A rope type: the function that scales the frequencies, and the entries of `config.json` that it reads."""
 
     apply: Callable[[np.ndarray, float, int, dict, int], tuple[np.ndarray, float]]
     required: tuple[str, ...] = ()
@@ -189,7 +195,7 @@ class Scaling:
 SCALINGS: dict[str, Scaling] = {
     "default": Scaling(_default),
     "linear": Scaling(_linear, ("factor",)),
-    # This type changes only rows longer than max_position_embeddings, which are not allowed here.
+    # "dynamic" changes only rows longer than max_position_embeddings. Such rows are not allowed in this package.
     "dynamic": Scaling(_default, ("factor",)),
     "llama3": Scaling(_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
     "yarn": Scaling(
@@ -203,5 +209,5 @@ SCALINGS: dict[str, Scaling] = {
         ("factor", "attention_factor"),
     ),
 }
-# Entries without effect on text: finetuned is a remark in Yarn-Llama-2, mrope_section splits the axes of images.
+# Entries without effect on text. "finetuned" is a remark in Yarn-Llama-2. "mrope_section" splits the axes of images.
 IGNORED = ("finetuned", "mrope_section")

@@ -1,6 +1,6 @@
-"""Scores of sequences, and logprobs and values of completions, computed by a decoder with its adapter bound.
+"""Computes scores of sequences, and logprobs and values of completions. The decoder has an adapter attached.
 
-B rows of S tokens: a left-padded prompt, then a completion in the last R positions, from S - R on.
+A batch has B rows of S tokens. A row is a left-padded prompt, followed by a completion in the last R positions.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
 from jaxrlhf.models.decoder import Decoder
 
-# Number of logits in memory at a time on each device: 16 MiB on a CPU, so that they fit in its cache; 512 MiB on other
-# platforms, so that the matrix products are large.
+# Largest number of logits in memory at a time on each device. On a CPU 16 MiB of logits fit in its cache. On other
+# platforms 512 MiB make the matrix products large.
 _MAX_LOGITS, _MAX_LOGITS_ON_CPU = 2**27, 2**22
 
 
 def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: str = "none") -> jax.Array:
     """Returns the output of the scalar head at the last real token of each row, f32[B].
 
-    Rows may be padded on either side.
+    Rows may be padded on the left or on the right.
     """
     S = tokens.shape[1]
     last = jnp.maximum(S - 1 - jnp.argmax(mask[:, ::-1], axis=1), 0)
@@ -37,9 +37,9 @@ def response_logprobs(
     temperature: jax.Array,
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (logprobs of the response tokens, entropies of their distributions), f32[B,R] each; 0 past the end.
+    """Returns (logprobs, entropies) of the response tokens, f32[B,R] each; 0 past the end of a completion.
 
-    `temperature` f32[B] divides the logits. Logits are computed only at the positions of the completion.
+    The logits are divided by `temperature` f32[B]. Logits are computed only for the positions of the completion.
     """
     hidden = _hidden_before_tokens(model, tokens, mask, response_mask, remat)
     return _logprobs(model, hidden, tokens, response_mask, temperature)
@@ -48,7 +48,7 @@ def response_logprobs(
 def response_values(
     model: Decoder, tokens: jax.Array, mask: jax.Array, response_mask: jax.Array, remat: str = "none"
 ) -> jax.Array:
-    """Returns the values of the states before each response token, f32[B,R]; 0 past the end."""
+    """Returns the value of the state before each response token, f32[B,R]; 0 past the end of a completion."""
     return _values(model, _hidden_before_tokens(model, tokens, mask, response_mask, remat), response_mask)
 
 
@@ -60,13 +60,13 @@ def response_logprobs_and_values(
     temperature: jax.Array,
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (logprobs, entropies, values), f32[B,R] each, of a model with both heads, from one forward pass."""
+    """Returns (logprobs, entropies, values), f32[B,R] each, from one forward pass of a model with both heads."""
     hidden = _hidden_before_tokens(model, tokens, mask, response_mask, remat)
     return *_logprobs(model, hidden, tokens, response_mask, temperature), _values(model, hidden, response_mask)
 
 
 def _hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str) -> jax.Array:
-    """Returns the hidden states at the position before each response token, [B,R,D]."""
+    """Returns the hidden state at the position before each response token, [B,R,D]."""
     R = response_mask.shape[1]
     first = tokens.shape[1] - R - 1
     return model.encode(tokens, mask.astype(jnp.int32), remat, first)[:, :-1]
@@ -82,8 +82,8 @@ def from_logits(
     """Applies `reduce` to the logits of hidden states [B,R,D], a few positions at a time.
 
     reduce(logits f32[B,r,V], inputs [B,r,...]) returns [B,r,...] for r positions. `inputs` and the result are trees of
-    arrays [B,R,...]. At most `max_logits` logits are in memory at a time, over all devices together, because all logits
-    [B,R,V] would be the largest array of the program. The backward pass computes them again.
+    arrays [B,R,...]. At most `max_logits` logits are in memory at a time, summed over all devices. An array of all
+    logits [B,R,V] would be the largest array of the program. The backward pass computes the logits again.
     """
     B, R, _ = hidden.shape
     if max_logits is None:
@@ -93,7 +93,7 @@ def from_logits(
     if size >= R:
         return reduce(model.logits(hidden), inputs)
     parts = -(-R // size)
-    size = -(-R // parts)  # parts of nearly equal size
+    size = -(-R // parts)  # the parts have nearly equal sizes
     kernel = constrain(model.head_kernel(), None, "tensor")  # the kernel is gathered once, not in each part
 
     def split(x: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
-"""The sharding of parameters: one table from parameter names to mesh axes. `distributed.mesh` shards batches.
+"""The sharding of parameters: one table maps parameter names to mesh axes. `distributed.mesh` shards batches.
 
-A name is "module.path/leaf", such as "layers.0.attention.q_proj/kernel". A name that no row of the table covers is an
-error.
+A name is "module.path/leaf", for example "layers.0.attention.q_proj/kernel". Every name must match a row of the table.
 """
 
 import functools
@@ -18,11 +17,11 @@ _REPLICATED = PartitionSpec()
 _COLUMN = PartitionSpec("fsdp", "tensor")  # [in, out]: each device computes some of the outputs
 _ROW = PartitionSpec("tensor", "fsdp")  # [in, out]: each device reads some of the inputs
 
-# (pattern for the end of "module.path/leaf", mesh axes of the dimensions). The first row that matches applies. Only the
-# end must match, because optimizer states put a prefix before the names of parameters. kernel_int8, kernel_nf4 and
-# kernel_scale of a quantised layer have the dimensions of the kernel, some of them shorter, and the same axes.
+# Rows of (pattern for the end of "module.path/leaf", mesh axes of the dimensions). The first row that matches applies.
+# Only the end must match, because optimizer states put a prefix before the names of parameters. In a quantised layer,
+# kernel_int8, kernel_nf4 and kernel_scale have the same axes as the kernel, but may be shorter.
 PARAMETER_AXES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),  # [V, D]; tied, its transpose is the lm_head
+    (r"embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),  # [V, D]; if tied, its transpose is the lm_head
     (r"embed_positions/embedding", PartitionSpec("tensor", "fsdp")),  # [positions, D]
     (r"lm_head/kernel", _COLUMN),  # [D, V]
     (r"attention\.[qkv]_proj/kernel(_\w+)?", _COLUMN),  # [D, heads x head size]
@@ -46,45 +45,45 @@ def _axes_of(name: str) -> PartitionSpec:
     for pattern, axes in PARAMETER_AXES:
         if re.search(rf"(^|[./]){pattern}$", name):
             return axes
-    raise ValueError(f"no row of PARAMETER_AXES covers the parameter {name!r}")
+    raise ValueError(f"parameter {name!r} matches no row of PARAMETER_AXES; add a row")
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """Returns the sharding of a parameter on the mesh, from its name "module.path/leaf" and its shape.
+    """Returns the sharding of a parameter on the mesh. `name` is "module.path/leaf", `shape` is the parameter's shape.
 
-    A dimension that the size of its axis does not divide is replicated along this axis; scalars are replicated. Raises
-    `ValueError` if no row of `PARAMETER_AXES` covers the name, or if the row has more axes than the parameter has
-    dimensions.
+    If the size of a mesh axis does not divide a dimension, the dimension is replicated along this axis. Scalars are
+    replicated. Raises `ValueError` if the name matches no row of `PARAMETER_AXES`, or if the row has more axes than the
+    parameter has dimensions.
     """
     if not shape:
         return replicated(mesh)
     axes = _axes_of(name)
     if len(axes) > len(shape):
-        raise ValueError(f"parameter {name!r} has shape {tuple(shape)}, but its axes are {axes}")
+        raise ValueError(f"parameter {name!r} must have at least {len(axes)} dimensions, not the shape {tuple(shape)}")
     fitted = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape)]
     return NamedSharding(mesh, PartitionSpec(*fitted))
 
 
 def leaf_name(path: Sequence[Any]) -> str:
-    """Returns the name "module.path/leaf" of a leaf, from its path in a pytree (as `tree_map_with_path` gives it)."""
+    """Returns the name "module.path/leaf" of a leaf. `path` is its path in a pytree, from `tree_map_with_path`."""
     parts = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path]
-    if len(parts) > 1 and parts[-1] == "value":  # the inside of an nnx.Param
+    if len(parts) > 1 and parts[-1] == "value":  # the array inside an nnx.Param
         parts.pop()
     return "/".join(part for part in (".".join(parts[:-1]), parts[-1]) if part)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Returns a tree with the sharding of each leaf, for a module, an adapter or an optimizer state.
+    """Returns a tree with the sharding of each leaf. `tree` is a module, an adapter or an optimizer state.
 
-    The leaves may be arrays or shapes; their names decide the sharding.
+    The leaves may be arrays or shapes. The name of a leaf decides its sharding.
     """
     return jax.tree_util.tree_map_with_path(lambda path, x: parameter_sharding(mesh, leaf_name(path), x.shape), tree)
 
 
 def shard(mesh: Mesh, tree: Any) -> Any:
-    """Returns the tree with each leaf placed on the mesh as `tree_shardings` says.
+    """Places each leaf of the tree on the mesh, and returns the new tree. `tree_shardings` gives the shardings.
 
-    The leaves are committed, so programs are compiled for this placement. A leaf that has this sharding already is not
-    copied; donating the result then invalidates the argument too.
+    The leaves are committed to their devices, so jax compiles programs for this placement. A leaf that already has its
+    sharding is not copied. If a program donates the result, this leaf of the argument becomes invalid too.
     """
     return jax.tree.map(put, tree, tree_shardings(mesh, tree))

@@ -1,7 +1,8 @@
-"""The target of a model's programs: the platform, and the choice of attention and matmul precision for it.
+"""The target of a model's programs: the platform, the kind of attention and the matmul precision.
 
-The target comes from the devices that hold the weights, and is part of the model's config. Traced code reads the target
-from the config and never asks jax for its devices, so a program for a GPU can be traced on a machine without a GPU.
+The devices that hold the weights decide the target. The target is part of the model's config. Traced code reads the
+target from the config, and does not ask jax for devices. So a program for a GPU can be traced on a machine without a
+GPU.
 """
 
 import dataclasses
@@ -9,26 +10,26 @@ from contextlib import AbstractContextManager
 
 import jax
 
-# The setting's name -> jax's name. jax's "default" is TF32 on NVIDIA GPUs. jax's names between "default" and "highest"
-# are TF32 in cuBLAS, but not in Triton.
+# Name of a precision in the settings -> its name in jax. jax's "default" is TF32 on NVIDIA GPUs. jax also has names
+# between "default" and "highest". These names mean TF32 in cuBLAS, but not in Triton, and are not used.
 PRECISIONS = {"highest": "highest", "tf32": "default"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The platform that runs a model's programs, and the choices for it."""
+    """The platform that runs a model's programs, with its kind of attention and its matmul precision."""
 
-    platform: str = "cpu"  # jax's name: cpu, gpu or tpu
-    attention: str = "xla"  # attention over whole sequences: xla or cudnn
-    matmul_precision: str = "highest"  # precision of float32 matrix products, a key of PRECISIONS
+    platform: str = "cpu"  # cpu, gpu or tpu, as in jax
+    attention: str = "xla"  # xla or cudnn computes attention over whole sequences
+    matmul_precision: str = "highest"  # precision of float32 matrix products; a key of PRECISIONS
 
     @property
     def precision(self) -> str:
-        """jax's name of the matmul precision, for the `precision` argument of jax functions."""
+        """The matmul precision by its name in jax, for the argument `precision` of jax functions."""
         return PRECISIONS[self.matmul_precision]
 
     def products(self) -> AbstractContextManager:
-        """Returns a context in which matrix products are traced with this precision, whatever the caller's default."""
+        """Returns a context that traces matrix products with this precision. It overrides the caller's default."""
         return jax.default_matmul_precision(self.precision)
 
 
@@ -36,6 +37,6 @@ ON_CPU = Target()
 
 
 def target_of(mesh: jax.sharding.Mesh | None = None, matmul_precision: str = "highest") -> Target:
-    """Returns the target of programs on this mesh, or on jax's default device if `mesh` is None."""
+    """Returns the target of programs on the mesh. If `mesh` is None, the programs run on jax's default device."""
     device = next(iter(jax.device_put(0.0).devices())) if mesh is None else mesh.devices.flat[0]
     return Target(device.platform, matmul_precision=matmul_precision)

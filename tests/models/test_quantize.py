@@ -298,9 +298,9 @@ def test_no_program_holds_the_whole_base_dequantised(kind, program):
 def test_a_full_adapter_is_refused(kind, small, tmp_path):
     quantised = quantize_decoder(small, kind)
     full = init_adapter(small, AdapterConfig(kind="full"), jax.random.key(0))
-    with pytest.raises(UserError, match=rf"kind: full .*quantised \({kind}\).*lora"):
+    with pytest.raises(UserError, match=rf"kind: must be lora, .*quantised \({kind}\).*lora"):
         init_adapter(quantised, AdapterConfig(kind="full"), jax.random.key(0))
-    with pytest.raises(UserError, match=r"adapter: layers\.0\.\S+/kernel replaces a weight"):
+    with pytest.raises(UserError, match=r"adapter: holds the full weight layers\.0\.\S+/kernel, but this base lacks"):
         bind(quantised, full)
     save_adapter(tmp_path / "full", full)
     with pytest.raises(UserError, match=rf"adapter.safetensors: a full adapter .*quantised .{kind}."):

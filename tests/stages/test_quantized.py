@@ -128,7 +128,7 @@ def test_training_a_quantised_model_whole_is_refused(stage, folder, tmp_path):
     }  # fmt: skip
     model = {"path": str(folder), "quantize": "int8"}
     config = settings(model, tmp_path / "run", stages=[stage], **{stage: sections[stage]})
-    with pytest.raises(UserError, match=rf"^{stage}\.adapter\.kind: full .*quantised \(int8\).*lora") as error:
+    with pytest.raises(UserError, match=rf"^{stage}\.adapter\.kind: must be lora, .*quantised \(int8\).*lora") as error:
         run_stages(config)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
