@@ -16,31 +16,31 @@ from jaxrlhf.records import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """A rollout of B completions with their prompts; the text is decoded on first use."""
+    """A rollout of B completions and their prompts. The texts are decoded when they are first used."""
 
     rollout: Rollout
     prompts: Sequence[str]  # B texts, as in the data
     rows: Sequence[dict[str, Any]]  # B rows: the other columns of the data
     tokenizer: Tokenizer
-    chats: Sequence[Chat | None] = ()  # B chat prompts, None for a text prompt; empty: all prompts are text
+    chats: Sequence[Chat | None] = ()  # B chat prompts, None for a text prompt; empty if all prompts are text
 
     def gather(self) -> None:
-        """Fetches the tokens to this host. All processes must call it; afterwards one process can decode alone."""
+        """Fetches the tokens to this host. All processes must call it. Then a single process can decode the tokens."""
         _ = self._ids, self.ended
 
     @cached_property
     def texts(self) -> list[str]:
-        """The B completions as text without special tokens. A blank between prompt and completion is included."""
+        """The texts of the B completions without special tokens. A blank after the prompt is part of the completion."""
         return [self.tokenizer.decode_after(prompt, response) for prompt, response in self._ids]
 
     @cached_property
     def ended(self) -> list[bool]:
-        """Whether each of the B completions ended with a stop token."""
+        """For each of the B completions, whether it ended with a stop token."""
         return fetch(self.rollout.ended).tolist()
 
     @cached_property
     def _ids(self) -> list[tuple[list[int], list[int]]]:
-        """The real tokens of each prompt and of its completion."""
+        """The real tokens of each prompt and the real tokens of its completion."""
         tokens, mask, response_mask = fetch((self.rollout.tokens, self.rollout.mask, self.rollout.response_mask))
         P = tokens.shape[1] - response_mask.shape[1]
         rows = zip(tokens, mask[:, :P], response_mask)
@@ -48,9 +48,10 @@ class Completions:
 
 
 class Reward(Protocol):
-    """Scores f32[B] of B completions; higher is better.
+    """Returns scores f32[B] of B completions. Higher scores are better.
 
-    A reward that may abstain has the attribute `may_abstain` and returns a masked array, see `with_abstained`.
+    A reward that may leave completions without a score has the attribute `may_abstain` and returns a masked array, see
+    `with_abstained`.
     """
 
     name: str
@@ -64,9 +65,9 @@ def may_abstain(reward: Reward) -> bool:
 
 
 def with_abstained(scores: np.ndarray, abstained: np.ndarray) -> np.ndarray:
-    """The scores f32[B] as a masked array: 0 and masked where `abstained` bool[B] is True.
+    """Returns the scores f32[B] as a masked array. An entry is 0 and masked if `abstained` bool[B] is True for its row.
 
-    If the reward scored every row, the array is not a masked one.
+    If the reward scored every row, the scores are returned as an ordinary array.
     """
     if not abstained.any():
         return scores
@@ -74,5 +75,5 @@ def with_abstained(scores: np.ndarray, abstained: np.ndarray) -> np.ndarray:
 
 
 def abstained_rows(scores: np.ndarray) -> np.ndarray:
-    """The rows on which a reward abstained, bool[B]."""
+    """Returns bool[B], which is True for the rows that the reward left without a score."""
     return np.ma.getmaskarray(scores)

@@ -1,7 +1,7 @@
-"""One event loop for all async rewards, in a daemon thread that lives as long as the process.
+"""One event loop for all async rewards. The loop runs in a daemon thread until the process ends.
 
-An async function may keep objects between calls (a client, a semaphore). They stay bound to a loop that is still open.
-A caller that itself runs in a loop, such as a notebook, can wait for a result.
+An async function may keep a client or a semaphore between calls. These objects are bound to the loop, so the loop must
+stay open. A caller that runs in its own event loop, such as a notebook, can wait for a result.
 """
 
 import asyncio
@@ -11,16 +11,16 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-PATIENCE = 0.2  # seconds without a reply after which a loop counts as blocked
+PATIENCE = 0.2  # seconds; a loop that does not reply within this time counts as blocked
 
 _lock = threading.Lock()
-_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id: a thread does not survive a fork
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id, because a forked process has no copy of the thread
 
 
 def run_async(awaitable: Awaitable, timeout: float | None = None) -> Any:
-    """Returns the result of `awaitable`, or raises its error.
+    """Returns the result of `awaitable`, or raises the error of `awaitable`.
 
-    Raises TimeoutError after `timeout` seconds, even if the function never awaits.
+    Raises TimeoutError after `timeout` seconds, even if the function blocks and never awaits.
     """
     future = asyncio.run_coroutine_threadsafe(_awaited(awaitable), _loop())
     try:
@@ -31,7 +31,7 @@ def run_async(awaitable: Awaitable, timeout: float | None = None) -> Any:
     if not done:
         future.cancel()
         _forget_if_blocked()
-        raise TimeoutError(f"took longer than {timeout:g} s")
+        raise TimeoutError(f"the call took longer than {timeout:g} s")
     return future.result()
 
 
@@ -40,9 +40,10 @@ async def _awaited(awaitable: Awaitable) -> Any:
 
 
 class _DaemonThreads(concurrent.futures.ThreadPoolExecutor):
-    """Daemon threads for `asyncio.to_thread` and host name look-ups.
+    """Runs `asyncio.to_thread` and host name look-ups in daemon threads.
 
-    At exit Python waits for the standard library's worker threads, so a call that never returns would block the exit.
+    At exit, Python waits for worker threads of the standard library. A call that never returns would then block the
+    exit. Python does not wait for daemon threads.
     """
 
     def __init__(self):
@@ -80,12 +81,13 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
         except (SystemExit, KeyboardInterrupt):
-            # A coroutine raised this error, which ended the loop. Once the loop runs again, run_async raises the error.
+            # A coroutine raised this error, and the loop stopped. The loop must run again, so that run_async can raise
+            # the error.
             continue
 
 
 def _forget_if_blocked() -> None:
-    """Abandons a loop that is blocked by code without `await`; the next call starts a new one."""
+    """Forgets the loop if code without `await` blocks it. The next call then starts a new loop."""
     alive = threading.Event()
     _loop().call_soon_threadsafe(alive.set)
     if not alive.wait(PATIENCE):

@@ -1,12 +1,13 @@
-"""Rewards from Python functions: `module:function` or `path.py:function`.
+"""Rewards from Python functions. A config names a function as `module:function` or `path.py:function`.
 
-A function is called once per batch with the keywords `prompts` and `completions` (lists of str) and one list per other
-column of the data, as in TRL. It returns one finite number per completion, or None to abstain. An abstention counts 0.
-A function without `**kwargs` receives only the keywords that it names. It may be `async def`. `options` are keywords
-that every call receives, such as a target length.
+A function is called once per batch, with keywords as in TRL. The keywords `prompts` and `completions` are lists of str.
+Each other column of the data is a keyword with one list. A function without `**kwargs` receives only the keywords that
+it names. `options` are further keywords that every call receives, such as a target length. The function may be
+`async def`. It returns a list with one finite number per completion. The entry None means that the function gives this
+completion no score, and then the score is 0.
 
-Two rules hold only for the package's own functions (`jaxrlhf.rewards.library`). Options fill keyword-only parameters;
-columns of the same name do not. Options are checked when the reward is built.
+Two rules hold only for the functions of `jaxrlhf.rewards.library`. Keyword-only parameters receive options, but never
+columns of the same name. Options are checked when the reward is built.
 """
 
 import copy
@@ -29,7 +30,7 @@ from jaxrlhf.rewards.event_loop import run_async
 
 
 class RewardFault(Fault):
-    """A reward raised an error or did not return scores. The message is one line that names the reward.
+    """The error of a reward that raised an error or returned no usable scores. The one-line message names the reward.
 
     `user_error` is the error that a user's function raised, or None.
     """
@@ -42,10 +43,10 @@ class RewardFault(Fault):
 class FunctionReward:
     """A reward (see `completions.Reward`) that calls a Python function on text.
 
-    `options` are keywords of every call and take precedence over columns of the same name. `columns` maps a keyword of
-    the function to the column of the data that fills it. `timeout`, in seconds, ends an async function; other functions
-    cannot be ended. `key_path` is the setting that names the function, for messages. Raises UserError if the function
-    does not exist or does not take an option.
+    `options` are keywords of every call. An option replaces a column of the same name. `columns` maps a keyword of the
+    function to the column of the data that this keyword receives. An async function is stopped after `timeout` seconds.
+    Other functions cannot be stopped. `key_path` is the setting that names the function and stands in error messages.
+    Raises UserError if the function does not exist or does not accept an option.
     """
 
     may_abstain = True
@@ -63,9 +64,13 @@ class FunctionReward:
         try:
             parameters = inspect.signature(self.function).parameters.values()
         except ValueError:  # some builtins have no signature
-            raise UserError(f"{key_path}: {spec} has no signature; want (prompts, completions, **columns)") from None
+            raise UserError(
+                f"{key_path}: {spec} has no signature; write a function (prompts, completions, **columns) that calls it"
+            ) from None
         if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
-            raise UserError(f"{key_path}: {spec} takes positional arguments; it is called with keywords")
+            raise UserError(
+                f"{key_path}: {spec} has positional-only parameters; a reward function must accept keywords"
+            )
         of_library = (getattr(self.function, "__module__", None) or "").startswith("jaxrlhf.rewards.")
         fields = [p for p in parameters if not (of_library and p.kind is p.KEYWORD_ONLY)]
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -81,10 +86,12 @@ class FunctionReward:
             for name in names:
                 if name in ("prompts", "completions") or not (takes_all or name in known):
                     others = ", ".join(sorted(known - {"prompts", "completions"})) or "none"
-                    raise UserError(f"{key_path}: {self.name} takes no {kind} {name!r}; it takes {others}")
+                    raise UserError(
+                        f"{key_path}: {self.name} accepts no {kind} {name!r}; its other parameters are: {others}"
+                    )
 
     def _try_options(self, fields: set[str], key_path: str) -> None:
-        """Calls a library function on an empty batch, so that the function checks its options and optional packages."""
+        """Calls a library function on an empty batch. The function then checks its options and optional packages."""
         try:
             self.function(**{name: [] for name in fields} | self.options)
         except UserError as error:
@@ -96,15 +103,17 @@ class FunctionReward:
         """Raises `UserError` if the function requires a keyword for which the data has no column."""
         if absent := sorted(set(self.columns.values()) - columns):
             present = ", ".join(sorted(columns)) or "none"
-            raise UserError(f"{key_path}: the data has no column {', '.join(absent)}; it has {present}")
+            raise UserError(f"{key_path}: the data has no column {', '.join(absent)}; the columns are: {present}")
         keywords = columns | {"prompts", "completions"} | set(self.columns)
         if missing := sorted(self.required - keywords):
             names = ", ".join(sorted(keywords))
-            raise UserError(f"{key_path}: {self.name} requires {', '.join(missing)}; the data has {names}")
+            raise UserError(
+                f"{key_path}: {self.name} requires the keywords {', '.join(missing)}; the data gives only: {names}"
+            )
 
     def __call__(self, completions: Completions) -> np.ndarray:
-        # Copied, because a function may sort or pop its lists; the data and the inputs of other rewards must not
-        # change.
+        # The columns are copied, because a function may sort or pop its lists. The data and the inputs of other rewards
+        # must not change.
         keywords = copy.deepcopy(columns_of(completions.rows))
         keywords |= {keyword: keywords[name] for keyword, name in self.columns.items() if name in keywords}
         keywords |= {"prompts": list(completions.prompts), "completions": list(completions.texts)}
@@ -116,40 +125,42 @@ class FunctionReward:
                 scores = run_async(scores, self.timeout)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # sys.exit, or a panic in Rust, would end the run as if it had succeeded
+        except BaseException as error:  # otherwise sys.exit would end the run with status 0
             what = f"{type(error).__name__}: {one_line(error)}"
             raise RewardFault(f"reward function {self.name} raised {what}", user_error=error) from error
         return checked_scores(scores, len(completions.prompts), f"reward function {self.name}")
 
 
 def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
-    """Converts the return value of `source` to scores f32[count]. An entry of None becomes 0 and is masked.
+    """Converts the value that `source` returned to scores f32[count]. An entry None becomes 0 and is masked.
 
-    Raises RewardFault unless the value is a list of `count` entries, each a finite number or None.
+    Raises RewardFault unless the value is a list of `count` entries and each entry is a finite number or None.
     """
     try:
         scores, abstained = _numbers(scores)
     except Exception as error:  # torch raises RuntimeError for a tensor that requires grad
         raise RewardFault(f"{source} returned no list of numbers: {one_line(error)}") from error
     if scores.shape != (count,):
-        raise RewardFault(f"{source} returned shape {scores.shape} for {count} completions; want one number each")
+        raise RewardFault(
+            f"{source} returned shape {scores.shape} for {count} completions; it must return one number per completion"
+        )
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
-        hint = "; None abstains" if np.isnan(scores[bad[0]]) else ""
+        hint = "; return None to give no score" if np.isnan(scores[bad[0]]) else ""
         raise RewardFault(f"{source} returned {scores[bad[0]]} for completion {bad[0]} of {count}{hint}")
     return with_abstained(scores, abstained)
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
-    """One list per column, with None for rows that lack the column."""
+    """Returns one list per column. The list holds None for each row without the column."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def load_function(spec: str, key_path: str) -> Callable:
-    """Imports the function named as `module:function` or `path.py:function`; UserError if that fails.
+    """Imports the function `spec`, which is `module:function` or `path.py:function`.
 
-    `key_path` is the setting that names the function, for the message.
+    Raises UserError if the import fails. `key_path` is the setting that names the function and stands in the message.
     """
     where, _, name = spec.rpartition(":")
     if not where or not name.isidentifier():
@@ -165,18 +176,18 @@ def load_function(spec: str, key_path: str) -> Callable:
     if not callable(function):
         own = [(n, v) for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         known = [n for n, _ in own if not n.startswith("_")]
-        raise UserError(f"{key_path}: {where} has no function {name}; it has {', '.join(known) or 'none'}")
+        raise UserError(f"{key_path}: {where} has no function {name}; its functions are: {', '.join(known) or 'none'}")
     return function
 
 
 def _load_file(path: str, key_path: str) -> ModuleType:
     if not Path(path).is_file():
-        raise UserError(f"{key_path}: there is no file {path} (from {os.getcwd()})")
-    # So that the files beside it can be imported, now and when a function imports them later; last, so that they hide
-    # no installed module.
+        raise UserError(f"{key_path}: there is no file {path} (the current directory is {os.getcwd()})")
+    # The file may import other files of its folder, now or in a later call. The folder is the last one in the path, so
+    # that its files hide no installed module.
     if (folder := str(Path(path).parent.absolute())) not in sys.path:
         sys.path.append(folder)
-    # The prefix keeps a file called json.py from hiding a module. Dataclasses look their module up by its name.
+    # Without the prefix, a file json.py would hide the module json. Dataclasses look up their module in sys.modules.
     name = f"jaxrlhf_file_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -186,9 +197,12 @@ def _load_file(path: str, key_path: str) -> ModuleType:
 
 
 def _numbers(scores: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(scores f32, a bool array that is True where they were None). Refuses text, which numpy would read as numbers."""
+    """Returns (scores f32, a bool array that is True for each score that was None).
+
+    Raises TypeError for text, because numpy would read a text such as "1" as a number.
+    """
     if scores is None:
-        raise TypeError("it is None; want a list, with None for each completion that is not scored")
+        raise TypeError("the value is None; return a list that has None for each completion without a score")
     abstained = np.ma.getmaskarray(scores) if isinstance(scores, np.ma.MaskedArray) else False
     scores = np.asarray(scores)
     abstained = np.broadcast_to(abstained, scores.shape)
@@ -196,7 +210,7 @@ def _numbers(scores: Any) -> tuple[np.ndarray, np.ndarray]:
         none = np.reshape([value is None for value in scores.ravel()], scores.shape).astype(bool)
         scores, abstained = np.where(none, 0.0, scores), abstained | none
         if odd := [value for value in scores.ravel().tolist() if isinstance(value, (str, bytes))]:
-            raise TypeError(f"it holds values of type {type(odd[0]).__name__}")
+            raise TypeError(f"an entry has the type {type(odd[0]).__name__}")
     elif scores.dtype.kind in "USmMc":
-        raise TypeError(f"it holds values of type {scores.dtype.name}")
+        raise TypeError(f"an entry has the type {scores.dtype.name}")
     return scores.astype(np.float32), abstained

@@ -1,10 +1,10 @@
-"""Rewards for common tasks. A config names one as `jaxrlhf.rewards.library:NAME`.
+"""Rewards for common tasks. A config names a function as `jaxrlhf.rewards.library:NAME`.
 
-Each function takes `completions`, the columns that its signature names, and options, which are its keyword-only
-parameters. It returns one float per completion and uses no network. A model wrote the completions, so a completion
-that cannot be parsed gets the lowest score and raises no error. A person wrote the columns and options, so an unusable
-column or option raises a one-line ValueError. If the column of a row is None, the function abstains on this row and
-returns None for it. Most columns may hold a list of acceptable texts; the best match counts.
+The parameters of each function are `completions`, columns of the data, and options. The options are the keyword-only
+parameters. The function returns one float per completion and uses no network. A model wrote the completions, so a
+completion that cannot be parsed gets the lowest score and raises no error. A person wrote the columns and options, so
+an unusable column or option raises a one-line ValueError. If the column of a row is None, the function returns None
+for this row. Most columns may hold a list of acceptable texts. Then the best match counts.
 """
 
 import re
@@ -38,10 +38,11 @@ __all__ = [
 
 @abstains_without("answer")
 def exact_match(completions: Sequence[str], answer: Sequence[Any], *, normalize: str = "strip") -> list[float]:
-    """1 if the completion equals the column `answer`, or one text of the column's list; else 0.
+    """Returns 1 if the completion equals the column `answer` or one text of the column's list, else 0.
 
-    normalize: none; strip (remove blanks at both ends); lower (also ignore case and merge blanks); squad (also remove
-    punctuation and English articles, as in SQuAD's evaluation, Rajpurkar et al. 2016).
+    `normalize` is none, strip, lower or squad. "strip" removes blanks at both ends. "lower" also ignores case and
+    merges blanks. "squad" also removes punctuation and English articles, as in SQuAD's evaluation (Rajpurkar et al.
+    2016).
     """
     check_choice("normalize", normalize, tuple(NORMALIZERS))
     normal = NORMALIZERS[normalize]
@@ -62,7 +63,7 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {"none": str, "strip": str.strip,
 
 # ---------------------------------------------------------------- a number
 
-# A sign belongs to a number unless a number or word precedes it: the last number of "5-3" is 3.
+# A sign belongs to a number unless a number or a word precedes the sign. So the last number of "5-3" is 3.
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)\]}])[-+\u2212])?(?:[$€£¥]\s?(?P<inner>[-+\u2212])?)?"
     r"(?P<digits>(?<![0-9])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?<![0-9])(?=\.[0-9]))"
@@ -77,12 +78,12 @@ BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 def numeric_answer(
     completions: Sequence[str], answer: Sequence[Any], *, tolerance: float = 0.0, strict: bool = False
 ) -> list[float]:
-    r"""1 if the completion's number equals the number in the column `answer`, as in GSM8K (Cobbe et al. 2021); else 0.
+    r"""Returns 1 if the completion's number equals the number in the column `answer`, else 0.
 
-    The column's number follows `####`, is in `\boxed{}`, or is the whole column. The completion's number is the number
-    after its first `####`, else the number in its last `\boxed{}`, else its last number; with `strict` only a number
-    after `####` counts. Signs, decimals, exponents, thousands separators (1,234 and 1{,}234) and currencies are parsed,
-    fractions are not. `tolerance` is absolute.
+    The formats are those of GSM8K (Cobbe et al. 2021). The column's number follows `####`, is in `\boxed{}`, or is the
+    whole column. The completion's number is the number after its first `####`, else the number in its last `\boxed{}`,
+    else its last number. If `strict` is set, only a number after `####` counts. Signs, decimals, exponents, thousands
+    separators (1,234 and 1{,}234) and currency signs are parsed. Fractions are not parsed. `tolerance` is absolute.
     """
     check_number("tolerance", tolerance, 0)
     expected = []
@@ -90,7 +91,8 @@ def numeric_answer(
         number = _first_number(text, (_marked_number, _boxed_number, _whole_number))
         if number is None:
             raise ValueError(
-                f"column answer, row {i} holds no number after ####, in \\boxed{{}} or alone: {text[-40:]!r}"
+                f"column answer, row {i} must be a number or have a number after #### or in \\boxed{{}}, "
+                f"not {text[-40:]!r}"
             )
         expected.append(number)
     parsers = (_marked_number,) if strict else (_marked_number, _boxed_number, _last_number)
@@ -106,7 +108,7 @@ def _equal(number: Decimal | None, right: Decimal, tolerance: float) -> bool:
 
 
 def _first_number(text: str, parsers: Sequence[Callable[[str], Decimal | None]]) -> Decimal | None:
-    """The result of the first parser that finds a number."""
+    """Returns the result of the first parser that finds a number, or None."""
     return next((number for parse in parsers if (number := parse(text)) is not None), None)
 
 
@@ -133,7 +135,7 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def _plain(text: str) -> str:
-    r"""The text with TeX's thousands separators and currency signs replaced by ordinary ones."""
+    r"""Returns the text with ordinary thousands separators and currency signs instead of those of TeX."""
     return text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "$")
 
 
@@ -148,15 +150,19 @@ def _decimal(match: re.Match) -> Decimal:
 
 @abstains_without("answer")
 def multiple_choice(completions: Sequence[str], answer: Sequence[Any], *, letters: str = "ABCDE") -> list[float]:
-    r"""1 if the completion chooses the letter of the column `answer`; else 0.
+    r"""Returns 1 if the completion chooses the letter of the column `answer`, else 0.
 
-    The column holds a letter ("B", "(B)" or "B.") or the choice's index from 0 as a number. The completion's letter
-    is the first of these that exists: the last letter in `\boxed{}`; the last letter after "answer" or "correct
-    option", as in "the answer is (B)"; a letter at the start, as in "B) blue"; the last letter in brackets; the last
-    letter that stands alone.
+    The column holds a letter ("B", "(B)" or "B.") or the index of the choice, counted from 0. The completion's letter
+    is searched in this order, and the first match counts:
+
+    1. the last letter in `\boxed{}`
+    2. the last letter after "answer" or "correct option", such as "the answer is (B)"
+    3. a letter at the start, such as "B) blue"
+    4. the last letter in brackets
+    5. the last letter that is a word
     """
     if not isinstance(letters, str) or not re.fullmatch(r"[A-Z]{2,26}", letters):
-        raise ValueError(f"letters is {letters!r}; want capital letters such as 'ABCD'")
+        raise ValueError(f"letters must be 2 to 26 capital letters such as 'ABCD', not {letters!r}")
     expected = [_letter(value, letters, i) for i, value in enumerate(answer)]
     patterns = _choice_patterns(letters)
     return [float(_choice(text, patterns) == right) for text, right in zip(completions, expected)]
@@ -168,7 +174,7 @@ def _letter(value: Any, letters: str, row: int) -> str:
     letter = value.strip().strip("().:").upper() if isinstance(value, str) else ""
     if len(letter) == 1 and letter in letters:
         return letter
-    raise ValueError(f"column answer, row {row} is {value!r}; want one of {letters} or an index from 0")
+    raise ValueError(f"column answer, row {row} must be one of {letters} or an index from 0, not {value!r}")
 
 
 def _choice_patterns(letters: str) -> list[re.Pattern]:
@@ -196,12 +202,14 @@ def _choice(text: str, patterns: list[re.Pattern]) -> str | None:
 def label_accuracy(
     completions: Sequence[str], label: Sequence[Any], *, labels: Sequence[str] | None = None, pick: str = "first"
 ) -> list[float]:
-    """1 if the completion names the label of the column `label`; else 0.
+    """Returns 1 if the completion names the label of the column `label`, else 0.
 
-    Without `labels`, the whole completion must be the label, apart from case and surrounding blanks and punctuation.
-    `labels` is the list of all labels. With it, the completion's label is one of the labels that the completion names
-    as whole words: the first one, the last one, or with `pick` "only" the single one; a completion that names two
-    labels then has none. With `labels`, the column may hold an index from 0.
+    `labels` is the list of all labels. If it is None, the whole completion must be the label. Case and surrounding
+    blanks and punctuation are then ignored.
+
+    If `labels` is given, labels are searched as whole words in the completion. `pick` "first" or "last" takes the first
+    or last label that is found. `pick` "only" takes the label if exactly one label is found. The column may also hold
+    the label's index in `labels`, counted from 0.
     """
     check_choice("pick", pick, ("first", "last", "only"))
     if labels is None:
@@ -209,7 +217,7 @@ def label_accuracy(
     check_texts("labels", labels)
     known = {_lower(name) for name in labels}
     if not known or "" in known or len(known) < len(labels):
-        raise ValueError(f"labels is {labels!r}; want at least one label, no empty label, and no label twice")
+        raise ValueError(f"labels must be one or more different labels, and no label may be empty, not {labels!r}")
     expected = [_known_label(value, labels, known, i) for i, value in enumerate(label)]
     longest = sorted(known, key=len, reverse=True)  # "not spam" before "spam"
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in longest))
@@ -225,7 +233,7 @@ def _known_label(value: Any, labels: Sequence[str], known: set[str], row: int) -
         return _lower(labels[value])
     if isinstance(value, str) and _lower(value) in known:
         return _lower(value)
-    raise ValueError(f"column label, row {row} is {value!r}; want one of {', '.join(labels)} or an index from 0")
+    raise ValueError(f"column label, row {row} must be one of {', '.join(labels)} or an index from 0, not {value!r}")
 
 
 def _named_label(text: str, pattern: re.Pattern, pick: str) -> str | None:
@@ -239,10 +247,11 @@ def _named_label(text: str, pattern: re.Pattern, pick: str) -> str | None:
 
 
 def regex_format(completions: Sequence[str], *, pattern: str, mode: str = "full", strip: bool = True) -> list[float]:
-    """1 if the completion matches the regular expression `pattern`; else 0.
+    """Returns 1 if the completion matches the regular expression `pattern`, else 0.
 
-    Syntax of Python's `re`: `.` does not match a newline unless the pattern begins with `(?s)`. mode: full (the whole
-    completion) or search (anywhere). `strip` removes blanks at both ends first.
+    The pattern has the syntax of Python's `re`. A `.` does not match a newline unless the pattern begins with `(?s)`.
+    If `mode` is "full", the whole completion must match. If `mode` is "search", any part may match. `strip` first
+    removes blanks at both ends.
     """
     check_choice("mode", mode, ("full", "search"))
     try:
@@ -262,10 +271,10 @@ def length(
     penalty: float | None = None,
     floor: float = -1.0,
 ) -> list[float]:
-    """0 for a completion of `target` words or characters; minus `penalty` for each word or character off the target.
+    """Returns 0 for a completion of `target` units. Each unit above or below the target subtracts `penalty`.
 
-    unit: words or characters. side: both, over (only too long is penalised) or under (only too short). penalty: null is
-    1 / target. `floor` is the lowest score.
+    `unit` is "words" or "characters". `side` "over" penalises only completions that are too long, "under" only those
+    that are too short, and "both" penalises both. `penalty` None means 1 / target. `floor` is the lowest score.
     """
     check_number("target", target, 0, whole=True)
     check_choice("unit", unit, tuple(UNITS))
@@ -273,7 +282,7 @@ def length(
     if penalty is not None:
         check_number("penalty", penalty, 0)
     if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not -float("inf") < floor <= 0:
-        raise ValueError(f"floor is {floor!r}; want a number of at most 0")
+        raise ValueError(f"floor must be a number of at most 0, not {floor!r}")
     penalty = 1 / max(target, 1) if penalty is None else penalty
     excess = (len(UNITS[unit](text)) - target for text in completions)
     distance = {"both": abs, "over": lambda d: max(d, 0), "under": lambda d: max(-d, 0)}[side]
@@ -281,9 +290,10 @@ def length(
 
 
 def repetition(completions: Sequence[str], *, n: int = 3, unit: str = "words") -> list[float]:
-    """Minus the share of n-grams that repeat an earlier n-gram: 0 without repetition, near -1 for pure repetition.
+    """Returns minus the share of n-grams that repeat an earlier n-gram of the completion.
 
-    unit: words (ignoring case) or characters. A completion of fewer than n units scores 0.
+    The score is 0 without repetition and near -1 if the completion only repeats. `unit` is "words" or "characters".
+    Case is ignored. A completion with fewer than n units scores 0.
     """
     check_number("n", n, 1, whole=True)
     check_choice("unit", unit, tuple(UNITS))

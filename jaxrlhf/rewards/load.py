@@ -1,4 +1,4 @@
-"""Builds the rewards of a run's settings and checks them before anything is compiled."""
+"""Builds the rewards that a run's settings describe, and checks these rewards before anything is compiled."""
 
 import datetime
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from jaxrlhf.rewards.remote import HTTPReward
 
 Say = Callable[[str], None]
 Rewards = Mapping[str, tuple[Reward | None, float]]
-"""Name -> (reward, weight). None is the run's reward adapter. A reward that is not a sum has the name \"\"."""
+"""Name -> (reward, weight). None means the run's reward adapter. A reward that is not a sum has the name \"\"."""
 
 
 def load_rewards(
@@ -41,10 +41,10 @@ def load_rewards(
 ) -> Rewards:
     """Loads the reward, or all parts of a sum.
 
-    `key_path` is the config section, for messages. `say` receives a line when a reward server fails. `time` is the
-    date that the chat templates of reward models write; None takes the clock. `matmul_precision` applies to pretrained
-    reward models.
-    Raises `UserError` for a function, folder, label or URL that cannot be used.
+    `key_path` is the config section and stands in error messages. `say` receives a line when a reward server fails.
+    `time` is the date that the chat templates of reward models write. If `time` is None, they write the current date.
+    `matmul_precision` applies to pretrained reward models. Raises `UserError` if a function, folder, label or URL
+    cannot be used.
     """
     if isinstance(config, SumRewardConfig):
         rewards: Rewards = {
@@ -60,18 +60,21 @@ def load_rewards(
 
 
 def compose(rewards: Rewards, own: Callable[[], Reward]) -> Reward:
-    """Combines the result of `load_rewards` into one reward. `own` builds the reward from the run's reward adapter."""
+    """Returns one reward, combined from the result of `load_rewards`.
+
+    `own` returns the reward that uses the run's reward adapter.
+    """
     parts = {name: (own() if part is None else on_first(part), weight) for name, (part, weight) in rewards.items()}
     return parts[""][0] if "" in parts else ComposedReward(parts)
 
 
 def needs_own(config: RewardConfig) -> bool:
-    """Whether the run's reward adapter is the reward or a part of it."""
+    """Whether the run's reward adapter is the reward or a part of the reward."""
     return any(_is_own(part) for part in parts_of(config))
 
 
 def own_gain(config: RewardConfig) -> float | None:
-    """The weight of the run's reward adapter if it is the only part with a weight; else None."""
+    """Returns the weight of the run's reward adapter, or None unless the adapter is the only part with a weight."""
     if not isinstance(config, SumRewardConfig):
         return 1.0 if _is_own(config) else None
     weighted = [part for part in config.parts.values() if part.weight]
@@ -79,7 +82,7 @@ def own_gain(config: RewardConfig) -> float | None:
 
 
 def parts_of(config: RewardConfig) -> list[RewardConfig]:
-    """The settings of all parts of a sum, or of the single reward, as a list."""
+    """Returns a list with the settings of all parts of a sum. If the reward is not a sum, the list has one entry."""
     return [*config.parts.values()] if isinstance(config, SumRewardConfig) else [config]
 
 
@@ -100,9 +103,9 @@ def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
 class FirstProcessReward:
     """A reward (see `completions.Reward`) that process 0 computes on the whole batch for all processes.
 
-    A function, a server or a torch classifier may return different scores at each call, keep state, or be reachable
-    from one host only. If every process called it, the processes could get different scores, and their weights would
-    drift apart. A fault on process 0 is raised on all processes.
+    A function, a server or a torch classifier may return different scores at each call, may keep state, or may work on
+    one host only. If every process called the reward, the processes could get different scores, and their weights could
+    differ later. A fault on process 0 is raised on all processes.
     """
 
     def __init__(self, reward: Reward):
@@ -120,7 +123,10 @@ class FirstProcessReward:
 
 
 def on_first(reward: Reward) -> Reward:
-    """Wraps a reward that the host computes, so that only process 0 computes it in a run with several processes."""
+    """Returns a reward that only process 0 computes. A reward that the devices compute is returned unchanged.
+
+    In a run with one process, every reward is returned unchanged.
+    """
     return reward if alone() or isinstance(reward, (ModelReward, PretrainedReward)) else FirstProcessReward(reward)
 
 

@@ -1,4 +1,4 @@
-"""The run's reward adapter as a reward: the base with this adapter scores the tokens that the policy sampled."""
+"""The run's reward adapter as a reward. The base with this adapter scores the tokens that the policy sampled."""
 
 import jax
 
@@ -15,10 +15,11 @@ from jaxrlhf.rewards.completions import Completions
 def score_rollout(
     base: Decoder, adapter: Adapter, rollout: Rollout, microbatch_size: int | None = None
 ) -> jax.Array:
-    """Scores f32[B] at the last real token: the stop token, or the last token of a truncated completion.
+    """Returns the scores f32[B] at the last real token.
 
-    If `microbatch_size` divides B, so many rows are scored at a time, and activations take the memory of one
-    microbatch.
+    The last real token is the stop token. A truncated completion has no stop token and is scored at its last token. If
+    `microbatch_size` divides B, the rows are scored in microbatches of this size, and activations take the memory of
+    one microbatch.
     """
     model, inputs = bind(base, adapter), (rollout.tokens, rollout.mask)
     B = rollout.tokens.shape[0]
@@ -29,12 +30,12 @@ def score_rollout(
 
 
 def score_program(mesh: jax.sharding.Mesh | None, base: Decoder) -> Program:
-    """The compiled `score_rollout`. Plans and benchmarks use the same program."""
+    """Returns the program of `score_rollout`. Plans and benchmarks use the same program."""
     return Program(score_rollout, "reward", mesh, compiler_options(base), static_argnames=("microbatch_size",))
 
 
 class ModelReward:
-    """A reward (see `completions.Reward`) whose scores stay on the device."""
+    """A reward (see `completions.Reward`) that leaves its scores on the device."""
 
     name = "reward_model"
 

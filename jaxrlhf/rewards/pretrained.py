@@ -1,8 +1,8 @@
-"""A pretrained reward model as a reward: a decoder with its own base, head and tokenizer, on the run's mesh.
+"""A pretrained reward model as a reward. The model is a decoder with its own base, head and tokenizer.
 
-If the completion ended, EOS is appended to a text, as in the stage reward_model. A chat is exactly what the chat
-template writes. The score is read at the last token that is not the pad token, as in transformers. So a checkpoint
-whose pad token is EOS is read at the token before EOS.
+It runs on the run's mesh. If the completion of a text ended, EOS is appended, as in the stage reward_model. For a chat,
+the chat template writes the whole text. The score is read at the last token that is not the pad token, as in
+transformers. So if the pad token is EOS, the score is read at the token before EOS.
 """
 
 import jax
@@ -23,16 +23,19 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.reading import Reading, batches, check_tokenizer, finite, readings
 
-BUCKETS = 4  # padded lengths, each half of the next; each is compiled when the first text needs it
+BUCKETS = 4  # number of padded lengths; a length is half of the next, and is compiled when a text first needs it
 
 
 def score_tokens(base: Decoder, adapter: Adapter, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scores f32[B] of right-padded tokens i32[B,L] at the last real token."""
+    """Returns the scores f32[B] of right-padded tokens i32[B,L], read at the last real token."""
     return sequence_scores(bind(base, adapter), tokens, mask)
 
 
 def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
-    """The compiled `score_tokens`, with the scores on every device. Plans and benchmarks use the same program."""
+    """Returns the program of `score_tokens`. It leaves the scores on every device.
+
+    Plans and benchmarks use the same program.
+    """
     return Program(score_tokens, "reward", mesh, compiler_options(base), out_shardings=replicated(mesh))
 
 
@@ -42,7 +45,10 @@ class PretrainedReward:
     def __init__(
         self, config: ModelRewardConfig, mesh: jax.sharding.Mesh, key_path: str, matmul_precision: str = "highest"
     ):
-        """`key_path` is the config section, for messages. Raises `UserError` for settings that cannot be used."""
+        """Loads model and tokenizer. Raises `UserError` if settings cannot be used.
+
+        `key_path` is the config section and stands in error messages.
+        """
         self.config, self.mesh, self.name = config, mesh, str(config.path)
         check_batch(mesh, config.batch_size, f"{key_path}.batch_size")
         base, adapter, self.tokenizer = load_sequence_classifier(config.path, config.dtype, mesh)
@@ -51,7 +57,7 @@ class PretrainedReward:
         self.max_length = min(config.max_length, self.base.config.max_positions)
         check_tokenizer(self.tokenizer, self.base.config.vocab_size, config, key_path)
         if config.end_at_eos and not self.tokenizer.stop_ids:
-            raise UserError(f"{key_path}.end_at_eos: the tokenizer of {self.name} has no EOS token")
+            raise UserError(f"{key_path}.end_at_eos: must be false; the tokenizer of {self.name} has no EOS token")
         self.chats = self.tokenizer.chats
         self.lengths = _lengths(self.max_length)
         self.program = token_score_program(mesh, self.base)
@@ -60,7 +66,7 @@ class PretrainedReward:
         ids = self.encode(readings(completions, self.config, self.tokenizer.has_chat_template), completions.ended)
         size = min(self.config.batch_size, len(ids))
         parts = batches([len(row) for row in ids], size)
-        # Every batch is dispatched before the first result is fetched.
+        # All batches are sent to the devices before the first result is fetched.
         results = [self.program(self.base, self.adapter, *self._pad([ids[i] for i in rows], size)) for rows in parts]
         scores = np.empty(len(ids), np.float32)
         for rows, result in zip(parts, results):
@@ -68,7 +74,7 @@ class PretrainedReward:
         return finite(self.name, scores)
 
     def encode(self, readings: list[Reading], ended: list[bool]) -> list[list[int]]:
-        """Token ids of each reading: at least one and at most `max_length`."""
+        """Returns the token ids of each reading. A reading has at least one and at most `max_length` tokens."""
         encoded: list[list[int]] = [[]] * len(readings)
         texts = [i for i, (prompt, _) in enumerate(readings) if prompt is None]
         end = self.tokenizer.text_end_id if self.config.end_at_eos is not False else None
@@ -85,14 +91,17 @@ class PretrainedReward:
         return [self._cut(ids) for ids in encoded]
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """Drops trailing pad tokens, which transformers does not read, and the start of a text that is too long."""
+        """Returns the ids without pad tokens at the end, because transformers does not read these tokens.
+
+        If the text is too long, its start is cut off.
+        """
         ids = [token for token in ids if token < self.base.config.vocab_size]  # text may contain any added token
         padding = next((i for i, token in enumerate(ids[::-1]) if token != self.base.config.pad_token), len(ids) - 1)
         ids = ids[: len(ids) - padding] or [self.tokenizer.text_end_id or 0]  # an empty text is read as EOS
         return self.tokenizer.cut_start(ids, self.max_length) or ids[-self.max_length :]
 
     def _pad(self, rows: list[list[int]], size: int) -> tuple[jax.Array, jax.Array]:
-        """Tokens i32[size,L] and mask bool[size,L] on the mesh; copies of the first row fill up a short batch."""
+        """Returns tokens i32[size,L] and mask bool[size,L] on the mesh. Copies of the first row fill a short batch."""
         length = next(length for length in self.lengths if length >= max(map(len, rows)))
         tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
         for i, row in enumerate(rows + rows[:1] * (size - len(rows))):
@@ -101,5 +110,8 @@ class PretrainedReward:
 
 
 def _lengths(longest: int) -> list[int]:
-    """Padded lengths, ascending: the longest, half of it, ..., rounded up to multiples of 8."""
+    """Returns the padded lengths in ascending order, at most `longest`.
+
+    They are `longest`, half of `longest` and so on, rounded up to multiples of 8.
+    """
     return sorted({min(max(-(-(longest >> i) // 8) * 8, 8), longest) for i in range(BUCKETS)})

@@ -1,18 +1,19 @@
-"""A reward from an HTTP server: JSON in and out.
+"""A reward from an HTTP server. Requests and responses are JSON.
 
 Each batch of completions is one POST request with content type application/json:
 
     {"prompts": ["..."], "completions": ["..."], "columns": {"NAME": [...], ...}}
 
-All lists have the same length; `columns` holds the other columns of the data, null where a row lacks one. The server
-responds with status 200 and one number per completion in the same order, or null to abstain:
+All lists have the same length. `columns` holds the other columns of the data. A row without a column has null in this
+column. The server responds with status 200 and a list with one entry per completion, in the same order. An entry is a
+finite number, or null for a completion without a score:
 
     {"scores": [0.25, null, ...]}
 
-A failed connection, a timeout and the statuses 429 and 5xx are retried after a growing pause; a Retry-After header is
-respected up to `max_wait` seconds. Anything else raises `RewardFault` at once: another status, a redirect (the data
-goes to the configured host only), a body of more than `max_bytes`, and a body that is not the JSON above with one
-finite number per completion.
+After a failed connection, a timeout or a status 429 or 5xx, the request is sent again. The pause before it grows with
+each retry. A Retry-After header can make the pause longer, up to `max_wait` seconds. Other failures raise `RewardFault`
+immediately: any other status, a body of more than `max_bytes`, and a body of another form. A redirect also raises
+`RewardFault`, because the data must go only to the configured host.
 """
 
 import asyncio
@@ -39,21 +40,21 @@ if TYPE_CHECKING:
 
 
 class HTTPReward:
-    """A reward (see `completions.Reward`) from a server; the module docstring gives requests and responses.
+    """A reward (see `completions.Reward`) from a server. The module docstring describes requests and responses.
 
-    url         http or https; a user and password in it are sent as basic authentication
+    url         http or https; user and password in the URL are sent as basic authentication
     batch_size  completions per request
-    timeout     seconds for one request, including connecting and reading the response
+    timeout     seconds for one request, including the connection and the response
     retries     number of retries of a request
-    backoff     seconds before the first retry; doubles at each retry up to `max_wait`; a random part of up to half is
-                subtracted
-    max_bytes   limit on the length of a response body
-    headers_env name of an environment variable with a token, sent as `Authorization: Bearer TOKEN`
+    backoff     seconds before the first retry; they double at each retry, up to `max_wait`, and a random part of up to
+                half is subtracted
+    max_bytes   longest response body, in bytes
+    headers_env name of an environment variable that holds a token; sent as `Authorization: Bearer TOKEN`
     concurrency number of simultaneous requests
-    say         receives one line before each retry, from another thread
+    say         receives one line before each retry; it is called from another thread
 
-    Messages show the URL without user, password and query. The constructor raises `UserError` for a URL or environment
-    variable that cannot be used. A call raises `RewardFault`.
+    Messages show the URL without user, password and query. The constructor raises `UserError` if the URL or the
+    environment variable cannot be used. A call raises `RewardFault` if the server fails.
     """
 
     may_abstain = True
@@ -78,7 +79,9 @@ class HTTPReward:
         self._url = parts._replace(netloc=host, fragment="").geturl()
         self._login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
         if self._login and headers_env:
-            raise UserError(f"reward URL {self.name}: has a user, and {headers_env} has a token; give only one")
+            raise UserError(
+                f"reward URL {self.name}: the URL has a user, and {headers_env} has a token; use only one of them"
+            )
         self._token = _token(headers_env, self.name) if headers_env else None
         self.batch_size, self.timeout, self.retries, self.backoff = batch_size, timeout, retries, backoff
         self.max_bytes, self.concurrency, self.max_wait = max_bytes, concurrency, max_wait
@@ -98,7 +101,7 @@ class HTTPReward:
     async def _score(self, requests: list[bytes], counts: list[int]) -> np.ndarray:
         import httpx2
 
-        # No compression: a small body could unpack to far more than max_bytes before it is counted.
+        # Compression is not accepted, because a small body could expand to much more than max_bytes.
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -117,7 +120,7 @@ class HTTPReward:
                 parts = [np.zeros(0, np.float32), *await asyncio.gather(*tasks)]
                 return with_abstained(np.concatenate(parts), np.concatenate([abstained_rows(part) for part in parts]))
             finally:
-                for task in tasks:  # after a fault the other results are unused
+                for task in tasks:  # after a fault, the results of the other tasks are not needed
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -132,7 +135,7 @@ class HTTPReward:
         return json.dumps(request | {"columns": columns}).encode()
 
     async def _exchange(self, client: "httpx2.AsyncClient", request: bytes) -> list:
-        """The server's scores for one request, with retries."""
+        """Sends one request and returns the server's scores. A failed request is sent again."""
         import httpx2
 
         for attempt in range(self.retries + 1):
@@ -159,28 +162,28 @@ class HTTPReward:
             if status == 429 or status >= 500:
                 raise Unavailable(f"status {status}", _seconds(response.headers.get("Retry-After"), time.time()))
             if 300 <= status < 400:
-                raise self._fault(f"status {status}, a redirect; configure the URL that it leads to")
+                raise self._fault(f"status {status}, a redirect; set url to the target of the redirect")
             if status != 200:
-                raise self._fault(f"status {status}; want 200")
+                raise self._fault(f"the status must be 200, not {status}")
             return self._scores(await self._body(response))
 
     async def _body(self, response: "httpx2.Response") -> bytes:
         if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
-            raise self._fault(f"its response is encoded as {encoding[:40]!r}; want identity")
+            raise self._fault(f"the response is encoded as {encoding[:40]!r}; the server must not encode responses")
         body = bytearray()
         async for chunk in response.aiter_raw(65536):
             body += chunk
             if len(body) > self.max_bytes:
-                raise self._fault(f"its response is longer than {self.max_bytes} bytes")
+                raise self._fault(f"the response is longer than {self.max_bytes} bytes")
         return bytes(body)
 
     def _scores(self, body: bytes) -> list:
         try:
             response = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise self._fault(f"its response is not JSON: {one_line(error)}") from error
+            raise self._fault(f"the response is not JSON: {one_line(error)}") from error
         if not isinstance(response, dict) or not isinstance(response.get("scores"), list):
-            raise self._fault('its response is not {"scores": [numbers]}')
+            raise self._fault('the response must be {"scores": [numbers]}')
         return response["scores"]
 
     def _fault(self, what: str) -> RewardFault:
@@ -188,7 +191,7 @@ class HTTPReward:
 
 
 class Unavailable(Exception):
-    """The server is temporarily unavailable. `retry_after` is the wait in seconds that it asked for, or None."""
+    """The server is temporarily unavailable. It asks for a pause of `retry_after` seconds; None if it does not say."""
 
     def __init__(self, what: str, retry_after: float | None):
         super().__init__(what)
@@ -196,7 +199,7 @@ class Unavailable(Exception):
 
 
 def retry_delay(attempt: int, retry_after: float | None, backoff: float, max_wait: float, jitter: float) -> float:
-    """Seconds to wait after attempt number `attempt`, counted from 0.
+    """Returns the seconds to wait after attempt number `attempt`, counted from 0.
 
     `jitter` in [0, 1) shortens the wait by up to half, so that several clients do not retry at the same moment.
     """
@@ -205,7 +208,10 @@ def retry_delay(attempt: int, retry_after: float | None, backoff: float, max_wai
 
 
 def _seconds(retry_after: str | None, now: float) -> float | None:
-    """Seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3). None if it is neither."""
+    """Returns the seconds that a Retry-After header asks for.
+
+    The header is a number or a date (RFC 9110, 10.2.3). Returns None for anything else.
+    """
     if retry_after is None:
         return None
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", retry_after.strip()):
@@ -217,9 +223,11 @@ def _seconds(retry_after: str | None, now: float) -> float | None:
 
 
 def _checked_url(url: str) -> SplitResult:
-    """The parts of a URL; UserError if it is invalid. The message leaves out everything that may be a password."""
-    import httpx2
+    """Returns the parts of a URL. Raises UserError if the URL is invalid.
 
+    The message leaves out everything that may be a password.
+    """
+    import httpx2
 
     shown = _without_secrets(url)
     try:
@@ -229,11 +237,13 @@ def _checked_url(url: str) -> SplitResult:
     except (ValueError, httpx2.InvalidURL) as error:
         raise UserError(f"reward URL {shown}: {_without_secrets(one_line(error))}") from None
     if parts.scheme not in ("http", "https"):
-        raise UserError(f"reward URL {shown}: scheme is {parts.scheme or 'missing'}; want http:// or https://")
+        raise UserError(
+            f"reward URL {shown}: the scheme is {parts.scheme or 'missing'}; a URL must begin with http:// or https://"
+        )
     if re.search(r"[\s\x00-\x1f]", url):
-        raise UserError(f"reward URL {shown}: has blanks; want them as %20")
+        raise UserError(f"reward URL {shown}: the URL has blanks; write %20 instead of a blank")
     if not host:
-        raise UserError(f"reward URL {shown}: names no host; want a URL such as http://localhost:8000/score")
+        raise UserError(f"reward URL {shown}: the URL has no host; write a URL such as http://localhost:8000/score")
     return parts
 
 
@@ -245,7 +255,9 @@ def _without_secrets(url: str) -> str:
 def _token(variable: str, name: str) -> str:
     token = os.environ.get(variable, "").strip()
     if not token:
-        raise UserError(f"reward URL {name}: the environment variable {variable} with its token is not set")
+        raise UserError(f"reward URL {name}: the environment variable {variable} is not set; set it to the token")
     if not re.fullmatch(r"[!-~]+", token):
-        raise UserError(f"reward URL {name}: the token in {variable} has blanks or characters not allowed in a header")
+        raise UserError(
+            f"reward URL {name}: the token in {variable} has blanks or other characters that a header must not contain"
+        )
     return token

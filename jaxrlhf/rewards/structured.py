@@ -1,4 +1,4 @@
-"""Rewards for structured completions: JSON, and lists of named entities. Part of `library`."""
+"""Rewards for structured completions, which are JSON or lists of named entities. They belong to `library`."""
 
 import json
 import re
@@ -15,9 +15,10 @@ KINDS = {"any": object, "object": dict, "array": list}
 def json_validity(
     completions: Sequence[str], *, required: Sequence[str] = (), kind: str = "any", fenced: bool = False
 ) -> list[float]:
-    """1 if the whole completion is JSON (RFC 8259: no NaN) with all keys of `required` at its top level; else 0.
+    """Returns 1 if the whole completion is JSON and its top level has all keys of `required`, else 0.
 
-    kind: any, object or array. `fenced` accepts JSON in a Markdown code fence as well.
+    NaN is not JSON (RFC 8259). `kind` is the type of the top level: any, object or array. If `fenced` is set, JSON in a
+    Markdown code fence is also accepted.
     """
     check_choice("kind", kind, tuple(KINDS))
     check_texts("required", required)
@@ -34,13 +35,16 @@ def json_validity(
 
 
 def parse_json(text: str, fenced: bool = False) -> Any:
-    """Parses a text as JSON; with `fenced`, the content of its only code fence. Raises ValueError."""
+    """Parses a text as JSON. Raises ValueError if the text is not JSON.
+
+    If `fenced` is set and the text has exactly one code fence, the content of this fence is parsed.
+    """
     if fenced and len(blocks := FENCED.findall(text)) == 1:
         text = blocks[0]
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError as error:  # a long row of opening brackets
-        raise ValueError("nested too deep") from error
+        raise ValueError("the JSON text is nested too deeply") from error
 
 
 def _refuse(constant: str) -> None:
@@ -49,19 +53,23 @@ def _refuse(constant: str) -> None:
 
 @abstains_without("entities")
 def span_f1(completions: Sequence[str], entities: Sequence[Any], *, ignore_case: bool = False) -> list[float]:
-    """F1 between the named entities in the completion and the named entities in the column `entities`.
+    """Returns the F1 between the named entities of the completion and those of the column `entities`.
 
-    An entity is right if type and text both match. Types ignore case, and runs of blanks in the text count as one
-    blank. Repeated entities count separately. Column and completion have one of two formats. The first is one line
-    "type: text" per entity, with or without a list mark. The second is JSON: a list of {"type": ..., "text": ...}, a
-    list of [type, text], or an object that maps each type to a list of texts. The column may also hold the JSON as a
-    value instead of text. The score is 1 if neither completion nor column has an entity.
+    An entity is right if its type and its text match. Case is ignored in types. Several blanks in a row count as one.
+    An entity that occurs twice counts twice. If neither completion nor column has an entity, the score is 1.
+
+    Column and completion have one of two formats. The first format has one line "type: text" per entity, with or
+    without a list mark such as "-". The second format is JSON: a list of {"type": ..., "text": ...}, a list of
+    [type, text], or an object that maps each type to a list of texts. The column may also hold such a list or object
+    instead of JSON text.
     """
     references = []
     for i, value in enumerate(entities):
         spans = _parse_text(value) if isinstance(value, str) else _parse_value(value)
         if spans is None:
-            raise ValueError(f'column entities, row {i} is not a list of "type: text" or JSON: {str(value)[:60]!r}')
+            raise ValueError(
+                f'column entities, row {i} must be lines of the form "type: text" or JSON, not {str(value)[:60]!r}'
+            )
         references.append(_normal(spans, ignore_case))
     predictions = [_normal(_parse_text(text, lenient=True) or [], ignore_case) for text in completions]
     return [_f1(prediction, reference) for prediction, reference in zip(predictions, references)]
@@ -71,7 +79,10 @@ Spans = list[tuple[str, str]]
 
 
 def _parse_text(text: str, lenient: bool = False) -> Spans | None:
-    """The entities of a text; None if its format is unknown. `lenient` skips lines that are not entities."""
+    """Returns the entities of a text, or None if the text has another format.
+
+    If `lenient` is set, lines without an entity are skipped.
+    """
     try:
         return _parse_value(parse_json(text, fenced=True))
     except ValueError:

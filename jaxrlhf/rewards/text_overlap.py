@@ -1,6 +1,7 @@
-"""ROUGE, BLEU and chrF as rewards, computed by the packages rouge-score and sacrebleu. Part of `library`.
+"""ROUGE, BLEU and chrF as rewards. They belong to `library`.
 
-The optional extra `rewards` installs both packages. They use no network here. All scores are from 0 to 1.
+The packages rouge-score and sacrebleu compute them. The optional extra `rewards` installs both packages. They use no
+network here. All scores are from 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 from jaxrlhf.rewards.columns import abstains_without, check_choice, check_number, optional_package, references
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-# sacrebleu's other tokenizers download a model or need a package of their own.
+# The other tokenizers of sacrebleu download a model or need further packages.
 TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 
 
@@ -17,10 +18,10 @@ TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 def rouge(
     completions: Sequence[str], reference: Sequence[Any], *, metric: str = "rougeL", stem: bool = False
 ) -> list[float]:
-    """ROUGE F1 (Lin 2004) against the column `reference`, computed by rouge-score.
+    """Returns ROUGE F1 (Lin 2004) against the column `reference`. The package rouge-score computes it.
 
-    metric: rouge1, rouge2, rougeL or rougeLsum (one sentence per line). `stem` applies Porter's stemmer. Words consist
-    of a to z and 0 to 9 only; use `chrf` for other scripts.
+    `metric` is rouge1, rouge2, rougeL or rougeLsum. For rougeLsum, each line must be one sentence. `stem` applies
+    Porter's stemmer. Words consist only of a to z and 0 to 9, so `chrf` is better for other scripts.
     """
     check_choice("metric", metric, ROUGE)
     scorer = optional_package("rouge_score.rouge_scorer").RougeScorer([metric], use_stemmer=bool(stem))
@@ -32,9 +33,10 @@ def rouge(
 def bleu(
     completions: Sequence[str], reference: Sequence[Any], *, tokenize: str = "13a", lowercase: bool = False
 ) -> list[float]:
-    """Sentence BLEU (Papineni et al. 2002) against the column `reference`, computed by sacrebleu.
+    """Returns sentence BLEU (Papineni et al. 2002) against the column `reference`. The package sacrebleu computes it.
 
-    It uses exponential smoothing, and n-gram orders up to the sentence's length. tokenize: 13a, intl, zh, char or none.
+    The score uses exponential smoothing, and n-gram orders up to the length of the sentence. `tokenize` is 13a, intl,
+    zh, char or none.
     """
     check_choice("tokenize", tokenize, TOKENIZERS)
     scorer = optional_package("sacrebleu.metrics").BLEU(
@@ -53,9 +55,9 @@ def chrf(
     beta: int = 2,
     lowercase: bool = False,
 ) -> list[float]:
-    """Sentence chrF (Popović 2015) against the column `reference`, computed by sacrebleu.
+    """Returns sentence chrF (Popović 2015) against the column `reference`. The package sacrebleu computes it.
 
-    `word_order` 2 is chrF++; `beta` is the weight of recall.
+    If `word_order` is 2, the score is chrF++. `beta` is the weight of recall.
     """
     check_number("char_order", char_order, 1, whole=True)
     check_number("word_order", word_order, 0, whole=True)

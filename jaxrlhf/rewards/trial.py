@@ -1,4 +1,4 @@
-"""Calls rewards once before training, so that a dead server or a wrong shape is found in seconds and not after SFT."""
+"""Calls rewards once before training, so that a broken server or a wrong shape is found in seconds, not after SFT."""
 
 from collections.abc import Mapping
 
@@ -17,9 +17,10 @@ ROWS, TOKENS = 2, 8
 
 
 def try_rewards(rewards: Mapping[str, Reward | None], prompts: PromptSet, tokenizer: Tokenizer) -> None:
-    """Scores two completions with each function, server and classifier. Raises `UserError` with its key path.
+    """Scores two completions with each function, server and classifier.
 
-    Rewards that are decoders are not called: their loading has checked them, and calling would compile a program.
+    If a reward fails, `UserError` is raised with the key path of this reward. Rewards that are decoders are not called,
+    because they were checked when they were loaded, and a call would compile a program.
     """
     completions = _completions(prompts, tokenizer)
     for key_path, reward in rewards.items():
@@ -27,11 +28,11 @@ def try_rewards(rewards: Mapping[str, Reward | None], prompts: PromptSet, tokeni
             try:
                 reward(completions)
             except RewardFault as fault:
-                raise UserError(f"{key_path}: tried on {ROWS} rows before training: {fault}") from fault
+                raise UserError(f"{key_path}: the reward failed on {ROWS} rows before training: {fault}") from fault
 
 
 def _completions(prompts: PromptSet, tokenizer: Tokenizer) -> Completions:
-    """Two prompts of the data, each with its own last tokens as the completion."""
+    """Returns two prompts of the data. The completion of each prompt is a copy of the prompt's last tokens."""
     rows = [0, min(1, len(prompts) - 1)]
     padded = prompts.padded(rows)
     response = np.zeros((ROWS, TOKENS), np.int32)

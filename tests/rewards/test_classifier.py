@@ -204,9 +204,9 @@ def error_of(folder, **settings):
 
 def test_labels_are_listed_where_none_fits(folders):
     listed = "'angry' (0), 'calm' (1), 'glad' (2)"
-    assert error_of(folders["bert"], label="sad").endswith(f"has no label 'sad'; it has {listed}")
-    assert error_of(folders["bert"], label=3).endswith(f"has no label '3'; it has {listed}")
-    assert error_of(folders["bert"]).endswith(f"has 3 labels, name one: {listed}")
+    assert error_of(folders["bert"], label="sad").endswith(f"has no label 'sad'; the labels are {listed}")
+    assert error_of(folders["bert"], label=3).endswith(f"has no label '3'; the labels are {listed}")
+    assert error_of(folders["bert"]).endswith(f"has 3 labels; set label to one of them: {listed}")
 
 
 def test_without_torch_one_line_says_what_to_install(folders, monkeypatch):
@@ -227,14 +227,14 @@ def test_folders_that_cannot_be_used(folders, tmp_path):
     assert "tokenizer" in error_of(tmp_path / "mute", label=0)
     save_model(tmp_path / "narrow", "bert", vocab_size=9)
     tokenizer_of().save_pretrained(tmp_path / "narrow")
-    assert "has 13 tokens, the model 9" in error_of(tmp_path / "narrow", label=0)
+    assert "has 13 tokens, but the model has only 9" in error_of(tmp_path / "narrow", label=0)
     assert "no chat template" in error_of(folders["bert"], label=0, input="chat")
-    assert "max_length: 2, but 2 are special" in error_of(folders["bert"], label=0, max_length=2)
+    assert "max_length: must be at least 3, not 2" in error_of(folders["bert"], label=0, max_length=2)
     # RoBERTa counts positions from behind its pad token: two fewer fit than its config says.
     sizes = dict(hidden_size=24, num_attention_heads=3, num_hidden_layers=1, intermediate_size=28, pad_token_id=1)
     save_model(tmp_path / "roberta", "roberta", **SMALL, **sizes)
     tokenizer_of().save_pretrained(tmp_path / "roberta")
-    assert "max_length: no text of 32 tokens" in error_of(tmp_path / "roberta", label=0)
+    assert "max_length: the model cannot score a text of 32 tokens" in error_of(tmp_path / "roberta", label=0)
     make(tmp_path / "roberta", label=0, max_length=30)
 
 

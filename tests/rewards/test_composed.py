@@ -68,7 +68,7 @@ def test_the_device_computes_while_another_part_waits():
     ("bad", "words"),
     [
         (RewardFault("reward server http://x: status 500"), "reward part bad: reward server http://x: status 500"),
-        (ValueError("one\ntwo"), "reward part bad: raised ValueError: one"),
+        (ValueError("one\ntwo"), "reward part bad raised ValueError: one"),
         (np.float32([1, np.nan, 2]), "reward part bad returned nan for completion 1 of 3"),
         (jnp.array([1, 2, jnp.inf]), "reward part bad returned inf for completion 2 of 3"),
         (np.zeros(2), "reward part bad returned shape (2,) for 3 completions"),
@@ -91,12 +91,12 @@ def test_stopping_is_no_fault_of_a_part():
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({}, "there are none"),
+        ({}, "there are no parts"),
         ({"score": (Fixed(0), 1.0)}, "'score'"),
         ({"a/b": (Fixed(0), 1.0)}, "'a/b'"),
         ({"": (Fixed(0), 1.0)}, "''"),
-        ({"a": (Fixed(0), float("nan"))}, "weight is nan"),
-        ({"a": (Fixed(0), "1")}, "weight is '1'"),
+        ({"a": (Fixed(0), float("nan"))}, "weight must be a finite number, not nan"),
+        ({"a": (Fixed(0), "1")}, "weight must be a finite number, not '1'"),
     ],
 )
 def test_names_and_weights_that_cannot_be(parts, words):
@@ -126,5 +126,5 @@ def test_a_part_that_abstains_counts_0_and_the_others_stay():
 
 @pytest.mark.parametrize("name", ["abstained", "a_abstained", "score_std"])
 def test_no_part_takes_the_name_of_another_metric(name):
-    with pytest.raises(UserError, match=rf"reward part '{name}': want a name"):
+    with pytest.raises(UserError, match=rf"reward part '{name}': a name must"):
         ComposedReward({name: (Fixed([1.0]), 1.0)})

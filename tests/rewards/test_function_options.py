@@ -69,8 +69,8 @@ def test_an_async_function_within_a_running_loop(reward, completions):
         ("raise KeyError('gold')", "raised KeyError: 'gold'"),
         ("raise SystemExit(0)", "raised SystemExit: 0"),
         ("await asyncio.gather(inner())", "raised SystemExit: 1"),
-        ("await asyncio.sleep(60)", "raised TimeoutError: took longer than 0.05 s"),
-        ("time.sleep(0.4)", "raised TimeoutError: took longer than 0.05 s"),
+        ("await asyncio.sleep(60)", "raised TimeoutError: the call took longer than 0.05 s"),
+        ("time.sleep(0.4)", "raised TimeoutError: the call took longer than 0.05 s"),
         ("raise asyncio.CancelledError", "raised CancelledError"),
         ("return [1.0]", "shape (1,) for 2 completions"),
         ("return ['1', '2']", "no list of numbers"),
@@ -115,7 +115,7 @@ def test_a_process_ends_though_a_thread_of_an_async_function_does_not(processes)
         "run_async(score(), 0.05)\n"
     )
     done = processes.run("-c", code, status=1, seconds=60)
-    assert done.errors.splitlines()[-1] == "TimeoutError: took longer than 0.05 s"
+    assert done.errors.splitlines()[-1] == "TimeoutError: the call took longer than 0.05 s"
 
 
 def test_an_error_in_a_thread_of_an_async_function_is_its_own(reward, completions):
@@ -138,16 +138,16 @@ def test_columns_are_renamed(completions):
     score.check_columns({"gold"}, "ppo.gold")
     np.testing.assert_array_equal(score(completions), [1, 1])
     np.testing.assert_array_equal(FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")(completions), [1, 0])
-    with pytest.raises(UserError, match="the data has no column gold; it has answer"):
+    with pytest.raises(UserError, match="the data has no column gold; the columns are: answer"):
         score.check_columns({"answer"}, "ppo.gold")
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"options": {"bonsu": 1}}, "takes no option 'bonsu'; it takes bonus"),
-        ({"options": {"prompts": 1}}, "takes no option 'prompts'"),
-        ({"columns": {"gold": "x"}}, "takes no column 'gold'"),
+        ({"options": {"bonsu": 1}}, "accepts no option 'bonsu'; its other parameters are: bonus"),
+        ({"options": {"prompts": 1}}, "accepts no option 'prompts'"),
+        ({"columns": {"gold": "x"}}, "accepts no column 'gold'"),
     ],
 )
 def test_keywords_that_the_function_does_not_take(reward, settings, words):
@@ -161,22 +161,22 @@ def test_keywords_that_the_function_does_not_take(reward, settings, words):
         ("regex_format", {}, "pattern"),
         ("regex_format", {"pattern": "("}, "not a regular expression"),
         ("regex_format", {"pattern": 3}, "not a regular expression"),
-        ("regex_format", {"pattern": "a", "mode": "part"}, "mode is 'part'; want full or search"),
-        ("length", {"target": -1}, "target is -1"),
-        ("length", {"target": 2.5}, "target is 2.5"),
-        ("length", {"target": 5, "unit": "tokens"}, "unit is 'tokens'; want words or characters"),
-        ("length", {"target": 5, "floor": 1}, "floor is 1"),
-        ("repetition", {"n": 0}, "n is 0"),
-        ("json_validity", {"required": "name"}, "required is 'name'; want a list of texts"),
-        ("multiple_choice", {"letters": "abcd"}, "letters is 'abcd'"),
-        ("label_accuracy", {"labels": ["a", "A"]}, "no label twice"),
-        ("label_accuracy", {"label": ["a"], "pick": "best"}, "pick is 'best'"),
-        ("numeric_answer", {"tolerance": float("nan")}, "tolerance is nan"),
-        ("exact_match", {"normalize": "lowre"}, "normalize is 'lowre'; want none or strip"),
-        ("exact_match", {"normalise": "lower"}, "takes no option 'normalise'"),
-        ("rouge", {"metric": "rouge9"}, "metric is 'rouge9'"),
-        ("bleu", {"tokenize": "flores200"}, "tokenize is 'flores200'"),
-        ("chrf", {"beta": 0}, "beta is 0"),
+        ("regex_format", {"pattern": "a", "mode": "part"}, "mode must be full or search, not 'part'"),
+        ("length", {"target": -1}, "target must be a whole number of at least 0, not -1"),
+        ("length", {"target": 2.5}, "target must be a whole number of at least 0, not 2.5"),
+        ("length", {"target": 5, "unit": "tokens"}, "unit must be words or characters, not 'tokens'"),
+        ("length", {"target": 5, "floor": 1}, "floor must be a number of at most 0, not 1"),
+        ("repetition", {"n": 0}, "n must be a whole number of at least 1, not 0"),
+        ("json_validity", {"required": "name"}, "required must be a list of texts, not 'name'"),
+        ("multiple_choice", {"letters": "abcd"}, "letters such as 'ABCD', not 'abcd'"),
+        ("label_accuracy", {"labels": ["a", "A"]}, "labels must be one or more different labels"),
+        ("label_accuracy", {"label": ["a"], "pick": "best"}, "pick must be first or last or only, not 'best'"),
+        ("numeric_answer", {"tolerance": float("nan")}, "tolerance must be a number of at least 0, not nan"),
+        ("exact_match", {"normalize": "lowre"}, "normalize must be none or strip or lower or squad, not 'lowre'"),
+        ("exact_match", {"normalise": "lower"}, "accepts no option 'normalise'"),
+        ("rouge", {"metric": "rouge9"}, "rougeLsum, not 'rouge9'"),
+        ("bleu", {"tokenize": "flores200"}, "none, not 'flores200'"),
+        ("chrf", {"beta": 0}, "beta must be a whole number of at least 1, not 0"),
     ],
 )
 def test_options_of_the_library_are_checked_when_the_reward_is_made(name, options, words):
@@ -199,7 +199,7 @@ def test_a_column_never_fills_an_option_of_the_library(completions):
 )
 def test_a_package_that_is_missing_is_named_before_anything_runs(monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"ppo.gold: .* needs .* pip install 'jaxrlhf\[rewards\]'"):
+    with pytest.raises(UserError, match=r"ppo.gold: .* is not installed; run pip install 'jaxrlhf\[rewards\]'"):
         FunctionReward(f"{LIBRARY}:{name}", "ppo.gold")
 
 
@@ -207,7 +207,7 @@ def test_a_row_whose_column_holds_nothing_of_use_is_named_and_one_without_has_no
     reward = FunctionReward(f"{LIBRARY}:numeric_answer", "ppo.gold")
     odd = Completions(None, completions.prompts, [{"answer": "4"}, {"answer": "four"}], None)
     odd.__dict__["texts"] = completions.texts
-    with pytest.raises(RewardFault, match=r"numeric_answer raised ValueError: column answer, row 1 holds no number"):
+    with pytest.raises(RewardFault, match=r"numeric_answer raised ValueError: column answer, row 1 must be a number"):
         reward(odd)
     without = dataclasses.replace(odd, rows=[{"answer": "4"}, {}])
     without.__dict__["texts"] = completions.texts

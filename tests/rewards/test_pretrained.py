@@ -254,7 +254,7 @@ def test_folders_that_cannot_be_used(make, folder, tmp_path):
     for path, settings, words in (
         (tmp_path / "absent", {}, "absent: no such folder"),
         (tmp_path / "mute", {}, "ppo.reward.path: .*mute has no tokenizer"),
-        (tmp_path / "narrow", {}, "ppo.reward.path: .* 16 tokens, the model 15"),
+        (tmp_path / "narrow", {}, "ppo.reward.path: .* 16 tokens, but the model has only 15"),
         (tmp_path / "plain", {"input": "chat"}, "ppo.reward.input: .* no chat template"),
     ):
         with pytest.raises(UserError, match=words):

@@ -211,18 +211,18 @@ def test_a_server_that_is_down(server):
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [
-        (status(400), "status 400; want 200"),
-        (status(404), "status 404; want 200"),
-        (status(204), "status 204; want 200"),
+        (status(400), "the status must be 200, not 400"),
+        (status(404), "the status must be 200, not 404"),
+        (status(204), "the status must be 200, not 204"),
         (status(302, Location="http://elsewhere.invalid/score"), "status 302, a redirect"),
         (status(307, Location="http://127.0.0.1:9/score"), "status 307, a redirect"),
         (body(b"<html>\nsorry</html>"), "not JSON"),
         (body(b"\xff\xfe\x00"), "not JSON"),
         (body(b""), "not JSON"),
         (body(b"[" * 100_000), "not JSON"),
-        (body([1.0, 2.0, 3.0]), 'is not {"scores": [numbers]}'),
-        (body({"score": [1.0, 2.0, 3.0]}), 'is not {"scores": [numbers]}'),
-        (body({"scores": "123"}), 'is not {"scores": [numbers]}'),
+        (body([1.0, 2.0, 3.0]), 'must be {"scores": [numbers]}'),
+        (body({"score": [1.0, 2.0, 3.0]}), 'must be {"scores": [numbers]}'),
+        (body({"scores": "123"}), 'must be {"scores": [numbers]}'),
         (body({"scores": [1.0, 2.0]}), "shape (2,) for 3 completions"),
         (body({"scores": [[1.0], [2.0], [3.0]]}), "shape (3, 1) for 3 completions"),
         (body({"scores": [1.0, float("nan"), 2.0]}), "returned nan for completion 1 of 3"),
@@ -290,11 +290,11 @@ def test_a_column_that_is_no_json_is_named(server):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("ftp://host/score", "scheme is ftp; want http:// or https://"),
+        ("ftp://host/score", "scheme is ftp; a URL must begin with http:// or https://"),
         ("file:///etc/hosts", "scheme is file"),
         ("localhost:8000", "scheme is localhost"),
         ("host/score", "scheme is missing"),
-        ("http:///score", "names no host"),
+        ("http:///score", "has no host"),
         ("http://host:port/score", "port"),
         ("http://host:99999/", "out of range"),
         ("http://[::1", "reward URL http://[::1"),
@@ -316,13 +316,13 @@ def test_a_url_that_cannot_be_asked(url, words):
 def test_tokens_that_cannot_be_sent(monkeypatch):
     url = "http://localhost:1/score"
     monkeypatch.delenv("SCORE_TOKEN", raising=False)
-    with pytest.raises(UserError, match="SCORE_TOKEN with its token is not set"):
+    with pytest.raises(UserError, match="SCORE_TOKEN is not set; set it to the token"):
         HTTPReward(url, headers_env="SCORE_TOKEN")
     monkeypatch.setenv("SCORE_TOKEN", "secret\nHost: evil")
     with pytest.raises(UserError, match="the token in SCORE_TOKEN has blanks") as error:
         HTTPReward(url, headers_env="SCORE_TOKEN")
     assert "evil" not in str(error.value)
-    with pytest.raises(UserError, match="has a user, and SCORE_TOKEN has a token; give only one"):
+    with pytest.raises(UserError, match="has a user, and SCORE_TOKEN has a token; use only one"):
         HTTPReward("http://me@localhost:1/score", headers_env="SCORE_TOKEN")
 
 

@@ -65,9 +65,9 @@ def score(completions, **columns):
 OF_FUNCTION = {
     "raises": " raised ConnectionError: no answer from the judge",
     "nan": " returned nan for completion 2 of 4",
-    "too few": " returned shape (3,) for 4 completions; want one number each",
-    "text": " returned no list of numbers: it holds values of type str",
-    "hangs": " raised TimeoutError: took longer than 0.2 s",
+    "too few": " returned shape (3,) for 4 completions; it must return one number per completion",
+    "text": " returned no list of numbers: an entry has the type str",
+    "hangs": " raised TimeoutError: the call took longer than 0.2 s",
     "raises at the end": " raised KeyError: 'gold'",
 }
 
@@ -143,9 +143,9 @@ class Handler(BaseHTTPRequestHandler):
 OF_SERVER = {
     "down": ": ConnectError: All connection attempts failed (tried 3 times)",
     "slow": ": no answer within 1 s (tried 3 times)",
-    "garbage": ": its response is not JSON: Expecting value: line 1 column 1 (char 0)",
+    "garbage": ": the response is not JSON: Expecting value: line 1 column 1 (char 0)",
     "500 forever": ": status 500 (tried 3 times)",
-    "endless": ": its response is longer than 10000000 bytes",
+    "endless": ": the response is longer than 10000000 bytes",
 }
 
 

@@ -77,7 +77,7 @@ def test_a_reward_is_called_before_the_first_stage(give, body, what):
     sft = {"data": {"path": "builtin:assistant-demonstrations", "limit": 40}}
     status, errors = give(stages=["sft", "ppo"], sft=sft)
     *frames, line = errors.splitlines()
-    assert status == 2 and line.startswith("error: ppo.reward: tried on 2 rows before training: reward function")
+    assert status == 2 and line.startswith("error: ppo.reward: the reward failed on 2 rows before training: ")
     assert re.search(what, line) and "Traceback" not in errors
     assert ("line 2, in score" in errors) == ("raise" in body), "the frames of the user's code, and no others"
     assert not any("jaxrlhf/" in frame for frame in frames) and not (give.folder / "run").exists()
@@ -97,5 +97,5 @@ def test_the_best_checkpoint_is_by_a_metric_that_is_logged(give, best, hint):
 def test_a_dead_server_is_found_before_the_first_stage(give):
     reward = {"kind": "http", "url": "http://127.0.0.1:1/score", "retries": 0}
     status, errors = give(ppo=PPO | {"reward": {"kind": "sum", "parts": {"server": reward}}})
-    assert status == 2 and "error: ppo.reward.parts.server: tried on 2 rows" in errors and "127.0.0.1:1" in errors
+    assert status == 2 and "ppo.reward.parts.server: the reward failed on 2 rows" in errors and "127.0.0.1:1" in errors
     assert errors.count("Traceback") == 0 and not (give.folder / "run").exists()
