@@ -1,6 +1,6 @@
-"""Adapter folders: `adapter.safetensors` and `adapter.json`.
+"""Reads and writes adapter folders. A folder holds `adapter.safetensors` and `adapter.json`.
 
-Not here: PEFT's format (`peft.py`), although `load_adapter` opens it too.
+`load_adapter` also opens folders in PEFT's format; `peft.py` reads and writes them.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ ADAPTER_FORMAT, ADAPTER_VERSION = "jaxrlhf-adapter", 1
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
-    """Writes an adapter with its scalar head as `adapter.safetensors` and `adapter.json`, atomically."""
+    """Writes an adapter and its scalar head atomically, to `adapter.safetensors` and `adapter.json` in a folder."""
     target = Path(path).expanduser().absolute()
     check_replaceable(target, ADAPTER_INFO)
     leaves = {f"{module}/{leaf}": value for module, values in adapter.items() for leaf, value in values.items()}
@@ -44,13 +44,14 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
 
 
 def load_adapter(path: str | Path, base: Decoder) -> Adapter:
-    """Loads an adapter from a folder that `save_adapter` or PEFT wrote, and checks that it fits the base.
+    """Loads an adapter from a folder that `save_adapter` or PEFT wrote, and checks that the adapter fits the base.
 
-    `peft.load_peft` reads PEFT's folders. Raises `UserError` naming file and tensor if names or shapes do not fit.
+    `peft.load_peft` reads PEFT's folders. Raises `UserError` if a name or shape does not fit. The error names the file
+    and the tensor.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{path}: no such folder; an adapter is a folder with {ADAPTER_INFO} and {ADAPTER}")
+        raise UserError(f"{path}: no such folder; give a folder that holds {ADAPTER_INFO} and {ADAPTER}")
     if not (folder / ADAPTER_INFO).exists() and (folder / "adapter_config.json").exists():
         from jaxrlhf.hf.peft import load_peft
 
@@ -58,8 +59,8 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
     info = read_json(folder / ADAPTER_INFO)
     if (info.get("format"), info.get("version")) != (ADAPTER_FORMAT, ADAPTER_VERSION):
         raise UserError(
-            f"{folder / ADAPTER_INFO}: format {info.get('format')!r} version {info.get('version')!r};"
-            f" must be {ADAPTER_FORMAT!r} version {ADAPTER_VERSION}"
+            f"{folder / ADAPTER_INFO}: format and version must be {ADAPTER_FORMAT!r} and {ADAPTER_VERSION}, "
+            f"not {info.get('format')!r} and {info.get('version')!r}"
         )
     stored = read_tensors(folder / ADAPTER)
     for tensor in stored.values():
@@ -71,7 +72,7 @@ def load_adapter(path: str | Path, base: Decoder) -> Adapter:
 
 
 def nested(leaves: dict[str, jax.Array]) -> Adapter:
-    """Returns the adapter with these leaves; their names are "module/leaf"."""
+    """Returns the adapter that has these leaves. The names of the leaves are "module/leaf"."""
     adapter: Adapter = {}
     for name, value in leaves.items():
         module, leaf = name.split("/")
@@ -80,9 +81,10 @@ def nested(leaves: dict[str, jax.Array]) -> Adapter:
 
 
 def kind_of(leaves: Collection[str]) -> str:
-    """Returns the kind of an adapter with these leaves, for `adapter.json`.
+    """Returns the kind of an adapter from the names of its leaves. `adapter.json` holds the kind.
 
-    "lora" has LoRA pairs, "full" has all weights, "whole" has all weights of some modules (from DoRA).
+    An adapter of kind "lora" has LoRA pairs. "full" has all weights of the model. "whole" has all weights of some
+    modules, which come from DoRA.
     """
     if any(name.endswith("/lora_a") for name in leaves):
         return "lora"
@@ -91,18 +93,27 @@ def kind_of(leaves: Collection[str]) -> str:
 
 
 def check_leaves(stored: dict[str, tuple[int, ...]], kind: Any, base: Decoder, file: Path) -> None:
-    """Raises `UserError` unless each tensor fits the base and each LoRA pair is complete; `stored` is name -> shape."""
+    """Raises `UserError` if a tensor does not fit the base or a LoRA pair is incomplete.
+
+    `stored` maps the names of the tensors to their shapes.
+    """
     parameters = {name: leaf.shape for name, leaf in named_parameters(base).items()}
-    head = base.config.hidden_size, base.config.vocab_size  # also if the head is tied to the embedding
+    head = base.config.hidden_size, base.config.vocab_size  # a tied head has this shape too
     layers = linear_shapes(base) | {HEAD: head}
     if kind == "full" and (quantised := quantization(base)) is not None:
-        raise UserError(f"{file}: a full adapter replaces every weight, but this base is quantised ({quantised})")
+        raise UserError(
+            f"{file}: a full adapter needs a base that is not quantised, but this base is quantised ({quantised}); "
+            "load the base without quantize"
+        )
     for name, found in stored.items():
         module, _, leaf = name.partition("/")
         if leaf in ("lora_a", "lora_b", "lora_scale"):
             pair = [stored.get(f"{module}/{part}") for part in ("lora_a", "lora_b", "lora_scale")]
             if None in pair:
-                raise UserError(f"{file}: module {module} needs a full LoRA pair (lora_a, lora_b, lora_scale)")
+                raise UserError(
+                    f"{file}: the LoRA pair of module {module} is incomplete; the file must hold lora_a, lora_b and "
+                    "lora_scale of the module"
+                )
             kernel = layers.get(module)
             rank = pair[0][-1] if pair[0] else 0
             shape = kernel and {"lora_a": (kernel[0], rank), "lora_b": (rank, kernel[1]), "lora_scale": ()}[leaf]
@@ -113,7 +124,7 @@ def check_leaves(stored: dict[str, tuple[int, ...]], kind: Any, base: Decoder, f
         if shape is None:
             raise UserError(f"{file}: this base has no tensor {name}; the adapter belongs to another model")
         if found != shape:
-            raise UserError(f"{file}: tensor {name} has shape {list(found)}; this base requires {list(shape)}")
+            raise UserError(f"{file}: tensor {name} must have shape {list(shape)} for this base, not {list(found)}")
     missing = sorted(set(parameters) - set(stored)) if kind == "full" else []
     if missing:
-        raise UserError(f"{file}: tensor {missing[0]} is missing from a full adapter")
+        raise UserError(f"{file}: tensor {missing[0]} is missing, but a full adapter must hold every weight")

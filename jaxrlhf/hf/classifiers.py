@@ -1,10 +1,10 @@
-"""Reads and writes transformers' `*ForSequenceClassification` decoders with one label: reward and value models.
+"""Reads and writes reward and value models as transformers' `*ForSequenceClassification` decoders with one label.
 
-The weight of the head, [1, D], becomes an adapter of the base that holds only `score`. Both transformers and
-`scoring.sequence_scores` take the head's output at the last token that is not padding. transformers' format has no bias
-for the head; the bias of a value model is saved as the entry `score_bias` of `config.json`, which transformers ignores.
+The weight [1, D] of the head becomes an adapter that holds only `score`. transformers and `scoring.sequence_scores`
+both use the output of the head at the last token that is not padding. transformers' format has no bias for the head. So
+the bias of a value model is saved as the entry `score_bias` of `config.json`. transformers ignores this entry.
 
-Not here: several labels, and models that are not decoders (see `rewards/classifier.py`).
+Models with several labels are not supported. `rewards/classifier.py` runs classifiers that are not decoders.
 """
 
 import dataclasses
@@ -48,20 +48,24 @@ from jaxrlhf.records import Adapter
 
 CLASSIFIER = "ForSequenceClassification"
 LABEL = "LABEL_0"  # transformers' default name of a label
-BIAS = "score_bias"  # an entry of config.json that only jaxrlhf uses
+BIAS = "score_bias"  # only jaxrlhf uses this entry of config.json
 
 
 def load_sequence_classifier(
     path: str | Path, dtype: str = AUTO, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Decoder, Adapter, Tokenizer | None]:
-    """Loads a reward or value model: (base, adapter {"score": {"kernel": f32[D,1]}}, tokenizer or None).
+    """Loads a reward or value model, and returns (base, adapter, tokenizer).
 
-    `path` is a folder or hub id of a classifier with one label, or of a PEFT adapter on a classifier or any decoder. A
-    PEFT adapter is merged into its base, and its head and tokenizer replace those of the base. Dtype and sharding are
-    as in `load_pretrained`. The `lm_head` is tied to the embedding, so it takes no memory. `pad_token` of the base's
-    config is the pad token in `config.json`, or None; transformers skips pad tokens at the end of a text. "score" also
-    has a "bias" f32[1] if `save_sequence_classifier` wrote one. Raises `UserError` naming file and entry or tensor if
-    the folder cannot be used.
+    The adapter is {"score": {"kernel": f32[D,1]}}. If `save_sequence_classifier` wrote a bias, "score" also has a
+    "bias" f32[1]. The tokenizer is None if the folder has none.
+
+    `path` is a folder or a hub id. It holds a classifier with one label, or a PEFT adapter. The base of a PEFT adapter
+    may be a classifier or any decoder. The adapter is merged into the base. The head and the tokenizer of the adapter
+    replace those of the base. `dtype` and `mesh` are as in `load_pretrained`. The `lm_head` is tied to the embedding,
+    so it takes no memory. In the config of the base, `pad_token` is the pad token of `config.json`, or None.
+    transformers skips pad tokens at the end of a text.
+
+    Raises `UserError` if the folder cannot be used. The error names the file, and the entry or tensor.
     """
     check_dtype(None if dtype == AUTO else dtype)
     folder, adapter = find_model(path)
@@ -88,7 +92,10 @@ def load_sequence_classifier(
         base, own = with_adapter(base, adapter, folder, mesh)
         score |= own
     if not score:
-        raise UserError(f"{path}: the adapter has no scalar head, and its base {folder} is not a sequence classifier")
+        raise UserError(
+            f"{path}: the adapter has no scalar head, and its base {folder} is not a sequence classifier; give the "
+            "adapter of a reward or value model"
+        )
     return base, score, tokenizer
 
 
@@ -100,29 +107,31 @@ def save_sequence_classifier(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Merges the adapter into the base and writes a sequence classifier with one label, which transformers opens.
+    """Merges the adapter into the base, and writes a sequence classifier with one label. transformers can open it.
 
-    All weights are stored in `dtype` (None: the dtype of the base). `pad_token_id` and the tokenizer's pad token become
-    a token that never ends a text, so that transformers scores a completion at its EOS, as jaxrlhf does. If there is no
-    such token, EOS becomes the pad token, with a warning. Another warning says if the head has a bias, which
-    transformers does not add. The folder is written atomically and replaces an older model. Raises `UserError` if the
-    folder holds other files, if the adapter has no scalar head, or if a weight is too large for `dtype`.
+    All weights are stored in `dtype`; None means the dtype of the base. `pad_token_id` and the tokenizer's pad token
+    become a token that never ends a text. So transformers scores a completion at its EOS, as jaxrlhf does. If every
+    special token ends texts, EOS becomes the pad token, and a warning is given. Another warning is given if the head
+    has a bias, because transformers does not add the bias. The folder is written atomically and replaces an older
+    model. Raises `UserError` if the folder holds other files, if the adapter has no scalar head, or if a weight is too
+    large for `dtype`.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
     if SCORE not in adapter:
-        raise UserError(f"{path}: the adapter has no scalar head; a value or reward adapter has one")
+        raise UserError(f"{path}: the adapter has no scalar head; give the adapter of a reward or value model")
     check_replaceable(target, *EXPORTED)
     config = dataclasses.replace(base.config, pad_token=_pad_token(base.config, tokenizer))
     if config.pad_token in _ends(config, tokenizer):
         warnings.warn(
-            f"{path}: every special token ends texts, so pad_token_id is EOS, and transformers scores texts before EOS",
+            f"{path}: every special token ends texts, so pad_token_id is EOS; transformers will score a text at the "
+            "token before EOS",
             stacklevel=2,
         )
     if bias := float(np.asarray(adapter[SCORE].get("bias", 0.0)).sum()):
         warnings.warn(
-            f"{path}: transformers does not add the head's bias of {bias:.6g} to its scores; config.json holds it as "
-            f"{BIAS}",
+            f"{path}: transformers does not add the head's bias of {bias:.6g} to its scores; config.json holds the "
+            f"bias in the entry {BIAS}",
             stacklevel=2,
         )
     tensors, dtype = merged_tensors(base, adapter, dtype)
@@ -138,47 +147,47 @@ def save_sequence_classifier(
 
 
 def _check_labels(document: dict[str, Any], config: DecoderConfig, where: Path) -> None:
-    """Raises `UserError` unless `config.json` describes a sequence classifier with one label."""
+    """Raises `UserError` if `config.json` does not describe a sequence classifier with one label."""
     architectures = document.get("architectures")
     if not isinstance(architectures, list) or not any(str(name).endswith(CLASSIFIER) for name in architectures):
         expected = _architecture(config)
-        raise UserError(f"{where}: architectures is {architectures!r}; in a reward model it is ['{expected}']")
+        raise UserError(f"{where}: architectures must be ['{expected}'] for a reward model, not {architectures!r}")
     for entry in ("id2label", "num_labels"):
         value = document.get(entry)
         if value is None:
-            continue  # the head's shape is checked instead
+            continue  # `_head` checks the shape of the head
         count = len(value) if isinstance(value, dict) else value
         if isinstance(count, bool) or count != 1:
-            raise UserError(f"{where}: {entry} is {str(value)[:60]}; a reward model has one label")
+            raise UserError(f"{where}: {entry} is {str(value)[:60]}, but a reward model must have one label")
 
 
 def _bias(value: Any, where: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{where}: {BIAS} is {value!r}; must be a finite number")
+        raise UserError(f"{where}: {BIAS} must be a finite number, not {value!r}")
     return float(value)
 
 
 def _head(tensors: dict[str, StoredTensor], config: DecoderConfig, folder: Path) -> StoredTensor:
     name = address_of(config, f"{SCORE}/kernel").tensor
     if name not in tensors:
-        raise UserError(f"{folder}: tensor {name} is missing; a sequence classifier needs it as its head")
-    tensors[name].check_shape((1, config.hidden_size), "config.json with one label")
+        raise UserError(f"{folder}: tensor {name} is missing; this tensor is the head of a sequence classifier")
+    tensors[name].check_shape((1, config.hidden_size), "config.json and one label")
     return tensors[name]
 
 
 def _ends(config: DecoderConfig, tokenizer: Tokenizer | None) -> set[int]:
-    """The tokens that end a text: the stop tokens of the model, and the tokenizer's EOS."""
+    """Returns the tokens that end a text: the stop tokens of the model and the EOS of the tokenizer."""
     return {*config.stop_tokens, *([] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id])}
 
 
 def _pad_token(config: DecoderConfig, tokenizer: Tokenizer | None) -> int | None:
-    """Returns the pad token to write: if possible one that ends no text.
+    """Returns the pad token to write. If possible, this token does not end texts.
 
-    Candidates are the present pad token, then BOS, then other special tokens of the tokenizer.
+    The candidates are the present pad token, then BOS, then the other special tokens of the tokenizer.
     """
     ends, size = _ends(config, tokenizer), config.vocab_size
     candidates = [config.pad_token, config.bos_token]
-    if tokenizer is not None:  # the pad token must be one of its special tokens
+    if tokenizer is not None:  # the pad token must be a special token of the tokenizer
         own = tokenizer.special_ids
         candidates = [tokenizer.pad_id, *(token for token in candidates if token in own), *own]
     usable = [token for token in candidates if token is not None and token < size]
@@ -187,7 +196,7 @@ def _pad_token(config: DecoderConfig, tokenizer: Tokenizer | None) -> int | None
 
 
 def _document(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """Returns a `config.json` with one label; the model's output is the score itself (a regression)."""
+    """Returns a `config.json` with one label. The problem is a regression: the output of the model is the score."""
     return config_document(config, dtype) | {
         "architectures": [_architecture(config)],
         "id2label": {"0": LABEL},

@@ -1,7 +1,7 @@
-"""Reads a decoder's parameters from the tensors of a checkpoint, and turns them back into tensors to write.
+"""Reads a decoder's parameters from the tensors of a checkpoint, and makes such tensors from the parameters.
 
 The headers of all files are checked before any array is made. Then each device reads its own slices from memory-mapped
-files, so no host or device holds more than its share.
+files. So no host and no device holds more than its share.
 """
 
 import dataclasses
@@ -31,14 +31,15 @@ from jaxrlhf.tracking.notices import notice
 
 
 def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """Returns parameter name -> stored tensor for every parameter; `UserError` if one is missing or has another shape.
+    """Returns the stored tensor of every parameter, by the name of the parameter.
 
-    Tensors that the decoder does not use (a value head, a vision tower, layers that `config.json` does not mention) are
-    skipped with a notice; transformers prints a warning for them.
+    Raises `UserError` if a tensor is missing or has a wrong shape. A checkpoint may hold tensors that the decoder does
+    not use, such as a value head, a vision tower or more layers than in `config.json`. These tensors are skipped, and a
+    notice is printed. transformers prints a warning in this case.
     """
-    if config.layers > len(tensors):  # before a decoder of so many layers is built
+    if config.layers > len(tensors):  # checked before a decoder with this many layers is built
         info = folder / "config.json"
-        raise UserError(f"{info}: calls for {config.layers} layers, but the weights have only {len(tensors)} tensors")
+        raise UserError(f"{info}: requires {config.layers} layers, but the weights have only {len(tensors)} tensors")
     matched, used = {}, set()
     for name, parameter in named_parameters(abstract_decoder(config)).items():
         address = address_of(config, name)
@@ -46,8 +47,10 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
         if tensor_name not in tensors:
             hint = ""
             if name == "lm_head/kernel":
-                hint = "; if the head is tied to the embedding, config.json must have tie_word_embeddings: true"
-            raise UserError(f"{folder}: tensor {tensor_name} is missing; {folder / 'config.json'} requires it{hint}")
+                hint = "; if the head is tied to the embedding, set tie_word_embeddings: true in config.json"
+            raise UserError(
+                f"{folder}: tensor {tensor_name} is missing, but {folder / 'config.json'} requires it{hint}"
+            )
         tensor = matched[name] = tensors[tensor_name]
         used.add(tensor_name)
         tensor.check_dtype()
@@ -59,17 +62,17 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
 
 
 def plain_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Returns a checkpoint's tensors under the names of a text-only model, even if the model is multimodal."""
+    """Returns the tensors of a checkpoint with the names of a text-only model. The model may be multimodal."""
     return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 
 def untie_if_different(
     config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path
 ) -> tuple[DecoderConfig, dict[str, StoredTensor]]:
-    """Returns (config, tensors) in which the tensors decide whether the head is tied to the embedding.
+    """Returns (config, tensors). The tensors decide whether the head is tied to the embedding, as in transformers 5.
 
-    As in transformers 5, a tied head that differs from the embedding is untied, and if only the head is stored, it is
-    also used as the embedding.
+    If `config.json` ties the head but the stored head differs from the embedding, the head becomes untied. If the head
+    is tied and the embedding is not stored, the stored head is also the embedding.
     """
     head, embedding = (
         _name_in(tensors, config, address_of(config, name).tensor)
@@ -81,19 +84,22 @@ def untie_if_different(
         return config, {name: tensor for name, tensor in tensors.items() if name != head} | {embedding: tensors[head]}
     if _equal(tensors[head], tensors[embedding]):
         return config, tensors
-    notice(f"{folder}: config.json ties the embedding to the head, but {embedding} and {head} differ: both are read")
+    notice(
+        f"{folder}: config.json ties the head to the embedding, but the tensors {embedding} and {head} differ; the "
+        "head is read as a separate tensor"
+    )
     return dataclasses.replace(config, tie_embeddings=False), tensors
 
 
 def _name_in(tensors: dict[str, StoredTensor], config: DecoderConfig, tensor: str) -> str:
-    """Returns the name of a tensor in this checkpoint; models saved without a head lack the family's prefix."""
+    """Returns the name of a tensor in this checkpoint. Names lack the family's prefix if the model has no head."""
     prefix = FAMILIES[config.family].prefix
     has_prefix = any(name.startswith(prefix) for name in tensors)
     return tensor if has_prefix else tensor.removeprefix(prefix)
 
 
 def _equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
-    """Whether two tensors hold the same numbers, compared a few rows at a time."""
+    """Returns True if two tensors hold the same numbers. Compares `rows` rows at a time."""
     for tensor in (one, other):
         tensor.check_dtype()
     if one.shape != other.shape:
@@ -104,7 +110,10 @@ def _equal(one: StoredTensor, other: StoredTensor, rows: int = 4096) -> bool:
 
 
 def _summary(names: list[str], shown: int = 4) -> str:
-    """Lists tensors by module, the largest modules first: "v_head.summary (2 tensors), lm_head.bias and 7 more"."""
+    """Returns a list of tensors as text: "v_head.summary (2 tensors), lm_head.bias and 7 more".
+
+    Tensors are grouped by module. Modules with the most tensors come first.
+    """
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.split(r"\.\d+\.|\.[^.]+$", name)[0], []).append(name)
@@ -121,9 +130,9 @@ def read_decoder(
     mesh: jax.sharding.Mesh | None,
     quantize: str | None = None,
 ) -> Decoder:
-    """Returns the decoder with the tensors that `match` returned, sharded on the mesh.
+    """Returns the decoder that holds the tensors from `match`. Its arrays are sharded on the mesh.
 
-    The target in its config is that of the mesh's devices.
+    The decoder's config has the target of the mesh's devices.
     """
     config = dataclasses.replace(config, target=target_of(mesh))
     abstract, values = abstract_decoder(config, dtype), {}
@@ -142,9 +151,10 @@ def read_decoder(
 
 
 def check_finite(values: dict[str, jax.Array], stored: dict[str, StoredTensor]) -> None:
-    """Raises `UserError` naming file and tensor if a parameter is not finite.
+    """Raises `UserError` if a parameter is not finite. The error names the file and the tensor.
 
-    Checks only the parameters in `values` whose name is in `stored`, which are those that are not quantised.
+    Checks only parameters that have the same name in `values` and in `stored`. Quantised kernels have another name;
+    `_column_reader` checks them.
     """
     for name, finite in finite_leaves({name: value for name, value in values.items() if name in stored}).items():
         if not finite:
@@ -152,19 +162,19 @@ def check_finite(values: dict[str, jax.Array], stored: dict[str, StoredTensor]) 
 
 
 def stored_shape(shape: tuple[int, ...], config: DecoderConfig, address: TensorAddress) -> tuple[int, ...]:
-    """Returns the shape of the checkpoint's tensor that holds a parameter of the given shape."""
+    """Returns the shape of the checkpoint's tensor that holds a parameter. `shape` is the parameter's shape."""
     if address.part is not None:
         shape = (*shape[:-1], stored_size(config, address.part))
     return shape[::-1] if address.transposed else shape
 
 
 def stored_size(config: DecoderConfig, part: Part) -> int:
-    """Number of outputs of the fused tensor in which this part is stored."""
+    """Returns the number of outputs of the fused tensor that holds this part."""
     return part.groups(config) * sum(part.sizes(config))
 
 
 def part_of(fused: np.ndarray, config: DecoderConfig, part: Part) -> np.ndarray:
-    """Returns the outputs of one part from the last axis of a fused array; a view if the outputs are contiguous."""
+    """Returns the outputs of one part from the last axis of a fused array. Contiguous outputs are not copied."""
     sizes, groups = part.sizes(config), part.groups(config)
     start = sum(sizes[: part.index])
     outputs = slice(start, start + sizes[part.index])
@@ -174,7 +184,7 @@ def part_of(fused: np.ndarray, config: DecoderConfig, part: Part) -> np.ndarray:
 
 
 def _view(stored: StoredTensor, config: DecoderConfig, address: TensorAddress) -> np.ndarray:
-    """Returns a parameter as a view of its file; only parts of a fused tensor with several groups are copied."""
+    """Returns a parameter as a view of its file. Only a part of a fused tensor with several groups is a copy."""
     view = stored.view().T if address.transposed else stored.view()
     return view if address.part is None else part_of(view, config, address.part)
 
@@ -182,7 +192,7 @@ def _view(stored: StoredTensor, config: DecoderConfig, address: TensorAddress) -
 def _column_reader(
     stored: StoredTensor, config: DecoderConfig, address: TensorAddress
 ) -> Callable[[slice], np.ndarray]:
-    """Returns a function that reads columns (outputs) of a kernel as float32."""
+    """Returns a function that reads some columns (outputs) of a kernel as float32."""
     view = _view(stored, config, address)
 
     def read(columns: slice) -> np.ndarray:
@@ -201,17 +211,20 @@ def load_parameter(
     address: TensorAddress,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """Reads a parameter onto its devices; each slice is read and cast separately."""
+    """Reads a parameter onto its devices. Each slice is read and cast separately."""
     view = _view(stored, config, address)
 
     def read(index: Any) -> np.ndarray:
-        # Always a copy: on CPU a jax array may share numpy's memory, and the file may change.
+        # The part must be a copy. On a CPU a jax array may share memory with numpy, and the file may change.
         with np.errstate(over="ignore"):
             part = np.array(view[index], dtype=parameter.dtype, order="C")
         if parameter.dtype == jnp.float16 and not np.isfinite(part).all():
             if not np.isfinite(np.asarray(view[index], np.float32)).all():
                 stored.refuse_not_finite()
-            raise UserError(f"{stored.file}: tensor {stored.name} does not fit float16; load it as bfloat16 or float32")
+            raise UserError(
+                f"{stored.file}: tensor {stored.name} has numbers that are too large for float16; load the model as "
+                "bfloat16 or float32"
+            )
         return part
 
     if sharding is None:
@@ -220,7 +233,10 @@ def load_parameter(
 
 
 def merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) -> tuple[dict[str, Pending], str]:
-    """Merges the adapter into the base; returns (the checkpoint's tensors, their dtype). None is the base's dtype."""
+    """Merges the adapter into the base, and returns (tensors of the checkpoint, their dtype).
+
+    If `dtype` is None, the tensors keep the dtype of the base.
+    """
 
     def widen(value: jax.Array) -> jax.Array:
         return value.astype(jnp.float32) if jnp.issubdtype(value.dtype, jnp.floating) else value
@@ -236,7 +252,7 @@ def merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) ->
 
 
 def _fused(config: DecoderConfig, parts: list[tuple[TensorAddress, jax.Array]]) -> Pending:
-    """Returns the checkpoint's tensor that holds these parameters; fetching the tensor joins them."""
+    """Returns the tensor of the checkpoint that holds these parameters. `fetch` of the tensor joins them."""
     address, first = parts[0]
     if address.part is None:
         return pending(first, address.transposed)
@@ -252,13 +268,13 @@ def _fused(config: DecoderConfig, parts: list[tuple[TensorAddress, jax.Array]]) 
 
 
 def pending(value: jax.Array, transposed: bool = False) -> Pending:
-    """Returns a tensor to be written that holds the array, or its transpose."""
+    """Returns a tensor to write. It holds the array, or the transpose of the array."""
     shape = value.shape[::-1] if transposed else value.shape
     return Pending(value.dtype, shape, lambda: fetch(value).T if transposed else fetch(value))
 
 
 def in_dtype(name: str, tensor: Pending, dtype: str | None) -> Pending:
-    """Returns the tensor `name`, which is rounded to `dtype` when it is fetched; None keeps its dtype."""
+    """Returns a tensor whose `fetch` also rounds to `dtype`. If `dtype` is None, the tensor keeps its dtype."""
     if dtype is None or tensor.dtype == jnp.dtype(dtype):
         return tensor
 
@@ -266,7 +282,9 @@ def in_dtype(name: str, tensor: Pending, dtype: str | None) -> Pending:
         with np.errstate(over="ignore"):
             rounded = tensor.fetch().astype(jnp.dtype(dtype))
         if dtype == "float16" and not np.isfinite(rounded).all():
-            raise UserError(f"dtype: tensor {name} does not fit float16; give bfloat16 or float32")
+            raise UserError(
+                f"dtype: tensor {name} has numbers that are too large for float16; give bfloat16 or float32"
+            )
         return rounded
 
     return Pending(jnp.dtype(dtype), tensor.shape, fetch_rounded)

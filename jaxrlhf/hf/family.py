@@ -1,7 +1,7 @@
-"""The columns of the table of model families, and functions that read and write `config.json` and tensor names by it.
+"""The columns of the table of model families. Functions here use a row to read and write `config.json`.
 
-The rows are in `family_rows.py`. A row says how to read the values of `DecoderConfig`. The forward pass depends on
-these values only, not on the family.
+The rows are in `family_rows.py`. A row says how to read the values of `DecoderConfig`, and gives the tensor names of a
+checkpoint. The forward pass depends only on the values of `DecoderConfig`, and not on the family.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.rope import Rope
 
-# The decoder's name of a leaf -> the checkpoint's name.
+# Name of a leaf in the decoder -> name of the leaf in the checkpoint.
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -24,10 +24,10 @@ LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": 
 class Field:
     """One entry of `config.json`."""
 
-    ours: str  # the value's name in DecoderConfig
-    theirs: str  # the entry's name in config.json
+    ours: str  # name of the value in DecoderConfig
+    theirs: str  # name of the entry in config.json
     kind: str  # a key of KINDS
-    default: Any  # value if the entry is absent or null; a function is called with the values that were read before
+    default: Any  # value of an absent or null entry, or a function of the values that were read before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Part:
     """
 
     sizes: Callable[[DecoderConfig], tuple[int, ...]]  # number of outputs of each piece
-    index: int  # which piece belongs to the module
+    index: int  # index of the module's piece
     groups: Callable[[DecoderConfig], int] = lambda config: 1  # number of groups
 
 
@@ -48,64 +48,65 @@ class Module:
     """A rule that maps module names of the decoder to module names of a checkpoint."""
 
     ours: str  # regular expression for a full module path of the decoder
-    theirs: str  # the checkpoint's module name; \1 and \2 are the groups of the expression
-    transposed: bool = True  # whether the checkpoint's kernel is [out, in], as in torch.nn.Linear, not [in, out]
-    part: Part | None = None  # the module's part of a fused tensor; None: the tensor is not fused
+    theirs: str  # module name in the checkpoint; \1 and \2 are the groups of the regular expression
+    transposed: bool = True  # True if the checkpoint's kernel is [out, in], as in torch.nn.Linear; False if [in, out]
+    part: Part | None = None  # the module's part of a fused tensor; None if the tensor is not fused
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """How a family describes the layers that have a sliding window."""
 
-    # (config.json, layer) -> whether the layer has a window; for a config.json without `layer_types`.
+    # (config.json, layer) -> True if the layer has a window. It is called if config.json has no `layer_types`.
     slides: Callable[[dict[str, Any], int], bool]
     default: int | None = 4096  # transformers' window if config.json has no entry
-    switch: str | None = None  # the entry that turns windows on; None: the family has no such entry
-    typed: bool = True  # whether transformers supports `layer_types` for the family
+    switch: str | None = None  # the entry that turns windows on; None if the family has no such entry
+    typed: bool = True  # True if transformers supports `layer_types` for the family
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """The properties of a `model_type`."""
 
-    architecture: str  # transformers' class, without ForCausalLM
+    architecture: str  # name of transformers' class without the ending ForCausalLM
     fields: tuple[Field, ...]
     modules: tuple[Module, ...]
-    prefix: str  # prefix of tensor names; checkpoints of the model without a head lack it
-    ropes: Ropes | None = dataclasses.field(default_factory=Ropes)  # None: learned positions
+    prefix: str  # prefix of tensor names; a checkpoint without a head lacks the prefix
+    ropes: Ropes | None = dataclasses.field(default_factory=Ropes)  # None means learned positions
     windows: Windows | None = None
-    # Name in DecoderConfig -> its value for all models of the family, or a function of the values of `fields`.
+    # Name in DecoderConfig -> the value for all models of the family, or a function of the values of `fields`.
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()  # regular expressions for unused tensors in old checkpoints
     fixed: tuple[tuple[str, Any], ...] = ()  # (entry of config.json, the only value that is supported)
-    classifier: str | None = None  # transformers' class, without ForSequenceClassification; None: as `architecture`
+    classifier: str | None = None  # the same name for classifiers; None means `architecture`
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorAddress:
-    """Where a checkpoint stores one parameter of the decoder."""
+    """The place of one parameter of the decoder in a checkpoint."""
 
     tensor: str  # name of the tensor
-    transposed: bool  # whether the tensor is the transpose of the parameter
-    part: Part | None  # the parameter's part of a fused tensor; None: the whole tensor
+    transposed: bool  # True if the tensor is the transpose of the parameter
+    part: Part | None  # the parameter's part of a fused tensor; None means the whole tensor
 
 
 # ---------------------------------------------------------------- config.json
 
 
 def read_family_config(family: Family, model_type: str, document: dict[str, Any], where: str) -> DecoderConfig:
-    """Returns the decoder's config from a `config.json`; absent entries get transformers' defaults.
+    """Returns the decoder's config from a `config.json`. Absent entries get transformers' defaults.
 
-    `where` names the file in error messages. Raises `UserError` naming file and entry if a value is not supported.
+    `where` names the file in error messages. Raises `UserError` if a value is not supported. The error names the file
+    and the entry.
     """
     for entry, value in (("quantization_config", None), *family.fixed):
         if document.get(entry) not in (None, value):
-            raise UserError(f"{where}: {entry} {short(document[entry])} is not supported; it must be {value}")
+            raise UserError(f"{where}: {entry} {short(document[entry])} is not supported; the value must be {value}")
     read: dict[str, Any] = {}
     for field in family.fields:
         value = document.get(field.theirs)
         try:
-            # An explicit null means "none" for a token id or an optional number, and "the default" for other entries.
+            # For a token id or an optional number, null means "none". For other entries, null means the default.
             if value is None and not (field.kind in NULLABLE and field.theirs in document):
                 value = field.default(read) if callable(field.default) else field.default
             read[field.ours] = KINDS[field.kind](value)
@@ -122,7 +123,7 @@ def read_family_config(family: Family, model_type: str, document: dict[str, Any]
 
 
 def family_document(family: Family, config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """Returns a `config.json` that transformers opens; rope and dtype are in the style of versions 4 and 5."""
+    """Returns a `config.json` for transformers. Rope and dtype are written in the styles of versions 4 and 5."""
     document: dict[str, Any] = {"architectures": [f"{family.architecture}ForCausalLM"], "model_type": config.family}
     for field in family.fields:
         value = getattr(config, field.ours)
@@ -138,7 +139,7 @@ def family_document(family: Family, config: DecoderConfig, dtype: str) -> dict[s
 
 
 def _layer_kinds(family: Family, document: dict[str, Any], read: dict[str, Any], where: str) -> tuple[LayerKind, ...]:
-    """Returns window and rotary positions of each layer; only one `LayerKind` if all layers are alike."""
+    """Returns the window and the rotary positions of each layer. If all layers are equal, returns one `LayerKind`."""
     layers = read["layers"]
     window, sliding = None, [False] * layers
     if family.windows is not None:
@@ -159,7 +160,7 @@ def _layer_kinds(family: Family, document: dict[str, Any], read: dict[str, Any],
 
 
 def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str) -> tuple[int | None, list[bool]]:
-    """Returns (the window in tokens or None, for each layer whether it has the window)."""
+    """Returns (window, sliding). The window is in tokens, or None. `sliding[i]` is True if layer i has the window."""
     window = document.get("sliding_window", windows.default)
     if windows.switch is not None:
         switched = document.get(windows.switch) or False
@@ -169,7 +170,7 @@ def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str
     if window is None:
         return None, [False] * layers
     if not _is_int(window) or window < 1:
-        raise UserError(f"{where}: sliding_window must be a whole number, at least 1, or null, not {short(window)}")
+        raise UserError(f"{where}: sliding_window must be null or a whole number of at least 1, not {short(window)}")
     types = document.get("layer_types") if windows.typed else None
     if types is None:
         try:
@@ -178,7 +179,8 @@ def _windows(windows: Windows, document: dict[str, Any], layers: int, where: str
             raise UserError(f"{where}: {error}") from None
     if not isinstance(types, list) or len(types) != layers or any(kind not in (SLIDING, FULL) for kind in types):
         raise UserError(
-            f"{where}: layer_types must be a list of {layers} values, each {SLIDING} or {FULL}, not {short(types)}"
+            f"{where}: layer_types must be a list with {SLIDING} or {FULL} for each of the {layers} layers, "
+            f"not {short(types)}"
         )
     return window, [name == SLIDING for name in types]
 
@@ -194,7 +196,7 @@ def _window_entries(windows: Windows, kinds: list[LayerKind]) -> dict[str, Any]:
 
 
 def _check(config: DecoderConfig, where: str) -> None:
-    """Raises `UserError` for combinations of values that no decoder can have."""
+    """Raises `UserError` if values do not fit together."""
     if config.heads % config.kv_heads:
         raise UserError(
             f"{where}: num_attention_heads ({config.heads}) must be a multiple of"
@@ -204,7 +206,7 @@ def _check(config: DecoderConfig, where: str) -> None:
         rotated = int(config.head_dim * rope.share)
         if rotated < 2 or rotated + rotated % 2 > config.head_dim:
             raise UserError(
-                f"{where}: head_dim ({config.head_dim}) does not fit rope, which rotates {rotated} dimensions in pairs"
+                f"{where}: the rotated dimensions ({rotated}) must form whole pairs within head_dim ({config.head_dim})"
             )
 
 
@@ -212,7 +214,10 @@ def _check(config: DecoderConfig, where: str) -> None:
 
 
 def address_in(family: Family, name: str) -> TensorAddress:
-    """Returns where the family's checkpoints store the parameter `module/leaf`; `KeyError` if no rule covers it."""
+    """Returns the place of the parameter `name` ("module/leaf") in the family's checkpoints.
+
+    Raises `KeyError` if no rule of the family covers the parameter.
+    """
     module, _, leaf = name.rpartition("/")
     for rule in family.modules:
         if match := re.fullmatch(rule.ours, module):
@@ -222,9 +227,9 @@ def address_in(family: Family, name: str) -> TensorAddress:
 
 
 def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the decoder does not use it."""
+    """Returns True if the decoder ignores this tensor of a checkpoint without a notice."""
     if config.tie_embeddings and tensor == address_in(family, "lm_head/kernel").tensor:
-        return True  # a second copy of the embedding
+        return True  # this tensor is a second copy of the embedding
     return any(re.fullmatch(pattern, tensor) for pattern in family.ignored)
 
 
@@ -232,30 +237,30 @@ def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
 
 
 def count(document: dict[str, Any], entry: str, default: int, least: int = 1) -> int:
-    """Returns an entry of `config.json` that must be a whole number of at least `least`, else raises `ValueError`.
+    """Returns an entry of `config.json`. Raises `ValueError` if it is not a whole number of at least `least`.
 
-    An entry that is absent or null is `default`.
+    If the entry is absent or null, the function returns `default`.
     """
     value = document.get(entry)
     value = default if value is None else value
     if not _is_int(value) or not least <= value <= LARGEST:
-        raise ValueError(f"{entry} must be a whole number, at least {least}, not {short(value)}")
+        raise ValueError(f"{entry} must be a whole number of at least {least}, not {short(value)}")
     return value
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Returns the token ids of an entry that is null, one id or a list.
+    """Returns the token ids of an entry. The entry is null, one id or a list of ids.
 
-    The id -1, which some files use for "none", is dropped.
+    The id -1 is dropped, because some files use -1 for "none".
     """
     values = value if isinstance(value, list) else [value]
     if not all(v is None or _is_int(v) for v in values):
-        raise ValueError("a token id, a list of them or null")
+        raise ValueError("null, a token id or a list of token ids")
     return tuple(dict.fromkeys(v for v in values if v is not None and v >= 0))
 
 
 def token_entry(tokens: tuple[int, ...]) -> int | list[int] | None:
-    """Returns the entry of `config.json` for these tokens; `token_ids` reads it back."""
+    """Returns the entry of `config.json` for these tokens. `token_ids` reads this entry."""
     return list(tokens) if len(tokens) > 1 else next(iter(tokens), None)
 
 
@@ -265,25 +270,25 @@ def _is_int(value: Any) -> bool:
 
 def _size(value: Any) -> int:
     if not _is_int(value) or not 1 <= value <= LARGEST:
-        raise ValueError(f"a whole number, at least 1 and at most {LARGEST}")
+        raise ValueError(f"a whole number from 1 to {LARGEST}")
     return value
 
 
 def _layers(value: Any) -> int:
     if not _is_int(value) or not 1 <= value <= MAX_LAYERS:
-        raise ValueError(f"a whole number, at least 1 and at most {MAX_LAYERS}")
+        raise ValueError(f"a whole number from 1 to {MAX_LAYERS}")
     return value
 
 
 def _float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_FLOAT:
-        raise ValueError("a number, at least 0, that float32 holds")
+        raise ValueError("a number of at least 0 in the range of float32")
     return float(value)
 
 
 def _cap(value: Any) -> float | None:
     if value is not None and _float(value) == 0:
-        raise ValueError("a number above 0, or null")
+        raise ValueError("null or a number above 0")
     return None if value is None else float(value)
 
 
@@ -295,7 +300,7 @@ def _bool(value: Any) -> bool:
 
 def _token(value: Any) -> int | None:
     if isinstance(value, list):
-        raise ValueError("a token id or null")
+        raise ValueError("null or a token id")
     return next(iter(token_ids(value)), None)
 
 

@@ -1,7 +1,7 @@
-"""Rotary positions in the table of model families; reads them from `config.json` and writes them.
+"""Reads the rotary positions of a model family from `config.json`, and writes them.
 
-Both styles of `config.json` are supported: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling`
-(older versions).
+Both styles of `config.json` are supported. transformers 5 writes `rope_parameters`. Older versions write `rope_theta`
+and `rope_scaling`.
 """
 
 import dataclasses
@@ -19,39 +19,40 @@ LENGTH = "original_max_position_embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class Ropes:
-    """A family's defaults for rotary positions, and its names of entries in older files."""
+    """The defaults of a family for rotary positions, and the names of its entries in older files."""
 
     theta: float = 10000.0  # transformers' default of the entry `theta_entry`
     theta_entry: str = "rope_theta"
-    share: float = 1.0  # default fraction of a head's dimensions that are rotated
-    share_entry: str | None = None  # None: all dimensions are rotated
-    local_theta: float | None = None  # theta of layers with a window; None: all layers have the same theta
+    share: float = 1.0  # default fraction of a head's dimensions that is rotated
+    share_entry: str | None = None  # None means that all dimensions are rotated
+    local_theta: float | None = None  # theta of layers with a window; None means the same theta for all layers
     types: tuple[str, ...] = tuple(SCALINGS)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"su": "longrope"})  # older names of types
-    trained_length: int | None = None  # transformers' default of the entry LENGTH outside the rope, if it has one
-    # (config.json, layer) -> whether the layer has no rotary positions; None: all layers have them.
+    trained_length: int | None = None  # transformers' default of the entry LENGTH outside the rope object, or None
+    # (config.json, layer) -> True if the layer has no rotary positions. None means that all layers have them.
     skipped: Callable[[dict[str, Any], int], bool] | None = None
 
 
 def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], local: bool, where: str) -> Rope:
-    """Returns the rotary positions of the layers that have a window (`local`), or of the layers that have none.
+    """Returns the rotary positions of the layers with a window if `local`, else of the layers without a window.
 
     `read` holds the values of `DecoderConfig` that were read before. Entries that the rope type does not use are
-    ignored with a notice; transformers prints a warning for them. Raises `UserError` naming file and entry.
+    ignored, and a notice is printed. transformers prints a warning in this case. Raises `UserError` if an entry is
+    wrong. The error names the file and the entry.
     """
-    # If both are present, transformers uses rope_scaling.
+    # If both entries are present, transformers uses rope_scaling.
     entry = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
     given = document.get(entry) or {}
     if not isinstance(given, dict):
         raise UserError(f"{where}: {entry} must be an object with rope_theta and rope_type, not {short(given)}")
     theta = document.get(ropes.theta_entry)
     theta = ropes.theta if theta is None else theta
-    if ropes.local_theta is not None:  # one rope for each type of layer
+    if ropes.local_theta is not None:  # each type of layer has its own rope
         parameters = document.get("rope_parameters") or {}
         scaling = document.get("rope_scaling") or {}
         given = (isinstance(parameters, dict) and parameters.get(SLIDING if local else FULL)) or {}
         if not all(isinstance(part, dict) for part in (parameters, scaling, given)):
-            raise UserError(f"{where}: rope_parameters must be an object that holds the objects {SLIDING} and {FULL}")
+            raise UserError(f"{where}: rope_parameters must be an object with two objects, {SLIDING} and {FULL}")
         given = given if local else given | scaling
         local_theta = document.get("rope_local_base_freq")
         if local:
@@ -66,21 +67,24 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
     try:
         kind = rope_kind(given, ropes.aliases)
         extra = unused_entries(given, kind)
-        # Numbers of a scaling whose type is missing are an error. So are objects, which other families have for each
-        # type of layer.
+        # Unused entries are an error in two cases: the rope type is missing, or an entry is an object. Other families
+        # have one object for each type of layer.
         untyped = given.get("rope_type", given.get("type")) is None
         if extra and (untyped or any(isinstance(given[name], dict) for name in extra)):
-            raise ValueError(f"{', '.join(extra)} is not supported with rope_type {kind!r}")
+            raise ValueError(
+                f"rope_type {kind!r} does not use {', '.join(extra)}; remove what it does not use, or correct rope_type"
+            )
         if extra:
-            notice(f"{where}: {entry}: {', '.join(extra)} is not used by rope_type {kind!r} and is ignored")
+            notice(f"{where}: {entry}: ignored {', '.join(extra)}, because rope_type {kind!r} does not use it")
         outer = document.get(LENGTH, ropes.trained_length)
         if outer is not None and ropes.local_theta is None:
-            given = given | {LENGTH: outer}  # as in transformers, the entry outside the rope object takes precedence
+            given = given | {LENGTH: outer}  # the entry outside the rope object counts, as in transformers
         rope = read_rope(given, defaults, kind)
         if rope.kind not in ropes.types:
-            raise ValueError(f"rope_type {rope.kind!r} is not supported; known: {', '.join(ropes.types)}")
+            types = ", ".join(ropes.types)
+            raise ValueError(f"rope_type {rope.kind!r} is not supported; the supported types are {types}")
         if rope.share != 1 and ropes.share_entry is None:
-            raise ValueError("partial_rotary_factor is not supported in this family; remove it or set it to 1")
+            raise ValueError("partial_rotary_factor must be 1 in this model family, or must be removed")
         factors, pairs = factor_count(rope), int(read["head_dim"] * rope.share) // 2 if "head_dim" in read else None
         if factors is not None and factors != pairs:
             raise ValueError(f"short_factor and long_factor must have {pairs} numbers, not {factors}")
@@ -90,9 +94,9 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
 
 
 def rope_entries(ropes: Ropes, kinds: list[LayerKind]) -> dict[str, Any]:
-    """Returns the rope entries of `config.json` in the newer and the older style.
+    """Returns the rope entries of `config.json`, in the newer and in the older style.
 
-    If no layer has a window, or every layer has one, the other kind of layer gets the family's default.
+    If the model lacks layers with a window or layers without a window, the default of the family is written for them.
     """
     full = next((k.rope for k in kinds if k.window is None and k.rope), None)
     local = next((k.rope for k in kinds if k.window is not None and k.rope), None)

@@ -1,8 +1,8 @@
 """The model families: a table with one row for each `model_type`. A new family needs only a row here.
 
-A row gives the meaning of the entries of `config.json` (`fields`, `constants`, `ropes`, `windows`) and the checkpoint's
-tensor names for the modules of the decoder (`modules`). `family.py` describes the columns. If a new family computes
-something that no other family does, `DecoderConfig` first gets a setting for it.
+A row gives the meaning of the entries of `config.json` (`fields`, `constants`, `ropes`, `windows`). It also gives the
+tensor names of the checkpoint for the modules of the decoder (`modules`). `family.py` describes the columns. If a new
+family needs a computation that is not in the decoder, first add a setting for it to `DecoderConfig`.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ QKV = [ATTENTION + f"{name}_proj" for name in "qkv"]
 
 def _equal_heads(read: dict[str, Any]) -> int:
     if read["hidden_size"] % read["heads"]:
-        raise ValueError(f"given if hidden_size is no multiple of the number of heads ({read['heads']})")
+        raise ValueError(f"a whole number (hidden_size is not a multiple of the number of heads, {read['heads']})")
     return read["hidden_size"] // read["heads"]
 
 
 def _fields(*changed: Field, without: tuple[str, ...] = (), **defaults: Any) -> tuple[Field, ...]:
-    """Returns Llama's fields with some of them replaced, added (`changed`), removed, or with other defaults.
+    """Returns the fields of Llama with changes. The names of fields are those of `DecoderConfig`.
 
-    Fields are named as in `DecoderConfig`.
+    `changed` replaces or adds fields. `without` removes fields. `defaults` sets the defaults of fields.
     """
     fields = {field.ours: field for field in (*LLAMA_FIELDS, *changed) if field.ours not in without}
     for name, default in defaults.items():
@@ -35,7 +35,10 @@ def _fields(*changed: Field, without: tuple[str, ...] = (), **defaults: Any) -> 
 
 
 def _parts(names: Iterable[str], theirs: str, sizes: Callable, **rest: Any) -> tuple[Module, ...]:
-    """Returns the rules for modules of the decoder whose outputs form one fused tensor, in this order."""
+    """Returns the rules for the modules `names` of the decoder. In the checkpoint they form one fused tensor.
+
+    The fused tensor holds the outputs of the modules in the order of `names`.
+    """
     groups = {"groups": rest.pop("groups")} if "groups" in rest else {}
     return tuple(Module(name, theirs, part=Part(sizes, i, **groups), **rest) for i, name in enumerate(names))
 
@@ -71,7 +74,8 @@ LLAMA_MODULES = (
     Module("lm_head", "lm_head"),
     Module("score", "score"),
 )
-POST_NORM_MODULES = (  # here `post_attention_layernorm` is applied to attention's output; in Llama, to the MLP's input
+# In these families `post_attention_layernorm` normalises the output of attention, and in Llama the input of the MLP.
+POST_NORM_MODULES = (
     Module(BLOCK + "attention_post_norm", r"model.layers.\1.post_attention_layernorm"),
     Module(BLOCK + "mlp_norm", r"model.layers.\1.pre_feedforward_layernorm"),
     Module(BLOCK + "mlp_post_norm", r"model.layers.\1.post_feedforward_layernorm"),
@@ -80,12 +84,12 @@ POST_NORM_MODULES = (  # here `post_attention_layernorm` is applied to attention
 
 
 def _fused_columns(config: DecoderConfig) -> tuple[int, int, int]:
-    """Numbers of query, key and value outputs of a fused projection."""
+    """Returns the numbers of query, key and value outputs of a fused projection."""
     return (config.heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2)
 
 
 def _by_head(config: DecoderConfig) -> tuple[int, int, int]:
-    """Numbers of query, key and value outputs of one head."""
+    """Returns the numbers of query, key and value outputs of one head."""
     return (config.head_dim,) * 3
 
 
@@ -168,7 +172,7 @@ GEMMA3 = dataclasses.replace(
     fields=tuple(
         dataclasses.replace(field, default=GEMMA3_DEFAULTS.get(field.ours, field.default))
         for field in GEMMA_FIELDS
-        if field.ours != "attention_softcap"  # transformers keeps the entry and does not use it
+        if field.ours != "attention_softcap"  # transformers has this entry but does not use it
     ),
     ropes=Ropes(theta=1e6, local_theta=1e4),
     windows=Windows(slides=_five_to_one),
@@ -293,7 +297,7 @@ OLMO2 = dataclasses.replace(
 
 
 def _without_rope(document: dict[str, Any], layer: int) -> bool:
-    """Whether the layer has no rotary positions; SmolLM3's `no_rope_layers` holds 0 for such layers."""
+    """Returns True if the layer has no rotary positions. SmolLM3's `no_rope_layers` holds 0 for these layers."""
     rope_layers = document.get("no_rope_layers")
     if rope_layers is None:
         return (layer + 1) % count(document, "no_rope_layer_interval", 4) == 0

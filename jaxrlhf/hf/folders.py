@@ -1,4 +1,4 @@
-"""Finds folders of models and adapters, on disk or on the hub, and writes them atomically."""
+"""Finds folders of models and adapters on disk or on the hub, and writes folders atomically."""
 
 import contextlib
 import re
@@ -11,39 +11,40 @@ from jaxrlhf.checkpoint.files import atomic_directory
 from jaxrlhf.data import hub
 from jaxrlhf.errors import UserError
 
-MARK = ".jaxrlhf"  # this file lists the files in its folder that jaxrlhf wrote and may replace
+MARK = ".jaxrlhf"  # name of the marker file: it lists the files of its folder that jaxrlhf wrote and may replace
 DTYPES = ("float32", "bfloat16", "float16")
-AUTO = "auto"  # given as a dtype, stands for the dtype of most numbers in the checkpoint
+AUTO = "auto"  # as a dtype, means the dtype of most numbers in the checkpoint
 PEFT_INFO, INDEX = "adapter_config.json", "model.safetensors.index.json"
-EXPORTED = ("config.json", PEFT_INFO)  # each folder that `jaxrlhf export` writes has one of these files
+EXPORTED = ("config.json", PEFT_INFO)  # every folder of `jaxrlhf export` has one of these files
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raises `UserError` unless `dtype` is None or one of `DTYPES`."""
+    """Raises `UserError` if `dtype` is neither None nor one of `DTYPES`."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, not {dtype!r}")
 
 
 def find_folder(path: str | Path) -> Path:
-    """Returns the folder at `path`, or the local copy of the hub repository with the id `path`."""
+    """Returns the folder at `path`. If `path` is a hub id, returns the local copy of the hub repository."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)):
-        raise UserError(f"{path}: no such folder; want one with config.json and weights, or a hub id like owner/name")
+        raise UserError(f"{path}: no such folder; give a folder with config.json and weights, or a hub id")
     try:
         return hub.download(str(path), HUB_FILES)
-    except (OSError, ValueError) as error:  # hub and connection errors are OSErrors, a malformed id a ValueError
+    except (OSError, ValueError) as error:  # errors of hub and connection are OSErrors; a malformed id is a ValueError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path}: no such folder here, and the hub cannot provide it: {reason}") from None
+        raise UserError(f"{path}: no such folder on this machine, and the hub cannot provide it: {reason}") from None
 
 
 def find_model(path: str | Path) -> tuple[Path, Path | None]:
     """Returns (folder of a model, folder of a PEFT adapter or None).
 
-    `path` is the folder or hub id of a model, or of an adapter. The base of an adapter is named by its
-    `base_model_name_or_path`: a hub id, or a folder relative to the working directory or to the adapter.
+    `path` is the folder or hub id of a model or of an adapter. The entry `base_model_name_or_path` of an adapter names
+    its base. The entry is a hub id or a folder. A relative folder may start at the working directory or at the folder
+    of the adapter.
     """
     from jaxrlhf.hf.tensor_files import read_json
 
@@ -53,7 +54,7 @@ def find_model(path: str | Path) -> tuple[Path, Path | None]:
         return folder, None
     base = read_json(info).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{info}: base_model_name_or_path is {base!r}; it must name the model that the adapter is for")
+        raise UserError(f"{info}: base_model_name_or_path must name the base of the adapter, not {base!r}")
     beside = folder / Path(base).expanduser()
     try:
         return find_folder(beside if beside.is_dir() and not Path(base).expanduser().is_dir() else base), folder
@@ -63,7 +64,10 @@ def find_model(path: str | Path) -> tuple[Path, Path | None]:
 
 @contextlib.contextmanager
 def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
-    """Yields (folder to write into, whether this process writes); all processes wait for each other at the end."""
+    """Yields (folder, primary). The folder is for new files; `primary` is True in the one process that writes them.
+
+    At the end, all processes wait for each other, and the new folder replaces `target`.
+    """
     primary = jax.process_index() == 0
     with atomic_directory(target, replace=True) if primary else contextlib.nullcontext(target) as folder:
         yield folder, primary
@@ -77,9 +81,10 @@ def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def check_replaceable(target: Path, *of_kinds: str) -> None:
-    """Raises `UserError` if a folder holds files that its `MARK` does not list.
+    """Raises `UserError` if the folder `target` holds files that jaxrlhf may not replace.
 
-    The list must contain one of the files `of_kinds`, so that an adapter does not replace an exported model.
+    The marker file `MARK` lists the files that jaxrlhf may replace. If this list contains none of the files `of_kinds`,
+    no file may be replaced. So an adapter does not replace an exported model.
     """
     if not target.is_dir():
         return
@@ -93,4 +98,4 @@ def check_replaceable(target: Path, *of_kinds: str) -> None:
     except OSError as error:
         raise UserError(f"{target}: cannot be read: {error.strerror}; give another folder") from None
     if strangers:
-        raise UserError(f"{target}: holds {strangers[0]}, which would be deleted; give a new or empty folder")
+        raise UserError(f"{target}: writing would delete {strangers[0]} in this folder; give a new or empty folder")

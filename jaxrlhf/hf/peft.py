@@ -1,12 +1,11 @@
-"""LoRA adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+"""Reads and writes LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors` in a folder.
 
-PEFT uses the checkpoint's module names, and some checkpoints fuse several modules of the decoder into one tensor. When
-a LoRA pair of a fused tensor is read, each module of the decoder gets the whole A and its own rows of B. When
-the LoRA pairs of these modules are written, the A matrices are stacked and the B matrices form a block matrix. The
-result is exact, and its rank is the sum of the ranks of the pairs.
+PEFT uses the module names of the checkpoint. Some checkpoints fuse several modules of the decoder into one tensor. A
+LoRA pair of a fused tensor is read in parts: each module gets the whole matrix A and its own rows of B. The LoRA pairs
+of these modules are written as one pair: the A matrices are stacked, and the B matrices form a block matrix. The result
+is exact. Its rank is the sum of the ranks of the pairs.
 
-Not here: PEFT tensors that become full weights (`peft_full.py`), and adapters that are neither LoRA pairs nor full
-weights.
+`peft_full.py` reads PEFT tensors that become full weights. PEFT adapters of other kinds are not supported.
 """
 
 import dataclasses
@@ -39,16 +38,16 @@ EMBEDDING_PAIR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\.(?
 MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.(?!weight)[^.]+)?(\.weight)?")
 SAVED = re.compile(r"(.+)\.(?:modules_to_save(?:\.[^.]+)?|base_layer)\.(weight|bias)")
 HEAD_TENSOR = f"{PREFIX}score.weight"
-SHAPE_SOURCE = f"{PEFT_INFO} with this base"
+SHAPE_SOURCE = f"{PEFT_INFO} and this base"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A linear layer of the checkpoint: the modules of the decoder in it, and the outputs that belong to each."""
+    """A linear layer of the checkpoint. It holds one or more modules of the decoder; each has some of the outputs."""
 
     fan_in: int
-    outputs: dict[str, np.ndarray]  # path of a module of the decoder -> indices of its outputs, i64[out]
-    transposed: bool  # whether the checkpoint's kernel is [out, in]
+    outputs: dict[str, np.ndarray]  # path of a module in the decoder -> indices of its outputs, i64[out]
+    transposed: bool  # True if the checkpoint's kernel is [out, in]
 
     @property
     def fan_out(self) -> int:
@@ -56,20 +55,20 @@ class _Layer:
 
 
 def load_peft(path: str | Path, base: Decoder) -> Adapter:
-    """Loads the adapter in a PEFT LoRA folder, in float32, and checks that it fits the base.
+    """Loads a LoRA adapter in float32 from a PEFT folder, and checks that the adapter fits the base.
 
-    Scales are alpha / r, or alpha / sqrt(r) with `use_rslora` (2312.03732); `rank_pattern`, `alpha_pattern` and a
-    `score` head are supported. Modules in `modules_to_save`, a LoRA pair on the embedding, and DoRA become full weights
-    (`peft_full`). Raises `UserError` naming file and entry or tensor if a tensor is missing, unused, not finite or of
-    another shape, or if an entry is not supported.
+    The scale of a LoRA pair is alpha / r. If `use_rslora` is true, the scale is alpha / sqrt(r) (2312.03732).
+    `rank_pattern`, `alpha_pattern` and a `score` head are supported. Modules in `modules_to_save`, a LoRA pair on the
+    embedding, and DoRA become full weights (see `peft_full`). Raises `UserError` if an entry is not supported, or if a
+    tensor is missing, unused, not finite or of a wrong shape. The error names the file, and the entry or tensor.
     """
     folder = Path(path).expanduser()
     file = folder / PEFT_TENSORS
     config = read_peft_config(read_json(folder / PEFT_INFO), folder / PEFT_INFO)
     if not file.exists():
         pickled = (folder / PEFT_PICKLE).exists()
-        reason = f"{folder / PEFT_PICKLE}: pickle files are not read; convert to safetensors"
-        raise UserError(reason if pickled else f"{folder}: no {PEFT_TENSORS} in this folder")
+        reason = f"{folder / PEFT_PICKLE}: pickle files are not read; convert the file to safetensors"
+        raise UserError(reason if pickled else f"{folder}: this folder has no {PEFT_TENSORS}")
     stored = {_plain(name): tensor for name, tensor in read_tensors(file).items()}
     for tensor in stored.values():
         tensor.check_dtype()
@@ -91,7 +90,7 @@ def load_peft(path: str | Path, base: Decoder) -> Adapter:
     embedding_pair = (sides["A"], sides["B"]) if sides else None
     adapter = full_weights(base, stored, embedding_pair, module_of(base, HEAD) in pairs, config, file)
     for name, tensor in stored.items():
-        raise UserError(f"{file}: tensor {tensor.name} does not belong to this base, which has no {name}")
+        raise UserError(f"{file}: tensor {tensor.name} does not belong to this base, because the base has no {name}")
     _check_pairs(pairs, layers, config, magnitudes, file)
     for module, tensors in pairs.items():
         magnitude, scale = magnitudes.get(module), config.scale(module)
@@ -108,9 +107,12 @@ def load_peft(path: str | Path, base: Decoder) -> Adapter:
 def with_adapter(
     base: Decoder, folder: Path, base_folder: Path, mesh: jax.sharding.Mesh | None
 ) -> tuple[Decoder, Adapter]:
-    """Merges the adapter of a PEFT folder into the base; returns (the base, an adapter with the scalar head, or {})."""
+    """Merges the adapter of a PEFT folder into the base, and returns (base, adapter).
+
+    The returned adapter holds only the scalar head. If there is no scalar head, the returned adapter is {}.
+    """
     adapter = load_peft(folder, base)
-    notice(f"{folder}: this folder holds an adapter, which is merged into its base {base_folder}")
+    notice(f"{folder}: this folder holds an adapter; the adapter is merged into its base {base_folder}")
     adapter = adapter if mesh is None else shard(mesh, adapter)
     return merge(base, adapter), {SCORE: adapter[SCORE]} if SCORE in adapter else {}
 
@@ -118,11 +120,11 @@ def with_adapter(
 def save_peft(
     path: str | Path, base: Decoder, adapter: Adapter, base_path: str | None = None, dtype: str | None = None
 ) -> None:
-    """Writes an adapter's LoRA pairs as a folder that PEFT opens on `base_path`, the base's folder or hub id.
+    """Writes the LoRA pairs of an adapter to a folder in PEFT's format. `base_path` is the base's folder or hub id.
 
-    Full weights of embedding and head become `modules_to_save`. `dtype` None keeps the dtypes. A scalar head is not
-    written. The folder is written atomically. Raises `UserError` if the adapter has other full weights or no LoRA pair,
-    or if files of others would be lost.
+    Full weights of embedding and head become `modules_to_save`. If `dtype` is None, all dtypes are kept. A scalar head
+    is not written. The folder is written atomically. Raises `UserError` if the adapter has other full weights or no
+    LoRA pair, or if the folder holds files that jaxrlhf may not replace.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
@@ -131,13 +133,18 @@ def save_peft(
     known = {ours for layer in layers.values() for ours in layer.outputs}
     for module, leaves in without_head(adapter).items():
         if beyond_peft(module, leaves):
-            raise UserError(f"adapter: {module} holds full weights, not a LoRA pair; export it merged, not as PEFT")
+            raise UserError(
+                f"adapter: module {module} holds full weights, but PEFT's format needs a LoRA pair; export the adapter "
+                "merged into its base"
+            )
         if module not in known and module != EMBEDDING:
-            raise UserError(f"adapter: this base has no {module}; the adapter belongs to another model")
+            raise UserError(f"adapter: this base has no module {module}; the adapter belongs to another model")
     fused = {module: _fused_pair(layer, adapter) for module, layer in layers.items()}
     pairs = {module: pair for module, pair in fused.items() if pair is not None}
     if not pairs:
-        raise UserError("adapter: it has no LoRA pair, which PEFT's format needs; export it merged")
+        raise UserError(
+            "adapter: has no LoRA pair, but PEFT's format needs one; export the adapter merged into its base"
+        )
     tensors: dict[str, Pending] = {}
     for module, (a_RI, b_OR, _) in pairs.items():
         for side, array in (("A", a_RI), ("B", b_OR)):
@@ -146,7 +153,7 @@ def save_peft(
     saved = _saved(base, adapter)
     tensors |= {f"{PREFIX}{module}.weight": in_dtype(module, table, dtype) for module, table in saved.items()}
     numbers = {module: (len(a_RI), scale) for module, (a_RI, _, scale) in pairs.items()}
-    conv_style = not next(iter(layers.values())).transposed  # the kernels of GPT-2
+    conv_style = not next(iter(layers.values())).transposed  # true for GPT-2
     names = [module.rpartition(".")[2] for module in saved]
     document = peft_document(numbers, list(layers), base_path, conv_style, names)
     with written_once(target) as (folder, primary):
@@ -166,7 +173,7 @@ def _own_leaves(
     scale: float,
     adapter: Adapter,
 ) -> dict[str, dict[str, jnp.ndarray]]:
-    """Returns the leaves of each module of the decoder in a layer: a LoRA pair, or the merged kernel for DoRA."""
+    """Returns the leaves of each module of the decoder in a layer. They are a LoRA pair, or DoRA's merged kernel."""
     a_RI, b_OR = (np.array(tensor.view(), np.float32) for tensor in pair)
     modules = {}
     for ours, outputs in layer.outputs.items():
@@ -175,7 +182,7 @@ def _own_leaves(
             saved_kernel = adapter.get(ours, {}).get("kernel")
             modules[ours] = folded_dora(base, saved_kernel, ours, (a_RI, b_OR[outputs]), length, scale)
             continue
-        # A module gets the columns of B that are nonzero in its own rows, and the columns that are zero in all rows.
+        # A module gets the columns of B that are nonzero in its own rows. Every module gets the columns of zeros.
         ranks = (b_OR[outputs] != 0).any(axis=0) | ~(b_OR != 0).any(axis=0)
         if ranks.any():
             modules[ours] = {
@@ -187,7 +194,7 @@ def _own_leaves(
 
 
 def _layers(base: Decoder) -> dict[str, _Layer]:
-    """Returns the linear layers of the blocks and the head, by the checkpoint's module names."""
+    """Returns the linear layers of the blocks and the head, by module name in the checkpoint."""
     layers: dict[str, _Layer] = {}
     head = {HEAD: (base.config.hidden_size, base.config.vocab_size)}
     for ours, (fan_in, fan_out) in (linear_shapes(base) | head).items():
@@ -201,7 +208,10 @@ def _layers(base: Decoder) -> dict[str, _Layer]:
 
 
 def _fused_pair(layer: _Layer, adapter: Adapter) -> tuple[np.ndarray, np.ndarray, np.float32] | None:
-    """Joins the LoRA pairs of a layer's modules into one: (A [R, in], B [out, R], scale), or None if there are none."""
+    """Joins the LoRA pairs of a layer's modules into one LoRA pair, and returns (A [R, in], B [out, R], scale).
+
+    Returns None if no module of the layer has a LoRA pair.
+    """
     pairs = [
         (outputs, *(fetch(adapter[ours][leaf]) for leaf in LORA_LEAVES))
         for ours, outputs in layer.outputs.items()
@@ -221,9 +231,10 @@ def _fused_pair(layer: _Layer, adapter: Adapter) -> tuple[np.ndarray, np.ndarray
 
 
 def _saved(base: Decoder, adapter: Adapter) -> dict[str, Pending]:
-    """Returns the full weights of embedding and head in an adapter, by the checkpoint's module names.
+    """Returns the adapter's full weights of embedding and head, by module name in the checkpoint.
 
-    PEFT unties the modules in `modules_to_save`, so a head that is tied to a trained embedding is written as a copy.
+    PEFT unties the modules in `modules_to_save`. So if the head is tied to a trained embedding, the head is written as
+    a copy of the embedding.
     """
     saved = {}
     if EMBEDDING in adapter:
@@ -239,7 +250,7 @@ def _saved(base: Decoder, adapter: Adapter) -> dict[str, Pending]:
 
 
 def _plain(name: str) -> str:
-    """Returns a tensor's name without the prefixes of PEFT and of a multimodal model."""
+    """Returns the name of a tensor without the prefixes of PEFT and of multimodal models."""
     if match := SAVED.fullmatch(name):
         name = f"{match[1]}.{match[2]}"
     name = plain_name(name.removeprefix(PREFIX))
@@ -250,7 +261,10 @@ def _plain(name: str) -> str:
 def _take(
     stored: dict[str, StoredTensor], pattern: re.Pattern, module: str | None = None
 ) -> list[tuple[re.Match, StoredTensor]]:
-    """Removes the tensors whose names match the pattern, of one module or of all modules (None), and returns them."""
+    """Removes from `stored` the tensors with a name that matches the pattern, and returns them.
+
+    If `module` is given, removes only the tensors of this module.
+    """
     matches = [(match, name) for name in stored if (match := pattern.fullmatch(name))]
     return [(match, stored.pop(name)) for match, name in matches if module in (None, match["module"])]
 
@@ -258,9 +272,9 @@ def _take(
 def _pairs(
     stored: dict[str, StoredTensor], layers: dict[str, _Layer], file: Path, allow_none: bool
 ) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """Removes the tensors A and B of each LoRA pair from `stored` and returns them by module.
+    """Removes the tensors A and B of each LoRA pair from `stored`, and returns them by module.
 
-    Raises `UserError` if one of the two is missing, or if the base has no such module.
+    Raises `UserError` if one of the two tensors is missing, or if the base does not have the module.
     """
     sides: dict[str, dict[str, StoredTensor]] = {}
     adapters = set()
@@ -273,9 +287,10 @@ def _pairs(
         adapters.add(match["adapter"])
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if len(adapters) > 1:
-        raise UserError(f"{file}: holds several adapters ({', '.join(sorted(map(str, adapters)))}); it must hold one")
+        names = ", ".join(sorted(map(str, adapters)))
+        raise UserError(f"{file}: holds several adapters ({names}); give a file with one adapter")
     if not sides and not allow_none:
-        raise UserError(f"{file}: holds no LoRA pair")
+        raise UserError(f"{file}: the file has no LoRA pair; give the file of a LoRA adapter")
     for module, pair in sides.items():
         for side in "AB":
             if side not in pair:
@@ -290,21 +305,23 @@ def _check_pairs(
     magnitudes: dict[str, StoredTensor],
     file: Path,
 ) -> None:
-    """Raises `UserError` if a LoRA pair or DoRA magnitude is missing, or if its shape does not fit config and base."""
+    """Raises `UserError` if a LoRA pair or DoRA magnitude is missing, or if its shape is wrong for config and base."""
     for module in layers:
         if config.targets_module(module) and module not in pairs:
-            raise UserError(f"{file}: tensor {PREFIX}{module}.lora_A.weight is missing; target_modules requires it")
+            raise UserError(f"{file}: tensor {PREFIX}{module}.lora_A.weight is missing, but target_modules requires it")
     for module, (stored_a, stored_b) in pairs.items():
         rank = config.rank_of(module)
         stored_a.check_shape((rank, layers[module].fan_in), SHAPE_SOURCE)
         stored_b.check_shape((layers[module].fan_out, rank), SHAPE_SOURCE)
         if config.dora and module not in magnitudes:
             raise UserError(
-                f"{file}: tensor {PREFIX}{module}.lora_magnitude_vector is missing; use_dora requires it"
+                f"{file}: tensor {PREFIX}{module}.lora_magnitude_vector is missing, but use_dora requires it"
             )
     for module, tensor in magnitudes.items():
         if not config.dora:
-            raise UserError(f"{file}: tensor {tensor.name} needs use_dora: true in {PEFT_INFO}")
+            raise UserError(
+                f"{file}: tensor {tensor.name} is a DoRA magnitude, but use_dora is not true in {PEFT_INFO}"
+            )
         if module not in pairs:
             raise UserError(f"{file}: tensor {tensor.name} is a DoRA magnitude, but its module has no LoRA pair")
         tensor.check_shape((layers[module].fan_out,), SHAPE_SOURCE)

@@ -1,7 +1,7 @@
-"""`adapter_config.json` of a PEFT LoRA adapter: the modules that have a LoRA pair, their ranks and scales.
+"""Reads and writes the `adapter_config.json` of a PEFT LoRA adapter: its target modules, their ranks and scales.
 
-Modules have the names of the checkpoint. An entry that makes an adapter more than LoRA pairs raises a `UserError` that
-names the entry; DoRA and `modules_to_save` are supported.
+Module names are those of the checkpoint. DoRA and `modules_to_save` are supported. Any other entry that adds more than
+LoRA pairs raises a `UserError`. The error names the entry.
 """
 
 import dataclasses
@@ -14,31 +14,32 @@ import numpy as np
 
 from jaxrlhf.errors import UserError, short
 
-HEADS = {"score", "classifier"}  # PEFT's modules_to_save for task_type SEQ_CLS; the head is always named `score` here
-NEWER_NAMES = {"embed_out": "lm_head"}  # old -> new names of modules that transformers 5 renames, except in checkpoints
-ALL_LINEAR = "all-linear"  # the linear layers of the blocks, without the head
+HEADS = {"score", "classifier"}  # PEFT's modules_to_save for task_type SEQ_CLS; jaxrlhf always names the head `score`
+# Old -> new names of modules. transformers 5 uses the new names, but not in checkpoints.
+NEWER_NAMES = {"embed_out": "lm_head"}
+ALL_LINEAR = "all-linear"  # means the linear layers of the blocks, without the head
 
-# Entries that change what an adapter computes, unless they are null, false or empty.
+# If one of these entries is not null, false or empty, the adapter computes something that is not supported.
 UNSUPPORTED = (
     "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora",
 )  # fmt: skip
-PLAIN_INITIALIZERS = ("gaussian", "eva", "orthogonal", "mica")  # the others change the base's weights
-MERGE_IT = "merge the adapter into its base with PEFT (merge_and_unload) and use that folder as the model"
+PLAIN_INITIALIZERS = ("gaussian", "eva", "orthogonal", "mica")  # other initializers change the base's weights
+MERGE_IT = "merge the adapter into its base with PEFT (merge_and_unload) and use the merged folder as the model"
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """Ranks, scales and target modules in an `adapter_config.json`."""
+    """The settings in an `adapter_config.json`: ranks, scales and modules."""
 
     rank: int
     alpha: float
     root: bool  # use_rslora
     ranks: dict[str, int]  # pattern of module names -> rank
     alphas: dict[str, float]  # pattern of module names -> alpha
-    targets: str | list[str] | None  # target_modules; None: the entry is absent
+    targets: str | list[str] | None  # target_modules; None if the entry is absent
     excluded: str | list[str]  # exclude_modules
-    layers: list[int]  # layers_to_transform; empty: all layers
+    layers: list[int]  # layers_to_transform; empty means all layers
     saved: list[str]  # modules_to_save
     dora: bool
     base: str | None  # base_model_name_or_path
@@ -47,12 +48,12 @@ class PeftConfig:
         return _by_pattern(self.ranks, module, self.rank)
 
     def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) if the adapter is rank-stabilised (2312.03732)."""
+        """Returns alpha / r. If the adapter is rank-stabilised (2312.03732), returns alpha / sqrt(r)."""
         rank = self.rank_of(module)
         return _by_pattern(self.alphas, module, self.alpha) / (rank**0.5 if self.root else rank)
 
     def targets_module(self, module: str) -> bool:
-        """Whether PEFT would put a LoRA pair on this module, which is a linear layer of the blocks or the head."""
+        """Returns True if PEFT puts a LoRA pair on this module: a linear layer of a block, or the head."""
         if _named(self.excluded, module) or self.targets is None:
             return False
         layer = re.search(r"\.(\d+)\.", module)
@@ -63,19 +64,19 @@ class PeftConfig:
         return _named(self.targets, module) and (not self.layers or (layer and int(layer[1]) in self.layers))
 
     def saves(self, module: str) -> bool:
-        """Whether PEFT trains a full copy of this module (modules_to_save)."""
+        """Returns True if PEFT trains a full copy of this module (`modules_to_save`)."""
         return any(module.endswith(name) for name in self.saved)
 
     @property
     def has_head(self) -> bool:
-        """Whether the adapter belongs to a sequence classifier: modules_to_save lists the head."""
+        """True if the adapter belongs to a sequence classifier. Its `modules_to_save` then lists the head."""
         return bool(HEADS & set(self.saved))
 
 
 def read_peft_config(document: dict[str, Any], file: Path) -> PeftConfig:
-    """Reads the settings of a LoRA adapter; raises `UserError` naming the entry if an entry is not supported."""
+    """Reads the settings of a LoRA adapter. Raises `UserError` with the name of the entry if one is not supported."""
     if document.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type {document.get('peft_type')!r} is not supported; it must be 'LORA'")
+        raise UserError(f"{file}: peft_type must be 'LORA', not {document.get('peft_type')!r}")
     unsupported = [entry for entry in UNSUPPORTED if document.get(entry)]
     if document.get("bias") not in (None, "none"):
         unsupported.append("bias")
@@ -139,7 +140,7 @@ def _layer_numbers(document: dict[str, Any], file: Path) -> list[int]:
     value = document.get("layers_to_transform")
     numbers = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-        raise UserError(f"{file}: layers_to_transform must be layer numbers, not {short(value)}")
+        raise UserError(f"{file}: layers_to_transform must be a list of layer numbers, not {short(value)}")
     return numbers
 
 
@@ -147,16 +148,16 @@ def _check_expression(pattern: str, entry: str, file: Path) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{file}: {entry}: {short(pattern)} is not a regular expression ({error})") from None
+        raise UserError(f"{file}: {entry}: {short(pattern)} must be a regular expression ({error})") from None
 
 
 def _by_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
-    """Returns the value of the first pattern that matches the end of the module's name, as in PEFT."""
+    """Returns the value of the first pattern that matches the end of the module's name, as PEFT does."""
     return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def _named(targets: str | list[str], module: str) -> bool:
-    """Whether a module's name matches `targets`: a regular expression, or a list of names or ends of names."""
+    """Returns True if the module's name matches `targets`, a regular expression or a list of (ends of) names."""
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
@@ -171,9 +172,9 @@ def peft_document(
 ) -> dict[str, Any]:
     """Returns an `adapter_config.json`.
 
-    `pairs` maps a module to (rank, scale) of its LoRA pair, `saved` names the modules with full weights, and `modules`
-    are all linear layers of the blocks and the head. lora_alpha is scale * r. `r` is the largest rank, because serving
-    engines allocate memory for rank `r`.
+    `pairs` maps a module to (rank, scale) of its LoRA pair. `saved` names the modules with full weights. `modules`
+    names all linear layers of the blocks and the head. The entry `r` is the largest rank, because serving engines
+    allocate memory for rank `r`. The entry `lora_alpha` is scale * r.
     """
     numbers = {module: (rank, _alpha(rank, scale)) for module, (rank, scale) in pairs.items()}
     largest = max(rank for rank, _ in numbers.values())
@@ -199,7 +200,7 @@ def peft_document(
 
 
 def _alpha(rank: int, scale: np.float32) -> int | float:
-    """Returns an alpha for which alpha / rank equals the scale bit for bit; a round number if possible."""
+    """Returns alpha such that alpha / rank is exactly the scale. If possible, alpha is a round number."""
     exact = float(scale) * rank
     short = float(str(np.float32(exact)))
     alpha = short if np.float32(short / rank) == scale else exact
@@ -207,10 +208,13 @@ def _alpha(rank: int, scale: np.float32) -> int | float:
 
 
 def _by_name(values: dict[str, Any], modules: list[str]) -> dict[str, Any]:
-    """Returns the values by ends of module names: the shortest end for which all modules share the same value."""
+    """Returns the values by ends of module names.
+
+    An end is the shortest one such that all modules with this end have the same value.
+    """
 
     def ends(module: str) -> list[str]:
-        inner = re.sub(r"^.*?\.\d+\.", "", module)  # the part after the layer's number
+        inner = re.sub(r"^.*?\.\d+\.", "", module)  # the part of the name after the layer number
         return [inner.split(".")[-1], inner, module]
 
     named = {}

@@ -1,7 +1,7 @@
-"""Reads safetensors files, single or sharded, lazily as numpy views of the file; and writes them.
+"""Reads and writes safetensors files, single or sharded. A tensor is read as a numpy view of its file.
 
-The numpy reader of the safetensors library has no bfloat16 and returns full tensors. A view of the memory-mapped file
-lets each device read only its slice. Pickle files are refused.
+The numpy reader of the safetensors library does not support bfloat16, and returns full tensors. A view of the
+memory-mapped file lets each device read only its slice. Pickle files are not read.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from jaxrlhf.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-# Bytes per number of other dtypes in a file. Old checkpoints hold causal masks as U8 or BOOL, besides their weights.
+# Other dtypes in a file -> bytes per number. Old checkpoints hold weights, and also causal masks as U8 or BOOL.
 OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4}
 OTHER_SIZES |= {"U64": 8, "I64": 8, "F64": 8}
-HEADER_LIMIT = 100_000_000  # bytes, as in the library
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StoredTensor:
 
     name: str
     file: Path
-    dtype: str  # safetensors' name: F32, BF16, ...
+    dtype: str  # name of the dtype in safetensors: F32, BF16, ...
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
     end: int  # offset of the first byte after the tensor
@@ -40,30 +40,32 @@ class StoredTensor:
         """Raises `UserError` if the dtype is not one of `DTYPES`."""
         if self.dtype not in DTYPES:
             raise UserError(
-                f"{self.file}: tensor {self.name} is stored as {self.dtype}; must be one of {', '.join(DTYPES)}"
+                f"{self.file}: tensor {self.name} must be stored as one of {', '.join(DTYPES)}, not as {self.dtype}"
             )
 
     def check_shape(self, shape: tuple[int, ...], source: str) -> None:
-        """Raises `UserError` if the tensor's shape is not `shape`; `source` names what requires that shape."""
+        """Raises `UserError` if the tensor's shape is not `shape`. `source` says what requires `shape`."""
         if self.shape != shape:
             found, required = list(self.shape), list(shape)
-            raise UserError(f"{self.file}: tensor {self.name} has shape {found}; {source} requires {required}")
+            raise UserError(
+                f"{self.file}: tensor {self.name} must have shape {required} according to {source}, not {found}"
+            )
 
     def refuse_not_finite(self) -> None:
-        """Raises the `UserError` for a tensor that holds NaN or infinite values."""
+        """Raises the `UserError` that says that the tensor holds NaN or infinite values."""
         raise UserError(
-            f"{self.file}: tensor {self.name} has NaN or infinite values: the training that wrote it diverged, or "
-            "the file is damaged; use other weights"
+            f"{self.file}: tensor {self.name} has NaN or infinite values, because the training diverged or the file "
+            "is damaged; use other weights"
         )
 
     def view(self) -> np.ndarray:
-        """Returns the tensor as a read-only view of the file; the file is read only when the view is sliced."""
+        """Returns the tensor as a read-only view of the file. Bytes of the file are read when the view is sliced."""
         return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A tensor to be written; `fetch` copies it to the host just before it is written."""
+    """A tensor to write. `fetch` copies the tensor to the host just before it is written."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -75,13 +77,13 @@ class Pending:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads the JSON object in a file; raises `UserError` if the file is missing or holds no object."""
+    """Reads the JSON object in a file. Raises `UserError` if the file is missing or does not hold a JSON object."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file.parent}: no {file.name} in this folder") from None
-    except (OSError, ValueError, RecursionError) as error:  # endless nesting
-        raise UserError(f"{file}: not readable as JSON ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{file.parent}: this folder has no {file.name}") from None
+    except (OSError, ValueError, RecursionError) as error:  # too deep nesting is a RecursionError
+        raise UserError(f"{file}: cannot be read as JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{file}: must hold a JSON object, not a {type(document).__name__}")
     return document
@@ -92,23 +94,26 @@ def write_json(file: Path, document: dict[str, Any]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a safetensors file by name; reads only the header.
+    """Returns the tensors of a safetensors file by name. Reads only the header.
 
-    Raises `UserError` naming file and tensor if the file is truncated or its header is inconsistent. Does not check
-    dtypes; see `StoredTensor.check_dtype`.
+    Raises `UserError` if the file is truncated or its header is inconsistent. The error names the file and the tensor.
+    This function does not check dtypes; `StoredTensor.check_dtype` does.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            # The header's length is checked before it is read: in another kind of file it may be any number.
+            # The length of the header is checked before the header is read. In a file of another kind, these 8 bytes
+            # may be any number.
             header = json.loads(stream.read(length)) if 8 + length <= size and length <= HEADER_LIMIT else None
     except OSError as error:
-        raise UserError(f"{file}: not readable ({error.strerror})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise UserError(f"{file}: no safetensors header; the file of {size} bytes is truncated or corrupt")
+        raise UserError(
+            f"{file}: the file has no safetensors header; the file of {size} bytes is truncated or corrupt"
+        )
     header.pop("__metadata__", None)
     tensors = {name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_cover(file, list(tensors.values()), 8 + length, size)
@@ -116,14 +121,14 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """Returns all tensors of a model folder: those in `model.safetensors`, or in the shards that the index lists."""
+    """Returns all tensors of a model folder. They are in `model.safetensors`, or in the shards that the index lists."""
     if (folder / SINGLE).exists():
         return read_tensors(folder / SINGLE)
     if not (folder / INDEX).exists():
         pickles = sorted(f.name for ending in ("bin", "pt", "pth", "ckpt") for f in folder.glob(f"*.{ending}"))
         if pickles:
-            raise UserError(f"{folder / pickles[0]}: pickle files are not read; convert to safetensors")
-        raise UserError(f"{folder}: no weights; {SINGLE} or {INDEX} must be in this folder")
+            raise UserError(f"{folder / pickles[0]}: pickle files are not read; convert the file to safetensors")
+        raise UserError(f"{folder}: the folder has no weights; {SINGLE} or {INDEX} must be in the folder")
     index = folder / INDEX
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) and Path(v).name == v for v in shards.values()):
@@ -131,9 +136,9 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(shards.values())):
         if not shard.endswith(".safetensors"):
-            raise UserError(f"{index}: it lists {shard}, but only safetensors files are read; convert that file")
+            raise UserError(f"{index}: lists {shard}, but only safetensors files are read; convert {shard}")
         if not (folder / shard).exists():
-            raise UserError(f"{index}: it lists {shard}, which is not in the folder")
+            raise UserError(f"{index}: lists {shard}, but this file is not in the folder")
         tensors.update(read_tensors(folder / shard))
     for name, shard in shards.items():
         if name not in tensors:
@@ -144,7 +149,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 def main_dtype(tensors: Iterable[StoredTensor]) -> str:
     """Returns the dtype of most numbers in the checkpoint: "float32", "bfloat16" or "float16".
 
-    A checkpoint may store a few small tensors, such as norms, in a wider dtype than its kernels.
+    A checkpoint may store a few small tensors (for example norms) in a wider dtype than its kernels.
     """
     sizes: dict[str, int] = {}
     for tensor in tensors:
@@ -153,10 +158,10 @@ def main_dtype(tensors: Iterable[StoredTensor]) -> str:
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Pending], max_shard_bytes: int, primary: bool = True) -> None:
-    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` (or one tensor) each, and their index.
+    """Writes the tensors to `model.safetensors`, or to several shards and an index.
 
-    Only one shard is on the host at a time. Every process fetches the tensors, because fetching may be a collective;
-    only the `primary` process writes.
+    A shard has at most `max_shard_bytes` bytes, or holds one tensor. Only one shard is on the host at a time. Every
+    process fetches the tensors, because `fetch` may be a collective operation. Only the `primary` process writes.
     """
     shards: list[list[str]] = [[]]
     bytes_left = max_shard_bytes
@@ -177,13 +182,13 @@ def write_checkpoint(folder: Path, tensors: dict[str, Pending], max_shard_bytes:
 
 
 def write_tensors(file: Path, tensors: dict[str, Pending], primary: bool = True) -> None:
-    """Writes one safetensors file; see `write_checkpoint` for `primary`."""
+    """Writes one safetensors file. Every process fetches the tensors; only the `primary` process writes."""
     from safetensors.numpy import save_file
 
     fetched = {name: np.asarray(tensor.fetch(), order="C") for name, tensor in tensors.items()}
     if primary:
         save_file(fetched, file, metadata={"format": "pt"})  # transformers requires this entry
-        umask = os.umask(0)  # the umask can only be read by setting it
+        umask = os.umask(0)  # there is no other way to read the umask
         os.umask(umask)
         file.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
 
@@ -198,14 +203,18 @@ def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredT
         raise UserError(f"{file}: the header's entry for tensor {name} is malformed; the file is corrupt")
     size_of = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER_SIZES.get(dtype)
     if size_of is not None and end - begin != math.prod(shape) * size_of:
-        raise UserError(f"{file}: tensor {name} of shape {list(shape)} has {end - begin} bytes; the file is corrupt")
+        raise UserError(
+            f"{file}: tensor {name} of shape {list(shape)} cannot have {end - begin} bytes; the file is corrupt"
+        )
     if start + end > size:
-        raise UserError(f"{file}: tensor {name} ends at byte {start + end}, but the file has {size}; it is truncated")
+        raise UserError(
+            f"{file}: tensor {name} ends at byte {start + end}, but the file has {size} bytes; the file is truncated"
+        )
     return StoredTensor(name, file, dtype, shape, start + begin, start + end)
 
 
 def _check_cover(file: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
-    """Raises `UserError` unless the tensors fill the file without gaps or overlaps, which would give wrong weights."""
+    """Raises `UserError` if there are gaps between the tensors of the file, or if tensors overlap."""
     at = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.end)):
         if tensor.offset != at:
@@ -214,4 +223,4 @@ def _check_cover(file: Path, tensors: list[StoredTensor], start: int, size: int)
             )
         at = tensor.end
     if at != size:
-        raise UserError(f"{file}: {size - at} bytes after the last tensor are unused; the file is corrupt")
+        raise UserError(f"{file}: no tensor uses the {size - at} bytes after the last tensor; the file is corrupt")

@@ -1,6 +1,6 @@
-"""Loads pretrained model folders, and saves a base with its adapter merged into it.
+"""Loads pretrained models from folders, merges an adapter into its base, and saves the result.
 
-Not here: adapters (`adapter_files.py`, `peft.py`) and sequence classifiers (`classifiers.py`).
+`adapter_files.py` and `peft.py` handle adapters. `classifiers.py` handles sequence classifiers.
 """
 
 import dataclasses
@@ -27,15 +27,17 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     quantize: str | None = None,
 ) -> tuple[Decoder, Tokenizer | None]:
-    """Loads the decoder and the tokenizer (or None) of a Hugging Face folder or hub id.
+    """Loads a decoder and its tokenizer from a Hugging Face folder or hub id. The tokenizer may be None.
 
-    For a PEFT adapter's folder it loads the base with the adapter merged, and the adapter's tokenizer if there is one.
-    Weights stored as float32, bfloat16 or float16 are cast to `dtype`; "auto" is the dtype of most of them. On a mesh
-    each parameter is sharded by `models.sharding.parameter_sharding`, and each process reads only its own slices.
-    `quantize` "int8" or "nf4" quantises the linear layers of the blocks on the host, a part at a time (see
-    `quantize.py`). The target in the model's config is that of the mesh's devices, or of jax's default device, with
-    full precision for float32 matrix products; `decoder.with_target` changes it. Raises `UserError` naming file and
-    entry or tensor if the folder cannot be used.
+    If `path` is a PEFT adapter, the function loads the base and merges the adapter into it. If the adapter has a
+    tokenizer, this tokenizer is returned. Weights in the files are float32, bfloat16 or float16, and are cast to
+    `dtype`. "auto" means the dtype of most weights. `models.sharding.parameter_sharding` shards each parameter on the
+    mesh, and each process reads only its own slices. If `quantize` is "int8" or "nf4", the linear layers of the blocks
+    are quantised on the host, one part after another (see `quantize.py`). The model's config has the target of the
+    mesh's devices, or of jax's default device. Its float32 matrix products have full precision. `decoder.with_target`
+    sets another target.
+
+    Raises `UserError` if the folder cannot be used. The error names the file, and the entry or tensor.
     """
     check_dtype(None if dtype == AUTO else dtype)
     if quantize not in (None, *KINDS):
@@ -43,7 +45,8 @@ def load_pretrained(
     folder, adapter = find_model(path)
     if adapter is not None and quantize is not None:
         raise UserError(
-            f"{path}: an adapter cannot be merged into a base quantised as {quantize}; merge it first, or drop quantize"
+            f"{path}: an adapter cannot be merged into a base quantised as {quantize}; merge the adapter first, or "
+            "load without quantize"
         )
     document = read_json(folder / "config.json")
     config = read_config(document, str(folder / "config.json"))
@@ -58,7 +61,7 @@ def load_pretrained(
 
 
 def with_tokenizer(base: Decoder, tokenizer: Tokenizer) -> tuple[Decoder, Tokenizer]:
-    """Returns (base, tokenizer) for a tokenizer that is not the base's own; both get the stop tokens of both."""
+    """Returns (base, tokenizer) for a tokenizer from another model. Both results have the stop tokens of both."""
     tokenizer = tokenizer.for_model(base.config.vocab_size, base.config.stop_tokens, foreign=True)
     return with_config(base, dataclasses.replace(base.config, stop_tokens=tokenizer.stop_ids)), tokenizer
 
@@ -71,18 +74,18 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     dtype: str | None = None,
 ) -> None:
-    """Merges the adapter into the base and writes a folder that transformers opens.
+    """Merges the adapter into the base, and writes the model to a folder. transformers can open the folder.
 
-    Weights are written in `dtype` (None: the dtype of the base), and are rounded once, after merging. A scalar head is
-    not written. The folder is written atomically and replaces an older model. Raises `UserError` if the folder holds
-    other files, or if a weight is too large for `dtype`.
+    Weights are written in `dtype`; None means the dtype of the base. They are rounded once, after the merge. A scalar
+    head is not written. The folder is written atomically and replaces an older model. Raises `UserError` if the folder
+    holds other files, or if a weight is too large for `dtype`.
     """
     target = Path(path).expanduser().absolute()
     check_dtype(dtype)
     check_replaceable(target, *EXPORTED)
     config = base.config
     tensors, dtype = merged_tensors(base, adapter, dtype)
-    if address_of(config, "lm_head/kernel").tensor in tensors:  # an adapter may have untied it from the embedding
+    if address_of(config, "lm_head/kernel").tensor in tensors:  # an adapter may have untied the head
         config = dataclasses.replace(config, tie_embeddings=False)
     generation = {
         "bos_token_id": config.bos_token,
@@ -101,12 +104,12 @@ def save_pretrained(
 def _with_tokens(
     config: DecoderConfig, folder: Path, tokenizer: Tokenizer | None, has_eos: bool
 ) -> tuple[DecoderConfig, Tokenizer | None]:
-    """Returns (the config with its stop tokens and pad token, the tokenizer with the same stop tokens).
+    """Returns (config, tokenizer). The config gets stop tokens and a pad token; the tokenizer gets the stop tokens.
 
-    The stop tokens are those of `generation_config.json`, `config.json`, the tokenizer and its chat template. If
-    `config.json` names no stop token (`has_eos` is False), the default of the model family counts only when all other
-    sources name none. If no pad
-    token is given, a stop token or 0 is used; any token would do, because masks mark the padding.
+    The stop tokens are those of `generation_config.json`, `config.json`, the tokenizer and its chat template. `has_eos`
+    is False if `config.json` names no stop token. The default of the model family then counts only if all other sources
+    name no stop token. If no source names a pad token, a stop token or 0 becomes the pad token. Masks mark the padding,
+    so any token is correct.
     """
     file = folder / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
@@ -121,15 +124,15 @@ def _with_tokens(
         if token >= config.vocab_size:
             info = file if token in stops else folder / "config.json"
             raise UserError(
-                f"{info}: eos_token_id {token} is outside the vocabulary of {config.vocab_size} tokens; give an id "
-                f"from 0 to {config.vocab_size - 1}"
+                f"{info}: eos_token_id must be from 0 to {config.vocab_size - 1}, not {token}, because the model has a "
+                f"vocabulary of {config.vocab_size} tokens"
             )
     if has_eos or not (stops or (tokenizer is not None and tokenizer.stop_ids)):
         stops = tuple(dict.fromkeys([*stops, *config.stop_tokens]))
     if tokenizer is not None:
         tokenizer = tokenizer.for_model(config.vocab_size, stops)
         stops = tokenizer.stop_ids
-    stops = tuple(token for token in stops if token < config.vocab_size)  # a family's default may not fit
+    stops = tuple(token for token in stops if token < config.vocab_size)  # the family's default may be too large
     own_pad = None if tokenizer is None else tokenizer.pad_id
     pads = (*tokens["pad_token_id"], config.pad_token, own_pad, *stops, 0)
     pad = next(token for token in pads if token is not None and token < config.vocab_size)

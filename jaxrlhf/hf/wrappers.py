@@ -1,10 +1,10 @@
-"""Multimodal models whose text part belongs to a supported family: reads the text part as a text-only model.
+"""Reads the text part of a multimodal model as a text-only model, if its family is supported.
 
-Given text alone, the multimodal model computes the same as the text-only model. The text-only model is trained and
-exported.
+If the input is text only, the multimodal model and the text-only model compute the same. The text-only model is trained
+and exported.
 
-Not here: models whose text attention differs (Llama 3.2 Vision, PaliGemma) or whose text part is not in the table of
-families (Llama 4, Qwen3-VL).
+Two groups of models are not supported. The text part of Llama 3.2 Vision and PaliGemma has another attention. The text
+part of Llama 4 and Qwen3-VL is not in the table of families.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ TIED = "tie_word_embeddings"
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
-    """How a multimodal `model_type` holds its text part, with transformers' defaults.
+    """How the `config.json` of a multimodal `model_type` holds its text part.
 
-    Whether the head is tied to the embedding is decided by the entry TIED outside text_config. The entry TIED inside
-    text_config is ignored, unless `inner_tied` is set and the entry outside is false.
+    The entry TIED outside `text_config` decides whether the head is tied to the embedding. If `inner_tied` is True and
+    the entry outside is false, the entry TIED inside `text_config` decides.
     """
 
-    text: str  # the family of the text part, if text_config has no model_type
+    text: str  # family of the text part if text_config has no model_type
     tied: bool = False  # transformers' default of the entry TIED outside text_config
     inner_tied: bool = False
-    flat: bool = False  # whether older files have the entries of the text part at the top level
+    flat: bool = False  # True if older files have the entries of the text part at the top level
     # transformers' defaults of entries in text_config that differ from the family's defaults.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -66,9 +66,9 @@ INNER = (  # (prefix of the text part's tensors, prefix in the text-only model)
 
 
 def text_document(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the text part of a multimodal `config.json`, as the `config.json` of a text-only model.
+    """Returns the text part of a multimodal `config.json` as the `config.json` of a text-only model.
 
-    A `config.json` of a text-only model is returned unchanged.
+    The `config.json` of a text-only model is returned unchanged.
     """
     model_type = document.get("model_type")
     wrapper = WRAPPERS.get(model_type) if isinstance(model_type, str) else None
@@ -88,20 +88,20 @@ def text_document(document: dict[str, Any], where: str) -> dict[str, Any]:
     outer, inner = document.get(TIED), text.pop(TIED, None)
     text[TIED] = wrapper.tied if outer is None else outer
     if wrapper.inner_tied and not text[TIED]:
-        text[TIED] = inner  # None: the family's default
+        text[TIED] = inner  # None means the family's default
     for entry in ("rope_parameters", "rope_scaling"):
         rope = text.get(entry)
         if isinstance(rope, dict) and "mrope" in (rope.get("rope_type"), rope.get("type")):
             text[entry] = rope | {"rope_type": "default"}
     notice(
-        f"{where}: only the text part of this {model_type} model is read, trained and exported, as a text-only "
+        f"{where}: only the text part of this {model_type} model is read; it is trained and exported as a text-only "
         f"{text['model_type']} model"
     )
     return text
 
 
 def plain_name(tensor: str) -> str:
-    """Returns the name of a tensor or module in the text-only model."""
+    """Returns the name of a tensor or module in the text-only model. `tensor` is a name in the multimodal model."""
     for start, plain in INNER:
         if tensor.startswith(start):
             return plain + tensor.removeprefix(start)

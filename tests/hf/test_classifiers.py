@@ -207,7 +207,7 @@ def test_where_every_special_token_is_eos_a_warning_says_what_that_means(made, t
 
     base, adapter, _ = load_sequence_classifier(made("gpt2")[0])
     base.config = dataclasses.replace(base.config, bos_token=EOS, pad_token=EOS)
-    with pytest.warns(UserWarning, match=r"out: every special token ends texts.*before EOS"):
+    with pytest.warns(UserWarning, match=r"out: every special token ends texts.*token before EOS"):
         save_sequence_classifier(tmp_path / "out", base, adapter)
 
 

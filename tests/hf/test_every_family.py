@@ -319,7 +319,7 @@ def test_a_tensor_that_does_not_fit_is_named(model_type, tensor, wanted, make_mo
     make_model(tmp_path, model_type, CASES[model_type][0])
     whole = load_file(tmp_path / "model.safetensors")
     for spoilt, words in (
-        (whole | {tensor: whole[tensor][1:]}, ("model.safetensors", "requires", wanted)),
+        (whole | {tensor: whole[tensor][1:]}, ("model.safetensors", "must have shape", wanted)),
         ({name: value for name, value in whole.items() if name != tensor}, ("is missing", "config.json")),
     ):
         save_file(spoilt, tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -67,7 +67,7 @@ def test_rope_theta_in_both_styles(rope, theta):
         ({"model_type": ["llama"]}, ["model_type", "llama"]),
         ({"hidden_act": "xielu"}, ["hidden_act", "silu", "'xielu'"]),
         ({"hidden_size": "32"}, ["hidden_size", "whole number", "'32'"]),
-        ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "from 1 to"]),
         ({"vocab_size": True}, ["vocab_size", "True"]),
         ({"rms_norm_eps": "small"}, ["rms_norm_eps"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "true or false"]),

@@ -121,7 +121,7 @@ def test_what_is_no_weight_is_refused_only_where_it_is_used(tmp_path, dtype, sha
     held = read_checkpoint(tmp_path)["w"]
     with pytest.raises(UserError) as caught:
         held.check_dtype()
-    assert str(caught.value).startswith(f"{tmp_path / SINGLE}: tensor w is stored as {dtype}; must be one of")
+    assert str(caught.value).startswith(f"{tmp_path / SINGLE}: tensor w must be stored as one of")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_pickle_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no weights; model\.safetensors or model\.safetensors\.index\.json"):
         read_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: pickle files are not read; convert to safetensors"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: pickle files are not read; convert the file"):
         read_checkpoint(tmp_path)
     save_file(TENSORS, tmp_path / SINGLE)
     assert set(read_checkpoint(tmp_path)) == set(TENSORS)  # beside safetensors they are left alone

@@ -323,7 +323,7 @@ def test_saving_replaces_a_model_and_nothing_else(small, folder, tmp_path):
     foreign = tmp_path / "foreign"  # a model that somebody else wrote, with files of a model's endings beside it
     shutil.copytree(folder, foreign, ignore=shutil.ignore_patterns("README.md", MARK))
     (foreign / "precious.json").write_text("[]")
-    refused(lambda: save_pretrained(foreign, small), str(foreign), "which would be deleted")
+    refused(lambda: save_pretrained(foreign, small), str(foreign), "writing would delete")
     shutil.rmtree(foreign)
     assert stored_bytes(folder) == before and (folder / "README.md").read_text() == "notes"
     (tmp_path / "data").mkdir()

@@ -141,8 +141,8 @@ def test_absent_entries_take_transformers_defaults():
     "document, words",
     [
         ({"model_type": "gemma3"}, ["text_config", "None"]),
-        ({"model_type": "llava", "text_config": {"model_type": "llama4_text"}}, ["'llama4_text'", "known"]),
-        ({"model_type": "mllama", "text_config": {}}, ["'mllama'", "the text part of gemma3"]),
+        ({"model_type": "llava", "text_config": {"model_type": "llama4_text"}}, ["'llama4_text'", "supported types"]),
+        ({"model_type": "mllama", "text_config": {}}, ["'mllama'", "the text parts of gemma3"]),
         ({"model_type": "gemma3", "text_config": {}, "quantization_config": {"bits": 4}}, ["quantization_config"]),
     ],
 )

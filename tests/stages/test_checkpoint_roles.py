@@ -190,5 +190,5 @@ def test_a_checkpoint_of_another_model_is_named(folder, tmp_path, capsys):
     shutil.rmtree(stopped / "roles" / "base")
     shutil.copytree(tmp_path / "other" / "roles" / "base", stopped / "roles" / "base")
     error = refused(capsys, generate.main, "--run", stopped, "--prompt", "a", "--step", "latest")
-    assert "ppo/4: tensor layers.0" in error and "this base requires" in error
+    assert "ppo/4: tensor layers.0" in error and "for this base, not" in error
     assert (stopped / "config.yaml").read_text() == config
