@@ -74,7 +74,7 @@ BAD = {
     "minibatches divide but a part": ([*PPO, "ppo.update.minibatches=24"], r"ppo\.update\.minibatches"),
     "seed beyond 32 bits": (["seed=4294967296"], r"seed must be int >= 0 and < 4294967296"),
     "decay of 1": (["sft.optimizer.beta1=1"], r"beta1.*< 1"),
-    "corrupt gzip": ([*SFT, "sft.data.path=corrupt.jsonl.gz"], r"corrupt\.jsonl\.gz: cannot be read"),
+    "corrupt gzip": ([*SFT, "sft.data.path=corrupt.jsonl.gz"], r"corrupt\.jsonl\.gz: the file cannot be read"),
     "minibatches do not divide": ([*PPO, "ppo.update.minibatches=7"], r"ppo\.update\.minibatches"),
     "unknown adapter module": ([*PPO, "ppo.adapter.target_modules=[zzz]"], r"ppo\.adapter\.target.*zzz.*q_proj"),
     "stop token not in the vocabulary": ([*PPO, "ppo.sampling.stop_tokens=[999]"], r"stop_tokens.*999"),

@@ -1,12 +1,12 @@
 """Checkpoints of one stage. Only this file uses orbax.
 
-A tree is stored as a flat table of arrays, one per leaf, under the leaf's path (such as
-"policy/layers.0.attention.q_proj/lora_a"), and a record. The record holds the type and shape of every leaf, the leaves
-that are Python numbers or text, and the checksum of every file. The structure of the tree is not stored: `restore`
-takes it from `like`, and compares the leaves.
+A checkpoint of a tree consists of arrays and a record. Each array is stored under the path of its leaf, such as
+"policy/layers.0.attention.q_proj/lora_a". The record holds the type and shape of every leaf, the leaves that are Python
+numbers or text, and the checksum of every file. The structure of the tree is not stored. `restore` takes the structure
+from its argument `like` and compares the leaves.
 
-    DIRECTORY/120/           a checkpoint, which is complete and synced to disk before it gets this name
-    DIRECTORY/120.damaged/   a checkpoint whose checksums were wrong when a run resumed; never read or removed
+    DIRECTORY/120/           a checkpoint; it gets this name when it is complete and synced to disk
+    DIRECTORY/120.damaged/   a checkpoint that had wrong checksums when a run resumed; never read or removed
     DIRECTORY/latest.json    the step of the latest save, so that missing checkpoints are noticed
 """
 
@@ -60,7 +60,7 @@ class Restored:
 
 @dataclass(frozen=True)
 class _Saving:
-    """A save in progress; `steps` and `best` describe the checkpoints on disk when the save is complete."""
+    """A save in progress. `steps` and `best` describe the checkpoints that are on disk after this save."""
 
     step: int
     written: Future
@@ -69,12 +69,12 @@ class _Saving:
 
 
 class Checkpoints:
-    """Saves and restores checkpoints in `directory`; keeps the last `keep` ones and the one with the best score.
+    """Saves and restores checkpoints in `directory`. The last `keep` checkpoints and the best one are kept.
 
-    Leaves are jax or numpy arrays, Python numbers, bools and text. A checkpoint appears under its step when it is
-    complete, with a checksum of each file. Creating this object removes incomplete checkpoints of a killed process.
-    `scored` names the metric of the scores; an older best checkpoint by another metric is ignored. On several hosts
-    every process creates a `Checkpoints` on the same directory and makes the same calls.
+    Leaves are jax or numpy arrays, Python numbers, bools and text. The folder of a checkpoint gets its name, the step,
+    when the checkpoint is complete. A new `Checkpoints` object removes the incomplete checkpoints of a killed process.
+    `scored` is the name of the metric that gives the scores. A best checkpoint that was chosen by another metric is
+    ignored. On several hosts, every process creates a `Checkpoints` for the same directory and makes the same calls.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2, scored: str = "", lowest_is_best: bool = False):
@@ -88,25 +88,25 @@ class Checkpoints:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             self._steps = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
         except OSError as error:
-            raise UserError(f"{directory}: checkpoints cannot be written there: {error.strerror}") from None
+            raise UserError(f"{directory}: checkpoints cannot be written to this folder: {error.strerror}") from None
         self._best: Best | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._saving: _Saving | None = None
 
     def save(self, step: int, tree: Any, score: float | None = None, notes: dict[str, Any] | None = None) -> None:
-        """Starts a save; the caller may donate or change every leaf as soon as this returns.
+        """Starts a save. When the method returns, the caller may donate or change every leaf.
 
-        `notes` are JSON values that `restore_latest` returns. Waits for the previous save first, and raises its error.
-        Saving the latest step again does nothing, because a run is deterministic. Raises `ValueError` for an earlier
-        step.
+        `notes` are JSON values that `restore_latest` returns. The method first waits for the previous save and raises
+        the error of that save. A second save of the latest step does nothing, because a run is deterministic. An
+        earlier step raises `ValueError`.
         """
         latest = self.latest_step()
         if latest is not None and step <= latest:
             if step == latest:
                 return
-            raise ValueError(f"step {step} is not after the latest checkpoint, {latest}")
+            raise ValueError(f"step must be greater than {latest}, the step of the latest checkpoint, not {step}")
         leaves = named_leaves(tree)
-        # jax keeps a donated array until it is written; a numpy array is copied, since the caller may change it.
+        # jax keeps a donated array until it is written. A numpy array is copied, because the caller may change it.
         arrays = {
             name: leaf if isinstance(leaf, jax.Array) else np.array(leaf)
             for name, leaf in leaves.items()
@@ -134,9 +134,9 @@ class Checkpoints:
         self._saving = _Saving(step, written, [step for step in steps if step in kept], best)
 
     def _complete(self, step: int, response: Any, record: dict[str, Any], old: list[int]) -> None:
-        """Adds checksums to the checkpoint that orbax has written, gives it its final name, and removes old ones.
+        """Waits until orbax has written a checkpoint, adds checksums, and gives the folder its final name.
 
-        Runs in its own thread.
+        Then old checkpoints are removed. This method runs in another thread.
         """
         response.result()  # returns when every process has written its part
         if not self._first:
@@ -147,26 +147,26 @@ class Checkpoints:
         sync(self._directory)
         atomic_write(self._directory / _LATEST, json.dumps({"step": step}) + "\n")
         for name in map(str, old):
-            removing = self._directory / f"{name}.removing"  # a kill leaves no partial checkpoint under the step
-            with contextlib.suppress(OSError):  # a checkpoint too many is harmless
+            removing = self._directory / f"{name}.removing"  # so that no partial checkpoint keeps the name of the step
+            with contextlib.suppress(OSError):  # an old checkpoint that stays does no harm
                 os.replace(self._directory / name, removing)
                 shutil.rmtree(removing)
 
     @property
     def failed(self) -> bool:
-        """Whether the current save has failed on this process; `wait` raises the error."""
+        """Whether the current save has failed on this process. `wait` raises the error of the save."""
         saving = self._saving
         return saving is not None and saving.written.done() and saving.written.exception() is not None
 
     @property
     def on_disk(self) -> int | None:
-        """Step of the newest complete checkpoint that this process knows of; does not wait for the current save."""
+        """The step of the newest checkpoint that is complete. This property does not wait for the current save."""
         saving = self._saving
         complete = saving is not None and saving.written.done() and not self.failed
         return saving.step if complete else max(self._steps, default=None)
 
     def wait(self) -> None:
-        """Waits for the current save; raises `Fault` on every process where it could not be written."""
+        """Waits for the current save. Raises `Fault` on every process if the checkpoint could not be written."""
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
@@ -175,40 +175,44 @@ class Checkpoints:
             for partial in [*self._directory.glob(f"{saving.step}.saving*")] * self._first:
                 shutil.rmtree(partial, ignore_errors=True)  # frees the space
             why = "another process could not write its part" if error is None else reason(error)
-            before = f"the one of step {self._steps[-1]} is complete" if self._steps else "no earlier one exists"
+            last = self._steps[-1] if self._steps else None
+            before = "there is no earlier checkpoint" if last is None else f"the checkpoint of step {last} is complete"
             raise Fault(f"{self._directory}: the checkpoint of step {saving.step} cannot be written: {why}; {before}")
         self._steps, self._best = saving.steps, saving.best
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, after waiting for the current save."""
+        """Waits for the current save, and returns the step of the newest checkpoint. None if there is none."""
         self.wait()
         return max(self._steps, default=None)
 
     def best(self) -> Best | None:
-        """The checkpoint with the best score, after waiting for the current save; None if it is not on disk."""
+        """Waits for the current save, and returns the checkpoint with the best score.
+
+        Returns None if this checkpoint is not on disk.
+        """
         self.wait()
         return self._best if self._best is not None and self._best.step in self._steps else None
 
     def restore(self, step: int, like: Any) -> Any:
         """Returns the tree that was saved at `step`, with the structure and shardings of `like`.
 
-        `like` holds arrays or `jax.ShapeDtypeStruct`s; a leaf without a sharding goes to the first device. Raises
-        `UserError` if the checkpoint is missing or damaged, or if the name, shape or dtype of a leaf differs; the error
-        names the first such leaf.
+        The leaves of `like` are arrays or `jax.ShapeDtypeStruct`s. A leaf without a sharding goes to the first device.
+        Raises `UserError` if the checkpoint is missing or damaged. Also raises `UserError` if the name, shape or dtype
+        of a leaf differs from `like`. This error names the first leaf that differs.
         """
         latest, folder = self.latest_step(), self._directory / str(step)
         if step not in self._steps:
-            raise UserError(f"{folder}: there is no checkpoint of step {step}; the latest is {latest}")
+            raise UserError(f"{folder}: there is no checkpoint of step {step}; the step of the latest is {latest}")
         try:
             return self._read(step, like)[0]
         except Damaged as damage:
             raise _spoilt(folder, damage) from None
 
     def restore_latest(self, like: Any, say: Callable[[str], None]) -> Restored | None:
-        """Restores the newest undamaged checkpoint; None if none was ever saved. `like` is as in `restore`.
+        """Restores the newest undamaged checkpoint. Returns None if no checkpoint was ever saved.
 
-        Newer checkpoints that are damaged are reported with `say` and renamed. Raises `UserError` if checkpoints were
-        saved but none is usable; the files then stay as they are.
+        `restore` explains `like`. Newer checkpoints that are damaged are reported with `say` and renamed. Raises
+        `UserError` if checkpoints were saved but none can be used. The files are then unchanged.
         """
         self.wait()
         steps = json.loads(from_first(lambda: json.dumps(self._steps).encode()))
@@ -217,7 +221,7 @@ class Checkpoints:
         except FileNotFoundError:
             last = None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            last = 0  # some step was saved, but it is unknown which
+            last = 0  # a checkpoint was saved, but its step is unknown
         damaged: dict[int, str] = {}
         for step in reversed(steps):
             try:
@@ -228,19 +232,25 @@ class Checkpoints:
         else:
             if last is None and not damaged:
                 return None
-            what = f"a checkpoint {f'of step {last} ' if last else ''}was saved here, and none is left"
+            what = f"a checkpoint {f'of step {last} ' if last else ''}was saved here, but no checkpoint is left"
             if damaged:
                 what = f"every checkpoint is damaged ({'; '.join(f'step {n}: {text}' for n, text in damaged.items())})"
             raise UserError(
-                f"{self._directory}: {what}; restore a checkpoint from a copy, or give another run_dir"
+                f"{self._directory}: {what}; restore a checkpoint from a backup, or give another run_dir"
             )
         if not damaged and last is not None and last > step:
-            say(f"{self._directory}: the checkpoint of step {last} is missing; resuming from step {step}")
+            say(f"{self._directory}: the checkpoint of step {last} is missing; the run resumes from step {step}")
         if last == 0:
-            say(f"{self._directory / _LATEST}: damaged: later checkpoints may be missing; resuming from step {step}")
+            say(
+                f"{self._directory / _LATEST}: this file is damaged; later checkpoints may be missing; the run resumes "
+                f"from step {step}"
+            )
         for number, text in damaged.items():
             folder = self._directory / str(number)
-            say(f"{folder}: damaged: {text}; renamed to {number}.damaged; resuming from step {step}")
+            say(
+                f"{folder}: this checkpoint is damaged: {text}; its new name is {number}.damaged; the run resumes from "
+                f"step {step}"
+            )
             if self._first:
                 shutil.rmtree(folder.with_name(f"{number}.damaged"), ignore_errors=True)
                 os.replace(folder, folder.with_name(f"{number}.damaged"))
@@ -251,9 +261,10 @@ class Checkpoints:
         return Restored(step, tree, record["notes"])
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns (tree, record) of the checkpoint of `step`, after checking its files.
+        """Checks the files of the checkpoint of `step` and returns (tree, record).
 
-        Raises `Damaged` if a checksum is wrong, and `UserError` if the files cannot be read or the leaves differ.
+        Raises `Damaged` if a checksum is wrong. Raises `UserError` if the files cannot be read or if the leaves differ
+        from `like`.
         """
         folder = self._directory / str(step)
         record = _checked_record(folder)
@@ -275,7 +286,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [value(*item) for item in leaves.items()]), record
 
     def close(self) -> None:
-        """Waits for the current save, and ends the thread that writes."""
+        """Waits for the current save, and then ends the thread that writes checkpoints."""
         try:
             self.wait()
         finally:
@@ -289,17 +300,20 @@ class Checkpoints:
 
 
 def stored_steps(directory: str | Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in `directory`, in order; none if the folder does not exist."""
+    """Returns the steps of the complete checkpoints in `directory`, in order.
+
+    The list is empty if the folder does not exist.
+    """
     try:
         return sorted(int(path.name) for path in Path(directory).iterdir() if path.name.isdecimal())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise UserError(f"{directory}: cannot be read: {error.strerror}; make it readable") from None
+        raise UserError(f"{directory}: the folder cannot be read: {error.strerror}; make it readable") from None
 
 
 def stored_best(directory: str | Path, scored: str, lowest_is_best: bool = False) -> int | None:
-    """Returns the step of the checkpoint with the best score by the metric `scored`; None if there is none.
+    """Returns the step of the checkpoint with the best score of the metric `scored`, or None.
 
     The newest checkpoint records this step. Raises `UserError` if the newest checkpoint is damaged.
     """
@@ -311,9 +325,10 @@ def stored_best(directory: str | Path, scored: str, lowest_is_best: bool = False
 
 
 def stored_arrays(directory: str | Path, step: int, above: str) -> dict[str, jax.Array]:
-    """Reads only the arrays of a checkpoint whose path begins with `above`; returns them by the rest of the path.
+    """Returns the arrays of a checkpoint that have a path below `above`. Keys are the rest of each path.
 
-    The arrays are on the first device. Raises `UserError` if the checkpoint is damaged or cannot be read.
+    Other arrays are not read. The arrays are on the first device. Raises `UserError` if the checkpoint is damaged or
+    cannot be read.
     """
     folder = Path(directory).absolute() / str(step)
     leaves = _undamaged_record(folder)["leaves"]
@@ -331,8 +346,8 @@ def stored_arrays(directory: str | Path, step: int, above: str) -> dict[str, jax
 def _checked_record(folder: Path) -> dict[str, Any]:
     """Checks the files of a checkpoint and returns its record.
 
-    Each process checks a share of the files, and all processes raise the same type of error: `Damaged` if a checksum is
-    wrong, `UserError` if the files cannot be read.
+    Each process checks a share of the files, and all processes raise the same type of error. `Damaged` means that a
+    checksum is wrong. `UserError` means that the files cannot be read.
     """
     record, damage, error = {}, "", None
     try:
@@ -343,14 +358,14 @@ def _checked_record(folder: Path) -> dict[str, Any]:
         error = raised
     worst = largest(2 if error is not None else 1 if damage else 0)
     if worst == 1:
-        raise Damaged(damage or "found by another process")
+        raise Damaged(damage or "another process found the damage")
     if worst == 2:
         raise UserError(f"{folder}: the checkpoint cannot be read: {error and reason(error)}; make it readable")
     return record
 
 
 def _undamaged_record(folder: Path) -> dict[str, Any]:
-    """Checks the files of a checkpoint and returns its record; `UserError` if a file has changed."""
+    """Checks the files of a checkpoint and returns its record. Raises `UserError` if a file has changed."""
     try:
         return _checked_record(folder)
     except Damaged as damage:
@@ -360,16 +375,19 @@ def _undamaged_record(folder: Path) -> dict[str, Any]:
 
 
 def _spoilt(folder: Path, damage: Damaged) -> UserError:
-    return UserError(f"{folder}: damaged: {damage}; restore this folder, or remove it to do without this checkpoint")
+    return UserError(
+        f"{folder}: this checkpoint is damaged: {damage}; restore the folder from a backup, or remove the folder to "
+        "continue without this checkpoint"
+    )
 
 
 def _load_arrays(folder: Path, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Reads arrays of a checkpoint; `arrays` holds a template for each, from `abstract`."""
+    """Returns arrays of a checkpoint by name. `arrays` holds a template from `abstract` for each array."""
     step = np.zeros((), np.asarray(0).dtype)
     try:
         return ocp.load(folder, {"arrays": arrays, "step": step})["arrays"]
     except Exception as raised:  # orbax wraps disk errors in exceptions of many types
         raise UserError(
-            f"{folder}: the checkpoint is undamaged but cannot be read ({reason(raised)}); use the versions of jax "
-            "and orbax-checkpoint that wrote it"
+            f"{folder}: the checkpoint is undamaged but cannot be read: {reason(raised)}; use the versions of jax "
+            "and orbax-checkpoint that wrote this checkpoint"
         ) from raised

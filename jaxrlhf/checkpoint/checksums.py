@@ -1,9 +1,9 @@
-"""Checksums of a folder: `record.json` holds every file's size and CRC-32, so that damage is found before loading.
+"""Checksums of a folder. `record.json` holds the size and CRC-32 of every file, so that damage is found before loading.
 
-Checksums are of files rather than of arrays. So they cover metadata and indices too, they do not depend on which
-devices and processes write or read, and several processes can share the work. CRC-32 (from zlib) finds every burst of
-up to 32 flipped bits, and misses one in 4e9 of other random changes. It is several times faster than a cryptographic
-hash.
+There is a checksum for each file, not for each array. So checksums also protect metadata and indices, they do not
+depend on devices and processes, and several processes can share the work. CRC-32 (from zlib) finds every change of up
+to 32 neighbouring bits, and misses one in 4e9 of other random changes. CRC-32 is several times faster than a
+cryptographic hash.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ _LOST = (errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errn
 
 
 class Damaged(Exception):
-    """A folder has changed since `seal`; the message says which file changed, and how."""
+    """The error of a folder that has changed since `seal`. The message names the file and the change."""
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
-    """Syncs every file and folder to disk, and writes `record.json` with the files' checksums and `content`.
+    """Syncs every file and folder to disk, and writes `record.json` with `content` and the checksums of all files.
 
-    Every file in the folder is covered. Raises `OSError` if the disk refuses.
+    Raises `OSError` if the disk refuses a write.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -42,9 +42,9 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
 def unseal(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
     """Checks the files and returns the `content` that was given to `seal`.
 
-    Several processes can share the work: of the files sorted by size, each process checks every `shares`-th file,
-    starting with number `share`. Raises `Damaged` for the first file that has changed, and `OSError` if a file cannot
-    be read for another reason than damage.
+    `shares` processes can share the work. The files are sorted by size, and process number `share` checks the files
+    `share`, `share` + `shares` and so on. Raises `Damaged` for the first file that has changed. Raises `OSError` if a
+    file cannot be read for another reason.
     """
     try:
         with _damage(RECORD):
@@ -77,7 +77,7 @@ def _size_and_crc(path: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Turns an `OSError` in its block into `Damaged` if the error means lost data."""
+    """Raises `Damaged` instead of an `OSError` of the block if the error means lost data."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,10 @@
-"""The cache folder for compiled programs; later runs load the same programs from it.
+"""The cache folder for compiled programs. Later runs load the same programs from this folder.
 
 jax writes and reads the folder (https://docs.jax.dev/en/latest/persistent_compilation_cache.html). The key of an entry
-is made from program, compiler, flags and processor. If the folder is full, jax removes the entries that were unused for
-longest. This file chooses the folder and its size limit. Without a usable folder the run compiles everything.
+depends on program, compiler, flags and processor. If the folder is full, jax removes the entries that were unused for
+the longest time. This file chooses the folder and its size limit. Without a usable folder, a run compiles everything.
 
-A user who can write to the folder can make its readers run any code, so only the owner gets access when it is created.
+A user who can write to the folder can make other users run any code. So a new folder is accessible only to its owner.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from jaxrlhf.distributed import processes
 
 AUTO = "auto"
 LIMIT = 4 * 2**30  # largest size of the folder, in bytes
-# Programs of every size are kept: a run has about a hundred small programs, besides its large ones.
+# Programs of every size are saved, because a run has about a hundred small programs besides its large programs.
 _KEEP_ALL = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
 _DIRECTORY, _MAX = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
 _ENABLED = "jax_enable_compilation_cache"
@@ -31,25 +31,26 @@ _ENABLED = "jax_enable_compilation_cache"
 
 @contextlib.contextmanager
 def cached_programs(setting: str | None, say: Callable[[str], None]) -> Iterator[str | None]:
-    """In its block, loads compiled programs from a folder and saves new ones there; yields the folder, or None.
+    """Uses a cache folder inside the block, and yields the path of this folder, or None if there is no cache.
 
-    `setting` is a folder, None for no cache, or `AUTO`. `AUTO` means the folder of jax's own setting
-    (JAX_COMPILATION_CACHE_DIR), else a folder in the user's cache (XDG_CACHE_HOME, else ~/.cache). An unusable folder
-    is reported with `say`. `setting` None also disables the cache for `cached_programs` inside the block.
+    Compiled programs are loaded from the folder, and new programs are saved in the folder. `setting` is a folder, None
+    for no cache, or `AUTO`. `AUTO` means the folder of jax's setting JAX_COMPILATION_CACHE_DIR. Without this setting,
+    `AUTO` means a folder in the user's cache (XDG_CACHE_HOME, else ~/.cache). A folder that cannot be used is reported
+    with `say`. If `setting` is None, a further `cached_programs` inside the block also has no cache.
 
-    All processes of a run call this function. They use the folder only if all of them see it: if one process loaded a
-    program that the others compile, the others would wait for it in the shared compilation. Process 0 writes. On CPUs
-    only process 0 loads programs, because jax's keys there differ between processes.
+    All processes of a run call this function. They use the folder only if all of them see the same folder. Otherwise
+    one process could load a program while the others compile it together, and the others would wait forever. Process 0
+    writes. On CPUs only process 0 loads programs, because jax's keys for CPUs differ between processes.
     """
     folder, settings = None, {_ENABLED: False}
-    own = getattr(jax.config, _DIRECTORY) if setting == AUTO else None  # then jax's own size limit applies too
+    own = getattr(jax.config, _DIRECTORY) if setting == AUTO else None  # for this folder, jax's size limit also applies
     if setting is not None and getattr(jax.config, _ENABLED):
         folder = own if own and "://" in own else _prepare(own or setting, say, tidy=not own)  # jax reads URLs itself
     if folder is not None:
         limits = _KEEP_ALL if own else _KEEP_ALL | {_MAX: LIMIT}
         settings = {name: value for name, value in limits.items() if name.upper() not in os.environ}
         settings[_DIRECTORY] = folder
-    # An unreadable file or a full disk only costs compile time, so its warning is hidden.
+    # A warning about an unreadable file or a full disk is hidden, because the run then only compiles more.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     before = {name: getattr(jax.config, name) for name in settings}
     _configure(settings)
@@ -62,13 +63,13 @@ def cached_programs(setting: str | None, say: Callable[[str], None]) -> Iterator
 def _configure(settings: dict[str, object]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # jax reads its settings only once, when it first compiles
+    compilation_cache.reset_cache()  # jax reads the settings only at its first compilation after this call
 
 
 def _prepare(setting: str, say: Callable[[str], None], tidy: bool) -> str | None:
-    """Creates the folder and returns its path; None on all processes if one of them cannot use it.
+    """Creates the folder and returns its path. If one process cannot use the folder, all processes return None.
 
-    With `tidy`, incomplete entries are removed.
+    If `tidy` is set, incomplete entries are removed.
     """
     marker, why, folder = processes.from_first(lambda: f".seen-{uuid.uuid4().hex}".encode()).decode(), "", None
     try:
@@ -89,7 +90,7 @@ def _prepare(setting: str, say: Callable[[str], None], tidy: bool) -> str | None
         return str(folder)
     place = setting if setting != AUTO else "the user's cache folder"
     why = why or "not all processes see the folder of process 0; give a folder that all hosts share"
-    say(f"compiled programs are not kept: {place}: {why}; to use another folder, set compilation_cache=FOLDER")
+    say(f"compiled programs are not saved in {place}: {why}; to use another folder, set compilation_cache=FOLDER")
     return None
 
 
@@ -99,7 +100,10 @@ def _user_folder() -> Path:
 
 
 def _remove_incomplete(folder: Path) -> None:
-    """Removes incomplete entries, which jax would never rewrite: those without the time of last use, written last."""
+    """Removes incomplete entries, because jax never writes them again.
+
+    jax writes the file with the time of last use last, so an incomplete entry lacks this file.
+    """
     with filelock.FileLock(folder / ".lockfile", timeout=10):  # jax's own lock
         for entry in folder.glob("*-cache"):
             if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():

@@ -1,4 +1,7 @@
-"""Writes files and folders atomically (under a temporary name, then synced and renamed), and explains disk errors."""
+"""Writes files and folders atomically, and explains disk errors.
+
+A file or folder is written under a temporary name, then synced to disk and renamed.
+"""
 
 import contextlib
 import errno
@@ -14,9 +17,9 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 
 
 def atomic_write(path: str | Path, text: str) -> None:
-    """Writes a text file that appears complete or not at all. Raises `OSError` if the disk refuses."""
+    """Writes a text file that appears complete or not at all. Raises `OSError` if the disk refuses a write."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # a file that a killed process left is overwritten
+    temporary = path.with_name(f".{path.name}.tmp")  # overwrites the temporary file of a killed process
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -32,28 +35,28 @@ def atomic_write(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty folder to write into, which becomes `path` when the block ends without an exception.
+    """Yields an empty folder for the block to write into. If the block raises no exception, the folder becomes `path`.
 
-    With `replace` the old contents of `path` stay until the new folder is complete. Leftovers of a killed process are
-    removed. Raises `UserError` if the folder cannot be created, or if `path` is not empty and `replace` is false.
-    Raises `Fault` if the disk refuses a write in the block.
+    If `replace` is true, the old contents of `path` stay until the new folder is complete. Leftovers of a killed
+    process are removed. Raises `UserError` if the folder cannot be created, or if `path` is not empty and `replace` is
+    false. Raises `Fault` if the disk refuses a write in the block.
     """
     path = Path(os.path.abspath(path))
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not path.exists():  # killed between the two renames below
+        if old.exists() and not path.exists():  # a process was killed between the two renames below
             os.replace(old, path)
         for leftover in (temporary, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
         if path.exists() and not replace and any(path.iterdir()):
-            raise UserError(f"{path}: is not empty; give another folder, or remove this one")
+            raise UserError(f"{path}: this folder is not empty; give another folder, or remove this folder")
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file; give a folder")
+            raise UserError(f"{path}: this is a file; give a folder")
         temporary.mkdir()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give another folder") from None
+        raise UserError(f"{path}: the folder cannot be written: {error.strerror}; give another folder") from None
     try:
         yield temporary
         for folder, _, files in os.walk(temporary):
@@ -67,7 +70,7 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     except Exception as error:
         if _error_number(error) not in _DISK_ERRORS:
             raise
-        raise Fault(f"{path}: cannot be written: {reason(error)}; its old contents are untouched") from error
+        raise Fault(f"{path}: the folder cannot be written: {reason(error)}; the old contents are unchanged") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
@@ -75,7 +78,7 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Forces a file or folder to disk, so that its contents are on disk before it is renamed."""
+    """Returns when the contents of a file or folder are on disk. Callers rename a file or folder only after this."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,11 +87,11 @@ def sync(path: Path) -> None:
 
 
 def _error_number(error: BaseException) -> int | None:
-    """The errno of an exception or of its first cause that has one."""
+    """Returns the errno of an exception, or of the first of its causes that has an errno."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        # Libraries in C++ and Rust (tensorstore, safetensors) give only text.
+        # For libraries in C++ and Rust (tensorstore, safetensors), only the text has the errno.
         if match := re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error)):
             return int(match[1] or match[2])
         error = error.__cause__
@@ -96,7 +99,10 @@ def _error_number(error: BaseException) -> int | None:
 
 
 def reason(error: BaseException) -> str:
-    """The operating system's message for an exception, or the text of its root cause; at most 200 characters."""
+    """Returns the operating system's message for an exception, if the exception has an errno.
+
+    Otherwise the text of the exception's root cause is returned, at most 200 characters.
+    """
     number = _error_number(error)
     if number is not None:
         return os.strerror(number)

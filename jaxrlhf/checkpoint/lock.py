@@ -1,7 +1,8 @@
-"""A lock that keeps a second run out of a run directory. The file `lock` says which process holds the lock.
+"""A lock that keeps a second run out of a run directory. The file `lock` names the process that holds the lock.
 
-The lock is a `filelock.FileLock`. It ends with its process; child processes do not keep it. On NFS the lock works
-between hosts if the server's lock service does. On a file system without locks the run prints a warning and continues.
+The lock is a `filelock.FileLock`. When its process ends, the lock ends too, even if child processes continue. On NFS
+the lock works between hosts if the lock service of the server works. On a file system without locks, the run prints a
+warning and continues.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """The lock of a run directory. Every process of a run calls `take`; the process with `takes` locks for all."""
+    """The lock of a run directory. Every process of a run calls `take`, but only the process with `takes` locks."""
 
     def __init__(self, folder: str | Path, takes: bool = True, say: Callable[[str], None] = print):
         self._folder, self._takes, self._say = Path(folder).absolute(), takes, say
@@ -32,12 +33,12 @@ class RunLock:
         self.held = False
 
     def take(self) -> None:
-        """Locks the folder, which must exist; every process raises `UserError` if another run holds the lock."""
+        """Locks the folder. Every process raises `UserError` if another run holds the lock. The folder must exist."""
         if self.held:
             return
         refusal = self._acquire() if self._takes else ""
         if largest(int(bool(refusal))):
-            raise UserError(refusal or f"{self._folder}: in use by another run; process 0 says which")
+            raise UserError(refusal or f"{self._folder}: another run uses this folder; process 0 names this run")
         self.held = True
 
     def _acquire(self) -> str:
@@ -49,12 +50,19 @@ class RunLock:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(self._path.read_bytes())
                 holder = f"process {entry['pid']} on {entry['host']}, since {entry['since']},"
-            return f"run_dir {self._folder}: {holder} is running there; wait for it, stop it, or give another run_dir"
+            return (
+                f"run_dir {self._folder}: {holder} is running there; wait until it ends, stop it, or give another "
+                "run_dir"
+            )
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
-                return f"{self._path}: cannot be written: {reason(error)}; give another run_dir, or make it writable"
+                return (
+                    f"{self._path}: the lock file cannot be written: {reason(error)}; give another run_dir, or make "
+                    "the file writable"
+                )
             self._say(
-                f"{self._folder}: no locks on this file system ({reason(error)}); do not start a second run there"
+                f"{self._folder}: this file system has no locks ({reason(error)}); do not start a second run in this "
+                "folder"
             )
         return ""
 
@@ -62,7 +70,7 @@ class RunLock:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Releases the lock. The file stays: another process may have opened it."""
+        """Releases the lock. The lock file is not removed, because another process may have opened it."""
         self.held = False
         if self._lock.is_locked:
             with contextlib.suppress(OSError):
@@ -71,7 +79,7 @@ class RunLock:
 
 
 def _write_holder(descriptor: int) -> None:
-    """Writes process, host and time into the lock file. If that fails, as on a full disk, the lock still holds."""
+    """Writes process, host and time into the lock file. If the disk is full, the lock works without this text."""
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)

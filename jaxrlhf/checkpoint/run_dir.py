@@ -1,6 +1,6 @@
-"""The run directory: a run creates it, and only a run with the same settings can continue in it.
+"""The run directory. A run creates this directory, and only a run with the same settings can continue in it.
 
-On several hosts one process writes.
+On several hosts, only one process writes.
 """
 
 import datetime
@@ -14,17 +14,17 @@ from jaxrlhf.config.reading import parse_yaml
 from jaxrlhf.errors import UserError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-START = "begun.txt"  # when the run started; chat templates that write the date use it
+START = "begun.txt"  # holds the time at which the run started; chat templates write the date of this time
 
 
 def open_run(
     run_dir: str | Path, config_text: str, writes: bool = True, may_change: Callable[[Change], bool] = lambda _: False
 ) -> Path:
-    """Creates the directory with its `config.yaml`, or opens one with the same settings, and returns its path.
+    """Creates the directory with its `config.yaml`, or opens a directory with the same settings. Returns the path.
 
-    `config_text` is YAML. On several hosts all processes compare the settings, and the process with `writes` writes
-    them. Differing settings for which `may_change` is true are updated in the file. Raises `UserError` if other
-    settings differ (the error names the first), or if the directory cannot be written.
+    `config_text` is YAML. On several hosts, all processes compare the settings, and the process with `writes` writes
+    them. If a setting differs and `may_change` is true for it, the file gets the new value. If another setting differs,
+    `UserError` names the first one. `UserError` is also raised if the directory cannot be written.
     """
     folder = Path(run_dir)
     file = folder / "config.yaml"
@@ -35,25 +35,30 @@ def open_run(
 
 
 def started_at(run_dir: str | Path) -> datetime.datetime | None:
-    """Returns when the run started, as `record_start` wrote it; None if the run has not started."""
+    """Returns the start time that `record_start` wrote, or None if the run has not started."""
     path = Path(run_dir) / START
     try:
         return datetime.datetime.fromisoformat(path.read_text(encoding="utf-8").strip())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a start time of a run ({error}); restore it, or give another run_dir") from None
+        raise UserError(
+            f"{path}: the file must hold the start time of the run ({error}); restore the file, or give another run_dir"
+        ) from None
 
 
 def record_start(run_dir: str | Path, time: datetime.datetime) -> None:
-    """Writes when the run started, unless the file exists already."""
+    """Writes the start time of the run. If the file exists already, it is not changed."""
     path = Path(run_dir) / START
     if not path.exists():
         _write(path.parent, path, time.isoformat() + "\n")
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Creates the run directory, and returns the folders that it created, inner ones first; `UserError` on failure."""
+    """Creates the run directory and returns the folders that were created, the innermost first.
+
+    Raises `UserError` if the directory cannot be created.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,23 +75,25 @@ def _write(folder: Path, file: Path, text: str) -> None:
 
 
 def _unwritable(folder: Path, why: str) -> UserError:
-    return UserError(f"run_dir {folder}: cannot be written: {why}; give another run_dir, or make this one writable")
+    return UserError(
+        f"run_dir {folder}: the folder cannot be written: {why}; give another run_dir, or make this folder writable"
+    )
 
 
 def check_run(
     run_dir: str | Path, config_text: str, may_change: Callable[[Change], bool] = lambda _: False
 ) -> list[Change]:
-    """Returns the settings that differ from those of the run in `run_dir`; none for a new run. Writes nothing.
+    """Returns the settings that differ from those of the run in `run_dir`. For a new run, the list is empty.
 
-    Raises `UserError` if `run_dir` is a file, cannot be written, or holds a run with different settings that may not
-    change.
+    Nothing is written. Raises `UserError` if `run_dir` is a file or cannot be written. Also raises `UserError` if a
+    setting differs and `may_change` is false for it.
     """
     folder = Path(run_dir)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"run_dir {folder}: is a file; give a folder")
+        raise UserError(f"run_dir {folder}: this is a file; give a folder")
     for name in LOGS:
         if (folder / name).exists() and not (folder / name).is_file():
-            raise UserError(f"{folder / name}: must be a file, for the run's log; give another run_dir")
+            raise UserError(f"{folder / name}: the log of a run must be a file; give another run_dir")
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise _unwritable(folder, f"{parent} is not writable")
@@ -95,7 +102,8 @@ def check_run(
     for name in ("checkpoints", "roles", *LOGS):
         if (folder / name).exists():
             raise UserError(
-                f"run_dir {folder}: has {name} of a run, but no config.yaml; restore it, or give another run_dir"
+                f"run_dir {folder}: the folder has {name} of a run, but no config.yaml; restore config.yaml, or give "
+                "another run_dir"
             )
     return []
 
@@ -105,18 +113,22 @@ def _changes(folder: Path, new_text: str, may_change: Callable[[Change], bool]) 
         old = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
     except OSError as error:
         raise UserError(
-            f"{folder / 'config.yaml'}: cannot be read: {error.strerror}; make it readable, or give another run_dir"
+            f"{folder / 'config.yaml'}: the file cannot be read: {error.strerror}; make it readable, or give another "
+            "run_dir"
         ) from None
     except (UserError, UnicodeDecodeError):
         old = None
     if not isinstance(old, dict):
-        raise UserError(f"{folder / 'config.yaml'}: not a run's settings; give another run_dir, or remove this one")
+        raise UserError(
+            f"{folder / 'config.yaml'}: the file must hold the settings of a run; give another run_dir, or remove this "
+            "folder"
+        )
     changed = differences(old, parse_yaml(new_text, "settings"))
     refused = [change for change in changed if not may_change(change)]
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise UserError(
             f"run_dir {folder} holds a run with other settings: {describe_change(refused[0])}{more}; give another "
-            "run_dir, or the same settings to continue that run"
+            "run_dir, or give the same settings to continue that run"
         )
     return changed

@@ -77,7 +77,7 @@ def test_a_best_that_is_gone_or_damaged(tmp_path):
     with Checkpoints(tmp_path, 1, "s") as checkpoints:
         _save(checkpoints, {1: 0.5, 2: 0.1})
         (tmp_path / "1" / "record.json").unlink()
-        with pytest.raises(UserError, match=r"1: damaged: record\.json is missing; restore this folder, or remove it"):
+        with pytest.raises(UserError, match=r"1: this checkpoint is damaged: record\.json is missing; restore"):
             checkpoints.restore(checkpoints.best().step, _like())
     for path in (tmp_path / "1").rglob("*"):
         path.unlink() if path.is_file() else None

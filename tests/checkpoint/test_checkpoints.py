@@ -113,7 +113,7 @@ def test_keeps_the_last_ones_only(tmp_path):
             checkpoints.save(step, {"x": jnp.float32(step)})
         assert checkpoints.latest_step() == 9
         assert float(checkpoints.restore(4, {"x": jnp.float32(0)})["x"]) == 4
-        with pytest.raises(UserError, match=r"no checkpoint of step 1; the latest is 9"):
+        with pytest.raises(UserError, match=r"no checkpoint of step 1; the step of the latest is 9"):
             checkpoints.restore(1, {"x": jnp.float32(0)})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "9", "latest.json"]
 
@@ -122,9 +122,9 @@ def test_saving_the_latest_again_changes_nothing_and_an_earlier_one_is_an_error(
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, {"x": jnp.float32(1)})
         checkpoints.save(3, {"x": jnp.float32(1)})
-        with pytest.raises(ValueError, match="step 2 is not after the latest checkpoint, 3"):
+        with pytest.raises(ValueError, match="must be greater than 3, the step of the latest checkpoint, not 2"):
             checkpoints.save(2, {"x": jnp.float32(1)})
-        with pytest.raises(ValueError, match="leaf x is a object"):
+        with pytest.raises(ValueError, match="leaf x must be an array, a number or text, not a object"):
             checkpoints.save(4, {"x": object()})
 
 
@@ -148,7 +148,7 @@ def test_another_tree_names_the_first_leaf_that_differs(tmp_path, like, words):
 
 def test_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="checkpoints cannot be written there"):
+    with pytest.raises(UserError, match="checkpoints cannot be written to this folder"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 

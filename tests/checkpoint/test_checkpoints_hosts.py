@@ -44,7 +44,7 @@ said = []
 with Checkpoints(folder, 3) as checkpoints:
     found = checkpoints.restore_latest(tree(0), said.append)
     assert found.step == 1 and same(found.tree, 1), found.step
-    assert len(said) == 2 and sum("found by another process" in line for line in said) == 1, said
+    assert len(said) == 2 and sum("another process found the damage" in line for line in said) == 1, said
     sync_global_devices("set aside")
     assert sorted(p.name for p in folder.iterdir()) == ["1", "4.damaged", "9.damaged", "latest.json"]
 
@@ -57,7 +57,7 @@ with Checkpoints(folder, 3) as checkpoints:
         checkpoints.wait()
     except Fault as fault:
         why = "No space left on device" if rank == 0 else "another process could not write its part"
-        assert f"step 2 cannot be written: {why}; the one of step 1 is complete" in str(fault), fault
+        assert f"step 2 cannot be written: {why}; the checkpoint of step 1 is complete" in str(fault), fault
     else:
         raise AssertionError("the save failed")
     module.seal = seal
@@ -69,7 +69,7 @@ with RunLock(folder, takes=rank == 0) as lock:
     try:
         RunLock(folder, takes=rank == 0).take()
     except UserError as error:
-        assert ("is running there" if rank == 0 else "process 0 says which") in str(error)
+        assert ("is running there" if rank == 0 else "process 0 names this run") in str(error)
     else:
         raise AssertionError("the lock was given twice")
 print("ok")

@@ -110,12 +110,13 @@ def test_removed_checkpoints_are_noticed(saved, tmp_path):
     shutil.copytree(saved, folder)
     shutil.rmtree(folder / "9")
     found, said = _restored(folder)
-    assert found.step == 4 and len(said) == 1 and "the checkpoint of step 9 is missing; resuming from step 4" in said[0]
+    assert found.step == 4 and len(said) == 1
+    assert "the checkpoint of step 9 is missing; the run resumes from step 4" in said[0]
     shutil.rmtree(folder / "4")
-    with pytest.raises(UserError, match="a checkpoint of step 9 was saved here, and none is left"):
+    with pytest.raises(UserError, match="a checkpoint of step 9 was saved here, but no checkpoint is left"):
         _restored(folder)
     (folder / "latest.json").write_text("nonsense")
-    with pytest.raises(UserError, match="none is left"):
+    with pytest.raises(UserError, match="no checkpoint is left"):
         _restored(folder)
     shutil.rmtree(folder)  # as the message says
     assert _restored(folder) == (None, [])
@@ -128,7 +129,7 @@ def test_the_record_of_the_latest_may_be_damaged_while_the_checkpoints_are_not(s
         (folder / "latest.json").write_text(text)
         found, said = _restored(folder)
         assert found.step == 9
-        assert ["latest.json: damaged" in line for line in said] == ([] if text == '{"step": 4}' else [True])
+        assert ["latest.json: this file is" in line for line in said] == ([] if text == '{"step": 4}' else [True])
 
 
 def test_a_file_that_may_not_be_read_is_no_damage(saved, tmp_path, monkeypatch):
@@ -147,7 +148,7 @@ def test_a_file_that_may_not_be_read_is_no_damage(saved, tmp_path, monkeypatch):
 def test_a_tree_of_other_settings_is_no_damage(saved, tmp_path):
     folder = tmp_path / "sft"
     shutil.copytree(saved, folder)
-    with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match="this run needs it to be"):
+    with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match="in the checkpoint, but must be"):
         checkpoints.restore_latest({"adapter": jnp.zeros(3)}, print)
     assert (folder / "9").is_dir()
 

@@ -42,7 +42,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, number, wher
         holder = {"sync": checksums, "fsync": os, "replace": os, "atomic_write": module, "save_async": module.ocp}
         refused.setattr(holder[where], where, _raise(number))
         checkpoints.save(2, tree)  # does not raise: it is under way
-        with pytest.raises(Fault, match=f"step 2 cannot .*: {os.strerror(number)}; the one of step 1 is complete$"):
+        with pytest.raises(Fault, match=f"step 2 cannot .*: {os.strerror(number)}; the .* of step 1 is complete$"):
             checkpoints.save(3, tree)
         with pytest.raises(Fault, match=str(tmp_path)):
             checkpoints.save(3, tree)
@@ -64,7 +64,7 @@ def test_the_only_checkpoint_stays_where_the_next_cannot_be_written(tmp_path, mo
     with monkeypatch.context() as refused:
         refused.setattr(checksums, "sync", _raise(errno.ENOSPC))
         checkpoints.save(2, {"x": jnp.zeros(2)})
-        with pytest.raises(Fault, match="the one of step 1 is complete"):
+        with pytest.raises(Fault, match="the checkpoint of step 1 is complete"):
             checkpoints.wait()
     with Checkpoints(tmp_path, keep=1) as again:
         assert again.restore_latest({"x": jnp.zeros(2)}, print).step == 1
@@ -137,7 +137,7 @@ def _is_whole(folder: Path) -> None:
 def test_files_that_may_not_grow_any_more(limited, tmp_path):
     said = limited(tmp_path, 100_000)
     assert len(said) == 3, said
-    assert said[0].endswith("step 2 cannot be written: File too large; the one of step 1 is complete")
+    assert said[0].endswith("step 2 cannot be written: File too large; the checkpoint of step 1 is complete")
     assert "metrics.jsonl: cannot be written: File too large" in said[1] and said[1] == said[2]
     _is_whole(tmp_path)
 
@@ -151,7 +151,7 @@ def test_a_disk_that_is_full(limited, tmp_path):
     try:
         said = limited(disk, 0)
         assert len(said) == 3, said
-        assert said[0].endswith("step 2 cannot be written: No space left on device; the one of step 1 is complete")
+        assert said[0].endswith(" cannot be written: No space left on device; the checkpoint of step 1 is complete")
         assert "metrics.jsonl: cannot be written: No space left on device" in said[1]
         _is_whole(disk)
     finally:
@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_written_stays(tmp_path):
     rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     for error in (rust, OSError(errno.EDQUOT, "Disk quota exceeded")):
         with (
-            pytest.raises(Fault, match=r"role: cannot be written: (No space|Disk quota).*untouched"),
+            pytest.raises(Fault, match=r"role: the folder cannot be written: (No space|Disk quota).*unchanged"),
             atomic_directory(tmp_path / "role", replace=True) as folder,
         ):
             (folder / "a").write_text("new")

@@ -77,10 +77,10 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     with RunLock(tmp_path, say=said.append) as lock:
         lock.take()
         assert lock.held
-    assert len(said) == 1 and "no locks on this file system" in said[0] and str(tmp_path) in said[0]
+    assert len(said) == 1 and "this file system has no locks" in said[0] and str(tmp_path) in said[0]
 
 
 def test_a_lock_that_cannot_be_written(tmp_path):
     (tmp_path / "lock").mkdir()
-    with pytest.raises(UserError, match="lock: cannot be written: Is a directory"):
+    with pytest.raises(UserError, match="lock: the lock file cannot be written: Is a directory"):
         RunLock(tmp_path).take()

@@ -53,7 +53,7 @@ def test_a_host_that_does_not_write_compares_all_the_same(tmp_path):
 def test_other_settings_name_the_first_difference(tmp_path, new, words):
     open_run(tmp_path, CONFIG)
     error = _error(tmp_path, new)
-    assert words in error and str(tmp_path) in error and "give another run_dir, or the same settings" in error
+    assert words in error and str(tmp_path) in error and "give another run_dir, or give the same settings" in error
     assert (tmp_path / "config.yaml").read_text() == CONFIG
 
 
@@ -62,9 +62,9 @@ def test_directory_that_cannot_be_used(tmp_path):
     assert "cannot be written" in _error(tmp_path / "file", CONFIG)
     assert "cannot be written" in _error(tmp_path / "file" / "run", CONFIG)
     (tmp_path / "config.yaml").write_text("- a list")
-    assert "not a run's settings" in _error(tmp_path, CONFIG)
+    assert "the file must hold the settings of a run" in _error(tmp_path, CONFIG)
     (tmp_path / "config.yaml").write_text("a: [")
-    assert "not a run's settings" in _error(tmp_path, CONFIG)
+    assert "the file must hold the settings of a run" in _error(tmp_path, CONFIG)
 
 
 def test_differences_of_equal_trees_is_empty():
@@ -161,5 +161,5 @@ def test_when_a_run_began_is_written_once(tmp_path):
     record_start(tmp_path, later)
     assert started_at(tmp_path) == first
     (tmp_path / "begun.txt").write_text("yesterday\n")
-    with pytest.raises(UserError, match=r"begun.txt: not a start time of a run \(.*yesterday.*\); restore it"):
+    with pytest.raises(UserError, match=r"begun.txt: the file must hold the start time .*\(.*yesterday.*\); restore"):
         started_at(tmp_path)

@@ -47,6 +47,6 @@ def test_damage_is_named(folder):
     data = next(path for path in (folder / "3" / "state" / "d").iterdir())
     whole = data.read_bytes()
     data.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"ppo/3: damaged: .*; restore this folder"):
+    with pytest.raises(UserError, match=r"ppo/3: this checkpoint is damaged: .*; restore the folder"):
         stored_arrays(folder, 3, "policy")
     data.write_bytes(whole)

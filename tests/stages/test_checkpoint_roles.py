@@ -131,7 +131,7 @@ def test_what_is_not_there_is_named(folder, tmp_path, capsys):
     assert "no role reward; it has policy, value, average; give --role value" in error
     data = next(path for path in (stopped / "checkpoints/ppo/4/state/d").iterdir())
     data.write_bytes(b"\0" + data.read_bytes()[1:])
-    assert "4: damaged: " in refused(capsys, export.main, *target, "merged", "--step", "4")
+    assert "4: this checkpoint is damaged: " in refused(capsys, export.main, *target, "merged", "--step", "4")
     assert run(export.main, *target, "merged", "--step", "2") == 0
     shutil.rmtree(stopped / "roles" / "base")
     assert "roles/base: is missing" in refused(capsys, export.main, *target, "merged", "--step", "2")

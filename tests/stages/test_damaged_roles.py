@@ -96,7 +96,7 @@ def test_a_run_without_its_settings_is_not_taken_over(tmp_path, name):
 
 def test_settings_that_are_no_text_are_refused_in_one_line(tmp_path):
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(UserError, match="not a run's settings"):
+    with pytest.raises(UserError, match="the file must hold the settings of a run"):
         check_run(tmp_path, "seed: 0")
 
 

@@ -123,8 +123,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_same_weights(workshop, run, capf
     flipped[len(flipped) // 2] ^= 4
     data.write_bytes(flipped)
     assert command(workshop, run) == 0
-    said = [line for line in capfd.readouterr().err.splitlines() if ": damaged: " in line]
-    assert len(said) == 1 and data.name in said[0] and "resuming from step 4" in said[0]
+    said = [line for line in capfd.readouterr().err.splitlines() if " is damaged: " in line]
+    assert len(said) == 1 and data.name in said[0] and "the run resumes from step 4" in said[0]
     assert same(workshop, run)
 
 
@@ -134,7 +134,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_trained(workshop, run, cap
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert command(workshop, run) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "every checkpoint is damaged" in errors[0] and "from a copy" in errors[0]
+    assert len(errors) == 1 and "every checkpoint is damaged" in errors[0] and "from a backup" in errors[0]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -142,7 +142,7 @@ def test_checkpoints_that_somebody_removed_are_missed(workshop, run, capfd):
     for step in saved(run):
         shutil.rmtree(run / "checkpoints/sft" / str(step))
     assert command(workshop, run) == 2
-    assert "a checkpoint of step 6 was saved here, and none is left" in capfd.readouterr().err
+    assert "a checkpoint of step 6 was saved here, but no checkpoint is left" in capfd.readouterr().err
     shutil.rmtree(run / "checkpoints/sft")
     assert command(workshop, run) == 2
     assert "is missing, but metrics.jsonl has steps of the stage sft" in capfd.readouterr().err
@@ -197,7 +197,7 @@ def test_the_best_checkpoint_is_handed_on(workshop, tmp_path, capfd):
     (tmp_path / "run/roles/finished.json").write_text("{}")
     (tmp_path / "run/checkpoints/sft" / str(best["step"]) / "record.json").unlink()
     assert command(workshop, tmp_path / "run", *settings) == 2
-    assert f"{best['step']}: damaged: record.json is missing; restore this folder" in capfd.readouterr().err
+    assert f"{best['step']}: this checkpoint is damaged: record.json is missing; restore the" in capfd.readouterr().err
     assert not (tmp_path / "run/roles/sft").exists()
 
 
