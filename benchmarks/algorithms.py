@@ -53,7 +53,7 @@ class Algorithm:
         settings = [
             f"batch_size={COMPLETIONS // self.group}",
             f"sampling.samples_per_prompt={self.group}",
-            f"evaluation_prompts={EVALUATED // self.group}",
+            f"evaluation.prompts={EVALUATED // self.group}",
             f"update.optimizer.learning_rate={self.learning_rate}",
             *self.settings.split(),
         ]

@@ -38,7 +38,7 @@ TINY = {
     "sft": {"data": {"path": "builtin:assistant-demonstrations", "limit": 20}},
     "reward_model": {"data": {"path": "builtin:assistant-preferences", "limit": 20}},
     "ppo": {"data": {"path": "builtin:assistant-prompts", "limit": 20}, "max_prompt_tokens": 64, "iterations": 2,
-            "batch_size": 4, "evaluation_prompts": 4, "sampling": {"max_new_tokens": 4},
+            "batch_size": 4, "evaluation": {"prompts": 4}, "sampling": {"max_new_tokens": 4},
             "reward": {"kind": "function", "function": "jaxrlhf.rewards.library:length", "options": {"target": 3}}},
 }  # fmt: skip
 

@@ -31,12 +31,12 @@ CONFIG = {
     "checkpoints": {"keep": 2, "best": "reward/gold"},
     "sft": {
         "data": {"path": "builtin:assistant-demonstrations", "limit": 400}, "adapter": {"kind": "full"},
-        "batch_size": 8, "max_length": 64, "heldout": 4, "epochs": 2, "save_every": 3,
+        "batch_size": 8, "max_length": 64, "evaluation": {"heldout": 4}, "epochs": 2, "save_every": 3,
         "optimizer": {"learning_rate": 1e-4},
     },
     "reward_model": {
         "data": {"path": "builtin:assistant-preferences", "limit": 200}, "adapter": FEW, "batch_size": 8,
-        "max_length": 48, "buckets": 1, "heldout": 4, "epochs": 2, "save_every": 3,
+        "max_length": 48, "buckets": 1, "evaluation": {"heldout": 4}, "epochs": 2, "save_every": 3,
         "optimizer": {"learning_rate": 1e-4},
     },
     "ppo": {
@@ -53,7 +53,7 @@ CONFIG = {
             "epochs": 2, "minibatches": 2, "ema_decay": 0.9, "optimizer": {"learning_rate": 0.01},
             "value_optimizer": {"learning_rate": 1e-4},
         },
-        "gold": "jaxrlhf.toy.world:gold_score", "evaluation_prompts": 8, "save_every": 3, "sample_every": 2,
+        "gold": "jaxrlhf.toy.world:gold_score", "evaluation": {"prompts": 8}, "save_every": 3, "sample_every": 2,
     },
 }  # fmt: skip
 PASSING = ("seconds", "time/", "tokens_per_second/", "memory/", "compiles/")  # metrics of the process, not of the run

@@ -33,7 +33,7 @@ CONFIG = {
     "stages": ["ppo"],
     "adapter": {"rank": 8, "alpha": 16.0},
     "ppo": {
-        "data": {"path": "builtin:assistant-prompts"}, "iterations": 10, "batch_size": 32, "evaluation_prompts": 4,
+        "data": {"path": "builtin:assistant-prompts"}, "iterations": 10, "batch_size": 32, "evaluation": {"prompts": 4},
         "max_prompt_tokens": 32, "sampling": {"max_new_tokens": 64}, "save_every": 1000,
         "update": {
             "epochs": 4, "minibatches": 1, "microbatch_size": 16, "remat": "none",

@@ -18,8 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
-    "sft.data.limit=64", "sft.heldout=4", "reward_model.data.limit=64", "reward_model.test_data={path: "
-    "'builtin:assistant-preferences', split: test, limit: 32}", "ppo.iterations=2", "ppo.evaluation_prompts=64",
+    "sft.data.limit=64", "sft.evaluation.heldout=4", "reward_model.data.limit=64",
+    "reward_model.evaluation.data={path: 'builtin:assistant-preferences', split: test, limit: 32}",
+    "ppo.iterations=2", "ppo.evaluation.prompts=64",
 )  # fmt: skip
 PASSING = ("seconds", "time/", "tokens_per_second/", "memory/")
 

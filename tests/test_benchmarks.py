@@ -45,7 +45,7 @@ def test_every_row_can_be_run_on_the_same_budget(benchmark, plan):
         ppo = config_of(benchmark, plan.algorithm(name, 0)).ppo
         group = ppo.sampling.samples_per_prompt
         assert ppo.batch_size * group == benchmark.COMPLETIONS, name
-        assert ppo.evaluation_prompts * group == benchmark.EVALUATED and ppo.evaluation_prompts % ppo.batch_size == 0
+        assert ppo.evaluation.prompts * group == benchmark.EVALUATED and ppo.evaluation.prompts % ppo.batch_size == 0
         assert ppo.iterations == 70 and (group > 1 or not ADVANTAGES[ppo.advantage.estimator].needs_group), name
 
 

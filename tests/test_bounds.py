@@ -55,9 +55,9 @@ def model(folder):
 
 
 @pytest.mark.parametrize("key", [
-    "sft.batch_size", "sft.microbatch_size", "sft.max_length", "sft.epochs", "sft.heldout", "sft.save_every",
+    "sft.batch_size", "sft.microbatch_size", "sft.max_length", "sft.epochs", "sft.evaluation.heldout", "sft.save_every",
     "sft.data.limit", "reward_model.batch_size", "reward_model.max_length", "reward_model.epochs",
-    "reward_model.buckets", "ppo.batch_size", "ppo.iterations", "ppo.max_prompt_tokens", "ppo.evaluation_prompts",
+    "reward_model.buckets", "ppo.batch_size", "ppo.iterations", "ppo.max_prompt_tokens", "ppo.evaluation.prompts",
     "ppo.resample", "ppo.sampling.max_new_tokens", "ppo.sampling.samples_per_prompt", "ppo.sampling.top_k",
     "ppo.sampling.max_compactions", "ppo.update.epochs", "ppo.update.minibatches", "ppo.score.initial_completions",
     "ppo.update.optimizer.total_steps", "adapter.rank", "model.new.hidden_size", "model.new.layers",

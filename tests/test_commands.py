@@ -47,7 +47,7 @@ def folder(tmp_path, monkeypatch):
 
 ON_MODEL = ["model.new=null", "model.path=model"]
 SFT = ["stages=[sft]", "sft.data={path: good.jsonl}", "sft.max_length=32", *ON_MODEL]
-PPO = ["stages=[ppo]", "ppo.evaluation_data=null", "ppo.data={path: good.jsonl}", *ON_MODEL]
+PPO = ["stages=[ppo]", "ppo.evaluation.data=null", "ppo.data={path: good.jsonl}", *ON_MODEL]
 PPO += ["ppo.reward={kind: function, function: 'jaxrlhf.toy.world:gold_score'}"]
 
 FEW = ["--max-new-tokens", "4"]
@@ -183,7 +183,7 @@ def test_help_of_an_unknown_setting_names_the_nearest(name, hint, capsys):
 
 def test_a_dry_run_checks_all_and_writes_nothing(folder, capsys):
     stages = ["stages=[sft, ppo]", *SFT[1:], *PPO[1:], "ppo.iterations=7", "sft.epochs=2", "sft.batch_size=4"]
-    stages += ["sft.heldout=0", "ppo.batch_size=4", "ppo.max_prompt_tokens=8", "compilation_cache=cache"]
+    stages += ["sft.evaluation.heldout=0", "ppo.batch_size=4", "ppo.max_prompt_tokens=8", "compilation_cache=cache"]
     stages += ["ppo.reward.function='ok.py:f'", "ppo.gold=null"]
     (folder / "ok.py").write_text("def f(completions):\n    return [float(len(text)) for text in completions]\n")
     before = sorted(folder.rglob("*"))

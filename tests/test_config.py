@@ -120,9 +120,10 @@ def test_null_in_the_file_is_the_default(write):
 
 
 def test_sections_that_share_an_anchor_are_overridden_apart(write):
-    path = write(FULL.replace("data: {path: builtin:assistant-preferences}", "data: &d {path: p}\n  test_data: *d"))
+    shared = "data: &d {path: p}\n  evaluation: {data: *d}"
+    path = write(FULL.replace("data: {path: builtin:assistant-preferences}", shared))
     config = load_config(path, ["reward_model.data.limit=5"])
-    assert config.reward_model.data.limit == 5 and config.reward_model.test_data.limit is None
+    assert config.reward_model.data.limit == 5 and config.reward_model.evaluation.data.limit is None
 
 
 def test_dump_loads_back_to_an_equal_config(write):

@@ -73,7 +73,7 @@ def test_an_unusable_path_is_refused_everywhere(home, text, word, capsys):
 
 
 @pytest.mark.parametrize("key", [
-    "run_dir", "model.path", "model.run", "model.tokenizer", "ppo.data.path", "ppo.evaluation_data.path", "ppo.policy",
+    "run_dir", "model.path", "model.run", "model.tokenizer", "ppo.data.path", "ppo.evaluation.data.path", "ppo.policy",
     "ppo.reference", "ppo.gold", "ppo.reward.function", "compilation_cache",
 ])  # fmt: skip
 @pytest.mark.parametrize(("value", "word"), [
@@ -91,12 +91,12 @@ def test_each_path_of_a_config_is_checked_and_nothing_is_written(home, key, valu
 
 def test_every_path_is_absolute_and_the_rest_passes_through(home):
     (home / "models" / "base").mkdir(parents=True)
-    more = ["ppo.policy=~/p", "compilation_cache=$WHERE", "ppo.gold='g.py:f'", "ppo.evaluation_data={path: org/rows}"]
+    more = ["ppo.policy=~/p", "compilation_cache=$WHERE", "ppo.gold='g.py:f'", "ppo.evaluation.data={path: org/rows}"]
     config = load_config("run.yaml", more)
     assert config.run_dir == f"{home}/runs/a" and config.model.path == f"{home}/models/base"
     assert config.ppo.reward.function == f"{home}/rewards/r.py:score" and config.ppo.gold == f"{home}/g.py:f"
     assert config.ppo.policy == f"{home}/home/p" and config.compilation_cache == f"{home}/there"
-    assert config.model.tokenizer == "org/tokenizer" and config.ppo.evaluation_data.path == "org/rows"
+    assert config.model.tokenizer == "org/tokenizer" and config.ppo.evaluation.data.path == "org/rows"
     assert config.ppo.data.path == "builtin:assistant-prompts"
     assert load_config("run.yaml").compilation_cache == "auto"
     assert load_config("run.yaml", ["ppo.gold='module:f'"]).ppo.gold == "module:f"

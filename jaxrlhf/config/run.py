@@ -13,7 +13,6 @@ from jaxrlhf.config.base import (
     MAX_LAYERS,
     ROUNDING,
     NonNegativeFloat,
-    NonNegativeInt,
     Overflow,
     PositiveFloat,
     PositiveInt,
@@ -22,6 +21,7 @@ from jaxrlhf.config.base import (
     Settings,
 )
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
+from jaxrlhf.config.evaluation import PPOEvaluationConfig, RewardModelEvaluationConfig, SFTEvaluationConfig
 from jaxrlhf.config.paths import CachePath, FolderPath, FunctionPath, SourcePath
 from jaxrlhf.config.rewards import ModelRewardConfig, RewardConfig
 from jaxrlhf.config.steps import (
@@ -141,7 +141,7 @@ class SFTConfig(_SupervisedConfig):
     """Supervised fine-tuning: cross-entropy on the response only."""
 
     data: DemonstrationsConfig = Field(description="demonstrations to learn from")
-    heldout: NonNegativeInt = Field(64, description="rows held out to measure the loss; at most a tenth of all rows")
+    evaluation: SFTEvaluationConfig = Field(SFTEvaluationConfig(), description="evaluation on held-out rows")
     adapter: AdapterConfig | None = Field(None, description="settings of the trained adapter; with kind full the result is the new base; null uses the run's adapter settings")
     batch_size: PositiveInt = Field(16, description="sequences per optimizer step")
     overflow: Overflow = Field("cut", description="rows longer than max_length lose their end (cut), are dropped (drop), or stop the run (stop)")
@@ -152,8 +152,7 @@ class RewardModelConfig(_SupervisedConfig):
     """Reward model: pairwise log-sigmoid loss on the score at the last real token."""
 
     data: PreferencesConfig = Field(description="preference pairs to learn from")
-    test_data: PreferencesConfig | None = Field(None, description="preference pairs to measure accuracy on; null holds out some pairs of data")
-    heldout: PositiveInt = Field(128, description="pairs held out if test_data is null; at most a tenth of all pairs")
+    evaluation: RewardModelEvaluationConfig = Field(RewardModelEvaluationConfig(), description="evaluation on held-out pairs")
     start: Literal["sft", "fresh"] = Field("sft", description="sft starts from a copy of the SFT adapter if there is one; fresh starts from a new adapter")
     adapter: AdapterConfig | None = Field(None, description="settings of the trained adapter; with kind full it starts from a copy of the base, into which a LoRA adapter of SFT is merged; null uses the run's adapter settings")
     batch_size: PositiveInt = Field(32, description="pairs per optimizer step")
@@ -195,8 +194,7 @@ class PPOStageConfig(Settings):
     update: PPOConfig = Field(PPOConfig(), description="the update of one iteration")
     save_every: PositiveInt = Field(10, description="iterations between checkpoints", json_schema_extra=CHOICE)
     sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl", json_schema_extra=FREE)
-    evaluation_data: PromptsConfig | None = Field(None, description="held-out prompts for the final table; null uses data")
-    evaluation_prompts: Annotated[int, Field(ge=1, le=1_000_000)] = Field(128, description="number of prompts for the final table, before and after training; if the source has fewer prompts, they are repeated")
+    evaluation: PPOEvaluationConfig = Field(PPOEvaluationConfig(), description="evaluation on held-out prompts")
 
     @model_validator(mode="before")
     @classmethod

@@ -31,7 +31,8 @@ class RewardModelInputs:
 
 def check(run: Run, roles: Roles) -> None:
     """Raises `UserError` if the settings do not fit the model or the mesh, or a data source is missing."""
-    check_settings(run, roles.base, "reward_model", run.config.reward_model.data, run.config.reward_model.test_data)
+    config = run.config.reward_model
+    check_settings(run, roles.base, "reward_model", config.data, config.evaluation.data)
 
 
 def load(run: Run, roles: Roles) -> RewardModelInputs:
@@ -50,9 +51,9 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
         return rows
 
     pairs = read(config.data)
-    if config.test_data is not None:
-        return RewardModelInputs(data(pairs), data(read(config.test_data)))
-    rows, held = hold_out(len(pairs), config.heldout, run.config.seed)
+    if config.evaluation.data is not None:
+        return RewardModelInputs(data(pairs), data(read(config.evaluation.data)))
+    rows, held = hold_out(len(pairs), config.evaluation.heldout, run.config.seed)
     if not len(held):
         held = rows
         run.say(f"reward_model: no held-out pairs (of {len(pairs)}): accuracy is on the training pairs")

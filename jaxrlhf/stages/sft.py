@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxrlhf.data.order import hold_out
-from jaxrlhf.data.sft import SFTData, load_demonstrations
+from jaxrlhf.data.sft import Example, SFTData, load_demonstrations
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.models.adapters import init_adapter, merge
@@ -30,21 +30,29 @@ class SFTInputs:
 
 def check(run: Run, roles: Roles) -> None:
     """Raises `UserError` if the settings do not fit the model or the mesh, or the data source is missing."""
-    check_settings(run, roles.base, "sft", run.config.sft.data)
+    check_settings(run, roles.base, "sft", run.config.sft.data, run.config.sft.evaluation.data)
 
 
 def load(run: Run, roles: Roles) -> SFTInputs:
     """Reads the stage's rows. Raises `UserError` if they are invalid."""
     config, tokenizer = run.config.sft, roles.tokenizer
-    examples, report = load_demonstrations(config.data, tokenizer, config.max_length, config.overflow)
-    run.say(f"sft: {report}")
-    train, held = hold_out(len(examples), config.heldout, run.config.seed)
 
-    def data(rows) -> SFTData:
+    def read(source) -> list[Example]:
+        examples, report = load_demonstrations(source, tokenizer, config.max_length, config.overflow)
+        run.say(f"sft: {report}")
+        return examples
+
+    def data(examples: list[Example]) -> SFTData:
         sizes = (config.batch_size, config.max_length)
-        return SFTData([examples[i] for i in rows], *sizes, run.config.seed, config.packing, tokenizer.pad_id)
+        return SFTData(examples, *sizes, run.config.seed, config.packing, tokenizer.pad_id)
 
-    inputs = SFTInputs(data(train), data(held) if len(held) else None)
+    examples = read(config.data)
+    if config.evaluation.data is not None:
+        inputs = SFTInputs(data(examples), data(read(config.evaluation.data)))
+    else:
+        train, held = hold_out(len(examples), config.evaluation.heldout, run.config.seed)
+        heldout = data([examples[i] for i in held]) if len(held) else None
+        inputs = SFTInputs(data([examples[i] for i in train]), heldout)
     check_total_steps(config.epochs * len(inputs.train), "sft.epochs")
     return inputs
 

@@ -46,18 +46,18 @@ def config_of(folder, tokenizer, rows):
         "adapter": {"rank": 2, "target_modules": ["q_proj", "down_proj"]},
         "compiler_options": QUICK,
         "sft": {
-            "data": {"path": rows("sft", taught)}, "heldout": 0, "epochs": 60, "batch_size": 4, "max_length": LENGTH,
-            "packing": False, "adapter": {"kind": "full"},
+            "data": {"path": rows("sft", taught)}, "evaluation": {"heldout": 0}, "epochs": 60, "batch_size": 4,
+            "max_length": LENGTH, "packing": False, "adapter": {"kind": "full"},
             "optimizer": {"learning_rate": 0.01, "schedule": "cosine"},
         },
         "reward_model": {
-            "data": {"path": rows("pairs", pairs)}, "heldout": 1, "epochs": 8, "batch_size": 4, "max_length": LENGTH,
-            "buckets": 1, "optimizer": {"learning_rate": 0.01},
+            "data": {"path": rows("pairs", pairs)}, "evaluation": {"heldout": 1}, "epochs": 8, "batch_size": 4,
+            "max_length": LENGTH, "buckets": 1, "optimizer": {"learning_rate": 0.01},
         },
         "ppo": {
             "data": {"path": rows("prompts", [{"prompt": prompt[asked]} for asked in TAUGHT])}, "iterations": 2,
             "max_prompt_tokens": PROMPT, "batch_size": 4, "sampling": {"max_new_tokens": NEW, "max_compactions": 0},
-            "evaluation_prompts": 4, "update": {"epochs": 1, "minibatches": 2},
+            "evaluation": {"prompts": 4}, "update": {"epochs": 1, "minibatches": 2},
         },
     }  # fmt: skip
 

@@ -33,7 +33,7 @@ CONFIG = {
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 8}, "iterations": 1, "batch_size": 4,
         "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 8, "samples_per_prompt": 2},
-        "update": {"epochs": 1, "minibatches": 2, "microbatch_size": 2}, "evaluation_prompts": 4,
+        "update": {"epochs": 1, "minibatches": 2, "microbatch_size": 2}, "evaluation": {"prompts": 4},
     },
 }  # fmt: skip
 

@@ -22,11 +22,11 @@ ROWS = {"batch_size": 8, "max_length": 64, "save_every": 2}
 CONFIG = {
     "model": {"new": MODEL}, "stages": ["ppo"], "adapter": {"rank": 2, "target_modules": ["q_proj", "down_proj"]},
     "checkpoints": {"best": "length/mean", "best_is": "lowest"},
-    "sft": ROWS | {"data": {"path": "builtin:assistant-demonstrations", "limit": 40}, "heldout": 4},
+    "sft": ROWS | {"data": {"path": "builtin:assistant-demonstrations", "limit": 40}, "evaluation": {"heldout": 4}},
     "reward_model": ROWS | {"data": {"path": "builtin:assistant-preferences", "limit": 40}, "buckets": 1},
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 50, "batch_size": 4,
-        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6, "max_compactions": 0}, "evaluation_prompts": 4,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6, "max_compactions": 0}, "evaluation": {"prompts": 4},
         "update": {"epochs": 1, "minibatches": 1, "ema_decay": 0.5}, "save_every": 2,
     },
 }  # fmt: skip

@@ -94,8 +94,8 @@ def test_a_run_that_goes_on_tomorrow_has_todays_prompts(clock, tmp_path):
             "run_dir": str(tmp_path / name), "stages": ["ppo"], "model": {"path": str(tmp_path / "model")},
             "adapter": few, "ppo": {
                 "data": {"path": str(tmp_path / "p.jsonl")}, "iterations": iterations, "batch_size": 4, "save_every": 1,
-                "sample_every": 1, "sampling": {"max_new_tokens": 4}, "evaluation_prompts": 4, "max_prompt_tokens": 16,
-                "reward": {"kind": "function", "function": f"{tmp_path}/r.py:score"},
+                "sample_every": 1, "sampling": {"max_new_tokens": 4}, "evaluation": {"prompts": 4},
+                "max_prompt_tokens": 16, "reward": {"kind": "function", "function": f"{tmp_path}/r.py:score"},
             },
         }))  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]

@@ -77,11 +77,12 @@ def test_answers_stop_where_it_is_taught(files):
     config = RunConfig.model_validate({
         "run_dir": str(run), "stages": ["sft", "reward_model", "ppo"], "model": {"path": str(files / "model")},
         "adapter": {"kind": "full"},
-        "sft": {"data": {"path": rows}, "epochs": 30, "packing": False, "heldout": 0, **common},
+        "sft": {"data": {"path": rows}, "epochs": 30, "packing": False, "evaluation": {"heldout": 0}, **common},
         "reward_model": {"data": {"path": rows}, "epochs": 3, "buckets": 1, **common},
         "ppo": {
-            "data": {"path": rows}, "max_prompt_tokens": 16, "iterations": 1, "batch_size": 8, "evaluation_prompts": 3,
-            "sampling": {"max_new_tokens": 8, "temperature": 0.3}, "reward": {"kind": "model"},
+            "data": {"path": rows}, "max_prompt_tokens": 16, "iterations": 1, "batch_size": 8,
+            "evaluation": {"prompts": 3}, "sampling": {"max_new_tokens": 8, "temperature": 0.3},
+            "reward": {"kind": "model"},
         },
     })  # fmt: skip
     run_stages(config)

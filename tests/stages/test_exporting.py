@@ -270,7 +270,7 @@ def given(tmp_path_factory):
 def settings_of(given, run_dir, **named):
     stage = {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 1, "batch_size": 8,
-        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "evaluation_prompts": 8,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "evaluation": {"prompts": 8},
         "update": {"epochs": 1, "minibatches": 1},
         "reward": {"kind": "function", "function": f"{given.folder}/reward.py:letters"},
     } | named  # fmt: skip

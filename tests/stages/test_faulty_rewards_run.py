@@ -34,7 +34,7 @@ CONFIG = {
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": ITERATIONS, "batch_size": 4,
         "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "adapter": FEW, "value_adapter": FEW,
-        "kl": {"target": 0.001}, "update": {"epochs": 2, "minibatches": 1}, "evaluation_prompts": 4,
+        "kl": {"target": 0.001}, "update": {"epochs": 2, "minibatches": 1}, "evaluation": {"prompts": 4},
         "save_every": SAVE_EVERY, "sample_every": 1,
     },
 }  # fmt: skip

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxrlhf.cli.train import main
 from jaxrlhf.stages.fingerprints import fingerprint
 
-PPO = {"iterations": 1, "batch_size": 4, "max_prompt_tokens": 16, "evaluation_prompts": 4}
+PPO = {"iterations": 1, "batch_size": 4, "max_prompt_tokens": 16, "evaluation": {"prompts": 4}}
 
 
 def test_a_fingerprint_depends_on_every_bit():

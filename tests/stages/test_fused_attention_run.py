@@ -26,16 +26,16 @@ CONFIG = {
     "compilation_cache": None,
     "sft": {
         "data": {"path": "builtin:assistant-demonstrations", "limit": 32}, "adapter": {"kind": "full"},
-        "batch_size": 8, "max_length": 48, "heldout": 4,
+        "batch_size": 8, "max_length": 48, "evaluation": {"heldout": 4},
     },
     "reward_model": {
         "data": {"path": "builtin:assistant-preferences", "limit": 16}, "batch_size": 8, "max_length": 48, "buckets": 1,
-        "heldout": 4, "start": "fresh",
+        "evaluation": {"heldout": 4}, "start": "fresh",
     },
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 16}, "iterations": 1, "batch_size": 8,
         "max_prompt_tokens": 15, "sampling": {"max_new_tokens": 6}, "update": {"epochs": 1, "minibatches": 2},
-        "evaluation_prompts": 8,
+        "evaluation": {"prompts": 8},
     },
 }  # fmt: skip
 

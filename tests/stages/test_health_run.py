@@ -22,7 +22,7 @@ RUN = {
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 8, "batch_size": 4,
         "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "adapter": FEW, "value_adapter": FEW,
-        "update": {"epochs": 2, "minibatches": 1, "optimizer": {"learning_rate": 0.05}}, "evaluation_prompts": 4,
+        "update": {"epochs": 2, "minibatches": 1, "optimizer": {"learning_rate": 0.05}}, "evaluation": {"prompts": 4},
         "save_every": 1, "sample_every": 100,
     },
 }  # fmt: skip

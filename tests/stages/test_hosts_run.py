@@ -33,7 +33,7 @@ CONFIG = {
     "stages": ["ppo"],
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 5, "batch_size": 4,
-        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 4}, "evaluation_prompts": 4, "save_every": 2,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 4}, "evaluation": {"prompts": 4}, "save_every": 2,
         "adapter": {"rank": 2, "target_modules": ["q_proj", "down_proj"]}, "sample_every": 1,
         "update": {"epochs": 1, "minibatches": 2, "optimizer": {"learning_rate": 0.01}},
     },

@@ -24,8 +24,8 @@ ALONE = [f"ppo.batch_size={ROWS}"]
 GROUPS = ["ppo.batch_size=2", f"ppo.sampling.samples_per_prompt={ROWS // 2}"]
 FEW = "{rank: 2, target_modules: [q_proj, down_proj]}"
 SHORT = [
-    "ppo.iterations=3", "ppo.evaluation_prompts=2", "ppo.sample_every=1", f"ppo.adapter={FEW}",
-    f"ppo.value_adapter={FEW}", "sft.heldout=4",
+    "ppo.iterations=3", "ppo.evaluation.prompts=2", "ppo.sample_every=1", f"ppo.adapter={FEW}",
+    f"ppo.value_adapter={FEW}", "sft.evaluation.heldout=4",
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def made_up(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
         f"model.path={folder / 'model'}", f"sft.data.path={folder / 'train.jsonl'}",
-        f"ppo.data.path={folder / 'train.jsonl'}", f"ppo.evaluation_data.path={folder / 'test.jsonl'}",
+        f"ppo.data.path={folder / 'train.jsonl'}", f"ppo.evaluation.data.path={folder / 'test.jsonl'}",
         "sft.batch_size=2", "sft.max_length=64", "sft.epochs=6", "sft.optimizer.learning_rate=1e-2",
         "sft.adapter={kind: full}", "sft.microbatch_size=null", "ppo.update.microbatch_size=2", "model.dtype=float32",
         "ppo.max_prompt_tokens=16", "ppo.sampling.max_new_tokens=10",
@@ -130,8 +130,8 @@ def test_real_problems(texts, stories260k, tmp_path):
     train, test = (texts / "gsm8k" / f"{name}.jsonl" for name in ("train", "test"))
     real = [
         f"model.path={stories260k}", f"sft.data.path={train}", f"ppo.data.path={train}",
-        f"ppo.evaluation_data.path={test}", "sft.data.limit=100", "ppo.data.limit=200", "ppo.iterations=1",
-        "ppo.evaluation_data.limit=100", "ppo.sampling.max_new_tokens=16",
+        f"ppo.evaluation.data.path={test}", "sft.data.limit=100", "ppo.data.limit=200", "ppo.iterations=1",
+        "ppo.evaluation.data.limit=100", "ppo.sampling.max_new_tokens=16",
     ]  # fmt: skip
     config = load_config(str(CONFIGS / "gsm8k.yaml"), [*SHORT, *ALONE, *real, f"run_dir={tmp_path / 'run'}"])
     rows = [json.loads(line) for line in train.read_text().splitlines()]

@@ -40,7 +40,7 @@ def config(folder, data, fsdp, tensor):
             "reward": {"kind": "function", "function": "jaxrlhf.rewards.library:length", "options": {"target": 3}},
             "update": {"epochs": 1, "minibatches": 2, "optimizer": {"learning_rate": 0.003},
                        "value_optimizer": {"learning_rate": 0.003}},
-            "evaluation_prompts": 16, "save_every": 100, "sample_every": 1},
+            "evaluation": {"prompts": 16}, "save_every": 100, "sample_every": 1},
     })
 
 def held(tree):

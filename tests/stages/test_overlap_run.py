@@ -25,7 +25,7 @@ CONFIG = {
     "stages": ["ppo"],
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 2, "batch_size": 4,
-        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 4}, "adapter": FEW, "evaluation_prompts": 4,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 4}, "adapter": FEW, "evaluation": {"prompts": 4},
         "reward": {"kind": "function", "function": "jaxrlhf.rewards.library:length", "options": {"target": 3}},
         "update": {"epochs": 1, "minibatches": 2}, "save_every": 100, "sample_every": 1,
     },

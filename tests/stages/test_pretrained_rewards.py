@@ -38,7 +38,8 @@ def config(folder, reward, **ppo):
         "ppo": {
             "data": {"path": "builtin:assistant-prompts", "limit": 12}, "iterations": 2, "batch_size": 8,
             "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "adapter": FEW, "value_adapter": FEW,
-            "update": {"epochs": 1, "minibatches": 1}, "evaluation_prompts": 8, "sample_every": 1, "reward": reward,
+            "update": {"epochs": 1, "minibatches": 1}, "evaluation": {"prompts": 8}, "sample_every": 1,
+            "reward": reward,
         } | ppo,
     })  # fmt: skip
 

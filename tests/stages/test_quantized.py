@@ -26,7 +26,7 @@ FEW = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
 PPO = {
     "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 2, "batch_size": 8,
     "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "adapter": FEW, "value_adapter": FEW,
-    "reward": {"kind": "function", "function": f"{__file__}:count_a"}, "evaluation_prompts": 8,
+    "reward": {"kind": "function", "function": f"{__file__}:count_a"}, "evaluation": {"prompts": 8},
     "update": {"epochs": 2, "minibatches": 1, "optimizer": {"learning_rate": 0.01}},
 }  # fmt: skip
 

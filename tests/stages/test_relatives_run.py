@@ -31,7 +31,7 @@ GRPO = {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 3, "batch_size": 4,
         "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6, "samples_per_prompt": 4}, "adapter": FEW,
         "advantage": {"estimator": "grpo"}, "update": {"epochs": 2, "minibatches": 2, "kl_loss": "k3"},
-        "reward": {"kind": "sum", "parts": PARTS}, "gold": "jaxrlhf.toy.world:gold_score", "evaluation_prompts": 4,
+        "reward": {"kind": "sum", "parts": PARTS}, "gold": "jaxrlhf.toy.world:gold_score", "evaluation": {"prompts": 4},
         "save_every": 100, "sample_every": 1,
     },
 }  # fmt: skip

@@ -25,7 +25,7 @@ CONFIG = {
     "model": MODEL, "stages": ["sft"], "adapter": FEW,
     "sft": {
         "data": {"path": "builtin:assistant-demonstrations", "limit": 250}, "batch_size": 8, "max_length": 64,
-        "heldout": 4, "epochs": 1, "save_every": 2, "optimizer": {"learning_rate": 0.01},
+        "evaluation": {"heldout": 4}, "epochs": 1, "save_every": 2, "optimizer": {"learning_rate": 0.01},
     },
 }  # fmt: skip
 
@@ -229,7 +229,7 @@ PPO = {
     "model": MODEL, "adapter": FEW, "stages": ["ppo"],
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 2, "batch_size": 4,
-        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "evaluation_prompts": 4, "save_every": 1,
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "evaluation": {"prompts": 4}, "save_every": 1,
         "advantage": {"estimator": "reinforce"},
         "update": {"epochs": 1, "minibatches": 1}, "reward": {"kind": "function"},
     },

@@ -22,16 +22,16 @@ CONFIG = {
     },
     "sft": {
         "data": {"path": "builtin:assistant-demonstrations", "limit": 120}, "adapter": {"kind": "full"},
-        "batch_size": 8, "max_length": 64, "heldout": 4, "save_every": 2,
+        "batch_size": 8, "max_length": 64, "evaluation": {"heldout": 4}, "save_every": 2,
     },
     "reward_model": {
         "data": {"path": "builtin:assistant-preferences", "limit": 40}, "adapter": FEW, "batch_size": 8,
-        "max_length": 48, "buckets": 1, "heldout": 4, "save_every": 2,
+        "max_length": 48, "buckets": 1, "evaluation": {"heldout": 4}, "save_every": 2,
     },
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 4, "batch_size": 8,
         "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "adapter": FEW, "kl": {"target": 0.001},
-        "update": {"epochs": 2, "minibatches": 2}, "gold": "jaxrlhf.toy.world:gold_score", "evaluation_prompts": 8,
+        "update": {"epochs": 2, "minibatches": 2}, "gold": "jaxrlhf.toy.world:gold_score", "evaluation": {"prompts": 8},
         "save_every": 2, "sample_every": 1,
     },
 }  # fmt: skip

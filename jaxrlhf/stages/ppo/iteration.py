@@ -166,8 +166,8 @@ class Iteration:
         return shard(self.run.mesh, control.replace(moments=moments))
 
     def evaluate(self, policy: Adapter, value: Adapter, prompts: PromptSet) -> Evaluation:
-        """Evaluates a policy on the first `evaluation_prompts` prompts, with the programs and shapes of training."""
-        size, total = self.config.batch_size, self.config.evaluation_prompts
+        """Evaluates a policy on the first `evaluation.prompts` prompts, with the programs and shapes of training."""
+        size, total = self.config.batch_size, self.config.evaluation.prompts
         control = shard(self.run.mesh, Control.start(0.0))
         rows_of: dict[str, list[np.ndarray]] = {}
         samples = []

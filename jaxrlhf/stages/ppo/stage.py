@@ -56,7 +56,7 @@ def check(run: Run, roles: Roles) -> None:
     config = run.config.ppo
     mix = config.pretraining
     check_adapter(roles.base, run.config.adapter_or(config.value_adapter), "ppo.value_adapter")
-    check_settings(run, roles.base, "ppo", config.data, config.evaluation_data, mix and mix.data)
+    check_settings(run, roles.base, "ppo", config.data, config.evaluation.data, mix and mix.data)
     for remark in remarks(config):
         run.say(f"ppo: {remark}")
     if truncates(config.sampling):
@@ -80,8 +80,8 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     prompts = load_prompts(config.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
     run.say(f"ppo: {prompts.report}")
     evaluation = prompts
-    if config.evaluation_data is not None:
-        evaluation = load_prompts(config.evaluation_data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
+    if config.evaluation.data is not None:
+        evaluation = load_prompts(config.evaluation.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
         run.say(f"ppo: evaluation: {evaluation.report}")
     for prompt_set in (prompts, evaluation):
         check_prompts(rewards, prompt_set, "ppo.reward")

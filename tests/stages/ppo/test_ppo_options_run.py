@@ -24,7 +24,7 @@ MODEL = {
 DEMONSTRATIONS = {"path": "builtin:assistant-demonstrations", "limit": 40}
 PPO = {
     "data": {"path": "builtin:assistant-prompts", "limit": 20}, "batch_size": 4, "max_prompt_tokens": 16,
-    "sampling": {"max_new_tokens": 6}, "adapter": FEW, "value_adapter": FEW, "evaluation_prompts": 4,
+    "sampling": {"max_new_tokens": 6}, "adapter": FEW, "value_adapter": FEW, "evaluation": {"prompts": 4},
     "save_every": 100, "sample_every": 1,
 }  # fmt: skip
 
@@ -160,7 +160,7 @@ def test_one_setting_trains_all_roles_whole(tmp_path):
     """And a policy that starts from LoRA pairs is, whole, what they were."""
     settings = {
         "run_dir": str(tmp_path / "run"), "model": MODEL, "adapter": {"kind": "full"},
-        "sft": {"data": DEMONSTRATIONS, "adapter": FEW, "batch_size": 4, "max_length": 64, "heldout": 0,
+        "sft": {"data": DEMONSTRATIONS, "adapter": FEW, "batch_size": 4, "max_length": 64, "evaluation": {"heldout": 0},
                 "optimizer": {"learning_rate": 0.02}},
         "reward_model": {"data": {"path": "builtin:assistant-preferences", "limit": 20}, "batch_size": 4,
                          "max_length": 48, "buckets": 1},
