@@ -1,11 +1,14 @@
-"""Handles Ctrl-C from the start of a command: one line and status 130. Imports little, so that it loads fast."""
+"""Handles Ctrl-C from the start of a command. The command prints one line and exits with status 130.
+
+This file imports little, so that it loads fast.
+"""
 
 import os
 import signal
 
 
 def exit_on_interrupt() -> None:
-    """Makes Ctrl-C print one line and exit. A command calls this function before it imports anything slow."""
+    """Makes Ctrl-C print one line and end the process. A command calls this function before slow imports."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
 

@@ -1,4 +1,4 @@
-"""Compiled programs: counts how often each is compiled, sets XLA options, and reads the peak memory of the process."""
+"""Compiled programs. This file counts the compilations of each program, sets XLA options, and reads the peak memory."""
 
 import contextlib
 import functools
@@ -14,21 +14,22 @@ import numpy as np
 from jaxrlhf.errors import UserError
 
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
-_running: list["Program"] = []  # programs that are being called, innermost last; only the main thread calls programs
+_running: list["Program"] = []  # programs that are running, the innermost last; only the main thread runs programs
 
-ALL = "all"  # in `Options`, stands for every program
+ALL = "all"  # a key of `Options` that means every program
 Options = Mapping[str, Mapping[str, Any]]  # program -> option -> value
 
 _active_options: Options = {}
 
 
 class Program:
-    """A function under `jax.jit` with a name, which counts its compilations; `constrain` uses `mesh` during tracing.
+    """A function under `jax.jit`. The program has a name and counts how often it is compiled.
 
-    `compiles` stays at 1 as long as every call has the same shapes, dtypes, static values and shardings as the first. A
-    new sharding, or an array that is not yet committed to its device, makes jax compile again without tracing again. So
-    traces and compilations are both counted, and `compiles` is the larger number. XLA gets `compiler_options`; options
-    of `compiled_with` override them.
+    `compiles` is 1 as long as every call has the same shapes, dtypes, static values and shardings as the first call. If
+    a sharding is new, or if an array is not yet committed to its device, jax compiles again without a new trace. So
+    traces and compilations are both counted, and `compiles` is the larger number. XLA gets the options
+    `compiler_options`. Options of `compiled_with` replace them. The function may call `mesh.constrain`, which uses the
+    mesh of the program.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Program:
         compiler_options: Mapping[str, Any] | None = None,
         **jit_options: Any,
     ):
-        @functools.wraps(function)  # keeps the signature, which static_argnames needs
+        @functools.wraps(function)  # keeps the signature, because static_argnames needs it
         def traced(*args, **kwargs):
             self.traces += 1
             with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -47,14 +48,14 @@ class Program:
 
         traced.__name__ = traced.__qualname__ = name
         self.name = name
-        self.static = tuple(jit_options.get("static_argnames", ()))  # names of arguments that are compiled in
+        self.static = tuple(jit_options.get("static_argnames", ()))  # arguments that are constants of the program
         self.traces = 0
         self._backend_compiles = 0
         self._jitted = jax.jit(traced, compiler_options=options_of(name, compiler_options), **jit_options)
 
     @property
     def compiles(self) -> int:
-        """How often the program has been compiled."""
+        """The number of times that the program has been compiled."""
         return max(self.traces, self._backend_compiles)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,12 +66,12 @@ class Program:
             _running.pop()
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """Traces the program for these arguments (arrays or shapes), without compiling it."""
+        """Traces the program for these arguments and does not compile it. The arguments are arrays or shapes."""
         return self._jitted.lower(*args, **kwargs)
 
 
 def _count_compile(event: str, seconds: float, **details: Any) -> None:
-    # While it traces, jax also compiles small programs (for constants); their names differ from the program's.
+    # During tracing, jax also compiles small programs for constants. These have other names than the program.
     if event == _BACKEND_COMPILE and _running and details.get("fun_name") == f"jit({_running[-1].name})":
         _running[-1]._backend_compiles += 1
 
@@ -80,9 +81,9 @@ jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 @contextlib.contextmanager
 def compiled_with(options: Options) -> Iterator[None]:
-    """Compiles every `Program` that is created in the block with these options, on all threads of the process.
+    """Compiles every `Program` that is created inside the block with these options.
 
-    Raises `UserError` as `check_options` does.
+    This holds for all threads of the process. Raises `UserError` if XLA refuses an option, see `check_options`.
     """
     global _active_options
     check_options(options)
@@ -94,20 +95,23 @@ def compiled_with(options: Options) -> Iterator[None]:
 
 
 def options_of(program: str, own: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Returns the XLA options of a program: its `own`, overridden by those of `compiled_with`; None if it has none."""
+    """Returns the XLA options of a program, or None if there are none.
+
+    Options of `compiled_with` replace the options `own` of the program.
+    """
     return {**(own or {}), **_active_options.get(ALL, {}), **_active_options.get(program, {})} or None
 
 
 def check_options(options: Options) -> None:
-    """Compiles a small program with each option; raises `UserError` if this XLA refuses an option or its value."""
+    """Compiles a small program with each option. Raises `UserError` if XLA refuses an option or its value."""
     for program, values in options.items():
         for option, value in values.items():
             try:
                 jax.jit(jax.lax.neg, compiler_options={option: value})(np.float32(0))
-            except Exception as error:  # of jax or of XLA
+            except Exception as error:  # an error of jax or of XLA
                 text = " ".join(str(error).split())
                 if "No such compile option" in text:
-                    reason = f"the XLA of jax {jax.__version__} has no such option; remove it, or look up its new name"
+                    reason = f"XLA in jax {jax.__version__} has no such option; remove the option, or use its new name"
                 else:
                     detail = re.sub(r"^[A-Z_]+: (While setting option \w+, )?", "", text)
                     reason = f"XLA refuses the value: {detail[:200]}"
@@ -115,7 +119,10 @@ def check_options(options: Options) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the peak memory so far of the fullest local device; on CPU, the peak memory of this process."""
+    """Returns the peak memory, in bytes, of the local device with the largest peak.
+
+    Devices on a CPU report no memory. Then the peak memory of this process is returned.
+    """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:

@@ -1,8 +1,9 @@
-"""The device mesh, and the sharding of batches on it. `models.sharding` has the sharding of parameters.
+"""The device mesh, and the sharding of batches on this mesh. `models.sharding` has the sharding of parameters.
 
-The axis `data` holds copies of the base. `fsdp` splits weights by rows, which are gathered layer by layer. `tensor`
-splits layers by attention heads and MLP width. A batch is split over `data` and `fsdp`. All axes are `AxisType.Auto`:
-XLA inserts the collectives that the shardings of the arguments require.
+The mesh has three axes. Along the axis `data`, each device has a copy of the base. The axis `fsdp` splits the rows of
+weights, and each layer gathers its weights when it runs. The axis `tensor` splits attention heads and the MLP width. A
+batch is split over `data` and `fsdp`. All axes are `AxisType.Auto`, so XLA inserts the collectives that the shardings
+of the arguments require.
 """
 
 import math
@@ -23,9 +24,9 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh [data, fsdp, tensor] over `devices`, by default those of all processes.
+    """Returns the mesh [data, fsdp, tensor] over `devices`. The default is the devices of all processes.
 
-    Raises `UserError` as `mesh_sizes` does.
+    Raises `UserError` if the mesh does not fit the number of devices, see `mesh_sizes`.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_sizes(config, len(devices))
@@ -33,9 +34,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Returns the sizes of the axes data, fsdp and tensor; `UserError` if their product is not `count`, the devices.
+    """Returns the sizes of the axes data, fsdp and tensor for `count` devices.
 
-    An axis of size -1 gets the devices that the other axes leave.
+    If the config sets an axis to -1, the size of this axis is `count` divided by the other sizes. Raises `UserError` if
+    the product of the sizes is not `count`.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = next((axis for axis in AXES if sizes[axis] == -1), "data")
@@ -45,28 +47,32 @@ def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
         divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
             f"{' x '.join(f'mesh.{axis}={size}' for axis, size in sizes.items())} does not fit {count} "
-            f"device{'s' * (count != 1)}: with mesh.{free}=-1, which takes what the others leave, "
-            f"{' x '.join(f'mesh.{axis}' for axis in AXES if axis != free)} is {others} and must be one of {divisors}"
+            f"device{'s' * (count != 1)}; the product "
+            f"{' x '.join(f'mesh.{axis}' for axis in AXES if axis != free)} must be one of {divisors} (now {others}); "
+            f"set mesh.{free}=-1 for the remaining devices"
         )
     return tuple(filled.values())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding that puts a full copy on each device."""
+    """Returns the sharding that puts a full copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding that splits rows (the first dimension) over `data` and `fsdp`, and replicates over `tensor`."""
+    """Returns the sharding that splits rows (the first dimension) over `data` and `fsdp`.
+
+    Devices along `tensor` have copies of the same rows.
+    """
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Returns x with each dimension split over the given mesh axes; for use inside a `Program` on a mesh.
+    """Returns x with each dimension split over the given mesh axes. The call must be inside a `Program` with a mesh.
 
-    Without this constraint activations would follow the sharding of the weights, and each device would compute every
-    row. Dimensions without axes are not split. Axes that do not divide a dimension are dropped, the last ones first.
-    Without a mesh, or on a mesh whose axes are not `AxisType.Auto`, x is returned unchanged.
+    Without this constraint, activations would have the sharding of the weights, and each device would compute every
+    row. A dimension without axes is not split. If the axes of a dimension do not divide it, the last axes are dropped.
+    If there is no mesh, or if the mesh has axes that are not `AxisType.Auto`, x is returned unchanged.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
@@ -83,7 +89,10 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def split_rows(batch: Any, parts: int) -> Any:
-    """Reshapes each leaf [B, ...] of a tree to [parts, B / parts, ...]; ValueError if `parts` does not divide B."""
+    """Reshapes each leaf [B, ...] of a tree to [parts, B / parts, ...].
+
+    Raises ValueError if `parts` does not divide B.
+    """
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
         raise ValueError(f"{rows} rows cannot be split into {parts} equal parts")
@@ -91,19 +100,22 @@ def split_rows(batch: Any, parts: int) -> Any:
 
 
 def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
-    """Raises `UserError` if `rows`, the setting at `key_path`, cannot be split evenly over `data` and `fsdp`."""
+    """Raises `UserError` if `rows` cannot be split evenly over `data` and `fsdp`.
+
+    `rows` is the value of the setting `key_path`.
+    """
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % shares:
         below = rows - rows % shares
-        sizes = f"{below} or {below + shares}" if below else f"{shares} or a multiple of it"
+        sizes = f"{below} or {below + shares}" if below else f"{shares} or a multiple of {shares}"
         raise UserError(
             f"{key_path}: {rows} rows cannot be split over {shares} devices (mesh.data {mesh.shape['data']} x "
-            f"mesh.fsdp {mesh.shape['fsdp']}); {sizes} would fit"
+            f"mesh.fsdp {mesh.shape['fsdp']}); use {sizes} rows"
         )
 
 
 def shard_batch(mesh: Mesh, tree: Any) -> Any:
-    """Returns the tree with the rows of each leaf split over the mesh, and scalars replicated.
+    """Returns the tree on the mesh. The rows of each leaf are split over the mesh. Each device gets a copy of scalars.
 
     Every process passes the full batch.
     """
@@ -112,7 +124,7 @@ def shard_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Returns the tree with full numpy arrays on every process; leaves that are split over processes are gathered."""
+    """Returns the tree with full numpy arrays on every process. A leaf that is split over processes is gathered."""
 
     def full(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -125,8 +137,8 @@ def fetch(tree: Any) -> Any:
 
 
 def finite_leaves(tree: Any) -> Any:
-    """Returns a tree of bools, the same on every process: whether all values of each leaf are finite."""
-    # One program at a time: on a CPU, programs of several devices that run beside each other may deadlock.
+    """Returns a tree of bools: for each leaf, whether all its values are finite. All processes get the same result."""
+    # One program runs at a time, because concurrent programs on several CPU devices may deadlock.
     return jax.tree.map(lambda leaf: bool(fetch(_is_finite(leaf))), tree)
 
 
@@ -136,9 +148,9 @@ def _is_finite(x: jax.Array) -> jax.Array:
 
 
 def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Places a leaf with this sharding; every process passes the full leaf."""
+    """Returns the leaf on the devices with this sharding. Every process passes the full leaf."""
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    # With several processes, device_put would send the leaf to all of them to compare it.
+    # With several processes, device_put would send the leaf to all processes for a comparison.
     full = np.asarray(leaf)
     return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])

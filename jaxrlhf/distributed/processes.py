@@ -1,13 +1,13 @@
-"""Runs of several processes, on one host or many: finds process numbers, starts jax, and makes processes agree.
+"""Runs of several processes on one or many hosts. This file finds process numbers, starts jax, and compares processes.
 
-The number of a process and the coordinator's address come from flags. If flags are missing, they come from the
-environment (JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS), and otherwise from jax's cluster detection:
-SLURM, Open MPI, TPU hosts, indexed Kubernetes jobs. In a run of one process no function here communicates.
+The number of a process and the address of the coordinator come from flags. If flags are missing, the environment is
+read (JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS). Otherwise jax detects a cluster (SLURM, Open MPI, TPU
+hosts, indexed Kubernetes jobs). In a run of one process, no function here communicates.
 
-A process that fails ends at once. Its launcher then ends the other processes; without a launcher, jax's coordination
-service ends them, because the failed process sends no heartbeats. Data from a disk, a clock or a server may differ
-between processes, so process 0 reads it and sends it to all. Every process must call the functions that communicate,
-in the same order.
+A process that fails ends immediately. Its launcher then ends the other processes. Without a launcher, jax's
+coordination service ends them, because the failed process sends no heartbeats. Data from a disk, a clock or a server
+may differ between processes, so process 0 reads such data and sends it to all processes. All processes must call the
+functions that communicate, in the same order.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ import numpy as np
 from jaxrlhf.config.differences import differences
 from jaxrlhf.errors import UserError, reported_elsewhere
 
-START_TIMEOUT = 300.0  # seconds; a cluster may start the tasks of a job minutes apart
-HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead; all processes end within a minute
+START_TIMEOUT = 300.0  # seconds; a cluster may start one task of a job minutes after another
+HEARTBEAT = 30  # seconds; a process without a heartbeat for this time counts as dead, and all end within a minute
 EXIT_DELAY = 1.0  # seconds between a failure of process 0 and its exit
 SHUTDOWN = 60  # seconds that jax waits for the other processes at the end of a run
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ProcessSpec:
-    """The place of this process in its run. jax detects the values that are None."""
+    """The number of this process and the address of process 0. jax detects the values that are None."""
 
     coordinator: str | None  # HOST:PORT of process 0
     processes: int | None  # number of processes
@@ -50,7 +50,7 @@ class ProcessSpec:
 def find_process_spec(
     coordinator: str | None, processes: int | None, process: int | None, environment: Mapping[str, str] = os.environ
 ) -> ProcessSpec | None:
-    """Returns the spec of this process, or None in a run of one process.
+    """Returns the `ProcessSpec` of this process. In a run of one process, returns None.
 
     Raises `UserError` if the flags are incomplete or invalid.
     """
@@ -63,11 +63,14 @@ def find_process_spec(
             return None
         absent = " and ".join(f"--{name} (or JAXRLHF_{name.upper()})" for name in missing)
         present = " and ".join(f"--{name}" for name in flags if name not in missing)
-        raise UserError(f"{present}: given without {absent}; give all three, or none for one process")
+        raise UserError(
+            f"{present}: {absent} must be given too; give all three flags, or no flag for a run of one process"
+        )
     if processes is not None and processes < 1:
         raise UserError(f"--processes: must be at least 1, not {processes}")
     if process is not None and not 0 <= process < (processes or process + 1):
-        raise UserError(f"--process: {process}, but {processes or 'the'} processes are numbered from 0")
+        allowed = f"between 0 and {processes - 1}" if processes else "at least 0"
+        raise UserError(f"--process: must be {allowed}, not {process}; processes are numbered from 0")
     if coordinator is not None:
         _address(coordinator)
     return ProcessSpec(**flags)
@@ -81,7 +84,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that jax detects has started this process as one of several."""
+    """Whether a launcher has started this process as one of several. Only launchers that jax detects are found."""
 
     def several(name: str) -> bool:
         count = environment.get(name, "")
@@ -89,7 +92,7 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
     if several("OMPI_COMM_WORLD_SIZE") or (several("SLURM_NTASKS") and all(name in environment for name in _SLURM)):
         return True
-    # A pod outside an indexed job, such as a notebook, is a single process.
+    # A pod outside an indexed job, such as a notebook, is a run of one process.
     if "JOB_COMPLETION_INDEX" in environment and "KUBERNETES_SERVICE_HOST" in environment:
         return importlib.util.find_spec("kubernetes") is not None
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
@@ -98,11 +101,11 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def joined(spec: ProcessSpec | None, timeout: float = START_TIMEOUT) -> Iterator[None]:
-    """Starts jax on all processes, runs the block, and waits for all processes at the end of the block.
+    """Starts jax on all processes, runs the block, and then waits for all processes.
 
-    The block must start before any jax computation. After an exception, the caller exits with `exit_status`. Raises
-    `UserError` if the processes were started with different settings. If not all processes connect within `timeout`
-    seconds, prints an error and exits with status 2.
+    The block must start before any jax computation. After an exception, the caller must exit with `exit_status`. Raises
+    `UserError` if the processes were started with different settings. If a process does not connect within `timeout`
+    seconds, this process prints an error and exits with status 2.
     """
     if spec is None:
         yield
@@ -118,7 +121,7 @@ def joined(spec: ProcessSpec | None, timeout: float = START_TIMEOUT) -> Iterator
             options["coordinator_bind_address"] = spec.coordinator
         if spec.process == 0:
             _check_free(host, port)
-    # If processes are missing, jax aborts with a C++ trace. This timer prints one line and exits before jax aborts.
+    # If processes are missing, jax prints a C++ trace and aborts. Before this, the timer prints one line and exits.
     timer = threading.Timer(timeout, _give_up, (spec, timeout))
     timer.daemon = True
     timer.start()
@@ -141,20 +144,20 @@ def joined(spec: ProcessSpec | None, timeout: float = START_TIMEOUT) -> Iterator
     finally:
         timer.cancel()
     own = {"number of processes": spec.processes or jax.process_count(), "version of jax": jax.__version__}
-    check_alike("start", own, "start all processes with the same flags and the same jax")
+    check_alike("start", own, "start all processes with the same flags and the same version of jax")
     yield
     barrier()
     jax.distributed.shutdown()
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raises `UserError` if process 0 cannot listen on the port; jax would crash."""
+    """Raises `UserError` if process 0 cannot listen on the port, because jax would crash."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host if host in _LOOPBACK else "", port), family=family).close()
     except OSError as error:
         raise UserError(
-            f"coordinator {host}:{port}: process 0 cannot listen there: {error.strerror or error}; give another port, "
+            f"coordinator {host}:{port}: process 0 cannot use this port: {error.strerror or error}; give another port, "
             f"such as {host}:{20000 + os.getpid() % 10000}, to all processes"
         ) from None
 
@@ -169,8 +172,8 @@ def _give_up(spec: ProcessSpec, timeout: float) -> None:
         except OSError as error:
             why = f" (no connection: {error.strerror or error}; process 0 has not started, or cannot be reached)"
     print(
-        f"error: {who}: not all processes connected{where} within {timeout:g} s{why}; start all of them with the same "
-        "number of processes and the same coordinator, the address of process 0",
+        f"error: {who}: not all processes connected{where} within {timeout:g} s{why}; start all processes with the "
+        "same number of processes and the same coordinator; the coordinator is the address of process 0",
         file=sys.stderr,
         flush=True,
     )
@@ -178,7 +181,7 @@ def _give_up(spec: ProcessSpec, timeout: float) -> None:
 
 
 def exit_status(status: int) -> int:
-    """Returns the exit status; after a failure in a run of several processes, exits at once and does not return."""
+    """Returns the exit status. In a run of several processes, a failed process exits here and does not return."""
     if status == 0 or alone():
         return status
     # jax's shutdown would wait for the other processes, which may be waiting for this process.
@@ -186,13 +189,13 @@ def exit_status(status: int) -> int:
         with contextlib.suppress(OSError):
             stream.flush()
     if is_first():
-        time.sleep(EXIT_DELAY)  # the exit of process 0 aborts the others, which may still print their own errors
+        time.sleep(EXIT_DELAY)  # the other processes print their errors before the exit of process 0 aborts them
     os._exit(status)
 
 
 def alone() -> bool:
-    """Whether this run is one process."""
-    jax = sys.modules.get("jax")  # a command without jax need not import it here
+    """Whether this run has only one process."""
+    jax = sys.modules.get("jax")  # jax is not imported here, because some commands do not need it
     return jax is None or not jax.distributed.is_initialized()
 
 
@@ -202,14 +205,14 @@ def is_first() -> bool:
 
 
 def largest(value: int) -> int:
-    """The largest `value` over all processes."""
+    """Returns the largest `value` of all processes."""
     from jax.experimental.multihost_utils import process_allgather
 
     return int(process_allgather(np.int32(value)).max())
 
 
 def barrier() -> None:
-    """Returns when every process has called `barrier`. All processes then see files that process 0 wrote before."""
+    """Returns when all processes have called `barrier`. Files that process 0 wrote before are then visible to all."""
     largest(0)
 
 
@@ -220,7 +223,7 @@ def _broadcast(data: bytes, source: int = 0) -> bytes:
 
     own = jax.process_index() == source
     size = int(broadcast_one_to_all(np.int32(len(data)), is_source=own))
-    # Lengths are rounded up to a power of two, because jax compiles a program for each length.
+    # The length is rounded up to a power of two, because jax compiles a program for each length.
     padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     if own:
         padded[:size] = np.frombuffer(data, np.uint8)
@@ -228,11 +231,11 @@ def _broadcast(data: bytes, source: int = 0) -> bytes:
 
 
 def agreed(make: Callable[[], T], error: type[Exception] = UserError) -> T:
-    """Returns `make()` of this process if it succeeds on every process; if one raises `error`, every process raises.
+    """Returns `make()` of this process. If `make` raises `error` on one process, all processes raise `error`.
 
-    `make` must not communicate. The failed process with the lowest number raises its own exception. The others raise a
-    copy that is marked as reported by that process. An exception of another type is raised only on its own process, and
-    ends the run.
+    `make` must not communicate. If several processes fail, the error of the process with the lowest number counts. This
+    process raises its own exception, and the other processes raise a copy with the number of this process. If `make`
+    raises an exception of another type, only its process raises this exception, and the run ends.
     """
     if alone():
         return make()
@@ -251,20 +254,23 @@ def agreed(make: Callable[[], T], error: type[Exception] = UserError) -> T:
     who, why = json.loads(_broadcast(json.dumps([who, str(fault)]).encode(), first))
     if first == own:
         raise fault
-    # The terminal shows the output of process 0, so process 0 repeats the error.
-    raise reported_elsewhere(error(why), f"{who} failed: {why if is_first() else 'see its own output'}")
+    # The terminal shows the output of process 0, so process 0 repeats the error of another process.
+    raise reported_elsewhere(error(why), f"{who} failed: {why if is_first() else 'its output has the error'}")
 
 
 def from_first(make: Callable[[], bytes], error: type[Exception] = UserError) -> bytes:
-    """Returns `make()` of process 0 on every process; if it raises `error`, every process raises, as in `agreed`."""
+    """Returns `make()` of process 0 on every process. Only process 0 calls `make`.
+
+    If `make` raises `error`, all processes raise `error`, see `agreed`.
+    """
     made = agreed(make if is_first() else bytes, error)
     return made if alone() else _broadcast(made)
 
 
 def check_alike(what: str, own: Mapping[str, Any], remedy: str) -> None:
-    """Raises `UserError` if `own`, JSON values, differs between this process and process 0.
+    """Raises `UserError` if the values `own` differ between this process and process 0. They must be JSON values.
 
-    The error says that they differ in `what`, and ends with `remedy`.
+    The error says that the processes differ in `what`, and ends with `remedy`.
     """
     text = json.dumps(own)
     first = from_first(text.encode).decode()
@@ -273,8 +279,8 @@ def check_alike(what: str, own: Mapping[str, Any], remedy: str) -> None:
         for key, there, here in differences(json.loads(first), json.loads(text))[:1]:
             process = sys.modules["jax"].process_index()
             raise UserError(
-                f"process {process} (host {socket.gethostname()}) and process 0 differ in {what}: {key} is {here}, on "
-                f"process 0 it is {there}; {remedy}"
+                f"process {process} (host {socket.gethostname()}) and process 0 differ in {what}: {key} is {here}, but "
+                f"{there} on process 0; {remedy}"
             )
 
     agreed(compare)

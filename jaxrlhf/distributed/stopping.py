@@ -1,15 +1,15 @@
-"""Stopping on a signal: after SIGTERM, Ctrl-C or SIGHUP, the current step ends and is saved, within a time limit.
+"""Stops a run after SIGTERM, Ctrl-C or SIGHUP. The current step first ends and is saved, within a time limit.
 
 A thread receives the signals, because Python cannot run a signal handler while the main thread compiles. If there is
-nothing to save, the thread exits the process itself. This is safe, because every file is written so that a kill does no
-harm.
+nothing to save, the thread ends the process. This is safe, because no file is damaged if a process is killed while it
+writes.
 
-A terminal sends SIGINT (Ctrl-C) and SIGHUP (when it closes) also to child processes, such as the workers of a reward
-function. The current step needs these children, so both signals are blocked in every thread that may start a child, and
-children inherit the block. If the process exits in the middle of a step, it ends its children.
+A terminal sends SIGINT after Ctrl-C, and SIGHUP when it closes. Child processes, such as the workers of a reward
+function, receive these signals too, but the current step needs these children. So every thread that may start a child
+blocks both signals, and children inherit the block. If the process exits in the middle of a step, it ends its children.
 
-Several processes stop before the same step: if one process gets a SIGTERM, jax's preemption service tells all processes
-and chooses the step (`multihost_utils.reached_preemption_sync_point`).
+All processes of a run stop before the same step. If one process gets a SIGTERM, jax's preemption service tells all
+processes and chooses the step (`multihost_utils.reached_preemption_sync_point`).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """The run ended after a signal, and its steps are saved."""
+    """Raised when the run ended after a signal. The steps of the run are saved."""
 
     def __init__(self, number: int, what: str):
         super().__init__(f"stopped by {signal.Signals(number).name}: {what}")
@@ -37,14 +37,15 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Receives the signals of `STATUS` inside its `with` block; a block outside the main thread receives no signals.
+    """Receives the signals of `STATUS` inside the `with` block. A block outside the main thread receives no signals.
 
-    A loop that can save its steps sets `at_work`, a function that describes what an exit would lose now. The loop calls
-    `due` before each step. After a signal it has `grace` seconds to stop; then the process exits in the middle of a
-    step. A second SIGINT exits at once. Child processes keep the handlers from before the block, and do not receive
-    SIGINT and SIGHUP.
+    A loop that can save its steps sets `at_work` and calls `due` before each step. `at_work` returns a text that says
+    what an exit would lose at this moment. After a signal, the loop has `grace` seconds to stop. Then the process exits
+    in the middle of a step. After a second SIGINT the process exits immediately. Child processes have the handlers from
+    before the block and do not receive SIGINT and SIGHUP.
 
-    `afterwards` says what the user can do next; it is appended to the message of an exit that loses nothing.
+    `afterwards` is a text that says what the user can do next. If an exit loses nothing, its message ends with this
+    text.
     """
 
     def __init__(self, grace: float = 60.0, afterwards: str = ""):
@@ -60,7 +61,7 @@ class StopSignals:
 
         All processes of a run call `due` before each step, and all of them stop before the same step.
         """
-        if self._before:  # before Python 3.13, multiprocessing's resource tracker unblocks SIGINT when it starts
+        if self._before:  # before Python 3.13, the start of multiprocessing's resource tracker unblocks SIGINT
             signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)
         if not self._shared:
             return self._signal or 0
@@ -70,10 +71,10 @@ class StopSignals:
         return (self._signal or signal.SIGTERM) if reached_preemption_sync_point(self._steps) else 0
 
     def share(self) -> None:
-        """Makes `due` agree between processes; must be called after `jax.distributed.initialize`.
+        """Makes `due` return the same on all processes. Must be called after `jax.distributed.initialize`.
 
-        jax has replaced the SIGTERM handler of this object by its own. So Python's fault handler is set for SIGTERM: it
-        writes to the socket of this object, then calls jax's handler.
+        jax has replaced the SIGTERM handler of this object. So Python's fault handler is registered for SIGTERM. It
+        writes to the socket of this object and then calls jax's handler.
         """
         self._shared = True
         if self._before:
@@ -88,11 +89,11 @@ class StopSignals:
         self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         for number in STATUS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # the process was started with nohup
+                continue  # nohup started the process
             # Python writes to the wake-up descriptor only for signals that have a Python handler.
             self._before[number] = signal.signal(number, lambda number, frame: None)
         _active = self
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)  # the thread below unblocks them
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)  # the thread below unblocks these signals
         threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
         return self
 
@@ -117,7 +118,7 @@ class StopSignals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FROM_TERMINAL)
         with self._receiver:
             while data := self._receiver.recv(1):
-                # The fault handler writes text, whose first byte is above the number of any signal.
+                # The fault handler writes text. The first byte of this text is larger than every signal number.
                 number = signal.SIGTERM if data[0] > signal.NSIG else data[0]
                 if number not in list(STATUS):
                     continue
@@ -129,19 +130,19 @@ class StopSignals:
 
     def _begin_stop(self, received: signal.Signals) -> None:
         if received == signal.SIGHUP:
-            _leave_terminal()  # before the main thread learns of the signal and prints
+            _leave_terminal()  # the main thread, which may print, must not see the signal before this call
         self._signal = received
         if self.at_work is None:
             self._exit("interrupted" if received == signal.SIGINT else f"stopped by {received.name}")
         _say(f"{received.name}: the current step ends and is saved, within {self.grace:g} s")
         threading.Thread(target=self._limit, name="grace", daemon=True).start()
         if self._shared and received != signal.SIGTERM:
-            os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes only of a SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes only about SIGTERM
 
     def _limit(self) -> None:
         time.sleep(self.grace)
         if self._before:
-            self._exit(f"stopped by {self._signal.name}: {self.grace:g} s were not enough")
+            self._exit(f"stopped by {self._signal.name}: the step did not end within {self.grace:g} s")
 
     def _exit(self, text: str) -> None:
         work = self.at_work
@@ -154,7 +155,7 @@ _active: StopSignals | None = None
 
 
 def _restore_in_child() -> None:
-    """Restores the handlers in a forked child, such as a reward function's worker."""
+    """Restores the signal handlers in a forked child, such as a worker of a reward function."""
     if _active is not None:
         _active._restore()
         interrupt.restore_in_child()
@@ -164,7 +165,7 @@ os.register_at_fork(after_in_child=_restore_in_child)
 
 
 def _end_children() -> None:
-    """Sends SIGTERM to the child processes (on Linux), which signals of the terminal do not reach."""
+    """Sends SIGTERM to the child processes on Linux, because children do not receive signals of the terminal."""
     for children in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
         with contextlib.suppress(OSError), open(children) as file:
             for child in map(int, file.read().split()):
@@ -174,11 +175,11 @@ def _end_children() -> None:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())  # sys.stderr has a lock that the main thread may hold
+        os.write(2, f"{text}\n".encode())  # sys.stderr is not used, because the main thread may hold its lock
 
 
 def _leave_terminal() -> None:
-    """Sends stdout and stderr to /dev/null if the terminal has closed, so that printing raises no error."""
+    """Redirects stdout and stderr to /dev/null if the terminal has closed, so that prints raise no errors."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")

@@ -36,23 +36,23 @@ def test_one_device():
 
 def test_sizes_that_do_not_fit_say_which_would():
     assert _misfit(8, fsdp=3) == (
-        "mesh.data=-1 x mesh.fsdp=3 x mesh.tensor=1 does not fit 8 devices: with mesh.data=-1, which takes what the "
-        "others leave, mesh.fsdp x mesh.tensor is 3 and must be one of 1, 2, 4, 8"
+        "mesh.data=-1 x mesh.fsdp=3 x mesh.tensor=1 does not fit 8 devices; the product mesh.fsdp x mesh.tensor "
+        "must be one of 1, 2, 4, 8 (now 3); set mesh.data=-1 for the remaining devices"
     )
     assert _misfit(8, data=2, tensor=2) == (
-        "mesh.data=2 x mesh.fsdp=1 x mesh.tensor=2 does not fit 8 devices: with mesh.data=-1, which takes what the "
-        "others leave, mesh.fsdp x mesh.tensor is 2 and must be one of 1, 2, 4, 8"
+        "mesh.data=2 x mesh.fsdp=1 x mesh.tensor=2 does not fit 8 devices; the product mesh.fsdp x mesh.tensor "
+        "must be one of 1, 2, 4, 8 (now 2); set mesh.data=-1 for the remaining devices"
     )
-    assert "with mesh.tensor=-1, which" in _misfit(8, data=3, tensor=-1)
-    assert "does not fit 1 device: " in _misfit(1, data=2)
+    assert "set mesh.tensor=-1 for" in _misfit(8, data=3, tensor=-1)
+    assert "does not fit 1 device; " in _misfit(1, data=2)
 
 
 def test_batch_that_does_not_split_says_what_would():
     mesh = _abstract(2, 2, 2)
     check_batch(mesh, 8, "ppo.batch_size")
-    with pytest.raises(UserError, match=r"^ppo\.batch_size: 6 rows cannot .* 4 devices .*; 4 or 8 would fit$"):
+    with pytest.raises(UserError, match=r"^ppo\.batch_size: 6 rows cannot .* 4 devices .*; use 4 or 8 rows$"):
         check_batch(mesh, 6, "ppo.batch_size")
-    with pytest.raises(UserError, match="4 or a multiple of it would fit"):
+    with pytest.raises(UserError, match="use 4 or a multiple of 4 rows"):
         check_batch(mesh, 3, "ppo.batch_size")
 
 

@@ -182,18 +182,18 @@ def test_what_processes_agree_on():
     error, *others = [line[3].split(" | ") for line in lines]
     assert error == ["IndexError list index out of range", ""] and {line[0] for line in others} == {error[0]}
     for line in others:
-        assert re.fullmatch(r"process 0 of 3 \(host \S+, pid \d+\) failed: see its own output", line[1])
+        assert re.fullmatch(r"process 0 of 3 \(host \S+, pid \d+\) failed: its output has the error", line[1])
     assert [line[4] for line in lines] == ["called 3 first True alone False", *["called 0 first False alone False"] * 2]
     assert [line[5] for line in lines] == ["0", "1", "2"]
     # What all find wrong is process 0's to say; what one finds is said by that one, and told to process 0.
     assert lines[0][6] == "UserError a.yaml:0: no such key | "
     for line in lines[1:]:
-        assert re.search(r"\| process 0 of 3 \(host \S+, pid \d+\) failed: see its own output$", line[6])
+        assert re.search(r"\| process 0 of 3 \(host \S+, pid \d+\) failed: its output has the error$", line[6])
     assert lines[2][7] == "UserError a.yaml:2: no such key | "
     assert re.search(r"\| process 2 of 3 \(host \S+, pid \d+\) failed: a\.yaml:2: no such key$", lines[0][7])
-    assert re.search(r"\| process 2 of 3 .* failed: see its own output$", lines[1][7])
+    assert re.search(r"\| process 2 of 3 .* failed: its output has the error$", lines[1][7])
     assert [line[8:10] for line in lines] == [["None", "14"]] * 3
-    complaint = r"process 1 \(host .*\) and process 0 differ in settings: ppo.epochs is 2, on process 0 it is 1; start"
+    complaint = r"process 1 \(host .*\) and process 0 differ in settings: ppo.epochs is 2, but 1 on process 0; start"
     assert re.fullmatch(rf"UserError {complaint} all alike \| ", lines[1][10]) and re.search(complaint, lines[0][10])
 
 
@@ -252,7 +252,7 @@ def test_processes_that_were_started_unalike_are_refused():
     with Processes("pass", 2, counts={1: 3}, LATE="0.5") as processes:
         ends = processes.ends()
     assert [status for status, _, _ in ends.values()] == [2, 2], ends
-    assert "differ in start: number of processes is 3, on process 0 it is 2; start all processes" in ends[1][2]
+    assert "differ in start: number of processes is 3, but 2 on process 0; start all processes" in ends[1][2]
 
 
 def test_processes_that_do_not_come_are_not_waited_for_forever():
@@ -329,10 +329,10 @@ def test_flags_go_before_the_environment(monkeypatch):
 
 
 UNUSABLE = {
-    "part of it": (("node:1", None, None), "--coordinator: given without --processes .* and --process"),
+    "part of it": (("node:1", None, None), "--coordinator: --processes .* and --process .* must be given too"),
     "no port": (("node", 2, 0), "--coordinator: must be HOST:PORT"),
-    "no such process": (("node:1", 2, 2), "--process: 2, but 2 processes are numbered from 0"),
-    "a negative process": (("node:1", 2, -1), "--process: -1, but 2 processes are numbered from 0"),
+    "no such process": (("node:1", 2, 2), "--process: must be between 0 and 1, not 2; processes"),
+    "a negative process": (("node:1", 2, -1), "--process: must be between 0 and 1, not -1; processes"),
     "no process": (("node:1", 0, 0), "--processes: must be at least 1, not 0"),
 }
 

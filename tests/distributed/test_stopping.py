@@ -88,7 +88,7 @@ def test_the_bound_holds_while_python_cannot_run():
     assert returned == 143 and stdout == "" and seconds < 15
     first, last = stderr.splitlines()
     assert first == "SIGTERM: the current step ends and is saved, within 0.5 s"
-    assert last == "stopped by SIGTERM: 0.5 s were not enough; step 3 is lost; the same command continues"
+    assert last == "stopped by SIGTERM: the step did not end within 0.5 s; step 3 is lost; the same command continues"
 
 
 def test_a_second_interrupt_ends_at_once():

@@ -79,8 +79,8 @@ def card(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--devices", "512", "mesh.tensor=3"], r"mesh.tensor is 3 and must be one of 1, 2, 4, .*512"),
-        (["--devices", "8", "mesh.data=2", "mesh.tensor=2"], "does not fit 8 devices: with mesh.data=-1, .*"),
+        (["--devices", "512", "mesh.tensor=3"], r"mesh.tensor must be one of 1, 2, 4, .*512 .now 3."),
+        (["--devices", "8", "mesh.data=2", "mesh.tensor=2"], "does not fit 8 devices; .*set mesh.data=-1"),
         (["--devices", "0"], "--devices: must be at least 1, not 0"),
         (["--devices", "1", "--per-host", "0"], "--per-host: must be at least 1, not 0"),
         (["--devices", "1", "--card", "h1000"], "--card: 'h1000' is not known; choose one of a100, .*l40s"),

@@ -247,7 +247,7 @@ def test_a_reward_that_fails_ends_all_and_loses_no_step(runs):
     assert re.search(r"line \d+, in score$", said, re.MULTILINE), "and the frames of the function"
     done = len(lines(failing.run_dir, "metrics.jsonl"))
     assert failing.checkpoint(done).exists(), "what was learnt until then"
-    assert re.search(r"^stopped: process 0 of 2 .* failed: see its own output$", failing.log(1), re.MULTILINE)
+    assert re.search(r"^stopped: process 0 of 2 .* failed: its output has the error$", failing.log(1), re.MULTILINE)
     assert "Traceback" not in failing.log(1)
 
 
@@ -277,6 +277,6 @@ def test_hosts_that_read_other_data_are_refused(tmp_path):
     said = [process.communicate(timeout=120)[1] for process in running]
     assert [process.returncode for process in running] == [2, 2], said
     checksum = r"'?[0-9a-f]{16}'?"
-    complaint = rf"and process 0 differ in data: ppo\.prompts is {checksum}, on process 0 it is {checksum}; give all"
+    complaint = rf"and process 0 differ in data: ppo\.prompts is {checksum}, but {checksum} on process 0; give all"
     assert re.search(rf"error: process 1 \(host .*\) {complaint}", said[1]) and re.search(complaint, said[0]), said
     assert not (tmp_path / "unlike").exists()

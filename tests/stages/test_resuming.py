@@ -247,7 +247,7 @@ def test_a_step_that_takes_too_long_is_given_up(process, tmp_path):
     started.send(signal.SIGTERM)
     assert started.wait(60) == 143 and time.monotonic() - began < 30
     last = started.errors.splitlines()[-1]
-    assert "1 s were not enough; ppo: step 0 is saved, later steps are lost" in last, started.errors
+    assert "the step did not end within 1 s; ppo: step 0 is saved, later steps are lost" in last, started.errors
 
 
 def test_more_iterations_are_those_of_a_longer_run(tmp_path, capfd):
