@@ -1,6 +1,6 @@
-"""Turns a rollout into experience: logprobs, values, shaped rewards, advantages.
+"""Turns a rollout into experience: computes logprobs, values, shaped rewards and advantages.
 
-B rows, R response tokens.
+Sizes: B rows and R response tokens.
 """
 
 from typing import Literal
@@ -28,20 +28,20 @@ WHITENED = ("gae", "reinforce")  # estimators whose advantages are whitened by d
 
 @struct.dataclass
 class Control:
-    """State carried from one iteration to the next, besides policy and value."""
+    """The state that PPO keeps between iterations, in addition to policy and value."""
 
     kl_coef: jax.Array  # f32[]
-    moments: RunningMoments  # of the scores that `score.normalise` selects
+    moments: RunningMoments  # moments of the scores that `score.normalise` selects
 
     @classmethod
     def start(cls, kl_coef: float) -> "Control":
-        """The state before the first iteration."""
+        """Returns the state before the first iteration."""
         return cls(jnp.float32(kl_coef), init_moments())
 
 
 @struct.dataclass
 class ExperienceSettings:
-    """Settings of `annotate_experience`."""
+    """The settings of `annotate_experience`."""
 
     kl: KLConfig
     advantage: AdvantageConfig
@@ -66,14 +66,14 @@ def annotate(
 
     Args:
       value: adapter of the value model. If it is None or empty, all values are 0.
-      temperature: f32[]; divides the logits. None takes the temperature of the rollout.
-      microbatches: number of equal parts, which are computed one after another with the shapes of the update's forward
-        pass.
-      recompute_policy: False returns the sampling logprobs as the policy's logprobs. This suits updates that use no old
-        logprobs.
-      value_trunk: with "policy", `value` is a head on the policy's trunk.
-      buckets: as in `PPOConfig`. Each part is cut to its longest completion; rows are sorted first, so that rows of
-        similar length share a part.
+      temperature: f32[]; divides the logits. None means the temperature of the rollout.
+      microbatches: number of equal parts. The parts are computed one after another. Their shapes are those of the
+        update's forward pass.
+      recompute_policy: if False, the sampling logprobs are returned as the policy's logprobs. Use False only for
+        updates that do not use old logprobs.
+      value_trunk: "policy" means that `value` is a head on the policy's trunk.
+      buckets: see `PPOConfig`. Each part is cut to its longest completion. If `buckets` is above 1, rows are sorted by
+        length before they are split into parts.
     """
     if temperature is not None:
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
@@ -123,19 +123,22 @@ def build_experience(
     kl_bound: jax.Array | float | None = BOUND,
     mask_truncated: bool = False,
 ) -> tuple[Experience, dict[str, jax.Array]]:
-    """(experience, metrics): adds the KL to the rewards, computes advantages and whitens them over the global batch.
+    """Returns (experience, metrics). Adds the KL penalty to the rewards, and computes the advantages.
+
+    Advantages are whitened over the global batch if `whiten_advantages` is True. None means True for the estimators in
+    `WHITENED` and False for the others.
 
     Args:
-      scores: f32[B]; after normalisation and penalties (see `steps.scores`).
-      kl_coef: f32[]; weight of the KL in the reward or, with `kl_in_loss`, in the loss.
-      gamma, lam, estimator, whiten_rewards: as in `AdvantageConfig` and `KLConfig`.
-      whiten_advantages: None whitens the advantages if `advantage` is in `WHITENED`.
-      advantage: a name from `algorithms.advantages.ADVANTAGES`.
-      group: completions per prompt.
-      greedy: f32[B]; scores of the greedy completions, if the estimator needs them.
-      kl_bound: bound of k2 and k3 in rewards and metrics, see `algorithms.kl.kl_estimate`.
-      mask_truncated: removes truncated completions (without a stop token) from the experience's `response_mask` and
-        from whitening. Estimators that compare completions still use the scores of truncated completions.
+      scores: f32[B]; the scores after normalisation and penalties (see `steps.scores`).
+      kl_coef: f32[]; weight of the KL in the reward. If `kl_in_loss` is True, it is the weight of the KL in the loss.
+      gamma, lam, whiten_rewards: see `AdvantageConfig`.
+      estimator: see `KLConfig`.
+      advantage: a name in `algorithms.advantages.ADVANTAGES`.
+      group: number of completions per prompt.
+      greedy: f32[B]; scores of the greedy completions. None if the estimator does not need them.
+      kl_bound: bound of k2 and k3 in rewards and metrics (see `algorithms.kl.kl_estimate`).
+      mask_truncated: if True, completions without a stop token are removed from the experience's `response_mask` and
+        from whitening. Estimators that compare completions still use the scores of these completions.
     """
     mask = rollout.response_mask
     learned = mask & rollout.ended[:, None] if mask_truncated else mask
@@ -179,7 +182,7 @@ def annotate_experience(
     control: Control,
     settings: ExperienceSettings,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
-    """(experience, next control, metrics): runs `annotate_for_update` and `score_experience` in one program."""
+    """Runs `annotate_for_update` and `score_experience` in one program. Returns (experience, next control, metrics)."""
     annotated = annotate_for_update(base, policy, value, reference, rollout, settings.update)
     return score_experience(rollout, annotated, scores, greedy, control, settings)
 
@@ -192,9 +195,9 @@ def annotate_for_update(
     rollout: Rollout,
     update: PPOConfig,
 ) -> Annotated:
-    """Runs `annotate` with the arguments that `update` implies.
+    """Runs `annotate` with the arguments that follow from the settings `update`.
 
-    It needs no scores, so it may run while the scores are computed.
+    This function needs no scores. So it may run while the reward computes the scores.
     """
     rows = rollout.tokens.shape[0]
     update = complete(update, rows)
@@ -204,7 +207,7 @@ def annotate_for_update(
         value,
         reference,
         rollout,
-        # Computed at the update's own shapes, so that the first minibatch's ratio is 1.
+        # The shapes are those of the update, so that the ratios of the first minibatch are exactly 1.
         microbatches=rows // (update.microbatch_size or rows // update.minibatches),
         recompute_policy=not single_step(update),
         value_trunk=update.value_trunk,
@@ -220,12 +223,12 @@ def score_experience(
     control: Control,
     settings: ExperienceSettings,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
-    """(experience, next control, metrics): runs `adjust_scores` and `build_experience`, which need the scores.
+    """Runs `adjust_scores` and `build_experience`. Returns (experience, next control, metrics).
 
     Args:
-      scores: f32[B]; from the reward, before normalisation and penalties.
-      greedy: one greedy completion per prompt, and the scores of these completions, if the estimator needs them; else
-        None.
+      scores: f32[B]; the scores of the reward, before normalisation and penalties.
+      greedy: one greedy completion per prompt, and the scores of these completions. None if the estimator does not need
+        them.
     """
     kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
     moments = score_moments(control.moments, scores, settings.score)

@@ -1,9 +1,10 @@
-"""Joins the small arrays of trainable trees into a few, to launch fewer optimizer kernels on a GPU.
+"""Joins the small arrays of trainable trees into a few large arrays. The optimizer then launches fewer GPU kernels.
 
-An optimizer launches a few kernels per array, and an adapter has hundreds of small arrays, so launches would dominate
-a step. Only the loop of optimizer steps inside a PPO update uses joined arrays, from `joined` to `by_leaf`. States
-between updates and in checkpoints have one leaf per parameter. Programs with one optimizer step (SFT, reward model) do
-not join, because joining and splitting would launch as many kernels as they save.
+An optimizer launches a few kernels for each array. An adapter has hundreds of small arrays, so the launches would take
+most of a step. Only the loop of optimizer steps inside a PPO update uses joined arrays: `joined` comes before the loop,
+`by_leaf` after it. States between updates and in checkpoints have one leaf per parameter. SFT and the reward model have
+one optimizer step per program. They do not join, because the kernels that join and split would cost as much as they
+save.
 """
 
 import math
@@ -15,23 +16,23 @@ from flax import struct
 
 from jaxrlhf.models.sharding import leaf_name, parameter_sharding
 
-LARGEST = 2**20  # numbers in a leaf; a larger leaf is not joined: its launch cost is small, and a copy takes memory
+LARGEST = 2**20  # numbers in a leaf; larger leaves are not joined: their launches cost little, a copy takes memory
 
 
 @struct.dataclass
 class Flat:
-    """A dict of arrays whose small leaves are joined, with one joined array per dtype and kind.
+    """A dict of arrays in which the small leaves are joined.
 
-    Matrices are joined to [1, N], vectors and scalars to [N]. The number of dimensions is kept apart because weight
-    decay applies to matrices only.
+    For each dtype, matrices are joined to one array [1, N], and vectors and scalars to another array [N]. Matrices are
+    separate because weight decay applies to matrices only.
     """
 
     arrays: dict[str, jax.Array]
     structure: jax.tree_util.PyTreeDef = struct.field(pytree_node=False)
-    leaves: tuple[tuple[str, tuple[int, ...]], ...] = struct.field(pytree_node=False)  # array name and shape of each
+    leaves: tuple[tuple[str, tuple[int, ...]], ...] = struct.field(pytree_node=False)  # (name of its array, shape)
 
     def tree(self) -> dict[str, Any]:
-        """The dict with one leaf per parameter."""
+        """Returns the dict with one leaf per parameter."""
         shapes: dict[str, list[tuple[int, ...]]] = {}
         for name, shape in self.leaves:
             shapes.setdefault(name, []).append(shape)
@@ -40,21 +41,21 @@ class Flat:
 
 
 def joined(state: Any) -> Any:
-    """The state with a `Flat` in place of each dict (adapters and their optimizer moments).
+    """Returns the state with a `Flat` in place of each dict. The dicts are adapters and their optimizer moments.
 
-    Leaves that the mesh shards are not joined, because every device would hold all of the joined array. So a full
-    fine-tune joins norms and biases only, and a mesh with `fsdp` or `tensor` joins replicated leaves only.
+    Leaves that the mesh shards are not joined, because every device would hold the whole joined array. So on a mesh
+    with `fsdp` or `tensor`, only replicated leaves are joined. In a full fine-tune these are norms and biases.
     """
     return jax.tree.map(_join, state, is_leaf=_is_dict)
 
 
 def by_leaf(state: Any) -> Any:
-    """The state with a dict in place of each `Flat`, as it was before `joined`."""
+    """Returns the state with a dict in place of each `Flat`. This is the inverse of `joined`."""
     return jax.tree.map(lambda part: part.tree() if isinstance(part, Flat) else part, state, is_leaf=_is_flat)
 
 
 def _join(part: Any) -> Any:
-    """Converts a non-empty dict to a `Flat` and returns anything else unchanged."""
+    """Converts a non-empty dict to a `Flat`. Returns all other parts of a state unchanged."""
     if not _is_dict(part) or not part:
         return part
     pairs, structure = jax.tree_util.tree_flatten_with_path(part)
@@ -86,7 +87,8 @@ def _concatenated(leaves: list[jax.Array]) -> jax.Array:
 def _split(array: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
     if len(shapes) == 1:
         return [array]
-    vectors = jax.lax.split(array.ravel(), [math.prod(shape) for shape in shapes])  # its gradient is one concatenation
+    # The gradient of `split` is one concatenation.
+    vectors = jax.lax.split(array.ravel(), [math.prod(shape) for shape in shapes])
     return [vector.reshape(shape) for vector, shape in zip(vectors, shapes)]
 
 

@@ -1,4 +1,5 @@
-"""Metrics, each with its reduction over microbatches and over the steps of an update."""
+"""Metrics and their reductions. A metric is reduced over the microbatches of a step, then over the steps of an update.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -9,9 +10,9 @@ from flax import struct
 
 
 class Reduction(NamedTuple):
-    """How a metric is reduced."""
+    """The two functions that reduce a metric."""
 
-    parts: Callable[[jax.Array, jax.Array], jax.Array]  # combines two microbatches
+    parts: Callable[[jax.Array, jax.Array], jax.Array]  # combines the values of two microbatches
     steps: Callable[[jax.Array, jax.Array], jax.Array]  # (values f32[steps], `seen` f32[steps]) -> f32[]
 
 
@@ -25,7 +26,7 @@ REDUCTIONS = {
 
 @struct.dataclass
 class Metric:
-    """A number and its reduction."""
+    """The value of a metric, and the name of its reduction."""
 
     value: jax.Array  # f32[]
     reduction: str = struct.field(pytree_node=False)  # a key of REDUCTIONS
@@ -35,37 +36,37 @@ Metrics = dict[str, Metric]
 
 
 def share(value: jax.Array) -> Metric:
-    """A metric that is summed over microbatches and averaged over steps. `value` is one microbatch's share."""
+    """Returns a metric that is summed over microbatches and averaged over steps. `value` is a microbatch's share."""
     return Metric(value, "share")
 
 
 def count(value: jax.Array) -> Metric:
-    """A metric that is summed over microbatches and steps."""
+    """Returns a metric that is summed over microbatches and over steps."""
     return Metric(value, "count")
 
 
 def largest(value: jax.Array) -> Metric:
-    """A metric whose maximum is taken over microbatches and steps."""
+    """Returns a metric that is reduced to its maximum over microbatches and steps."""
     return Metric(value, "largest")
 
 
 def of_first_step(value: jax.Array) -> Metric:
-    """A metric of the first step only, whose maximum is taken over microbatches."""
+    """Returns a metric that is reduced to its maximum over the microbatches of the first step."""
     return Metric(value, "first")
 
 
 def merged(one: Metrics, other: Metrics) -> Metrics:
-    """Combines the metrics of two microbatches."""
+    """Returns the metrics of two microbatches together."""
     return {
         name: Metric(REDUCTIONS[a.reduction].parts(a.value, other[name].value), a.reduction) for name, a in one.items()
     }
 
 
 def over_steps(metrics: Metrics, seen: jax.Array) -> dict[str, jax.Array]:
-    """Reduces f32[steps] to f32[] per metric; `seen` f32[steps] is 1 for steps that were computed, else 0."""
+    """Reduces each metric from f32[steps] to f32[]. `seen` f32[steps] is 1 for computed steps, 0 for skipped steps."""
     return {name: REDUCTIONS[metric.reduction].steps(metric.value, seen) for name, metric in metrics.items()}
 
 
 def plain(metrics: Mapping[str, Metric]) -> dict[str, jax.Array]:
-    """The values without their reductions."""
+    """Returns the values of the metrics without the reductions."""
     return {name: metric.value for name, metric in metrics.items()}

@@ -1,6 +1,6 @@
-"""Gradient accumulation over microbatches, and microbatches cut to their longest completion.
+"""Accumulates gradients over microbatches, and cuts microbatches to their longest completion.
 
-B rows, R response tokens.
+Sizes: B rows and R response tokens.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,21 @@ from jaxrlhf.steps.metrics import Metrics, merged
 
 
 def shortest_first(rows: Any) -> jax.Array:
-    """Row numbers i32[B] of a `Rollout` or `Experience`, sorted by completion length."""
+    """Returns the row numbers i32[B] of a `Rollout` or `Experience`, sorted by the length of the completion."""
     return jnp.argsort(jnp.sum(rows.response_mask, axis=1), stable=True)
 
 
 def take_rows(tree: Any, order: jax.Array) -> Any:
-    """The rows `order` i32[N] of each leaf [B, ...], sharded like a batch."""
+    """Returns the rows with the numbers `order` i32[N] from each leaf [B, ...]. The result is sharded as a batch."""
     return jax.tree.map(lambda x: constrain(x[order], BATCH_AXES), tree)
 
 
 def by_longest(run: Callable[[Any], Any], rows: Any, buckets: int) -> Any:
-    """Returns run(rows) with all completions cut to one of `buckets` lengths: the shortest that holds every completion.
+    """Returns run(rows), with the rows cut to a shorter length. There are `buckets` lengths to choose from.
 
-    `rows` is a `Rollout` or `Experience`, whose two-dimensional arrays end with the R response tokens. `run` is
-    compiled for every length and executed for one, so it must return the same shapes for each length.
+    The chosen length is the shortest one that holds every completion. `rows` is a `Rollout` or an `Experience`. Its
+    two-dimensional arrays end with the R response tokens. `run` is compiled for every length, and executed for one. So
+    `run` must return the same shapes for every length.
     """
     if buckets == 1:
         return run(rows)
@@ -49,14 +50,16 @@ def accumulate(
     parts: int,
     buckets: int = 1,
 ) -> tuple[jax.Array, Metrics, Any]:
-    """(loss, metrics, gradient) of a batch, accumulated over `parts` equal microbatches.
+    """Returns (loss, metrics, gradient) of a batch, summed over `parts` equal microbatches.
 
-    `loss(params, part)` must return the microbatch's share of the batch's loss (divided by the batch's totals), so
-    that sums over microbatches are exact. `by_longest` cuts each microbatch to one of `buckets` lengths.
+    `loss(params, part)` must return the part that a microbatch adds to the loss of the batch: a sum over the
+    microbatch, divided by a total of the batch. So the sum over microbatches is exact. `by_longest` cuts each
+    microbatch to one of `buckets` lengths.
     """
 
     def gradient(params: Any, part: Any):
-        # The switch over lengths is outside the gradient. Inside, the activations of all lengths would be kept.
+        # The switch over lengths must be outside the gradient. Inside the gradient, it would keep the activations of
+        # all lengths.
         return by_longest(lambda rows: jax.value_and_grad(loss, has_aux=True)(params, rows), part, buckets)
 
     if parts == 1:

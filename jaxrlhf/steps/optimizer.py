@@ -1,4 +1,4 @@
-"""AdamW with gradient clipping and a schedule. Its numeric settings are traced, so changing one recompiles nothing."""
+"""AdamW with gradient clipping and a schedule. Numeric settings are traced, so a new value needs no compilation."""
 
 from typing import Any
 
@@ -13,9 +13,10 @@ from jaxrlhf.steps.metrics import Metrics, count, share
 
 
 def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfig:
-    """Fills in a missing learning rate from `LEARNING_RATES`, by role and by whether `params` are a full fine-tune.
+    """Returns the config with a learning rate. If the config has no rate, it comes from `LEARNING_RATES`.
 
-    The rate of a full fine-tune is larger for models narrower than `RATED_WIDTH`, in proportion to 1 / width.
+    The rate depends on `role`, and on whether `params` are LoRA pairs or full weights. For full weights of a model
+    narrower than `RATED_WIDTH`, the rate is multiplied by RATED_WIDTH / width.
     """
     if config.learning_rate is not None:
         return config
@@ -28,7 +29,7 @@ def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfi
 
 
 def init_optimizer(params: Any) -> optax.OptState:
-    """The optimizer state before the first step. Its structure is the same for all settings."""
+    """Returns the optimizer state before the first step. The structure of the state is the same for all settings."""
     return _transformation(OptimizerConfig()).init(params)
 
 
@@ -41,12 +42,13 @@ def optimizer_step(
     step: jax.Array,
     loss: jax.Array | float = 0.0,
 ) -> tuple[Any, optax.OptState, Metrics]:
-    """(params, state, metrics) after one optimizer step.
+    """Runs one optimizer step, and returns (params, state, metrics).
 
-    `step` i32[] is the number of previous steps; `loss` f32[] is the loss of this step. The update of Adam is m /
-    (sqrt(v) + epsilon) with bias-corrected moments, as in PyTorch. Weight decay is decoupled and skips vectors and
-    scalars (biases, norms, LoRA scales). If the loss or the gradient's norm is not finite, params and state keep their
-    values and the metric `skipped` is 1. Raises ValueError if the settings have no learning rate (see `with_rate`).
+    `step` i32[] is the number of previous steps. `loss` f32[] is the loss of this step. The update of Adam is
+    m / (sqrt(v) + epsilon) with bias-corrected moments, as in PyTorch. Weight decay is decoupled. It does not apply to
+    vectors and scalars (biases, norms, LoRA scales). If the loss or the norm of the gradient is not finite, params and
+    state do not change, and the metric `skipped` is 1. Raises `ValueError` if the settings have no learning rate (see
+    `with_rate`).
     """
     rate = learning_rate(config, step)
     norm = optax.global_norm(grads)
@@ -58,16 +60,19 @@ def optimizer_step(
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
-    """Learning rate f32[] after `step` steps: linear warm-up, then constant or decay to 0 at total_steps."""
+    """Returns the learning rate f32[] after `step` steps.
+
+    The rate rises linearly during the warm-up. After the warm-up it is constant, or decays to 0 at `total_steps`.
+    """
     if config.learning_rate is None:
-        raise ValueError("learning_rate is None; with_rate fills it in by role")
+        raise ValueError("learning_rate must be a number, not None; call with_rate first")
     step = jnp.asarray(step, jnp.float32)
     warmup = jnp.where(config.warmup_steps > 0, (step + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
     if config.schedule == "constant":
         decay = 1.0
     else:
         if config.total_steps is None:
-            raise ValueError(f"schedule {config.schedule} needs total_steps")
+            raise ValueError(f"total_steps must be a number for schedule {config.schedule}, not None")
         span = jnp.maximum(config.total_steps - config.warmup_steps, 1)
         progress = jnp.clip((step - config.warmup_steps) / span, 0.0, 1.0)
         decay = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * progress))

@@ -1,6 +1,6 @@
 """The PPO update: epochs x minibatches of policy and value steps, in one compiled program.
 
-B rows, R response tokens.
+Sizes: B rows and R response tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,28 +25,30 @@ from jaxrlhf.steps.microbatches import accumulate, shortest_first, take_rows
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step, with_rate
 from jaxrlhf.steps.sft import learned_tokens, sft_loss
 
-MINIBATCHES = 4  # default number
+MINIBATCHES = 4  # default number of minibatches
 
 
 def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOState:
-    """The state before the first update. `value` is None if there is no value model.
+    """Returns the state before the first update. `value` is None if there is no value model.
 
-    With `value_trunk` "policy", `value` is only a head (`adapters.value_head`). The arrays are copied: donating the
-    state does not delete the arrays that the caller passed in.
+    If `value_trunk` is "policy", `value` must be only a head (`adapters.value_head`). All arrays are copied. So if a
+    program donates the state, the caller's arrays stay valid.
     """
     value = {} if value is None else value
     if value and (config.value_trunk == "policy") != (set(value) == {SCORE}):
-        raise ValueError("value_trunk=policy needs `value` to be a head only (value_head), value_trunk=own an adapter")
+        raise ValueError(
+            "`value` must be only a head (value_head) if value_trunk is policy, and an adapter if value_trunk is own"
+        )
     policy, value = jax.tree.map(lambda x: jnp.array(x, copy=True), (policy, value))
     average = {} if config.ema_decay is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), policy)
     return PPOState(policy, value, average, init_optimizer(policy), init_optimizer(value), jnp.int32(0))
 
 
 def complete(config: PPOConfig, rows: int) -> PPOConfig:
-    """Fills in a missing number of minibatches for `rows` completions: the largest valid number up to `MINIBATCHES`.
+    """Returns the config with a number of minibatches. `rows` is the number of completions.
 
-    A number is valid if the rows divide into so many minibatches, and each minibatch into microbatches. If no number is
-    valid, the result has 1.
+    If the config has no number, it becomes the largest valid number up to `MINIBATCHES`. A number n is valid if the
+    rows can be split into n equal minibatches, and each minibatch into microbatches. If no number is valid, n is 1.
     """
     if config.minibatches is not None:
         return config
@@ -56,12 +58,12 @@ def complete(config: PPOConfig, rows: int) -> PPOConfig:
 
 
 def single_step(config: PPOConfig) -> bool:
-    """Whether an iteration has one optimizer step. Then the policy being trained is exactly the old policy."""
+    """Returns True if an iteration has one optimizer step. The policy in training is then exactly the old policy."""
     return config.epochs * (config.minibatches or MINIBATCHES) == 1
 
 
 def computed_steps(metrics: Mapping[str, float], config: PPOConfig) -> float:
-    """Number of optimizer steps that an update computed, including the step that `kl_stop` discarded.
+    """Returns the number of optimizer steps that an update computed. A step that `kl_stop` discarded counts too.
 
     `config` must be a result of `complete`.
     """
@@ -77,12 +79,13 @@ def ppo_update(
     config: PPOConfig,
     mix: SFTBatch | None = None,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
-    """(state, metrics) after `epochs` passes over the experience in `minibatches` steps each.
+    """Runs a PPO update, and returns (state, metrics).
 
-    Each epoch uses every row once, in an order drawn from `key`. `mix` holds rows for the language-model loss of
-    PPO-ptx, split equally over the steps. With `kl_stop`, the first minibatch whose approximate KL exceeds this limit
-    and all later minibatches are skipped. Missing learning rates and minibatches are filled in (`with_rate`,
-    `complete`). Raises ValueError if `minibatches` does not divide the rows.
+    The update makes `epochs` passes over the experience, with `minibatches` optimizer steps in each pass. Each pass
+    uses every row once, in a random order from `key`. `mix` holds rows for the language-model loss of PPO-ptx. Every
+    step uses an equal part of `mix`. If `kl_stop` is set and the approximate KL of a minibatch exceeds it, the step of
+    this minibatch is discarded and all later minibatches are skipped. If the config has no learning rate or no number
+    of minibatches, `with_rate` and `complete` set it. Raises `ValueError` if `minibatches` does not divide the rows.
     """
     rows = experience.tokens.shape[0]
     config = complete(config, rows)
@@ -113,7 +116,7 @@ def ppo_update(
 
 
 def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
-    """Wraps `step`: the first call whose approximate KL exceeds `kl_stop`, and all later calls, change nothing."""
+    """Wraps `step`. If the approximate KL of a call exceeds `kl_stop`, this call and all later calls change nothing."""
 
     def run(state: PPOState, inputs):
         after, (metrics, seen) = step(state, inputs)
@@ -177,7 +180,7 @@ def _minibatch_step(
 def _with_pretraining(
     grads: Adapter, state: PPOState, base: Decoder, mix: SFTBatch, config: PPOConfig
 ) -> tuple[Adapter, jax.Array]:
-    """(gradient of the policy with the weighted language-model loss added, mean language-model loss f32[])."""
+    """Adds the gradient of the weighted language-model loss to `grads`. Returns (gradient, mean loss f32[])."""
     tokens = jnp.maximum(jnp.sum(learned_tokens(mix)), 1)
     rows = mix.tokens.shape[0]
 
@@ -199,11 +202,11 @@ def ppo_loss(
     total_rows: int,
     length: int | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """A microbatch's share of its minibatch's loss and metrics.
+    """Returns the parts that a microbatch adds to the loss and to the metrics of its minibatch.
 
-    `total_tokens`, `total_rows` and `length` describe the whole minibatch, so that the shares of all microbatches sum
-    to its loss. `length` is the number of response tokens per row; None takes it from the microbatch. `value` is empty
-    if there is no value model. With `value_trunk` "policy" the value loss also trains the policy's trunk.
+    `total_tokens`, `total_rows` and `length` describe the minibatch. So the sum over its microbatches is the loss of
+    the minibatch. `length` is the number of response tokens per row; None takes it from the microbatch. `value` is
+    empty if there is no value model. If `value_trunk` is "policy", the value loss also trains the policy's trunk.
     """
     mask = experience.response_mask
     inputs = (experience.tokens, experience.mask, mask)
@@ -254,7 +257,7 @@ def ppo_loss(
         "policy/ratio_max": largest(jnp.max(jnp.where(mask, tokens["ratio"], 0.0))),
         "policy/first_ratio_error": of_first_step(jnp.max(jnp.where(mask, jnp.abs(tokens["ratio"] - 1.0), 0.0))),
     }
-    if single_step(config):  # with more steps `annotate` recomputes the logprobs, and `annotate` logs the gap
+    if single_step(config):  # if there are more steps, `build_experience` logs the gap
         gap = jnp.where(mask, jnp.abs(logprobs - experience.sample_logprobs), 0.0)
         metrics |= {"gap/logprob_max": largest(jnp.max(gap)), "gap/logprob_mean": share(mean(gap))}
     return loss, metrics

@@ -1,6 +1,6 @@
-"""Reward model update on preference pairs (1706.03741, 2009.01325).
+"""The update of the reward model on preference pairs (1706.03741, 2009.01325).
 
-B pairs, L tokens.
+Sizes: B pairs and L tokens.
 """
 
 import jax
@@ -20,7 +20,10 @@ from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 def pair_scores(
     base: Decoder, adapter: Adapter, batch: PreferenceBatch, remat: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
-    """(chosen scores, rejected scores), f32[B] each, at the last real token. One forward pass computes both."""
+    """Returns (chosen scores, rejected scores), f32[B] each. A score belongs to the last real token of a sequence.
+
+    One forward pass computes all scores.
+    """
     tokens = jnp.concatenate([batch.chosen, batch.rejected])
     mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
     scores = sequence_scores(bind(base, adapter), tokens, mask, remat)
@@ -37,13 +40,13 @@ def reward_model_update(
     microbatches: int = 1,
     remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """(state, metrics) after one optimizer step on the pairwise loss, a weighted mean over pairs."""
+    """Runs one optimizer step, and returns (state, metrics). The loss is the weighted mean of the pairwise loss."""
     config = with_rate(config, "reward_model", state.adapter)
     weight = jnp.maximum(jnp.sum(batch.weight), 1e-6)
 
     def loss(adapter: Adapter, part: PreferenceBatch) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores(base, adapter, part, remat)
-        fraction = jnp.sum(part.weight) / weight  # of the batch
+        fraction = jnp.sum(part.weight) / weight  # share of this part in the weights of the batch
         value, accuracy = pairwise_loss(chosen, rejected, part.margin, center_rewards_coef, part.weight)
         mean = jnp.sum(part.weight * (chosen + rejected)) / 2 / weight
         metrics = {"reward_model/accuracy": share(accuracy * fraction), "reward_model/score": share(mean)}

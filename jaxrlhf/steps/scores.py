@@ -1,6 +1,6 @@
-"""Adjusts the reward's scores before they enter the experience: normalisation, clipping, then penalties.
+"""Adjusts the scores of the reward, before they become part of the experience: normalises, clips, adds penalties.
 
-B completions, R response tokens.
+Sizes: B completions and R response tokens.
 """
 
 import jax
@@ -13,10 +13,10 @@ from jaxrlhf.records import Rollout
 
 
 def score_moments(moments: RunningMoments, scores: jax.Array, config: ScoreConfig) -> RunningMoments:
-    """Moments that normalise this iteration's scores f32[B]. The next iteration continues from them.
+    """Returns the moments that normalise the scores f32[B] of this iteration. The next iteration starts from them.
 
-    With `normalise` "initial" they are the moments passed in, which were fitted before the first iteration. With
-    "running" the scores are added to the moments passed in. With "batch" only the scores count.
+    If `normalise` is "running", the scores are added to `moments`. If it is "batch", only the scores of this iteration
+    count. If it is "initial", `moments` is returned: it was computed before the first iteration.
     """
     if config.normalise == "running":
         return update_moments(moments, scores)
@@ -26,7 +26,7 @@ def score_moments(moments: RunningMoments, scores: jax.Array, config: ScoreConfi
 
 
 def adjust_scores(scores: jax.Array, rollout: Rollout, moments: RunningMoments, config: ScoreConfig) -> jax.Array:
-    """Scores f32[B] after normalisation, clipping, the missing-EOS rule and length penalties, in this order."""
+    """Returns the scores f32[B] after normalisation, clipping, missing-EOS rule and length penalties, in this order."""
     scores = scores.astype(jnp.float32)
     if config.normalise != "none":
         scores = normalise(moments, scores)

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross-entropy on the tokens of the loss mask.
 
-B sequences, L tokens.
+Sizes: B sequences and L tokens.
 """
 
 import jax
@@ -18,7 +18,7 @@ from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 
 
 def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str = "none") -> jax.Array:
-    """Cross-entropy f32[] in nats, summed over the tokens to learn."""
+    """Returns the cross-entropy f32[] in nats, summed over the tokens to learn."""
     model = bind(base, adapter)
     hidden = model.encode(batch.tokens, batch.segments, remat)
     targets = batch.tokens[:, 1:], learned_tokens(batch)
@@ -26,9 +26,9 @@ def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str
 
 
 def learned_tokens(batch: SFTBatch) -> jax.Array:
-    """Which of the tokens 1..L-1 are learned, bool[B,L-1].
+    """Returns the mask of the learned tokens, bool[B,L-1], for the tokens 1 to L-1.
 
-    A token is learned if it is in the loss mask and follows a token of its segment.
+    A token is learned if it is in the loss mask and the token before it belongs to the same segment.
     """
     same_segment = batch.segments[:, 1:] == batch.segments[:, :-1]
     return batch.loss_mask[:, 1:] & same_segment & (batch.segments[:, 1:] > 0)
@@ -42,7 +42,7 @@ def sft_update(
     microbatches: int = 1,
     remat: str = "none",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """(state, metrics) after one optimizer step on the mean loss per learned token."""
+    """Runs one optimizer step on the mean loss per learned token, and returns (state, metrics)."""
     config = with_rate(config, "sft", state.adapter)
     tokens = jnp.maximum(jnp.sum(learned_tokens(batch)), 1)
 
@@ -56,5 +56,5 @@ def sft_update(
 
 
 def sft_evaluate(base: Decoder, adapter: Adapter | None, batch: SFTBatch) -> tuple[jax.Array, jax.Array]:
-    """(summed loss f32[], learned tokens i32[]) of a batch."""
+    """Returns (loss f32[], count i32[]) of a batch: the summed loss, and the number of learned tokens."""
     return sft_loss(base, adapter, batch), jnp.sum(learned_tokens(batch))

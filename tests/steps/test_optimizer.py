@@ -89,7 +89,7 @@ def test_schedules(settings, rates):
 
 
 def test_a_decay_needs_an_end():
-    with pytest.raises(ValueError, match="schedule cosine needs total_steps"):
+    with pytest.raises(ValueError, match="total_steps must be a number for schedule cosine"):
         learning_rate(OptimizerConfig(learning_rate=0.1, schedule="cosine"), jnp.int32(0))
 
 

@@ -96,9 +96,9 @@ def test_the_value_loss_reaches_a_shared_trunk_alone(tiny, roles, head, experien
 
 
 def test_a_shared_trunk_wants_a_head_and_an_own_one_an_adapter(tiny, roles):
-    with pytest.raises(ValueError, match="a head only"):
+    with pytest.raises(ValueError, match="must be only a head"):
         init_ppo(roles.policy, roles.value, PPOConfig(value_trunk="policy"))
-    with pytest.raises(ValueError, match="a head only"):
+    with pytest.raises(ValueError, match="must be only a head"):
         init_ppo(roles.policy, value_head(tiny), PPOConfig())
 
 
