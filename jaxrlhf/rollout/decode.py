@@ -1,7 +1,8 @@
 """The rollout: samples completions for a batch of prompts, in one compiled program.
 
-B rows, P prompt tokens, R response tokens, S = P + R, V vocabulary, b active rows. When half of the active rows have
-finished, they are removed from the active batch; this happens at most `Sampling.max_compactions` times.
+Sizes: B rows, P prompt tokens, R response tokens, S = P + R, V the vocabulary size, and b active rows. When half of the
+active rows are finished, the finished rows are removed from the active rows. This happens at most
+`Sampling.max_compactions` times.
 """
 
 import jax
@@ -20,20 +21,20 @@ from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
 
 @struct.dataclass
 class _Responses:
-    """The tokens that are sampled so far, for each row of the batch."""
+    """The tokens that were sampled so far, for each row of the batch."""
 
     tokens: jax.Array  # i32[B,R]
     logprobs: jax.Array  # f32[B,R]
     mask: jax.Array  # bool[B,R]
-    alive: jax.Array  # bool[B]; whether the row has sampled no stop token yet
+    alive: jax.Array  # bool[B]; True until the row samples a stop token
 
 
 @struct.dataclass
 class _ActiveRows:
     """The rows that still decode, and the inputs of their next step."""
 
-    index: jax.Array | None  # i32[b]; each active row's place in the batch; None: every row is active
-    alive: jax.Array  # bool[b]; whether the row has sampled no stop token yet
+    index: jax.Array | None  # i32[b]; row numbers in the batch; None means that every row is active
+    alive: jax.Array  # bool[b]; True until the row samples a stop token
     token: jax.Array  # i32[b]; the newest token
     prompt_slots: jax.Array  # bool[b,S]; slots that hold a prompt token
     prompt_length: jax.Array  # i32[b]
@@ -41,16 +42,17 @@ class _ActiveRows:
 
     @property
     def places(self) -> jax.Array | slice:
-        """Index of the active rows in the batch. If all rows are active, it is a slice: rows stay on their devices."""
+        """The index of the active rows in the batch. If all rows are active, a slice keeps them on their devices."""
         return slice(None) if self.index is None else self.index
 
 
 def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.Array, sampling: Sampling) -> Rollout:
-    """Samples n = `samples_per_prompt` completions of each prompt, in adjacent rows. Each prompt is encoded once.
+    """Samples `samples_per_prompt` completions of each prompt, and returns the rollout.
 
-    A completion ends with a stop token or after `max_new_tokens` tokens; padding follows. The stop token counts as a
-    real token. Logprobs are those of the full distribution at `temperature`, even if top-k, top-p or min-p truncate
-    the distribution that tokens are sampled from. Greedy completions (temperature 0) get logprobs at temperature 1.
+    The completions of a prompt are in adjacent rows. Each prompt is encoded once. A completion ends with a stop token,
+    or after `max_new_tokens` tokens. Padding follows. The stop token is a real token. Top-k, top-p or min-p may
+    truncate the distribution for sampling, but logprobs are those of the full distribution at `temperature`. If the
+    temperature is 0, completions are greedy, and their logprobs are those at temperature 1.
     """
     model = for_decoding(bind(base, adapter))
     n, P = sampling.samples_per_prompt, prompts.tokens.shape[1]
@@ -65,14 +67,14 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     def extend(
         t: jax.Array, responses: _Responses, active: _ActiveRows, logits: jax.Array
     ) -> tuple[_Responses, _ActiveRows]:
-        """Samples token t of each active row from the logits f32[b,V], and adds it to the responses."""
+        """Samples token t of each active row from the logits f32[b,V], and adds the tokens to the responses."""
         rows = active.places
         token = jax.lax.cond(
             greedy,
             lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
             lambda: draw(truncate(logits / temperature, sampling), uniforms[rows, t]),
         )
-        # Scoring and the update use the same function: sums in another order would give other logprobs.
+        # Scoring and the update use this function too. Sums in another order would give other logprobs.
         logprob = token_logprobs(logits[:, None], token[:, None], temperature)[0][:, 0]
         alive = active.alive & ~jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
         responses = _Responses(
@@ -86,7 +88,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     slots = jnp.arange(P + R)
 
     def decode(state: tuple[jax.Array, _Responses, _ActiveRows]) -> tuple[jax.Array, _Responses, _ActiveRows]:
-        """Runs the model on the newest token (number t - 1, in slot P + t - 1), and samples token t."""
+        """Runs the model on the newest token, and samples token t. The newest token t - 1 is in slot P + t - 1."""
         t, responses, active = state
         at = P + t - 1
         visible = active.prompt_slots | ((slots >= P) & (slots <= at))
@@ -131,9 +133,10 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
 
 
 def _batch_sizes(rows: int, max_compactions: int) -> list[int]:
-    """Sizes of the active batch, from `rows` down.
+    """Returns the numbers of active rows that a rollout goes through. The first number is `rows`.
 
-    A batch on several devices is never compacted: moving its caches would take longer than decoding finished rows.
+    If the batch is split over several devices, finished rows are never removed. Moving the caches between devices would
+    take longer than decoding the finished rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if any(mesh.shape.get(axis, 1) > 1 for axis in BATCH_AXES):
@@ -143,7 +146,7 @@ def _batch_sizes(rows: int, max_compactions: int) -> list[int]:
 
 
 def _compact(active: _ActiveRows, size: int) -> _ActiveRows:
-    """Returns `size` of the active rows; unfinished rows are kept first."""
+    """Returns the first `size` active rows in an order in which unfinished rows come before finished rows."""
     rows = active.alive.shape[0]
     if size == rows:
         return active
