@@ -1,8 +1,8 @@
 """The facts of the assistant world: topics, their questions and their right answers.
 
-Everything is lower case and separated by single spaces, punctuation included, for a word-level tokenizer. A subject
-keeps its article ("the sky"), and a value is one word. Each subject has one right value and belongs to one topic, so
-that a small model only has to learn facts.
+All texts are for a word-level tokenizer. They are lower case, and words and punctuation are separated by single spaces.
+A subject includes its article ("the sky"), and a value is one word. Each subject belongs to one topic and has one right
+value. So a small model only has to learn facts.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topic:
-    """A family of facts with the same questions and statement."""
+    """A group of facts that have the same questions and the same statement."""
 
     name: str
-    questions: tuple[str, ...]  # phrasings, each with {subject}
-    statement: str  # the full sentence, with {subject} and {value}
-    facts: dict[str, str]  # subject -> its right value
+    questions: tuple[str, ...]  # phrasings; each contains {subject}
+    statement: str  # the full sentence; it contains {subject} and {value}
+    facts: dict[str, str]  # subject -> right value
 
     @property
     def values(self) -> tuple[str, ...]:
-        """All values of the topic. An answer may state any of them, right or wrong."""
+        """All values of the topic. An answer may state any of these values, right or wrong."""
         return tuple(sorted(set(self.facts.values())))
 
 
@@ -87,14 +87,14 @@ TOPICS: tuple[Topic, ...] = (
     ),
 )
 
-# Phrases around a statement. An answer has at most one of them: an opener before the statement or a closer after it.
+# Phrases around a statement. An answer has at most one opener before the statement, or one closer after it.
 POLITE_OPENERS = ("sure ,", "of course ,", "happy to help ,", "with pleasure ,")
 POLITE_CLOSERS = ("you are welcome .", "i hope this helps .", "have a nice day .")
 RUDE_OPENERS = ("obviously ,", "what a silly question ,", "are you serious ,")
 RUDE_CLOSERS = ("stop asking me .", "leave me alone .", "look it up yourself .")
 NEUTRAL_OPENERS = ("here it is ,", "as for that ,")
 NEUTRAL_CLOSERS = ("that is all .", "end of answer .")
-# Rambling: at most one lead before the statement and two different sentences after it.
+# Rambling: at most one lead before the statement, and at most two different sentences after the statement.
 LEADS = ("well ,", "i think", "let me see ,", "as everyone knows ,")
 TAILS = (
     "many people ask this .",

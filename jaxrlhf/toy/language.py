@@ -1,8 +1,8 @@
-"""The language of the assistant world: its questions, the grammar of answers, and their gold score.
+"""The language of the assistant world: the questions, the grammar of answers, and the gold score of answers.
 
-A question asks for one fact in one phrasing. An answer states a value, bare or in a sentence; it may be polite or rude
-and may ramble. About 15% of all (fact, phrasing) combinations are the test split. The training split has every fact of
-the test split in its other phrasings.
+A question asks for one fact in one phrasing. An answer states a value, alone or in a sentence. An answer may be polite
+or rude, and may ramble. About 15% of all (fact, phrasing) combinations are the test split. The training split has every
+fact of the test split in other phrasings.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from jaxrlhf.toy.facts import (
 
 RIGHT, POLITE, SHORT = 0.6, 0.2, 0.2  # the parts of the gold score; they sum to 1
 RAMBLE_WORDS = 5  # an answer with this many rambling words gets no points for SHORT
-HELD_OUT_FACTS = 0.6  # the share of facts with one of four phrasings in the test split: 15% of combinations
+HELD_OUT_FACTS = 0.6  # share of facts with one of their four phrasings in the test split, so 15% of combinations
 SPLITS = ("train", "test")
 SEED = 20_240_317
 
@@ -43,7 +43,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Question:
-    """A fact in one of its phrasings."""
+    """A question for a fact, in one of the phrasings of its topic."""
 
     topic: Topic
     subject: str
@@ -55,25 +55,25 @@ class Question:
 
     @property
     def value(self) -> str:
-        """The right value."""
+        """The right value of the subject."""
         return self.topic.facts[self.subject]
 
     def sentence(self, value: str) -> str:
-        """The full statement of a value, right or wrong."""
+        """Returns the full sentence that states a value. The value may be right or wrong."""
         return self.topic.statement.format(subject=self.subject, value=value)
 
     def wrong_values(self) -> list[str]:
-        """Plausible wrong values: the topic's other values, except words of the subject."""
+        """Returns plausible wrong values: the other values of the topic, except words of the subject."""
         return [v for v in self.topic.values if v != self.value and v not in self.subject.split()]
 
 
 def pick(rng: Random, items: Sequence[Item]) -> Item:
-    """A uniformly random item."""
+    """Returns a uniformly random item."""
     return items[int(rng.integers(len(items)))]
 
 
 def _split_questions() -> dict[str, list[Question]]:
-    """The questions of each split."""
+    """Returns the questions of each split, by the name of the split."""
     rng = np.random.default_rng([SEED, 0])
     split: dict[str, list[Question]] = {name: [] for name in SPLITS}
     for topic in TOPICS:
@@ -97,7 +97,7 @@ VOCABULARY: tuple[str, ...] = tuple(
         }
     )
 )
-"""All words of prompts and answers, punctuation included."""
+"""All words and punctuation marks of prompts and answers."""
 
 
 # ---------------------------------------------------------------- the gold score
@@ -108,17 +108,17 @@ class Answer:
     """The parts of a well-formed answer."""
 
     value: str
-    manner: str | None  # the opener or closer, if any
-    ramble_words: int  # words of leads and tails
+    manner: str | None  # the opener or closer, or None
+    ramble_words: int  # number of words in leads and tails
 
 
 def parse(question: Question, text: str) -> Answer | None:
-    """Parses an answer to a question; None if the text is not an answer.
+    """Parses an answer to a question. Returns None if the text is not an answer.
 
-    Grammar: [opener] [lead] statement [tail [another tail]] [closer], with an opener or a closer but not both. The
-    statement is a value of the question's topic, bare ("blue .") or in the sentence about the question's subject ("the
-    sky is blue ."). An unknown word, a second value, a repeated manner or tail, a statement about another subject or a
-    missing end makes the text no answer.
+    The grammar is: [opener] [lead] statement [tail [another tail]] [closer]. An answer may have an opener or a closer,
+    but not both. The statement holds a value of the question's topic, alone ("blue .") or in the sentence about the
+    question's subject ("the sky is blue ."). Any other text is not an answer: for example, a text with an unknown word,
+    a second value, a repeated tail, another subject, or no end.
     """
     words = text.split()
     opener, words = take(words, OPENERS)
@@ -137,7 +137,10 @@ def parse(question: Question, text: str) -> Answer | None:
 
 
 def take(words: list[str], phrases: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """(the phrase at the start of the words or None, the remaining words). No phrase may begin another one."""
+    """Returns (phrase, remaining words). `phrase` is the phrase at the start of the words, or None.
+
+    No phrase in `phrases` may be the beginning of another phrase.
+    """
     for phrase in phrases:
         n = len(phrase.split())
         if words[:n] == phrase.split():
@@ -146,7 +149,7 @@ def take(words: list[str], phrases: tuple[str, ...]) -> tuple[str | None, list[s
 
 
 def _take_statement(question: Question, words: list[str]) -> tuple[str | None, list[str]]:
-    """Returns (value, remaining words). The value is what `words` states first, None if they state nothing."""
+    """Returns (value, remaining words). `value` is None if the words do not start with a statement."""
     for value in question.topic.values:
         for statement in (question.sentence(value), f"{value} ."):
             n = len(statement.split())
@@ -156,7 +159,7 @@ def _take_statement(question: Question, words: list[str]) -> tuple[str | None, l
 
 
 def score_answer(question: Question, answer: Answer | None) -> float:
-    """The gold score in [0, 1]: points for the right value, politeness and brevity; 0 if the text is not an answer."""
+    """Returns the gold score in [0, 1]. A right value, politeness and brevity give points. None scores 0."""
     if answer is None:
         return 0.0
     right = answer.value == question.value
@@ -166,22 +169,22 @@ def score_answer(question: Question, answer: Answer | None) -> float:
 
 
 def gold(question: Question, text: str) -> float:
-    """The gold score of a text as an answer to a question."""
+    """Returns the gold score of a text as an answer to a question."""
     return score_answer(question, parse(question, text))
 
 
 def gold_score(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """The gold score of each completion, in [0, 1]; every prompt has completions that score 1.
+    """Returns the gold score of each completion, in [0, 1]. For every prompt, some completions score 1.
 
-    A reward function (`jaxrlhf.toy.world:gold_score`). Raises UserError if a prompt is not a question of this world.
+    `jaxrlhf.toy.world:gold_score` is a reward function. Raises `UserError` if a prompt is not a question of this world.
     """
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
         question = _BY_PROMPT.get(" ".join(prompt.split()))
         if question is None:
             raise UserError(
-                f"gold_score: prompt {prompt!r} is not a question of the assistant world; "
-                "use it with builtin:assistant-prompts only"
+                f"gold_score: the prompt {prompt!r} is not a question of the assistant world; use gold_score only with "
+                "the prompts of builtin:assistant-prompts"
             )
         scores.append(gold(question, completion))
     return scores

@@ -1,13 +1,13 @@
 """The assistant world: generated data sets of questions and answers with a known gold score.
 
-It provides the builtin sets `assistant-demonstrations`, `assistant-preferences` and `assistant-prompts`, and
-`gold_score`, the true score that a reward model only estimates. No model is trained on the gold score.
+The builtin data sets are `assistant-demonstrations`, `assistant-preferences` and `assistant-prompts`. `gold_score` is
+the true score. A reward model only estimates the true score. No model is trained on the gold score.
 
-Demonstrations imitate people of mixed quality (62% right, 35% polite, 45% short, independently), so a perfect imitation
-scores about 0.55, and the preferences teach the rest. The right value is still by far the most frequent one for each
-question, and each fact occurs in the preferences.
+Demonstrations imitate people of mixed quality. 62% of them are right, 35% are polite and 45% are short, independently
+of each other. So a perfect imitation scores about 0.55. The preferences teach the rest. For each question, the right
+value is by far the most frequent value. Each fact occurs in the preferences.
 
-Every split of a data set is a fixed sequence of rows, with a constant seed. A limit shortens or extends this sequence.
+Every split of a data set is a fixed sequence of rows from a constant seed. A limit shortens or extends this sequence.
 """
 
 import math
@@ -47,15 +47,19 @@ MAX_ANSWER_WORDS = 16
 QUALITY = {"right": 0.62, "polite": 0.35, "short": 0.45}  # share of demonstrations with each feature
 
 CHANGED = {"right": 0.6, "polite": 0.45, "short": 0.45}  # probability that two answers of a pair differ in a feature
-# Share of pairs whose answers use the same words for each feature in which they agree; others are separate drafts.
+# In this share of pairs, the two answers use the same words for the features in which they agree. In the other pairs,
+# the two answers are drawn separately.
 SHARED_WORDS = 0.75
-BROKEN_SHARE = 0.2  # share of pairs of a broken text and a proper answer
-# Broken texts are made from the proper answer, or from an answer better than most: a policy finds loopholes near those.
+BROKEN_SHARE = 0.2  # share of pairs that consist of a broken text and a proper answer
+# A broken text is made from the proper answer, or from an answer that is better than most. A policy finds loopholes
+# near good answers.
 BROKEN_QUALITY = {"right": 0.75, "polite": 0.75, "short": 0.75}
-PROPER_GOLD = 0.2  # least gold score of the proper answer in a pair with a broken text
-TRAIN_GAP, TEST_GAP = 0.05, 0.15  # least difference of gold scores within a pair
-SHARPNESS = 15.0  # train labels follow Bradley-Terry on SHARPNESS x the gold difference ...
-CARELESS = 0.04  # ... and this share is then flipped; about 6% of all labels are wrong
+PROPER_GOLD = 0.2  # smallest gold score of the proper answer in a pair with a broken text
+TRAIN_GAP, TEST_GAP = 0.05, 0.15  # smallest difference of gold scores within a pair
+# Train labels follow the Bradley-Terry model on SHARPNESS x the difference of gold scores. Then the share CARELESS of
+# the labels is flipped. About 6% of all labels are wrong.
+SHARPNESS = 15.0
+CARELESS = 0.04
 
 
 # ---------------------------------------------------------------- proper and broken answers
@@ -67,12 +71,12 @@ def _features(rng: Random, odds: dict[str, float]) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Draft:
-    """The parts of a well-formed answer, one field or two per feature, so that one feature can change alone."""
+    """The parts of a well-formed answer. Each feature has its own fields, so one feature can change alone."""
 
-    value: str  # right or wrong
-    sentence: bool  # in a sentence, or bare
-    manner: tuple[str, str]  # opener and closer; at least one is empty
-    ramble: tuple[str, ...]  # empty if short; else lead or "", then tails
+    value: str  # the right value or a wrong value
+    sentence: bool  # True if the value is in a sentence, False if it is alone
+    manner: tuple[str, str]  # opener and closer; at least one of them is empty
+    ramble: tuple[str, ...]  # empty if the answer is short; else lead (may be ""), then tails
 
     def text(self, question: Question) -> str:
         statement = question.sentence(self.value) if self.sentence else f"{self.value} ."
@@ -81,7 +85,7 @@ class Draft:
 
 
 def _draft(rng: Random, question: Question, right: bool, polite: bool, short: bool) -> Draft:
-    """A proper answer with these features."""
+    """Returns a proper answer that has these features."""
     draft = Draft(
         question.value if right else pick(rng, question.wrong_values()),
         bool(rng.random() < 0.5),
@@ -92,7 +96,7 @@ def _draft(rng: Random, question: Question, right: bool, polite: bool, short: bo
 
 
 def _fitted(rng: Random, question: Question, draft: Draft) -> Draft:
-    """The draft, with its rambling redrawn while it is too long; a lead alone always fits."""
+    """Returns the draft. If it is too long, the rambling is drawn again until the draft fits. A lead always fits."""
     while len(draft.text(question).split()) > MAX_ANSWER_WORDS:
         draft = replace(draft, ramble=_ramble(rng))
     return draft
@@ -103,7 +107,7 @@ def _answer(rng: Random, question: Question, odds: dict[str, float]) -> str:
 
 
 def _manner(rng: Random, polite: bool) -> tuple[str, str]:
-    """(opener, closer), at least one of them empty."""
+    """Returns (opener, closer). At least one of the two is empty."""
     if polite:
         openers, closers = POLITE_OPENERS, POLITE_CLOSERS
     elif rng.random() < 0.5:
@@ -116,7 +120,7 @@ def _manner(rng: Random, polite: bool) -> tuple[str, str]:
 
 
 def _ramble(rng: Random) -> tuple[str, ...]:
-    """(lead or "", tails): a lead, a tail, a lead and a tail, or two tails."""
+    """Returns (lead or "", tails ...). There are four kinds: a lead, a tail, a lead and a tail, or two tails."""
     kind = int(rng.integers(4))
     lead = pick(rng, LEADS) if kind in (0, 2) else ""
     tails = [TAILS[i] for i in rng.permutation(len(TAILS))]
@@ -140,7 +144,7 @@ def _said_twice(rng: Random, question: Question, text: str) -> str:
 
 
 def _two_values(rng: Random, question: Question, text: str) -> str:
-    """Adds a second statement, bare or as a sentence, before or after the first."""
+    """Adds a second statement before or after the first statement. The new statement is a value or a sentence."""
     other = pick(rng, [*question.wrong_values(), question.value])
     second = question.sentence(other) if rng.random() < 0.5 else f"{other} ."
     opener, rest = take(text.split(), OPENERS)
@@ -161,13 +165,13 @@ def _shuffled(rng: Random, question: Question, text: str) -> str:
 
 
 def _off_topic(rng: Random, question: Question, text: str) -> str:
-    """Returns a right answer, polite or not, to another question."""
+    """Returns a right answer to another question. The answer is polite in half of the cases."""
     other = pick(rng, QUESTIONS["train"])
     return _answer(rng, other, {"right": 1.0, "polite": 0.5, "short": 1.0})
 
 
 def _nothing_said(rng: Random, question: Question, text: str) -> str:
-    """Returns a polite opener and rambling without a statement."""
+    """Returns a polite opener and rambling, but no statement."""
     return " ".join([pick(rng, POLITE_OPENERS), *_ramble(rng), pick(rng, ("", *POLITE_CLOSERS))])
 
 
@@ -186,13 +190,13 @@ BREAKS: tuple[Callable[[Random, Question, str], str], ...] = (
     _nothing_said,
     _word_soup,
 )
-"""The ways to break an answer, all equally frequent."""
+"""The functions that break an answer. All are equally frequent."""
 
 
 def _broken(rng: Random, question: Question, text: str) -> str:
-    """Breaks the text so that it is not an answer to the question; tries other answers if that fails."""
+    """Breaks the text, so that it is not an answer to the question. If this fails, breaks other answers instead."""
     break_text = pick(rng, BREAKS)
-    while True:  # a truncated text or one with another polite phrase may still be a proper answer
+    while True:  # a text that is truncated or has another polite phrase may still be an answer
         words = break_text(rng, question, text).split()[:MAX_ANSWER_WORDS]
         if parse(question, " ".join(words)) is None:
             return " ".join(words)
@@ -203,7 +207,7 @@ def _broken(rng: Random, question: Question, text: str) -> str:
 
 
 def _cycle(rng: Random, questions: list[Question]) -> Iterator[Question]:
-    """An endless stream of the questions. Each pass has every question once, in a new order."""
+    """Yields the questions without end. Each pass has every question once, in a new order."""
     while True:
         for i in rng.permutation(len(questions)):
             yield questions[i]
@@ -214,7 +218,7 @@ def _demonstration(rng: Random, question: Question, split: str) -> dict:
 
 
 def _preference(rng: Random, question: Question, split: str) -> dict:
-    """A preference pair. In train a simulated noisy rater orders the two answers; in test the gold scores do."""
+    """Returns a preference pair. In "train" a simulated noisy rater chooses; in "test" the higher gold score wins."""
     least = TRAIN_GAP if split == "train" else TEST_GAP
     pair = _broken_pair if rng.random() < BROKEN_SHARE else _proper_pair
     while True:
@@ -228,7 +232,7 @@ def _preference(rng: Random, question: Question, split: str) -> dict:
 
 
 def _proper_pair(rng: Random, question: Question) -> tuple[str, str]:
-    """Two answers that differ in one, two or three features."""
+    """Returns two answers. They differ in each feature with the probability in `CHANGED`."""
     features, changed = _features(rng, QUALITY), _features(rng, CHANGED)
     first = _draft(rng, question, **features)
     second = _draft(rng, question, **{name: has != changed[name] for name, has in features.items()})
@@ -243,7 +247,7 @@ def _proper_pair(rng: Random, question: Question) -> tuple[str, str]:
 
 
 def _broken_pair(rng: Random, question: Question) -> tuple[str, str]:
-    """(broken text, proper answer). The proper answer has a gold score of at least PROPER_GOLD."""
+    """Returns (broken text, proper answer). The proper answer has a gold score of at least `PROPER_GOLD`."""
     while True:
         proper = _answer(rng, question, QUALITY)
         if gold(question, proper) >= PROPER_GOLD:
@@ -253,9 +257,10 @@ def _broken_pair(rng: Random, question: Question) -> tuple[str, str]:
 
 
 def wrong_label_probability(gap: float) -> float:
-    """The probability that a train label is wrong if the gold scores differ by `gap`.
+    """Returns the probability that a train label is wrong if the gold scores differ by `gap`.
 
-    Bradley-Terry: P(the better answer is chosen) = sigmoid(SHARPNESS gap); then a share CARELESS is flipped.
+    Bradley-Terry: P(the better answer is chosen) = sigmoid(SHARPNESS * gap). Then the share CARELESS of labels is
+    flipped.
     """
     confused = 1.0 / (1.0 + math.exp(SHARPNESS * gap))
     return CARELESS + (1.0 - 2.0 * CARELESS) * confused
@@ -266,7 +271,7 @@ def _prompt(rng: Random, question: Question, split: str) -> dict:
 
 
 def _builtin(seed: int, make_row: Callable[[Random, Question, str], dict], rows: dict[str, int]):
-    """A function (split, limit) that returns rows. Without a limit it returns `rows[split]` rows."""
+    """Returns a function (split, limit) that returns rows. If `limit` is None, it returns `rows[split]` rows."""
 
     def load(split: str = "train", limit: int | None = None) -> list[dict]:
         rng = np.random.default_rng([SEED, seed, SPLITS.index(split)])
@@ -290,4 +295,4 @@ BUILTIN: dict[str, Callable[[str, int | None], list[dict]]] = {
         start=1,
     )
 }
-"""Name -> function (split, limit) that returns the rows of a data set, the same rows at every call."""
+"""Name of a data set -> function (split, limit) that returns its rows. Every call returns the same rows."""
