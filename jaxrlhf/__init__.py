@@ -1,6 +1,6 @@
 """jaxrlhf aligns language models with human preferences, in JAX and Flax. This is the public API.
 
-Names are imported on first use: commands start quickly and can configure jax before it is imported.
+A name is imported when it is first used. So commands start quickly, and can configure jax before jax is imported.
 """
 
 import importlib
@@ -43,7 +43,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps `jaxrlhf.rollout` the function: importing the subpackage of that name would replace it."""
+    """Makes `jaxrlhf.rollout` always the function. Importing the subpackage `rollout` would replace the function."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _MODULES or not isinstance(value, types.ModuleType):

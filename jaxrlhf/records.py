@@ -1,7 +1,7 @@
-"""The data that flows between steps: frozen pytrees of arrays.
+"""The data that steps pass to each other: frozen pytrees of arrays.
 
-B rows, P prompt tokens (left-padded), R response tokens, S = P + R, L tokens of a training sequence. Response
-position t holds token P + t; logprobs, values and rewards at index t belong to that token.
+Sizes: B rows, P prompt tokens (left-padded), R response tokens, S = P + R, and L tokens of a training sequence.
+Response position t is token P + t of a row. Logprobs, values and rewards at index t belong to this token.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ from jaxrlhf.config.base import metadata
 
 Adapter = dict[str, dict[str, jax.Array]]
 """Module path -> leaf name -> array. A LoRA pair is `lora_a` [in, rank], `lora_b` [rank, out] and the constant
-`lora_scale` []. Any other leaf replaces the module's leaf of that name. The path `score` is the scalar head."""
+`lora_scale` []. Any other leaf replaces the leaf of the same name in the module. The scalar head has the path `score`.
+"""
 
 
 @struct.dataclass
@@ -22,18 +23,18 @@ class SFTBatch:
     """Right-padded sequences for next-token training."""
 
     tokens: jax.Array  # i32[B,L]
-    segments: jax.Array  # i32[B,L]; 0 is padding, rows packed into one sequence are 1, 2, ...
-    loss_mask: jax.Array  # bool[B,L]; the tokens to learn
+    segments: jax.Array  # i32[B,L]; 0 on padding; 1, 2, ... on the rows that are packed into one sequence
+    loss_mask: jax.Array  # bool[B,L]; True on the tokens to learn
 
     @property
     def token_count(self) -> int:
-        """B * L."""
+        """The number of tokens in the batch, B * L, including padding."""
         return self.tokens.size
 
 
 @struct.dataclass
 class PreferenceBatch:
-    """Right-padded preference pairs; row i of both sides has the same prompt."""
+    """Right-padded preference pairs. Row i of `chosen` and row i of `rejected` have the same prompt."""
 
     chosen: jax.Array  # i32[B,L]
     chosen_mask: jax.Array  # bool[B,L]
@@ -44,7 +45,7 @@ class PreferenceBatch:
 
     @property
     def token_count(self) -> int:
-        """Number of tokens of chosen and rejected sequences together, padding included."""
+        """The number of tokens in chosen and rejected sequences, including padding."""
         return self.chosen.size + self.rejected.size
 
 
@@ -58,23 +59,23 @@ class Prompts:
 
 @struct.dataclass
 class Rollout:
-    """Prompts with sampled completions. Only the masks tell real tokens from padding; token ids do not."""
+    """Prompts with sampled completions. The masks mark the real tokens. A padding token may have any token id."""
 
     tokens: jax.Array  # i32[B,S]
-    mask: jax.Array  # bool[B,S]; real tokens of prompt and completion
-    response_mask: jax.Array  # bool[B,R]; up to and including the stop token
-    sample_logprobs: jax.Array  # f32[B,R]; logprob of the sampled token at `temperature`; 0 past the end
-    ended: jax.Array  # bool[B]; the completion ended with a stop token
-    temperature: jax.Array  # f32[B]; the logits were divided by it
+    mask: jax.Array  # bool[B,S]; True on the real tokens of prompt and completion
+    response_mask: jax.Array  # bool[B,R]; True on the tokens of the completion, including the stop token
+    sample_logprobs: jax.Array  # f32[B,R]; logprobs of the sampled tokens at `temperature`; 0 past the end
+    ended: jax.Array  # bool[B]; True if the completion ended with a stop token
+    temperature: jax.Array  # f32[B]; the logits were divided by this temperature
 
 
 @struct.dataclass
 class Annotated:
-    """Logprobs and values of a rollout's response tokens; 0 past the end."""
+    """Logprobs and values of the response tokens of a rollout; 0 past the end of a completion."""
 
     logprobs: jax.Array  # f32[B,R]
     ref_logprobs: jax.Array  # f32[B,R]
-    values: jax.Array  # f32[B,R]; value of the state before the token at t
+    values: jax.Array  # f32[B,R]; index t is the value of the state before token t
 
 
 @struct.dataclass
@@ -83,40 +84,40 @@ class Experience:
 
     tokens: jax.Array  # i32[B,S]
     mask: jax.Array  # bool[B,S]
-    response_mask: jax.Array  # bool[B,R]; tokens in the losses; with `mask_truncated` no token of truncated completions
+    response_mask: jax.Array  # bool[B,R]; True on the tokens in the losses (see `mask_truncated`)
     temperature: jax.Array  # f32[B]
     sample_logprobs: jax.Array  # f32[B,R]
-    logprobs: jax.Array  # f32[B,R]; old, from the policy that sampled
+    logprobs: jax.Array  # f32[B,R]; old logprobs, from the policy that sampled
     ref_logprobs: jax.Array  # f32[B,R]
-    values: jax.Array  # f32[B,R]; old
+    values: jax.Array  # f32[B,R]; old values
     advantages: jax.Array  # f32[B,R]
     returns: jax.Array  # f32[B,R]
-    kl_coef: jax.Array  # f32[B]; weight of the KL term in the loss, 0 if the KL is part of the reward
+    kl_coef: jax.Array  # f32[B]; weight of the KL in the loss; 0 if the KL is part of the reward
 
 
 @struct.dataclass
 class TrainState:
-    """One trainable tree and its optimizer (SFT and reward model)."""
+    """One adapter and its optimizer state, for SFT and the reward model."""
 
     adapter: Any  # Adapter
     optimizer: Any  # optax state
-    step: jax.Array  # i32[]; optimizer steps done
+    step: jax.Array  # i32[]; number of optimizer steps so far
 
 
 @struct.dataclass
 class PPOState:
-    """Policy and value with their optimizers, and the number of optimizer steps."""
+    """The adapters of policy and value model with their optimizer states, and the number of optimizer steps."""
 
     policy: Any  # Adapter
-    value: Any  # Adapter; a head only if it shares the policy's trunk; empty without a value model
+    value: Any  # Adapter; only a head if it shares the policy's trunk; empty if there is no value model
     average: Any  # Adapter; moving average of the policy, or empty
     policy_optimizer: Any  # optax state
     value_optimizer: Any  # optax state
-    step: jax.Array  # i32[]; optimizer steps done
+    step: jax.Array  # i32[]; number of optimizer steps so far
 
 
 def _register_settings(cls: type[Settings]) -> None:
-    """Registers a settings class as a pytree: traced fields and nested sections are children, the rest is static."""
+    """Registers a settings class as a pytree. Traced fields and nested sections are children; the rest is static."""
     fields = cls.model_fields
     sections = [n for n, f in fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Settings)]
     children = tuple(n for n in fields if n in sections or metadata(cls, n, "traced"))
@@ -126,7 +127,7 @@ def _register_settings(cls: type[Settings]) -> None:
         return tuple(getattr(settings, n) for n in children), static
 
     def unflatten(static, leaves):
-        # Not validated again: leaves may be tracers or batched arrays.
+        # The values are not validated again, because leaves may be tracers or batched arrays.
         return cls.model_construct(**dict(static), **dict(zip(children, leaves)))
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
