@@ -1,4 +1,4 @@
-"""Times PPO's iterations as the stage runs them, over compiled and timed programs, with random prompts and scores."""
+"""Times PPO's iterations. The code of the stage runs the timed programs, with random prompts and scores."""
 
 import statistics
 import time
@@ -22,12 +22,12 @@ from jaxrlhf.tracking.metrics import MetricsLog
 def time_iterations(shapes: Shapes, timed: dict[str, Timed], iterations: int) -> dict[str, Any]:
     """Runs the `Iteration` of the PPO stage several times and returns median seconds as JSON values.
 
-    The time includes the host's work, except logs, checkpoints and text. `timed` has all programs of the stage, by
-    name.
+    The time includes the work of the host, but not logs, checkpoints and text. `timed` holds all programs of the stage
+    by name.
     """
     iteration, state = _iteration(shapes, timed)
     prompts, wall, programs = _prompts(shapes), [], []
-    for step in range(iterations + 1):  # the first iteration compiles small programs and is not counted
+    for step in range(iterations + 1):  # the first iteration does not count, because it compiles small programs
         start = time.perf_counter()
         calls = {name: len(program.seconds) for name, program in timed.items()}
         state, *_ = iteration(state, step, prompts)
@@ -46,7 +46,7 @@ def time_iterations(shapes: Shapes, timed: dict[str, Timed], iterations: int) ->
 
 
 def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, StageState]:
-    """Returns (the iteration, its first state), built from the arguments of the timed programs."""
+    """Returns (the iteration, the first state). Both are built from the arguments of the timed programs."""
     annotate, experience, update = timed["annotate"], timed["experience"], timed["update"]
     base, reference = annotate.args[0], annotate.args[3]
     state, control = update.args[0], experience.args[4]
@@ -56,7 +56,7 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, Stag
     sampler.greedy_rollout = timed.get("greedy", timed["rollout"])
     iteration = Iteration(run, sampler.roles, sampler, update.args[-1], state, reference, None)
     iteration.annotate, iteration.experience = annotate, experience
-    iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # every update mixes in the same rows
+    iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # each update gets the same rows for `mix`
     refreshed = reference if shapes.config.ppo.refresh_reference else None
     return iteration, StageState(state, control, iteration.count(0), refreshed)
 
@@ -64,7 +64,7 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, Stag
 class _RandomReward:
     """A reward that runs the programs of the run's reward models.
 
-    It returns the scores of the program `reward` if the run has one, otherwise random scores.
+    If the run has the program `reward`, its scores are returned. Otherwise the scores are random.
     """
 
     name = "bench"
@@ -84,7 +84,7 @@ class _RandomReward:
 
 
 def _prompts(shapes: Shapes) -> PromptSet:
-    """Four batches of random prompts of full length."""
+    """Returns four batches of random prompts with full length."""
     config = shapes.config.ppo
     count, length = 4 * config.batch_size, config.max_prompt_tokens
     ids = np.random.default_rng(shapes.config.seed).integers(0, shapes.model.vocab_size, (count, length), np.int32)

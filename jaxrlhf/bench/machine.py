@@ -1,7 +1,7 @@
-"""Measures the rates of this machine with XLA: operations of matrix products, and bytes from and to memory.
+"""Measures two rates of this machine with XLA: operations of matrix products, and bytes from and to memory.
 
-Many calls are dispatched before the host waits for the last one, because a device that waits for its host is slower.
-All data is random: matrix products of zeros take less power, and run faster on some cards.
+The host starts many calls before it waits for the last call, because a device that waits for its host is slower. All
+data are random. Matrix products of zeros need less power and run faster on some cards.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from jaxrlhf.models.target import Target
 from jaxrlhf.plan.work import Rates
 
 _REPEATS = 5  # number of measurements
-_SECONDS, _MAX_CALLS = 0.1, 64  # length of a measurement: about this many seconds, at most this many calls
-# Platform -> (rows of square matrices, bytes of an array that is larger than all caches); `_LARGE` is for all others.
+_SECONDS, _MAX_CALLS = 0.1, 64  # a measurement takes about this number of seconds, and at most this number of calls
+# Platform -> (rows of square matrices, bytes of an array that is larger than all caches). Others have `_LARGE`.
 _SIZES = {"cpu": (2048, 2**27)}
 _LARGE = (8192, 2**29)
 
 
 def measure_rates(dtype: str, devices: int, target: Target) -> Rates:
-    """Measures the best rates of matrix products, in the run's precision, and of passes over memory.
+    """Measures and returns the best rates of matrix products, in the run's precision, and of memory.
 
-    One device is measured, and the other devices are assumed to have the same rates. The virtual devices of a CPU share
-    the rates of that CPU.
+    One device is measured. The other devices are assumed to have the same rates. All virtual devices of a CPU together
+    have the rates of this CPU.
     """
     size, length = _SIZES.get(target.platform, _LARGE)
     count = 1 if target.platform == "cpu" else devices
@@ -50,7 +50,10 @@ def describe(devices: int) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """The processor's name; on Linux with family and model, because virtual machines shorten the name."""
+    """Returns the name of the processor. On Linux, the name includes family and model.
+
+    Virtual machines shorten the name, but not family and model.
+    """
     with contextlib.suppress(OSError, KeyError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
         info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
@@ -60,27 +63,30 @@ def _processor() -> str:
 
 
 def forget_peak() -> None:
-    """Resets the peak memory of this process on Linux, so that the peak of measuring the rates does not count."""
+    """Resets the peak memory of this process on Linux, so that the memory of `measure_rates` does not count."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _product_rate(size: int, dtype: jnp.dtype) -> float:
-    """Operations per second of matrix products: a <- a b, with b scaled so that the numbers in a keep their size."""
+    """Returns the operations per second of matrix products a <- a b.
+
+    b is scaled so that the numbers in a keep their size.
+    """
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.float32) for i in range(2))
     b = (b * size**-0.5).astype(dtype)
     return 2.0 * size**3 / _seconds(jax.jit(lambda a: a @ b), a.astype(dtype))
 
 
 def _memory_rate(length: int) -> float:
-    """Bytes per second from and to memory: y <- a x + y in place reads two arrays and writes one."""
+    """Returns the bytes per second from and to memory. The step y <- a x + y reads two arrays and writes one array."""
     x, y = (jax.random.normal(jax.random.key(i), (length // 4,), jnp.float32) for i in range(2))
     axpy = jax.jit(lambda y, x: 1e-3 * x + y, donate_argnums=0)
     return 3.0 * length / _seconds(lambda y: axpy(y, x), y)
 
 
 def _seconds(step: Callable[[jax.Array], jax.Array], state: jax.Array) -> float:
-    """Returns the seconds of a step: the best of several series, in which the host waits only for the last step."""
+    """Returns the seconds per step of the fastest of several series. In a series, the host waits only at the end."""
     state, calls, best = step(state).block_until_ready(), 1, math.inf
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Measures a run: the machine's rates, each program alone, then whole PPO iterations."""
+"""Measures a run. First the rates of the machine are measured, then each program alone, then whole PPO iterations."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from jaxrlhf.stages.calls import Call, calls_of
 from jaxrlhf.stages.checks import check_stage
 from jaxrlhf.stages.shapes import Shapes, read_model, resolved
 
-_MEAN_SHARE = 4  # the mean of geometric lengths, before they are cut at the limit, is the limit divided by this
+_MEAN_SHARE = 4  # the mean of geometric lengths is the limit divided by this number, before lengths are cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +34,26 @@ class Options:
     lengths: str = "full"  # lengths of completions: full or geometric
     repeats: int = 5  # number of timed calls of each program
     iterations: int = 5  # number of timed PPO iterations
-    only: Collection[str] = ()  # names of the programs to time; empty: all programs and PPO iterations
-    profile: str | None = None  # a folder for traces; None: no traces
+    only: Collection[str] = ()  # names of the programs to time; if empty, all programs and PPO iterations
+    profile: str | None = None  # a folder for traces; if None, there are no traces
 
 
 def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Measures on all devices; after each measurement yields (all results so far as JSON values, new ones as text).
+    """Measures on all devices. After each measurement, yields (all results so far as JSON values, new results as text).
 
-    The machine's rates come first. Then come the programs of each stage, one by one, and the stage as a whole. `say`
-    prints progress messages. Raises `UserError` if the settings do not fit the devices or the model. With
-    `options.only`, inputs that the other programs would compute are random.
+    The rates of the machine are measured first. Then each stage follows, with each of its programs and then as a whole.
+    `say` prints progress messages. If `options.only` leaves out a program, the inputs that it would compute are random.
+    Raises `UserError` if the settings do not fit the devices or the model.
     """
     mesh, model = make_mesh(config.mesh), read_model(config.model)
     config = resolved(with_lengths(config, options.lengths, model.vocab_size))
     shapes, filler, began = Shapes(config, mesh, model), Filler(model, config.seed), time.perf_counter()
-    with cached_programs(None, say), compiled_with(config.compiler_options):  # no cache: compiling is timed
+    with cached_programs(None, say), compiled_with(config.compiler_options):  # no cache, because compilations are timed
         calls = _checked_calls(shapes, options.only, say)
         say("measures the machine")
         start = time.perf_counter()
         rates = measure_rates(config.model.dtype, mesh.size, shapes.base.config.target)
-        elsewhere = time.perf_counter() - start  # seconds spent in compiling and in running programs
+        elsewhere = time.perf_counter() - start  # seconds of compilations and of running programs
         forget_peak()
         machine = {"flops_per_second": rates.flops, "bytes_per_second": rates.bytes}
         results = {"machine": describe(mesh.size) | machine, "model": _model(shapes), "lengths": options.lengths,
@@ -66,7 +66,7 @@ def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> 
             for call in stage_calls:
                 say(f"{stage}: compiles {call.name}")
                 program = timed[call.name] = Timed(call, filler.fill(call.args), filler.fill(call.kwargs))
-                result = program.again()  # warms up, and makes the next program's arguments
+                result = program.again()  # a first call, which also makes the arguments of the next program
                 if call.result is not None:
                     filler.give(call.result, result[: len(call.result)] if isinstance(call.result, tuple) else result)
                 work = work_of(call.name, program.args, program.kwargs, result, config)
@@ -89,7 +89,7 @@ def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> 
 
 
 def _checked_calls(shapes: Shapes, only: Collection[str], say: Callable[[str], None]) -> dict[str, list[Call]]:
-    """Checks the settings, and returns stage -> its programs; only the programs in `only`, if it names any."""
+    """Checks the settings and returns the programs of each stage. If `only` is not empty, only its programs remain."""
     config = shapes.config
     for stage in config.stages:
         for note in check_stage(config, stage, shapes.model, shapes.mesh):
@@ -99,7 +99,7 @@ def _checked_calls(shapes: Shapes, only: Collection[str], say: Callable[[str], N
     calls = {stage: calls_of(stage, shapes) for stage in config.stages}
     names = [call.name for stage_calls in calls.values() for call in stage_calls]
     if unknown := [name for name in only if name not in names]:
-        raise UserError(f"--only: this run has no program {unknown[0]!r}; it has {', '.join(names)}")
+        raise UserError(f"--only: this run has no program {unknown[0]!r}; the programs are {', '.join(names)}")
     chosen = {stage: [c for c in stage_calls if not only or c.name in only] for stage, stage_calls in calls.items()}
     return {stage: stage_calls for stage, stage_calls in chosen.items() if stage_calls}
 
@@ -116,7 +116,7 @@ def _model(shapes: Shapes) -> dict[str, Any]:
 
 
 def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
-    """Sums seconds and least seconds over the programs of a PPO iteration or an optimizer step, with token rates."""
+    """Returns the summed seconds of the programs of a PPO iteration or an optimizer step, and the token rates."""
     seconds, least = (sum(p["calls"] * p[name] for p in programs) for name in ("seconds", "least_seconds"))
     tokens = programs[0]["tokens"]
     return {"seconds": seconds, "least_seconds": least, "share": least / seconds, "tokens": tokens,
@@ -124,11 +124,11 @@ def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def with_lengths(config: RunConfig, kind: str, vocabulary: int) -> RunConfig:
-    """Returns the run with completions of `full` or `geometric` lengths; only its stop tokens decide the lengths.
+    """Returns the settings with stop tokens that give completions of `full` or `geometric` lengths.
 
     Random weights give every token about the same probability. If a share p of the vocabulary are stop tokens, each
-    sampled token ends its completion with probability p. The lengths are then geometric with mean 1 / p, cut at the
-    limit.
+    sampled token ends its completion with probability p. The lengths then have a geometric distribution with mean
+    1 / p, and are cut at the limit.
     """
     if config.ppo is None:
         return config

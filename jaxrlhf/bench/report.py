@@ -1,4 +1,4 @@
-"""Formats the results of `measure` as text; the JSON document has the same figures."""
+"""Formats the results of `measure` as text. The JSON document has the same figures."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _COLUMNS = {"program": 12, "calls": 5, "seconds": 8, "least": 8, "share": 5, "bo
 
 
 def opening(results: dict[str, Any]) -> str:
-    """Returns the first lines: the model, and the machine's rates."""
+    """Returns the first lines, which describe the model and the rates of the machine."""
     machine, model = results["machine"], results["model"]
     lines = [
         f"{machine['devices']} x {machine['device']} ({machine['backend']}, {machine['cores']} cores), jax "
@@ -27,7 +27,7 @@ def opening(results: dict[str, Any]) -> str:
 def program_row(stage: dict[str, Any]) -> str:
     """Returns the table row of the program that was timed last, and a line for each of its slowest kernels.
 
-    The table's head comes before the first program of a stage.
+    The head of the table is added before the first program of a stage.
     """
     p, widths = stage["programs"][-1], _COLUMNS.values()
     head = [] if stage["programs"][1:] else ["", stage["stage"], table_row(_COLUMNS, widths)]
@@ -46,22 +46,22 @@ def stage_sums(stage: dict[str, Any]) -> str:
     """Returns the sums over the programs of a stage, and the times of whole PPO iterations."""
     unit = "iteration" if stage["stage"] == "ppo" else "optimizer step"
     text = (
-        f"{unit}, sum of its programs: {stage['seconds']:.4g} s, at least {stage['least_seconds']:.3g} s "
+        f"{unit}, sum of its programs: {stage['seconds']:.4g} s, least {stage['least_seconds']:.3g} s "
         f"({stage['share']:.0%}), {stage['tokens_per_second']:,.0f} tokens/s"
     )
     if loop := stage.get("loop"):
         parts = f"programs {loop['programs_seconds']:.4g} s, host {loop['host_seconds']:.3g} s"
         rate = stage["tokens"] / loop["seconds"]
-        text += f"\n{unit} of the stage itself: {loop['seconds']:.4g} s, of which {parts}; {rate:,.0f} tokens/s"
+        text += f"\n{unit} in the code of the stage: {loop['seconds']:.4g} s ({parts}); {rate:,.0f} tokens/s"
     return text
 
 
 def closing(results: dict[str, Any]) -> str:
-    """Returns the last lines: the peak memory, and the meaning of the columns."""
+    """Returns the last lines, with the peak memory and the meaning of the columns."""
     owner = "this process, with its compilers" if results["machine"]["backend"] == "cpu" else "the fullest device"
     return (
         f"\npeak memory {results['peak_bytes'] / _MIB:,.0f} MiB (of {owner}); {results['host_seconds']:.1f} s besides "
-        "compiling and programs\n\n"
+        "compilations and programs\n\n"
         "Seconds are medians. least: max(FLOP / rate of matrix products, bytes / rate of memory), summed over phases;\n"
         "FLOP and bytes come from formulas for the actual lengths. share: least / seconds. peak MiB: arguments,\n"
         "results and temporaries of the compiled program.\n"

@@ -1,4 +1,4 @@
-"""Times one program on its own arguments, and finds its slowest kernels."""
+"""Times one program with fixed arguments, and finds the slowest kernels of the program."""
 
 import collections
 import contextlib
@@ -12,14 +12,14 @@ import jax
 from jaxrlhf.plan.work import Rates, Work
 from jaxrlhf.stages.calls import Call
 
-# Programs whose first result is the next state; they donate the old state.
+# The first result of these programs is the next state. They donate the old state.
 _CHAINED = ("update", "sft_update", "reward_model_update")
 _SHOWN = 10  # number of kernels
 _HOST_LINES = "tf_XLA"  # threads on which XLA runs a program on a CPU
 
 
 class Timed:
-    """A compiled program that records how long each call took. It can be called in place of the original `Program`."""
+    """A compiled program that records the time of each call. It can be called instead of the original `Program`."""
 
     compiles = 1
 
@@ -30,7 +30,7 @@ class Timed:
         self._compiled = call.program.lower(*args, **kwargs).compile()
         self.compile_seconds = time.perf_counter() - start
         self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []  # summed over threads; the cores wait for the rest of cores x seconds
+        self.cpu_seconds: list[float] = []  # summed over threads; the cores are idle for the rest of cores x seconds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         traced = {name: value for name, value in kwargs.items() if name not in self._static}
@@ -41,14 +41,17 @@ class Timed:
         return result
 
     def again(self) -> Any:
-        """Calls the program once more on its own arguments; an update starts from the state of its previous call."""
+        """Calls the program once more with the same arguments. An update starts from the state of its previous call."""
         result = self(*self.args, **self.kwargs)
         if self.name in _CHAINED:
             self.args = (result[0], *self.args[1:])
         return result
 
     def memory(self) -> dict[str, int]:
-        """Bytes per device of the compiled program. The peak counts memory that arguments and results share once."""
+        """Returns the bytes per device of the compiled program.
+
+        Memory that arguments and results share is counted once in the peak.
+        """
         sizes = self._compiled.memory_analysis()
         arguments, results = sizes.argument_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         parts = {"arguments": arguments, "results": results, "temporaries": sizes.temp_size_in_bytes}
@@ -56,9 +59,9 @@ class Timed:
 
 
 def time_program(program: Timed, work: Work, rates: Rates, repeats: int, traces: Path | None) -> dict[str, Any]:
-    """Times a program that was called before, and returns the figures of one call as JSON values.
+    """Times a program and returns the figures of one call as JSON values.
 
-    With `traces`, a folder, the calls run under jax's profiler.
+    The program must have been called before. If `traces` is a folder, the calls run under jax's profiler.
     """
     with contextlib.nullcontext() if traces is None else jax.profiler.trace(str(traces)):
         for _ in range(repeats):
@@ -91,8 +94,8 @@ def time_program(program: Timed, work: Work, rates: Rates, repeats: int, traces:
 def slowest(folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Returns the kernels that took most time in the last trace, with seconds and counts per call of the program.
 
-    On a CPU these are XLA's operations. The list is empty if this version of jax cannot read its traces, or if the
-    trace has no kernels.
+    On a CPU, XLA's operations are the kernels. The list is empty if the trace has no kernels, or if this version of jax
+    cannot read its traces.
     """
     reader = getattr(jax.profiler, "ProfileData", None)
     traces = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
@@ -102,10 +105,10 @@ def slowest(folder: Path, repeats: int) -> list[dict[str, Any]]:
     for plane in reader.from_file(str(traces[-1])).planes:
         device = plane.name.startswith("/device:")
         for line in plane.lines:
-            # A device's other lines repeat the events of its streams by module and by step.
+            # Other lines of a device have the same events as its streams, by module and by step.
             if line.name.startswith("Stream" if device else _HOST_LINES):
                 for event in line.events:
-                    # On a CPU, skip the runtime's own functions, and the end events of operations that run in parallel.
+                    # On a CPU, functions of the runtime and end events of parallel operations are skipped.
                     if device or not ("::" in event.name or event.name.startswith("end: ")):
                         times[event.name].append(event.duration_ns / 1e9)
     kernels = [{"name": name, "calls": len(each) / repeats, "seconds": sum(each) / repeats}

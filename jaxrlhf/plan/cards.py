@@ -1,7 +1,8 @@
-"""Accelerators by name: published peak rates, and the memory that a run can use.
+"""Accelerators by name, with published peak rates and the memory that a run can use.
 
 Peak rates are those without sparsity. Runs usually reach 60 to 80 percent of the peak arithmetic and 80 to 90 percent
-of the peak bandwidth. `network` is a card's share of its host's network adapters in the maker's reference system.
+of the peak bandwidth. `network` is the rate of the host's network adapters divided by the number of cards, in the
+maker's reference system.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Memory of a card, and its peak rates per second."""
+    """The memory of a card and its peak rates per second."""
 
     name: str
     memory: float  # bytes
@@ -43,29 +44,32 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """The card of this name; `UserError` that lists the known names if there is none."""
+    """Returns the card with this name. For an unknown name, raises `UserError` with a list of the known names."""
     if (card := CARDS.get(name.lower())) is None:
-        raise UserError(f"--card: {name!r} is not known; choose one of {', '.join(CARDS)}")
+        raise UserError(f"--card: must be one of {', '.join(CARDS)}, not {name!r}")
     return card
 
 
 def target_file(card: Card) -> Path:
-    """The file that describes the card to XLA's compiler."""
+    """Returns the path of the file that describes the card to XLA's compiler."""
     return Path(__file__).parent / "targets" / f"{card.name}.txtpb"
 
 
 def parse_memory(text: str) -> float:
-    """Bytes from text like 80GiB; `UserError` if it is not an amount."""
+    """Returns the bytes that a text such as 80GiB means. Raises `UserError` if the text is not an amount of memory."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *GiB", text.strip())
     if match is None or not float(match[1]):
-        raise UserError(f"--memory: {text!r} is not an amount of memory; write it in GiB, such as 80GiB")
+        raise UserError(f"--memory: must be an amount in GiB, such as 80GiB, not {text!r}")
     return float(match[1]) * GIB
 
 
 def usable_share() -> float:
-    """The share of a card's memory that a run may fill: `XLA_PYTHON_CLIENT_MEM_FRACTION`, or 0.9 if it is not set."""
+    """Returns the share of a card's memory that a run may fill.
+
+    The environment variable `XLA_PYTHON_CLIENT_MEM_FRACTION` sets this share. The default is 0.9.
+    """
     text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1:
             return float(text)
-    raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION: {text!r} is not a share; set a number above 0 and up to 1")
+    raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION: must be above 0 and at most 1, not {text!r}")

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from XLA's text: how often they run, and the bytes sent along mesh axes."""
+"""Collectives of a compiled program. XLA's text of the program says how often they run and how many bytes they send."""
 
 import collections
 import dataclasses
@@ -19,17 +19,18 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """All calls of one kind of collective along the same mesh axes, for one device."""
+    """All calls of one kind of collective over the same mesh axes, for one device."""
 
     count: float  # number of calls
     sent: float  # bytes that the device sends if the collective uses a ring
 
 
 def collectives_of(text: str, mesh: Mapping[str, int], unknown_trips: int) -> dict[str, Exchange]:
-    """Returns the collectives of a compiled module by kind and mesh axes ("all-reduce over tensor"), the largest first.
+    """Returns the collectives of a compiled module, the largest first.
 
-    The body of a loop counts once per iteration; a loop whose number of iterations is not in the text counts
-    `unknown_trips` times. Each branch of a conditional counts once.
+    A key is a kind with its mesh axes, such as "all-reduce over tensor". The body of a loop counts once per iteration.
+    If the text does not give the number of iterations, the body counts `unknown_trips` times. Each branch of a
+    conditional counts once.
     """
     bodies = {name: (bool(entry), body.splitlines()) for entry, name, body in _COMPUTATION.findall(text)}
     totals: dict[str, dict[str, np.ndarray]] = {}
@@ -56,7 +57,10 @@ def largest_first(exchanges: Mapping[str, Exchange]) -> dict[str, Exchange]:
 
 
 def _exchange(match: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | None:
-    """Returns (kind and mesh axes, bytes that a device sends) of a collective; None if its groups are one device."""
+    """Returns (kind with mesh axes, bytes that a device sends) of a collective.
+
+    Returns None if each group of the collective has one device.
+    """
     shapes, kind, start, attributes = match.groups()
     sizes = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     sizes = [_SIZES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in sizes]
@@ -65,7 +69,7 @@ def _exchange(match: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | N
     group = first_group(attributes, math.prod(mesh.values()))
     if (size := len(group)) == 1:
         return None
-    # Devices are numbered with the last axis fastest.
+    # Along the last axis of the mesh, device numbers are consecutive.
     positions = np.array(np.unravel_index(group, tuple(mesh.values())))
     axes = "+".join(name for name, position in zip(mesh, positions) if len(set(position)) > 1)
     share = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1, "collective-permute": 1}
@@ -73,15 +77,15 @@ def _exchange(match: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | N
 
 
 def first_group(attributes: str, devices: int) -> list[int]:
-    """Returns the device numbers of a collective's first group; reads every notation that XLA prints."""
+    """Returns the device numbers of the first group of a collective. All notations that XLA prints are read."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return next(([int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", pairs[1]) if a != b), [0])
     if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))?\s*\{(.*?)\}", attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         ids = _iota(named[2] or f"[{math.prod(axes.values())}]").reshape(tuple(axes.values()))
         index: list[slice | int] = [0] * len(axes)
-        # A group may span a part of an axis: 'x':(before)size splits the axis x into before x size x rest, and the
-        # group spans `size`.
+        # A group may span a part of an axis. The text 'x':(before)size splits the axis x into before x size x rest. The
+        # group then spans `size`.
         for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3]):
             rest = axes[name] // (int(before or 1) * int(part or axes[name]))
             index[list(axes).index(name)] = slice(0, rest * int(part or axes[name]), rest)
@@ -91,12 +95,15 @@ def first_group(attributes: str, devices: int) -> list[int]:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(n) for n in listed[1].split(",")]
     if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
-        raise ValueError(f"replica_groups in an unknown notation: {attributes[:200]}")
+        raise ValueError(f"replica_groups has an unknown notation: {attributes[:200]}")
     return list(range(devices))
 
 
 def _iota(text: str) -> np.ndarray:
-    """Returns the numbers that `[8,4]T(1,0)` stands for: counted from 0 in this shape, transposed, then flattened."""
+    """Returns the numbers that a text such as `[8,4]T(1,0)` means.
+
+    The numbers are counted from 0, arranged in the shape [8,4], transposed by (1,0) and then flattened.
+    """
     shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     sizes = [int(n) for n in shape.split(",")]
     numbers = np.arange(math.prod(sizes)).reshape(sizes)

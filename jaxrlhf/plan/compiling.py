@@ -1,8 +1,8 @@
-"""Compiles programs for cards that this machine lacks, and reads memory and collectives of the compiled programs.
+"""Compiles programs for cards that this machine does not have. Reads memory and collectives of the compiled programs.
 
 The wheels `jax-cuda12-plugin` and `jax-cuda12-pjrt` (180 MB, no CUDA library) hold XLA's compiler for NVIDIA cards. The
-compiler needs a description of the card (`targets/`), not the card itself. Without the card it cannot time kernels to
-choose among them, so it uses its default kernels.
+compiler needs only a description of the card, which is in `targets/`. Without the card, the compiler cannot measure
+which kernels are fastest, so it uses its default kernels.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from jaxrlhf.stages.calls import Call
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What XLA reports about a compiled program, for one card."""
+    """The figures of a compiled program that XLA reports, for one card."""
 
     results: float  # bytes, without results that reuse the memory of an argument
     temporaries: float  # bytes
     collectives: dict[str, Exchange]
-    seconds: float  # time that compiling took
+    seconds: float  # time of the compilation
 
 
 def missing() -> str | None:
-    """Returns a line that says how to install XLA's compiler for cards, or None if the compiler is installed."""
+    """Returns a line that tells the user how to install XLA's compiler for cards. None if it is installed."""
     own = importlib.metadata.version("jaxlib")
     for cuda in ("cuda13", "cuda12"):
         wheels = f"jax-{cuda}-plugin", f"jax-{cuda}-pjrt"
@@ -43,11 +43,14 @@ def missing() -> str | None:
             if {importlib.metadata.version(wheel) for wheel in wheels} == {own}:
                 return None
     packages = " ".join(f"{wheel}=={own}" for wheel in wheels)
-    return f"memory and collectives need XLA's compiler for cards: pip install {packages}"
+    return f"memory and collectives need XLA's compiler for cards; run pip install {packages}"
 
 
 def mesh_of_cards(config: MeshConfig, devices: int, per_host: int, target: Path) -> jax.sharding.Mesh:
-    """Returns the mesh over cards that the file `target` describes; raises `UserError` as `make_mesh` does."""
+    """Returns the mesh over cards that the file `target` describes.
+
+    Raises `UserError` if the mesh does not fit the number of cards, see `make_mesh`.
+    """
     hosts = devices // per_host if devices % per_host == 0 else 1
     lines = target.read_text(encoding="utf-8").splitlines()
     with without_driver_warnings():
@@ -61,21 +64,22 @@ def mesh_of_cards(config: MeshConfig, devices: int, per_host: int, target: Path)
 
 
 def without_cudnn() -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which cuDNN calls can be traced on a machine without cuDNN.
+    """Returns a context in which a machine without cuDNN can trace cuDNN calls.
 
-    Tracing asks for cuDNN's version, but XLA compiles the calls without cuDNN. jax has no public function for this: the
-    context raises `AttributeError` or `ImportError` if the private one has moved.
+    Tracing asks for the version of cuDNN, but XLA compiles the calls without cuDNN. The context replaces a private
+    function of jax, because there is no public one. If jax has moved this function, the context raises
+    `AttributeError` or `ImportError`.
     """
     return mock.patch("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
 
 def compiled(call: Call, mesh: Mapping[str, int]) -> Compiled:
-    """Compiles a call of a program; `mesh` has the sizes of the mesh axes that the call was made for."""
+    """Compiles a call of a program. `mesh` has the sizes of the mesh axes for which the call was made."""
     start = time.perf_counter()
     lowered = call.program.lower(*call.args, **call.kwargs)
     try:
         program = lowered.compile()
-    except jax.errors.JaxRuntimeError:  # XLA must time some Triton kernels on a card; without them it needs no card
+    except jax.errors.JaxRuntimeError:  # XLA times Triton kernels on a card; without Triton, XLA needs no card
         program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
     memory = program.memory_analysis()
     return Compiled(
@@ -87,9 +91,9 @@ def compiled(call: Call, mesh: Mapping[str, int]) -> Compiled:
 
 
 def extrapolated(few: Compiled, more: Compiled, depths: tuple[int, int], layers: int) -> Compiled:
-    """Returns the figures for `layers` layers by linear extrapolation from two models with fewer layers.
+    """Returns the figures for `layers` layers, extrapolated linearly from two models with fewer layers.
 
-    `depths` are the numbers of layers of the two models, whose figures are `few` and `more`.
+    `few` and `more` are the figures of the two models, and `depths` are their numbers of layers.
     """
     share, none = (layers - depths[0]) / (depths[1] - depths[0]), Exchange(0.0, 0.0)
 

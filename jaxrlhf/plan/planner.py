@@ -1,4 +1,4 @@
-"""The plan of a run: memory, arithmetic, traffic and least time of each program of the run, on a mesh of cards."""
+"""The plan of a run. It has the memory, arithmetic, traffic and least time of each program on a mesh of cards."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,12 @@ from jaxrlhf.stages.calls import Call, calls_of
 from jaxrlhf.stages.checks import check_stage, shares_of, valid_batches
 from jaxrlhf.stages.shapes import Shapes, bytes_per_device, read_model, resolved
 
-# Numbers of layers that are compiled in place of a deeper model. All layers have the same shapes, so memory and
-# collectives grow linearly with the number of layers. How XLA packs arrays adds noise, which matters less if the two
-# numbers are far apart. Updates take the longest to compile, and they save much of each layer, so that fewer layers
-# are enough.
+# Models with these numbers of layers are compiled instead of a deeper model. All layers have the same shapes, so memory
+# and collectives grow linearly with the number of layers. The way in which XLA packs arrays adds noise. This noise
+# matters less if the two numbers are far apart. Updates take the longest time to compile. They save much of each layer,
+# so that fewer layers are enough.
 DEPTHS, UPDATE_DEPTHS = (6, 12), (3, 8)
-POLICIES = ("none", "dots", "full")  # values of remat; each saves fewer activations than the previous one
+POLICIES = ("none", "dots", "full")  # values of remat; each value saves fewer activations than the one before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramPlan:
-    """The plan of one program: bytes and seconds of one call, on one card.
+    """The plan of one program. It has the bytes and seconds of one call, on one card.
 
-    Without a compiler for the card, `temporaries`, `peak` and `compiled` are None.
+    If there is no compiler for the card, `temporaries`, `peak` and `compiled` are None.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ProgramPlan:
     flops: float  # least number of operations
     read: float  # least bytes from and to memory
     sent: dict[str, float]  # mesh axis -> least bytes sent
-    seconds: dict[str, float]  # least seconds of arithmetic, memory and links alone; "least": of the whole call
+    seconds: dict[str, float]  # least seconds of "arithmetic", "memory" and "links" alone, and of the call ("least")
     bound_by: str  # arithmetic, memory or links
     compiled: Compiled | None
     grows: bool  # whether the temporaries grow with the batch
@@ -61,16 +61,16 @@ class ProgramPlan:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """The plan of one stage: of a PPO iteration, or of an optimizer step in the other stages."""
+    """The plan of one stage, for one PPO iteration or for one optimizer step of another stage."""
 
     stage: str
     batch_size: int
     programs: list[ProgramPlan]
     least_seconds: float
     peak: float | None = None
-    largest_batch: int | None = None  # None: unknown; 0: no batch fits
+    largest_batch: int | None = None  # None if unknown; 0 if no batch fits
     held_back_by: str | None = None  # the program that limits the largest batch
-    # Value of remat -> peak bytes of the update; the run's own value is first.
+    # Value of remat -> peak bytes of the update. The first value is that of the run's settings.
     remat: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -86,7 +86,7 @@ class Plan:
 
 
 def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = lambda text: None) -> Plan:
-    """Plans the stages of the run; raises `UserError` for settings that the run itself would refuse."""
+    """Returns the plan of all stages of the run. Raises `UserError` if the run would refuse the settings."""
     config, reason = resolved(_at_full_length(config)), missing()
     mesh = jax.sharding.AbstractMesh(
         mesh_sizes(config.mesh, options.devices), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
@@ -103,8 +103,8 @@ def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = 
             except (AttributeError, ImportError):
                 config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "xla"})})
                 notes.append(
-                    "model.attention: this version of jax cannot trace cudnn without cuDNN; the plan is for xla, which "
-                    "takes more memory"
+                    "model.attention: without cuDNN, this version of jax cannot trace cudnn attention; the plan is for "
+                    "xla attention, which needs more memory"
                 )
         shapes = Shapes(config, mesh, model)
         planners = [_StagePlanner(stage, shapes, options, reason is None, say) for stage in config.stages]
@@ -116,9 +116,9 @@ def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = 
 
 
 def _at_full_length(config: RunConfig) -> RunConfig:
-    """Returns the same run with completions of full length.
+    """Returns the settings of the same run with completions of full length.
 
-    The active batch is never compacted in decoding, and the update does not cut rows to shorter buckets.
+    Decoding then never compacts the active batch, and the update does not cut rows to shorter buckets.
     """
     if config.ppo is None:
         return config
@@ -129,7 +129,7 @@ def _at_full_length(config: RunConfig) -> RunConfig:
 
 
 class _StagePlanner:
-    """Makes the plan of one stage. `depths` collects the numbers of layers of the compiled models."""
+    """Makes the plan of one stage. `depths` is the set of numbers of layers of the models that were compiled."""
 
     def __init__(self, stage: str, shapes: Shapes, options: Options, compiles: bool, say: Callable[[str], None]):
         self.stage, self.shapes, self.options, self.compiles, self.say = stage, shapes, options, compiles, say
@@ -178,8 +178,8 @@ class _StagePlanner:
         kinds = ("weights", "adapters", "optimizer")
         parts = {kind: float(bytes_per_device(call.resident.get(kind))) for kind in kinds}
         parts["rows"] = float(bytes_per_device(call.rows)) + (made.results if made else 0.0)
-        # Decoding holds at least its cache. With few layers, the pass over the prompts may decide the peak, so that the
-        # extrapolation misses the cache.
+        # Decoding needs at least the memory of its cache. In models with few layers, the pass over the prompts may have
+        # the peak, and the extrapolation then misses the cache.
         temporaries = max(made.temporaries, cache_bytes(call, self.shapes)) if made else None
         work, sent = work_of(call.name, call.args, call.kwargs, call.result, config).on_card(mesh)
         flops, read = float(work.flops.sum()), float(work.bytes.sum())
@@ -205,7 +205,10 @@ class _StagePlanner:
         )
 
     def _remat(self, programs: list[ProgramPlan]) -> dict[str, float]:
-        """Value of remat -> peak bytes of the update: the run's own, then values that save less, until one fits."""
+        """Returns the peak bytes of the update by value of remat.
+
+        The first value is that of the run's settings. Values that save less follow until one of them fits.
+        """
         ((update, own),) = ((call, p) for call, p in zip(self.calls, programs) if call.remat is not None)
         peaks = {update.remat: own.peak}
         for policy in POLICIES[POLICIES.index(update.remat) + 1 :]:
@@ -216,7 +219,7 @@ class _StagePlanner:
     def _largest_batch(self, batch: int, programs: list[ProgramPlan]) -> tuple[int, str]:
         """Returns (the largest batch that fits, the program that limits it).
 
-        Rows and growing temporaries are taken to be proportional to the batch.
+        The memory of rows and of growing temporaries is assumed to be proportional to the batch.
         """
         limits = {}
         for p in programs:
@@ -227,9 +230,9 @@ class _StagePlanner:
 
 
 def cache_bytes(call: Call, shapes: Shapes) -> float:
-    """Bytes per card of the keys and values of all positions; 0 for a program without a decode loop.
+    """Returns the bytes per card of the keys and values of all positions.
 
-    A decode loop holds at least these bytes.
+    A decode loop needs at least these bytes. For a program without a decode loop, the result is 0.
     """
     if call.trips == 1:
         return 0.0
@@ -240,10 +243,10 @@ def cache_bytes(call: Call, shapes: Shapes) -> float:
 
 
 def links_seconds(sent: dict[str, float], mesh: dict[str, int], options: Options) -> float:
-    """Returns the least seconds to send `sent` (mesh axis -> bytes per card).
+    """Returns the least seconds to send the bytes `sent`, which maps a mesh axis to bytes per card.
 
-    Bytes go along the links of a host, and on axes that span hosts also over the network; the longer time counts. The
-    cards of a host that belong to the same group share their network adapters.
+    Bytes are sent over the links inside a host. If an axis spans hosts, bytes are also sent over the network. The
+    longer of the two times counts. Cards of one host that belong to the same group share their network adapters.
     """
     total, stride = 0.0, 1
     for axis in reversed(AXES):

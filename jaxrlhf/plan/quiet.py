@@ -1,16 +1,17 @@
-"""Hides log lines of the CUDA wheels while they are loaded. Does not import jax, which loads some of them itself."""
+"""Hides log lines of the CUDA wheels while they are loaded. jax is not imported here, because jax loads some wheels."""
 
 import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
 
-_NOISE = (b"before absl::InitializeLog() is called", b"cudart_stub.cc")  # TF_CPP_MIN_LOG_LEVEL does not silence them
+# TF_CPP_MIN_LOG_LEVEL does not hide lines with these texts.
+_NOISE = (b"before absl::InitializeLog() is called", b"cudart_stub.cc")
 
 
 @contextlib.contextmanager
 def without_driver_warnings() -> Iterator[None]:
-    """Removes lines from stderr that say that CUDA has no driver; other lines are printed when the block ends."""
+    """Removes lines about a missing CUDA driver from stderr. Other lines are printed when the block ends."""
     with tempfile.TemporaryFile() as log:
         stderr = os.dup(2)
         os.dup2(log.fileno(), 2)

@@ -7,11 +7,11 @@ from typing import Any
 from jaxrlhf.plan.cards import GIB
 from jaxrlhf.plan.planner import Plan, StagePlan
 
-_SHOWN = 6  # collectives of a program
+_SHOWN = 6  # largest number of collectives that are shown for a program
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Returns the plan as JSON values; sizes are in bytes, times in seconds."""
+    """Returns the plan as JSON values. Sizes are in bytes and times in seconds."""
     values = dataclasses.asdict(plan)
     return values.pop("options") | values | {"card": plan.options.card.name, "notes": [*plan.notes, *_method(plan)]}
 
@@ -47,8 +47,8 @@ def _stage(stage: StagePlan, memory: float) -> list[str]:
         rows = f"{stage.stage}.batch_size={stage.largest_batch:,}"
         lines.append(f"largest batch: {rows}; {stage.held_back_by} limits it")
     elif stage.largest_batch == 0:
-        hint = "; a smaller microbatch_size takes less" if "update" in stage.held_back_by else ""
-        lines.append(f"largest batch: none fits; {stage.held_back_by} takes too much with any size{hint}")
+        hint = "; a smaller microbatch_size needs less memory" if "update" in stage.held_back_by else ""
+        lines.append(f"largest batch: none fits; {stage.held_back_by} needs too much memory for every size{hint}")
     if len(stage.remat) > 1:
         setting = "ppo.update.remat" if stage.stage == "ppo" else f"{stage.stage}.remat"
         peaks = (f"{p} {_gib(size)} GiB{'' if size <= memory else ', too much'}" for p, size in stage.remat.items())
@@ -57,7 +57,7 @@ def _stage(stage: StagePlan, memory: float) -> list[str]:
 
 
 def _method(plan: Plan) -> list[str]:
-    """Returns notes on what was compiled, counted and extrapolated."""
+    """Returns notes that say which figures were compiled, counted and extrapolated."""
     card, layers, notes = plan.options.card, ", ".join(map(str, plan.compiled_layers)), []
     if plan.compiled_layers:
         notes.append(
@@ -65,15 +65,16 @@ def _method(plan: Plan) -> list[str]:
             "nothing was run, so XLA timed no kernels"
         )
     if plan.compiled_layers not in ([], [plan.layers]):
-        notes.append(f"temporaries, results and exchanges are extrapolated to {plan.layers} layers linearly")
+        notes.append(f"temporaries, results and exchanges are extrapolated linearly to {plan.layers} layers")
     return [
         *notes,
-        "arithmetic, read and sent are least values from formulas, for completions of full length; work that remat "
-        "repeats is not counted",
-        "largest batch: rows, and temporaries that no microbatch limits, are taken to grow in proportion to the batch",
-        f"least time: the largest of these three at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s in "
+        "the columns TFLOP, read and sent are least values from formulas, for completions of full length; work that "
+        "remat repeats is not counted",
+        "largest batch: rows and temporaries are assumed to grow in proportion to the batch, except temporaries that a "
+        "microbatch limits",
+        f"least time: the longest of the three times at peak rates of {card.name} ({card.flops / 1e12:,.0f} TFLOP/s in "
         f"bfloat16, {card.bandwidth / 1e12:.2f} TB/s, {card.link / 1e9:.0f} GB/s within a host of "
-        f"{plan.options.per_host}, {card.network / 1e9:.0f} GB/s between hosts; {card.source}); no run reaches it",
+        f"{plan.options.per_host}, {card.network / 1e9:.0f} GB/s between hosts; {card.source}); every run takes longer",
     ]
 
 
@@ -88,7 +89,7 @@ def _seconds(seconds: float) -> str:
 
 
 def table_row(cells: Iterable[str], widths: Iterable[int]) -> str:
-    """One line of a table: the first column left-aligned, the others right-aligned."""
+    """Returns one line of a table. The first column is left-aligned, and the others are right-aligned."""
     (name, width), *others = zip(cells, widths)
     return "  ".join([name.ljust(width), *(cell.rjust(width) for cell, width in others)]).rstrip()
 

@@ -1,13 +1,13 @@
-"""The least work of each program, from formulas: operations of matrix products, bytes to read, bytes to send.
+"""The least work of each program, from formulas. Work means operations of matrix products, and bytes to read and send.
 
-The work follows from sizes and row lengths, not from the compiled program. So it is a fixed limit, which a faster
-program comes closer to. A multiplication and an addition count as two operations. For one pass of one role (policy,
-value, reward or reference), with W the number of weights in the linear layers of a block, A the number in their LoRA
-pairs, D x V the shape of the head, and L layers:
+The formulas use sizes and row lengths, not the compiled program. So the work is a fixed limit, and a faster program
+comes closer to it. A multiplication and an addition are two operations. The formulas are for one pass of one role
+(policy, value, reward or reference). W is the number of weights in the linear layers of a block, and A the number of
+weights in the LoRA pairs of these layers. D x V is the shape of the head, and L the number of layers.
 
     forward    2 (W + A) per real token, 4 heads x head size per (query, key) pair, 2 D V per position with logits
-    backward   2 W + 4 A per token under LoRA (the base has no gradient), 4 W where W is trained; twice the forward of
-               attention; 2 D V for the head, 4 where it is trained
+    backward   2 W + 4 A per token with LoRA (the base has no gradient), 4 W if W is trained; twice the forward of
+               attention; 2 D V for the head, 4 D V if the head is trained
     bytes      weights and adapters once in each pass; decoding also reads the filled cache, 2 x kv heads x head size
                x L numbers per position; an update reads and writes its parameters and both moments (6 times the
                adapter)
@@ -15,12 +15,14 @@ pairs, D x V the shape of the head, and L layers:
                and MLP read the same input); each sends 2 (t - 1) / t of its bytes. fsdp (f cards): (f - 1) / f of the
                weights in each pass. data x fsdp (n cards): 2 (n - 1) / n of the gradients in each optimizer step
 
-Work that no result needs is not counted: under LoRA, the gradient of the first layer's input; in the last layer,
-everything except keys and values for the prompt tokens before the last one (the reward model counts in full). Also not
-counted are elementwise operations, reads and writes of activations that do not fit in caches, and work that `remat`
-repeats. In float32 a LoRA pair may be merged into its kernel (`models.linear`). Merging takes 2 x rank x in x out
-operations, once for each value that the adapter has during the pass, instead of 2 A per token; the smaller number
-counts. Decoding then reads the merged kernels and no LoRA pairs.
+Work that no result needs is not counted. With LoRA, this is the gradient of the first layer's input. In the last layer,
+prompt tokens before the last prompt token need only keys and values. (The reward model counts in full.) Elementwise
+operations, reads and writes of activations that do not fit in caches, and work that `remat` repeats are not counted
+either.
+
+In float32 a LoRA pair may be merged into its kernel (`models.linear`). A merge takes 2 x rank x in x out operations,
+once for each value that the adapter has during the pass. Without the merge, the pair takes 2 A operations per token.
+The smaller of the two numbers counts. Decoding with merged kernels reads no LoRA pairs.
 """
 
 import dataclasses
@@ -35,14 +37,14 @@ from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
 from jaxrlhf.steps.ppo import computed_steps, single_step
 
-_KEYS_VALUES = ("attention.k_proj", "attention.v_proj")  # layers whose outputs are also read by later positions
+_KEYS_VALUES = ("attention.k_proj", "attention.v_proj")  # later positions also read the outputs of these layers
 _QKV = ("attention.q_proj", *_KEYS_VALUES)
 _PARALLEL_INPUTS = (*_QKV, "mlp.gate_proj", "mlp.up_proj")  # layers that read the input of a parallel block
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Rates per second: operations of matrix products, and bytes read from or written to memory."""
+    """Rates per second. `flops` counts operations of matrix products, `bytes` counts bytes from and to memory."""
 
     flops: float
     bytes: float
@@ -50,7 +52,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of one call of a program, on all devices together, by phase.
+    """The work of one call of a program by phase, summed over all devices.
 
     Phases are steps that do not overlap, such as decode steps.
     """
@@ -58,23 +60,26 @@ class Work:
     flops: np.ndarray  # f64[phases]
     weights: np.ndarray  # f64[phases]; bytes of parameters and optimizer states that are read or written
     cache: np.ndarray  # f64[phases]; bytes of keys and values that are read
-    tokens: float  # PPO: number of sampled tokens, counted once per epoch in an update; other stages: all tokens
+    tokens: float  # in PPO the number of sampled tokens (in an update, times epochs); in other stages all tokens
     reduced: float = 0.0  # bytes of activations that are summed over `tensor`
     gradients: float = 0.0  # bytes of gradients that are summed over `data` and `fsdp`
 
     @property
     def bytes(self) -> np.ndarray:
-        """Bytes read from and written to memory, f64[phases]."""
+        """The bytes that are read from and written to memory, f64[phases]."""
         return self.weights + self.cache
 
     def on_card(self, mesh: Mapping[str, int]) -> tuple["Work", dict[str, float]]:
-        """Returns (the work of one card, mesh axis -> bytes that it sends), as if the axes divided all work evenly."""
+        """Returns (the work of one card, the bytes that the card sends by mesh axis).
+
+        The axes are assumed to divide all work evenly.
+        """
         data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
         groups = data * fsdp
         share = dataclasses.replace(
             self,
             flops=self.flops / (groups * tensor),
-            weights=self.weights / tensor,  # each group reads all weights for its rows, gathered or not
+            weights=self.weights / tensor,  # each group reads all weights for its rows, even if `fsdp` splits them
             cache=self.cache / (groups * tensor),
             reduced=self.reduced / groups,
             gradients=self.gradients / tensor,
@@ -87,11 +92,14 @@ class Work:
         return share, sent
 
     def least_seconds(self, rates: Rates) -> float:
-        """The least time: in each phase the longer of arithmetic and memory traffic, summed over phases."""
+        """Returns the least time in seconds.
+
+        In each phase, the longer of the times for arithmetic and for memory traffic counts. These are summed.
+        """
         return float(np.maximum(self.flops / rates.flops, self.bytes / rates.bytes).sum())
 
     def bound_by(self, rates: Rates) -> str:
-        """Returns which of the two takes most of the least time: "arithmetic" or "memory"."""
+        """Returns "arithmetic" or "memory", whichever takes more of the least time."""
         arithmetic, memory = self.flops / rates.flops, self.bytes / rates.bytes
         return "arithmetic" if 2 * arithmetic[arithmetic >= memory].sum() >= self.least_seconds(rates) else "memory"
 
@@ -101,7 +109,7 @@ def _one_phase(flops: float, weights: float, tokens: float, reduced: float = 0.0
 
 
 class Role:
-    """Counts the work of passes through the base with one adapter. Base and adapter may hold arrays or shapes."""
+    """Counts the work of passes through the base with one adapter. The leaves of both may be arrays or shapes."""
 
     def __init__(self, base: Decoder, adapter: Any):
         self.config, self.adapter, leaves = base.config, adapter or {}, named_parameters(base)
@@ -118,8 +126,9 @@ class Role:
             late = path.startswith(last) and path.removeprefix(last) not in _KEYS_VALUES
             first = not full and path.removeprefix("layers.0.") in first_inputs
             maps.append((fan_in * fan_out, "kernel" in own, down, down + up, down * fan_out, merges, late, first))
-        # Linear layers with equal numbers are one row of `maps`; `counts` says how many there are. `late` marks layers
-        # whose outputs only the same position reads; `first` marks layers whose inputs need no gradient.
+        # Linear layers with equal numbers share one row of `maps`, and `counts` is the number of these layers. `late`
+        # marks a layer if only the same position reads its outputs. `first` marks a layer if its input needs no
+        # gradient.
         maps, self.counts = np.unique(np.array(maps, float), axis=0, return_counts=True)
         self.kernel, self.trained, self.down, self.pair, self.product, self.merges, self.late, self.first = maps.T
         self.trains_head = any(name in self.adapter for name in ("lm_head", "embed_tokens"))
@@ -128,12 +137,12 @@ class Role:
         *self.windows, self.last_window = (self.config.layer_kind(i).window for i in range(self.config.layers))
 
     def flops(self, tokens, seen, logits=0, scalars=0, unread=0, values=1, *, backward: bool = False) -> Any:
-        """Returns the operations of a pass; all numbers are floats or f64[n].
+        """Returns the operations of a pass. All numbers are floats or f64[n].
 
-        `seen` is the number of (query, key) pairs; `logits` and `scalars` are the numbers of positions with logits and
-        with outputs of the scalar head. `unread` is the number of tokens whose last hidden state is unused. `values` is
-        how many different adapter weights the pass uses (one per optimizer step); 0: the adapter is merged.
-        `backward` adds the gradients of the trained parameters.
+        `seen` is the number of (query, key) pairs. `logits` and `scalars` are the numbers of positions with logits and
+        with outputs of the scalar head. `unread` is the number of tokens with a last hidden state that is not used.
+        `values` is the number of adapter values during the pass, one per optimizer step. If `values` is 0, the adapter
+        is already merged. `backward` adds the gradients of the trained parameters.
         """
         config, tokens = self.config, np.asarray(tokens, float)[..., None] - unread * self.late
         merged = (self.merges > 0) & (values * self.product < self.pair * tokens)
@@ -149,7 +158,7 @@ class Role:
     def seen(self, lengths: np.ndarray, read: tuple[np.ndarray, np.ndarray] | None = None) -> float:
         """Returns the number of (query, key) pairs of causal attention in rows of these lengths, summed over layers.
 
-        In the last layer only the queries from read[0] up to read[1] of each row count; None: all queries.
+        In the last layer, only the queries from read[0] up to read[1] of each row count. If `read` is None, all count.
         """
         first, end = (0 * lengths, lengths) if read is None else read
         last = _causal_pairs(end, self.last_window) - _causal_pairs(first, self.last_window)
@@ -158,7 +167,7 @@ class Role:
     def seen_by_next(self, filled: np.ndarray) -> np.ndarray:
         """Returns the number of keys that the newest token of each row sees, summed over rows (last axis) and layers.
 
-        `filled` is the number of tokens of each row, the newest one included.
+        `filled` is the number of tokens of each row, including the newest token.
         """
         windows = (*self.windows, self.last_window)
         return sum((filled if window is None else np.minimum(filled, window)).sum(-1) for window in windows)
@@ -166,8 +175,9 @@ class Role:
     def weight_bytes(self, logits: bool, tokens: Any, merged: bool = False) -> Any:
         """Returns the bytes of base and adapter that a pass reads.
 
-        With `merged`, the LoRA pairs that may be merged are in the kernels already. A pass reads only the tokens' rows
-        of an embedding, except when it computes logits with a tied embedding.
+        `merged` means that all LoRA pairs that may be merged are already part of their kernels. A pass reads only the
+        rows of an embedding that its tokens need. If the embedding is tied and the pass computes logits, it reads all
+        rows.
         """
         total = self.blocks + self.adapter_bytes - (self.merged_bytes if merged else 0.0)
         heads = ("lm_head", "embed_tokens") if self.config.tie_embeddings else ("lm_head",)
@@ -179,7 +189,7 @@ class Role:
         return total
 
     def cache_bytes(self, keys: Any) -> Any:
-        """Returns the bytes of cached keys and values; `keys` is the number of keys, summed over rows and layers."""
+        """Returns the bytes of cached keys and values. `keys` is the number of keys, summed over rows and layers."""
         return 2 * self.config.kv_heads * self.config.head_dim * self.dtype.itemsize * keys
 
     def reduced(self, tokens: float) -> float:
@@ -189,7 +199,10 @@ class Role:
 
 
 def _causal_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
-    """Returns the number of (query, key) pairs in each row: query i sees i keys, or at most `window` of them."""
+    """Returns the number of (query, key) pairs in each row.
+
+    Query i, counted from 1, sees the last i keys, but at most `window` keys.
+    """
     lengths = np.asarray(lengths, np.float64)
     short = lengths if window is None else np.minimum(lengths, window)
     return short * (short + 1) / 2 + (lengths - short) * (window or 0)
@@ -199,14 +212,14 @@ def _bytes(tree: Any) -> float:
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")))
 
 
-# ---------------------------------------------------------------- programs; `lengths` is the real tokens per row, i[B]
+# ---------------------------------------------------------------- programs; `lengths` i[B] are the real tokens per row
 
 
 def rollout(base: Decoder, policy: Any, prompts: np.ndarray, completions: np.ndarray) -> Work:
-    """Returns the work of sampling: one phase for each token. `prompts` i[B] and `completions` i[B n] are lengths.
+    """Returns the work of sampling, with one phase per token. `prompts` i[B] and `completions` i[B n] are lengths.
 
     The first phase reads each prompt once and samples the first tokens. Every other phase reads the newest token of the
-    active rows and samples the next one.
+    active rows and samples the next token.
     """
     role, group, prompt_tokens = Role(base, policy), len(completions) // len(prompts), prompts.sum()
     seen = role.seen(prompts, (prompts - 1, prompts))
@@ -225,7 +238,7 @@ def rollout(base: Decoder, policy: Any, prompts: np.ndarray, completions: np.nda
 
 
 def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> Work:
-    """Returns the work of a reward model, which computes one scalar for each row."""
+    """Returns the work of a reward model that computes one scalar for each row."""
     role, total = Role(base, adapter), float(lengths.sum())
     flops = role.flops(total, role.seen(lengths), scalars=len(lengths))
     return _one_phase(flops, role.weight_bytes(False, total), tokens, role.reduced(total))
@@ -234,10 +247,10 @@ def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> W
 def annotate(
     base: Decoder, roles: tuple[Any, Any, Any], lengths: np.ndarray, completions: np.ndarray, config: PPOConfig
 ) -> Work:
-    """Returns the work of computing logprobs and values of all completions.
+    """Returns the work of the logprobs and values of all completions.
 
-    Logprobs are those of the reference, and of the policy unless the update computes them. `roles` are the adapters of
-    policy, value and reference. The base is read once for all three.
+    The reference computes logprobs. The policy also computes logprobs, unless the update computes them. `roles` are the
+    adapters of policy, value and reference. The base is read once for all three roles.
     """
     policy, value, reference = roles
     total, scored, first = float(lengths.sum()), float(completions.sum()), Role(base, reference)
@@ -251,9 +264,9 @@ def annotate(
 def update(
     base: Decoder, policy: Any, value: Any, lengths: np.ndarray, completions: np.ndarray, config: PPOConfig, mix=None
 ) -> Work:
-    """Returns the work of PPO's update: epochs of forward and backward passes, an optimizer step for each minibatch.
+    """Returns the work of PPO's update. Each epoch has forward and backward passes and a step for each minibatch.
 
-    `mix` is the batch of demonstrations that is mixed in, if any.
+    `mix` is the batch of demonstrations that is added to the update, or None.
     """
     total, scored = float(lengths.sum()), float(completions.sum())
     passes = _passes(base, policy, value, scored, config)
@@ -281,7 +294,7 @@ def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, 
 def _passes(
     base: Decoder, policy: Any, value: Any, scored: float, config: PPOConfig, values_only: bool = False
 ) -> list[tuple[Role, float, float]]:
-    """Returns (role, logits, scalars) of each pass of policy and value; a single pass if they share the trunk."""
+    """Returns (role, logits, scalars) of each pass of policy and value. If they share the trunk, there is one pass."""
     logits = 0.0 if values_only else scored
     if value and config.value_trunk == "policy":
         return [(Role(base, {**policy, **value}), logits, scored)]
@@ -290,10 +303,9 @@ def _passes(
 
 
 def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config: RunConfig) -> Work:
-    """Returns the least work of a call of one of the programs in `stages.programs`; `name` is the program's name.
+    """Returns the least work of one call of the program `name`, which is one of the programs in `stages.programs`.
 
-    If `args` and `result` hold arrays, their masks give the lengths of rows. If they hold shapes, rows have their full
-    length.
+    If `args` and `result` hold arrays, the masks give the lengths of rows. If they hold shapes, rows have full length.
     """
     settings = None if config.ppo is None else config.ppo.update
     match name.split()[0], args:
@@ -301,11 +313,11 @@ def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config:
             return rollout(base, policy, _lengths(prompts.mask), _lengths(result.response_mask))
         case "reward", (base, adapter, rows):
             return reward(base, adapter, _lengths(rows.mask), float(_lengths(rows.response_mask).sum()))
-        case "reward", (base, head, _, mask):  # a reward model with a base of its own
+        case "reward", (base, head, _, mask):  # a reward model with another base
             return reward(base, head, _lengths(mask), float(_lengths(mask).sum()))
         case "annotate", (base, *roles, rows, _):
             return annotate(base, roles, _lengths(rows.mask), _lengths(rows.response_mask), settings)
-        case "experience", (rows, *more, _):  # no matrix products: it reads its arguments and writes its results
+        case "experience", (rows, *more, _):  # has no matrix products, but reads its arguments and writes its results
             size = _bytes((rows, more)) + _bytes(result)
             return _one_phase(0.0, size, float(_lengths(rows.response_mask).sum()))
         case "update", (state, base, rows, *_):

@@ -166,7 +166,7 @@ def test_rates_of_products_have_the_precision_of_the_run(monkeypatch):
     ("arguments", "complaint"),
     [
         (["--repeats", "0"], "--repeats: must be at least 1, not 0"),
-        (["--only", "rolout"], "--only: this run has no program 'rolout'; it has rollout, reward"),
+        (["--only", "rolout"], "--only: this run has no program 'rolout'; the programs are rollout, reward"),
         (["--json", "nowhere/at/all.json"], "nowhere/at/all.json' cannot be written: No such"),
         (["--json", "tests"], "/tests' cannot be written: Is a directory"),
         (["--json", ""], "--json: is empty; give a path"),
