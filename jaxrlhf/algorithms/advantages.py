@@ -4,8 +4,8 @@ Index convention: at response position t the policy sees state s_t, samples toke
 the value of s_t, before token a_t. The discount is 0 at the last token of a completion, so the code needs no branch
 for the end of a completion.
 
-The table `ADVANTAGES` holds all estimators. All have one signature. To add an estimator, write a function and add the
-function to `ADVANTAGES`.
+The table `ADVANTAGES` holds all estimators. They have the same signature. To add an estimator, write a function and add
+the function to `ADVANTAGES`.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ class Advantage:
 
 
 def _mean(x: Array, real: Array, axis: Axis = None) -> Array:
-    """Returns the mean of x[real] along `axis`. That axis keeps length 1. The mean of equal numbers is exact.
+    """Returns the mean of x[real] along `axis`. The axis is kept with length 1. The mean of equal numbers is exact.
 
     A plain sum / count of equal numbers may differ from these numbers by rounding. Division by a deviation near 0
     would amplify the difference. So the mean is computed relative to the largest number.
@@ -138,7 +138,7 @@ def _mean(x: Array, real: Array, axis: Axis = None) -> Array:
 
 
 def _rewards_to_go(rewards: Array, mask: Array, gamma: Array | float) -> Array:
-    """Returns the rewards-to-go G_t = r_t + gamma * G_{t+1}, f32[B,R]. They are GAE with values of 0 and lambda 1."""
+    """Returns the rewards-to-go G_t = r_t + gamma * G_{t+1}, f32[B,R]: GAE with all values 0 and lambda 1."""
     return gae(rewards, jnp.zeros(rewards.shape), mask, gamma, 1.0)[0]
 
 
@@ -186,7 +186,7 @@ def grpo(rewards, mask, values, group, greedy, gamma, lam):
     squares = jnp.sum(jnp.square(centered).reshape(-1, group), axis=1, keepdims=True)
     squares = jnp.broadcast_to(squares, (squares.shape[0], group)).reshape(-1)
     variance = squares / jnp.maximum(count - 1.0, 1.0)
-    # The inner `where` keeps the square root away from 0, because its gradient is not finite there.
+    # The square root has no finite gradient at 0. So the inner `where` replaces 0 by 1.
     deviation = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return _on_tokens(centered / (deviation + 1e-4), mask), _on_tokens(returns, mask)
 

@@ -47,9 +47,8 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bou
       k2  r^2 / 2          up to |r| = bound
       k3  exp(r) - 1 - r   up to r = log(1 + bound)
 
-    Beyond these points k2 and k3 continue as a straight line with slope `bound`. So the loss still pulls a token that
-    is far from the reference back, but this token cannot outweigh the batch. Without a bound, k3 at r = 20 is 480
-    million.
+    Beyond these points k2 and k3 continue as a straight line with slope `bound`. So a token far from the reference
+    still has a gradient, but this token cannot outweigh the batch. Without a bound, k3 at r = 20 is 480 million.
 
     This function does not mask. k3 of padding may be infinite. If gradients flow, first set both logprobs to 0 past
     the end of each completion.
@@ -71,14 +70,15 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, estimator: str, bound: Bou
 def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str, bound: Bound = BOUND) -> Array:
     """Returns the KL estimate of each token as a loss. The gradient flows through `logprobs` only.
 
-    An estimate of the KL may be good while its gradient is not the gradient of the KL. With r = ref_logprob - logprob
-    and tokens sampled from the policy, the gradients are (2510.01555):
+    The gradient of a good KL estimate may differ from the gradient of the KL. With r = ref_logprob - logprob and tokens
+    from the policy, the gradients are (2510.01555):
 
       k1  grad logprob                  The expectation is 0, so k1 is useless as a loss.
       k2  -r * grad logprob             The expectation is the gradient of KL(policy || ref). k1 as a part of the
                                         reward has the same expectation. k2 is recommended.
-      k3  (1 - exp(r)) * grad logprob   The expectation is the gradient of KL(ref || policy). It equals that of k2
-                                        only to first order in r, so k3 is biased. GRPO uses k3 (2402.03300).
+      k3  (1 - exp(r)) * grad logprob   The expectation is the gradient of KL(ref || policy). So k3 is biased. Its
+                                        gradient equals that of k2 only to first order in r. GRPO uses k3
+                                        (2402.03300).
 
     If an older policy sampled the tokens, all three gradients lack the importance ratio. `bound` limits the factor
     before grad logprob.
@@ -117,7 +117,7 @@ def adapt_kl_coef(
       horizon: number of completions over which the coefficient adapts.
 
     Returns:
-      f32[]; the new coefficient. It has the sign of `kl_coef` if batch < 5 * horizon.
+      f32[]; the new coefficient. The new coefficient has the sign of `kl_coef` if batch < 5 * horizon.
     """
     error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
     return jnp.asarray(kl_coef, jnp.float32) * (1.0 + error * batch / horizon)
@@ -144,7 +144,7 @@ def shape_rewards(
       kl_bound: the `bound` of `kl_estimate`.
 
     Returns:
-      f32[B,R]; 0 where the mask is False. The score of an empty completion is lost, because there is no token for it.
+      f32[B,R]; 0 where the mask is False. An empty completion has no token, so its score is lost.
     """
     chex.assert_rank([scores, mask], [1, 2])
     chex.assert_equal_shape_prefix([scores, mask], 1)

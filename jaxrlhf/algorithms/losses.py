@@ -34,7 +34,7 @@ def value_loss(
 
     Returns:
       (loss, clipped). loss: f32[B,R]; 0 where the mask is False. clipped: bool[B,R]; True where the clipped error is
-      larger than the other error. A clipped token has no gradient.
+      larger than the unclipped error. These tokens have no gradient.
     """
     chex.assert_rank(mask, 2)
     values, old_values, returns = zero_masked(mask, values, old_values, returns)
@@ -51,7 +51,7 @@ def value_loss(
 
 
 def _peak(logits: Array) -> Array:
-    """Returns the largest logit without gradient: f32[...,V] -> f32[...,1]. If all logits are -inf, it is finite."""
+    """Returns the largest logit, f32[...,1], without gradient. The result is finite even if all logits are -inf."""
     return stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), _LOWEST))
 
 

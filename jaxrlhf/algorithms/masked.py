@@ -32,7 +32,7 @@ def masked_sum(x: Array, mask: Array, axis: Axis = None) -> Array:
 
 
 def masked_mean(x: Array, mask: Array, axis: Axis = None) -> Array:
-    """Returns the mean of x[mask], with the arguments of `masked_sum`. If no position is real, the mean is 0."""
+    """Returns the mean of x[mask]; 0 if no position is real. The arguments are those of `masked_sum`."""
     count = jnp.sum(mask, axis=axis, dtype=jnp.float32)
     return masked_sum(x, mask, axis) / jnp.maximum(count, 1.0)
 
@@ -61,8 +61,8 @@ def _deviations(x: Array, mask: Array) -> tuple[Array, Array]:
 
     The mean of many equal numbers may differ from these numbers by rounding. So the mean is clipped to the range of x,
     and a second pass subtracts the mean of the deviations. If the range is at most `ROUNDING` * the largest magnitude,
-    x varies by rounding only. The deviations are then exactly 0. Otherwise whitening would scale the rounding errors
-    to a deviation of 1.
+    x varies by rounding only, and the deviations are set to exactly 0. Without this rule, whitening would scale the
+    rounding errors to a deviation of 1.
     """
     (x,) = zero_masked(mask, x)
     lowest = stop_gradient(jnp.min(jnp.where(mask, x, jnp.inf)))
@@ -130,7 +130,7 @@ def aggregate(
     total_rows: Array | float,
     length: int | None = None,
 ) -> Array:
-    """Returns the part that a microbatch adds to the loss of its minibatch. The sum of all parts is that loss.
+    """Returns the part that a microbatch adds to the loss. The sum over all microbatches is the loss of the minibatch.
 
     N is `total_tokens`, B is `total_rows`. Sums are over the rows i and the real tokens t of this microbatch:
 

@@ -119,8 +119,8 @@ def _clip(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, du
     ratio_t = exp(logprob_t - old_logprob_t)
     loss_t  = max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_low, 1 + clip_high))
 
-    If A_t < 0, the dual clip (1912.09729) also limits loss_t to at most dual_clip * |A_t|. Such a token is bad. If it
-    has become much likelier, the first clip does not limit its loss.
+    If A_t < 0, the dual clip (1912.09729) limits loss_t to dual_clip * |A_t|. A negative advantage marks a bad token.
+    If a bad token has become much likelier, the first clip does not limit its loss.
     """
     ratio = jnp.exp(_bounded(tokens.log_ratio, tokens.bound))
     return _surrogate(ratio, tokens.advantages, clip_low, clip_high, dual_clip)
@@ -134,7 +134,7 @@ def _gspo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, du
     loss_t = max(-A_t * s_t, -A_t * clip(s_t, 1 - clip_low, 1 + clip_high))
 
     The dual clip is that of `_clip`. Every s_t has the value s and the gradient of its own token. If all advantages of
-    a completion have the same sign, all its tokens are clipped or none is. The mean keeps ratios close to 1, so the
+    a completion have the same sign, either all its tokens are clipped or none. The mean keeps ratios close to 1, so the
     clip range is small. The paper uses 3e-4 and 4e-4, and the aggregation "sequence". The diagnostic `ratio` is s. The
     diagnostic `approx_kl` is per token.
     """
@@ -153,8 +153,8 @@ def _cispo(tokens: _Tokens, clip_low: Array | float, clip_high: Array | float, d
 
     Only the weight is clipped, so every token keeps a gradient. The paper uses a high upper bound and no lower bound.
     A clip_low of 1 or more means no lower bound. `dual_clip` is not used, because the upper bound holds for both signs
-    of A. `clipped_low` and `clipped_high` are True where the ratio is beyond that bound, for both signs of A. The
-    gradient of this loss has a meaning, but the value of the loss has none.
+    of A. `clipped_low` is True where the ratio is below the lower bound, and `clipped_high` where it is above the upper
+    bound, for both signs of A. Only the gradient of this loss has a meaning. The value of the loss has none.
     """
     ratio = jnp.exp(_bounded(tokens.log_ratio, tokens.bound))
     weight = stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
@@ -193,7 +193,7 @@ def importance_weights(
     level: str = "token",
     log_ratio_bound: Bound = LOG_RATIO_BOUND,
 ) -> Array:
-    """Returns importance weights that correct the difference of sampling and training logprobs. `cap` truncates them.
+    """Returns importance weights. They correct for the difference between sampling and training logprobs.
 
       token     min(exp(train_t - sample_t), cap)
       sequence  min(exp(sum_t (train_t - sample_t)), cap), the same on all tokens of a completion

@@ -67,8 +67,8 @@ def gain_and_bias(moments: RunningMoments) -> tuple[Array, Array]:
 def normalise(moments: RunningMoments, scores: Array) -> Array:
     """Returns (score - mean) / deviation. Mean and deviation come from `moments`.
 
-    The deviation is the square root of the unbiased variance. It is 1 instead if the moments hold fewer than two
-    scores, or if the scores vary by rounding only.
+    The deviation is the square root of the unbiased variance. If the moments hold fewer than two scores, or if the
+    scores vary by rounding only, the deviation is 1.
 
     Args:
       moments: moments of the initial completions' scores, of all scores so far, or of this batch's scores (whitening).
@@ -81,7 +81,7 @@ def normalise(moments: RunningMoments, scores: Array) -> Array:
 
 
 def _deviation(moments: RunningMoments) -> Array:
-    """Returns the standard deviation of the scores so far, f32[]. If the scores do not vary, it returns 1."""
+    """Returns the standard deviation of the scores so far, f32[]. If the scores do not vary, the result is 1."""
     variance = moments.squares / jnp.maximum(moments.count - 1.0, 1.0)
     varies = variance > jnp.square(ROUNDING * moments.mean)
     return jnp.sqrt(jnp.where(varies, variance, 1.0))

@@ -49,7 +49,7 @@ def length_penalty(lengths: Array, free: Array | float, per_token: Array | float
 
 
 def overlong_penalty(lengths: Array, limit: Array | float, buffer: Array | float) -> Array:
-    """Returns DAPO's soft overlong penalty (2503.14476, equation 13). The caller scales it and adds it to the scores.
+    """Returns DAPO's soft overlong penalty (2503.14476, equation 13). The caller scales the penalty and adds it.
 
       0                                    if length <= limit - buffer
       (limit - buffer - length) / buffer   if limit - buffer < length <= limit
@@ -71,7 +71,7 @@ def overlong_penalty(lengths: Array, limit: Array | float, buffer: Array | float
 
 
 def informative_groups(scores: Array, group: int) -> Array:
-    """Returns for each prompt whether its completions have different scores.
+    """Returns True for each prompt whose completions have different scores, else False.
 
     If all scores of a group are equal and the baseline is the group mean, the group has no gradient (2503.14476).
 
