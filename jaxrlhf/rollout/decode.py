@@ -42,7 +42,7 @@ class _ActiveRows:
 
     @property
     def places(self) -> jax.Array | slice:
-        """The index of the active rows in the batch. If all rows are active, a slice keeps them on their devices."""
+        """The index of the active rows in the batch. If all rows are active, a slice is used: rows are not moved."""
         return slice(None) if self.index is None else self.index
 
 

@@ -17,11 +17,11 @@ def truncates(sampling: Sampling) -> bool:
 def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Returns logits f32[B,V] that are -inf for removed tokens. Sources: top-p 1904.09751, min-p 2407.01082.
 
-    Top-k, top-p and min-p remove tokens in this order. Each of them looks only at the tokens that are left. The
-    likeliest token is always kept. If tokens are exactly as likely as the last kept token, they are kept too. Top-p
-    keeps the smallest set of likeliest tokens with a total probability of at least `top_p`, as in Hugging Face and
-    vLLM. If `top_p_rule` is "within", top-p keeps the largest set of likeliest tokens with a total probability of at
-    most `top_p`, as in openai/lm-human-preferences.
+    Top-k, top-p and min-p remove tokens in this order. Each of the three looks only at the tokens that are left. The
+    likeliest token is always kept. Tokens that are exactly as likely as the last kept token are kept too. Top-p keeps
+    the smallest set of likeliest tokens with a total probability of at least `top_p`, as in Hugging Face and vLLM. If
+    `top_p_rule` is "within", top-p keeps the largest set of likeliest tokens with a total probability of at most
+    `top_p`, as in openai/lm-human-preferences.
     """
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -49,7 +49,7 @@ def draw(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
     vocabulary is arranged as a cube. The first number picks a slab of the cube, the second number a line in the slab,
     and the third number a token in the line. `_pick` adds the least likely items first. So even a very unlikely token
     is drawn with its own probability, up to a relative error of about 1e-5. One sum over the whole vocabulary would
-    have rounding errors of 2^-24. In a vocabulary of 152,000 tokens, most tokens have a smaller probability.
+    have rounding errors of 2^-24. In a vocabulary of 152,000 tokens, most tokens have a probability below 2^-24.
     """
     B, V = logits.shape
     side = max(1, round(V ** (1 / 3)))
@@ -83,9 +83,9 @@ def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 def row_uniforms(key: jax.Array, rows: int, steps: int) -> jax.Array:
     """Returns uniform numbers f32[rows, steps, 3] in [0, 1).
 
-    A number depends on the key, on the global index of its row, and on the step. It does not depend on the number of
-    rows, steps or devices. Each number comes from 64 random bits, so that small numbers have the full precision of
-    float32. Numbers from 32 bits would be multiples of 2^-32.
+    A number depends on the key, on the global index of its row, and on the step. The number does not depend on how many
+    rows, steps or devices there are. Each number comes from 64 random bits, so that small numbers have the full
+    precision of float32. Numbers from 32 bits would be multiples of 2^-32.
     """
 
     def one(row: jax.Array, step: jax.Array) -> jax.Array:
