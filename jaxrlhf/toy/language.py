@@ -159,7 +159,7 @@ def _take_statement(question: Question, words: list[str]) -> tuple[str | None, l
 
 
 def score_answer(question: Question, answer: Answer | None) -> float:
-    """Returns the gold score in [0, 1]. A right value, politeness and brevity give points. None scores 0."""
+    """Returns the gold score in [0, 1]: points for a right value, politeness and brevity. No answer (None) scores 0."""
     if answer is None:
         return 0.0
     right = answer.value == question.value

@@ -96,7 +96,7 @@ def _draft(rng: Random, question: Question, right: bool, polite: bool, short: bo
 
 
 def _fitted(rng: Random, question: Question, draft: Draft) -> Draft:
-    """Returns the draft. If it is too long, the rambling is drawn again until the draft fits. A lead always fits."""
+    """Returns the draft. If the draft is too long, draws its rambling again until it fits. A lead always fits."""
     while len(draft.text(question).split()) > MAX_ANSWER_WORDS:
         draft = replace(draft, ramble=_ramble(rng))
     return draft
@@ -218,7 +218,7 @@ def _demonstration(rng: Random, question: Question, split: str) -> dict:
 
 
 def _preference(rng: Random, question: Question, split: str) -> dict:
-    """Returns a preference pair. In "train" a simulated noisy rater chooses; in "test" the higher gold score wins."""
+    """Returns a preference pair. In "train" a simulated noisy rater chooses; in "test" the gold score decides."""
     least = TRAIN_GAP if split == "train" else TEST_GAP
     pair = _broken_pair if rng.random() < BROKEN_SHARE else _proper_pair
     while True:
@@ -232,7 +232,7 @@ def _preference(rng: Random, question: Question, split: str) -> dict:
 
 
 def _proper_pair(rng: Random, question: Question) -> tuple[str, str]:
-    """Returns two answers. They differ in each feature with the probability in `CHANGED`."""
+    """Returns two answers. `CHANGED` gives the probability that they differ in a feature."""
     features, changed = _features(rng, QUALITY), _features(rng, CHANGED)
     first = _draft(rng, question, **features)
     second = _draft(rng, question, **{name: has != changed[name] for name, has in features.items()})
@@ -271,7 +271,7 @@ def _prompt(rng: Random, question: Question, split: str) -> dict:
 
 
 def _builtin(seed: int, make_row: Callable[[Random, Question, str], dict], rows: dict[str, int]):
-    """Returns a function (split, limit) that returns rows. If `limit` is None, it returns `rows[split]` rows."""
+    """Returns a function (split, limit) that returns rows. If `limit` is None, the function returns `rows[split]`."""
 
     def load(split: str = "train", limit: int | None = None) -> list[dict]:
         rng = np.random.default_rng([SEED, seed, SPLITS.index(split)])
