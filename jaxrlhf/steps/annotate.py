@@ -67,8 +67,8 @@ def annotate(
     Args:
       value: adapter of the value model. If it is None or empty, all values are 0.
       temperature: f32[]; divides the logits. None means the temperature of the rollout.
-      microbatches: number of equal parts. The parts are computed one after another. Their shapes are those of the
-        update's forward pass.
+      microbatches: number of equal parts. The parts are computed one after another. The shape of a part is that of a
+        microbatch of the update.
       recompute_policy: if False, the sampling logprobs are returned as the policy's logprobs. Use False only for
         updates that do not use old logprobs.
       value_trunk: "policy" means that `value` is a head on the policy's trunk.
@@ -130,7 +130,7 @@ def build_experience(
 
     Args:
       scores: f32[B]; the scores after normalisation and penalties (see `steps.scores`).
-      kl_coef: f32[]; weight of the KL in the reward. If `kl_in_loss` is True, it is the weight of the KL in the loss.
+      kl_coef: f32[]; weight of the KL in the loss if `kl_in_loss` is True, else in the reward.
       gamma, lam, whiten_rewards: see `AdvantageConfig`.
       estimator: see `KLConfig`.
       advantage: a name in `algorithms.advantages.ADVANTAGES`.

@@ -3,8 +3,8 @@
 An optimizer launches a few kernels for each array. An adapter has hundreds of small arrays, so the launches would take
 most of a step. Only the loop of optimizer steps inside a PPO update uses joined arrays: `joined` comes before the loop,
 `by_leaf` after it. States between updates and in checkpoints have one leaf per parameter. SFT and the reward model have
-one optimizer step per program. They do not join, because the kernels that join and split would cost as much as they
-save.
+one optimizer step per program, and do not join arrays. The kernels for joining and splitting would cost as much as
+joined arrays save.
 """
 
 import math

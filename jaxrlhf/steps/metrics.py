@@ -36,7 +36,7 @@ Metrics = dict[str, Metric]
 
 
 def share(value: jax.Array) -> Metric:
-    """Returns a metric that is summed over microbatches and averaged over steps. `value` is a microbatch's share."""
+    """Returns a metric that is summed over microbatches and averaged over steps. `value` belongs to one microbatch."""
     return Metric(value, "share")
 
 

@@ -26,9 +26,9 @@ def take_rows(tree: Any, order: jax.Array) -> Any:
 def by_longest(run: Callable[[Any], Any], rows: Any, buckets: int) -> Any:
     """Returns run(rows), with the rows cut to a shorter length. There are `buckets` lengths to choose from.
 
-    The chosen length is the shortest one that holds every completion. `rows` is a `Rollout` or an `Experience`. Its
-    two-dimensional arrays end with the R response tokens. `run` is compiled for every length, and executed for one. So
-    `run` must return the same shapes for every length.
+    The chosen length is the shortest one that holds every completion. `rows` is a `Rollout` or an `Experience`. The
+    two-dimensional arrays of `rows` end with the R response tokens. `run` is compiled for every length, and executed
+    for one. So `run` must return the same shapes for every length.
     """
     if buckets == 1:
         return run(rows)

@@ -13,9 +13,9 @@ from jaxrlhf.steps.metrics import Metrics, count, share
 
 
 def with_rate(config: OptimizerConfig, role: str, params: Any) -> OptimizerConfig:
-    """Returns the config with a learning rate. If the config has no rate, it comes from `LEARNING_RATES`.
+    """Returns the config with a learning rate. If the config has no rate, the rate comes from `LEARNING_RATES`.
 
-    The rate depends on `role`, and on whether `params` are LoRA pairs or full weights. For full weights of a model
+    This rate depends on `role`, and on whether `params` are LoRA pairs or full weights. For full weights of a model
     narrower than `RATED_WIDTH`, the rate is multiplied by RATED_WIDTH / width.
     """
     if config.learning_rate is not None:
@@ -45,7 +45,7 @@ def optimizer_step(
     """Runs one optimizer step, and returns (params, state, metrics).
 
     `step` i32[] is the number of previous steps. `loss` f32[] is the loss of this step. The update of Adam is
-    m / (sqrt(v) + epsilon) with bias-corrected moments, as in PyTorch. Weight decay is decoupled. It does not apply to
+    m / (sqrt(v) + epsilon) with bias-corrected moments, as in PyTorch. Weight decay is decoupled. Weight decay skips
     vectors and scalars (biases, norms, LoRA scales). If the loss or the norm of the gradient is not finite, params and
     state do not change, and the metric `skipped` is 1. Raises `ValueError` if the settings have no learning rate (see
     `with_rate`).
@@ -62,7 +62,7 @@ def optimizer_step(
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
     """Returns the learning rate f32[] after `step` steps.
 
-    The rate rises linearly during the warm-up. After the warm-up it is constant, or decays to 0 at `total_steps`.
+    The rate rises linearly during the warm-up. After the warm-up the rate is constant, or decays to 0 at `total_steps`.
     """
     if config.learning_rate is None:
         raise ValueError("learning_rate must be a number, not None; call with_rate first")

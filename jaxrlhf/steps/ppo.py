@@ -47,7 +47,7 @@ def init_ppo(policy: Adapter, value: Adapter | None, config: PPOConfig) -> PPOSt
 def complete(config: PPOConfig, rows: int) -> PPOConfig:
     """Returns the config with a number of minibatches. `rows` is the number of completions.
 
-    If the config has no number, it becomes the largest valid number up to `MINIBATCHES`. A number n is valid if the
+    If the config has no number, the result has the largest valid number up to `MINIBATCHES`. A number n is valid if the
     rows can be split into n equal minibatches, and each minibatch into microbatches. If no number is valid, n is 1.
     """
     if config.minibatches is not None:
@@ -83,9 +83,10 @@ def ppo_update(
 
     The update makes `epochs` passes over the experience, with `minibatches` optimizer steps in each pass. Each pass
     uses every row once, in a random order from `key`. `mix` holds rows for the language-model loss of PPO-ptx. Every
-    step uses an equal part of `mix`. If `kl_stop` is set and the approximate KL of a minibatch exceeds it, the step of
-    this minibatch is discarded and all later minibatches are skipped. If the config has no learning rate or no number
-    of minibatches, `with_rate` and `complete` set it. Raises `ValueError` if `minibatches` does not divide the rows.
+    step uses an equal part of `mix`. If the approximate KL of a minibatch exceeds `kl_stop`, the step of this minibatch
+    is discarded and all later minibatches are skipped. If the config lacks a learning rate or the number of
+    minibatches, `with_rate` or `complete` gives the missing value. Raises `ValueError` if `minibatches` does not divide
+    the rows.
     """
     rows = experience.tokens.shape[0]
     config = complete(config, rows)
@@ -205,7 +206,7 @@ def ppo_loss(
     """Returns the parts that a microbatch adds to the loss and to the metrics of its minibatch.
 
     `total_tokens`, `total_rows` and `length` describe the minibatch. So the sum over its microbatches is the loss of
-    the minibatch. `length` is the number of response tokens per row; None takes it from the microbatch. `value` is
+    the minibatch. `length` is the number of response tokens per row; None means that of the microbatch. `value` is
     empty if there is no value model. If `value_trunk` is "policy", the value loss also trains the policy's trunk.
     """
     mask = experience.response_mask

@@ -15,8 +15,9 @@ from jaxrlhf.records import Rollout
 def score_moments(moments: RunningMoments, scores: jax.Array, config: ScoreConfig) -> RunningMoments:
     """Returns the moments that normalise the scores f32[B] of this iteration. The next iteration starts from them.
 
-    If `normalise` is "running", the scores are added to `moments`. If it is "batch", only the scores of this iteration
-    count. If it is "initial", `moments` is returned: it was computed before the first iteration.
+    If `normalise` is "running", the result is `moments` with the scores added. If `normalise` is "batch", the result is
+    the moments of these scores only. If `normalise` is "initial", the result is `moments`, from before the first
+    iteration.
     """
     if config.normalise == "running":
         return update_moments(moments, scores)
