@@ -1,9 +1,9 @@
 """Exceptions with a message for the user. Commands print the message without a traceback.
 
 A `UserError` is an error in the input. Its message says in one line what is wrong, where it is (file and line, key path
-or tensor name) and what would be right. It is raised before anything is compiled or written. The exit status is 2. A
-`Fault` is a problem outside the program that stopped a run, for example a full disk. Its message is one line. The exit
-status is 1. Any other exception is a bug. The command then prints a traceback, and the exit status is 1.
+or tensor name) and what would be right. A `UserError` is raised before anything is compiled or written. The exit status
+is 2. A `Fault` is a problem outside the program that stopped a run, for example a full disk. Its message is one line.
+The exit status is 1. Any other exception is a bug. The command then prints a traceback, and the exit status is 1.
 """
 
 import re
@@ -24,7 +24,7 @@ class Fault(Exception):
 
 
 class Diverged(Fault):
-    """The weights of a run are useless. The same command would fail again, so the message does not recommend it."""
+    """The weights of a run are useless. The message does not recommend the same command, which would fail again."""
 
 
 def reported_elsewhere(error: Exception, line: str) -> Exception:
@@ -43,6 +43,6 @@ def printable(text: str) -> str:
 
 
 def short(value: object) -> str:
-    """Returns the `repr` of the value for a message. It has at most 60 characters."""
+    """Returns the `repr` of the value for a message. The result has at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -40,7 +40,7 @@ class PreferenceBatch:
     chosen_mask: jax.Array  # bool[B,L]
     rejected: jax.Array  # i32[B,L]
     rejected_mask: jax.Array  # bool[B,L]
-    margin: jax.Array  # f32[B]; 0 if the data has none
+    margin: jax.Array  # f32[B]; 0 if the data has no margin
     weight: jax.Array  # f32[B]; 0 on padding rows of the last batch
 
     @property

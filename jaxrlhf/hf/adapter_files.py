@@ -83,8 +83,8 @@ def nested(leaves: dict[str, jax.Array]) -> Adapter:
 def kind_of(leaves: Collection[str]) -> str:
     """Returns the kind of an adapter from the names of its leaves. `adapter.json` holds the kind.
 
-    An adapter of kind "lora" has LoRA pairs. "full" has all weights of the model. "whole" has all weights of some
-    modules, which come from DoRA.
+    An adapter of kind "lora" has LoRA pairs. An adapter of kind "full" has all weights of the model. An adapter of kind
+    "whole" comes from DoRA, and has all weights of some modules.
     """
     if any(name.endswith("/lora_a") for name in leaves):
         return "lora"

@@ -59,8 +59,8 @@ def load_sequence_classifier(
     The adapter is {"score": {"kernel": f32[D,1]}}. If `save_sequence_classifier` wrote a bias, "score" also has a
     "bias" f32[1]. The tokenizer is None if the folder has none.
 
-    `path` is a folder or a hub id. It holds a classifier with one label, or a PEFT adapter. The base of a PEFT adapter
-    may be a classifier or any decoder. The adapter is merged into the base. The head and the tokenizer of the adapter
+    `path` is the folder or hub id of a classifier with one label, or of a PEFT adapter. The base of a PEFT adapter may
+    be a classifier or any decoder. The adapter is merged into the base. The head and the tokenizer of the adapter
     replace those of the base. `dtype` and `mesh` are as in `load_pretrained`. The `lm_head` is tied to the embedding,
     so it takes no memory. In the config of the base, `pad_token` is the pad token of `config.json`, or None.
     transformers skips pad tokens at the end of a text.
@@ -107,7 +107,7 @@ def save_sequence_classifier(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Merges the adapter into the base, and writes a sequence classifier with one label. transformers can open it.
+    """Merges the adapter into the base, and writes a sequence classifier with one label for transformers.
 
     All weights are stored in `dtype`; None means the dtype of the base. `pad_token_id` and the tokenizer's pad token
     become a token that never ends a text. So transformers scores a completion at its EOS, as jaxrlhf does. If every
@@ -171,7 +171,7 @@ def _head(tensors: dict[str, StoredTensor], config: DecoderConfig, folder: Path)
     name = address_of(config, f"{SCORE}/kernel").tensor
     if name not in tensors:
         raise UserError(f"{folder}: tensor {name} is missing; this tensor is the head of a sequence classifier")
-    tensors[name].check_shape((1, config.hidden_size), "config.json and one label")
+    tensors[name].check_shape((1, config.hidden_size), "config.json (one label)")
     return tensors[name]
 
 

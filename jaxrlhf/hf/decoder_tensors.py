@@ -1,4 +1,4 @@
-"""Reads a decoder's parameters from the tensors of a checkpoint, and makes such tensors from the parameters.
+"""Reads the parameters of a decoder from the tensors of a checkpoint, and converts parameters to tensors to write.
 
 The headers of all files are checked before any array is made. Then each device reads its own slices from memory-mapped
 files. So no host and no device holds more than its share.
@@ -92,7 +92,7 @@ def untie_if_different(
 
 
 def _name_in(tensors: dict[str, StoredTensor], config: DecoderConfig, tensor: str) -> str:
-    """Returns the name of a tensor in this checkpoint. Names lack the family's prefix if the model has no head."""
+    """Returns the name of a tensor in this checkpoint. If a model was saved without a head, names lack the prefix."""
     prefix = FAMILIES[config.family].prefix
     has_prefix = any(name.startswith(prefix) for name in tensors)
     return tensor if has_prefix else tensor.removeprefix(prefix)
@@ -252,7 +252,7 @@ def merged_tensors(base: Decoder, adapter: Adapter | None, dtype: str | None) ->
 
 
 def _fused(config: DecoderConfig, parts: list[tuple[TensorAddress, jax.Array]]) -> Pending:
-    """Returns the tensor of the checkpoint that holds these parameters. `fetch` of the tensor joins them."""
+    """Returns the tensor of the checkpoint that holds these parameters. Its `fetch` joins the parameters."""
     address, first = parts[0]
     if address.part is None:
         return pending(first, address.transposed)

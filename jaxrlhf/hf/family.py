@@ -57,7 +57,7 @@ class Module:
 class Windows:
     """How a family describes the layers that have a sliding window."""
 
-    # (config.json, layer) -> True if the layer has a window. It is called if config.json has no `layer_types`.
+    # (config.json, layer) -> True if the layer has a window. Called only if config.json has no `layer_types`.
     slides: Callable[[dict[str, Any], int], bool]
     default: int | None = 4096  # transformers' window if config.json has no entry
     switch: str | None = None  # the entry that turns windows on; None if the family has no such entry
@@ -78,7 +78,7 @@ class Family:
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()  # regular expressions for unused tensors in old checkpoints
     fixed: tuple[tuple[str, Any], ...] = ()  # (entry of config.json, the only value that is supported)
-    classifier: str | None = None  # the same name for classifiers; None means `architecture`
+    classifier: str | None = None  # name of transformers' classifier without its ending; None means `architecture`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def read_family_config(family: Family, model_type: str, document: dict[str, Any]
 
 
 def family_document(family: Family, config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """Returns a `config.json` for transformers. Rope and dtype are written in the styles of versions 4 and 5."""
+    """Returns a `config.json` for transformers. Rope and dtype are written in the styles of transformers 4 and 5."""
     document: dict[str, Any] = {"architectures": [f"{family.architecture}ForCausalLM"], "model_type": config.family}
     for field in family.fields:
         value = getattr(config, field.ours)
@@ -237,9 +237,9 @@ def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
 
 
 def count(document: dict[str, Any], entry: str, default: int, least: int = 1) -> int:
-    """Returns an entry of `config.json`. Raises `ValueError` if it is not a whole number of at least `least`.
+    """Returns an entry of `config.json`. If the entry is absent or null, returns `default`.
 
-    If the entry is absent or null, the function returns `default`.
+    Raises `ValueError` if the entry is not a whole number of at least `least`.
     """
     value = document.get(entry)
     value = default if value is None else value

@@ -52,7 +52,7 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
         scaling = document.get("rope_scaling") or {}
         given = (isinstance(parameters, dict) and parameters.get(SLIDING if local else FULL)) or {}
         if not all(isinstance(part, dict) for part in (parameters, scaling, given)):
-            raise UserError(f"{where}: rope_parameters must be an object with two objects, {SLIDING} and {FULL}")
+            raise UserError(f"{where}: rope_parameters must hold the two objects {SLIDING} and {FULL}")
         given = given if local else given | scaling
         local_theta = document.get("rope_local_base_freq")
         if local:
@@ -72,10 +72,10 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
         untyped = given.get("rope_type", given.get("type")) is None
         if extra and (untyped or any(isinstance(given[name], dict) for name in extra)):
             raise ValueError(
-                f"rope_type {kind!r} does not use {', '.join(extra)}; remove what it does not use, or correct rope_type"
+                f"rope_type {kind!r} does not use {', '.join(extra)}; remove unused entries, or correct rope_type"
             )
         if extra:
-            notice(f"{where}: {entry}: ignored {', '.join(extra)}, because rope_type {kind!r} does not use it")
+            notice(f"{where}: {entry}: rope_type {kind!r} does not use {', '.join(extra)}; unused entries are ignored")
         outer = document.get(LENGTH, ropes.trained_length)
         if outer is not None and ropes.local_theta is None:
             given = given | {LENGTH: outer}  # the entry outside the rope object counts, as in transformers
@@ -96,7 +96,8 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
 def rope_entries(ropes: Ropes, kinds: list[LayerKind]) -> dict[str, Any]:
     """Returns the rope entries of `config.json`, in the newer and in the older style.
 
-    If the model lacks layers with a window or layers without a window, the default of the family is written for them.
+    There are entries for layers with a window and for layers without a window. If the model has only one of these two
+    kinds, the entries of the other kind get the default of the family.
     """
     full = next((k.rope for k in kinds if k.window is None and k.rope), None)
     local = next((k.rope for k in kinds if k.window is not None and k.rope), None)

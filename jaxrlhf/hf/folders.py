@@ -11,7 +11,7 @@ from jaxrlhf.checkpoint.files import atomic_directory
 from jaxrlhf.data import hub
 from jaxrlhf.errors import UserError
 
-MARK = ".jaxrlhf"  # name of the marker file: it lists the files of its folder that jaxrlhf wrote and may replace
+MARK = ".jaxrlhf"  # name of the marker file, a list of the files in its folder that jaxrlhf wrote and may replace
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"  # as a dtype, means the dtype of most numbers in the checkpoint
 PEFT_INFO, INDEX = "adapter_config.json", "model.safetensors.index.json"
@@ -64,7 +64,7 @@ def find_model(path: str | Path) -> tuple[Path, Path | None]:
 
 @contextlib.contextmanager
 def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
-    """Yields (folder, primary). The folder is for new files; `primary` is True in the one process that writes them.
+    """Yields (folder, primary). New files go into the folder. `primary` is True in the process that writes files.
 
     At the end, all processes wait for each other, and the new folder replaces `target`.
     """

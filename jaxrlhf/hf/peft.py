@@ -43,7 +43,7 @@ SHAPE_SOURCE = f"{PEFT_INFO} and this base"
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A linear layer of the checkpoint. It holds one or more modules of the decoder; each has some of the outputs."""
+    """A linear layer of the checkpoint. The layer holds modules of the decoder; each module has some of the outputs."""
 
     fan_in: int
     outputs: dict[str, np.ndarray]  # path of a module in the decoder -> indices of its outputs, i64[out]
@@ -134,16 +134,16 @@ def save_peft(
     for module, leaves in without_head(adapter).items():
         if beyond_peft(module, leaves):
             raise UserError(
-                f"adapter: module {module} holds full weights, but PEFT's format needs a LoRA pair; export the adapter "
-                "merged into its base"
+                f"the adapter's module {module} holds full weights, but PEFT's format needs a LoRA pair; export the "
+                "adapter merged into its base"
             )
         if module not in known and module != EMBEDDING:
-            raise UserError(f"adapter: this base has no module {module}; the adapter belongs to another model")
+            raise UserError(f"this base has no module {module}; the adapter belongs to another model")
     fused = {module: _fused_pair(layer, adapter) for module, layer in layers.items()}
     pairs = {module: pair for module, pair in fused.items() if pair is not None}
     if not pairs:
         raise UserError(
-            "adapter: has no LoRA pair, but PEFT's format needs one; export the adapter merged into its base"
+            "the adapter has no LoRA pair, but PEFT's format needs one; export the adapter merged into its base"
         )
     tensors: dict[str, Pending] = {}
     for module, (a_RI, b_OR, _) in pairs.items():

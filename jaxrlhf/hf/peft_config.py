@@ -210,7 +210,7 @@ def _alpha(rank: int, scale: np.float32) -> int | float:
 def _by_name(values: dict[str, Any], modules: list[str]) -> dict[str, Any]:
     """Returns the values by ends of module names.
 
-    An end is the shortest one such that all modules with this end have the same value.
+    For each module, the end is the shortest one that belongs only to modules with the same value.
     """
 
     def ends(module: str) -> list[str]:

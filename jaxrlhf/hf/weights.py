@@ -34,8 +34,8 @@ def load_pretrained(
     `dtype`. "auto" means the dtype of most weights. `models.sharding.parameter_sharding` shards each parameter on the
     mesh, and each process reads only its own slices. If `quantize` is "int8" or "nf4", the linear layers of the blocks
     are quantised on the host, one part after another (see `quantize.py`). The model's config has the target of the
-    mesh's devices, or of jax's default device. Its float32 matrix products have full precision. `decoder.with_target`
-    sets another target.
+    mesh's devices, or of jax's default device. Float32 matrix products have full precision. `decoder.with_target` sets
+    another target.
 
     Raises `UserError` if the folder cannot be used. The error names the file, and the entry or tensor.
     """
@@ -61,7 +61,7 @@ def load_pretrained(
 
 
 def with_tokenizer(base: Decoder, tokenizer: Tokenizer) -> tuple[Decoder, Tokenizer]:
-    """Returns (base, tokenizer) for a tokenizer from another model. Both results have the stop tokens of both."""
+    """Returns (base, tokenizer) for a tokenizer of another model. Both get all stop tokens of base and tokenizer."""
     tokenizer = tokenizer.for_model(base.config.vocab_size, base.config.stop_tokens, foreign=True)
     return with_config(base, dataclasses.replace(base.config, stop_tokens=tokenizer.stop_ids)), tokenizer
 
@@ -109,7 +109,7 @@ def _with_tokens(
     The stop tokens are those of `generation_config.json`, `config.json`, the tokenizer and its chat template. `has_eos`
     is False if `config.json` names no stop token. The default of the model family then counts only if all other sources
     name no stop token. If no source names a pad token, a stop token or 0 becomes the pad token. Masks mark the padding,
-    so any token is correct.
+    so any pad token is correct.
     """
     file = folder / "generation_config.json"
     generation = read_json(file) if file.exists() else {}

@@ -1,10 +1,10 @@
-"""Reads the text part of a multimodal model as a text-only model, if its family is supported.
+"""Reads the text part of a multimodal model as a text-only model, if the family of the text part is supported.
 
 If the input is text only, the multimodal model and the text-only model compute the same. The text-only model is trained
 and exported.
 
-Two groups of models are not supported. The text part of Llama 3.2 Vision and PaliGemma has another attention. The text
-part of Llama 4 and Qwen3-VL is not in the table of families.
+Two groups of models are not supported. The text parts of Llama 3.2 Vision and PaliGemma have another kind of attention.
+The text parts of Llama 4 and Qwen3-VL are not in the table of families.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Adapters: trainable trees. With different adapters one frozen base is policy, value, reward and reference model.
+"""Adapters are trainable trees. They make one frozen base the policy, the value, the reward or the reference model.
 
 An adapter is a dict: module path -> leaf name -> array (see `records.Adapter`). `bind` attaches an adapter to a copy
 of the base's module tree. The copy shares the arrays of the base. Gradients are taken with respect to the adapter
@@ -67,18 +67,18 @@ def scaled_head(adapter: Adapter, gain: jax.Array | float, bias: jax.Array | flo
 
 
 def value_head(base: Decoder) -> Adapter:
-    """Returns an adapter that holds only a value head of zeros. A value model on the policy's trunk needs no more."""
+    """Returns an adapter that holds only a value head of zeros, for a value model that shares the policy's trunk."""
     return with_head({}, base, "value", jax.random.key(0))
 
 
 def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> Adapter:
-    """Converts an adapter, with its head, to `kind`, and returns a trainable copy.
+    """Converts an adapter and its head to `kind`, and returns the result as a trainable copy.
 
     The kind "full" merges LoRA pairs into a copy of every weight. Raises `UserError` if the adapter is full and `kind`
     is "lora", because LoRA pairs cannot represent full weights.
     """
     if kind == "lora" and is_full(adapter):
-        raise UserError("holds full weights, but kind is lora; set kind to full, or give a LoRA adapter")
+        raise UserError("the adapter holds full weights, but kind is lora; set kind to full, or give a LoRA adapter")
     if kind == "lora" or is_full(adapter):
         return jax.tree.map(lambda x: jnp.array(x, copy=True), adapter)
     check_kind(base, AdapterConfig(kind="full"))
@@ -94,9 +94,9 @@ def as_kind(base: Decoder, adapter: Adapter, kind: Literal["lora", "full"]) -> A
 
 
 def bare(base: Decoder, adapter: Adapter) -> Adapter:
-    """Returns an adapter that does not change the base's outputs. It has the same leaves but no scalar head.
+    """Returns an adapter that has the leaves of `adapter` but does not change the outputs of the base.
 
-    Each lora_b becomes zero. Full weights become the weights of the base.
+    Each lora_b becomes zero. Full weights become the weights of the base. The scalar head is removed.
     """
     weights = named_parameters(base)
     weights.setdefault(f"{HEAD}/kernel", base.head_kernel())
@@ -145,8 +145,8 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
             if name not in LORA_LEAVES:
                 if not hasattr(module, name):
                     raise UserError(
-                        f"adapter: holds the full weight {path}/{name}, but this base lacks or quantises this weight; "
-                        "give the base of the adapter, not quantised"
+                        f"the adapter holds the full weight {path}/{name}, but this base lacks or quantises this "
+                        "weight; give the base of the adapter, not quantised"
                     )
                 value = value.astype(getattr(module, name)[...].dtype)
             setattr(module, name, nnx.Param(value))

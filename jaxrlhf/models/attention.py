@@ -136,7 +136,7 @@ def attend_causal(
     softcap: float | None = None,
     target: Target = ON_CPU,
 ) -> jax.Array:
-    """Computes causal attention, [B,T,N,H]. It is `attend` for queries in the last T of S slots.
+    """Computes causal attention, [B,T,N,H]. The queries are in the last T of S slots.
 
     The target chooses XLA or cuDNN. If there is a soft cap, XLA computes the attention, because cuDNN has no soft cap.
     On a CPU the queries are computed in blocks. Each block reads only the keys up to its end. This skips most of the

@@ -1,8 +1,8 @@
 """The decoder: one `flax.nnx` module for all model families. Families differ only in the decoder's config.
 
 `jax.jit` and `jax.grad` accept the modules, because modules are pytrees. The weights of the layers are not stacked, so
-the decode loop need not slice them. This module does not sample and does not train. It does not know the model's role
-(policy, value, reward or reference). The adapter that `adapters.bind` attaches gives the model its role.
+the decode loop need not slice them. The code here does not sample, does not train, and does not know the role of the
+model (policy, value, reward or reference). The adapter that `adapters.bind` attaches gives the model its role.
 
 Sizes: B rows, T positions, S cache positions, D the hidden size, V the vocabulary size, N query heads, K key-value
 heads, and H the head dimension.
@@ -37,9 +37,9 @@ from jaxrlhf.models.sharding import leaf_name
 from jaxrlhf.models.target import Target
 
 # Values of the setting `remat` -> the policy that saves activations of a layer for the backward pass. The layer's input
-# is always saved. "dots" saves the outputs of linear layers by their name. It does not use jax's policy for matrix
-# products. That policy does not see products inside custom gradients (merged and quantised products). It would also
-# save the outputs of a kernel and of its LoRA pair, and not their sum.
+# is always saved. "dots" saves the outputs of linear layers by their name. jax's own policy for matrix products is not
+# used, for two reasons. That policy does not see products inside custom gradients (merged and quantised products). That
+# policy would save the output of a kernel and the output of its LoRA pair, and not their sum.
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -153,7 +153,7 @@ class Block(nnx.Module):
 
 
 def _in_own_precision(method: Callable) -> Callable:
-    """Decorates a method of the decoder. Its matrix products then have the precision of the decoder's target."""
+    """Decorates a method of the decoder. Matrix products in the method get the precision of the decoder's target."""
 
     @functools.wraps(method)
     def run(model: "Decoder", *args, **kwargs):
@@ -261,7 +261,7 @@ class Decoder(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def head_kernel(self) -> jax.Array:
-        """Returns the kernel [D,V] of the language-model head, without the LoRA pair of the head."""
+        """Returns the kernel [D,V] of the language-model head. The LoRA pair of the head is not merged into it."""
         return self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
     @_in_own_precision
@@ -306,7 +306,7 @@ def with_target(model: Decoder, target: Target) -> Decoder:
 
 
 def with_config(model: Decoder, config: DecoderConfig) -> Decoder:
-    """Returns a copy of the model with another config. The copy shares the arrays, so the config must fit them."""
+    """Returns a copy of the model with another config. The config must fit the arrays, which are shared."""
     model = shallow_copy(model)
     model.config = config
     for block in model.layers:

@@ -42,7 +42,7 @@ class Linear(nnx.Module):
         return x @ self.kernel[...].astype(x.dtype)
 
     def pair_product(self, x: jax.Array) -> jax.Array:
-        """Returns the output of the LoRA pair without that of the kernel, f32[..., out]."""
+        """Returns only the output of the LoRA pair, f32[..., out]."""
         a, b, scale = (leaf[...].astype(jnp.float32) for leaf in (self.lora_a, self.lora_b, self.lora_scale))
         return ((x.astype(jnp.float32) @ a) * jax.lax.stop_gradient(scale)) @ b
 
@@ -67,8 +67,8 @@ class Linear(nnx.Module):
 def merged_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns x @ (kernel + scale * a @ b), for x [...,D], kernel [D,F], a [D,r], b [r,F]. The scale has no gradient.
 
-    The alternative is the sum of two outputs, that of the kernel and that of the LoRA pair. The sum would write and
-    read an array [...,F] two more times in the forward pass, and also in the backward pass.
+    The sum of two outputs, x @ kernel and scale * x @ a @ b, would be equal. But that sum would write and read an array
+    [...,F] two more times in the forward pass, and two more times in the backward pass.
     """
     return _merged_product(ambient_precision(), x, kernel, a, b, scale)
 

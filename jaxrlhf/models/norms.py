@@ -1,4 +1,4 @@
-"""Norms over the hidden dimension D. The table `NORMS` has their names for `DecoderConfig.norm`."""
+"""Norms over the hidden dimension D. The table `NORMS` maps the names in `DecoderConfig.norm` to norms."""
 
 import jax
 import jax.numpy as jnp

@@ -14,8 +14,8 @@ relative error of the logits is 8.4%. The choices of QLoRA give 11%.
 
 Embeddings, norms, biases and heads are not quantised. The forward pass dequantises the kernels layer by layer.
 
-This module has no integer matrix products: codes are first cast to the dtype of the activations. It does not quantise
-activations. Codes and scales have no gradients. The library qwix also quantises, but qwix intercepts the calls of a
+There are no integer matrix products: codes are first cast to the dtype of the activations. Activations are not
+quantised. Codes and scales have no gradients. The library qwix also quantises, but qwix intercepts the calls of a
 model, keeps one nf4 code per byte on a CPU, and needs dimensions that are multiples of the block.
 """
 
@@ -47,7 +47,7 @@ NF4 = np.array(
     np.float32,
 )  # fmt: skip
 _NF4_BOUNDS = (NF4[1:] + NF4[:-1]) / 2
-_CHUNK = 1 << 16  # number of weights that are quantised at a time; so many fit in a processor's cache
+_CHUNK = 1 << 16  # number of weights that are quantised at a time; they must fit in a processor's cache
 
 
 class QuantizedLinear(Linear):
@@ -188,7 +188,7 @@ def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
 
 @jax.custom_batching.custom_vmap
 def _opaque_false(x: jax.Array) -> jax.Array:
-    """Returns False. It is computed from x, and XLA cannot replace it by a constant."""
+    """Returns False, computed from x. XLA cannot know the result, and so cannot replace it by a constant."""
     first = x[(0,) * x.ndim]
     return first * first < -1
 
@@ -222,7 +222,9 @@ def kind_of(config: DecoderConfig, path: str, kind: str) -> str:
 
 
 def quantize_decoder(base: Decoder, kind: str) -> Decoder:
-    """Returns a copy of the base with quantised linear layers. It shares all other weights. Works on one device."""
+    """Returns a copy of the base with quantised linear layers. The copy shares all other weights. The base must be on
+    one device.
+    """
 
     def replace(path: str, linear: Linear) -> Linear:
         kernel = np.asarray(linear.kernel[...], np.float32)
@@ -249,7 +251,7 @@ def dequantize_decoder(base: Decoder) -> Decoder:
 
 
 def abstract_quantized(abstract: Decoder, kind: str) -> Decoder:
-    """Returns the shapes of the quantised decoder. `abstract` is the decoder before quantisation, also of shapes."""
+    """Returns the quantised form of a decoder of `jax.ShapeDtypeStruct`s. The result also holds shapes, no arrays."""
 
     def replace(path: str, linear: Linear) -> Linear:
         (fan_in, fan_out), blocks, codes = linear.shape, 1, jnp.zeros(linear.shape, jnp.int8)
@@ -269,9 +271,9 @@ def load_quantized(
 ) -> dict[str, jax.Array]:
     """Quantises the kernel of the layer at `path`, and returns its codes and scales by leaf name.
 
-    They are placed on the mesh, or on the default device if `mesh` is None. `shape` is the kernel's shape (in, out).
-    `read(columns)` returns these columns of the kernel, f32[in, columns]. A process reads only the columns that its
-    devices keep. It reads all rows of these columns, because a scale covers several rows.
+    The arrays are placed on the mesh, or on the default device if `mesh` is None. `shape` is the kernel's shape
+    (in, out). `read(columns)` returns some columns of the kernel, f32[in, columns]. A process reads only the columns
+    that its devices keep. The process reads all rows of these columns, because a scale covers several rows.
     """
 
     @functools.cache
@@ -300,7 +302,7 @@ def load_quantized(
 
 
 def _with_layers(model: Decoder, replace: Callable[[str, Linear], Linear]) -> Decoder:
-    """Returns a copy of the model with `replace(path, layer)` for each linear layer. It shares all other arrays."""
+    """Returns a copy of the model with `replace(path, layer)` for each linear layer. All other arrays are shared."""
     model = shallow_copy(model)
     for path in linear_shapes(model):
         parent_path, _, name = path.rpartition(".")

@@ -15,10 +15,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """The rotary position embedding of a layer (2104.09864). `numbers` holds the entries that its type reads."""
+    """The rotary position embedding of a layer (2104.09864). `numbers` holds the entries that the rope type reads."""
 
     theta: float = 10000.0
-    share: float = 1.0  # the first dimensions of a head are rotated; this fraction of all
+    share: float = 1.0  # fraction of a head's dimensions that is rotated: the first ones
     kind: str = "default"
     numbers: tuple[tuple[str, Any], ...] = ()
 
@@ -37,8 +37,9 @@ def frequencies(rope: Rope, head_dim: int, slots: int) -> tuple[np.ndarray, floa
 
 
 def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rope:
-    """Reads a rope of type `kind` from a rope object of `config.json`. `ValueError` if an entry is missing or wrong.
+    """Reads a rope of type `kind` from a rope object of `config.json`.
 
+    Raises `ValueError` if an entry is missing or wrong.
     `defaults` holds the values of absent entries: rope_theta, partial_rotary_factor, original_max_position_embeddings.
     `defaults` also holds max_position_embeddings. The default factor of longrope is computed from it.
     """
@@ -95,7 +96,10 @@ def rope_entry(rope: Rope) -> dict[str, Any]:
 
 
 def factor_count(rope: Rope) -> int | None:
-    """Returns the length of longrope's factor lists; None for other types. `ValueError` if the lengths differ."""
+    """Returns the length of longrope's factor lists, or None for other rope types.
+
+    Raises `ValueError` if the lengths of the lists differ.
+    """
     counts = {len(value) for _, value in rope.numbers if isinstance(value, tuple)}
     if len(counts) > 1:
         raise ValueError(f"short_factor and long_factor must have the same length, not {min(counts)} and {max(counts)}")
@@ -138,13 +142,13 @@ def _llama3(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots:
 def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
     """YaRN (2309.00071): keeps high frequencies, divides low frequencies by `factor`, and interpolates in between.
 
-    YaRN also multiplies cosine and sine by a number.
+    Cosine and sine are multiplied by the attention factor.
     """
     length = numbers["original_max_position_embeddings"]
     factor = numbers["factor"]
 
     def dimension(turns: float) -> float:
-        """Returns the index of the pair that makes this many turns over the trained length. It may be a fraction."""
+        """Returns the index of the pair that makes this many turns over the trained length. May be a fraction."""
         return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))
@@ -165,7 +169,8 @@ def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: i
 def _longrope(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: int) -> tuple[np.ndarray, float]:
     """LongRoPE (2402.13753): divides each frequency by its own factor.
 
-    If a row has more than original_max_position_embeddings tokens, the factors are long_factor, else short_factor.
+    For rows of more than original_max_position_embeddings tokens, the factors are those of `long_factor`. For shorter
+    rows, the factors are those of `short_factor`.
     """
     length, factor = numbers["original_max_position_embeddings"], numbers["factor"]
     stretch = numbers["long_factor" if slots > length else "short_factor"]

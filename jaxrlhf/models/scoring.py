@@ -13,8 +13,8 @@ from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
 from jaxrlhf.models.decoder import Decoder
 
-# Largest number of logits in memory at a time on each device. On a CPU 16 MiB of logits fit in its cache. On other
-# platforms 512 MiB make the matrix products large.
+# Largest number of logits in memory at a time on each device. On a CPU, 16 MiB of logits fit in the cache. On other
+# platforms, 512 MiB of logits make the matrix products large.
 _MAX_LOGITS, _MAX_LOGITS_ON_CPU = 2**27, 2**22
 
 

@@ -49,7 +49,7 @@ def _axes_of(name: str) -> PartitionSpec:
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """Returns the sharding of a parameter on the mesh. `name` is "module.path/leaf", `shape` is the parameter's shape.
+    """Returns the sharding of a parameter on the mesh. The name of the parameter is "module.path/leaf".
 
     If the size of a mesh axis does not divide a dimension, the dimension is replicated along this axis. Scalars are
     replicated. Raises `ValueError` if the name matches no row of `PARAMETER_AXES`, or if the row has more axes than the
@@ -65,7 +65,7 @@ def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedShar
 
 
 def leaf_name(path: Sequence[Any]) -> str:
-    """Returns the name "module.path/leaf" of a leaf. `path` is its path in a pytree, from `tree_map_with_path`."""
+    """Returns the name "module.path/leaf" of a leaf. `path` is the leaf's path from `tree_map_with_path`."""
     parts = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path]
     if len(parts) > 1 and parts[-1] == "value":  # the array inside an nnx.Param
         parts.pop()

@@ -29,7 +29,7 @@ class Target:
         return PRECISIONS[self.matmul_precision]
 
     def products(self) -> AbstractContextManager:
-        """Returns a context that traces matrix products with this precision. It overrides the caller's default."""
+        """Returns a context that traces matrix products with this precision. The caller's default does not count."""
         return jax.default_matmul_precision(self.precision)
 
 
