@@ -193,7 +193,7 @@ class PPOStageConfig(Settings):
     value_from: Literal["reward", "fresh"] = Field("reward", description="where the value model starts; reward: from the reward adapter, if there is one of the same kind; its head is kept if this adapter is the only reward and score.normalise is none or initial, else the head is 0; fresh: from a new adapter")
     update: PPOConfig = Field(PPOConfig(), description="the update of one iteration")
     save_every: PositiveInt = Field(10, description="iterations between checkpoints", json_schema_extra=CHOICE)
-    sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl", json_schema_extra=FREE)
+    sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl; the first and the last iteration are written as well", json_schema_extra=FREE)
     evaluation: PPOEvaluationConfig = Field(PPOEvaluationConfig(), description="evaluation on held-out prompts")
 
     @model_validator(mode="before")

@@ -6,6 +6,8 @@ purpose.
 """
 
 import copy
+import itertools
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from jaxrlhf.errors import SharedFault, UserError
 # shares no token with the response is used. A tokenizer that inserts a space before each text then inserts the space
 # before the anchor and not before the response.
 ANCHORS = ("\n", ".", "a")
+CONTEXT = 8  # ids of the prompt that `token_texts` reads
 CHUNK = 512  # texts per call; this number limits the memory for character offsets
 
 
@@ -171,6 +174,34 @@ class Tokenizer:
         """
         before, whole = self.decode(prompt), self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
+    def token_texts(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> list[str]:
+        """Splits `text`, which is `decode_after(prompt, ids)`, into the text of each id; the parts join to `text`.
+
+        Ids that are not part of the text, such as stop tokens, have "". If several ids make up a character, the last
+        of them has it. Each id is decoded with the few ids before it, so the time is linear in their number.
+        """
+        given = [*prompt[-CONTEXT:], *ids]
+        first = read = len(given) - len(ids)
+        start, parts = 0, []
+        for end in range(first + 1, len(given) + 1):
+            before, now = self.decode(given[start:read]), self.decode(given[start:end])
+            whole = len(now) > len(before) and not now.endswith("\ufffd")
+            parts.append(now[len(before) :] if whole else "")
+            if whole:
+                start, read = read, end
+        if parts and text.startswith(joined := "".join(parts)):  # the rest: a character that was not finished
+            return [*parts[:-1], parts[-1] + text[len(joined) :]]
+        return self._token_texts_from_start(prompt, ids, text)
+
+    def _token_texts_from_start(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> list[str]:
+        """As `token_texts`, for tokenizers whose text depends on more than a few ids; quadratic in their number."""
+        borders = [0]
+        for end in range(1, len(ids)):
+            known = self.decode_after(prompt, ids[:end])
+            same = sum(itertools.takewhile(bool, map(operator.eq, known, text)))
+            borders.append(max(borders[-1], same))
+        return [text[a:b] for a, b in itertools.pairwise([*borders, len(text)])] if ids else []
 
     def cut_start(self, prompt: list[int], room: int) -> list[int] | None:
         """Returns the last tokens of the prompt, at most `room` tokens. If the prompt begins with BOS, BOS is kept.

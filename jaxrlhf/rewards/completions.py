@@ -33,6 +33,10 @@ class Completions:
         """The texts of the B completions without special tokens. A blank after the prompt is part of the completion."""
         return [self.tokenizer.decode_after(prompt, response) for prompt, response in self._ids]
 
+    def token_texts(self, rows: int) -> list[list[str]]:
+        """The text of each token of the first `rows` completions; the texts of a row join to its completion."""
+        return [self.tokenizer.token_texts(*ids, text) for ids, text in zip(self._ids[:rows], self.texts)]
+
     @cached_property
     def ended(self) -> list[bool]:
         """For each of the B completions, whether it ended with a stop token."""

@@ -8,9 +8,7 @@ import numpy as np
 
 from jaxrlhf.errors import Diverged, printable
 from jaxrlhf.records import Experience, Rollout
-from jaxrlhf.rewards.completions import Completions
 
-SAMPLES = 8  # completions kept for reading
 WIDTH = 100
 LABELS = {
     "reward/score": "reward that was maximised",
@@ -47,14 +45,6 @@ def row_metrics(experience: Experience, rollout: Rollout) -> dict[str, np.ndarra
         "length/mean": np.sum(mask, axis=1),
         "length/eos_share": rollout.ended,
     }
-
-
-def samples_of(completions: Completions, scores) -> list[dict]:
-    """Returns the first `SAMPLES` completions as records of prompt, completion and score."""
-    return [
-        {"prompt": prompt, "completion": completion, "score": round(float(score), 4)}
-        for prompt, completion, score in zip(completions.prompts[:SAMPLES], completions.texts, np.asarray(scores))
-    ]
 
 
 def comparison(evaluations: Mapping[str, Evaluation], samples: int = 5) -> str:

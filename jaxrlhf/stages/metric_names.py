@@ -19,7 +19,7 @@ METRICS = {
         "reward/score_std", "reward/abstained", "reward/adjusted", "reward/shaped", "reward/drawn",
         "groups/informative", "groups/draws", "groups/informative_drawn", "health/paused", "memory/peak_bytes",
         "time/rollout", "time/reward",
-        "time/annotate", "time/update", "tokens_per_second/rollout", "tokens_per_second/update",
+        "time/annotate", "time/update", "time/samples", "tokens_per_second/rollout", "tokens_per_second/update",
         "compiles/rollout", "compiles/greedy", "compiles/merge", "compiles/annotate", "compiles/experience",
     },
 }  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.distributed.jit import Program
+from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.stages.metric_names import metrics_of
 from jaxrlhf.stages.ppo.sampler import Clock, Sampler
@@ -62,7 +63,8 @@ def events(monkeypatch):
 
     noting(Program, "__call__", lambda program, *_: program.name)
     noting(FunctionReward, "__call__", asked)
-    noting(MetricsLog, "write", lambda log, *_: log._path.stem)
+    noting(MetricsLog, "write", lambda log, *_: {"samples": "line of samples"}.get(log._path.stem, log._path.stem))
+    noting(Completions, "token_texts", lambda *_: "samples")
     noting(Sampler, "prefetch", lambda *_: "prompts")
     noting(Clock, "lap", lambda clock, name, _: name)
     return found
@@ -91,6 +93,7 @@ def test_what_overlaps(tmp_path, events, case):
         for beside in ("samples", *(["prompts"] if order is first else [])):
             last = len(order) - 1 - order[::-1].index(beside)
             assert at("update") < last < at("time/update"), f"{beside}: while the update runs, before it is waited for"
+        assert at("time/update") < at("line of samples") < at("time/samples"), "it holds logprobs after the update"
         if case == "remax":
             greedy = order.index("rollout", at("rollout") + 1)
             assert greedy < at("reward") and order.count("reward") == 2, "both are under way before either is scored"
@@ -98,5 +101,5 @@ def test_what_overlaps(tmp_path, events, case):
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         assert record.keys() - {"stage", "step"} <= metrics_of(config), "checkpoints.best may name each"
-        times = [record[f"time/{name}"] for name in ("rollout", "reward", "annotate", "update")]
+        times = [record[f"time/{name}"] for name in ("rollout", "reward", "annotate", "update", "samples")]
         assert min(times) > 0 and sum(times) <= record["seconds"], "parts of one wall clock"

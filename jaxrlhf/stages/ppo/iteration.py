@@ -2,7 +2,8 @@
 
 An iteration runs four programs (rollout, annotate, experience, update), and a fifth if the reward is an adapter or a
 model of its own. Host work overlaps device work: the host decodes and scores completions while `annotate` runs, and
-writes samples and pads the next prompts while `update` runs.
+prepares samples and the next prompts while `update` runs. An iteration whose samples are logged runs `annotate` once
+more, for the logprobs after the update.
 """
 
 from collections.abc import Callable
@@ -22,14 +23,15 @@ from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter, Annotated, Experience, PPOState, Rollout, SFTBatch
 from jaxrlhf.rewards.completions import Completions
-from jaxrlhf.stages.evaluation import SAMPLES, Evaluation, row_metrics, samples_of
+from jaxrlhf.stages.evaluation import Evaluation, row_metrics
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo.sampler import Clock, Sampled, Sampler, ScoredRollout
 from jaxrlhf.stages.programs import annotate_program, experience_program, update_program
 from jaxrlhf.stages.roles import Roles
+from jaxrlhf.stages.samples import SAMPLES, add_by_token, rounded, samples_of
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
-from jaxrlhf.steps.ppo import computed_steps
+from jaxrlhf.steps.ppo import computed_steps, single_step
 from jaxrlhf.tracking.health import PAUSED
 
 
@@ -64,6 +66,8 @@ class Iteration:
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
         self.annotate, self.experience = annotate_program(run.mesh, roles.base), experience_program(run.mesh)
         self.update = update_program(run.mesh, roles.base, state)
+        # With one step an iteration, `annotate` returns the logprobs of sampling instead of its own.
+        self.sees_update = not single_step(update_config) or update_config.value_trunk == "policy"
         self.needs_greedy = ADVANTAGES[config.advantage.estimator].needs_greedy
         greedy = self.needs_greedy and sampler.greedy_rollout is not sampler.rollout
         more = ((sampler.greedy_rollout,) if greedy else ()) + ((sampler.merge,) if config.resample else ())
@@ -76,13 +80,13 @@ class Iteration:
         state: StageState,
         step: int,
         prompts: PromptSet,
-        log_samples: Callable[[ScoredRollout], None] = lambda scored: None,
+        log_samples: Callable[[dict], None] | None = None,
     ) -> tuple[StageState, dict[str, float], Experience]:
         """Runs iteration `step`, counted from 0; returns (state, metrics, experience).
 
-        `log_samples` is called while the update runs. The wall-clock times of the phases add up to the iteration:
-        time/rollout ends when the completions are ready, time/reward when the scores are ready, time/annotate when the
-        experience is ready, and time/update is the rest.
+        `log_samples` takes the iteration's record for samples.jsonl. The wall-clock times of the phases add up to the
+        iteration: time/rollout ends when the completions are ready, time/reward when the scores are ready,
+        time/annotate when the experience is ready, time/update when the update is done, and time/samples is the rest.
         """
         config, clock, ppo, draws = self.config, Clock(), state.ppo, int(state.draws)
         models = (ppo.policy, ppo.value, self.reference if state.reference is None else state.reference)
@@ -100,11 +104,19 @@ class Iteration:
             prefetched_step, mix = self._prefetched_mix
             mix = mix if prefetched_step == step else self._mix(step)
             ppo, update_metrics = self.update(ppo, self.roles.base, experience, key, self.update_config, mix=mix)
-        log_samples(scored)
+        if log_samples is not None:
+            samples = samples_of(scored.completions, scored.rows, experience)
+            models = (ppo.policy, ppo.value, models[2])
+            new = self._annotate(models, scored.completions.rollout).logprobs if self.sees_update else None
         if step + 1 < config.iterations:
             self.sampler.prefetch(prompts, draws)
             self._prefetched_mix = (step + 1, self._mix(step + 1))
         clock.lap("time/update", ppo)
+        if log_samples is not None:
+            if new is not None:
+                add_by_token(samples, "new_logprobs", scored.completions, new)
+            log_samples({"samples": samples, "scores": rounded(scored.scores)})
+            clock.lap("time/samples", ())
         metrics = scored.metrics | scored.means() | _floats(experience_metrics) | paused | _floats(update_metrics)
         self._warn_truncated(metrics)
         tokens = metrics["length/mean"] * self.rows
@@ -145,7 +157,10 @@ class Iteration:
         reference).
         """
         greedy = self.sampler.sample_greedily(models[0], prompts, sampled.indices) if self.needs_greedy else None
-        return self.annotate(self.roles.base, *models, sampled.completions.rollout, self.update_config), greedy
+        return self._annotate(models, sampled.completions.rollout), greedy
+
+    def _annotate(self, models: tuple[Adapter, Adapter, Adapter | None], rollout: Rollout) -> Annotated:
+        return self.annotate(self.roles.base, *models, rollout, self.update_config)
 
     def _experience(
         self, scored: ScoredRollout, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control
@@ -181,7 +196,7 @@ class Iteration:
             experience = self._experience(scored, annotated, greedy, control)[0]
             for name, values in (scored.rows | row_metrics(*fetch((experience, completions.rollout)))).items():
                 rows_of.setdefault(name, []).append(values[: (total - start) * self.group])
-            samples += samples_of(completions, scored.scores)
+            samples += samples_of(completions, scored.rows, experience)
         means = {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}
         return Evaluation(means, samples[:SAMPLES])
 

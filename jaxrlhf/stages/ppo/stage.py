@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,12 @@ from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.checks import check_adapter, rate_text, with_optimizers
-from jaxrlhf.stages.evaluation import check_results, comparison, samples_of
+from jaxrlhf.stages.evaluation import check_results, comparison
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo.iteration import Iteration, StageState
 from jaxrlhf.stages.ppo.remarks import remarks
-from jaxrlhf.stages.ppo.sampler import Sampler, ScoredRollout
+from jaxrlhf.stages.ppo.sampler import Sampler
 from jaxrlhf.stages.ppo.value import starting_value
 from jaxrlhf.stages.roles import Roles, mark_finished, ppo_adapters, save_role
 from jaxrlhf.stages.training import check_settings
@@ -138,7 +139,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
                 value = shard(run.mesh, scaled_head(ppo.value, *gain_and_bias(control.moments)))
                 loop.state = loop.state.replace(ppo=ppo.replace(value=value))
         for step in loop.steps():
-            log_samples = functools.partial(_log_samples, run, step + 1)
+            log_samples = _log_samples(run, step + 1)
             loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, log_samples)
             loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
         ppo = loop.result().ppo
@@ -155,10 +156,12 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
 
 
-def _log_samples(run: Run, number: int, scored: ScoredRollout) -> None:
-    """Writes a line of samples.jsonl every `sample_every` iterations."""
-    if number % run.config.ppo.sample_every == 0:
-        run.samples.write("ppo", number, {"samples": samples_of(scored.completions, scored.scores)})
+def _log_samples(run: Run, number: int) -> Callable[[dict], None] | None:
+    """Writes a record to samples.jsonl; None if iteration `number`, counted from 1, writes none."""
+    config = run.config.ppo
+    if number % config.sample_every and number not in (1, config.iterations):
+        return None
+    return functools.partial(run.samples.write, "ppo", number)
 
 
 def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter | None:
