@@ -56,7 +56,7 @@ CONFIG = {
         "gold": "jaxrlhf.toy.world:gold_score", "evaluation": {"prompts": 8}, "save_every": 3, "sample_every": 2,
     },
 }  # fmt: skip
-PASSING = ("seconds", "time/", "tokens_per_second/", "memory/", "compiles/")  # metrics of the process, not of the run
+PASSING = ("seconds", "time", "tokens_per_second/", "memory/", "compiles/")  # metrics of the process, not of the run
 STOPPED = {signal.SIGKILL: -9, signal.SIGTERM: 143}
 
 

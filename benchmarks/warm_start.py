@@ -22,7 +22,7 @@ SMALL = (
     "reward_model.evaluation.data={path: 'builtin:assistant-preferences', split: test, limit: 32}",
     "ppo.iterations=2", "ppo.evaluation.prompts=64",
 )  # fmt: skip
-PASSING = ("seconds", "time/", "tokens_per_second/", "memory/")
+PASSING = ("seconds", "time", "tokens_per_second/", "memory/")
 
 
 def launch(folder: Path, cache: Path, settings: list[str]) -> tuple[float, list[dict]]:

@@ -1,6 +1,7 @@
 """The logs of a run: JSON lines in files, and a progress line on a terminal."""
 
 import contextlib
+import datetime
 import io
 import json
 import math
@@ -20,9 +21,10 @@ from jaxrlhf.errors import Fault, UserError
 class MetricsLog:
     """Appends JSON lines with stage and step to a file. If the process is killed after `write`, no line is lost.
 
-    It is used for `metrics.jsonl` (`seconds` and slash-named floats) and `samples.jsonl` (text). Lines are in the order
-    of the run: stages follow one another, and steps within a stage never decrease. With `path` None nothing is written;
-    all processes except the first have None. A full disk raises `Fault`; the file keeps its complete lines.
+    It is used for `metrics.jsonl` (`seconds` and slash-named floats) and `samples.jsonl` (text). `time` is when a line
+    was written: UTC in ISO 8601, with milliseconds. Lines are in the order of the run: stages follow one another, and
+    steps within a stage never decrease. With `path` None nothing is written; all processes except the first have None.
+    A full disk raises `Fault`; the file keeps its complete lines.
     """
 
     def __init__(self, path: str | Path | None):
@@ -34,7 +36,8 @@ class MetricsLog:
         """Appends one line. Values may be arrays; non-finite floats become null."""
         if self._path is None:
             return
-        record = {"stage": stage, "step": int(step), **{key: _plain(value) for key, value in values.items()}}
+        place = {"stage": stage, "step": int(step), "time": _now()}
+        record = place | {key: _plain(value) for key, value in values.items()}
         line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
         with self._faults():
             self._append(line.encode("utf-8", errors="replace"))
@@ -148,6 +151,11 @@ def _drop_half_line(path: Path) -> int:
         data = file.read()
         file.truncate(data.rfind(b"\n") + 1)
     return data.count(b"\n")
+
+
+def _now() -> str:
+    """The time in UTC, such as 2026-11-27T08:30:00.123Z."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _plain(value: Any) -> Any:

@@ -275,7 +275,7 @@ def straight(shared):
 
 def lasting(record):
     """A line of metrics without what clocks and memory say."""
-    passing = ("seconds", "time/", "tokens_per_second/", "memory/")
+    passing = ("seconds", "time", "tokens_per_second/", "memory/")
     return {name: x for name, x in record.items() if not name.startswith(passing)}
 
 

@@ -83,7 +83,8 @@ def run_of(folder, mesh):
 
 
 def lines(run, name):
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+    records = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "time"} for record in records]
 
 
 OTHERS = [mesh for meshes in MESHES.values() for mesh in meshes if mesh != ALONE]

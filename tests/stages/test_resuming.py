@@ -83,7 +83,7 @@ def process(processes):
 def lines(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
-    passing = ("seconds", "memory/", "compiles/")
+    passing = ("seconds", "time", "memory/", "compiles/")
     return [{name: x for name, x in record.items() if not name.startswith(passing)} for record in records]
 
 

@@ -1,7 +1,9 @@
 """The log is valid JSON whatever happens to the numbers or to the process; progress shows on terminals only."""
 
+import datetime
 import io
 import json
+import re
 import sys
 
 import jax.numpy as jnp
@@ -13,10 +15,24 @@ from jaxrlhf.tracking.metrics import MetricsLog, Progress
 
 
 def _lines(path) -> list[dict]:
+    """The lines of a log without their times."""
+
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    records = [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [{key: value for key, value in record.items() if key != "time"} for record in records]
+
+
+def test_each_line_has_the_time_at_which_it_was_written(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    before = datetime.datetime.now(datetime.UTC)
+    log.write("sft", 1, {})
+    log.close()
+    time = json.loads((tmp_path / "metrics.jsonl").read_text())["time"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time)
+    written = datetime.datetime.fromisoformat(time)
+    assert datetime.timedelta(milliseconds=-1) < written - before < datetime.timedelta(seconds=5)
 
 
 def test_each_line_is_on_disk_when_write_returns(tmp_path):
