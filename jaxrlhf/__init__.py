@@ -43,7 +43,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Makes `jaxrlhf.rollout` always the function. Importing the subpackage `rollout` would replace the function."""
+    """Keeps `jaxrlhf.rollout` a function. Without it, an import of the subpackage would replace the function."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _MODULES or not isinstance(value, types.ModuleType):

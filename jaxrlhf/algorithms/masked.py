@@ -95,8 +95,8 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True, epsilon: float = 1e-8
 def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
     """Returns the explained variance, 1 - Var(returns - values) / Var(returns), over the real positions.
 
-    If it is 1, the values predict the returns exactly. If it is 0, the values predict no better than a constant. If
-    it is negative, the values predict worse than a constant.
+    If the result is 1, the values predict the returns exactly. If the result is 0, the values predict no better than a
+    constant. If the result is negative, the values predict worse than a constant.
 
     Args:
       values, returns: any shape, but both have the same shape.

@@ -199,7 +199,7 @@ def importance_weights(
       sequence  min(exp(sum_t (train_t - sample_t)), cap), the same on all tokens of a completion
 
     The caller multiplies the loss per token by the weights. Both logprobs are those of the policy that sampled the
-    tokens. The sampler computed one of them, and the training forward pass computed the other. The ratio to the policy
+    tokens. The sampler computed one, and the training forward pass computed the other. The ratio to the policy
     in training is part of the loss, and not of the weights. Token weights have a bias and a low variance. Sequence
     weights have no bias and a high variance. Sources: F. Yao et al., "Your Efficient RL Framework Secretly Brings You
     Off-Policy RL Training" (2025); for the truncation, Ionides (2008).

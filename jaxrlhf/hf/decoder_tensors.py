@@ -62,7 +62,7 @@ def match(config: DecoderConfig, tensors: dict[str, StoredTensor], folder: Path)
 
 
 def plain_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Returns the tensors of a checkpoint with the names of a text-only model. The model may be multimodal."""
+    """Returns the tensors of a checkpoint by name. Names of a multimodal model become those of a text-only model."""
     return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 

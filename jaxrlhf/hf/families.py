@@ -43,5 +43,5 @@ def address_of(config: DecoderConfig, name: str) -> TensorAddress:
 
 
 def is_ignored(config: DecoderConfig, tensor: str) -> bool:
-    """Returns True if the decoder ignores this tensor of a checkpoint without a notice."""
+    """Returns True if the decoder does not use this tensor, and the tensor should be skipped without a notice."""
     return is_ignored_by(FAMILIES[config.family], config, tensor)

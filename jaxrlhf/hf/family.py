@@ -227,7 +227,7 @@ def address_in(family: Family, name: str) -> TensorAddress:
 
 
 def is_ignored_by(family: Family, config: DecoderConfig, tensor: str) -> bool:
-    """Returns True if the decoder ignores this tensor of a checkpoint without a notice."""
+    """Returns True if the decoder does not use this tensor, and the tensor should be skipped without a notice."""
     if config.tie_embeddings and tensor == address_in(family, "lm_head/kernel").tensor:
         return True  # this tensor is a second copy of the embedding
     return any(re.fullmatch(pattern, tensor) for pattern in family.ignored)

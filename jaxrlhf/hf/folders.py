@@ -43,8 +43,8 @@ def find_model(path: str | Path) -> tuple[Path, Path | None]:
     """Returns (folder of a model, folder of a PEFT adapter or None).
 
     `path` is the folder or hub id of a model or of an adapter. The entry `base_model_name_or_path` of an adapter names
-    its base. The entry is a hub id or a folder. A relative folder may start at the working directory or at the folder
-    of the adapter.
+    its base. The entry is a hub id or a folder. The path of the folder may be relative to the working directory or to
+    the adapter's folder.
     """
     from jaxrlhf.hf.tensor_files import read_json
 

@@ -157,7 +157,10 @@ def _by_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
 
 
 def _named(targets: str | list[str], module: str) -> bool:
-    """Returns True if the module's name matches `targets`, a regular expression or a list of (ends of) names."""
+    """Returns True if the module's name matches `targets`.
+
+    `targets` is a regular expression for the whole name, or a list of names and ends of names.
+    """
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)

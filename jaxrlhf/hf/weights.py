@@ -61,7 +61,10 @@ def load_pretrained(
 
 
 def with_tokenizer(base: Decoder, tokenizer: Tokenizer) -> tuple[Decoder, Tokenizer]:
-    """Returns (base, tokenizer) for a tokenizer of another model. Both get all stop tokens of base and tokenizer."""
+    """Gives the base a tokenizer of another model, and returns (base, tokenizer).
+
+    Both results have the stop tokens of the base and the stop tokens of the tokenizer.
+    """
     tokenizer = tokenizer.for_model(base.config.vocab_size, base.config.stop_tokens, foreign=True)
     return with_config(base, dataclasses.replace(base.config, stop_tokens=tokenizer.stop_ids)), tokenizer
 

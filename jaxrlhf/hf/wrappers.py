@@ -1,7 +1,7 @@
 """Reads the text part of a multimodal model as a text-only model, if the family of the text part is supported.
 
-If the input is text only, the multimodal model and the text-only model compute the same. The text-only model is trained
-and exported.
+For inputs without images, the multimodal model and the text-only model have the same outputs. The text-only model is
+trained and exported.
 
 Two groups of models are not supported. The text parts of Llama 3.2 Vision and PaliGemma have another kind of attention.
 The text parts of Llama 4 and Qwen3-VL are not in the table of families.

@@ -48,7 +48,7 @@ def attend_fused(
 
 
 def check_model(model: DecoderConfig, tensor: int) -> None:
-    """Raises `UserError` if cuDNN cannot compute this model's attention. The heads are split over `tensor` devices."""
+    """Raises `UserError` if cuDNN cannot compute this model's attention with heads split over `tensor` devices."""
     if model.attention_softcap is not None:
         raise UserError(
             f"{KEY_PATH}: cudnn does not support a soft cap on attention, but this model has the soft cap "

@@ -148,7 +148,7 @@ def _yarn(plain: np.ndarray, theta: float, rotated: int, numbers: dict, slots: i
     factor = numbers["factor"]
 
     def dimension(turns: float) -> float:
-        """Returns the index of the pair that makes this many turns over the trained length. May be a fraction."""
+        """Returns the (fractional) index of the pair that makes this many turns over the trained length."""
         return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))

@@ -117,8 +117,8 @@ def parse(question: Question, text: str) -> Answer | None:
 
     The grammar is: [opener] [lead] statement [tail [another tail]] [closer]. An answer may have an opener or a closer,
     but not both. The statement holds a value of the question's topic, alone ("blue .") or in the sentence about the
-    question's subject ("the sky is blue ."). Any other text is not an answer: for example, a text with an unknown word,
-    a second value, a repeated tail, another subject, or no end.
+    question's subject ("the sky is blue ."). Any other text is not an answer. Examples are texts with an unknown word,
+    with a second value, with a repeated tail, or about another subject, and truncated texts.
     """
     words = text.split()
     opener, words = take(words, OPENERS)
