@@ -81,8 +81,9 @@ def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], loc
             given = given | {LENGTH: outer}  # the entry outside the rope object counts, as in transformers
         rope = read_rope(given, defaults, kind)
         if rope.kind not in ropes.types:
-            types = ", ".join(ropes.types)
-            raise ValueError(f"rope_type {rope.kind!r} is not supported; the supported types are {types}")
+            raise ValueError(
+                f"rope_type {rope.kind!r} is not supported; the supported types are {', '.join(ropes.types)}"
+            )
         if rope.share != 1 and ropes.share_entry is None:
             raise ValueError("partial_rotary_factor must be 1 in this model family, or must be removed")
         factors, pairs = factor_count(rope), int(read["head_dim"] * rope.share) // 2 if "head_dim" in read else None

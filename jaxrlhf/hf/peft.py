@@ -287,8 +287,9 @@ def _pairs(
         adapters.add(match["adapter"])
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if len(adapters) > 1:
-        names = ", ".join(sorted(map(str, adapters)))
-        raise UserError(f"{file}: holds several adapters ({names}); give a file with one adapter")
+        raise UserError(
+            f"{file}: holds several adapters ({', '.join(sorted(map(str, adapters)))}); give a file with one adapter"
+        )
     if not sides and not allow_none:
         raise UserError(f"{file}: the file has no LoRA pair; give the file of a LoRA adapter")
     for module, pair in sides.items():
