@@ -157,7 +157,7 @@ def test_what_changed_is_named_by_what_is_dumped(write):
 
 def test_help_lists_every_setting_with_type_default_and_description():
     lines = settings_help().splitlines()
-    bound = "clips the ratio below 1 - clip_low; the default is 3e-4 with gspo, and 1 with cispo, which is no bound"
+    bound = "clips the ratio below 1 - clip_low; the default is 3e-4 for gspo; for cispo it is 1, which means no bound"
     assert f"ppo.update.clip_low  float >= 0 = 0.2  {bound}" in lines
     assert "run_dir  text, required  directory of the run; the same command resumes it" in lines
     assert any(line.startswith("ppo.sampling.top_p  float > 0 and <= 1 or null = null  samples") for line in lines)
@@ -189,33 +189,33 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("sead=1", "unknown key sead; did you mean seed?"),
         ("sft.learning_rate=1", "unknown key sft.learning_rate; did you mean sft.optimizer.learning_rate?"),
         ("mesh.zzz=1", "unknown key mesh.zzz; the keys of mesh are data, fsdp, tensor"),
-        ("zzz=null", "unknown key zzz; the keys here are run_dir, seed, stages, model, mesh, adapter, sft, "),
-        ("seed.x=1", "seed must be int >= 0 and < 4294967296; given a section"),
-        ("run_dir.x=1", 'run_dir is the text "runs/a", not a section with keys'),
-        ("seed", "write it as key.path=value, such as ppo.kl.coef=0.1"),
-        ("=3", "write it as key.path=value, such as ppo.kl.coef=0.1"),
-        ("a..b=3", "write it as key.path=value, such as ppo.kl.coef=0.1"),
+        ("zzz=null", "unknown key zzz; the keys at the top level are run_dir, seed, stages, model, mesh, adapter, "),
+        ("seed.x=1", "seed must be int >= 0 and < 4294967296, not a section"),
+        ("run_dir.x=1", 'run_dir must be a section with keys, not the text "runs/a"'),
+        ("seed", "must have the form key.path=value, such as ppo.kl.coef=0.1"),
+        ("=3", "must have the form key.path=value, such as ppo.kl.coef=0.1"),
+        ("a..b=3", "must have the form key.path=value, such as ppo.kl.coef=0.1"),
         # the type
-        ("seed=1.5", "seed must be int >= 0 and < 4294967296; given 1.5"),
-        ("seed=true", "seed must be int >= 0 and < 4294967296; given true"),
-        ("seed=abc", 'seed must be int >= 0 and < 4294967296; given the text "abc"'),
-        ("ppo.kl.coef=true", "ppo.kl.coef must be float >= 0; given true"),
-        ("sft.packing=yes", 'sft.packing must be true | false; given the text "yes"'),
-        ("run_dir=1e5", "run_dir must be text; given 100000.0; put text that looks like a number in quotes"),
-        ("sft=3", "sft must be a section with keys or null; given 3"),
-        ("sft.optimizer=[1]", "sft.optimizer must be a section with keys; given the list [1]"),
-        ("sft.remat=1", "sft.remat must be none | dots | full; given 1"),
-        ("sft.optimizer.warmup_steps=2.5", "sft.optimizer.warmup_steps must be int >= 0; given 2.5"),
-        ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo; given the text "sft"'),
-        ("stages=[]", "stages must be non-empty list of sft | reward_model | ppo; given the list []"),
-        ("stages=[dpo]", 'stages must be non-empty list of sft | reward_model | ppo; given the text "dpo"'),
-        ("sft.adapter.kind=qlora", 'sft.adapter.kind must be lora | full; given the text "qlora"'),
+        ("seed=1.5", "seed must be int >= 0 and < 4294967296, not 1.5"),
+        ("seed=true", "seed must be int >= 0 and < 4294967296, not true"),
+        ("seed=abc", 'seed must be int >= 0 and < 4294967296, not the text "abc"'),
+        ("ppo.kl.coef=true", "ppo.kl.coef must be float >= 0, not true"),
+        ("sft.packing=yes", 'sft.packing must be true | false, not the text "yes"'),
+        ("run_dir=1e5", "run_dir must be text, not 100000.0; put a text that looks like a number in quotes"),
+        ("sft=3", "sft must be a section with keys or null, not 3"),
+        ("sft.optimizer=[1]", "sft.optimizer must be a section with keys, not the list [1]"),
+        ("sft.remat=1", "sft.remat must be none | dots | full, not 1"),
+        ("sft.optimizer.warmup_steps=2.5", "sft.optimizer.warmup_steps must be int >= 0, not 2.5"),
+        ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo, not the text "sft"'),
+        ("stages=[]", "stages must be non-empty list of sft | reward_model | ppo, not the list []"),
+        ("stages=[dpo]", 'stages must be non-empty list of sft | reward_model | ppo, not the text "dpo"'),
+        ("sft.adapter.kind=qlora", 'sft.adapter.kind must be lora | full, not the text "qlora"'),
         # the bound
-        ("ppo.update.clip_low=-1", "ppo.update.clip_low must be float >= 0; given -1"),
-        ("ppo.sampling.top_p=0", "ppo.sampling.top_p must be float > 0 and <= 1 or null; given 0"),
-        ("ppo.kl.coef=.inf", "ppo.kl.coef must be float >= 0; given .inf"),
-        ("ppo.sampling.top_p=.nan", "ppo.sampling.top_p must be float > 0 and <= 1 or null; given .nan"),
-        ("ppo.batch_size=0", "ppo.batch_size must be int >= 1; given 0"),
+        ("ppo.update.clip_low=-1", "ppo.update.clip_low must be float >= 0, not -1"),
+        ("ppo.sampling.top_p=0", "ppo.sampling.top_p must be float > 0 and <= 1 or null, not 0"),
+        ("ppo.kl.coef=.inf", "ppo.kl.coef must be float >= 0, not .inf"),
+        ("ppo.sampling.top_p=.nan", "ppo.sampling.top_p must be float > 0 and <= 1 or null, not .nan"),
+        ("ppo.batch_size=0", "ppo.batch_size must be int >= 1, not 0"),
         # what is missing
         ("ppo.data.path=null", "ppo.data.path is missing; give text: file, folder, hub id, or builtin:"),
         ("model=null", "model is missing; give section: the base model"),
@@ -228,22 +228,22 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("compiler_options={zzz: {xla_a: 1}}", "compiler_options: there is no program zzz; programs are all, roll"),
         ("compiler_options.update=fast", "compiler_options: update takes options by name, such as {"),
         ("compiler_options.update.xla_a=[1]", "compiler_options: update.xla_a must be true, false, a number or text"),
-        ("compiler_options=fast", 'compiler_options must be mapping of names; given the text "fast"'),
+        ("compiler_options=fast", 'compiler_options must be mapping of names, not the text "fast"'),
         # of several kinds
-        ("ppo.reward.kind=htp", "ppo.reward.kind must be model | function | classifier | http | sum; given htp"),
-        ("ppo.reward.kind=3", "ppo.reward.kind must be model | function | classifier | http | sum; given 3"),
+        ("ppo.reward.kind=htp", "ppo.reward.kind must be model | function | classifier | http | sum, not htp"),
+        ("ppo.reward.kind=3", "ppo.reward.kind must be model | function | classifier | http | sum, not 3"),
         ("ppo.reward={kind: http}", "ppo.reward.url is missing; give text: URL that receives {prompts, "),
         ("ppo.reward={kind: function}", "ppo.reward.function is missing; give text: module:function or path.py:"),
-        ("ppo.reward={kind: sum, parts: {}}", "ppo.reward.parts must be mapping of names; given a section"),
+        ("ppo.reward={kind: sum, parts: {}}", "ppo.reward.parts must have at least one entry"),
         ("ppo.reward={kind: http, url: x, path: y}", "unknown key ppo.reward.path; it belongs to kind: model and "),
         ("ppo.reward.url=http://x", "unknown key ppo.reward.url; it belongs to kind: http; kind: model has "),
         ("ppo.reward.paht=x", "unknown key ppo.reward.paht; did you mean ppo.reward.path?"),
-        ("ppo.reward.max_length=0", "ppo.reward.max_length must be int >= 1; given 0"),
+        ("ppo.reward.max_length=0", "ppo.reward.max_length must be int >= 1, not 0"),
         ("ppo.reward.template=x", "ppo.reward: template must contain {completion}, may contain {prompt}, "),
         ("ppo.reward={kind: sum, parts: {a: {kind: sum}}}", "ppo.reward.parts.a.kind must be model | function | "),
-        ("ppo.reward={kind: sum, parts: {a: {weight: x}}}", 'ppo.reward.parts.a.weight must be float; given the'),
+        ("ppo.reward={kind: sum, parts: {a: {weight: x}}}", 'ppo.reward.parts.a.weight must be float, not the'),
         ("ppo.reward={kind: sum, parts: {a: {url: x}}}", "unknown key ppo.reward.parts.a.url; it belongs to kind: "),
-        ("ppo.reward=3", "ppo.reward must be a section with keys; given 3"),
+        ("ppo.reward=3", "ppo.reward must be a section with keys, not 3"),
         # the value
         ("seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed=!!python/object:os.system x", "not valid YAML: could not determine a constructor"),
@@ -261,7 +261,7 @@ def test_wrong_file_says_the_line(write):
         "run.yaml:16: unknown key ppo.kl.ceof; did you mean ppo.kl.coef?"
     )
     assert _error(write(FULL.replace("coef: 0.1", "coef: many"))) == (
-        'run.yaml:16: ppo.kl.coef must be float >= 0; given the text "many"'
+        'run.yaml:16: ppo.kl.coef must be float >= 0, not the text "many"'
     )
     assert _error(write(FULL.replace("{layers: 2}", "{heads: 3}"))).startswith("run.yaml:4: model.new: heads (3) must")
     missing = FULL.replace("    path: builtin:assistant-prompts\n", "    limit: 5\n")
@@ -286,14 +286,14 @@ def test_several_faults_are_counted_and_a_misspelt_key_comes_first(write):
         ("run_dir: [a\n", "run.yaml:2:1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("a: \x01", "run.yaml: not valid YAML: unacceptable character"),
         ("a: 1\n---\nb: 2\n", "run.yaml:2:1: not valid YAML: but found another document"),
-        ("- a\n", "run.yaml: must hold settings as `key: value`; given the list [a]"),
-        ("seed: 1\nppo:\n  a: 1\n  b: 1\n  a: 2\n", "run.yaml:5: ppo.a is given twice, first in line 3; keep one"),
-        ("1: 2\n", "run.yaml:1: a key must be the name of a setting; given 1"),
-        ("? [a]\n: 2\n", "run.yaml:1: a key must be the name of a setting; given"),
+        ("- a\n", "run.yaml: the file must hold settings as `key: value`, not the list [a]"),
+        ("seed: 1\nppo:\n  a: 1\n  b: 1\n  a: 2\n", "run.yaml:5: ppo.a is given twice, first in line 3; remove one"),
+        ("1: 2\n", "run.yaml:1: a key must be the name of a setting, not 1"),
+        ("? [a]\n: 2\n", "run.yaml:1: a key must be the name of a setting, not"),
         ("ppo: &a\n  kl: *a\n", "run.yaml:1: ppo.kl contains itself"),
-        (ALIASES, "more than 100,000 values with aliases expanded; settings need fewer"),
-        ("seed: " + "[" * 60 + "]" * 60, "run.yaml:1: more than 50 nested sections and lists; settings need"),
-        ("seed: " + "[" * 5000, "run.yaml: more than 50 nested sections and lists; settings need fewer"),
+        (ALIASES, "more than 100,000 values after the expansion of aliases; use at most 100,000"),
+        ("seed: " + "[" * 60 + "]" * 60, "run.yaml:1: more than 50 nested sections and lists; use at most 50"),
+        ("seed: " + "[" * 5000, "run.yaml: more than 50 nested sections and lists; use at most 50"),
         ("", "run.yaml: run_dir is missing; give text: directory of the run; the same command resumes it (and"),
     ],
 )
@@ -304,7 +304,7 @@ def test_wrong_file(write, text, message):
 def test_file_that_cannot_be_read(write, tmp_path):
     write("")
     assert _error("none.yaml") == "none.yaml: no such config file"
-    assert _error(str(tmp_path)).endswith("is a directory; give the YAML file in it")
+    assert _error(str(tmp_path)).endswith("this is a directory; give the YAML file in this directory")
     (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
     assert _error("binary.yaml") == "binary.yaml: not UTF-8 text (byte 3); give a YAML file"
-    assert _error("run.yaml/x").startswith("run.yaml/x: cannot be read: Not a directory")
+    assert _error("run.yaml/x").startswith("run.yaml/x: the file cannot be read: Not a directory")

@@ -77,7 +77,7 @@ def test_an_unusable_path_is_refused_everywhere(home, text, word, capsys):
     "ppo.reference", "ppo.gold", "ppo.reward.function", "compilation_cache",
 ])  # fmt: skip
 @pytest.mark.parametrize(("value", "word"), [
-    (r'"a\0b"', "control character"), (r'"\ud800"', "UTF-8"), ("n" * 300, "bytes; file systems"), ('" "', "empty"),
+    (r'"a\0b"', "control character"), (r'"\ud800"', "UTF-8"), ("n" * 300, "bytes; a name may"), ('" "', "empty"),
     ("$NOTSET/a", "NOTSET is not set"),
 ])  # fmt: skip
 def test_each_path_of_a_config_is_checked_and_nothing_is_written(home, key, value, word, capsys):
@@ -141,7 +141,7 @@ def test_an_unreadable_config_of_a_run_is_one_line(home, monkeypatch, capsys):
     (home / "runs" / "a" / "config.yaml").touch()
     assert generate.main(["--run", "runs/a", "--prompt", "a"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "config.yaml: cannot be read: Permission denied" in error
+    assert error.count("\n") == 1 and "config.yaml: the file cannot be read: Permission denied" in error
 
 
 def test_a_folder_without_permission_is_one_line(home, monkeypatch, capsys):

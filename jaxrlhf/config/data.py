@@ -1,4 +1,4 @@
-"""Data sources, and the names of their fields."""
+"""Settings of data sources, and of the names of their fields."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -17,30 +17,30 @@ RESERVED = (
 
 
 def check_template_arguments(names: Iterable[str]) -> None:
-    """Raises ValueError if a name is in `RESERVED`: an argument that the stages set, not a variable of the template."""
+    """Raises ValueError if a name is in `RESERVED`. Such a name is no variable of the template."""
     for name in names:
         if name in RESERVED:
-            raise ValueError(f"{name} is set by the stage that renders the chat; give variables of the template only")
+            raise ValueError(f"{name} is set by the stage that renders the chat; give only variables of the template")
 
 
 class SourceConfig(Settings):
     """A data source."""
 
     path: SourcePath = Field(description="file, folder, hub id, or builtin:assistant-demonstrations, -preferences, -prompts")
-    format: Literal["auto", "json", "jsonl", "parquet", "datasets", "builtin"] = Field("auto", description="file format; auto takes it from the path's ending; datasets is for a folder or hub id that the datasets library loads")
+    format: Literal["auto", "json", "jsonl", "parquet", "datasets", "builtin"] = Field("auto", description="file format; auto decides by the ending of the path; datasets is for a folder or hub id that the datasets library loads")
     split: str = Field("train", description="split of a datasets folder or hub id; builtin data sets have the splits train and test")
-    subset: str | None = Field(None, description="configuration name of a hub id")
-    limit: PositiveInt | None = Field(None, description="number of first rows to use, or of rows to generate for a builtin data set; null uses all rows")
-    unusable: Literal["stop", "drop"] | None = Field(None, description="what happens with a row that cannot be used (an empty completion, a wrong type, a chat that the template rejects): it stops the run (stop), or it is dropped and counted (drop); null is drop if overflow is drop, else stop, because an error in every row should not look like a small data set")
+    subset: str | None = Field(None, description="name of a configuration of the hub data set")
+    limit: PositiveInt | None = Field(None, description="largest number of rows; the first rows are used; a builtin data set generates this number of rows; null uses all rows")
+    unusable: Literal["stop", "drop"] | None = Field(None, description="what happens with a row that cannot be used (an empty completion, a wrong type, a chat that the template rejects): stop ends the run, drop drops and counts the row; null means drop if overflow is drop, else stop, because an error in every row should not look like a small data set")
 
 
 class ChatSourceConfig(SourceConfig):
-    """A data source whose rows may hold chats, and the chat template's inputs."""
+    """A data source with rows that may hold chats, and the inputs of the chat template."""
 
-    tools: list[dict[str, Any]] | None = Field(None, description="JSON schemas of the tools of every chat, for the chat template; a row's own tools replace them")
-    tools_field: str = Field("tools", description="column with a chat's tools, as a list of JSON schemas or as JSON text; '' reads none")
-    chat_template_kwargs: dict[str, Any] = Field({}, description="variables of the chat template, such as {enable_thinking: false}; a row's own variables override them")
-    chat_template_kwargs_field: str = Field("chat_template_kwargs", description="column with a chat's own template variables, as an object or as JSON text; '' reads none")
+    tools: list[dict[str, Any]] | None = Field(None, description="JSON schemas of the tools of every chat, for the chat template; if a row has tools, they replace these tools")
+    tools_field: str = Field("tools", description="column with the tools of a chat, as a list of JSON schemas or as JSON text; '' means no column")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="variables of the chat template, such as {enable_thinking: false}; variables of a row replace these variables")
+    chat_template_kwargs_field: str = Field("chat_template_kwargs", description="column with template variables of a chat, as an object or as JSON text; '' means no column")
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -50,27 +50,27 @@ class ChatSourceConfig(SourceConfig):
 
 
 class DemonstrationsConfig(ChatSourceConfig):
-    """Demonstrations: prompt and response, chat messages, or plain text."""
+    """Demonstrations. A row has prompt and response, chat messages, or plain text."""
 
     prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages")
-    response_field: str = Field("response", description="column with the response, as text or chat messages; if this setting is not given, a row without the column response is read from its column completion")
-    messages_field: str = Field("messages", description="column with a complete chat, whose last assistant turn is the response")
+    response_field: str = Field("response", description="column with the response, as text or chat messages; if this setting is not given and a row has no column response, the column completion is read")
+    messages_field: str = Field("messages", description="column with a complete chat; the last assistant turn is the response")
     text_field: str = Field("text", description="column with plain text; every token of the text is learned")
 
 
 class PreferencesConfig(ChatSourceConfig):
-    """Preference pairs, in one of three forms: one prompt and two completions; two full dialogues, as in hh-rlhf; two chats."""
+    """Preference pairs. A row has one prompt and two completions, or two full dialogues as in hh-rlhf, or two chats."""
 
-    prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages; without this column, chosen and rejected are full dialogues")
+    prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages; if a row has no prompt, chosen and rejected are full dialogues")
     chosen_field: str = Field("chosen", description="column with the better completion or dialogue")
     rejected_field: str = Field("rejected", description="column with the worse completion or dialogue")
-    margin_field: str = Field("margin", description="optional column with the margin: a number that says by how much the chosen completion is better")
+    margin_field: str = Field("margin", description="optional column with the margin, a number that says how much better the chosen completion is")
 
 
 class PromptsConfig(ChatSourceConfig):
-    """Prompts; the reward function receives a row's other columns."""
+    """Prompts. The reward function receives the other columns of a row."""
 
-    prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages; a final assistant turn is continued")
+    prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages; the completion continues a final assistant turn")
     messages_field: str = Field("messages", description="column with a chat; a final assistant turn is removed")
     text_field: str = Field("text", description="column with plain text; the first text_tokens tokens are the prompt")
-    text_tokens: PositiveInt = Field(8, description="number of first tokens of a plain text that form the prompt")
+    text_tokens: PositiveInt = Field(8, description="number of tokens at the start of a plain text that become the prompt")

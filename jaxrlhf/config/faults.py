@@ -1,4 +1,4 @@
-"""Turns a validation error into one line: what is wrong, where, and what would be right."""
+"""Turns a validation error into one line. The line says what is wrong, where it is, and what would be right."""
 
 import difflib
 import re
@@ -14,11 +14,12 @@ Origins = Mapping[SettingPath, str]
 
 
 def explain(error: ValidationError, path: str, origins: Origins) -> str:
-    """One line about the error that is most likely the cause."""
+    """Returns one line about the fault that is most likely the cause of the error."""
     faults = error.errors(include_url=False)
-    # pydantic reports a list with a bad item as too short, too. So a fault whose place contains another fault is dropped.
+    # If an item of a list is bad, pydantic also reports that the list is too short. So a fault is ignored if there is
+    # another fault inside its place.
     faults = [f for f in faults if not any(g["loc"][: len(f["loc"])] == f["loc"] != g["loc"] for g in faults)]
-    faults.sort(key=lambda fault: fault["type"] != "extra_forbidden")  # a misspelt key often explains a missing one
+    faults.sort(key=lambda fault: fault["type"] != "extra_forbidden")  # a misspelt key often explains a missing key
     fault = faults[0]
     place = tuple(part for part in fault["loc"] if isinstance(part, str))
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -26,8 +27,8 @@ def explain(error: ValidationError, path: str, origins: Origins) -> str:
 
 
 def _origin(fault: dict, keys: SettingPath, path: str, origins: Origins) -> str:
-    """Where the invalid key was set: file and line, or override."""
-    if fault["type"] == "value_error":  # of a section; the cause is an override of a key that the message names
+    """Returns the place that set the invalid key, which is a line of a file or an override."""
+    if fault["type"] == "value_error":  # the fault of a section; an override of a key in the message is the cause
         words = re.findall(r"\w+", fault["msg"])
         for known, where in reversed(origins.items()):
             if known[: len(keys)] == keys and where.startswith("override ") and known[-1] in words:
@@ -46,23 +47,25 @@ def _message(fault: dict, place: SettingPath) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key {dotted}; {_nearest(place)}"
     if fault["type"] == "union_tag_invalid":
-        return f"{dotted}.kind must be {' | '.join(setting.kinds)}; given {fault['ctx']['tag'].removeprefix('kind=')}"
+        return f"{dotted}.kind must be {' | '.join(setting.kinds)}, not {fault['ctx']['tag'].removeprefix('kind=')}"
     if fault["type"] == "missing" and setting is not None:
         return f"{dotted} is missing; give {setting.kind}: {setting.description}"
     if fault["type"] == "value_error" or setting is None:
         reason = one_line(fault["msg"].removeprefix("Value error, "))
         return f"{dotted}: {reason}" if dotted else reason
+    if fault["type"] == "too_short" and isinstance(fault["input"], dict):
+        return f"{dotted} must have at least one entry"
     kind = re.sub("^section( of kind .*)?", "a section with keys", setting.kind)
     hint = ""
     if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
-        hint = "; put text that looks like a number in quotes"
+        hint = "; put a text that looks like a number in quotes"
     if fault["type"] == "less_than_equal" and fault["ctx"]["le"] in (LARGEST, LARGEST_FLOAT):
         kind = f"at most {fault['ctx']['le']:g}".replace("2.14748e+09", str(LARGEST))
-    return f"{dotted} must be {kind}; given {describe(fault['input'])}{hint}"
+    return f"{dotted} must be {kind}, not {describe(fault['input'])}{hint}"
 
 
 def _nearest(place: SettingPath) -> str:
-    """Advice for an unknown key: the key that was probably meant, or the list of valid keys."""
+    """Returns advice for an unknown key. This is the key that was probably meant, or the list of valid keys."""
     *section, name = place
     above = path_of(section) or ()
     below = [other for other in settings() if other[: len(above)] == above and len(other) > len(above)]
@@ -80,4 +83,4 @@ def _nearest(place: SettingPath) -> str:
     deeper = [other for other in below if other[-1] == name] or ([match] if match else [])
     if deeper:
         return f"did you mean {' or '.join(dict.fromkeys('.'.join(without_kinds(other)) for other in deeper[:3]))}?"
-    return f"the keys {'of ' + '.'.join(dotted) if dotted else 'here'} are {', '.join(known)}"
+    return f"the keys {'of ' + '.'.join(dotted) if dotted else 'at the top level'} are {', '.join(known)}"

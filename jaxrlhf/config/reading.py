@@ -1,6 +1,6 @@
-"""Reads the settings of a run from a YAML file and command-line overrides, with one-line errors.
+"""Reads the settings of a run from a YAML file and from overrides on the command line. Errors are one line.
 
-Scalars follow YAML 1.2: `1e-4` is a float, `no`, `on` and `2024-01-01` are text, `012` is twelve.
+Scalars follow YAML 1.2. So `1e-4` is a float, `012` is the number twelve, and `no`, `on` and `2024-01-01` are text.
 """
 
 import io
@@ -20,19 +20,19 @@ from jaxrlhf.config.table import describe, find_setting, one_line
 from jaxrlhf.errors import UserError
 
 KeyPath = tuple[str, ...]
-MAX_DEPTH, MAX_VALUES = 50, 100_000  # limits for one file, to bound the cost of reading it
-_TOO_DEEP = f"more than {MAX_DEPTH} nested sections and lists; settings need fewer"
+MAX_DEPTH, MAX_VALUES = 50, 100_000  # limits for one file, so that its reading takes limited time
+_TOO_DEEP = f"more than {MAX_DEPTH} nested sections and lists; use at most {MAX_DEPTH}"
 
 
 # ---------------------------------------------------------------- the public functions
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads and validates the settings of a YAML file, after overrides such as `ppo.kl.coef=0.1`.
+    """Reads the settings of a YAML file, applies overrides such as `ppo.kl.coef=0.1`, and validates the result.
 
-    An override's value is YAML, and missing sections are created. For a setting that accepts `null`, `null` is a value;
-    any other setting is reset to its default. Paths in settings are relative to the current directory. Raises `UserError`
-    for an unusable file, override or setting.
+    The value of an override is YAML. Missing sections are created. If a setting does not accept `null`, the value
+    `null` resets the setting to its default. Paths in settings are relative to the current directory. Raises `UserError`
+    if the file, an override or a setting cannot be used.
     """
     data, origins = _read(str(path))
     for override in overrides:
@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Writes every setting as YAML, from which `load_config` reads an equal config."""
+    """Returns every setting as YAML. `load_config` reads an equal config from this text."""
     text = io.StringIO()
     _yaml().dump(_plain(config.model_dump()), text)
     return text.getvalue()
@@ -64,18 +64,18 @@ _Constructor.add_constructor(
 
 
 def _yaml() -> YAML:
-    """A reader and writer of YAML 1.2."""
+    """Returns a reader and writer of YAML 1.2."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 1000, False
-    yaml.representer.ignore_aliases = lambda data: True  # write equal sections in full, not as anchors
+    yaml.representer.ignore_aliases = lambda data: True  # equal sections are written in full, not as anchors
     return yaml
 
 
 def parse_yaml(text: str, where: str, origins: dict[KeyPath, str] | None = None) -> Any:
-    """Returns the value of a YAML document and fills `origins` with the source of every key.
+    """Returns the value of a YAML document. `origins` is filled with the source of every key.
 
-    Raises `UserError` with the line if the document is not valid.
+    If the document is not valid, raises `UserError` with the line.
     """
     try:
         yaml = _yaml()
@@ -91,12 +91,12 @@ def parse_yaml(text: str, where: str, origins: dict[KeyPath, str] | None = None)
         ) from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_DEEP}") from None
-    except (YAMLError, ValueError, TypeError, AttributeError) as error:  # a tag that does not fit its value also raises these
+    except (YAMLError, ValueError, TypeError, AttributeError) as error:  # also raised if a tag does not fit its value
         raise UserError(f"{where}: not valid YAML: {one_line(str(error))}") from None
 
 
 class _Walk:
-    """Records the line of each key, and rejects YAML that a settings file must not contain."""
+    """Records the line of each key. Rejects YAML that must not be in a settings file."""
 
     def __init__(self, where: str, origins: dict[KeyPath, str]):
         self.where, self.origins, self.seen = where, origins, 0
@@ -105,15 +105,17 @@ class _Walk:
         line = f"{self.where}:{node.start_mark.line + 1}"
         self.seen += 1
         if id(node) in above:
-            raise UserError(f"{line}: {'.'.join(path)} contains itself")
+            raise UserError(f"{line}: {'.'.join(path)} contains itself; remove its alias")
         if len(above) > MAX_DEPTH:
             raise UserError(f"{line}: {_TOO_DEEP}")
-        if self.seen > MAX_VALUES:  # a few nested aliases expand to billions
-            raise UserError(f"{line}: more than {MAX_VALUES:,} values with aliases expanded; settings need fewer")
+        if self.seen > MAX_VALUES:  # a few nested aliases may expand to billions of values
+            raise UserError(
+                f"{line}: more than {MAX_VALUES:,} values after the expansion of aliases; use at most {MAX_VALUES:,}"
+            )
         if isinstance(node, ScalarNode):
             self._scalar(node, line, path)
         if isinstance(node, SequenceNode):
-            for child in node.value:  # keys inside a list have no key path
+            for child in node.value:  # the keys inside a list have no key path
                 self.walk(child, (*path, "[]"), (*above, id(node)))
         if isinstance(node, MappingNode):
             self._mapping(node, path, (*above, id(node)))
@@ -121,7 +123,7 @@ class _Walk:
     def _scalar(self, node: ScalarNode, line: str, path: KeyPath) -> None:
         try:
             node.value.encode()
-        except UnicodeEncodeError:  # config.yaml of a run could not hold it
+        except UnicodeEncodeError:  # config.yaml of a run cannot hold this text
             raise UserError(f"{line}: {'.'.join(path)} is not UTF-8 text: {node.value[:40]!r}") from None
 
     def _mapping(self, node: MappingNode, path: KeyPath, above: tuple[int, ...]) -> None:
@@ -132,11 +134,11 @@ class _Walk:
                 continue
             if key.tag != "tag:yaml.org,2002:str":
                 text = one_line(str(key.value))
-                raise UserError(f"{self.where}:{line}: a key must be the name of a setting; given {text}")
+                raise UserError(f"{self.where}:{line}: a key must be the name of a setting, not {text}")
             if key.value in lines:
                 dotted = ".".join((*path, key.value))
                 raise UserError(
-                    f"{self.where}:{line}: {dotted} is given twice, first in line {lines[key.value]}; keep one"
+                    f"{self.where}:{line}: {dotted} is given twice, first in line {lines[key.value]}; remove one of them"
                 )
             lines[key.value] = line
             self.origins.setdefault((*path, key.value), f"{self.where}:{line}")
@@ -144,31 +146,31 @@ class _Walk:
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """The settings of a file, and the source "FILE:LINE" of each key."""
+    """Returns the settings of a file, and the source "FILE:LINE" of each key."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a directory; give the YAML file in it") from None
+        raise UserError(f"{path}: this is a directory; give the YAML file in this directory") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); give a YAML file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: the file cannot be read: {error.strerror}") from None
     origins: dict[KeyPath, str] = {}
     data = parse_yaml(text, path, origins)
     if data is not None and not isinstance(data, dict):
-        raise UserError(f"{path}: must hold settings as `key: value`; given {describe(data)}")
-    return _plain(data or {}), origins  # a copy, in which sections that share an anchor are separate
+        raise UserError(f"{path}: the file must hold settings as `key: value`, not {describe(data)}")
+    return _plain(data or {}), origins  # in this copy, sections that share an anchor are separate
 
 
 def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> None:
-    """Applies one `key.path=value` to `data`, in place."""
+    """Applies one override `key.path=value` to `data`, which is changed in place."""
     where = f"override '{one_line(text)}'"
     dotted, equals, value = text.partition("=")
     path = tuple(dotted.strip().split("."))
     if not equals or not all(path):
-        raise UserError(f"{where}: write it as key.path=value, such as ppo.kl.coef=0.1")
+        raise UserError(f"{where}: must have the form key.path=value, such as ppo.kl.coef=0.1")
     section = data
     for depth, name in enumerate(path[:-1], start=1):
         if section.get(name) is None:
@@ -176,7 +178,7 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
             origins[path[:depth]] = where
         section = section[name]
         if not isinstance(section, dict):
-            raise UserError(f"{where}: {'.'.join(path[:depth])} is {describe(section)}, not a section with keys")
+            raise UserError(f"{where}: {'.'.join(path[:depth])} must be a section with keys, not {describe(section)}")
     for known in [known for known in origins if known[: len(path)] == path]:
         del origins[known]
     section[path[-1]] = parse_yaml(value, where)
@@ -184,7 +186,10 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
 
 
 def _drop_nulls(data: dict[str, Any], path: KeyPath) -> None:
-    """Removes, in place, settings that are null and do not accept null, so that they get their default."""
+    """Removes settings that are null but do not accept null. They then have their defaults.
+
+    `data` is changed in place.
+    """
     for name, value in list(data.items()):
         setting = find_setting((*path, name))
         if value is None and setting is not None and not setting.kind.endswith("or null"):
@@ -194,7 +199,7 @@ def _drop_nulls(data: dict[str, Any], path: KeyPath) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A deep copy of the value with lists in place of tuples."""
+    """Returns a deep copy of the value with lists instead of tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

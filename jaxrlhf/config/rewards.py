@@ -1,4 +1,4 @@
-"""Rewards: one section per kind, each with its own settings."""
+"""Settings of rewards. Each kind of reward has one section."""
 
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,8 @@ class FunctionRewardConfig(Settings):
     kind: Literal["function"] = Field("function", description="a Python function")
     function: FunctionPath = Field(description="module:function or path.py:function, called with prompts=, completions= and the row's other columns as keywords")
     options: dict[str, Any] = Field({}, description="keyword arguments of every call, such as {pattern: '####'}")
-    columns: dict[str, str] = Field({}, description="renames columns: keyword argument of the function -> column of the data")
-    timeout: Seconds = Field(30.0, description="seconds that one call of an async function may take")
+    columns: dict[str, str] = Field({}, description="keyword of the function -> column of the data that this keyword receives, if the names differ")
+    timeout: Seconds = Field(30.0, description="longest time of one call of an async function, in seconds")
 
 
 class HTTPRewardConfig(Settings):
@@ -23,19 +23,19 @@ class HTTPRewardConfig(Settings):
 
     kind: Literal["http"] = Field("http", description="an HTTP server")
     url: str = Field(description="URL that receives {prompts, completions, columns} as JSON and returns {scores: [numbers]}")
-    timeout: Seconds = Field(30.0, description="seconds that one request may take")
-    retries: Annotated[int, Field(ge=0, le=1000)] = Field(4, description="retries after a timeout, a lost connection, status 429 or 5xx")
-    token_env: str | None = Field(None, description="name of the environment variable that holds a bearer token; null sends none")
+    timeout: Seconds = Field(30.0, description="longest time of one request, in seconds")
+    retries: Annotated[int, Field(ge=0, le=1000)] = Field(4, description="number of retries of a request after a timeout, a lost connection, or a status 429 or 5xx")
+    token_env: str | None = Field(None, description="name of the environment variable that holds a bearer token; null sends no token")
     batch_size: PositiveInt = Field(16, description="completions per request")
 
 
 class _Reader(Settings):
-    """Shared by the kinds that score text with their own model and tokenizer."""
+    """Settings of the kinds of reward that score text with another model and another tokenizer."""
 
     kind: Literal["model", "classifier"]
-    template: str | None = Field(None, description="text that contains {prompt} and {completion} and becomes the input; null appends the completion to the prompt")
+    template: str | None = Field(None, description="input of the model as a text with {prompt} and {completion}; null appends the completion to the prompt")
     batch_size: PositiveInt = Field(16, description="completions per forward pass of the model at path")
-    max_length: PositiveInt = Field(512, description="longest input of the model at path, in tokens; the model's number of positions is also a limit; longer inputs lose their start")
+    max_length: PositiveInt = Field(512, description="longest input of the model at path, in tokens; the model's number of positions is also a limit; a longer input loses its start")
 
     @model_validator(mode="after")
     def _check_template(self) -> "_Reader":
@@ -50,7 +50,7 @@ class ModelRewardConfig(_Reader):
     kind: Literal["model"] = Field("model", description="the run's reward adapter, or the reward model at path")
     path: SourcePath | None = Field(None, description="folder or hub id of a *ForSequenceClassification decoder with one label and its own tokenizer; null uses the run's reward adapter")
     input: Literal["auto", "text", "completion", "chat"] = Field("auto", description="input of the model at path: prompt and completion as one text (text), the completion only (completion), or a chat in its chat template (chat); auto is chat for chat prompts if the model has a chat template, else text")
-    end_at_eos: bool | None = Field(None, description="whether an end token is appended to a completion that ended, as in the stage reward_model: the end-of-turn token of the reward model's chat template, or else its EOS; null appends it in texts, and in chats only the template decides")
+    end_at_eos: bool | None = Field(None, description="whether an end token is appended to a completion that ended, as in the stage reward_model; the end token is the end-of-turn token of the reward model's chat template, else its EOS; null appends the end token to texts, and in chats only the chat template decides")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype in memory of the weights at path; auto keeps the dtype of the files")
 
 
@@ -59,13 +59,13 @@ class ClassifierRewardConfig(_Reader):
 
     kind: Literal["classifier"] = Field("classifier", description="a text classifier of any architecture, run by transformers with torch on the CPU")
     path: SourcePath = Field(description="folder or hub id of a *ForSequenceClassification model with its own tokenizer")
-    label: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] | None = Field(None, description="name or number of the label to score; null needs a model with one label")
-    score: Literal["logit", "probability", "log_probability"] = Field("logit", description="which output for the label is the score")
+    label: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] | None = Field(None, description="name or number of the label that gives the score; null is allowed if the model has one label")
+    score: Literal["logit", "probability", "log_probability"] = Field("logit", description="output for the label that is the score")
     input: Literal["auto", "text", "completion", "pair", "chat"] = Field("auto", description="input of the classifier: prompt and completion as one text (text), the completion only (completion), two segments (pair), or a chat in its chat template (chat); auto is chat for chat prompts if the model has a chat template, else text")
 
 
 def _tag(section: Any) -> str | None:
-    """Returns a section's kind as "kind=NAME". No setting has such a name. The default kind is model."""
+    """Returns the kind of a section as "kind=NAME". No setting has a name of this form. The default kind is model."""
     if isinstance(section, dict):
         return f"kind={section.get('kind', 'model')}"
     return f"kind={section.kind}" if isinstance(section, Settings) else None
@@ -74,7 +74,7 @@ def _tag(section: Any) -> str | None:
 class _Weighted(Settings):
     """The additional setting of a reward that is a part of a sum."""
 
-    weight: FiniteFloat = Field(1.0, description="factor of the part's scores in the sum; a part with weight 0 is only logged")
+    weight: FiniteFloat = Field(1.0, description="factor of this part's scores in the sum; a part with weight 0 is only logged")
 
 
 class FunctionPart(_Weighted, FunctionRewardConfig):

@@ -169,7 +169,7 @@ def test_rates_of_products_have_the_precision_of_the_run(monkeypatch):
         (["--only", "rolout"], "--only: this run has no program 'rolout'; the programs are rollout, reward"),
         (["--json", "nowhere/at/all.json"], "nowhere/at/all.json' cannot be written: No such"),
         (["--json", "tests"], "/tests' cannot be written: Is a directory"),
-        (["--json", ""], "--json: is empty; give a path"),
+        (["--json", ""], "--json: the path is empty; give a path"),
         (["--profile", "README.md"], "README.md' cannot be written"),
         (["model.path=./absent"], "/absent: no such folder with a config.json"),
         (["ppo.update.minibatches=7"], "ppo.update.minibatches"),
