@@ -26,7 +26,7 @@ _LARGE = (8192, 2**29)
 
 
 def measure_rates(dtype: str, devices: int, target: Target) -> Rates:
-    """Measures and returns the best rates of matrix products, in the run's precision, and of memory.
+    """Returns the best measured rates of matrix products (in the run's precision) and of memory.
 
     One device is measured. The other devices are assumed to have the same rates. All virtual devices of a CPU together
     have the rates of this CPU.
@@ -71,7 +71,7 @@ def forget_peak() -> None:
 def _product_rate(size: int, dtype: jnp.dtype) -> float:
     """Returns the operations per second of matrix products a <- a b.
 
-    b is scaled so that the numbers in a keep their size.
+    The matrix b is scaled so that the numbers in a keep their size.
     """
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.float32) for i in range(2))
     b = (b * size**-0.5).astype(dtype)

@@ -41,7 +41,7 @@ class Options:
 def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> Iterator[tuple[dict[str, Any], str]]:
     """Measures on all devices. After each measurement, yields (all results so far as JSON values, new results as text).
 
-    The rates of the machine are measured first. Then each stage follows, with each of its programs and then as a whole.
+    The rates of the machine are measured first. Then, for each stage, each program and the whole stage are measured.
     `say` prints progress messages. If `options.only` leaves out a program, the inputs that it would compute are random.
     Raises `UserError` if the settings do not fit the devices or the model.
     """

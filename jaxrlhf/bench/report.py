@@ -60,8 +60,8 @@ def closing(results: dict[str, Any]) -> str:
     """Returns the last lines, with the peak memory and the meaning of the columns."""
     owner = "this process, with its compilers" if results["machine"]["backend"] == "cpu" else "the fullest device"
     return (
-        f"\npeak memory {results['peak_bytes'] / _MIB:,.0f} MiB (of {owner}); {results['host_seconds']:.1f} s besides "
-        "compilations and programs\n\n"
+        f"\npeak memory {results['peak_bytes'] / _MIB:,.0f} MiB (of {owner}); {results['host_seconds']:.1f} s for "
+        "everything except compilations and programs\n\n"
         "Seconds are medians. least: max(FLOP / rate of matrix products, bytes / rate of memory), summed over phases;\n"
         "FLOP and bytes come from formulas for the actual lengths. share: least / seconds. peak MiB: arguments,\n"
         "results and temporaries of the compiled program.\n"

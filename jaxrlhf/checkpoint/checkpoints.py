@@ -71,8 +71,9 @@ class _Saving:
 class Checkpoints:
     """Saves and restores checkpoints in `directory`. The last `keep` checkpoints and the best one are kept.
 
-    Leaves are jax or numpy arrays, Python numbers, bools and text. The folder of a checkpoint gets its name, the step,
-    when the checkpoint is complete. A new `Checkpoints` object removes the incomplete checkpoints of a killed process.
+    Leaves are jax or numpy arrays, Python numbers, bools and text. The name of a checkpoint's folder is its step. The
+    folder gets this name when the checkpoint is complete. A new `Checkpoints` object removes the incomplete checkpoints
+    of a killed process.
     `scored` is the name of the metric that gives the scores. A best checkpoint that was chosen by another metric is
     ignored. On several hosts, every process creates a `Checkpoints` for the same directory and makes the same calls.
     """
@@ -181,7 +182,7 @@ class Checkpoints:
         self._steps, self._best = saving.steps, saving.best
 
     def latest_step(self) -> int | None:
-        """Waits for the current save, and returns the step of the newest checkpoint. None if there is none."""
+        """Waits for the current save, and returns the step of the newest checkpoint, or None."""
         self.wait()
         return max(self._steps, default=None)
 
@@ -202,7 +203,7 @@ class Checkpoints:
         """
         latest, folder = self.latest_step(), self._directory / str(step)
         if step not in self._steps:
-            raise UserError(f"{folder}: there is no checkpoint of step {step}; the step of the latest is {latest}")
+            raise UserError(f"{folder}: there is no checkpoint of step {step}; the latest checkpoint has step {latest}")
         try:
             return self._read(step, like)[0]
         except Damaged as damage:
@@ -325,7 +326,7 @@ def stored_best(directory: str | Path, scored: str, lowest_is_best: bool = False
 
 
 def stored_arrays(directory: str | Path, step: int, above: str) -> dict[str, jax.Array]:
-    """Returns the arrays of a checkpoint that have a path below `above`. Keys are the rest of each path.
+    """Returns the arrays of a checkpoint that have a path below `above`. The keys are the paths without `above`.
 
     Other arrays are not read. The arrays are on the first device. Raises `UserError` if the checkpoint is damaged or
     cannot be read.

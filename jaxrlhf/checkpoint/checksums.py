@@ -22,7 +22,7 @@ _LOST = (errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errn
 
 
 class Damaged(Exception):
-    """The error of a folder that has changed since `seal`. The message names the file and the change."""
+    """Raised if a folder has changed since `seal`. The message names the file and the change."""
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _size_and_crc(path: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Raises `Damaged` instead of an `OSError` of the block if the error means lost data."""
+    """Replaces an `OSError` that the block raises by `Damaged` if the error means lost data."""
     try:
         yield
     except OSError as error:

@@ -39,8 +39,8 @@ def cached_programs(setting: str | None, say: Callable[[str], None]) -> Iterator
     with `say`. If `setting` is None, a further `cached_programs` inside the block also has no cache.
 
     All processes of a run call this function. They use the folder only if all of them see the same folder. Otherwise
-    one process could load a program while the others compile it together, and the others would wait forever. Process 0
-    writes. On CPUs only process 0 loads programs, because jax's keys for CPUs differ between processes.
+    one process could load a program while the others compile it together, and the others would wait forever. Only
+    process 0 writes. On CPUs only process 0 loads programs, because jax's keys for CPUs differ between processes.
     """
     folder, settings = None, {_ENABLED: False}
     own = getattr(jax.config, _DIRECTORY) if setting == AUTO else None  # for this folder, jax's size limit also applies

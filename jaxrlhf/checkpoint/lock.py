@@ -1,6 +1,6 @@
 """A lock that keeps a second run out of a run directory. The file `lock` names the process that holds the lock.
 
-The lock is a `filelock.FileLock`. When its process ends, the lock ends too, even if child processes continue. On NFS
+The lock is a `filelock.FileLock`. When this process ends, the lock ends too, even if child processes continue. On NFS
 the lock works between hosts if the lock service of the server works. On a file system without locks, the run prints a
 warning and continues.
 """
@@ -24,7 +24,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """The lock of a run directory. Every process of a run calls `take`, but only the process with `takes` locks."""
+    """The lock of a run directory. Every process of a run calls `take`, but only the process with `takes` sets it."""
 
     def __init__(self, folder: str | Path, takes: bool = True, say: Callable[[str], None] = print):
         self._folder, self._takes, self._say = Path(folder).absolute(), takes, say

@@ -17,7 +17,7 @@ RESERVED = (
 
 
 def check_template_arguments(names: Iterable[str]) -> None:
-    """Raises ValueError if a name is in `RESERVED`. Such a name is no variable of the template."""
+    """Raises ValueError if a name is in `RESERVED`, because the stages set these arguments."""
     for name in names:
         if name in RESERVED:
             raise ValueError(f"{name} is set by the stage that renders the chat; give only variables of the template")

@@ -32,7 +32,7 @@ def absolute_path(text: str) -> str:
     path = os.path.expanduser(text)
     if text.startswith("~") and path == text:
         raise ValueError(
-            f"{text.split('/')[0]} is no known home folder; for a folder that has this name, write ./{text}"
+            f"{text.split('/')[0]} is not a known home folder; for a folder that has this name, write ./{text}"
         )
     try:
         return _checked(str(Path(_VARIABLE.sub(_value, path)).absolute()))

@@ -1,4 +1,4 @@
-"""Reads the settings of a run from a YAML file and from overrides on the command line. Errors are one line.
+"""Reads the settings of a run from a YAML file and from overrides on the command line. Each error is one line.
 
 Scalars follow YAML 1.2. So `1e-4` is a float, `012` is the number twelve, and `no`, `on` and `2024-01-01` are text.
 """

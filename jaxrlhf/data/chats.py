@@ -68,8 +68,8 @@ class ChatTemplate:
     """The chat template of a transformers tokenizer.
 
     `name` is the tokenizer's folder or hub id; error messages contain it. `time` is the date that the template writes.
-    If `time` is None, the template writes the current date. `place` is the place of a chat, such as "file.jsonl:3: ".
-    If the template cannot write a chat, methods raise `UserError` with this place.
+    If `time` is None, the template writes the current date. Methods that render a chat take its `place`, such as
+    "file.jsonl:3: ". If the template cannot write the chat, they raise `UserError` with this place.
     """
 
     def __init__(self, tokenizer: Any, name: str):
@@ -100,7 +100,7 @@ class ChatTemplate:
         return datetime.datetime.fromisoformat(text)
 
     def prompt_text(self, prompt: Prompt, place: str) -> str:
-        """Returns the prompt as text. The template renders a chat up to the start of the response."""
+        """Returns the prompt as text. The template renders a chat prompt up to the start of the response."""
         if isinstance(prompt, str):
             return prompt
         return prompt.text if isinstance(prompt, Rendered) else self._render(as_chat(prompt), place)
@@ -132,7 +132,10 @@ class ChatTemplate:
         return before, self._after_opening(chat, before, content_text(turns[0]))
 
     def _after_opening(self, chat: Chat, before: str, text: str) -> str:
-        """Returns the response text without a first tag, such as <think>, that already ends the prompt `before`."""
+        """Returns the response text without the tag, such as <think>, that the template writes before a response.
+
+        The tag is removed if `text` begins with it, because the prompt `before` already ends with the tag.
+        """
         if chat.continued:
             return text
         header = self._render(chat.followed_by(_MARK), "", whole=True).partition(_MARK)[0]
@@ -191,7 +194,7 @@ class ChatTemplate:
             before = ""
             for _, kind, token in Environment().lex(str(template)):
                 if token == "**" and kind == "operator" and before not in ("(", ","):  # f(**arguments) is allowed
-                    raise SharedFault(f"{self.name}: the chat template uses the operator **; write * instead")
+                    raise SharedFault(f"{self.name}: the chat template uses the operator **; use * instead")
                 before = token if kind != "whitespace" else before
         self._powers_checked = True
 
@@ -207,7 +210,7 @@ class ChatTemplate:
             ) from error
 
     def _in_a_form_that_fits(self, chat: Chat, end: dict[str, bool]) -> str:
-        """Renders the chat with the usual form of messages. If the template fails, other forms are tried in turn.
+        """Renders the chat with the usual form of messages. If the template fails, other forms are tried.
 
         Another form is accepted only if the output contains the names of all tool calls, because a template may drop
         values of a form that it does not expect.
@@ -272,14 +275,14 @@ class ChatTemplate:
 
     @property
     def _reads(self) -> tuple[bool, bool]:
-        """(whether the template reads content in parts, whether it reads content as text). The answers are cached."""
+        """Whether the template reads content in parts, and whether it reads content as text. The answers are cached."""
         if self._read is None:
             parts = self._writes(lambda words: [{"type": "text", "text": word} for word in words])
             self._read = parts, not parts or self._writes(" ".join)
         return self._read
 
     def _writes(self, content: Callable[[list[str]], Any]) -> bool:
-        """Whether the template writes every word of a content that `content` makes.
+        """Whether the template writes every word of messages with the contents that `content` makes.
 
         The result is False if the template writes a list of parts as Python or JSON text.
         """
@@ -351,7 +354,7 @@ def content_text(message: Message) -> str:
 
 
 def _name(call: Any) -> str:
-    """The function name of a tool call."""
+    """Returns the function name of a tool call, or an empty text."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     return str(function.get("name", "")) if isinstance(function, dict) else ""
 

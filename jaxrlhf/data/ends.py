@@ -55,7 +55,7 @@ def union(
 def ended(ids: list[int], stops: Sequence[int], end: int, passed: int = 0) -> list[int]:
     """Returns the response up to its first stop token, which is included. Without a stop token, `end` is appended.
 
-    A response may have several turns. Its first `passed` stop tokens, which lie before its last turn, do not count.
+    A response may have several turns. Its first `passed` stop tokens belong to earlier turns and do not count.
     """
     at = [i for i, token in enumerate(ids) if token in stops]
     return ids[: at[passed] + 1] if len(at) > passed else [*ids, end]

@@ -79,7 +79,7 @@ def chat_of(row: Row, config: ChatSourceConfig, prompt: str | list[Message], con
     """Returns the prompt as a `Chat` with the tools and template arguments of row and config.
 
     A text prompt is returned unchanged. `continued` says whether the response continues the last message. If
-    `continued` is None, the response continues the last message if this message is a non-empty assistant turn.
+    `continued` is None, the message decides: the response continues a non-empty assistant turn.
     """
     if isinstance(prompt, str):
         return prompt
@@ -116,7 +116,7 @@ def _tools(row: Row, config: ChatSourceConfig) -> list[dict[str, Any]] | None:
     parsed = [_tool(tool) for tool in tools] if isinstance(tools, list) else None
     if parsed is None or not all(isinstance(tool, dict) for tool in parsed):
         raise UserError(
-            f"{row.where}: field {name!r} must be a list of tools, which are objects, or JSON text of such a list, not "
+            f"{row.where}: field {name!r} must be a list of tool objects, or JSON text of this list, not "
             f"{describe(tools)}; correct the field, or set tools_field to another column, or to '' for no column"
         )
     return _without_nulls(parsed) or None
@@ -131,7 +131,7 @@ def _tool(value: Any) -> Any:
 
 
 def _template_arguments(row: Row, config: ChatSourceConfig) -> dict[str, Any]:
-    """Returns the template arguments of the config. Arguments of the row replace them."""
+    """Returns the template arguments. An argument of the row replaces the config's argument with the same name."""
     name = config.chat_template_kwargs_field
     arguments = _parsed(row, name)
     if arguments is None:
@@ -193,7 +193,9 @@ def _text(value: Any, where: str, what: str, empty: bool) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can contain half a character: "\ud83d"
-        raise UserError(f"{where}: {what} contains half a surrogate pair at character {error.start}") from error
+        raise UserError(
+            f"{where}: {what} contains half a surrogate pair at character {error.start}; remove this character"
+        ) from error
     return value
 
 

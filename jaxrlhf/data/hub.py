@@ -1,4 +1,4 @@
-"""Downloads files from the Hugging Face hub. The libraries' log lines are not shown; an error is one line of ours."""
+"""Downloads files from the Hugging Face hub. The log lines of the libraries are not shown."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ PROBE = 10  # seconds; if the hub does not answer within this time, the copy in 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops the libraries' warnings inside the block. If the user has set the level of a library, this level holds."""
+    """Hides the libraries' warnings inside the block. If the user has set the level of a logger, it is not changed."""
     loggers = [logging.getLogger(name) for name, variable in LOGS.items() if variable not in os.environ]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -83,9 +83,9 @@ class Buckets:
 
     @classmethod
     def of(cls, row_lengths: np.ndarray, bounds: np.ndarray, batch_size: int) -> "Buckets":
-        """Puts each row into the bucket of the smallest sufficient length in `bounds`. Empty buckets are left out.
+        """Puts each row into the bucket with the smallest padded length that is long enough for the row.
 
-        `bounds` are the padded lengths of the buckets in ascending order.
+        `bounds` are the padded lengths of the buckets in ascending order. Empty buckets are left out.
         """
         bucket = np.searchsorted(bounds, row_lengths)
         if len(bucket) and bucket.max() >= len(bounds):

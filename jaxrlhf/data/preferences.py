@@ -27,7 +27,7 @@ TURN = "\n\nAssistant:"  # the start of an assistant turn in a dialogue of hh-rl
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference pair: two token sequences. Each sequence is a prompt, a response and EOS; the prompt is the same."""
+    """A preference pair. It has two token sequences with the same prompt. A sequence is prompt, response and EOS."""
 
     chosen_ids: np.ndarray  # i32[c]
     rejected_ids: np.ndarray  # i32[r]
@@ -134,14 +134,14 @@ def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Respo
     common, *responses = _split_chats(row, chosen, rejected)
     if has_prompt and not _holds(common, opening):
         raise UserError(
-            f"{row.where}: chosen and rejected differ before the end of the turns of field {config.prompt_field!r}; "
-            "they must be equal up to this end"
+            f"{row.where}: chosen and rejected differ within the turns of field {config.prompt_field!r}; both must "
+            "begin with the same turns"
         )
     return chat_of(row, config, common, continued=False), *responses
 
 
 def _holds(chat: list[Message], opening: list[Message]) -> bool:
-    """Whether a chat contains the prompt's turns `opening` in sequence. Blanks around their content are ignored."""
+    """Whether a chat contains the prompt's turns `opening` in sequence. Blanks around a turn's content are ignored."""
     turns, prompt = [[(m["role"], content_text(m).strip()) for m in messages] for messages in (chat, opening)]
     return any(turns[i : i + len(prompt)] == prompt for i in range(len(turns) - len(prompt) + 1))
 

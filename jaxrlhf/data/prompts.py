@@ -74,8 +74,8 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
 
     All rows are read from the same field: the prompt field (text or chat), the messages field (a chat whose last
     assistant turn is left out) or the text field. The first row decides which field this is. If the first row has
-    several of these fields, a field that the config names is preferred, then the order above decides. A row that cannot
-    be used raises UserError with its place.
+    several of these fields, a field that the config names is read, else the first field in the order above. A row that
+    cannot be used raises UserError with its place.
     """
     rows = read_rows(config)
     key, read = _form(config, rows[:1])
@@ -87,8 +87,8 @@ def load_prompts(
 ) -> PromptSet:
     """Reads, checks and tokenizes all prompts. No prompt is longer than `max_prompt_tokens` tokens.
 
-    `read_prompts` explains which field is read. From the text field, a prompt takes BOS and the first `text_tokens`
-    tokens of the text. `overflow` decides about a prompt that is too long. "cut" removes the start of the prompt but
+    `read_prompts` explains which field is read. A prompt from the text field is BOS and the first `text_tokens` tokens
+    of the text. `overflow` decides about a prompt that is too long. "cut" removes the start of the prompt but
     keeps BOS, "drop" drops the prompt, and "stop" raises UserError. A row that cannot be used raises UserError with its
     place. If the config drops unusable rows, the field that most rows have is read instead of the first row's field.
     """

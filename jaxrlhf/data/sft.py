@@ -49,9 +49,9 @@ def load_demonstrations(
     """Reads, checks and tokenizes all rows. No example is longer than `max_length` tokens.
 
     All rows have the same form: prompt and response, a chat, or plain text. The first row's fields decide which form
-    this is. If the first row has the fields of several forms, fields that the config names are preferred, then the
-    order above decides. A row that cannot be used raises UserError with its place. If the config drops unusable rows,
-    the form that most rows have is read instead of the first row's form.
+    this is. If the first row has the fields of several forms, the form with fields that the config names is read, else
+    the first form in the order above. A row that cannot be used raises UserError with its place. If the config drops
+    unusable rows, the form that most rows have is read instead of the first row's form.
 
     `overflow` decides about a row that is longer than `max_length`. "cut" removes the end of the row. If the prompt
     leaves no room for a response, "cut" drops the row. "drop" drops the row, and "stop" raises UserError.

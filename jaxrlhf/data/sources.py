@@ -67,7 +67,10 @@ class LoadReport:
                 yield row, result
 
     def refuses(self, row: Row, fault: str | None, drop: bool) -> bool:
-        """Returns whether the row has a fault. A row with a fault is dropped, or UserError is raised without `drop`."""
+        """Returns whether the row has a fault.
+
+        If `drop` is set, a row with a fault is dropped. Otherwise UserError is raised.
+        """
         if fault is None:
             return False
         if not drop:
@@ -296,7 +299,7 @@ def _builtin(source: SourceConfig) -> list[Row]:
         raise UserError(f"{source.path}: no split {source.split!r}; the splits are {', '.join(BUILTIN_SPLITS)}")
     if (source.limit or 0) > BUILTIN_LIMIT:
         raise UserError(
-            f"{source.path}: limit of a builtin set must be at most {BUILTIN_LIMIT:,} rows, not {source.limit}"
+            f"{source.path}: limit must be at most {BUILTIN_LIMIT:,} for a builtin set, not {source.limit}"
         )
     rows = BUILTIN[name](source.split, source.limit)
     return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(rows, 1)]

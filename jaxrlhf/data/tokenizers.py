@@ -44,7 +44,7 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, name: str, file: bytes | None = None):
         """`file` is the content of the tokenizer's `tokenizer.json`."""
         if not getattr(tokenizer, "is_fast", False):
-            raise UserError(f"{name}: this is no fast tokenizer; save a fast tokenizer with a tokenizer.json")
+            raise UserError(f"{name}: this is not a fast tokenizer; use a tokenizer that has a tokenizer.json")
         self.fast = tokenizer
         self.name = name
         self.chats = ChatTemplate(tokenizer, name)
@@ -176,10 +176,11 @@ class Tokenizer:
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
     def token_texts(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> list[str]:
-        """Splits `text`, which is `decode_after(prompt, ids)`, into the text of each id; the parts join to `text`.
+        """Returns the text of each id. Together these texts are `text`, which is `decode_after(prompt, ids)`.
 
-        Ids that are not part of the text, such as stop tokens, have "". If several ids make up a character, the last
-        of them has it. Each id is decoded with the few ids before it, so the time is linear in their number.
+        An id that is not part of the text, such as a stop token, has an empty text. If several ids form one character,
+        the last of these ids has the character. Each id is decoded together with a few ids before it, so the time is
+        proportional to the number of ids.
         """
         given = [*prompt[-CONTEXT:], *ids]
         first = read = len(given) - len(ids)
@@ -190,12 +191,15 @@ class Tokenizer:
             parts.append(now[len(before) :] if whole else "")
             if whole:
                 start, read = read, end
-        if parts and text.startswith(joined := "".join(parts)):  # the rest: a character that was not finished
+        if parts and text.startswith(joined := "".join(parts)):  # the rest is a character that is not complete
             return [*parts[:-1], parts[-1] + text[len(joined) :]]
         return self._token_texts_from_start(prompt, ids, text)
 
     def _token_texts_from_start(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> list[str]:
-        """As `token_texts`, for tokenizers whose text depends on more than a few ids; quadratic in their number."""
+        """Returns the same as `token_texts`, for tokenizers whose text of an id depends on many ids before it.
+
+        The time is proportional to the square of the number of ids.
+        """
         borders = [0]
         for end in range(1, len(ids)):
             known = self.decode_after(prompt, ids[:end])
@@ -224,7 +228,7 @@ class Tokenizer:
     def save(self, path: str, pad_id: int | None = None) -> None:
         """Writes the tokenizer's files and chat template into a folder that `load_tokenizer` can read.
 
-        `pad_id` is the pad token that the files name. If it is None, this is the pad token of the tokenizer.
+        `pad_id` is the pad token that the files name. If `pad_id` is None, the files name the tokenizer's pad token.
         """
         write_files(self.fast, self._file, path, None if pad_id == self.pad_id else pad_id)
 

@@ -1,4 +1,4 @@
-"""Handles Ctrl-C from the start of a command. The command prints one line and exits with status 130.
+"""Handles Ctrl-C from the start of a command. After Ctrl-C, the command prints one line and exits with status 130.
 
 This file imports little, so that it loads fast.
 """

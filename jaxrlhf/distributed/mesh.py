@@ -68,7 +68,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Returns x with each dimension split over the given mesh axes. The call must be inside a `Program` with a mesh.
+    """Returns x with each dimension split over the given mesh axes. Used in the functions of a `Program` with a mesh.
 
     Without this constraint, activations would have the sharding of the weights, and each device would compute every
     row. A dimension without axes is not split. If the axes of a dimension do not divide it, the last axes are dropped.
@@ -148,7 +148,7 @@ def _is_finite(x: jax.Array) -> jax.Array:
 
 
 def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Returns the leaf on the devices with this sharding. Every process passes the full leaf."""
+    """Puts the leaf on the devices with this sharding and returns it. Every process passes the full leaf."""
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
     # With several processes, device_put would send the leaf to all processes for a comparison.

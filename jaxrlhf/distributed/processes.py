@@ -1,8 +1,8 @@
-"""Runs of several processes on one or many hosts. This file finds process numbers, starts jax, and compares processes.
+"""Runs of several processes on one or many hosts. Finds process numbers, starts jax, and makes processes agree.
 
 The number of a process and the address of the coordinator come from flags. If flags are missing, the environment is
-read (JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS). Otherwise jax detects a cluster (SLURM, Open MPI, TPU
-hosts, indexed Kubernetes jobs). In a run of one process, no function here communicates.
+read (JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS). If it is empty too, jax detects the cluster (SLURM, Open
+MPI, TPU hosts, indexed Kubernetes jobs). In a run of one process, no function here communicates.
 
 A process that fails ends immediately. Its launcher then ends the other processes. Without a launcher, jax's
 coordination service ends them, because the failed process sends no heartbeats. Data from a disk, a clock or a server
@@ -268,7 +268,7 @@ def from_first(make: Callable[[], bytes], error: type[Exception] = UserError) ->
 
 
 def check_alike(what: str, own: Mapping[str, Any], remedy: str) -> None:
-    """Raises `UserError` if the values `own` differ between this process and process 0. They must be JSON values.
+    """Raises `UserError` if `own` differs between this process and process 0. The values of `own` must be JSON values.
 
     The error says that the processes differ in `what`, and ends with `remedy`.
     """

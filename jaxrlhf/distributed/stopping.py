@@ -71,7 +71,7 @@ class StopSignals:
         return (self._signal or signal.SIGTERM) if reached_preemption_sync_point(self._steps) else 0
 
     def share(self) -> None:
-        """Makes `due` return the same on all processes. Must be called after `jax.distributed.initialize`.
+        """Makes `due` stop all processes before the same step. Must be called after `jax.distributed.initialize`.
 
         jax has replaced the SIGTERM handler of this object. So Python's fault handler is registered for SIGTERM. It
         writes to the socket of this object and then calls jax's handler.

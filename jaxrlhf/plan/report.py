@@ -21,7 +21,7 @@ def as_text(plan: Plan) -> str:
     options, mesh = plan.options, " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
         f"{plan.parameters:,} parameters in {plan.layers} layers, on {options.devices} x {options.card.name} ({mesh}); "
-        f"{options.memory / GIB:.1f} GiB of each may be filled"
+        f"{options.memory / GIB:.1f} GiB of each card may be filled"
     ]
     for stage in plan.stages:
         lines += ["", *_stage(stage, options.memory)]

@@ -94,7 +94,7 @@ class Work:
     def least_seconds(self, rates: Rates) -> float:
         """Returns the least time in seconds.
 
-        In each phase, the longer of the times for arithmetic and for memory traffic counts. These are summed.
+        For each phase, the longer of the times for arithmetic and for memory traffic counts. The result is the sum.
         """
         return float(np.maximum(self.flops / rates.flops, self.bytes / rates.bytes).sum())
 

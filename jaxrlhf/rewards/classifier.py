@@ -33,7 +33,7 @@ class ClassifierReward:
     def __init__(self, config: ClassifierRewardConfig, key_path: str):
         """Loads model and tokenizer. Raises `UserError` if settings cannot be used.
 
-        `key_path` is the config section and stands in error messages.
+        `key_path` is the config section. Error messages contain it.
         """
         self.config, self.name = config, str(config.path)
         self.model = _load_model(self.name, key_path)

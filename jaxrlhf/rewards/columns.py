@@ -41,7 +41,7 @@ def abstains_without(column: str) -> Callable[[Callable[..., list[float]]], Call
 def references(column: str, values: Sequence[Any], several: bool = True) -> list[list[str]]:
     """Returns the list of acceptable texts of each row.
 
-    A row's value is a text, a number or a list of these. Errors count rows from 0.
+    A row's value is a text, a number, or a list of texts and numbers. Errors count rows from 0.
     """
     return [_texts(value, f"column {column}, row {i}", several) for i, value in enumerate(values)]
 

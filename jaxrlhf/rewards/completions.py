@@ -34,7 +34,7 @@ class Completions:
         return [self.tokenizer.decode_after(prompt, response) for prompt, response in self._ids]
 
     def token_texts(self, rows: int) -> list[list[str]]:
-        """The text of each token of the first `rows` completions; the texts of a row join to its completion."""
+        """Returns the text of each token of the first `rows` completions. The texts of a row form its completion."""
         return [self.tokenizer.token_texts(*ids, text) for ids, text in zip(self._ids[:rows], self.texts)]
 
     @cached_property
@@ -79,5 +79,5 @@ def with_abstained(scores: np.ndarray, abstained: np.ndarray) -> np.ndarray:
 
 
 def abstained_rows(scores: np.ndarray) -> np.ndarray:
-    """Returns bool[B], which is True for the rows that the reward left without a score."""
+    """Returns bool[B]. An entry is True if the reward gave its row no score."""
     return np.ma.getmaskarray(scores)

@@ -20,8 +20,8 @@ TAKEN, ABSTAINED = ("score", "gold", "shaped", "adjusted", "score_std", "drawn",
 class ComposedReward:
     """A reward (see `completions.Reward`) that is the weighted sum of its parts.
 
-    A part that gives a completion no score adds 0. If no part with a nonzero weight gives a score, the sum gives no
-    score.
+    If a part gives no score for a completion, the part adds 0. If no part with a nonzero weight gives a score, the sum
+    gives no score.
 
     `parts` maps a name to (reward, weight). Each part is logged as the metric `reward/NAME`. A part with weight 0 is
     only logged. The constructor raises `UserError` if a name or a weight cannot be used. If a part fails, a call raises

@@ -30,7 +30,7 @@ from jaxrlhf.rewards.event_loop import run_async
 
 
 class RewardFault(Fault):
-    """The error of a reward that raised an error or returned no usable scores. The one-line message names the reward.
+    """Raised if a reward raises an error or returns no usable scores. The message is one line and names the reward.
 
     `user_error` is the error that a user's function raised, or None.
     """
@@ -45,7 +45,7 @@ class FunctionReward:
 
     `options` are keywords of every call. An option replaces a column of the same name. `columns` maps a keyword of the
     function to the column of the data that this keyword receives. An async function is stopped after `timeout` seconds.
-    Other functions cannot be stopped. `key_path` is the setting that names the function and stands in error messages.
+    Other functions cannot be stopped. `key_path` is the setting that names the function. Error messages contain it.
     Raises UserError if the function does not exist or does not accept an option.
     """
 
@@ -87,7 +87,7 @@ class FunctionReward:
                 if name in ("prompts", "completions") or not (takes_all or name in known):
                     others = ", ".join(sorted(known - {"prompts", "completions"})) or "none"
                     raise UserError(
-                        f"{key_path}: {self.name} accepts no {kind} {name!r}; its other parameters are: {others}"
+                        f"{key_path}: {self.name} accepts no {kind} {name!r}; it accepts: {others}"
                     )
 
     def _try_options(self, fields: set[str], key_path: str) -> None:
@@ -108,7 +108,7 @@ class FunctionReward:
         if missing := sorted(self.required - keywords):
             names = ", ".join(sorted(keywords))
             raise UserError(
-                f"{key_path}: {self.name} requires the keywords {', '.join(missing)}; the data gives only: {names}"
+                f"{key_path}: {self.name} requires the keywords {', '.join(missing)}; the given keywords are: {names}"
             )
 
     def __call__(self, completions: Completions) -> np.ndarray:
@@ -160,7 +160,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 def load_function(spec: str, key_path: str) -> Callable:
     """Imports the function `spec`, which is `module:function` or `path.py:function`.
 
-    Raises UserError if the import fails. `key_path` is the setting that names the function and stands in the message.
+    Raises UserError if the import fails. `key_path` is the setting that names the function. The message contains it.
     """
     where, _, name = spec.rpartition(":")
     if not where or not name.isidentifier():

@@ -217,7 +217,7 @@ def label_accuracy(
     check_texts("labels", labels)
     known = {_lower(name) for name in labels}
     if not known or "" in known or len(known) < len(labels):
-        raise ValueError(f"labels must be one or more different labels, and no label may be empty, not {labels!r}")
+        raise ValueError(f"labels must be a list of different, non-empty texts, not {labels!r}")
     expected = [_known_label(value, labels, known, i) for i, value in enumerate(label)]
     longest = sorted(known, key=len, reverse=True)  # "not spam" before "spam"
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in longest))

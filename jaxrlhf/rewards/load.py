@@ -41,7 +41,7 @@ def load_rewards(
 ) -> Rewards:
     """Loads the reward, or all parts of a sum.
 
-    `key_path` is the config section and stands in error messages. `say` receives a line when a reward server fails.
+    `key_path` is the config section. Error messages contain it. `say` receives a line when a reward server fails.
     `time` is the date that the chat templates of reward models write. If `time` is None, they write the current date.
     `matmul_precision` applies to pretrained reward models. Raises `UserError` if a function, folder, label or URL
     cannot be used.
@@ -74,7 +74,7 @@ def needs_own(config: RewardConfig) -> bool:
 
 
 def own_gain(config: RewardConfig) -> float | None:
-    """Returns the weight of the run's reward adapter, or None unless the adapter is the only part with a weight."""
+    """Returns the weight of the run's reward adapter if no other part has a weight, else None."""
     if not isinstance(config, SumRewardConfig):
         return 1.0 if _is_own(config) else None
     weighted = [part for part in config.parts.values() if part.weight]
@@ -104,8 +104,8 @@ class FirstProcessReward:
     """A reward (see `completions.Reward`) that process 0 computes on the whole batch for all processes.
 
     A function, a server or a torch classifier may return different scores at each call, may keep state, or may work on
-    one host only. If every process called the reward, the processes could get different scores, and their weights could
-    differ later. A fault on process 0 is raised on all processes.
+    one host only. If every process called the reward, the processes could get different scores and then train different
+    weights. A fault on process 0 is raised on all processes.
     """
 
     def __init__(self, reward: Reward):

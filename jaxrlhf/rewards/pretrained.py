@@ -32,7 +32,7 @@ def score_tokens(base: Decoder, adapter: Adapter, tokens: jax.Array, mask: jax.A
 
 
 def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
-    """Returns the program of `score_tokens`. It leaves the scores on every device.
+    """Returns the program of `score_tokens`. The program puts all scores on every device.
 
     Plans and benchmarks use the same program.
     """
@@ -47,7 +47,7 @@ class PretrainedReward:
     ):
         """Loads model and tokenizer. Raises `UserError` if settings cannot be used.
 
-        `key_path` is the config section and stands in error messages.
+        `key_path` is the config section. Error messages contain it.
         """
         self.config, self.mesh, self.name = config, mesh, str(config.path)
         check_batch(mesh, config.batch_size, f"{key_path}.batch_size")

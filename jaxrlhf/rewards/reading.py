@@ -79,7 +79,7 @@ def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int, config: Readin
 
 
 def fill_template(template: str, prompt: str, completion: str) -> str:
-    """Returns the template with the texts in the places {prompt} and {completion}. Other braces are kept."""
+    """Returns the template with the texts instead of {prompt} and {completion}. Other braces are kept."""
     parts = {"prompt": prompt, "completion": completion}
     return re.sub(r"\{(prompt|completion)\}", lambda match: parts[match[1]], template)
 

@@ -191,7 +191,7 @@ class HTTPReward:
 
 
 class Unavailable(Exception):
-    """The server is temporarily unavailable. It asks for a pause of `retry_after` seconds; None if it does not say."""
+    """Raised if the server is temporarily unavailable. `retry_after` is the pause that it asks for, in seconds."""
 
     def __init__(self, what: str, retry_after: float | None):
         super().__init__(what)

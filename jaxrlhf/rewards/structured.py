@@ -1,4 +1,4 @@
-"""Rewards for structured completions, which are JSON or lists of named entities. They belong to `library`."""
+"""Rewards for structured completions, which are JSON or lists of named entities. `library` lists these rewards."""
 
 import json
 import re

@@ -1,7 +1,7 @@
-"""ROUGE, BLEU and chrF as rewards. They belong to `library`.
+"""ROUGE, BLEU and chrF as rewards. `library` lists these rewards.
 
-The packages rouge-score and sacrebleu compute them. The optional extra `rewards` installs both packages. They use no
-network here. All scores are from 0 to 1.
+The packages rouge-score and sacrebleu compute the scores, which are from 0 to 1. The optional extra `rewards` installs
+both packages. They use no network here.
 """
 
 from collections.abc import Sequence

@@ -113,7 +113,7 @@ def test_keeps_the_last_ones_only(tmp_path):
             checkpoints.save(step, {"x": jnp.float32(step)})
         assert checkpoints.latest_step() == 9
         assert float(checkpoints.restore(4, {"x": jnp.float32(0)})["x"]) == 4
-        with pytest.raises(UserError, match=r"no checkpoint of step 1; the step of the latest is 9"):
+        with pytest.raises(UserError, match=r"no checkpoint of step 1; the latest checkpoint has step 9"):
             checkpoints.restore(1, {"x": jnp.float32(0)})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "9", "latest.json"]
 

@@ -129,7 +129,7 @@ def test_answers_of_several_turns(jsonl, chat):
         ("a", "user:a assistant:b", "assistant:c", "one of chosen and rejected contains the prompt"),
         ("a", "assistant:b", "user:x assistant:c", "the chat in field 'rejected' begins with a turn of user"),
         ("a", "system:b user:a assistant:b", "system:c user:a assistant:c", "have no common turn"),
-        ("a", "user:b assistant:b user:a assistant:b", "user:b assistant:c user:a assistant:c", "differ before"),
+        ("a", "user:b assistant:b user:a assistant:b", "user:b assistant:c user:a assistant:c", "differ within"),
         ("a", "assistant:", "assistant:c", "'chosen' has an empty response"),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_deep_model_is_compiled_at_few_layers_and_extrapolated(plan, card):
 
 def test_text_says_what_fits_and_the_largest_batch(plan, card):
     status, out, _ = plan("--devices", "1", "--memory", "0.1GiB", DEEP)
-    assert status == 0 and "0.1 GiB of each may be filled" in out and "largest batch: none fits; sft_update" in out
+    assert status == 0 and "0.1 GiB of each card may be filled" in out and "largest batch: none fits; sft_update" in out
     status, out, _ = plan("--devices", "1", DEEP)
     rows = int(re.search(r"largest batch: sft.batch_size=([\d,]+); sft_update", out)[1].replace(",", ""))
     assert 16 * 100 < rows < 16 * 80e9 / (401 * MIB)

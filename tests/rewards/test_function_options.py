@@ -145,7 +145,7 @@ def test_columns_are_renamed(completions):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"options": {"bonsu": 1}}, "accepts no option 'bonsu'; its other parameters are: bonus"),
+        ({"options": {"bonsu": 1}}, "accepts no option 'bonsu'; it accepts: bonus"),
         ({"options": {"prompts": 1}}, "accepts no option 'prompts'"),
         ({"columns": {"gold": "x"}}, "accepts no column 'gold'"),
     ],
@@ -169,7 +169,7 @@ def test_keywords_that_the_function_does_not_take(reward, settings, words):
         ("repetition", {"n": 0}, "n must be a whole number of at least 1, not 0"),
         ("json_validity", {"required": "name"}, "required must be a list of texts, not 'name'"),
         ("multiple_choice", {"letters": "abcd"}, "letters such as 'ABCD', not 'abcd'"),
-        ("label_accuracy", {"labels": ["a", "A"]}, "labels must be one or more different labels"),
+        ("label_accuracy", {"labels": ["a", "A"]}, "labels must be a list of different, non-empty texts"),
         ("label_accuracy", {"label": ["a"], "pick": "best"}, "pick must be first or last or only, not 'best'"),
         ("numeric_answer", {"tolerance": float("nan")}, "tolerance must be a number of at least 0, not nan"),
         ("exact_match", {"normalize": "lowre"}, "normalize must be none or strip or lower or squad, not 'lowre'"),
