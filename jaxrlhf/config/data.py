@@ -1,4 +1,4 @@
-"""Settings of data sources, and of the names of their fields."""
+"""Settings that describe data sources and name the fields of their rows."""
 
 from collections.abc import Iterable
 from typing import Any, Literal

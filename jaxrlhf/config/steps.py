@@ -55,7 +55,7 @@ class LearningRates(NamedTuple):
 
 # A step of Adam changes every weight by about the learning rate. So the output of a layer changes in proportion to the
 # number of its inputs, and rates for small models are too large for large models. Full fine-tunes have the rates of
-# TRL, OpenRLHF and verl. LoRA has rates that are at least 10 times as large, because lora_a gets smaller with the width.
+# TRL, OpenRLHF and verl. LoRA has rates that are at least 10 times as large, because wide models have a smaller lora_a.
 # The guides of these libraries recommend the same. See docs/defaults.md.
 LEARNING_RATES = {
     "sft": LearningRates(full=2e-5, lora=2e-4),
@@ -106,7 +106,7 @@ class PPOConfig(Settings):
     importance_level: Literal["token", "sequence"] = Field("token", description="one importance weight per token or per completion")
     kl_loss: Literal["k1", "k2", "k3"] | None = Field(None, description="estimator of a KL term in the loss with weight kl.coef; k2 and k3 are better than k1, because the gradient of k1 is 0 in expectation; null puts the KL into the reward, with kl.estimator; if advantage.estimator is grpo, the default is k3: GRPO divides by the deviation of a group, and if the KL is in the reward, a group with equal scores learns only from the KL")
     mask_truncated: bool = Field(False, description="excludes truncated completions (without a stop token) from all losses, the entropy bonus and whitening, because a truncated completion is neither right nor wrong (overlong filtering, 2503.14476); the baselines of groups still include them")
-    kl_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = number(10.0, "largest slope of one token's KL estimate, in loss, reward and metrics: k2 beyond |r| = 10 and k3 beyond r = log(11) continue as straight lines, so that one token far from the reference cannot outweigh a batch (verl and OpenRLHF clip the estimate at 10); null means no bound")
+    kl_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = number(10.0, "largest slope of one token's KL estimate, in loss, reward and metrics; at the default, k2 beyond |r| = 10 and k3 beyond r = log(11) continue as straight lines, so that one token far from the reference cannot outweigh a batch (verl and OpenRLHF clip the estimate at 10); null means no bound")
     log_ratio_bound: PositiveFloat | None = number(20.0, "clips log-ratios of policies to +- this value before exp, in losses, importance weights and metrics (20 as in verl); null means no bound; then a ratio may be infinite, and its step is skipped")
     value_clip: NonNegativeFloat = number(0.5, "clips values to the old values +- this number, in the scale of the scores, so that an iteration changes values at most this much")
     value_coef: NonNegativeFloat = number(0.1, "weight of the value loss")

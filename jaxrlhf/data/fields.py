@@ -116,7 +116,7 @@ def _tools(row: Row, config: ChatSourceConfig) -> list[dict[str, Any]] | None:
     parsed = [_tool(tool) for tool in tools] if isinstance(tools, list) else None
     if parsed is None or not all(isinstance(tool, dict) for tool in parsed):
         raise UserError(
-            f"{row.where}: field {name!r} must be a list of tool objects, or JSON text of this list, not "
+            f"{row.where}: field {name!r} must be a list of tool objects (or this list as JSON text), not "
             f"{describe(tools)}; correct the field, or set tools_field to another column, or to '' for no column"
         )
     return _without_nulls(parsed) or None

@@ -90,7 +90,7 @@ class Tokenizer:
         elif self.has_chat_template and self.turn_end_id is None and self._template_runs:
             end = self.fast.convert_ids_to_tokens(fitted.chat_end_id)
             lines.append(
-                f"{self.name}: the chat template ends responses in plain text; sft and reward_model append {end}"
+                f"{self.name}: the chat template writes no end token after a response; sft and reward_model add {end}"
             )
         fitted.notes = tuple(lines)
         fitted.pad_id = self.pad_id if self.pad_id is None or self.pad_id < rows else None
@@ -196,7 +196,7 @@ class Tokenizer:
         return self._token_texts_from_start(prompt, ids, text)
 
     def _token_texts_from_start(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> list[str]:
-        """Returns the same as `token_texts`, for tokenizers whose text of an id depends on many ids before it.
+        """Returns the same as `token_texts`. Used if the text of an id depends on more than a few ids before it.
 
         The time is proportional to the square of the number of ids.
         """

@@ -70,7 +70,7 @@ class Work:
         return self.weights + self.cache
 
     def on_card(self, mesh: Mapping[str, int]) -> tuple["Work", dict[str, float]]:
-        """Returns (the work of one card, the bytes that the card sends by mesh axis).
+        """Returns (the work of one card, the bytes that the card sends along each mesh axis).
 
         The axes are assumed to divide all work evenly.
         """

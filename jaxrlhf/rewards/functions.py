@@ -183,7 +183,7 @@ def load_function(spec: str, key_path: str) -> Callable:
 def _load_file(path: str, key_path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"{key_path}: there is no file {path} (the current directory is {os.getcwd()})")
-    # The file may import other files of its folder, now or in a later call. The folder is the last one in the path, so
+    # The file may import other files of its folder, now or in a later call. The folder is last in sys.path, so
     # that its files hide no installed module.
     if (folder := str(Path(path).parent.absolute())) not in sys.path:
         sys.path.append(folder)

@@ -128,7 +128,7 @@ def test_tools_in_other_columns_and_none(jsonl, tokenizer):
     ("columns", "part"),
     [
         ({"tools": ["f"]}, "field 'tools' must be a list of tool objects"),
-        ({"tools": 3}, "JSON text of this list, not the number 3"),
+        ({"tools": 3}, "(or this list as JSON text), not the number 3"),
         ({"chat_template_kwargs": [1]}, "field 'chat_template_kwargs' must be an object"),
         ({"chat_template_kwargs": {"tokenize": True}}, "tokenize is set by the stage"),
     ],

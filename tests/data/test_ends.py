@@ -96,7 +96,7 @@ def test_the_end_that_a_template_writes(name, special):
     assert tokenizer.text_end_id == tokenizer.eos_id
     assert tokenizer.chat_end_id == (tokenizer.eos_id if token is None else token)
     notes = tokenizer.for_model(300, ()).notes
-    assert bool(notes) == (end is None) and all("ends responses in plain text" in note for note in notes)
+    assert bool(notes) == (end is None) and all("no end token after a response" in note for note in notes)
 
 
 def test_stop_tokens_are_the_union():
