@@ -101,7 +101,7 @@ def test_where_all_are_damaged_it_stops_and_touches_nothing(saved, tmp_path, nam
             _restored(folder)
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-        with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match="9: damaged: "):
+        with Checkpoints(folder) as checkpoints, pytest.raises(UserError, match="9: this checkpoint is damaged: "):
             checkpoints.restore(9, _tree(0))
 
 
