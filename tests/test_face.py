@@ -1,7 +1,6 @@
 """The package as it is imported, and its command."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -21,8 +20,8 @@ from jaxrlhf.rollout.sampling import truncates
 """
 
 
-def test_importing_it_loads_nothing_heavy():
-    subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+def test_importing_it_loads_nothing_heavy(processes):
+    processes.run("-c", SCRIPT)
 
 
 def test_every_name_is_there_once():

@@ -1,10 +1,7 @@
 """A program's count tells every compilation, also those that trace nothing; options reach the program they name."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -97,15 +94,8 @@ print(program.traces, counts)
 """
 
 
-def test_another_sharding_compiles_without_tracing_and_is_counted():
-    # In a fresh process, for several devices.
-    result = subprocess.run(
-        [sys.executable, "-c", PLACEMENT],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
-    )
-    assert result.stdout == "1 [1, 1, 2, 2]\n", result.stderr
+def test_another_sharding_compiles_without_tracing_and_is_counted(processes):
+    assert processes.run("-c", PLACEMENT, devices=8).output == "1 [1, 1, 2, 2]\n"
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="devices keep their own count")

@@ -1,8 +1,5 @@
 """Sizes of the mesh, and where trees lie on 8 devices that the host plays in one process of its own."""
 
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -98,7 +95,6 @@ print("ok")
 """
 
 
-def test_on_eight_devices(tmp_path):
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run([sys.executable, "-c", EIGHT, str(tmp_path)], capture_output=True, text=True, env=env)
-    assert (result.stdout, result.stderr) == ("ok\n", "")
+def test_on_eight_devices(processes, tmp_path):
+    result = processes.run("-c", EIGHT, tmp_path, devices=8)
+    assert (result.output, result.errors) == ("ok\n", "")

@@ -3,12 +3,10 @@
 What they run here compiles next to nothing; whole runs are in tests/stages/test_hosts_run.py.
 """
 
-import os
+import functools
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -83,48 +81,38 @@ def free_port():
         return free.getsockname()[1]
 
 
-class Processes:
+class Hosts:
     """`count` processes of one run; those in `absent` are never started."""
 
-    def __init__(self, code, count, absent=(), timeout=60.0, counts=None, tasks=None, **environment):
+    def __init__(self, start, code, count, absent=(), timeout=60.0, counts=None, tasks=None, **environment):
         """`counts` tells some of them another count; with `tasks`, variables of each, they get no flags."""
         address = f"localhost:{free_port()}"
-        own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
         def flags(i):
-            return ["", "", ""] if tasks else [address, str((counts or {}).get(i, count)), str(i)]
+            return ["", "", ""] if tasks else [address, (counts or {}).get(i, count), i]
 
+        variables = {"JAX_PLATFORMS": "cpu"} | environment
         self.running = {
-            i: subprocess.Popen(
-                [sys.executable, "-c", PROCESS, *flags(i), str(timeout), code],
-                env=os.environ | own | environment | (tasks or {}).get(i, {}),
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
+            i: start("-c", PROCESS, *flags(i), timeout, code, environment=variables | (tasks or {}).get(i, {}))
             for i in range(count)
             if i not in absent
-        }  # fmt: skip
+        }
 
-    def wait_until_joined(self):
+    def wait_until_said(self, line):
         for process in self.running.values():
-            assert "joined\n" in iter(process.stdout.readline, "")
+            process.wait_until(lambda process=process: f"{line}\n" in process.output)
 
     def ends(self, seconds=BOUND):
         """(status, stdout, stderr) by process, all of them within so many seconds."""
-        deadline, found = time.monotonic() + seconds, {}
-        for i, process in self.running.items():
-            out, err = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
-            found[i] = (process.returncode, out, err)
-        return found
+        deadline = time.monotonic() + seconds
+        ends = {i: process.wait(max(deadline - time.monotonic(), 0.1)) for i, process in self.running.items()}
+        return {i: (status, self.running[i].output, self.running[i].errors) for i, status in ends.items()}
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *exception):
-        for process in self.running.values():
-            process.kill()
-            process.wait()
-            process.stdout.close()
-            process.stderr.close()
+@pytest.fixture
+def hosts(processes):
+    """Starts the processes of one run: see `Hosts`."""
+    return functools.partial(Hosts, processes.start)
 
 
 def last_line(text):
@@ -135,9 +123,9 @@ def said(out):
     return [line for line in out.partition("joined\n")[2].splitlines() if "[Gloo]" not in line]
 
 
-def test_two_hosts_share_a_batch_and_a_checkpoint(tmp_path):
-    with Processes(MESH, 2, FOLDER=str(tmp_path), JAX_NUM_CPU_DEVICES="2") as processes:
-        for status, _, err in processes.ends(120).values():
+def test_two_hosts_share_a_batch_and_a_checkpoint(hosts, tmp_path):
+    ends = hosts(MESH, 2, FOLDER=str(tmp_path), JAX_NUM_CPU_DEVICES="2").ends(120)
+    for status, _, err in ends.values():
             assert status == 0, err
 
 
@@ -173,9 +161,8 @@ attempt(alike({"ppo": {"epochs": 1 if sys.argv[3] != "1" else 2}, "seed": 0}))
 """
 
 
-def test_what_processes_agree_on():
-    with Processes(AGREE, 3) as processes:
-        ends = processes.ends()
+def test_what_processes_agree_on(hosts):
+    ends = hosts(AGREE, 3).ends()
     assert [status for status, _, _ in ends.values()] == [0, 0, 0], ends
     lines = [said(out) for _, out, _ in ends.values()]
     assert lines[0][:3] == lines[1][:3] == lines[2][:3] and len({*lines[0][:3]}) == 3
@@ -198,22 +185,19 @@ def test_what_processes_agree_on():
 
 
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_the_others_end_by_themselves_when_one_is_gone(victim, how):
+def test_the_others_end_by_themselves_when_one_is_gone(hosts, victim, how):
     """Where no launcher ends them: by jax's heartbeats, in its words."""
-    with Processes("time.sleep(300)", 3) as processes:
-        processes.wait_until_joined()
-        processes.running[victim].send_signal(how)
-        gone = processes.running.pop(victim)
-        ends = processes.ends()
-        processes.running[victim] = gone
+    group = hosts("time.sleep(300)", 3)
+    group.wait_until_said("joined")
+    group.running.pop(victim).send(how)
+    ends = group.ends()
     for status, _, err in ends.values():
         assert status == -signal.SIGABRT, err
         assert victim == 0 or f"stopped sending heartbeats):\n{victim}\n" in err
 
 
-def test_a_process_that_fails_says_why_once_and_ends_the_others():
-    with Processes("if not first: raise OSError('the disk is full')\nprocesses.barrier()", 2) as processes:
-        ends = processes.ends()
+def test_a_process_that_fails_says_why_once_and_ends_the_others(hosts):
+    ends = hosts("if not first: raise OSError('the disk is full')\nprocesses.barrier()", 2).ends()
     assert ends[1][0] == 1 and ends[1][2].count("Traceback") == 1
     assert last_line(ends[1][2]) == "error: OSError: the disk is full"
     assert ends[0][0] in (1, -signal.SIGABRT) and "disk" not in ends[0][2]
@@ -234,30 +218,26 @@ for step in range(1000):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=lambda x: str(int(x))
 )
-def test_a_signal_to_one_process_stops_all_before_the_same_step(number, status):
-    with Processes(STEPS, 2) as processes:
-        processes.wait_until_joined()
-        for process in processes.running.values():
-            assert "ready\n" in iter(process.stdout.readline, "")
-        processes.running[1].send_signal(number)
-        ends = processes.ends()
+def test_a_signal_to_one_process_stops_all_before_the_same_step(hosts, number, status):
+    group = hosts(STEPS, 2)
+    group.wait_until_said("ready")
+    group.running[1].send(number)
+    ends = group.ends()
     assert [ends[0][0], ends[1][0]] == [143, status], ends
     assert f"{number.name}: the current step ends and is saved, within 60 s" in ends[1][2]
     steps = [re.search(r"^stopped by SIG\w+: step (\d+) is saved; the same", ends[i][2], re.MULTILINE) for i in (0, 1)]
     assert steps[0][1] == steps[1][1]
 
 
-def test_processes_that_were_started_unalike_are_refused():
+def test_processes_that_were_started_unalike_are_refused(hosts):
     """As one of two and one of three. Process 0 does not end before the others have said what they have to."""
-    with Processes("pass", 2, counts={1: 3}, LATE="0.5") as processes:
-        ends = processes.ends()
+    ends = hosts("pass", 2, counts={1: 3}, LATE="0.5").ends()
     assert [status for status, _, _ in ends.values()] == [2, 2], ends
     assert "differ in start: number of processes is 3, but 2 on process 0; start all processes" in ends[1][2]
 
 
-def test_processes_that_do_not_come_are_not_waited_for_forever():
-    with Processes("pass", 3, absent=(1,), timeout=5.0) as processes:
-        ends = processes.ends()
+def test_processes_that_do_not_come_are_not_waited_for_forever(hosts):
+    ends = hosts("pass", 3, absent=(1,), timeout=5.0).ends()
     for i, (status, out, err) in ends.items():
         assert status == 2 and not out
         # Process 0 may be the last to listen.
@@ -265,9 +245,8 @@ def test_processes_that_do_not_come_are_not_waited_for_forever():
         assert re.match(came, err) and err.count("\n") == 1, err
 
 
-def test_a_coordinator_that_does_not_answer_is_told():
-    with Processes("pass", 2, absent=(0,), timeout=2.0) as processes:
-        ((status, _, err),) = processes.ends().values()
+def test_a_coordinator_that_does_not_answer_is_told(hosts):
+    ((status, _, err),) = hosts("pass", 2, absent=(0,), timeout=2.0).ends().values()
     assert status == 2 and "within 2 s (no connection: Connection refused; process 0 has not started, or" in err
 
 
@@ -283,11 +262,10 @@ SLURM = {
 }  # fmt: skip
 
 
-def test_jax_finds_the_places_of_a_cluster():
+def test_jax_finds_the_places_of_a_cluster(hosts):
     port = {"JAX_COORDINATOR_PORT": str(free_port())}
     tasks = {i: SLURM | port | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in (0, 1)}
-    with Processes("import jax; print(jax.process_index(), jax.process_count())", 2, tasks=tasks) as processes:
-        ends = processes.ends()
+    ends = hosts("import jax; print(jax.process_index(), jax.process_count())", 2, tasks=tasks).ends()
     assert [(status, said(out)) for status, out, _ in ends.values()] == [(0, ["0 2"]), (0, ["1 2"])], ends
 
 
@@ -374,11 +352,10 @@ print("hits", "/jax/compilation_cache/cache_hits" in found)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one", "two"])
-def test_programs_are_kept_in_a_folder_of_all_hosts_or_nowhere(tmp_path, shared):
+def test_programs_are_kept_in_a_folder_of_all_hosts_or_nowhere(hosts, tmp_path, shared):
     folders = [str(tmp_path / "a")] if shared else [str(tmp_path / "a"), str(tmp_path / "b")]
     for start in ("cold", "warm"):
-        with Processes(CACHE, 2, FOLDERS=":".join(folders)) as processes:
-            ends = processes.ends()
+        ends = hosts(CACHE, 2, FOLDERS=":".join(folders)).ends()
         assert [status for status, _, _ in ends.values()] == [0, 0], ends
         said = [out.partition("joined\n")[2].splitlines() for _, out, _ in ends.values()]
         assert f"folder {folders[0] if shared else 'None'}" in said[0][-2]

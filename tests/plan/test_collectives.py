@@ -1,8 +1,5 @@
 """Collectives and shares on 8 devices that the host plays in one process of its own; groups in each spelling."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -85,10 +82,9 @@ print("ok")
 """
 
 
-def test_collectives_and_shares():
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True, env=env)
-    assert (result.stdout, result.stderr) == ("ok\n", "")
+def test_collectives_and_shares(processes):
+    result = processes.run("-c", EIGHT, devices=8)
+    assert (result.output, result.errors) == ("ok\n", "")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """A plan against a run: the same programs with the same arguments, and memory that is held as the run holds it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -63,23 +60,19 @@ json.dump(seen, open(sys.argv[2], "w"))
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
+def running(processes, tmp_path_factory):
     """The run, in a process of its own while the plan is made in this one."""
     folder = tmp_path_factory.mktemp("plan")
     config = CONFIG | {"run_dir": str(folder / "run"), "stages": ["sft", "reward_model", "ppo"]}
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", RUN, json.dumps(config), str(folder / "seen.json")]
-    with open(folder / "output", "w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
-        yield process, folder
-        process.kill()
+    seen = folder / "seen.json"
+    return processes.start("-c", RUN, json.dumps(config), seen, environment={"JAX_PLATFORMS": "cpu"}), seen
 
 
 @pytest.fixture(scope="module")
 def measured(running, planned):
-    process, folder = running
-    assert process.wait() == 0, (folder / "output").read_text()[-2000:]
-    return json.loads((folder / "seen.json").read_text())
+    process, seen = running
+    assert process.wait() == 0, process.errors[-2000:]
+    return json.loads(seen.read_text())
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 Runs of the same number of processes share their compiled programs on disk, as a restarted run on a cluster may.
 """
 
+import functools
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,31 +64,21 @@ def settings(folder, name):
 class Launched:
     """A run under the local launcher."""
 
-    def __init__(self, folder, name, processes):
-        self.run_dir, self.logs, self.processes = folder / name, folder / f"logs-{name}", processes
+    def __init__(self, start, folder, name, count):
+        self.run_dir, self.logs = folder / name, folder / f"logs-{name}"
         config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(settings(folder, name)))
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"cache-{processes}")}
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"cache-{count}")}
         cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         cache |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-        command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes", str(processes)]
-        command += ["--logs", str(self.logs), "--", "--config", str(config)]
-        self._errors = open(folder / f"{name}.err", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, env=os.environ | cache | {"JAX_PLATFORMS": "cpu"}, cwd=folder, stdout=self._errors,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        command = [ROOT / "launch" / "local.py", "--processes", count, "--logs", self.logs, "--", "--config", config]
+        self.process = start(*command, cwd=folder, environment=cache | {"JAX_PLATFORMS": "cpu"})
 
     def end(self, seconds=600):
         """(status, what was said)."""
-        try:
-            status = self.process.wait(seconds)
-        finally:
-            self.process.kill()  # and with it its children
-        self._errors.seek(0)
-        said = self._errors.read()
-        self._errors.close()
-        return status, said
+        status = self.process.wait(seconds)
+        self.process.kill()  # and with it its children
+        return status, self.process.output + self.process.errors
 
     def log(self, number):
         return (self.logs / f"process-{number}.log").read_text()
@@ -107,7 +97,7 @@ class Launched:
     def wait_for_step(self, step, saved):
         """Until a step is logged, and the checkpoint of another on disk."""
         while not (len(lines(self.run_dir, "metrics.jsonl")) >= step and (self.checkpoint(saved)).exists()):
-            assert self.process.poll() is None, self.end()
+            assert self.process.status is None, self.end()
             time.sleep(0.02)
 
     def checkpoint(self, step):
@@ -132,12 +122,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder):
+def launched(processes):
+    """Starts a run under the local launcher: see `Launched`."""
+    return functools.partial(Launched, processes.start)
+
+
+@pytest.fixture(scope="module")
+def runs(folder, launched):
     """The same run on one process, on two and on four: what was said by each, and who was asked for scores."""
     said, calls = {}, {}
-    for name, processes in (("two", 2), ("four", 4)):
+    for name, count in (("two", 2), ("four", 4)):
         (folder / "calls").write_text("")
-        status, said[name] = Launched(folder, name, processes).end()
+        status, said[name] = launched(folder, name, count).end()
         assert status == 0, said[name]
         calls[name] = (folder / "calls").read_text().split()
     (folder / "calls").write_text("")
@@ -174,8 +170,8 @@ def test_rewards_are_asked_once_and_tables_are_printed_once(runs):
             assert not [line for line in text.splitlines() if "[Gloo]" not in line], text
 
 
-def test_a_run_of_four_that_loses_one_ends_at_once_and_goes_on_to_the_same_bits(runs):
-    killed = Launched(runs.folder, "killed", 4)
+def test_a_run_of_four_that_loses_one_ends_at_once_and_goes_on_to_the_same_bits(runs, launched):
+    killed = launched(runs.folder, "killed", 4)
     killed.wait_for_step(3, saved=2)
     victim = killed.pid(2)
     began = time.monotonic()
@@ -187,7 +183,7 @@ def test_a_run_of_four_that_loses_one_ends_at_once_and_goes_on_to_the_same_bits(
     assert re.fullmatch(rf"launch: process 2 of 4 \(pid {victim}\) was killed by signal 9 .*process-2\.log", last), said
     assert not (killed.run_dir / "roles" / "finished.json").exists()
 
-    status, said = Launched(runs.folder, "killed", 4).end()
+    status, said = launched(runs.folder, "killed", 4).end()
     assert status == 0 and "resumes after step" in said, said
     for role in ("policy", "value"):
         file = Path("roles", role, "adapter.safetensors")
@@ -203,8 +199,8 @@ def slow(runs):
     (runs.folder / "slow").unlink()
 
 
-def test_a_frozen_process_is_noticed_and_named(runs, slow):
-    frozen = Launched(runs.folder, "frozen", 2)
+def test_a_frozen_process_is_noticed_and_named(runs, launched, slow):
+    frozen = launched(runs.folder, "frozen", 2)
     frozen.wait_for_step(1, saved=2)
     victim = frozen.pid(1)
     began = time.monotonic()
@@ -216,9 +212,9 @@ def test_a_frozen_process_is_noticed_and_named(runs, slow):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(runs, slow, number, status):
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(runs, launched, slow, number, status):
     name = f"signal-{status}"
-    stopped = Launched(runs.folder, name, 2)
+    stopped = launched(runs.folder, name, 2)
     stopped.wait_for_step(1, saved=2)
     os.kill(stopped.process.pid, number)
     found, said = stopped.end(120)
@@ -227,15 +223,15 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(runs, slow, number,
     done = len(lines(stopped.run_dir, "metrics.jsonl"))
     assert stopped.checkpoint(done).exists()
 
-    found, said = Launched(runs.folder, name, 2).end()
+    found, said = launched(runs.folder, name, 2).end()
     assert found == 0 and f"resumes after step {done}" in said, said
     for role in ("policy", "value"):
         file = Path("roles", role, "adapter.safetensors")
         assert (stopped.run_dir / file).read_bytes() == (runs.folder / "two" / file).read_bytes(), role
 
 
-def test_a_reward_that_fails_ends_all_and_loses_no_step(runs):
-    failing = Launched(runs.folder, "failing", 2)
+def test_a_reward_that_fails_ends_all_and_loses_no_step(runs, launched):
+    failing = launched(runs.folder, "failing", 2)
     failing.wait_for_step(1, saved=2)
     (runs.folder / "down").touch()
     try:
@@ -251,7 +247,7 @@ def test_a_reward_that_fails_ends_all_and_loses_no_step(runs):
     assert "Traceback" not in failing.log(1)
 
 
-def test_hosts_that_read_other_data_are_refused(tmp_path):
+def test_hosts_that_read_other_data_are_refused(processes, tmp_path):
     """One path, on the disks of two hosts that hold different rows."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -266,16 +262,12 @@ def test_hosts_that_read_other_data_are_refused(tmp_path):
         (tmp_path / str(number)).mkdir()
         lines = [json.dumps({"prompt": f"the {word} sky"}) + "\n" for word in words]
         (tmp_path / str(number) / "prompts.jsonl").write_text("".join(lines))
-        command = [sys.executable, "-m", "jaxrlhf.train", "--config", str(tmp_path / "unlike.yaml")]
-        command += ["--coordinator", address, "--processes", "2", "--process", str(number)]
-        running.append(
-            subprocess.Popen(
-                command, cwd=tmp_path / str(number), stderr=subprocess.PIPE, text=True,
-                env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-            )
-        )  # fmt: skip
-    said = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [2, 2], said
+        command = ["-m", "jaxrlhf.train", "--config", tmp_path / "unlike.yaml"]
+        command += ["--coordinator", address, "--processes", "2", "--process", number]
+        environment = {"JAX_PLATFORMS": "cpu"}
+        running.append(processes.start(*command, cwd=tmp_path / str(number), environment=environment))
+    assert [process.wait(120) for process in running] == [2, 2], [process.errors for process in running]
+    said = [process.errors for process in running]
     checksum = r"'?[0-9a-f]{16}'?"
     complaint = rf"and process 0 differ in data: ppo\.prompts is {checksum}, but {checksum} on process 0; give all"
     assert re.search(rf"error: process 1 \(host .*\) {complaint}", said[1]) and re.search(complaint, said[0]), said
