@@ -5,6 +5,7 @@ import sys
 
 from jaxrlhf import __version__
 from jaxrlhf.distributed.interrupt import exit_on_interrupt
+from jaxrlhf.errors import UserError
 
 COMMANDS = {
     "train": "run the stages of a config: sft, reward_model, ppo",
@@ -22,10 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
         return importlib.import_module(f"jaxrlhf.cli.{name}").main(rest)
     from jaxrlhf.cli.exits import main_of
 
-    return main_of(lambda stop: _without_command(name))
+    if name in ("-h", "--help", "help") and rest[:1] and rest[0] in COMMANDS:
+        return main([rest[0], "--help", *rest[1:]])
+    return main_of(lambda stop: _without_command(name, rest))
 
 
-def _without_command(name: str) -> None:
+def _without_command(name: str, rest: list[str]) -> None:
+    if rest and name in ("-h", "--help", "help", "--version"):
+        raise UserError(f"{name}: unknown argument {rest[0]!r}; commands: {', '.join(COMMANDS)}")
     if name in ("-h", "--help", "help"):
         print("jaxrlhf aligns language models with human preferences. Commands:\n")
         for command, description in COMMANDS.items():
@@ -37,8 +42,6 @@ def _without_command(name: str) -> None:
         print(f"jaxrlhf {__version__} (jax {version('jax')}, Python {sys.version.split()[0]})")
     else:
         import difflib
-
-        from jaxrlhf.errors import UserError
 
         near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"

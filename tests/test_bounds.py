@@ -189,6 +189,9 @@ def test_a_chat_template_that_loops_is_one_line(model, monkeypatch, template):
     with pytest.raises(SharedFault, match=r"the chat template took more than 0.3 seconds for one chat") as caught:
         tokenizer.encode_prompt([{"role": "user", "content": "what"}])
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr(chats, "TIME_LIMIT", 1000)
+    with pytest.raises(SharedFault):  # at once
+        tokenizer.encode_prompt([{"role": "user", "content": "why"}])
 
 
 def test_a_chat_template_that_computes_a_power_is_one_line(model):

@@ -162,6 +162,15 @@ def test_help_names_every_setting_with_its_default(processes):
         assert re.search(rf"{re.escape(setting)}\b.*{default}", shown), setting
 
 
+def test_help_of_several_settings_shows_each(capsys):
+    shown = {}
+    for names in (["ppo.kl"], ["seed"], ["ppo.kl", "seed=1"]):
+        with pytest.raises(SystemExit):
+            train.main(["--help", *names])
+        shown[names[-1], len(names)] = capsys.readouterr().out
+    assert shown["seed=1", 2] == shown["ppo.kl", 1] + shown["seed", 1]
+
+
 @pytest.mark.parametrize("name", ["ppo.kl", "ppo.kl.coef", "ppo.kl.coef=0.1", "ppo.reward[http].url", "ppo.reward.url"])
 def test_help_of_a_section_or_a_setting_shows_nothing_else(name, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -174,11 +183,26 @@ def test_help_of_a_section_or_a_setting_shows_nothing_else(name, capsys):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("ppo.kl.ceof", "did you mean ppo.kl.coef"), ("ppo.coef", "did you mean ppo.kl.coef"), ("zzz", "there are ")],
-)
+    [("ppo.kl.ceof", "did you mean ppo.kl.coef"), ("ppo.coef", "did you mean ppo.kl.coef"), ("zzz", "there are "),
+     ("", "there are "), ("ppo.", "there are ")],
+)  # fmt: skip
 def test_help_of_an_unknown_setting_names_the_nearest(name, hint, capsys):
-    assert train.main(["--help", name]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --help: no setting {name}; {hint}")
+    assert train.main(["--help", "seed", name]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: --help: no setting {name or repr(name)}; {hint}") and not shown.out
+
+
+def test_only_a_run_that_writes_is_said_to_continue(folder, monkeypatch, capsys):
+    import jaxrlhf.stages.run
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jaxrlhf.stages.run, "run_stages", interrupted)
+    assert train.main(["--config", QUICKSTART, "run_dir=run"]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command continues from the last checkpoint, if any\n"
+    assert train.main(["--config", QUICKSTART, "run_dir=run", "--dry-run"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_dry_run_checks_all_and_writes_nothing(folder, capsys):

@@ -85,13 +85,10 @@ def test_file_and_defaults(write):
         ("ppo.gold=my.module:function", lambda c: c.ppo.gold, "my.module:function"),
         ("compiler_options.all.xla_a=true", lambda c: c.compiler_options, {"all": {"xla_a": True}}),
         ("compiler_options={merge: {xla_a: B}}", lambda c: c.compiler_options, {"merge": {"xla_a": "B"}}),
-        ("compiler_options=null", lambda c: c.compiler_options, {}),
         ("run_dir=a=b", lambda c: Path(c.run_dir).name, "a=b"),
         ("run_dir=2024-01-01", lambda c: Path(c.run_dir).name, "2024-01-01"),
         ("run_dir=no", lambda c: Path(c.run_dir).name, "no"),
         ('run_dir="1e5"', lambda c: Path(c.run_dir).name, "1e5"),
-        ("ppo.kl.coef=null", lambda c: c.ppo.kl.coef, KLConfig().coef),
-        ("ppo.kl=null", lambda c: c.ppo.kl, KLConfig()),
         ("sft.optimizer={warmup_steps: 5}", lambda c: c.sft.optimizer, OptimizerConfig(warmup_steps=5)),
         ("ppo.reward={kind: http, url: 'http://x'}", lambda c: c.ppo.reward, HTTPRewardConfig(url="http://x")),
         ("ppo.reward.path=folder", lambda c: c.ppo.reward, ModelRewardConfig(path="folder")),
@@ -115,8 +112,19 @@ def test_null_switches_off_what_is_on_by_default(write):
     assert load_config(write(dump_config(off))) == off
 
 
-def test_null_in_the_file_is_the_default(write):
-    assert load_config(write(FULL + "  sampling:\n  iterations: null\n")) == load_config(write(FULL))
+def test_a_section_of_the_file_without_keys_has_its_defaults(write):
+    assert load_config(write(FULL + "  sampling:\n    # top_k: 3\n")) == load_config(write(FULL))
+
+
+def test_null_in_the_file_is_refused_where_it_is_no_value(write):
+    error = "run.yaml:19: ppo.iterations must be int >= 1, not null; leave it out for its default"
+    assert _error(write(FULL + "  iterations:\n")) == _error(write(FULL + "  iterations: null\n")) == error
+
+
+@pytest.mark.parametrize("value", ["", " ", "  # 0.2"])
+@pytest.mark.parametrize("key", ["ppo.kl.coef", "ppo.kl", "run_dir", "stages", "ppo.sampling.top_p", "zzz"])
+def test_an_override_without_a_value_is_refused(write, key, value):
+    assert "': the value is missing; give key.path=value" in _error(write(FULL), f"{key}={value}")
 
 
 def test_sections_that_share_an_anchor_are_overridden_apart(write):
@@ -127,7 +135,7 @@ def test_sections_that_share_an_anchor_are_overridden_apart(write):
 
 
 def test_dump_loads_back_to_an_equal_config(write):
-    odd = ["run_dir='1e-4'", "model.tokenizer='no'", "sft.optimizer.learning_rate=1e-5", "ppo.gold='null'",
+    odd = ["run_dir='1e-4'", "model.tokenizer='no'", "sft.optimizer.learning_rate=1e-5", "ppo.gold='null:f'",
            "sft.data.text_field='12:30'", "sft.data.split='é: # x'", "ppo.kl.coef=1e16",
            "compiler_options={all: {xla_a: true}, update: {xla_b: '1'}}"]  # fmt: skip
     config = load_config(write(FULL), odd)
@@ -217,8 +225,14 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.sampling.top_p=.nan", "ppo.sampling.top_p must be float > 0 and <= 1 or null, not .nan"),
         ("ppo.batch_size=0", "ppo.batch_size must be int >= 1, not 0"),
         # what is missing
-        ("ppo.data.path=null", "ppo.data.path is missing; give text: file, folder, hub id, or builtin:"),
-        ("model=null", "model is missing; give section: the base model"),
+        ("ppo.data.path=null", "ppo.data.path must be text, not null"),
+        ("model=null", "model must be a section with keys, not null"),
+        ("ppo.kl.coef=null", "ppo.kl.coef must be float >= 0, not null; leave it out for its default"),
+        ("ppo.kl=~", "ppo.kl must be a section with keys, not null; leave it out for its default"),
+        ("compiler_options=null", "compiler_options must be mapping of names, not null; leave it out for"),
+        ("ppo.reward.function=r.py:", "unknown key ppo.reward.function; it belongs to kind: function"),
+        ("ppo.gold=r.py:", "ppo.gold: 'r.py:' names no function; give module:function or path.py:function"),
+        ("ppo.gold=r.py", "ppo.gold: 'r.py' names no function; give module:function or path.py:function"),
         # what belongs together
         ("model.path=x", "model: give exactly one of path, run, new; given: path, new"),
         ("stages=[ppo, sft]", "stages run in the order sft, reward_model, ppo, each once; given ['ppo', 'sft']"),

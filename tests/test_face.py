@@ -58,3 +58,12 @@ def test_a_misspelt_command_is_one_line(capsys):
     assert main(["trian", "--config", "x"]) == 2
     assert capsys.readouterr().err == "error: unknown command trian; did you mean train?\n"
     assert main(["generate", "--run", "nowhere", "--prompt", "x"]) == 2
+
+
+def test_help_of_a_command_and_arguments_that_nothing_reads(capsys):
+    with pytest.raises(SystemExit):
+        main(["help", "export"])
+    assert capsys.readouterr().out.startswith("usage: jaxrlhf export")
+    assert main(["--version", "train"]) == 2 and main(["--help", "trian"]) == 2
+    errors = "error: --version: unknown argument 'train'; commands: .*\nerror: --help: unknown argument 'trian'; .*\n"
+    assert re.fullmatch(errors, capsys.readouterr().err)

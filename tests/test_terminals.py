@@ -99,3 +99,36 @@ def test_ctrl_c_before_anything_is_done_is_one_line(command, slow, processes, tm
     started.send(signal.SIGINT)
     assert started.wait(20) == 130, started.errors
     assert re.fullmatch(r"interrupted.*\n", started.errors) and not (tmp_path / "run").exists()
+
+
+ENDING = """
+import atexit, os, signal, sys
+from jaxrlhf.distributed.interrupt import exit_on_interrupt
+interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+atexit.register(interrupt if sys.argv[1] == "after" else str)  # runs last
+exit_on_interrupt()
+atexit.register(interrupt if sys.argv[1] == "before" else str)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("when", "status", "error"), [("before", 130, b"interrupted\n"), ("after", 3, b"")])
+def test_ctrl_c_while_python_ends_is_one_line_or_nothing(when, status, error):
+    done = subprocess.run([sys.executable, "-c", ENDING, when], capture_output=True, env=HERE)
+    assert (done.returncode, done.stderr) == (status, error)
+
+
+def test_processes_of_a_reward_print_no_warning_of_jax():
+    work = "__import__('jax') and __import__('os').fork() == 0 and __import__('os')._exit(0)"
+    done = subprocess.run([sys.executable, "-c", PRINTS.format(work=work)], capture_output=True, env=HERE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_name_that_the_locale_cannot_read_names_the_variable_to_set():
+    here = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (["--config", "caf\xe9.yaml"], ["--config", QUICKSTART, "run_dir=caf\xe9"]):
+        done = shell("", "-m", "jaxrlhf", "train", *arguments, **here)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+        assert b"the text was read as ascii, the encoding of this locale: set PYTHONUTF8=1" in done.stderr
+    done = shell("", "-m", "jaxrlhf", "train", "--config", os.fsdecode(b"caf\xe9.yaml"), PYTHONUTF8="1")
+    assert done.returncode == 2 and b"not UTF-8" in done.stderr

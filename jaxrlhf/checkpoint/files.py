@@ -56,7 +56,7 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
             raise UserError(f"{path}: this is a file; give a folder")
         temporary.mkdir()
     except OSError as error:
-        raise UserError(f"{path}: the folder cannot be written: {error.strerror}; give another folder") from None
+        raise UserError(f"{path}: the folder cannot be written: {error.strerror}; give another folder") from error
     try:
         yield temporary
         for folder, _, files in os.walk(temporary):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from jaxrlhf.config.base import LARGEST
-from jaxrlhf.config.paths import absolute_path, source_path
+from jaxrlhf.config.paths import absolute_path, not_utf8, source_path
 from jaxrlhf.errors import UserError
 
 MOST_PROCESSES = 65536  # and devices
@@ -24,7 +24,7 @@ def text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"is not UTF-8 text: {value[:40]!r}") from None
+        raise argparse.ArgumentTypeError(f"{not_utf8(value)}: {value[:40]!r}") from None
     return value
 
 

@@ -3,6 +3,7 @@
 import itertools
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import Diverged, Fault, UserError, printable
 
 
-def main_of(command: Callable[[StopSignals], None], afterwards: str = "") -> int:
+def main_of(command: Callable[[StopSignals], None]) -> int:
     """Runs a command and returns its exit status:
 
     0  success
@@ -20,13 +21,17 @@ def main_of(command: Callable[[StopSignals], None], afterwards: str = "") -> int
     129, 130, 143  stopped by SIGHUP, Ctrl-C or SIGTERM
     141  the reader of its output has ended, as in `| head`; nothing is printed
 
-    `afterwards` is appended to the message of a failure or an interruption: what the user can do next.
+    The command may set `afterwards` of its `StopSignals`: what the user can do next. It is appended to the message of a
+    failure or an interruption.
     """
     open_streams()
-    with StopSignals(afterwards=afterwards) as stop:
+    # jax warns at each fork that a child may deadlock. Children of reward functions, such as a process pool's, do not
+    # call jax, and restore the signals of a run.
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+    with StopSignals() as stop:
         try:
             try:
-                status = _status(lambda: command(stop), afterwards)
+                status = _status(command, stop)
             except SystemExit:  # argparse exits after a help text
                 sys.stdout.flush()
                 raise
@@ -40,9 +45,9 @@ def main_of(command: Callable[[StopSignals], None], afterwards: str = "") -> int
         return status
 
 
-def _status(command: Callable[[], None], afterwards: str) -> int:
+def _status(command: Callable[[StopSignals], None], stop: StopSignals) -> int:
     try:
-        command()
+        command(stop)
         return 0
     except UserError as error:
         _print_user_frames(error)
@@ -52,7 +57,7 @@ def _status(command: Callable[[], None], afterwards: str) -> int:
         _say(f"{stopped}; the same command continues")
         return stopped.status
     except KeyboardInterrupt:
-        _say(f"interrupted{afterwards}")
+        _say(f"interrupted{stop.afterwards}")
         return 130
     except OutputLost:
         raise
@@ -61,7 +66,7 @@ def _status(command: Callable[[], None], afterwards: str) -> int:
             _say(_line(fault))
         else:
             _print_user_frames(fault)
-            _say(f"error: {fault}{'' if isinstance(fault, Diverged) else afterwards}")
+            _say(f"error: {fault}{'' if isinstance(fault, Diverged) else stop.afterwards}")
     except PermissionError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
         _say(f"error: {what}; change its permissions, or give another path")
@@ -71,7 +76,7 @@ def _status(command: Callable[[], None], afterwards: str) -> int:
             _say(_line(error))
         else:
             _say(traceback.format_exc().rstrip("\n"))
-            _say(f"error: {type(error).__name__}: {' '.join(str(error).split())}{afterwards}")
+            _say(f"error: {type(error).__name__}: {' '.join(str(error).split())}{stop.afterwards}")
     return 1
 
 

@@ -25,19 +25,19 @@ def _seconds(text: str) -> float:
 
 
 class _Help(argparse.Action):
-    """`--help`: the options and every setting. `--help SETTING`: that setting, or the settings of a section."""
+    """`--help`: the options and every setting. `--help SETTING ...`: these settings, or the settings of sections."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: object, value: str | None, option: object) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, names: list[str], option: object) -> None:
         from jaxrlhf.config.table import settings_help
 
-        if value is None:
+        if not names:
             parser.epilog = "settings:\n\n" + settings_help()
             parser.print_help()
-        else:
-            try:
-                print(settings_help(value.split("=")[0]))
-            except ValueError as error:
-                raise UserError(f"--help: {error}") from None
+        try:
+            shown = [settings_help(name.split("=")[0].strip()) for name in names]
+        except ValueError as error:
+            raise UserError(f"--help: {error}") from None
+        print("\n".join(shown), end="\n" if shown else "")
         parser.exit()
 
 
@@ -48,8 +48,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    one = "this help with every setting; with a name such as ppo.kl: that setting or section only"
-    parser.add_argument("-h", "--help", action=_Help, nargs="?", metavar="SETTING", help=one)
+    one = "this help with every setting; with names such as ppo.kl: those settings or sections only"
+    parser.add_argument("-h", "--help", action=_Help, nargs="*", metavar="SETTING", help=one)
     parser.add_argument("--config", type=path, required=True, metavar="FILE", help="YAML file of settings")
     dry = "check settings, model, rows and rewards, print what would run, and stop; writes nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry)
@@ -77,6 +77,8 @@ def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
     from jaxrlhf.config.reading import load_config
     from jaxrlhf.distributed import processes
 
+    if not arguments.dry_run:
+        stop.afterwards = "; the same command continues from the last checkpoint, if any"
     spec = processes.find_process_spec(arguments.coordinator, arguments.processes, arguments.process)
     with processes.joined(spec, arguments.start_timeout):
         if not processes.alone():
@@ -95,8 +97,7 @@ def train(arguments: argparse.Namespace, stop: StopSignals) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    afterwards = "; the same command continues from the last checkpoint, if any"
-    status = main_of(lambda stop: train(parse(arguments), stop), afterwards)
+    status = main_of(lambda stop: train(parse(arguments), stop))
     from jaxrlhf.distributed import processes
 
     return processes.exit_status(status)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from jaxrlhf.config.base import LARGEST, LARGEST_FLOAT
-from jaxrlhf.config.table import SettingPath, describe, one_line, path_of, settings, without_kinds
+from jaxrlhf.config.table import REQUIRED, SettingPath, describe, one_line, path_of, settings, without_kinds
 
 Origins = Mapping[SettingPath, str]
 """The source of each key: "FILE:LINE" or "override 'KEY=VALUE'"."""
@@ -59,6 +59,8 @@ def _message(fault: dict, place: SettingPath) -> str:
     hint = ""
     if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
         hint = "; put a text that looks like a number in quotes"
+    if fault["input"] is None and setting.default is not REQUIRED:
+        hint = "; leave it out for its default"
     if fault["type"] == "less_than_equal" and fault["ctx"]["le"] in (LARGEST, LARGEST_FLOAT):
         kind = f"at most {fault['ctx']['le']:g}".replace("2.14748e+09", str(LARGEST))
     return f"{dotted} must be {kind}, not {describe(fault['input'])}{hint}"

@@ -6,6 +6,7 @@ change the directory later. Also, `config.yaml` of a run may be read from anothe
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,16 @@ def check_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("the text is not UTF-8 (half a surrogate pair); give a text in UTF-8") from None
+        raise ValueError(not_utf8(text)) from None
+
+
+def not_utf8(text: str) -> str:
+    """Why text cannot be written as UTF-8: its bytes are not, or Python has read them in another encoding."""
+    try:
+        os.fsencode(text).decode()
+    except UnicodeError:
+        return "the text is not UTF-8"
+    return f"the text was read as {sys.getfilesystemencoding()}, the encoding of this locale: set PYTHONUTF8=1"
 
 
 def _value(match: re.Match) -> str:
@@ -81,14 +91,17 @@ def source_path(text: str) -> str:
 
 
 def function_path(text: str) -> str:
-    """Returns `path.py:function` with an absolute path. `module:function` is returned unchanged."""
+    """Returns `path.py:function` with an absolute path. `module:function` is returned unchanged.
+
+    Raises ValueError for a text that names no function.
+    """
     if not text.strip():
         raise ValueError("the name of the function is empty; give module:function or path.py:function")
+    check_characters(text)
     where, _, name = text.rpartition(":")
-    if not where.endswith(".py"):
-        check_characters(text)
-        return text
-    return f"{absolute_path(where)}:{name}"
+    if not where or not name.isidentifier():
+        raise ValueError(f"{text!r} names no function; give module:function or path.py:function")
+    return f"{absolute_path(where)}:{name}" if where.endswith(".py") else text
 
 
 def _for_text(check: Any, *words: str) -> BeforeValidator:

@@ -16,6 +16,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.faults import explain
+from jaxrlhf.config.paths import not_utf8
 from jaxrlhf.config.table import describe, find_setting, one_line
 from jaxrlhf.errors import UserError
 
@@ -31,13 +32,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads the settings of a YAML file, applies overrides such as `ppo.kl.coef=0.1`, and validates the result.
 
     The value of an override is YAML. Missing sections are created. If a setting does not accept `null`, the value
-    `null` resets the setting to its default. Paths in settings are relative to the current directory. Raises `UserError`
-    if the file, an override or a setting cannot be used.
+    `null` is an error; but a section of the file may be empty, and then has its defaults. Paths in settings are relative
+    to the current directory. Raises `UserError` if the file, an override or a setting cannot be used.
     """
     data, origins = _read(str(path))
+    _drop_empty_sections(data, ())
     for override in overrides:
         _override(data, origins, override)
-    _drop_nulls(data, ())
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -124,7 +125,7 @@ class _Walk:
         try:
             node.value.encode()
         except UnicodeEncodeError:  # config.yaml of a run cannot hold this text
-            raise UserError(f"{line}: {'.'.join(path)} is not UTF-8 text: {node.value[:40]!r}") from None
+            raise UserError(f"{line}: {'.'.join(path)}: {not_utf8(node.value)}: {node.value[:40]!r}") from None
 
     def _mapping(self, node: MappingNode, path: KeyPath, above: tuple[int, ...]) -> None:
         lines: dict[str, int] = {}
@@ -171,6 +172,9 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
     path = tuple(dotted.strip().split("."))
     if not equals or not all(path):
         raise UserError(f"{where}: must have the form key.path=value, such as ppo.kl.coef=0.1")
+    parsed = parse_yaml(value, where)
+    if parsed is None and value.strip().lower() not in ("null", "~"):  # nothing, or a comment
+        raise UserError(f"{where}: the value is missing; give key.path=value, such as ppo.kl.coef=0.1")
     section = data
     for depth, name in enumerate(path[:-1], start=1):
         if section.get(name) is None:
@@ -181,21 +185,21 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
             raise UserError(f"{where}: {'.'.join(path[:depth])} must be a section with keys, not {describe(section)}")
     for known in [known for known in origins if known[: len(path)] == path]:
         del origins[known]
-    section[path[-1]] = parse_yaml(value, where)
+    section[path[-1]] = parsed
     origins[path] = where
 
 
-def _drop_nulls(data: dict[str, Any], path: KeyPath) -> None:
-    """Removes settings that are null but do not accept null. They then have their defaults.
+def _drop_empty_sections(data: dict[str, Any], path: KeyPath) -> None:
+    """Removes sections without keys. They then have their defaults. Where null is a value, it stays.
 
     `data` is changed in place.
     """
     for name, value in list(data.items()):
         setting = find_setting((*path, name))
-        if value is None and setting is not None and not setting.kind.endswith("or null"):
+        if value is None and setting is not None and setting.is_section and not setting.kind.endswith("or null"):
             del data[name]
         elif isinstance(value, dict):
-            _drop_nulls(value, (*path, name))
+            _drop_empty_sections(value, (*path, name))
 
 
 def _plain(value: Any) -> Any:

@@ -103,12 +103,12 @@ def without_kinds(place: Sequence[str]) -> SettingPath:
     return tuple(name for name in place if not name.startswith("kind="))
 
 
-def settings_help(above: str = "") -> str:
+def settings_help(above: str | None = None) -> str:
     """One line per setting: key path, type and bounds, default, description.
 
     With `above` only that setting, or that section and what is in it. ValueError, with the nearest names, if unknown.
     """
-    names, lines = tuple(filter(None, above.split("."))), []
+    names, lines = () if above is None else tuple(above.split(".")), []
     for place, setting in settings().items():
         if ANY in place:  # each kind of reward has lines of its own
             continue
@@ -127,7 +127,7 @@ def settings_help(above: str = "") -> str:
         near = same_end or difflib.get_close_matches(above, known, n=3)
         sections = [name for name in known if "." not in name]
         hint = f"did you mean {' or '.join(near[:3])}?" if near else f"there are {', '.join(sections)}"
-        raise ValueError(f"no setting {one_line(above)}; {hint}")
+        raise ValueError(f"no setting {one_line(above) or repr(above)}; {hint}")
     return "\n".join(lines)
 
 

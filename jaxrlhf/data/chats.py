@@ -79,6 +79,7 @@ class ChatTemplate:
         self.unread: set[str] = set()  # tools and arguments of rendered chats that the template does not use
         self._read: tuple[bool, bool] | None = None
         self._powers_checked = False
+        self._too_slow: SharedFault | None = None
 
     @property
     def exists(self) -> bool:
@@ -248,14 +249,17 @@ class ChatTemplate:
 
     def _written(self, messages: list[Message], **arguments: Any) -> str:
         """Returns the text that the template writes. Raises `SharedFault` if this takes longer than `TIME_LIMIT`."""
+        if self._too_slow is not None:  # no second wait for the same template
+            raise self._too_slow
         try:
             render = self._tokenizer.apply_chat_template
             return within(TIME_LIMIT, lambda: render(messages, tokenize=False, **arguments))
         except TimeoutError:
-            raise SharedFault(
+            self._too_slow = SharedFault(
                 f"{self.name}: the chat template took more than {TIME_LIMIT:g} seconds for one chat; correct its "
                 "loops, or give prompt and response as text"
-            ) from None
+            )
+            raise self._too_slow from None
 
     def _message(self, message: Message, arguments_as_text: bool, null: str) -> Message:
         """Converts a message to the form that the template reads."""

@@ -3,14 +3,19 @@
 This file imports little, so that it loads fast.
 """
 
+import atexit
 import os
 import signal
 
 
 def exit_on_interrupt() -> None:
-    """Makes Ctrl-C print one line and end the process. A command calls this function before slow imports."""
+    """Makes Ctrl-C print one line and end the process. A command calls this function before slow imports.
+
+    Ctrl-C has no effect once the command has ended and Python removes the handlers.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the first registered is the last to run
 
 
 def _exit(number: int, frame: object) -> None:

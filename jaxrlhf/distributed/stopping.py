@@ -44,12 +44,12 @@ class StopSignals:
     in the middle of a step. After a second SIGINT the process exits immediately. Child processes have the handlers from
     before the block and do not receive SIGINT and SIGHUP.
 
-    `afterwards` is a text that says what the user can do next. If an exit loses nothing, its message ends with this
-    text.
+    A command may set `afterwards`, a text that says what the user can do next. If an exit loses nothing, its message
+    ends with this text.
     """
 
-    def __init__(self, grace: float = 60.0, afterwards: str = ""):
-        self.grace, self._afterwards = grace, afterwards
+    def __init__(self, grace: float = 60.0):
+        self.grace, self.afterwards = grace, ""
         self.at_work: Callable[[], str] | None = None
         self._signal: signal.Signals | None = None
         self._before: dict[int, object] = {}
@@ -146,7 +146,7 @@ class StopSignals:
 
     def _exit(self, text: str) -> None:
         work = self.at_work
-        _say(f"{text}{self._afterwards}" if work is None else f"{text}; {work()}; the same command continues")
+        _say(f"{text}{self.afterwards}" if work is None else f"{text}; {work()}; the same command continues")
         _end_children()
         os._exit(STATUS[self._signal])
 

@@ -46,8 +46,8 @@ def _reached(stage: str, reached: dict[str, Any]) -> str:
     """What a stage reached, as text that ends with "; ", or "" if it measured nothing."""
     if stage == "ppo":
         before, after = reached["before"], reached["after"]
-        reward = f"reward {after['reward/score']:.3f}, before PPO {before['reward/score']:.3f}"
-        return f"{reward}; KL to the reference {after['kl/k1']:.3f} nats; "
+        reward = f"reward {after['reward/score']:z.3f}, before PPO {before['reward/score']:z.3f}"
+        return f"{reward}; KL to the reference {after['kl/k1']:z.3f} nats; "
     if stage == "reward_model":
-        return f"accuracy {reached['heldout_accuracy']:.3f} on {reached['heldout_pairs']} held-out pairs; "
-    return f"held-out loss {reached['heldout_loss']:.3f} nats per token; " if reached else ""
+        return f"accuracy {reached['heldout_accuracy']:z.3f} on {reached['heldout_pairs']} held-out pairs; "
+    return f"held-out loss {reached['heldout_loss']:z.3f} nats per token; " if reached else ""

@@ -53,12 +53,12 @@ def comparison(evaluations: Mapping[str, Evaluation], samples: int = 5) -> str:
     lines = ["", " " * 42 + "".join(f"{f'{name} PPO':>{width}}" for name in evaluations)]
     for name, label in LABELS.items():
         if all(name in e.means for e in evaluations.values()):
-            lines.append(f"{label:42}" + "".join(f"{e.means[name]:{width}.3f}" for e in evaluations.values()))
+            lines.append(f"{label:42}" + "".join(f"{e.means[name]:z{width}.3f}" for e in evaluations.values()))
     before, after = evaluations["before"], evaluations["after"]
     for old, new in list(zip(before.samples, after.samples))[:samples]:
         lines += ["", *_wrapped("prompt", old["prompt"])]
-        lines += _wrapped(f"before ({old['score']:.2f})", old["completion"])
-        lines += _wrapped(f"after ({new['score']:.2f})", new["completion"])
+        lines += _wrapped(f"before ({old['score']:z.2f})", old["completion"])
+        lines += _wrapped(f"after ({new['score']:z.2f})", new["completion"])
     return "\n".join(lines) + "\n"
 
 

@@ -84,7 +84,9 @@ def _chosen_roles(roles: Roles, option: str | None, config: RunConfig) -> dict[s
     names = [list(known)[-1]] if option is None else [name.strip() for name in option.split(",")]
     for name in names:
         if name not in known:
-            raise UserError(f"--roles: this run has no role {name!r}; it has {', '.join(known)}")
+            scores = name in ("value", "reward")
+            fault = f"{name} scores text and writes none" if scores else f"this run has no role {name!r}"
+            raise UserError(f"--roles: {fault}; roles that write text here: {', '.join(known)}")
     if config.sft_trains_base and "base" in names:  # after a full fine-tune the run's base is the SFT model
         known["base"] = (load_origin(config), None)
     return {name: known[name] for name in names}

@@ -75,6 +75,8 @@ class Loop:
             self.first, self.state, notes = latest.step, latest.tree, latest.notes
             run.say(f"{stage}: resumes after step {self.first} of {total}")
             self._compare_mesh(notes.get("mesh"))
+        elif lost := run.metrics.stages()[stage]:
+            run.say(f"{stage}: no checkpoint was saved; begins again; its {lost} lines of metrics.jsonl are removed")
         for name, log in run.logs.items():
             lines = notes.get("lines", {}).get(name)
             if missing := log.truncate(stage, self.first, lines):

@@ -6,12 +6,14 @@ Finished stages are skipped, so the same command resumes a run.
 import contextlib
 import dataclasses
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxrlhf.checkpoint.compilation_cache import cached_programs
+from jaxrlhf.checkpoint.files import reason
 from jaxrlhf.checkpoint.lock import RunLock
 from jaxrlhf.checkpoint.run_dir import check_run, make_folder, open_run, record_start, started_at
 from jaxrlhf.config import RunConfig
@@ -20,7 +22,7 @@ from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.jit import compiled_with
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.distributed.stopping import StopSignals
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import Fault, UserError
 from jaxrlhf.models.decoder import named_parameters, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.models.sharding import shard
@@ -118,10 +120,23 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
         save_base(config.run_dir, roles.base, roles.tokenizer)
     roles.base = shard(run.mesh, roles.base)
     for stage in todo:
-        roles = STAGES[stage].train(run, roles, inputs[stage])
+        with _disk_faults(folder):
+            roles = STAGES[stage].train(run, roles, inputs[stage])
         for line in ending(config, stage, finished_stages(config.run_dir)[stage]) if writes else ():
             run.say(line)
     return roles
+
+
+@contextlib.contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    """Turns an error of the disk, after the run has started, into a `Fault`: the user's input is not wrong."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or hasattr(error, "elsewhere"):
+            raise
+        raise Fault(f"{cause.filename or folder}: {reason(cause)}") from error
 
 
 def _load_roles(run: Run) -> Roles:
@@ -136,7 +151,7 @@ def _load_roles(run: Run) -> Roles:
 
 def _check_checkpoints(run: Run, todo: list[str]) -> None:
     """Raises `UserError` if a stage has logged steps but the folder with its checkpoints is missing."""
-    for stage in run.metrics.stages() & {*todo}:
+    for stage in {*run.metrics.stages()} & {*todo}:
         folder = run.folder / "checkpoints" / stage
         if not folder.is_dir():
             raise UserError(

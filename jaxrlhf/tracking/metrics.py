@@ -1,5 +1,6 @@
 """The logs of a run: JSON lines in files, and a progress line on a terminal."""
 
+import collections
 import contextlib
 import datetime
 import io
@@ -63,13 +64,13 @@ class MetricsLog:
             self._opened()
         return self._lines
 
-    def stages(self) -> set[str]:
-        """Returns the stages that have lines. Raises `UserError` for a line that is not JSON."""
+    def stages(self) -> collections.Counter[str]:
+        """Returns the number of lines of each stage that has lines. Raises `UserError` for a line that is not JSON."""
         if self._path is None or not self._path.exists():
-            return set()
+            return collections.Counter()
         with self._faults():
             *complete, _ = self._path.read_bytes().split(b"\n")
-        return {self._parse(line, i)[0] for i, line in enumerate(complete, start=1)}
+        return collections.Counter(self._parse(line, i)[0] for i, line in enumerate(complete, start=1))
 
     def sync(self) -> None:
         """Flushes all lines to disk, so that they survive a power failure."""

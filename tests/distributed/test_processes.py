@@ -366,3 +366,32 @@ def test_programs_are_kept_in_a_folder_of_all_hosts_or_nowhere(hosts, tmp_path, 
             # On CPUs jax has other keys on each process, and only the first one writes: only that one is warm.
             assert said[0][-1] == f"hits {shared}" and (shared or said[1][-1] == "hits False")
     assert not list(tmp_path.rglob(".seen-*"))
+
+
+NO_STEP = """
+from pathlib import Path
+from jaxrlhf.config.reading import load_config
+from jaxrlhf.errors import Fault
+from jaxrlhf.stages import sft
+from jaxrlhf.stages.run import run_stages
+
+def train_nothing(run, *_):
+    assert (run.folder / "config.yaml").is_file()
+    processes.barrier()
+    raise Fault("no memory")
+
+sft.train = train_nothing
+run_stages(load_config(os.environ["CONFIG"], ["run_dir=" + os.environ["RUN"]]), stop)
+"""
+
+
+def test_a_run_of_two_hosts_that_fails_before_its_first_step_gives_its_directory_back(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "run_dir: x\nstages: [sft]\nmodel: {new: {hidden_size: 8, layers: 1, heads: 2, intermediate_size: 8}}\n"
+        "sft: {data: {path: 'builtin:assistant-demonstrations', limit: 16}, batch_size: 4, heldout: 0}\n"
+    )
+    run = tmp_path / "runs" / "run"
+    with Processes(NO_STEP, 2, CONFIG=str(tmp_path / "config.yaml"), RUN=str(run)) as started:
+        for status, _, errors in started.ends(120).values():
+            assert status == 1 and "error: no memory" in errors, errors
+    assert not run.parent.exists()

@@ -8,7 +8,7 @@ import pytest
 from jaxrlhf.cli import export, generate
 from jaxrlhf.stages.endings import ending
 
-PPO = {"before": {"reward/score": 0.25, "kl/k1": 0.0}, "after": {"reward/score": 1.5, "kl/k1": 2.0}}
+PPO = {"before": {"reward/score": -0.0001, "kl/k1": 0.0}, "after": {"reward/score": 1.5, "kl/k1": 2.0}}
 REACHED = {
     "sft": ({"heldout_loss": 1.25}, "sft: held-out loss 1.250 nats per token; saved in {roles}/sft"),
     "reward_model": (
@@ -17,7 +17,7 @@ REACHED = {
     ),
     "ppo": (
         PPO,
-        "ppo: reward 1.500, before PPO 0.250; KL to the reference 2.000 nats; saved in {roles}/policy, {roles}/value",
+        "ppo: reward 1.500, before PPO 0.000; KL to the reference 2.000 nats; saved in {roles}/policy, {roles}/value",
     ),
 }
 

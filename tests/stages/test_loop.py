@@ -90,3 +90,14 @@ def test_a_signal_saves_the_step_that_is_still_unread(run):
     again = play(run, events)
     assert again.first == 2 and int(again.state["step"]) == TOTAL
     assert lines(run) == [(step + 1, step / 2) for step in range(TOTAL)]
+
+
+def test_a_stage_that_begins_again_says_so(run, capsys):
+    run.metrics.write("sft", 1, {"sft/loss": 0.5})
+    run.metrics.write("sft", 2, {"sft/loss": 0.25})
+    play(run, [])
+    said = "sft: no checkpoint was saved; begins again; its 2 lines of metrics.jsonl are removed\n"
+    assert capsys.readouterr().err == said
+    assert lines(run) == [(step + 1, step / 2) for step in range(TOTAL)]
+    play(run, [])
+    assert "begins again" not in capsys.readouterr().err

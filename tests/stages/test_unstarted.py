@@ -1,10 +1,12 @@
 """A run that fails before its first step leaves nothing in its directory; later it leaves everything."""
 
+import contextlib
 import json
 import signal
 
 import pytest
 
+from jaxrlhf.checkpoint.files import atomic_directory
 from jaxrlhf.checkpoint.run_dir import check_run, make_folder
 from jaxrlhf.cli import train
 from jaxrlhf.distributed.stopping import Stopped
@@ -93,3 +95,19 @@ def test_corrected_settings_are_accepted_after_a_failure(tmp_path, monkeypatch, 
         assert "error: the disk is full" in capsys.readouterr().err
         assert not (tmp_path / "runs").exists()
     assert check_run(tmp_path / "runs" / "x", "seed: 3\n") == []
+
+
+@pytest.mark.parametrize("written", ["file/role", "role/file"])
+def test_a_disk_that_refuses_after_the_start_is_a_fault_of_the_run(written, tmp_path, monkeypatch, capsys):
+    def train_nothing(*arguments):
+        (tmp_path / "file").write_text("")
+        with atomic_directory(tmp_path / "file" / "role") if written == "file/role" else contextlib.nullcontext():
+            (tmp_path / "role" / "file").write_text("no such folder")
+
+    monkeypatch.setattr(ppo, "train", train_nothing)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "reward.py").write_text("def score(prompts, completions):\n    return [1.0 for text in completions]\n")
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config", "config.json", "run_dir=run"]) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: {tmp_path / written}") and error.endswith("from the last checkpoint, if any")
