@@ -184,7 +184,7 @@ def test_help_of_a_section_or_a_setting_shows_nothing_else(name, capsys):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("ppo.kl.ceof", "did you mean ppo.kl.coef"), ("ppo.coef", "did you mean ppo.kl.coef"), ("zzz", "there are "),
-     ("", "there are "), ("ppo.", "there are ")],
+     ("", "there are "), ("ppo.", "did you mean ppo or ")],
 )  # fmt: skip
 def test_help_of_an_unknown_setting_names_the_nearest(name, hint, capsys):
     assert train.main(["--help", "seed", name]) == 2

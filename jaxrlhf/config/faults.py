@@ -59,8 +59,11 @@ def _message(fault: dict, place: SettingPath) -> str:
     hint = ""
     if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
         hint = "; put a text that looks like a number in quotes"
+    if fault["type"] == "string_type" and isinstance(fault["input"], dict):
+        hint = "; YAML reads a text with a colon at its end, or before a blank, as a section"
+    in_list = fault["loc"] and isinstance(fault["loc"][-1], int)
     if fault["input"] is None and setting.default is not REQUIRED:
-        hint = "; leave it out for its default"
+        hint = " in the list" if in_list else "; leave it out for its default"
     if fault["type"] == "less_than_equal" and fault["ctx"]["le"] in (LARGEST, LARGEST_FLOAT):
         kind = f"at most {fault['ctx']['le']:g}".replace("2.14748e+09", str(LARGEST))
     return f"{dotted} must be {kind}, not {describe(fault['input'])}{hint}"

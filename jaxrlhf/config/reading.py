@@ -168,6 +168,10 @@ def _read(path: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> None:
     """Applies one override `key.path=value` to `data`, which is changed in place."""
     where = f"override '{one_line(text)}'"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {not_utf8(text)}") from None
     dotted, equals, value = text.partition("=")
     path = tuple(dotted.strip().split("."))
     if not equals or not all(path):
