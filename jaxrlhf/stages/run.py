@@ -103,7 +103,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
         run.say(f"dry run: all checks passed, and nothing was written; without --dry-run the files go to {folder}")
         return roles
     if not exists:
-        made = processes.agreed(lambda: make_folder(folder))
+        made = processes.agreed(lambda: make_folder(folder) if writes else [])
         lock.take()
         processes.agreed(lambda: _check_still_new(folder, writes))
         stack.enter_context(given_back(folder, made, writes))
