@@ -233,7 +233,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.reward.function=r.py:", "unknown key ppo.reward.function; it belongs to kind: function"),
         ("ppo.gold=r.py:", "ppo.gold must be text or null, not a section; YAML reads a text with a colon at its end"),
         ("ppo.gold='r.py:'", "ppo.gold: 'r.py:' names no function; give module:function or path.py:function"),
-        ("ppo.sampling.stop_tokens=[null]", "ppo.sampling.stop_tokens must be list of int or null, not null in the list"),
+        ("ppo.sampling.stop_tokens=[null]", "ppo.sampling.stop_tokens must be list of int or null, not null in"),
         ("ppo.gold=r.py", "ppo.gold: 'r.py' names no function; give module:function or path.py:function"),
         # what belongs together
         ("model.path=x", "model: give exactly one of path, run, new; given: path, new"),

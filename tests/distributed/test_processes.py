@@ -385,13 +385,13 @@ run_stages(load_config(os.environ["CONFIG"], ["run_dir=" + os.environ["RUN"]]), 
 """
 
 
-def test_a_run_of_two_hosts_that_fails_before_its_first_step_gives_its_directory_back(tmp_path):
+def test_a_run_of_two_hosts_that_fails_before_its_first_step_gives_its_directory_back(hosts, tmp_path):
     (tmp_path / "config.yaml").write_text(
         "run_dir: x\nstages: [sft]\nmodel: {new: {hidden_size: 8, layers: 1, heads: 2, intermediate_size: 8}}\n"
         "sft: {data: {path: 'builtin:assistant-demonstrations', limit: 16}, batch_size: 4, evaluation: {heldout: 0}}\n"
     )
     run = tmp_path / "runs" / "run"
-    with Processes(NO_STEP, 2, CONFIG=str(tmp_path / "config.yaml"), RUN=str(run)) as started:
-        for status, _, errors in started.ends(120).values():
-            assert status == 1 and "error: no memory" in errors, errors
+    ends = hosts(NO_STEP, 2, CONFIG=str(tmp_path / "config.yaml"), RUN=str(run)).ends(120)
+    for status, _, errors in ends.values():
+        assert status == 1 and "error: no memory" in errors, errors
     assert not run.parent.exists()

@@ -110,4 +110,5 @@ def test_a_disk_that_refuses_after_the_start_is_a_fault_of_the_run(written, tmp_
     monkeypatch.chdir(tmp_path)
     assert train.main(["--config", "config.json", "run_dir=run"]) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert error.startswith(f"error: {tmp_path / written.split('/')[0]}") and error.endswith("from the last checkpoint, if any")
+    assert error.startswith(f"error: {tmp_path / written.split('/')[0]}")
+    assert error.endswith("from the last checkpoint, if any")
