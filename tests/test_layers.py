@@ -1,11 +1,11 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    cli > bench > plan > stages > steps > rollout, rewards > hf > models, data > algorithms, toy
+    cli > bench > plan > stages > steps > rollout, rewards > hf > models, data > algorithms, toy, report
     > tracking > checkpoint > distributed > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `hf` stands above `data` because a
-pretrained model comes with its tokenizer. A file at the top of the package is the entry of a command unless it is
-named below.
+pretrained model comes with its tokenizer. `report` reads files alone, and stages refresh it while they train. A file at
+the top of the package is the entry of a command unless it is named below.
 """
 
 import ast
@@ -21,7 +21,7 @@ RANKS = {
     "distributed": 1,
     "checkpoint": 2,
     "tracking": 3,
-    "algorithms": 4, "toy": 4,
+    "algorithms": 4, "toy": 4, "report": 4,
     "models": 5, "data": 5,
     "hf": 6,
     "rollout": 7, "rewards": 7,

@@ -229,6 +229,7 @@ class RunConfig(Settings):
     compiler_options: dict[str, Any] = Field({}, description=f"XLA options by program, such as {{update: {{xla_gpu_triton_gemm_any: true}}}}; programs are {', '.join(PROGRAMS)}", json_schema_extra=ROUNDING)
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which checkpoints are kept, and which one is the result of a stage")
     health: HealthConfig = Field(HealthConfig(), description="when to stop a run that no longer learns")
+    report: bool = Field(True, description="writes report.html in the run directory, at checkpoints (at most once a minute) and at the end", json_schema_extra=FREE)
 
     @field_validator("compiler_options")
     @classmethod

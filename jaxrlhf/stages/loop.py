@@ -17,6 +17,7 @@ from jaxrlhf.distributed.mesh import finite_leaves
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import Diverged, Fault, printable
 from jaxrlhf.models.sharding import shard
+from jaxrlhf.report.refresh import ReportFile
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.tracking.health import Health, stop_with_batch
 from jaxrlhf.tracking.metrics import MetricsLog, Progress
@@ -31,6 +32,7 @@ class Run:
     metrics: MetricsLog
     samples: MetricsLog
     stop: StopSignals | None = None
+    report: ReportFile = dataclasses.field(default_factory=lambda: ReportFile(None))
 
     @property
     def logs(self) -> dict[str, MetricsLog]:
@@ -181,6 +183,7 @@ class Loop:
             log.sync()
         notes = {"lines": lines, "mesh": dict(self.run.mesh.shape), "unlearnt": self.health.in_a_row}
         self.checkpoints.save(self.reached, self.state, score, notes)
+        self.run.report.refresh()
 
     def _check_interruption(self) -> None:
         """Raises `Fault` if a save has failed. Saves and raises `Stopped` if a process got a signal."""

@@ -26,6 +26,7 @@ from jaxrlhf.errors import Fault, UserError
 from jaxrlhf.models.decoder import named_parameters, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.models.sharding import shard
+from jaxrlhf.report.refresh import ReportFile
 from jaxrlhf.stages import reward_model, sft
 from jaxrlhf.stages.checks import end_notes
 from jaxrlhf.stages.endings import ending, next_command, planned
@@ -58,6 +59,7 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None, dry_run: bool
         MetricsLog(folder / "metrics.jsonl" if writes else None),
         MetricsLog(folder / "samples.jsonl" if writes else None),
         stop,
+        ReportFile(folder if writes and config.report else None),
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(compiled_with(config.compiler_options))
@@ -119,6 +121,8 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
     if needs_base:
         save_base(config.run_dir, roles.base, roles.tokenizer)
     roles.base = shard(run.mesh, roles.base)
+    if todo:
+        stack.callback(run.report.write)  # also if the run fails or is stopped
     for stage in todo:
         with _disk_faults(folder):
             roles = STAGES[stage].train(run, roles, inputs[stage])

@@ -1,0 +1,33 @@
+"""jaxrlhf report --run DIR [DIR ...] [--to FILE]: writes an HTML report of one or several runs."""
+
+import argparse
+from pathlib import Path
+
+from jaxrlhf.cli.arguments import Parser, path
+from jaxrlhf.cli.exits import main_of
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="jaxrlhf report",
+        description="Writes one HTML file with the curves, answers, tokens and settings of runs; it needs no network.",
+    )
+    runs = "run directories; several are laid over each other, and those that differ only by seed are a mean"
+    parser.add_argument("--run", type=path, metavar="DIR", nargs="+", required=True, help=runs)
+    parser.add_argument("--to", type=path, metavar="FILE", help="default: report.html in DIR, or here for several runs")
+    return parser.parse_args(arguments)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.report.page import write_report
+    from jaxrlhf.report.refresh import FILE
+
+    folders = [Path(folder) for folder in dict.fromkeys(arguments.run)]
+    default = folders[0] / FILE if len(folders) == 1 else Path(FILE).absolute()
+    target = default if arguments.to is None else Path(arguments.to)
+    write_report(folders, target)
+    print(target)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return main_of(lambda stop: report(parse(arguments)))

@@ -1,0 +1,103 @@
+"""Reading run directories: finished, killed, old, damaged; and what the report says of them."""
+
+import json
+import math
+import random
+
+import pytest
+
+from jaxrlhf.errors import UserError
+from jaxrlhf.report.health import warnings
+from jaxrlhf.report.page import build, embedded, write_report
+from jaxrlhf.report.reading import POINTS, read_run
+
+
+def test_lines_that_cannot_be_read_are_left_out_and_counted(write_run):
+    half = '{"stage": "ppo", "step": 4, "reward/sc'
+    scores = [{"reward/score": score} for score in (1, math.nan, 3)]
+    folder = write_run(ppo=scores, extra="nonsense\n[1]\n" + half)
+    run = read_run(folder)
+    curve = run["stages"]["ppo"]["metrics"]["reward/score"]
+    assert (curve["x"], curve["y"]) == ([1, 3], [1.0, 3.0]), "a value that is no number leaves a gap"
+    assert run["unread"] == 2, "the half line of a killed run is no fault"
+    assert any("2 lines" in text for text in warnings(run))
+    json.dumps(run, allow_nan=False)
+
+
+@pytest.mark.parametrize("settings", [None, "a: [", "5"])
+def test_a_run_without_valid_settings_still_has_curves(write_run, settings):
+    run = read_run(write_run(ppo=[{"kl/k1": 1.0}], settings=settings))
+    assert run["settings"] == {} and run["stages"]["ppo"]["metrics"]["kl/k1"]["y"] == [1.0]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="give the directory of a run"):
+        read_run(tmp_path)
+
+
+def test_a_long_curve_is_averaged_over_equal_parts(write_run):
+    values = [random.Random(0).random() for _ in range(3 * POINTS)]
+    curve = read_run(write_run(ppo=[{"x": value} for value in values]))["stages"]["ppo"]["metrics"]["x"]
+    assert curve["every"] == 3 and len(curve["y"]) == POINTS and curve["x"][-1] == 3 * POINTS
+    assert curve["y"][5] == pytest.approx(sum(values[15:18]) / 3, rel=1e-4)
+
+
+def test_no_text_can_end_the_script():
+    texts = ["</script><script>x()</script>", "<!--", "]]>", "\u2028 \ud800 \x00", "&lt;"]
+    found = embedded({"texts": texts})
+    assert "<" not in found and ">" not in found and "&" not in found and "\u2028" not in found
+    assert json.loads(found)["texts"] == texts
+
+
+def data_of(page):
+    start = page.index('id="data">') + len('id="data">')
+    return json.loads(page[start : page.index("</script>", start)])
+
+
+def test_runs_that_differ_by_seed_are_one_group(write_run):
+    kl = "ppo: {kl: {coef: %s}}\nseed: %d\nrun_dir: %s\n"
+    folders = [write_run(f"r{i}", [{"kl/k1": i}], settings=kl % (coef, i, i)) for i, coef in enumerate([0.1, 0.1, 0.2])]
+    data = data_of(build([read_run(folder) for folder in folders]))
+    assert [group["runs"] for group in data["groups"]] == [[0, 1], [2]]
+    assert [group["label"] for group in data["groups"]] == ["ppo.kl.coef=0.1 (2 seeds)", "ppo.kl.coef=0.2"]
+    rows = {row["key"]: row for row in data["settings"]}
+    assert rows["ppo.kl.coef"]["values"] == ["0.1", "0.1", "0.2"] and rows["ppo.kl.coef"]["differs"]
+
+
+def test_names_of_runs_are_distinct(write_run):
+    names = [run["name"] for run in data_of(build([read_run(write_run(name)) for name in ("a/run", "b/run")]))["runs"]]
+    assert names == ["a/run", "b/run"]
+
+
+def test_the_file_of_a_report_that_cannot_be_written(write_run, tmp_path):
+    with pytest.raises(Exception, match="missing"):
+        write_report([write_run()], tmp_path / "missing" / "report.html")
+
+
+STEPS = 40
+FINE = {
+    "kl/k1": 4.0, "length/mean": 8.0, "length/eos_share": 1.0, "policy/entropy": 0.5, "value/explained_variance": 0.7,
+    "optimizer/skipped": 0.0, "compiles/update": 1.0, "health/paused": 0.0,
+}  # fmt: skip
+FAULTS = {
+    "KL runs away": lambda t: {"kl/k1": 2.0 * t},
+    "gold score has fallen": lambda t: {"reward/score": t, "reward/gold": 1 - abs(t - 15) / 40},
+    "Entropy collapsed": lambda t: {"policy/entropy": math.exp(-t / 4)},
+    "explains none": lambda t: {"value/explained_variance": -0.2},
+    "end before the limit": lambda t: {"length/eos_share": 0.2},
+    "made no update": lambda t: {"health/paused": float(t == 7)},
+    "not finite": lambda t: {"optimizer/skipped": float(t == 7)},
+    "Compiled more than once": lambda t: {"compiles/update": 1.0 + (t > 9)},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_has_its_warning(write_run, fault):
+    found = warnings(read_run(write_run(ppo=[FINE | FAULTS[fault](t) for t in range(STEPS)])))
+    assert len(found) == 1 and fault in found[0]
+
+
+def test_a_run_without_faults_has_no_warning(write_run):
+    rising = [FINE | {"reward/score": t, "reward/gold": 1 - math.exp(-t / 9)} for t in range(STEPS)]
+    for steps in (rising, rising[:3], []):
+        assert warnings(read_run(write_run(f"run{len(steps)}", ppo=steps))) == []
