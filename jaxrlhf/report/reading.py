@@ -19,12 +19,13 @@ from jaxrlhf.errors import UserError
 STAGES = ("sft", "reward_model", "ppo")
 POINTS = 800  # of a curve; longer ones are averaged over equal parts
 MOST_SAMPLES = 60  # lines of samples.jsonl in a report: the first, the last, and evenly spaced ones between
+MOST_BYTES = 3_000_000  # of these lines; completions of 1000 tokens take 400 kB a line
 UNSHOWN = {"run_dir", "compilation_cache"}  # settings that do not change results
 SEED = "seed"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Returns all that a report shows of a run, ready for JSON: no infinite or NaN numbers.
+    """Returns all that a report shows of a run, ready for JSON.
 
     Raises `UserError` if the folder has no file of a run, or if a file cannot be read.
     """
@@ -61,7 +62,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     found, unread = [], 0
     for line in (*complete, rest):
         try:
-            record = _finite(json.loads(line))
+            record = json.loads(line, parse_constant=lambda _: None)  # NaN and infinities leave a gap
             valid = isinstance(record["stage"], str) and isinstance(record["step"], int)
         except (ValueError, KeyError, TypeError, RecursionError):
             valid = False
@@ -70,15 +71,6 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         elif line is not rest and line.strip():
             unread += 1
     return found, unread
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON has not."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @functools.lru_cache(maxsize=32)  # a run reads its own settings at every refresh
@@ -100,7 +92,7 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _finished(path: Path) -> dict[str, Any]:
     try:
-        found = _finite(json.loads(_text(path) or "{}"))
+        found = json.loads(_text(path) or "{}", parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         found = {}
     return found if isinstance(found, dict) else {}
@@ -113,22 +105,23 @@ def _stages(metrics: Iterable[dict], settings: dict[str, Any]) -> list[str]:
     return sorted(named, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
 
 
-def _stage(stage: str, metrics: Iterable[dict], settings: dict[str, Any], finished: dict) -> dict[str, Any]:
+def _stage(stage: str, metrics: list[dict], settings: dict[str, Any], finished: dict) -> dict[str, Any]:
     """Steps and curves of a stage: {"metrics": {name: {"x": steps, "y": numbers}}, ...}."""
     lines = [line for line in metrics if line["stage"] == stage]
+    passed = bool(metrics) and metrics[-1]["stage"] != stage and bool(lines)  # a later stage has begun
     names = dict.fromkeys(name for line in lines for name, value in line.items() if _number(value))
     total = settings.get("ppo.iterations") if stage == "ppo" else None
     return {
         "step": lines[-1]["step"] if lines else 0,
         "total": total if isinstance(total, int) else None,
-        "finished": stage in finished,
+        "finished": stage in finished or passed,
         "seconds": sum(line["seconds"] for line in lines if _number(line.get("seconds"))),
         "metrics": {name: _curve(lines, name) for name in names if name != "step"},
     }
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _curve(lines: list[dict], name: str) -> dict[str, Any]:
@@ -142,13 +135,15 @@ def _curve(lines: list[dict], name: str) -> dict[str, Any]:
 
 
 def _thinned(lines: list[dict]) -> list[dict]:
-    """At most about `MOST_SAMPLES` lines; evaluations and the final table count apart from training samples."""
+    """The lines that a report has room for; evaluations and the final table count apart from training samples."""
     training = [line for line in lines if "samples" in line]
     others = [line for line in lines if "samples" not in line]
     return [*_spaced(training), *_spaced(others)]
 
 
 def _spaced(lines: list[dict]) -> list[dict]:
-    if len(lines) <= MOST_SAMPLES:
+    size = max((len(json.dumps(line)) for line in lines[:1] + lines[-1:]), default=1)
+    most = max(2, min(MOST_SAMPLES, MOST_BYTES // size))
+    if len(lines) <= most:
         return lines
-    return [lines[round(i * (len(lines) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+    return [lines[round(i * (len(lines) - 1) / (most - 1))] for i in range(most)]

@@ -42,6 +42,24 @@ def test_a_long_curve_is_averaged_over_equal_parts(write_run):
     assert curve["y"][5] == pytest.approx(sum(values[15:18]) / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize(("tokens", "lines"), [(10, 60), (4000, 5)])
+def test_a_report_has_room_for_some_samples(write_run, tokens, lines):
+    arrays = {"tokens": ["text"] * 8 * tokens, "values": [0.1234] * 8 * tokens}
+    sample = {"prompt": "p", "completion": "c", "score": 0, **arrays}
+    samples = [{"stage": "ppo", "step": i, "samples": [sample]} for i in range(1, 101)]
+    found = read_run(write_run(samples=samples))["samples"]
+    assert abs(len(found) - lines) <= 1 and [found[0]["step"], found[-1]["step"]] == [1, 100]
+
+
+def test_a_stage_is_over_when_the_next_has_begun(write_run):
+    line = json.dumps({"stage": "sft", "step": 3}) + "\n"
+    folder = write_run(ppo=[{"kl/k1": 1.0}])
+    log = folder / "metrics.jsonl"
+    log.write_text(line + log.read_text())
+    stages = read_run(folder)["stages"]
+    assert [(name, stage["finished"]) for name, stage in stages.items()] == [("sft", True), ("ppo", False)]
+
+
 def test_no_text_can_end_the_script():
     texts = ["</script><script>x()</script>", "<!--", "]]>", "\u2028 \ud800 \x00", "&lt;"]
     found = embedded({"texts": texts})

@@ -15,7 +15,7 @@ function byRun(has, make) {
 
 function withControls(node, ...controls) {
   const row = controls.filter(Boolean);
-  if (row.length) node.querySelector("figcaption").append(el("div", { class: "controls" }, row));
+  if (row.length) node.querySelector("figcaption").prepend(el("div", { class: "aside" }, row));
   return node;
 }
 
@@ -37,7 +37,7 @@ function frontier() {
   }).join(" ");
   return figure({
     title: "Reward against KL", about: "The frontier: what each nat away from the reference buys. Higher and further left is better; a gold score that bends down means over-optimisation.",
-    wide: "double", summary: words,
+    wide: RUNS.some((run) => scoresOf(run, "evaluation").length) ? "wide tall" : "double", summary: words,
     keys: () => [...(targets.length > 1 || GROUPS.length === 1 ? targets.map(([, label], s) => key(label, GROUPS.length > 1 ? "--muted" : `--c${s}`, dashOf(s))) : []),
       ...(GROUPS.length > 1 ? GROUPS.map((g, i) => key(g.label, `--c${i % 6}`)) : [])],
     build: () => ({
@@ -98,7 +98,7 @@ function histograms(kind, title, about) {
     const spread = ({ step, scores }) => { const s = [...scores].sort((a, b) => a - b); return [step, quantile(s, .05), quantile(s, .5), quantile(s, .95)]; };
     const first = spread(lines[0]), last = spread(lines.at(-1));
     return withControls(figure({
-      title, about, wide: "tall",
+      title, about, wide: kind === "evaluation" ? "double" : "tall",
       summary: `Median ${number(first[2])} at iteration ${first[0]}, ${number(last[2])} at iteration ${last[0]}; nine in ten lie between ${number(last[1])} and ${number(last[3])} at the end.`,
       build: () => ({
         traces: [{ type: "heatmap", x: lines.map((line) => String(line.step)), y: Array.from({ length: bins }, (_, b) => low + (b + .5) * width),

@@ -3,6 +3,8 @@
 
 // ---------------------------------------------------------------- answers over time
 
+const FEW = 3; // cards before "show all"
+
 // For each evaluation prompt of a run, its answers in order: [{step, label, completion, score, gold}].
 function answersOf(run) {
   const found = new Map();
@@ -30,7 +32,7 @@ function answerCard({ prompt, answers }) {
   const list = el("ol"), ends = answers.length > 2 ? [answers[0], answers.at(-1)] : answers;
   const fill = (shown) => list.replaceChildren(...shown.map((answer) => answerItem(answer, answer === answers.at(-1))));
   fill(ends);
-  const card = el("article", { class: "card" }, modelText(prompt, "h3", "text prompt"), list);
+  const card = el("article", { class: "card" }, el("h3", { class: "text prompt", dir: "auto", tabindex: -1 }, prompt), list);
   if (answers.length > 2) {
     const button = el("button", { type: "button", "aria-expanded": "false", onclick: () => {
       const open = button.getAttribute("aria-expanded") === "false";
@@ -46,10 +48,16 @@ function answerCard({ prompt, answers }) {
 function answers() {
   const able = RUNS.map((run, i) => [i, run.name]).filter(([i]) => answersOf(RUNS[i]).length);
   if (!able.length) return null;
-  const cards = el("div", { class: "cards" });
-  const show = (i) => cards.replaceChildren(...answersOf(RUNS[i]).map(answerCard));
+  const cards = el("div", { class: "cards" }), more = el("button", { type: "button", class: "more" });
+  const show = (i, all) => {
+    const found = answersOf(RUNS[i]), few = all || found.length <= FEW ? found : found.slice(0, FEW);
+    cards.replaceChildren(...few.map(answerCard));
+    more.hidden = few.length === found.length;
+    more.textContent = `Show all ${found.length} prompts`;
+    more.onclick = () => { show(i, true); cards.children[FEW].querySelector("h3").focus(); };
+  };
   show(able[0][0]);
-  return [able.length > 1 ? el("div", { class: "controls" }, choose("Run", able, (i) => show(+i))) : null, cards];
+  return [able.length > 1 ? el("div", { class: "controls" }, choose("Run", able, (i) => show(+i))) : null, cards, more];
 }
 
 // ---------------------------------------------------------------- tokens
@@ -76,7 +84,7 @@ function tokenLines(run) {
 
 const visible = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t");
 
-const FACTS = { ratio: "log ratio, new to old", advantage: "advantage", kl: "log ratio to reference", value: "value" };
+const FACTS = { ratio: "log new/old", advantage: "advantage", kl: "log policy/ref.", value: "value" };
 
 // The samples whose probabilities an update moved most, as the first ones to look at.
 function mostMoved(lines) {
@@ -120,7 +128,7 @@ function creditView(line, view) {
   const show = (sample, i, span) => {
     const p = (logprob) => (logprob == null ? "–" : `${number(100 * Math.exp(logprob), 3)}%`);
     const pairs = [[`token ${i + 1} of ${sample.tokens.length}`, JSON.stringify(sample.tokens[i])], ["probability", p(sample.logprobs?.[i])],
-      ...(sample.new_logprobs ? [["after the update", p(sample.new_logprobs[i])]] : []), ["of the reference", p(sample.ref_logprobs?.[i])],
+      ...(sample.new_logprobs ? [["after the update", p(sample.new_logprobs[i])]] : []), ["reference", p(sample.ref_logprobs?.[i])],
       ...Object.entries(VIEWS).map(([name, v]) => [FACTS[name], v.of(sample)?.[i]]).filter(([, x]) => x != null).map(([name, x]) => [name, number(x)])];
     facts.replaceChildren(el("dl", {}, pairs.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", { dir: "auto" }, text)))));
     marked?.setAttribute("aria-selected", "false");
