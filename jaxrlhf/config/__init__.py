@@ -7,7 +7,13 @@ errors.
 
 from jaxrlhf.config.base import Overflow, Settings
 from jaxrlhf.config.data import ChatSourceConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
-from jaxrlhf.config.evaluation import PPOEvaluationConfig, RewardModelEvaluationConfig, SFTEvaluationConfig
+from jaxrlhf.config.evaluation import (
+    ImprovementConfig,
+    PlateauConfig,
+    PPOEvaluationConfig,
+    RewardModelEvaluationConfig,
+    SFTEvaluationConfig,
+)
 from jaxrlhf.config.rewards import (
     ClassifierRewardConfig,
     FunctionRewardConfig,

@@ -20,6 +20,7 @@ Overflow = Literal["cut", "drop", "stop"]
 # A field without one of these may not change.
 FREE = {"on_resume": "free"}  # yes: later steps do not depend on it
 ROUNDING = {"on_resume": "rounding"}  # yes: later steps compute the same, but sums may round differently
+EVALUATED = {"on_resume": "evaluated"}  # like CHOICE, if nothing that ends or slows a stage waits for an evaluation
 CHOICE = {"on_resume": "choice"}  # if `checkpoints.result` is "last": it decides which checkpoint is the result
 LONGER = {"on_resume": "longer"}  # it may grow, if a step does not depend on how many follow, or end at a checkpoint
 

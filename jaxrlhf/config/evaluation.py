@@ -1,29 +1,56 @@
-"""Evaluation on held-out rows, one section for each stage. It changes no weights."""
+"""Evaluation on held-out rows, one section for each stage, and what ends a stage or lowers its learning rate.
 
-from typing import Annotated
+Evaluation changes no weights. Early stopping and the schedule plateau watch a metric for improvement.
+"""
+
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import NonNegativeInt, PositiveInt, Settings
+from jaxrlhf.config.base import EVALUATED, NonNegativeFloat, NonNegativeInt, PositiveInt, Settings
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig
 
 
-class SFTEvaluationConfig(Settings):
-    """Held-out loss and perplexity of the sft stage."""
+class ImprovementConfig(Settings):
+    """A metric that must improve."""
 
+    metric: str = Field(description="metric to watch, such as evaluation/reward/gold; each step that logs it counts, with evaluation/ only the steps that are multiples of evaluation.every")
+    mode: Literal["highest", "lowest"] = Field(description="whether the highest or the lowest value of metric is the best")
+    patience: PositiveInt = Field(3, description="number of values in a row without improvement that has an effect")
+    min_delta: NonNegativeFloat = Field(0.0, description="a value improves if it is better than the best one so far by more than this")
+
+
+class PlateauConfig(ImprovementConfig):
+    """Lowers the learning rate when a metric stops improving."""
+
+    factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="the learning rate is multiplied by this")
+    min_rate: NonNegativeFloat = Field(0.0, description="smallest learning rate")
+
+
+def _every(unit: str) -> Any:
+    text = f"{unit} between evaluations; there is also one at the end of the stage; null evaluates only at the end, outside metrics.jsonl"
+    return Field(None, description=text, json_schema_extra=EVALUATED)
+
+
+class SFTEvaluationConfig(Settings):
+    """Loss and perplexity on held-out rows."""
+
+    every: PositiveInt | None = _every("optimizer steps")
     data: DemonstrationsConfig | None = Field(None, description="demonstrations to measure the loss on; null holds out rows of sft.data")
     heldout: NonNegativeInt = Field(64, description="rows of sft.data held out if data is null; at most a tenth of all rows; 0 measures nothing")
 
 
 class RewardModelEvaluationConfig(Settings):
-    """Held-out accuracy, loss, margin and calibration of the reward model."""
+    """Accuracy, loss, margin and calibration error on held-out pairs."""
 
+    every: PositiveInt | None = _every("optimizer steps")
     data: PreferencesConfig | None = Field(None, description="preference pairs to measure accuracy on; null holds out pairs of reward_model.data")
     heldout: PositiveInt = Field(128, description="pairs of reward_model.data held out if data is null; at most a tenth of all pairs")
 
 
 class PPOEvaluationConfig(Settings):
-    """Reward, gold score, KL and length of completions of held-out prompts: the same prompts and random keys each time."""
+    """Reward, gold score, KL and length on held-out prompts, the same prompts and random keys each time."""
 
+    every: PositiveInt | None = _every("iterations")
     data: PromptsConfig | None = Field(None, description="held-out prompts; null uses ppo.data")
     prompts: Annotated[int, Field(ge=1, le=1_000_000)] = Field(128, description="number of prompts; if the source has fewer prompts, they are repeated")

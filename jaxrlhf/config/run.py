@@ -21,7 +21,12 @@ from jaxrlhf.config.base import (
     Settings,
 )
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
-from jaxrlhf.config.evaluation import PPOEvaluationConfig, RewardModelEvaluationConfig, SFTEvaluationConfig
+from jaxrlhf.config.evaluation import (
+    ImprovementConfig,
+    PPOEvaluationConfig,
+    RewardModelEvaluationConfig,
+    SFTEvaluationConfig,
+)
 from jaxrlhf.config.paths import CachePath, FolderPath, FunctionPath, SourcePath
 from jaxrlhf.config.rewards import ModelRewardConfig, RewardConfig
 from jaxrlhf.config.steps import (
@@ -135,6 +140,7 @@ class _SupervisedConfig(Settings):
     max_length: PositiveInt = Field(512, description="longest sequence, in tokens")
     remat: Remat = "dots"
     save_every: PositiveInt = Field(100, description="optimizer steps between checkpoints", json_schema_extra=CHOICE)
+    early_stopping: ImprovementConfig | None = Field(None, description="ends the stage when a metric stops improving; null runs all epochs")
 
 
 class SFTConfig(_SupervisedConfig):
@@ -195,6 +201,7 @@ class PPOStageConfig(Settings):
     save_every: PositiveInt = Field(10, description="iterations between checkpoints", json_schema_extra=CHOICE)
     sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl; the first and the last iteration are written as well", json_schema_extra=FREE)
     evaluation: PPOEvaluationConfig = Field(PPOEvaluationConfig(), description="evaluation on held-out prompts")
+    early_stopping: ImprovementConfig | None = Field(None, description="ends the stage when a metric stops improving; null runs all iterations")
 
     @model_validator(mode="before")
     @classmethod

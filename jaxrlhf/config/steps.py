@@ -19,6 +19,7 @@ from jaxrlhf.config.base import (
     UnitFloat,
     number,
 )
+from jaxrlhf.config.evaluation import PlateauConfig
 
 
 class AdapterConfig(Settings):
@@ -72,7 +73,8 @@ class OptimizerConfig(Settings):
     """AdamW as in PyTorch, with a schedule and gradient clipping."""
 
     learning_rate: NonNegativeFloat | None = number(None, "peak learning rate; null means a default for LoRA or for a full fine-tune: sft 2e-4 or 2e-5, reward_model 1e-4 or 1e-5, policy 2e-5 or 1e-6, value model 1e-4 or 1e-5; a full fine-tune of a model with a width below 896 gets a proportionally higher rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate after warm-up: constant, or decreasing to 0 at the last step along a line or a cosine")
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = Field("constant", description="learning rate after warm-up: constant, decreasing to 0 at the last step along a line or a cosine, or lowered when a metric stops improving (plateau)")
+    plateau: PlateauConfig | None = Field(None, description="the metric of schedule plateau, and how the rate is lowered; the stages of a run do this, a loop of your own sets learning_rate")
     warmup_steps: NonNegativeInt = number(0, "number of optimizer steps of linear warm-up")
     total_steps: PositiveInt | None = number(None, "number of optimizer steps until the learning rate reaches 0; null means all optimizer steps of the stage")
     weight_decay: NonNegativeFloat = number(0.0, "decoupled weight decay of matrices")
@@ -80,6 +82,12 @@ class OptimizerConfig(Settings):
     beta1: float = number(0.9, "Adam's decay of the first moment", ge=0, lt=1)
     beta2: float = number(0.999, "Adam's decay of the second moment", ge=0, lt=1)
     epsilon: PositiveFloat = number(1e-8, "Adam's epsilon, added outside the root; typical gradients are about 1e-6 at 8B parameters, and the default is far below")
+
+    @model_validator(mode="after")
+    def _plateau(self) -> "OptimizerConfig":
+        if (self.schedule == "plateau") != (self.plateau is not None):
+            raise ValueError("schedule: plateau and the section plateau belong together: give both, such as plateau: {metric: evaluation/sft/loss, mode: lowest}, or neither")
+        return self
 
 
 # Defaults that depend on the loss. gspo has the bounds of its paper (2507.18071), because its mean over tokens keeps

@@ -2,10 +2,11 @@
 
 import difflib
 
-from jaxrlhf.config import RunConfig, SumRewardConfig
+from jaxrlhf.config import ImprovementConfig, RunConfig, SumRewardConfig
 from jaxrlhf.errors import UserError
 
-_OPTIMIZER = ("compiles/update", "optimizer/grad_norm", "optimizer/learning_rate", "optimizer/skipped", "seconds")
+_OPTIMIZER = ("compiles/update", "optimizer/grad_norm", "optimizer/learning_rate", "optimizer/skipped", "seconds", "time/evaluation")
+PREFIX = "evaluation/"  # of the metrics of evaluations while training
 METRICS = {
     "sft": {*_OPTIMIZER, "sft/loss", "sft/tokens"},
     "reward_model": {*_OPTIMIZER, "reward_model/accuracy", "reward_model/loss", "reward_model/score"},
@@ -25,23 +26,67 @@ METRICS = {
 }  # fmt: skip
 
 
-def metrics_of(config: RunConfig) -> set[str]:
-    """Names of the metrics that the stages of a config may log, including stages that `stages` leaves out."""
-    names = set().union(*METRICS.values())
-    if config.ppo is not None:
-        rewards = ["gold"] if config.ppo.gold is not None else []
-        rewards += config.ppo.reward.parts if isinstance(config.ppo.reward, SumRewardConfig) else []
-        names |= {f"reward/{name}{ending}" for name in rewards for ending in ("", "_abstained")}
-    return names
+_EVALUATED = {
+    "sft": {"sft/loss", "sft/perplexity"},
+    "reward_model": {f"reward_model/{name}" for name in ("accuracy", "loss", "margin", "calibration_error")},
+    "ppo": {"kl/k1", "length/mean", "length/eos_share", "reward/score", "reward/abstained"},
+}
 
 
-def check_best(config: RunConfig) -> None:
-    """Raises `UserError` if `checkpoints.best` names a metric that no stage logs."""
-    best = config.checkpoints.best
-    known = metrics_of(config)
-    if best is None or best in known:
+def metrics_of(config: RunConfig, stage: str | None = None) -> set[str]:
+    """Returns the names of the metrics that a stage may log; without `stage`, of all stages.
+
+    Stages that `stages` leaves out count too. Metrics of evaluations count if the stage evaluates while it trains.
+    """
+    if stage is None:
+        return set().union(*(metrics_of(config, name) for name in METRICS))
+    names, section, rewards = METRICS[stage], getattr(config, stage), set()
+    if section is None:
+        return names
+    if stage == "ppo":
+        parts = ["gold"] if section.gold is not None else []
+        parts += section.reward.parts if isinstance(section.reward, SumRewardConfig) else []
+        rewards = {f"reward/{name}{ending}" for name in parts for ending in ("", "_abstained")}
+    evaluated = _EVALUATED[stage] | rewards if section.evaluation.every is not None else set()
+    return names | rewards | {PREFIX + name for name in evaluated}
+
+
+def watched_metrics(config: RunConfig, stage: str) -> list[tuple[str, ImprovementConfig]]:
+    """Returns what ends a stage or lowers its learning rates, by key path."""
+    section = getattr(config, stage)
+    if section is None:
+        return []
+    watched = {"early_stopping": section.early_stopping}
+    if stage == "ppo":
+        update = section.update
+        watched |= {"update.optimizer.plateau": update.optimizer.plateau}
+        watched |= {"update.value_optimizer.plateau": update.value_optimizer.plateau}
+    else:
+        watched |= {"optimizer.plateau": section.optimizer.plateau}
+    return [(f"{stage}.{path}", settings) for path, settings in watched.items() if settings is not None]
+
+
+def check_metrics(config: RunConfig) -> None:
+    """Raises `UserError` if a setting names a metric that its stage does not log; for checkpoints.best: no stage."""
+    for stage in METRICS:
+        for path, watched in watched_metrics(config, stage):
+            _check(config, f"{path}.metric", watched.metric, stage)
+    if config.checkpoints.best is not None:
+        _check(config, "checkpoints.best", config.checkpoints.best, None)
+
+
+def _check(config: RunConfig, path: str, metric: str, stage: str | None) -> None:
+    known = metrics_of(config, stage)
+    if metric in known:
         return
-    near = difflib.get_close_matches(best, sorted(known), n=1)
+    near = difflib.get_close_matches(metric, sorted(known), n=1)
     hint = f"did you mean {near[0]}?" if near else "give one of the names in metrics.jsonl"
-    hint = "it is logged where ppo.gold names a function" if best == "reward/gold" else hint
-    raise UserError(f"checkpoints.best: no stage logs {best!r}; {hint}")
+    name = metric.removeprefix(PREFIX)
+    silent = [s for s in METRICS if stage in (None, s) and getattr(config, s) and getattr(config, s).evaluation.every is None]
+    silent = [s for s in silent if name in _EVALUATED[s] or (s == "ppo" and name.startswith("reward/"))]
+    if name == "reward/gold" and (config.ppo is None or config.ppo.gold is None):
+        hint = "it is logged where ppo.gold names a function"
+    elif name != metric and silent:
+        hint = f"give {silent[0]}.evaluation.every, such as 10, to evaluate while training"
+    logger = "no stage logs" if stage is None else f"the stage {stage} does not log"
+    raise UserError(f"{path}: {logger} {metric!r}; {hint}")

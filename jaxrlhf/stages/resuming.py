@@ -1,6 +1,6 @@
 """Which settings may change when a run is resumed: those that do not change the remaining steps.
 
-Each setting's field declares its rule (`config.base`: FREE, ROUNDING, CHOICE, LONGER). A change of any other setting is
+Each setting's field declares its rule (`config.base`: FREE, ROUNDING, CHOICE, EVALUATED, LONGER). A change of any other setting is
 refused (`checkpoint.run_dir.check_run`): `config.yaml` must describe how the weights were made.
 """
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 from jaxrlhf.checkpoint.checkpoints import stored_steps
 from jaxrlhf.config import RunConfig
-from jaxrlhf.config.base import CHOICE, FREE, LONGER, ROUNDING
+from jaxrlhf.config.base import CHOICE, EVALUATED, FREE, LONGER, ROUNDING
 from jaxrlhf.config.differences import Change, describe_change
 from jaxrlhf.config.table import find_setting
 from jaxrlhf.errors import UserError
+from jaxrlhf.stages.metric_names import PREFIX, watched_metrics
 from jaxrlhf.stages.roles import finished_stages
 
 
@@ -26,6 +27,8 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
         key, before, after = change
         if _has_rule(key, CHOICE):
             return config.checkpoints.result == "last"
+        if _has_rule(key, EVALUATED):
+            return config.checkpoints.result == "last" and not _waits_for_evaluations(config, key.split(".")[0])
         if _has_rule(key, LONGER):
             if not isinstance(before, int):
                 return False
@@ -71,8 +74,13 @@ def _ends_where_it_stands(config: RunConfig, change: Change) -> bool:
     )
 
 
+def _waits_for_evaluations(config: RunConfig, stage: str) -> bool:
+    """Whether early stopping or a learning rate of a stage depends on its evaluations."""
+    return any(watched.metric.startswith(PREFIX) for _, watched in watched_metrics(config, stage))
+
+
 def _same_steps_in_longer_runs(config: RunConfig) -> bool:
     """Whether a PPO step does not depend on the number of steps: no learning rate decays towards the end."""
     update, checkpoints = config.ppo.update, config.checkpoints
     rates = (update.optimizer, update.value_optimizer)
-    return checkpoints.result == "last" and all(r.schedule == "constant" or r.total_steps is not None for r in rates)
+    return checkpoints.result == "last" and all(r.schedule in ("constant", "plateau") or r.total_steps is not None for r in rates)

@@ -32,7 +32,7 @@ from jaxrlhf.stages.checks import end_notes
 from jaxrlhf.stages.endings import ending, next_command, planned
 from jaxrlhf.stages.fingerprints import check_fingerprints, fingerprints, record_fingerprints
 from jaxrlhf.stages.loop import Run
-from jaxrlhf.stages.metric_names import check_best
+from jaxrlhf.stages.metric_names import check_metrics
 from jaxrlhf.stages.ppo import stage as ppo
 from jaxrlhf.stages.resuming import change_text, makes_longer, may_change
 from jaxrlhf.stages.roles import Roles, check_none_missing, finished_stages, load_roles, mark_unfinished, save_base
@@ -72,7 +72,7 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None, dry_run: bool
 
 def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitStack, dry_run: bool) -> Roles:
     config, folder, allowed = run.config, run.folder, may_change(run.config)
-    processes.agreed(lambda: check_best(config))
+    processes.agreed(lambda: check_metrics(config))
     changes = processes.agreed(lambda: check_run(folder, dump_config(config), allowed))
     exists = (folder / "config.yaml").is_file()
     if exists and not dry_run:

@@ -68,7 +68,7 @@ def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
         raise ValueError("learning_rate must be a number, not None; call with_rate first")
     step = jnp.asarray(step, jnp.float32)
     warmup = jnp.where(config.warmup_steps > 0, (step + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
-    if config.schedule == "constant":
+    if config.schedule in ("constant", "plateau"):  # with plateau the host lowers `learning_rate` between steps
         decay = 1.0
     else:
         if config.total_steps is None:
