@@ -13,7 +13,8 @@ def ending(config: RunConfig, stage: str, reached: dict[str, Any]) -> list[str]:
     roles = {"sft": ["base" if config.sft_trains_base else "sft"], "reward_model": ["reward"]}
     names = roles.get(stage) or [name for name in ("policy", "value", "average") if _folder(config, name).is_dir()]
     folders = ", ".join(str(_folder(config, name)) for name in names)
-    return [f"{stage}: {_reached(stage, reached)}saved in {folders}", f"{stage}: next: {next_command(config, stage)}"]
+    what = _reached(stage, reached) + _stopped(reached)
+    return [f"{stage}: {what}saved in {folders}", f"{stage}: next: {next_command(config, stage)}"]
 
 
 def next_command(config: RunConfig, stage: str) -> str:
@@ -50,4 +51,12 @@ def _reached(stage: str, reached: dict[str, Any]) -> str:
         return f"{reward}; KL to the reference {after['kl/k1']:z.3f} nats; "
     if stage == "reward_model":
         return f"accuracy {reached['heldout_accuracy']:z.3f} on {reached['heldout_pairs']} held-out pairs; "
-    return f"held-out loss {reached['heldout_loss']:z.3f} nats per token; " if reached else ""
+    return f"held-out loss {reached['heldout_loss']:z.3f} nats per token; " if "heldout_loss" in reached else ""
+
+
+def _stopped(reached: dict[str, Any]) -> str:
+    """Where early stopping ended a stage, as text that ends with "; ", or "" if it did not."""
+    if (early := reached.get("stopped_early")) is None:
+        return ""
+    best = f", best {early['metric']} at step {early['best_step']}" if early["best"] is not None else ""
+    return f"stopped early at step {early['step']} of {early['of']}{best}; "

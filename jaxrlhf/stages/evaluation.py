@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,26 @@ LABELS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What a stage measured on held-out rows."""
+
+    metrics: dict[str, float]  # by metric name, without the prefix evaluation/
+    record: dict[str, Any]  # for samples.jsonl; may be empty
+    results: Any  # for the end of the stage
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Metrics of a policy on the evaluation prompts, and some of its completions."""
 
     means: dict[str, float]  # by metric name
     samples: list[dict]
+    scores: list[float]  # of all completions
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The entry of samples.jsonl."""
+        return {"evaluation": {"samples": self.samples, "scores": self.scores}}
 
 
 def check_results(stage: str, results: Mapping[str, float], run_dir: str) -> None:

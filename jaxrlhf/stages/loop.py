@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
-from jaxrlhf.config import RunConfig
+from jaxrlhf.config import OptimizerConfig, RunConfig
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.mesh import finite_leaves
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
@@ -19,6 +19,9 @@ from jaxrlhf.errors import Diverged, Fault, printable
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.report.refresh import ReportFile
 from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.stages.evaluation import Evaluated
+from jaxrlhf.stages.improvement import Watch
+from jaxrlhf.stages.metric_names import PREFIX, metrics_of
 from jaxrlhf.tracking.health import Health, stop_with_batch
 from jaxrlhf.tracking.metrics import MetricsLog, Progress
 
@@ -64,8 +67,19 @@ class Loop:
     and lines written after it are lost on resume.
     """
 
-    def __init__(self, run: Run, stage: str, state: Any, total: int, save_every: int):
+    def __init__(
+        self,
+        run: Run,
+        stage: str,
+        state: Any,
+        total: int,
+        save_every: int,
+        evaluate: Callable[[Any], Evaluated] | None = None,
+        optimizers: Mapping[str, OptimizerConfig] | None = None,
+    ):
+        section = getattr(run.config, stage)
         self.run, self.stage, self.total, self.save_every = run, stage, total, save_every
+        self.planned, self._evaluate, self._every = total, evaluate, section.evaluation.every
         self.settings = run.config.checkpoints
         folder = run.folder / "checkpoints" / stage
         lowest = self.settings.best_is == "lowest"
@@ -83,11 +97,15 @@ class Loop:
             lines = notes.get("lines", {}).get(name)
             if missing := log.truncate(stage, self.first, lines):
                 run.say(f"{stage}: {missing} of the first {lines} lines of {name}.jsonl are missing; continuing")
+        self.watch = Watch(section.early_stopping, optimizers or {}, notes)
         self.health = Health(run.config.health.patience, notes.get("unlearnt", 0))
         self.reached = self.first  # number of steps done in `state`
         self.progress = Progress(stage, total, self.first)
         self._step_start = time.perf_counter()
         self._unread: Callable[[], None] | None = None  # the postponed `done` of the last submitted step
+        self._evaluating = False
+        self._evaluated: tuple[int, Evaluated] | None = None  # the last evaluation and its step
+        self._end_if_stopped()
 
     def _compare_mesh(self, before: dict[str, int] | None) -> None:
         now = dict(self.run.mesh.shape)
@@ -100,9 +118,11 @@ class Loop:
     def steps(self) -> Iterator[int]:
         """Yields the remaining step numbers, from 0. Raises `Stopped` between steps after a signal."""
         self._step_start = time.perf_counter()
-        for step in range(self.first, self.total):
+        step = self.first
+        while step < self.total:  # early stopping lowers it
             self._check_interruption()
             yield step
+            step += 1
         self._check_interruption()
 
     def submitted(
@@ -110,11 +130,12 @@ class Loop:
     ) -> None:
         """Postpones `done` until the next step is submitted.
 
-        If a checkpoint is due after this step, calls it at once: the next step reuses the memory of the state.
+        Calls it at once if the next step depends on the metrics, or if a checkpoint or an evaluation is due: the next
+        step reuses the memory of the state.
         """
         self._read()
         self._unread = functools.partial(self.done, step, metrics, shown, tokens, batch)
-        if self._due(step + 1):
+        if self._due(step + 1) or self._evaluates(step + 1) or self.watch.needs_every_step:
             self._read()
 
     def _read(self) -> None:
@@ -124,29 +145,83 @@ class Loop:
             unread()
 
     def _due(self, reached: int) -> bool:
-        return reached % self.save_every == 0 or reached == self.total
+        """Whether a checkpoint is due. Every evaluation is a candidate for the best one."""
+        candidate = (self.settings.best or "").startswith(PREFIX) and self._evaluates(reached)
+        return reached % self.save_every == 0 or reached == self.total or candidate
+
+    def _evaluates(self, reached: int) -> bool:
+        if self._evaluate is None or self._every is None:
+            return False
+        return reached % self._every == 0 or reached == self.total
 
     def done(
         self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, str], tokens: int, batch: Any = None
     ) -> None:
-        """Logs a step and saves a checkpoint if one is due. `shown` maps progress labels to metric names.
+        """Logs a step; evaluates and saves a checkpoint if these are due. `shown` maps progress labels to metric names.
 
         The metric `seconds` is the time since the previous step was logged and saved. Raises `Fault` after too many
         steps in a row without an update, and writes `batch` to the run directory for inspection.
         """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        self.run.metrics.write(self.stage, step + 1, {"seconds": time.perf_counter() - self._step_start, **values})
-        self.progress.update({label: values[name] for label, name in shown.items()}, tokens)
+        values = {"seconds": time.perf_counter() - self._step_start, **values}
         self.reached = step + 1
+        self._observe(values)
+        if self._evaluates(self.reached):
+            values |= self._evaluation()
+        self.run.metrics.write(self.stage, self.reached, values)
+        self.progress.update({label: values[name] for label, name in shown.items()}, tokens)
         reason = self.health.observe(values)
         if reason is not None:
             folder = self.run.folder / "inspect"
             stop_with_batch(folder, self.stage, self.reached, batch, reason, self.health.in_a_row)
-        if step == self.first and self.settings.best not in (None, *values):
+        if step == self.first and self.settings.best not in (None, *values, *self._evaluated_names()):
             self.run.say(f"{self.stage}: has no metric {self.settings.best}, so no checkpoint counts as the best")
         if self._due(self.reached):
             self._save_if_learning(values.get(self.settings.best))
         self._step_start = time.perf_counter()
+
+    def _evaluated_names(self) -> set[str]:
+        return {name for name in metrics_of(self.run.config, self.stage) if name.startswith(PREFIX)}
+
+    def _evaluation(self) -> dict[str, float]:
+        """Evaluates the state, and returns the metrics. Writes the evaluation's record to samples.jsonl."""
+        start, self._evaluating = time.perf_counter(), True
+        evaluated = self._evaluate(self.state)
+        self._evaluated, self._evaluating = (self.reached, evaluated), False
+        if evaluated.record:
+            self.run.samples.write(self.stage, self.reached, evaluated.record)
+        values = {f"{PREFIX}{name}": value for name, value in evaluated.metrics.items()}
+        if self.reached % self._every == 0:  # a longer run would not evaluate at another last step
+            self._observe(values)
+        seconds = time.perf_counter() - start
+        self.progress.leave_out(seconds)
+        return values | {"time/evaluation": seconds}
+
+    def _observe(self, values: Mapping[str, float]) -> None:
+        """Lowers learning rates, and ends the stage after this step, if `values` call for it."""
+        for line in self.watch.observe(self.reached, values):
+            self.run.say(f"{self.stage}: {line}")
+        self._end_if_stopped()
+
+    def _end_if_stopped(self) -> None:
+        if self.watch.stops and self.reached < self.total:
+            self.total = self.reached
+            early = self.watch.early_stopping.text()
+            self.run.say(f"{self.stage}: stops early, after step {self.total} of {self.planned}: {early}")
+
+    def stopped_early(self) -> dict[str, Any]:
+        """Returns the entry stopped_early of the stage's results, or nothing if all steps were done."""
+        if self.total == self.planned:
+            return {}
+        early = self.watch.early_stopping
+        best = {"metric": early.config.metric, "best": early.best, "best_step": early.best_step}
+        return {"stopped_early": {"step": self.total, "of": self.planned, **best}}
+
+    def evaluated(self, state: Any) -> Evaluated:
+        """Evaluates a result of the stage, unless the last step has evaluated the same state."""
+        if self._evaluated is not None and self._evaluated[0] == self.reached and state is self.state:
+            return self._evaluated[1]
+        return self._evaluate(state)
 
     def _save_if_learning(self, score: float | None) -> None:
         """Saves a regular checkpoint, unless the last step made no update: then older, better ones are kept.
@@ -182,6 +257,7 @@ class Loop:
             lines[name] = log.lines()
             log.sync()
         notes = {"lines": lines, "mesh": dict(self.run.mesh.shape), "unlearnt": self.health.in_a_row}
+        notes |= self.watch.notes()
         self.checkpoints.save(self.reached, self.state, score, notes)
         self.run.report.refresh()
 
@@ -225,12 +301,15 @@ class Loop:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
-        """Closes progress and checkpoints. Saves the state after a `RewardFault`: it is intact then."""
+        """Closes progress and checkpoints. Saves the state after a `RewardFault`: it is intact then.
+
+        A fault during an evaluation saves nothing, because the step is not logged yet.
+        """
         self.progress.close()
         if error is not None and not processes.alone() and not isinstance(error, RewardFault | Stopped):
             return  # other processes may not have this error, and saving needs all of them
         try:
-            if isinstance(error, RewardFault) and self.reached > self.first:
+            if isinstance(error, RewardFault) and self.reached > self.first and not self._evaluating:
                 self._save()
             self.checkpoints.close()
             if isinstance(error, RewardFault):  # raised on all processes

@@ -5,13 +5,16 @@ import difflib
 from jaxrlhf.config import ImprovementConfig, RunConfig, SumRewardConfig
 from jaxrlhf.errors import UserError
 
-_OPTIMIZER = ("compiles/update", "optimizer/grad_norm", "optimizer/learning_rate", "optimizer/skipped", "seconds", "time/evaluation")
+_SHARED = (
+    "compiles/update", "optimizer/grad_norm", "optimizer/learning_rate", "optimizer/skipped", "seconds",
+    "time/evaluation",
+)  # fmt: skip
 PREFIX = "evaluation/"  # of the metrics of evaluations while training
 METRICS = {
-    "sft": {*_OPTIMIZER, "sft/loss", "sft/tokens"},
-    "reward_model": {*_OPTIMIZER, "reward_model/accuracy", "reward_model/loss", "reward_model/score"},
+    "sft": {*_SHARED, "sft/loss", "sft/tokens"},
+    "reward_model": {*_SHARED, "reward_model/accuracy", "reward_model/loss", "reward_model/score"},
     "ppo": {
-        *_OPTIMIZER, "optimizer/value_grad_norm", "optimizer/value_learning_rate", "optimizer/value_skipped",
+        *_SHARED, "optimizer/value_grad_norm", "optimizer/value_learning_rate", "optimizer/value_skipped",
         "advantage/mean", "advantage/std", "gap/logprob_max", "gap/logprob_mean", "kl/coef", "kl/k1", "kl/k2", "kl/k3",
         "length/eos_share", "length/mean", "length/masked_share", "policy/approx_kl", "policy/clip_high",
         "policy/clip_low", "policy/entropy", "policy/first_ratio_error", "policy/importance_weight",
@@ -40,15 +43,26 @@ def metrics_of(config: RunConfig, stage: str | None = None) -> set[str]:
     """
     if stage is None:
         return set().union(*(metrics_of(config, name) for name in METRICS))
-    names, section, rewards = METRICS[stage], getattr(config, stage), set()
-    if section is None:
-        return names
+    names, section = METRICS[stage], getattr(config, stage)
     if stage == "ppo":
-        parts = ["gold"] if section.gold is not None else []
-        parts += section.reward.parts if isinstance(section.reward, SumRewardConfig) else []
-        rewards = {f"reward/{name}{ending}" for name in parts for ending in ("", "_abstained")}
-    evaluated = _EVALUATED[stage] | rewards if section.evaluation.every is not None else set()
-    return names | rewards | {PREFIX + name for name in evaluated}
+        names = names | _rewards(config)
+    if section is not None and section.evaluation.every is not None:
+        names = names | {PREFIX + name for name in _evaluated_metrics(config, stage)}
+    return names
+
+
+def _evaluated_metrics(config: RunConfig, stage: str) -> set[str]:
+    """Names of the metrics of a stage's evaluation, without prefix."""
+    return _EVALUATED[stage] | (_rewards(config) if stage == "ppo" else set())
+
+
+def _rewards(config: RunConfig) -> set[str]:
+    """Names of the metrics of the gold reward and of the parts of a sum."""
+    if config.ppo is None:
+        return set()
+    parts = ["gold"] if config.ppo.gold is not None else []
+    parts += config.ppo.reward.parts if isinstance(config.ppo.reward, SumRewardConfig) else []
+    return {f"reward/{name}{ending}" for name in parts for ending in ("", "_abstained")}
 
 
 def watched_metrics(config: RunConfig, stage: str) -> list[tuple[str, ImprovementConfig]]:
@@ -82,8 +96,8 @@ def _check(config: RunConfig, path: str, metric: str, stage: str | None) -> None
     near = difflib.get_close_matches(metric, sorted(known), n=1)
     hint = f"did you mean {near[0]}?" if near else "give one of the names in metrics.jsonl"
     name = metric.removeprefix(PREFIX)
-    silent = [s for s in METRICS if stage in (None, s) and getattr(config, s) and getattr(config, s).evaluation.every is None]
-    silent = [s for s in silent if name in _EVALUATED[s] or (s == "ppo" and name.startswith("reward/"))]
+    sections = {s: getattr(config, s) for s in METRICS if stage in (None, s) and getattr(config, s) is not None}
+    silent = [s for s in sections if sections[s].evaluation.every is None and name in _evaluated_metrics(config, s)]
     if name == "reward/gold" and (config.ppo is None or config.ppo.gold is None):
         hint = "it is logged where ppo.gold names a function"
     elif name != metric and silent:

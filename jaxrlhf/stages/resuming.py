@@ -1,7 +1,7 @@
 """Which settings may change when a run is resumed: those that do not change the remaining steps.
 
-Each setting's field declares its rule (`config.base`: FREE, ROUNDING, CHOICE, EVALUATED, LONGER). A change of any other setting is
-refused (`checkpoint.run_dir.check_run`): `config.yaml` must describe how the weights were made.
+Each setting's field declares its rule (`config.base`: FREE, ROUNDING, CHOICE, EVALUATED, LONGER). A change of any other
+setting is refused (`checkpoint.run_dir.check_run`): `config.yaml` must describe how the weights were made.
 """
 
 from collections.abc import Callable
@@ -82,5 +82,5 @@ def _waits_for_evaluations(config: RunConfig, stage: str) -> bool:
 def _same_steps_in_longer_runs(config: RunConfig) -> bool:
     """Whether a PPO step does not depend on the number of steps: no learning rate decays towards the end."""
     update, checkpoints = config.ppo.update, config.checkpoints
-    rates = (update.optimizer, update.value_optimizer)
-    return checkpoints.result == "last" and all(r.schedule in ("constant", "plateau") or r.total_steps is not None for r in rates)
+    rates = [rate for rate in (update.optimizer, update.value_optimizer) if rate.total_steps is None]
+    return checkpoints.result == "last" and all(rate.schedule in ("constant", "plateau") for rate in rates)

@@ -1,6 +1,7 @@
 """The reward_model stage: learns which of two completions people prefer."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,13 +13,16 @@ from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter
-from jaxrlhf.stages.evaluation import check_results
+from jaxrlhf.stages.evaluation import Evaluated
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
+from jaxrlhf.stages.samples import rounded
 from jaxrlhf.stages.sizes import check_total_steps
 from jaxrlhf.stages.training import check_settings, train_adapter
 from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
+
+MARGINS = 1000  # score differences in a record of samples.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,27 +75,68 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
         adapter = init_adapter(roles.base, adapter_config, key, head="reward")
     coefficient = config.center_rewards_coef
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
-    adapter = train_adapter(
-        run, roles.base, "reward_model", adapter, inputs.train, reward_model_update, coefficient, shown=shown
+    evaluate = evaluation(run, roles.base, inputs.heldout, coefficient)
+    step = reward_model_update
+    adapter, results = train_adapter(
+        run, roles.base, "reward_model", adapter, inputs.train, step, coefficient, shown=shown, evaluate=evaluate
     )
-    results = evaluate(run, roles.base, adapter, inputs.heldout)
-    check_results("reward_model", results, run.config.run_dir)
     save_role(run.config.run_dir, "reward", adapter)
     mark_finished(run.config.run_dir, "reward_model", results)
     return dataclasses.replace(roles, adapters=roles.adapters | {"reward": adapter})
 
 
-def evaluate(run: Run, base: Decoder, adapter: Adapter, data: PreferenceData) -> dict[str, float]:
-    """Share of pairs whose chosen side scores higher (ties count half), and mean and standard deviation of scores."""
+def evaluation(
+    run: Run, base: Decoder, data: PreferenceData, center_rewards_coef: float
+) -> Callable[[Adapter], Evaluated]:
+    """Returns a function that measures an adapter on pairs, with one compiled program for all calls."""
     program = Program(pair_scores, "pair_scores", run.mesh, compiler_options(base))
-    batches = list(data.all_batches())
-    scores = fetch([program(base, adapter, shard_batch(run.mesh, batch)) for batch in batches])
-    real = np.concatenate([batch.weight > 0 for batch in batches])
-    chosen, rejected = (np.concatenate(side)[real] for side in zip(*scores))
-    both = np.concatenate([chosen, rejected])
-    return {
-        "heldout_accuracy": float(np.mean(np.where(chosen == rejected, 0.5, chosen > rejected))),
-        "heldout_pairs": len(chosen),
-        "score_mean": float(both.mean()),
-        "score_std": float(both.std()),
+
+    def evaluate(adapter: Adapter) -> Evaluated:
+        batches = list(data.all_batches())
+        scores = fetch([program(base, adapter, shard_batch(run.mesh, batch)) for batch in batches])
+        real = np.concatenate([batch.weight > 0 for batch in batches])
+        chosen, rejected, margin = (
+            np.concatenate(rows)[real].astype(np.float64) for rows in (*zip(*scores), [b.margin for b in batches])
+        )
+        return measured(chosen, rejected, margin, center_rewards_coef)
+
+    return evaluate
+
+
+def measured(chosen: np.ndarray, rejected: np.ndarray, margin: np.ndarray, center_rewards_coef: float) -> Evaluated:
+    """What N pairs say of a reward model, from f64[N] scores of both sides and margins of the data.
+
+    The loss is that of training (`pairwise_loss`); ties count half in the accuracy. sigmoid(chosen - rejected) is the
+    probability that the chosen completion is the better one, and the calibration error is that of this probability.
+    """
+    difference, both = chosen - rejected, np.concatenate([chosen, rejected])
+    losses = np.logaddexp(0, margin - difference) + center_rewards_coef * np.square(chosen + rejected)
+    right = np.where(difference == 0, 0.5, difference > 0)
+    table = calibration(1 / (1 + np.exp(-np.abs(difference))), right)
+    error = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(right)
+    metrics = {
+        "accuracy": float(right.mean()),
+        "loss": float(losses.mean()),
+        "margin": float(difference.mean()),
+        "calibration_error": float(error),
     }
+    results = {f"heldout_{name}": value for name, value in metrics.items()} | {
+        "heldout_pairs": len(right), "score_mean": float(both.mean()), "score_std": float(both.std())
+    }  # fmt: skip
+    record = {"calibration": table, "margins": rounded(difference[:MARGINS])}
+    return Evaluated({f"reward_model/{name}": value for name, value in metrics.items()}, record, results)
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
+    """Mean confidence, accuracy and number of pairs in bins of equal width from 0.5 to 1; empty bins are left out.
+
+    The confidence in the better-scored side is at least 0.5. The expected calibration error is the mean over pairs of
+    the difference between accuracy and confidence of their bin (1706.04599, with its default of 10 to 15 bins).
+    """
+    of_pair = np.clip((confidence - 0.5) * 2 * bins, 0, bins - 1).astype(int)
+    members = [of_pair == number for number in range(bins)]
+    return [
+        {"confidence": float(confidence[own].mean()), "accuracy": float(right[own].mean()), "pairs": int(own.sum())}
+        for own in members
+        if own.any()
+    ]

@@ -1,17 +1,21 @@
 """The sft stage: supervised fine-tuning on demonstrations."""
 
 import dataclasses
+from collections.abc import Callable
+
+import numpy as np
 
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.sft import Example, SFTData, load_demonstrations
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
+from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import init_adapter, merge
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter
-from jaxrlhf.stages.evaluation import check_results
+from jaxrlhf.stages.evaluation import Evaluated
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
@@ -53,6 +57,11 @@ def load(run: Run, roles: Roles) -> SFTInputs:
         train, held = hold_out(len(examples), config.evaluation.heldout, run.config.seed)
         heldout = data([examples[i] for i in held]) if len(held) else None
         inputs = SFTInputs(data([examples[i] for i in train]), heldout)
+    if config.evaluation.every is not None and inputs.heldout is None:
+        raise UserError(
+            f"sft.evaluation.every: no row of {len(examples)} is held out to evaluate on; give sft.evaluation.data, or "
+            "at least 10 rows and sft.evaluation.heldout above 0"
+        )
     check_total_steps(config.epochs * len(inputs.train), "sft.epochs")
     return inputs
 
@@ -61,9 +70,11 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     """Runs the stage. Returns the roles with the SFT adapter, or with a new base after a full fine-tune."""
     config, folder = run.config, run.config.run_dir
     adapter = init_adapter(roles.base, config.adapter_or(config.sft.adapter), key_for(config.seed, "sft", 0, "adapter"))
-    adapter = train_adapter(run, roles.base, "sft", adapter, inputs.train, sft_update, shown={"loss": "sft/loss"})
-    results = {"heldout_loss": evaluate(run, roles.base, adapter, inputs.heldout)} if inputs.heldout else {}
-    check_results("sft", results, folder)
+    evaluate = evaluation(run, roles.base, inputs.heldout) if inputs.heldout is not None else None
+    shown = {"loss": "sft/loss"}
+    adapter, results = train_adapter(
+        run, roles.base, "sft", adapter, inputs.train, sft_update, shown=shown, evaluate=evaluate
+    )
     if config.sft_trains_base:
         base = shard(run.mesh, merge(roles.base, adapter))
         save_base(folder, base, roles.tokenizer)
@@ -75,9 +86,16 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     return roles
 
 
-def evaluate(run: Run, base: Decoder, adapter: Adapter | None, data: SFTData) -> float:
-    """Mean cross-entropy per token in the loss, in nats."""
+def evaluation(run: Run, base: Decoder, data: SFTData) -> Callable[[Adapter], Evaluated]:
+    """Returns a function that measures an adapter: mean cross-entropy per learned token, in nats, and perplexity."""
     program = Program(sft_evaluate, "sft_evaluate", run.mesh, compiler_options(base))
-    sums = [program(base, adapter, shard_batch(run.mesh, batch)) for batch in data.all_batches()]
-    losses, tokens = zip(*fetch(sums))
-    return float(sum(losses) / max(sum(tokens), 1))
+
+    def evaluate(adapter: Adapter) -> Evaluated:
+        sums = [program(base, adapter, shard_batch(run.mesh, batch)) for batch in data.all_batches()]
+        losses, tokens = zip(*fetch(sums))
+        loss = float(sum(losses) / max(sum(tokens), 1))
+        with np.errstate(over="ignore"):
+            metrics = {"sft/loss": loss, "sft/perplexity": float(np.exp(np.float64(loss)))}
+        return Evaluated(metrics, {}, {"heldout_loss": loss})
+
+    return evaluate

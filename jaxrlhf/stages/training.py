@@ -12,6 +12,7 @@ from jaxrlhf.distributed.mesh import shard_batch
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, TrainState
 from jaxrlhf.stages.checks import check_adapter, check_stage, rate_text, with_total_steps
+from jaxrlhf.stages.evaluation import Evaluated, check_results
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.programs import static_arguments, train_program
 from jaxrlhf.stages.sizes import check_lora, check_packed, check_rollout
@@ -51,10 +52,13 @@ def train_adapter(
     step: Callable,
     *arguments: float,
     shown: dict[str, str],
-) -> Adapter:
-    """Trains an adapter for the stage's epochs, from its last checkpoint on, and returns it.
+    evaluate: Callable[[Adapter], Evaluated] | None,
+) -> tuple[Adapter, dict[str, Any]]:
+    """Trains an adapter for the stage's epochs, from its last checkpoint on. Returns (adapter, results of the stage).
 
     `step` is the training step and `arguments` are its last arguments; `shown` maps progress labels to metric names.
+    `evaluate` measures an adapter on held-out rows; None measures nothing. Raises `Diverged` if its results for the
+    trained adapter are not finite.
     """
     config = getattr(run.config, stage)
     total = config.epochs * len(data)
@@ -63,10 +67,15 @@ def train_adapter(
     run.say(f"{stage}: {steps}; learning rate {rate_text(optimizer, adapter)}")
     state = TrainState(adapter, init_optimizer(adapter), jnp.int32(0))
     update, static = train_program(step, run.mesh, base, state), static_arguments(config)
-    with Loop(run, stage, state, total, config.save_every) as loop:
+    of_state = None if evaluate is None else lambda state: evaluate(state.adapter)
+    with Loop(run, stage, state, total, config.save_every, of_state, {"optimizer": optimizer}) as loop:
         for number in loop.steps():
             batch = shard_batch(run.mesh, data.batch(number))
+            optimizer = loop.watch.optimizers["optimizer"]
             loop.state, metrics = update(loop.state, base, batch, optimizer, *arguments, **static)
             metrics["compiles/update"] = update.compiles
             loop.submitted(number, metrics, shown, batch.token_count, batch)
-        return loop.result().adapter
+        state = loop.result()
+    results = {} if evaluate is None else loop.evaluated(state).results
+    check_results(stage, results, run.config.run_dir)
+    return state.adapter, results | loop.stopped_early()

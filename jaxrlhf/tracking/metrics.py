@@ -191,6 +191,10 @@ class Progress:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
+    def leave_out(self, seconds: float) -> None:
+        """Seconds since the last step that do not count for the tokens per second."""
+        self._last += seconds
+
     def close(self) -> None:
         """Ends the line."""
         self._bar.close()

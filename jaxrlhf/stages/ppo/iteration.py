@@ -196,9 +196,11 @@ class Iteration:
             experience = self._experience(scored, annotated, greedy, control)[0]
             for name, values in (scored.rows | row_metrics(*fetch((experience, completions.rollout)))).items():
                 rows_of.setdefault(name, []).append(values[: (total - start) * self.group])
-            samples += samples_of(completions, scored.rows, experience)
-        means = {name: float(np.mean(np.concatenate(values))) for name, values in rows_of.items()}
-        return Evaluation(means, samples[:SAMPLES])
+            if len(samples) < SAMPLES:
+                samples += samples_of(completions, scored.rows, experience)
+        rows = {name: np.concatenate(values) for name, values in rows_of.items()}
+        means = {name: float(np.mean(values)) for name, values in rows.items()}
+        return Evaluation(means, samples[: min(SAMPLES, total * self.group)], rounded(rows["reward/score"]))
 
     def _paused(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """The metric health/paused: 1 if KL or length is above its limit, so that the update is skipped."""

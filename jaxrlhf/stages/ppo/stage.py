@@ -24,7 +24,7 @@ from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.checks import check_adapter, rate_text, with_optimizers
-from jaxrlhf.stages.evaluation import check_results, comparison
+from jaxrlhf.stages.evaluation import Evaluated, check_results, comparison
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
 from jaxrlhf.stages.ppo.iteration import Iteration, StageState
@@ -36,6 +36,7 @@ from jaxrlhf.stages.training import check_settings
 from jaxrlhf.steps.annotate import Control
 from jaxrlhf.steps.ppo import complete, init_ppo
 
+OPTIMIZERS = ("optimizer", "value_optimizer")
 SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 
 
@@ -130,7 +131,13 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)
     refreshed = reference if config.refresh_reference else None
     state = StageState(ppo, Control.start(config.kl.coef), jnp.int32(0), refreshed)
-    with Loop(run, "ppo", state, config.iterations, config.save_every) as loop:
+    optimizers = {name: getattr(update_config, name) for name in OPTIMIZERS}
+
+    def evaluate(state: StageState) -> Evaluated:
+        evaluation = iteration.evaluate(state.ppo.policy, state.ppo.value, inputs.evaluation)
+        return Evaluated(evaluation.means, evaluation.record, evaluation)
+
+    with Loop(run, "ppo", state, config.iterations, config.save_every, evaluate, optimizers) as loop:
         if config.score.normalise == "initial" and not loop.first:
             control = iteration.with_initial_moments(start, inputs.prompts, loop.state.control)
             loop.state = loop.state.replace(control=control)
@@ -139,18 +146,23 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
                 value = shard(run.mesh, scaled_head(ppo.value, *gain_and_bias(control.moments)))
                 loop.state = loop.state.replace(ppo=ppo.replace(value=value))
         for step in loop.steps():
+            iteration.update_config = update_config.model_copy(update=loop.watch.optimizers)
             log_samples = _log_samples(run, step + 1)
             loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, log_samples)
             loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
-        ppo = loop.result().ppo
-    policies = {"before": start, "after": ppo.policy} | ({"average of": ppo.average} if ppo.average else {})
-    results = {name: iteration.evaluate(policy, ppo.value, inputs.evaluation) for name, policy in policies.items()}
+        state = loop.result()
+    ppo = state.ppo
+    results = {"before": iteration.evaluate(start, ppo.value, inputs.evaluation)}
+    results["after"] = loop.evaluated(state).results
+    if ppo.average:
+        results["average of"] = iteration.evaluate(ppo.average, ppo.value, inputs.evaluation)
     check_results("ppo", results["after"].means, run.config.run_dir)
     trained = ppo_adapters(ppo.policy, ppo.value, ppo.average, update_config)
     for name, adapter in trained.items():
         save_role(run.config.run_dir, name, adapter)
-    run.samples.write("ppo", config.iterations, {name.split()[0]: e.samples for name, e in results.items()})
-    mark_finished(run.config.run_dir, "ppo", {name.split()[0]: e.means for name, e in results.items()})
+    run.samples.write("ppo", loop.reached, {name.split()[0]: e.samples for name, e in results.items()})
+    reached = {name.split()[0]: evaluation.means for name, evaluation in results.items()}
+    mark_finished(run.config.run_dir, "ppo", reached | loop.stopped_early())
     if processes.is_first():
         print(comparison(results))
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
