@@ -13,6 +13,9 @@ CONFIG = {
     "model": {"path": "model"},
     "ppo": {"data": {"path": "prompts.jsonl"}, "iterations": 20},
 }
+ON_KL = {"metric": "kl/k1", "mode": "lowest"}
+ON_EVALUATION = {"metric": "evaluation/kl/k1", "mode": "lowest"}
+SLOWS = {"schedule": "plateau", "plateau": ON_EVALUATION}
 BEST = {"best": "reward/gold", "result": "best"}
 
 
@@ -61,6 +64,13 @@ def _with(path: str, value) -> RunConfig:
         (("ppo.iterations", 10, 20), {"ppo.update.value_optimizer": {"schedule": "linear"}}, False),
         (("ppo.iterations", 10, 20), {"ppo.update.optimizer": {"schedule": "cosine", "total_steps": 99}}, True),
         (("ppo.iterations", 10, 20), {"checkpoints": BEST}, False),
+        (("ppo.iterations", 10, 20), {"ppo.update.optimizer": {"schedule": "plateau", "plateau": ON_KL}}, True),
+        (("ppo.evaluation.every", 10, 5), {}, True),
+        (("ppo.evaluation.every", None, 5), {"ppo.early_stopping": ON_KL}, True),  # of training: not of evaluations
+        (("ppo.evaluation.every", 10, 5), {"checkpoints": BEST}, False),
+        (("ppo.evaluation.every", 10, 5), {"ppo.early_stopping": ON_EVALUATION}, False),
+        (("ppo.evaluation.every", 10, 5), {"ppo.update.optimizer": SLOWS}, False),
+        (("ppo.early_stopping.patience", 3, 5), {"ppo.early_stopping": ON_KL}, False),
         (("seed", 0, 1), {}, False),
         (("ppo.kl.coef", 0.1, 0.2), {}, False),
         (("ppo.batch_size", 64, 32), {}, False),
