@@ -93,6 +93,15 @@ def test_reward_functions_score_as_printed(name):
     assert names["score"](prompts=["a", "b"], completions=["yes please", "no"], answer=["1", "2"]) == [1.0, 0.0]
 
 
+def test_evaluate_page_runs_as_printed():
+    judge, metrics = blocks(ROOT / "docs" / "evaluate.md", "python")
+    names = {}
+    exec(compile(judge, "evaluate", "exec"), names)
+    assert names["longest"](prompts=["a", "b"], completions=[["x", "yy"], ["x", "y"]]) == [1, None]
+    exec(compile(metrics, "evaluate", "exec"), names)
+    assert names["length"]["words"].value == 6
+
+
 @each("yaml")
 def test_config_loads(page, block, tmp_path):
     """Each block is a config, or a part of one that lacks only run_dir, model and data."""

@@ -1,6 +1,6 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    cli > bench > plan > stages > steps > rollout, rewards > hf > models, data > algorithms, toy, report
+    cli > bench > plan > stages > evaluation > steps > rollout, rewards > hf > models, data > algorithms, toy, report
     > tracking > checkpoint > distributed > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `hf` stands above `data` because a
@@ -26,6 +26,7 @@ RANKS = {
     "hf": 6,
     "rollout": 7, "rewards": 7,
     "steps": 8,
+    "evaluation": 9,
     "stages": 10,
     "plan": 11,
     "bench": 12,  # with the plan's closed form

@@ -76,3 +76,23 @@ def _expanded(expand: Callable[[str], str], value: str) -> str:
         return expand(value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}; given {value[:40]!r}") from None
+
+
+def add_origin(parser: argparse.ArgumentParser, roles: str) -> None:
+    """Adds --run or --model, --step and --roles, of which `roles` is the help text."""
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--run", type=path, metavar="DIR", help="run directory")
+    origin.add_argument("--model", type=model_path, metavar="DIR", help="Hugging Face folder or hub id")
+    step = "roles of a checkpoint of the stage under way: latest, best (by the run's checkpoints.best) or a step number"
+    parser.add_argument("--step", metavar="latest|best|N", help=f"{step} (default: those of finished stages)")
+    parser.add_argument("--roles", metavar="NAMES", help=roles)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of sampling."""
+    parser.add_argument("--max-new-tokens", type=whole(1), help="default: the run's, else 64")
+    parser.add_argument("--temperature", type=finite, help="0: greedy (default: the run's, else 1.0)")
+    parser.add_argument("--top-k", type=whole(0), help="sample from the k likeliest (default: the run's, else off)")
+    top_p = "sample from the likeliest tokens with total probability p (default: the run's, else off)"
+    parser.add_argument("--top-p", type=finite, help=top_p)
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default: 0")

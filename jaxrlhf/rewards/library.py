@@ -211,9 +211,20 @@ def label_accuracy(
     or last label that is found. `pick` "only" takes the label if exactly one label is found. The column may also hold
     the label's index in `labels`, counted from 0.
     """
+    predictions, expected = read_labels(completions, label, labels, pick)
+    return [float(prediction == right) for prediction, right in zip(predictions, expected)]
+
+
+def read_labels(
+    completions: Sequence[str], label: Sequence[Any], labels: Sequence[str] | None = None, pick: str = "first"
+) -> tuple[list[str | None], list[str]]:
+    """Returns (the label of each completion or None, the label of the column `label`), as `label_accuracy` reads them.
+
+    Without `labels`, the label of a completion is its whole text, without case and surrounding punctuation.
+    """
     check_choice("pick", pick, ("first", "last", "only"))
     if labels is None:
-        return [float(_bare(text) == _bare(right)) for text, right in zip(completions, reference("label", label))]
+        return [_bare(text) for text in completions], [_bare(right) for right in reference("label", label)]
     check_texts("labels", labels)
     known = {_lower(name) for name in labels}
     if not known or "" in known or len(known) < len(labels):
@@ -221,7 +232,7 @@ def label_accuracy(
     expected = [_known_label(value, labels, known, i) for i, value in enumerate(label)]
     longest = sorted(known, key=len, reverse=True)  # "not spam" before "spam"
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in longest))
-    return [float(_named_label(text, pattern, pick) == right) for text, right in zip(completions, expected)]
+    return [_named_label(text, pattern, pick) for text in completions], expected
 
 
 def _bare(text: str) -> str:

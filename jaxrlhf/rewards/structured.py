@@ -63,6 +63,14 @@ def span_f1(completions: Sequence[str], entities: Sequence[Any], *, ignore_case:
     [type, text], or an object that maps each type to a list of texts. The column may also hold such a list or object
     instead of JSON text.
     """
+    rows = read_entities(completions, entities, ignore_case)
+    return [_f1(prediction, reference) for prediction, reference in zip(*rows)]
+
+
+def read_entities(
+    completions: Sequence[str], entities: Sequence[Any], ignore_case: bool = False
+) -> tuple[list[Counter], list[Counter]]:
+    """Returns the entities (type, text) of the completions and those of the column, as `span_f1` reads them."""
     references = []
     for i, value in enumerate(entities):
         spans = _parse_text(value) if isinstance(value, str) else _parse_value(value)
@@ -71,8 +79,7 @@ def span_f1(completions: Sequence[str], entities: Sequence[Any], *, ignore_case:
                 f'column entities, row {i} must be lines of the form "type: text" or JSON, not {str(value)[:60]!r}'
             )
         references.append(_normal(spans, ignore_case))
-    predictions = [_normal(_parse_text(text, lenient=True) or [], ignore_case) for text in completions]
-    return [_f1(prediction, reference) for prediction, reference in zip(predictions, references)]
+    return [_normal(_parse_text(text, lenient=True) or [], ignore_case) for text in completions], references
 
 
 Spans = list[tuple[str, str]]

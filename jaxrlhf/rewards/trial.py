@@ -28,7 +28,7 @@ def try_rewards(rewards: Mapping[str, Reward | None], prompts: PromptSet, tokeni
             try:
                 reward(completions)
             except RewardFault as fault:
-                raise UserError(f"{key_path}: the reward failed on {ROWS} rows before training: {fault}") from fault
+                raise UserError(f"{key_path}: the reward failed on the first {ROWS} rows: {fault}") from fault
 
 
 def _completions(prompts: PromptSet, tokenizer: Tokenizer) -> Completions:

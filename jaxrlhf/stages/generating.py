@@ -5,24 +5,20 @@ import sys
 from collections.abc import Iterator
 
 import jax
-import pydantic
 
 from jaxrlhf.checkpoint.compilation_cache import AUTO, cached_programs
 from jaxrlhf.config import PromptsConfig, RunConfig, Sampling
-from jaxrlhf.config.reading import load_config
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.tokenizers import Tokenizer
-from jaxrlhf.errors import UserError, printable, short
-from jaxrlhf.hf.weights import load_pretrained
+from jaxrlhf.errors import UserError, printable
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.stages.checks import check_tokens
+from jaxrlhf.stages.candidates import load_candidates, sampling_of
 from jaxrlhf.stages.keys import key_for
-from jaxrlhf.stages.roles import Roles, load_origin, load_run
-from jaxrlhf.tracking.notices import notice
+from jaxrlhf.stages.roles import Roles
 
 BATCH = 32
 LENGTH_STEP = 32  # prompts are padded to a multiple of this length, to limit compilations
@@ -30,25 +26,9 @@ LENGTH_STEP = 32  # prompts are padded to a multiple of this length, to limit co
 
 def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
     """Yields {"prompt", "answers": {role: text}} for each prompt. See `jaxrlhf generate` for the arguments."""
-    config = None
-    if arguments.run is not None:
-        roles = load_run(arguments.run, step=arguments.step)
-        config = load_config(f"{arguments.run}/config.yaml")
-        chosen = _chosen_roles(roles, arguments.roles, config)
-    else:
-        if arguments.step is not None:
-            raise UserError(f"--step {short(arguments.step)}: a model folder has no checkpoints; give --run")
-        if arguments.roles not in (None, "base"):
-            raise UserError(f"--roles {arguments.roles}: a model folder has only the role base; give --run")
-        base, tokenizer = load_pretrained(arguments.model)
-        if tokenizer is None:
-            raise UserError(f"{arguments.model}: has no tokenizer files; give a model folder with a tokenizer")
-        roles = Roles(base, tokenizer)
-        chosen = {"base": (base, None)}
-    sampling = _sampling(arguments, config, roles)
+    roles, config, chosen = load_candidates(arguments)
+    sampling = sampling_of(arguments, config, roles)
     prompts, ids = _prompts(arguments, config, roles, sampling)
-    if roles.checkpoint is not None:
-        notice(f"{arguments.run}: the roles of the stage {roles.checkpoint[0]} are those of step {roles.checkpoint[1]}")
     program = jax.jit(rollout, compiler_options=compiler_options(roles.base))
     cache = AUTO if config is None else config.compilation_cache
     with cached_programs(cache, lambda text: print(printable(text), file=sys.stderr)):
@@ -73,38 +53,6 @@ def _completions(
     rollout = jax.device_get(program(base, adapter, left_pad(ids, length, tokenizer.pad_id), key, sampling))
     responses = zip(rollout.tokens[:, length:], rollout.response_mask)
     return [tokenizer.decode(row[mask].tolist()) for row, mask in responses]
-
-
-def _chosen_roles(roles: Roles, option: str | None, config: RunConfig) -> dict[str, tuple[Decoder, Adapter | None]]:
-    """Returns (base, adapter) for each role in `--roles`, or for the role trained last."""
-    known: dict[str, tuple[Decoder, Adapter | None]] = {"base": (roles.base, None)}
-    if config.sft_trains_base or "sft" in roles.adapters:
-        known["sft"] = (roles.base, roles.reference)
-    known |= {name: (roles.base, roles.adapters[name]) for name in ("average", "policy") if name in roles.adapters}
-    names = [list(known)[-1]] if option is None else [name.strip() for name in option.split(",")]
-    for name in names:
-        if name not in known:
-            scores = name in ("value", "reward")
-            fault = f"{name} scores text and writes none" if scores else f"this run has no role {name!r}"
-            raise UserError(f"--roles: {fault}; roles that write text here: {', '.join(known)}")
-    if config.sft_trains_base and "base" in names:  # after a full fine-tune the run's base is the SFT model
-        known["base"] = (load_origin(config), None)
-    return {name: known[name] for name in names}
-
-
-def _sampling(arguments: argparse.Namespace, config: RunConfig | None, roles: Roles) -> Sampling:
-    """Returns the run's sampling settings with the options of the command line."""
-    run = config.ppo.sampling if config is not None and config.ppo is not None else Sampling()
-    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    options = {name: value for name, value in options.items() if value is not None}
-    try:
-        sampling = Sampling(**{**run.model_dump(), **options, "samples_per_prompt": 1})
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option}: {first['msg']}, not {first['input']}") from None
-    check_tokens(roles.base.config, sampling, "ppo.sampling of the run")
-    return sampling
 
 
 def _prompts(

@@ -115,9 +115,9 @@ def _sealed(folder: Path) -> Iterator[None]:
         seal(folder, {})
 
 
-def load_origin(config: RunConfig) -> Decoder:
+def load_origin(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
     """Loads the base that the run started from, before its own stages."""
-    return with_target(_load_model(config)[0], target_of(None, config.model.matmul_precision))
+    return with_target(_load_model(config, mesh)[0], target_of(mesh, config.model.matmul_precision))
 
 
 def load_run(

@@ -19,10 +19,20 @@ from jaxrlhf.steps.optimizer import optimizer_step, with_rate
 
 def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str = "none") -> jax.Array:
     """Returns the cross-entropy f32[] in nats, summed over the tokens to learn."""
+    return jnp.sum(_token_losses(base, adapter, batch, remat))
+
+
+def sft_row_losses(base: Decoder, adapter: Adapter | None, batch: SFTBatch) -> tuple[jax.Array, jax.Array]:
+    """Returns (the cross-entropy f32[B] in nats, summed over the tokens to learn; their number i32[B]) of each row."""
+    return jnp.sum(_token_losses(base, adapter, batch), axis=1), jnp.sum(learned_tokens(batch), axis=1)
+
+
+def _token_losses(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str = "none") -> jax.Array:
+    """Returns the cross-entropy f32[B,L-1] in nats of the tokens to learn, and 0 elsewhere."""
     model = bind(base, adapter)
     hidden = model.encode(batch.tokens, batch.segments, remat)
     targets = batch.tokens[:, 1:], learned_tokens(batch)
-    return jnp.sum(from_logits(model, hidden[:, :-1], targets, lambda logits, target: cross_entropy(logits, *target)))
+    return from_logits(model, hidden[:, :-1], targets, lambda logits, target: cross_entropy(logits, *target))
 
 
 def learned_tokens(batch: SFTBatch) -> jax.Array:

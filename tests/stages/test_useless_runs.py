@@ -77,7 +77,7 @@ def test_a_reward_is_called_before_the_first_stage(give, body, what):
     sft = {"data": {"path": "builtin:assistant-demonstrations", "limit": 40}}
     status, errors = give(stages=["sft", "ppo"], sft=sft)
     *frames, line = errors.splitlines()
-    assert status == 2 and line.startswith("error: ppo.reward: the reward failed on 2 rows before training: ")
+    assert status == 2 and line.startswith("error: ppo.reward: the reward failed on the first 2 rows: ")
     assert re.search(what, line) and "Traceback" not in errors
     assert ("line 2, in score" in errors) == ("raise" in body), "the frames of the user's code, and no others"
     assert not any("jaxrlhf/" in frame for frame in frames) and not (give.folder / "run").exists()

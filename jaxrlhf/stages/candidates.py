@@ -1,0 +1,79 @@
+"""The models of a run or a folder that a command samples from, and its sampling settings."""
+
+import argparse
+
+import jax
+import pydantic
+
+from jaxrlhf.config import RunConfig, Sampling
+from jaxrlhf.config.reading import load_config
+from jaxrlhf.errors import UserError, short
+from jaxrlhf.hf.weights import load_pretrained
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.records import Adapter
+from jaxrlhf.stages.checks import check_tokens
+from jaxrlhf.stages.roles import Roles, load_origin, load_run
+from jaxrlhf.tracking.notices import notice
+
+Model = tuple[Decoder, Adapter | None]
+
+
+def load_candidates(
+    arguments: argparse.Namespace, mesh: jax.sharding.Mesh | None = None, all_roles: bool = False
+) -> tuple[Roles, RunConfig | None, dict[str, Model]]:
+    """Returns (the roles, the config of the run or None, the chosen models by role).
+
+    `arguments` has `run` or `model`, `step` and `roles`. Without `roles` it is the role trained last, or all roles of
+    the run if `all_roles` is set. Raises `UserError` for a folder, step or role that is not there.
+    """
+    names = None if arguments.roles is None else [name.strip() for name in arguments.roles.split(",")]
+    if arguments.run is not None:
+        roles = load_run(arguments.run, mesh=mesh, step=arguments.step)
+        config = load_config(f"{arguments.run}/config.yaml")
+        if roles.checkpoint is not None:
+            stage, step = roles.checkpoint
+            notice(f"{arguments.run}: the roles of the stage {stage} are those of step {step}")
+        return roles, config, _chosen_roles(roles, names, all_roles, config, mesh)
+    if arguments.step is not None:
+        raise UserError(f"--step {short(arguments.step)}: a model folder has no checkpoints; give --run")
+    if names not in (None, ["base"]):
+        raise UserError(f"--roles {arguments.roles}: a model folder has only the role base; give --run")
+    base, tokenizer = load_pretrained(arguments.model, mesh=mesh)
+    if tokenizer is None:
+        raise UserError(f"{arguments.model}: has no tokenizer files; give a model folder with a tokenizer")
+    return Roles(base, tokenizer), None, {"base": (base, None)}
+
+
+def _chosen_roles(
+    roles: Roles, names: list[str] | None, all_roles: bool, config: RunConfig, mesh: jax.sharding.Mesh | None
+) -> dict[str, Model]:
+    """Returns (base, adapter) for each of the roles. `names` None is the role trained last, or with `all_roles` all."""
+    known: dict[str, Model] = {"base": (roles.base, None)}
+    if config.sft_trains_base or "sft" in roles.adapters:
+        known["sft"] = (roles.base, roles.reference)
+    known |= {name: (roles.base, roles.adapters[name]) for name in ("average", "policy") if name in roles.adapters}
+    if names is None:
+        names = [*known] if all_roles else [[*known][-1]]
+    for name in names:
+        if name not in known:
+            scores = name in ("value", "reward")
+            fault = f"{name} scores text and writes none" if scores else f"this run has no role {name!r}"
+            raise UserError(f"--roles: {fault}; roles that write text here: {', '.join(known)}")
+    if config.sft_trains_base and "base" in names:  # after a full fine-tune the run's base is the SFT model
+        known["base"] = (load_origin(config, mesh), None)
+    return {name: known[name] for name in names}
+
+
+def sampling_of(arguments: argparse.Namespace, config: RunConfig | None, roles: Roles) -> Sampling:
+    """Returns the run's sampling settings with the options of the command line."""
+    run = config.ppo.sampling if config is not None and config.ppo is not None else Sampling()
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        sampling = Sampling(**{**run.model_dump(), **options, "samples_per_prompt": 1})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option}: {first['msg']}, not {first['input']}") from None
+    check_tokens(roles.base.config, sampling, "ppo.sampling of the run")
+    return sampling

@@ -1,0 +1,312 @@
+"""Evaluates the roles of a run, or a model: the evaluate command.
+
+Every role answers the same prompts with the same random numbers, in batches of one shape; rows that fill up the last
+batch are dropped before anything is counted. N prompts, B rows of a batch.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.checkpoint.compilation_cache import AUTO, cached_programs
+from jaxrlhf.checkpoint.files import atomic_write
+from jaxrlhf.config import MeshConfig, Sampling
+from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.data.sft import SFTData
+from jaxrlhf.distributed.jit import Program
+from jaxrlhf.distributed.mesh import check_batch, fetch, make_mesh, shard_batch
+from jaxrlhf.errors import UserError, printable
+from jaxrlhf.evaluation.bootstrap import Metrics, difference, intervals, mean
+from jaxrlhf.evaluation.preference import win_rate, wins_by_judge, wins_by_score
+from jaxrlhf.evaluation.probabilities import perplexity
+from jaxrlhf.evaluation.tasks import Task
+from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.precision import compiler_options
+from jaxrlhf.models.scoring import response_logprobs
+from jaxrlhf.models.sharding import shard
+from jaxrlhf.records import Adapter, Rollout
+from jaxrlhf.rewards.completions import Completions, abstained_rows
+from jaxrlhf.rewards.composed import ComposedReward
+from jaxrlhf.stages.candidates import Model, load_candidates, sampling_of
+from jaxrlhf.stages.evaluation_inputs import Inputs, Pairs, choices, load_inputs
+from jaxrlhf.stages.keys import key_for
+from jaxrlhf.stages.programs import rollout_program
+from jaxrlhf.steps.sft import sft_row_losses
+
+
+@dataclasses.dataclass
+class Answers:
+    """The N completions of a role, with the metrics of each."""
+
+    texts: list[str]
+    rows: dict[str, np.ndarray]  # metric name -> [N]; a masked array where a reward abstained
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the report of `jaxrlhf evaluate`, as it is written to `--json`. See the command for the arguments."""
+    mesh = _mesh(arguments)
+    roles, config, chosen = load_candidates(arguments, mesh, all_roles=True)
+    chosen = {role: (base, adapter and shard(mesh, adapter)) for role, (base, adapter) in chosen.items()}
+    sampling = sampling_of(arguments, config, roles)
+    size = arguments.batch_size or (config.ppo.batch_size if config is not None and config.ppo is not None else 32)
+    check_batch(mesh, size, "--batch-size" if arguments.batch_size else "--batch-size (default)")
+    inputs = load_inputs(arguments, config, roles, sampling, mesh, size)
+    answers: dict[str, Answers] = {}
+    of_text: dict[str, Metrics] = {}
+    cache = AUTO if config is None else config.compilation_cache
+    with cached_programs(cache, lambda text: print(printable(text), file=sys.stderr)):
+        if inputs.prompts is not None:
+            sampler = _Sampler(inputs, mesh, roles.base, roles.tokenizer, sampling, arguments.seed)
+            for role, model in chosen.items():
+                answers[role] = sampler.answers(*model)
+                _progress(f"{role}: {len(inputs.prompts)} completions")
+        if inputs.text is not None:
+            program = Program(sft_row_losses, "sft_row_losses", mesh, compiler_options(roles.base))
+            for role, model in chosen.items():
+                of_text[role] = _perplexity(program, mesh, model, inputs.text)
+                _progress(f"{role}: loss of {len(inputs.text.examples)} texts")
+        report = _report(arguments, inputs, sampling, answers, of_text)
+    if arguments.samples is not None:
+        _write(arguments.samples, "--samples", "".join(_sample_lines(inputs, answers)))
+    return report
+
+
+def _mesh(arguments: argparse.Namespace) -> jax.sharding.Mesh:
+    """Returns the mesh of the run where it fits the devices that are here, else one that splits rows over them."""
+    if arguments.run is not None:
+        from jaxrlhf.config.reading import load_config
+
+        try:
+            return make_mesh(load_config(f"{arguments.run}/config.yaml").mesh)
+        except UserError:  # what is wrong with the folder is said when the roles are loaded
+            pass
+    return make_mesh(MeshConfig())
+
+
+def _progress(text: str) -> None:
+    print(printable(f"evaluate: {text}"), file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _logprob_sums(base: Decoder, adapter: Adapter | None, rollout: Rollout) -> jax.Array:
+    """Returns the summed logprobs f32[B] of the completions under a model."""
+    inputs = (rollout.tokens, rollout.mask, rollout.response_mask, rollout.temperature)
+    return jnp.sum(response_logprobs(bind(base, adapter), *inputs)[0], axis=1)
+
+
+class _Sampler:
+    """Samples, scores and measures the completions of a model."""
+
+    def __init__(self, inputs: Inputs, mesh, base: Decoder, tokenizer, sampling: Sampling, seed: int):
+        self.inputs, self.mesh, self.tokenizer, self.sampling, self.seed = inputs, mesh, tokenizer, sampling, seed
+        self.rollout = rollout_program(mesh, base)
+        self.logprobs = Program(_logprob_sums, "logprob_sums", mesh, compiler_options(base))
+
+    def answers(self, base: Decoder, adapter: Adapter | None) -> Answers:
+        """Returns one completion of every prompt."""
+        texts: list[str] = []
+        rows: dict[str, list[np.ndarray]] = {}
+        prompts, size = self.inputs.prompts, self.inputs.batch_size
+        for start in range(0, len(prompts), size):
+            real = min(size, len(prompts) - start)
+            numbers = np.minimum(np.arange(start, start + size), len(prompts) - 1)
+            key = key_for(self.seed, "evaluate", start, "rollout")
+            tokens = shard_batch(self.mesh, prompts.padded(numbers))
+            rollout = self.rollout(base, adapter, tokens, key, self.sampling)
+            completions = _completions(prompts, numbers, rollout, self.tokenizer)
+            found = self._scores(completions)
+            mask, ended = fetch((rollout.response_mask, rollout.ended))
+            found |= {"length/mean": mask.sum(axis=1), "length/eos_share": ended}
+            if self.inputs.reference is not None:
+                sums = [self.logprobs(*model, rollout) for model in ((base, adapter), self.inputs.reference)]
+                found["kl/k1"] = np.subtract(*fetch(sums)).astype(np.float64)
+            for name, values in found.items():
+                rows.setdefault(name, []).append(values[:real])
+            texts += [text.strip() for text in completions.texts[:real]]
+        return Answers(texts, {name: np.ma.concatenate(parts) for name, parts in rows.items()})
+
+    def _scores(self, completions: Completions) -> dict[str, np.ndarray]:
+        """Returns the scores [B] of the reward, its parts and the gold function; masked where they abstained."""
+        found: dict[str, Any] = {}
+        if isinstance(self.inputs.reward, ComposedReward):
+            found["reward/score"], parts = self.inputs.reward.scores_and_parts(completions)
+            found |= {f"reward/{name}": values for name, values in parts.items()}
+        elif self.inputs.reward is not None:
+            found["reward/score"] = self.inputs.reward(completions)
+        if self.inputs.gold is not None:
+            found["reward/gold"] = self.inputs.gold(completions)
+        return {name: values if isinstance(values, np.ndarray) else fetch(values) for name, values in found.items()}
+
+
+def _completions(prompts: PromptSet, numbers: np.ndarray, rollout: Rollout, tokenizer) -> Completions:
+    texts, rows, chats = ([kind[i] for i in numbers] for kind in (prompts.texts, prompts.columns, prompts.chats))
+    return Completions(rollout, texts, rows, tokenizer, chats)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def _perplexity(program: Program, mesh, model: Model, data: SFTData) -> Metrics:
+    """Returns loss and perplexity of every text; rows that fill up a batch have no token and are left out."""
+    parts = [fetch(program(*model, shard_batch(mesh, batch))) for batch in data.all_batches()]
+    losses, tokens = (np.concatenate(part) for part in zip(*parts))
+    return perplexity(losses[tokens > 0], tokens[tokens > 0]).named("text")
+
+
+def _metrics(answers: Answers, tasks: list[Task]) -> list[Metrics]:
+    """Returns the metrics of a role's answers, each of N rows."""
+    found = []
+    for name, values in answers.rows.items():
+        abstained = abstained_rows(values)
+        found.append(mean(name, np.ma.getdata(values), ~abstained))
+        if abstained.any():
+            found.append(mean(f"{name}_abstained", abstained))
+    return found + [task(answers.texts) for task in tasks]
+
+
+def _wins(inputs: Inputs, answers: Answers, other: Answers) -> dict[str, Metrics]:
+    """Returns the win rates of a role against another, by reward, gold function and judge."""
+    lengths = answers.rows["length/mean"], other.rows["length/mean"]
+    found = {}
+    for judge, name in (("reward", "reward/score"), ("gold", "reward/gold")):
+        if name in answers.rows:
+            scores, others = answers.rows[name], other.rows[name]
+            either = abstained_rows(scores) | abstained_rows(others)  # without both scores nobody wins
+            wins = wins_by_score(np.ma.getdata(scores), np.ma.getdata(others))
+            found[judge] = win_rate(np.where(either, 0.5, wins), *lengths)
+    if inputs.judge is not None:
+        forward, backward = (_choices(inputs, *pair) for pair in ((answers, other), (other, answers)))
+        wins, agreed = wins_by_judge(forward, backward)
+        found["judge"] = win_rate(wins, *lengths, agreed)
+    return found
+
+
+def _choices(inputs: Inputs, first: Answers, second: Answers) -> np.ndarray:
+    """Returns the judge's choices f64[N] between two roles' answers."""
+    prompts, chosen = inputs.prompts, []
+    for start in range(0, len(prompts), inputs.batch_size):
+        some = slice(start, start + inputs.batch_size)
+        texts = [list(pair) for pair in zip(first.texts[some], second.texts[some])]
+        chosen.append(choices(inputs.judge, Pairs(prompts.texts[some], texts, prompts.columns[some])))
+    return np.concatenate(chosen)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    inputs: Inputs,
+    sampling: Sampling,
+    answers: dict[str, Answers],
+    of_text: dict[str, Metrics],
+) -> dict[str, Any]:
+    """Returns all metrics with their intervals, and what they were measured on."""
+    bounds = functools.partial(
+        intervals,
+        resamples=arguments.resamples,
+        confidence=arguments.confidence / 100,
+        method=arguments.interval,
+        seed=arguments.seed,
+    )
+    roles = list(answers or of_text)
+    pairs = [(b, a) for a, b in itertools.combinations(roles, 2)]
+    group = arguments.samples_per_prompt
+    found = {role: [_of_prompts(_metrics(answers[role], inputs.tasks), group)] if answers else [] for role in roles}
+    for role, metrics in of_text.items():
+        found[role].append([metrics])
+    by_role = {role: _bounded(bounds, groups) for role, groups in found.items()}
+    differences = {
+        f"{b} - {a}": _bounded(
+            bounds, [_differences(*groups) for groups in zip(found[b], found[a])]
+        )
+        for b, a in pairs
+    }
+    wins = {(b, a): _wins(inputs, answers[b], answers[a]) for b, a in pairs} if answers else {}
+    win_rates = {
+        f"{b} against {a}": {judge: _bounded(bounds, [_of_prompts([one], group)]) for judge, one in by_judge.items()}
+        for (b, a), by_judge in wins.items()
+    }
+    confusion = {
+        role: next((table for task in inputs.tasks if (table := task.confusion(own.texts)) is not None), None)
+        for role, own in answers.items()
+    }
+    return {
+        "origin": arguments.run or arguments.model,
+        "prompts": inputs.prompts and {"path": inputs.prompts.report.path, "rows": len(inputs.prompts) // group},
+        "samples_per_prompt": group,
+        "text": inputs.text and {"path": inputs.text_path, "rows": len(inputs.text.examples)},
+        "sampling": {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")},
+        "seed": arguments.seed,
+        "interval": {name: getattr(arguments, name) for name in ("interval", "confidence", "resamples")},
+        "roles": by_role,
+        "differences": differences,
+        "win_rates": win_rates,
+        "confusion": {role: table for role, table in confusion.items() if table is not None},
+    }
+
+
+def _of_prompts(metrics: list[Metrics], group: int) -> list[Metrics]:
+    """Returns the metrics with a row for each prompt: the sum over its samples, which are not independent."""
+    sums = (one.rows.reshape(-1, group, one.rows.shape[1]).sum(axis=1) for one in metrics)
+    return [dataclasses.replace(one, rows=rows) for one, rows in zip(metrics, sums)]
+
+
+def _differences(second: list[Metrics], first: list[Metrics]) -> list[Metrics]:
+    """Returns the differences of the metrics that both roles have."""
+    others = {metrics.names[0]: metrics for metrics in first}
+    return [difference(metrics, others[metrics.names[0]]) for metrics in second if metrics.names[0] in others]
+
+
+def _bounded(bounds, groups: list[list[Metrics]]) -> dict[str, dict[str, float | None]]:
+    """Returns {"value", "low", "high"} of each metric by name; None where one is undefined. A group shares its rows."""
+    found: dict[str, dict[str, float | None]] = {}
+    for metrics in groups:
+        for by_name in bounds(metrics):
+            for name, interval in by_name.items():
+                values = dataclasses.asdict(interval)
+                found[name] = {key: value if np.isfinite(value) else None for key, value in values.items()}
+    return found
+
+
+# ---------------------------------------------------------------- files
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` if a file to write has no folder, before anything is computed."""
+    for option, path in (("--json", arguments.json), ("--samples", arguments.samples)):
+        if path not in (None, "-") and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+            problem = "is a folder" if Path(path).is_dir() else f"there is no folder {Path(path).parent}"
+            raise UserError(f"{option} {path}: {problem}; give a file in a folder that exists")
+
+
+def write_report(path: str, report: dict[str, Any]) -> None:
+    """Writes the report as JSON."""
+    _write(path, "--json", json.dumps(report, indent=1) + "\n")
+
+
+def _write(path: str, option: str, text: str) -> None:
+    try:
+        atomic_write(path, text)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
+
+
+def _sample_lines(inputs: Inputs, answers: dict[str, Answers]) -> Iterator[str]:
+    """Yields a line of JSON for each prompt, with every role's completion and its metrics."""
+    for i, prompt in enumerate(inputs.prompts.texts if inputs.prompts is not None else ()):
+        of_roles = {}
+        for role, own in answers.items():
+            values = {n: None if row[i] is np.ma.masked else float(row[i]) for n, row in own.rows.items()}
+            of_roles[role] = {"completion": own.texts[i], **values}
+        yield json.dumps({"prompt": prompt, "answers": of_roles}, ensure_ascii=True) + "\n"

@@ -1,0 +1,214 @@
+"""The inputs of the evaluate command: prompts, held-out text, rewards, judge and tasks, all checked before sampling."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pydantic
+
+from jaxrlhf.config import DemonstrationsConfig, PromptsConfig, RewardConfig, RunConfig, Sampling
+from jaxrlhf.config.faults import explain
+from jaxrlhf.config.paths import function_path
+from jaxrlhf.config.reading import parse_yaml
+from jaxrlhf.data.order import hold_out
+from jaxrlhf.data.prompts import PromptSet, load_prompts
+from jaxrlhf.data.sft import SFTData, load_demonstrations
+from jaxrlhf.errors import UserError
+from jaxrlhf.evaluation.tasks import Task
+from jaxrlhf.hf.adapter_files import load_adapter
+from jaxrlhf.models.adapters import without_head
+from jaxrlhf.models.sharding import shard
+from jaxrlhf.rewards.completions import Reward, abstained_rows
+from jaxrlhf.rewards.functions import FunctionReward, RewardFault
+from jaxrlhf.rewards.load import check_prompts, compose, load_rewards, needs_own
+from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rewards.trial import try_rewards
+from jaxrlhf.stages.candidates import Model
+from jaxrlhf.stages.roles import Roles
+from jaxrlhf.tracking.notices import notice
+
+PROMPT_STEP = 32  # prompts are padded to a multiple of this length
+LONGEST_TEXT = 1024  # tokens of a held-out text, where no run says it
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is evaluated, and by what."""
+
+    prompts: PromptSet | None  # N rows; the samples of one prompt are adjacent
+    text: SFTData | None  # unpacked
+    text_path: str | None
+    batch_size: int
+    reward: Reward | None
+    gold: FunctionReward | None
+    judge: FunctionReward | None
+    reference: Model | None  # of the KL
+    tasks: list[Task]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """What a judge reads: the prompts, the two completions of each as its text, and the other columns."""
+
+    prompts: list[str]
+    texts: list[list[str]]
+    rows: list[dict[str, Any]]
+
+
+def choices(judge: FunctionReward, pairs: Pairs) -> np.ndarray:
+    """Returns the judge's choices f64[N]: 0 for the first completion, 1 for the second, -1 for neither.
+
+    Raises `RewardFault` for any other value; None is neither.
+    """
+    found = judge(pairs)
+    chosen = np.where(abstained_rows(found), -1.0, np.ma.getdata(found))
+    if (odd := chosen[~np.isin(chosen, (0, 1, -1))]).size:
+        raise RewardFault(f"judge {judge.name} must return 0, 1, or None for neither, not {odd[0]}")
+    return chosen
+
+
+def load_inputs(
+    arguments: argparse.Namespace,
+    config: RunConfig | None,
+    roles: Roles,
+    sampling: Sampling,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+) -> Inputs:
+    """Reads and checks all inputs; what the arguments leave out comes from the run. Raises `UserError`."""
+    ppo = None if config is None else config.ppo
+    judge = None if arguments.judge is None else FunctionReward(arguments.judge, "--judge")
+    gold = arguments.gold or (ppo and ppo.gold)
+    gold = None if gold is None else FunctionReward(gold, "--gold" if arguments.gold else "ppo.gold")
+    reward = _reward_config(arguments.reward) if arguments.reward else (ppo and ppo.reward)
+    if reward is not None and needs_own(reward) and "reward" not in roles.adapters:
+        if arguments.reward:
+            raise UserError("--reward: kind model without path is the run's reward model, and there is none; give path")
+        notice("this run has no reward model, so there is no reward; --reward gives one")
+        reward = None
+    prompts = _prompts(arguments, config, roles, sampling)
+    text, text_path = _text(arguments, config, roles, batch_size)
+    if prompts is None and text is None:
+        raise UserError("there is nothing to evaluate on; give prompts with --data, or held-out text with --text")
+    tasks: list[Task] = []
+    if prompts is not None:
+        where = "--reward" if arguments.reward else "ppo.reward"
+        reward = None if reward is None else _reward(reward, where, roles, mesh, prompts, config)
+        if gold is not None:
+            gold.check_columns(set().union(*prompts.columns), "--gold" if arguments.gold else "ppo.gold")
+            try_rewards({"--gold" if arguments.gold else "ppo.gold": gold}, prompts, roles.tokenizer)
+        if judge is not None:
+            judge.check_columns(set().union(*prompts.columns), "--judge")
+            try:
+                choices(judge, Pairs(prompts.texts[:2], [["a", "b"]] * len(prompts.texts[:2]), prompts.columns[:2]))
+            except RewardFault as fault:
+                raise UserError(f"--judge: the judge failed on the first 2 rows: {fault}") from fault
+        options = {name: getattr(arguments, name) for name in ("pick", "ignore_case", "normalize", "tokenize")}
+        options["labels"] = None if arguments.labels is None else [name.strip() for name in arguments.labels.split(",")]
+        tasks = [Task(spec, prompts.columns, options) for spec in arguments.task or ()]
+    elif asked := [name for name in ("task", "judge", "reward", "gold") if getattr(arguments, name)]:
+        raise UserError(f"--{asked[0]}: needs prompts; give --data")
+    reference = None if config is None or prompts is None else _reference(config, roles, mesh)
+    return Inputs(prompts, text, text_path, batch_size, reward, gold, judge, reference, tasks)
+
+
+def _prompts(
+    arguments: argparse.Namespace, config: RunConfig | None, roles: Roles, sampling: Sampling
+) -> PromptSet | None:
+    """Returns the prompts of `--data`, or else of the run, or None; each is there `--samples-per-prompt` times."""
+    ppo = None if config is None else config.ppo
+    if arguments.data is not None:
+        source = {"path": arguments.data, "split": arguments.split, "limit": arguments.limit}
+        source |= {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
+        if (stage := config and (config.ppo or config.sft)) is not None:  # chats formatted as in the run
+            source |= {"tools": stage.data.tools, "chat_template_kwargs": stage.data.chat_template_kwargs}
+        data = PromptsConfig(**{name: value for name, value in source.items() if value is not None})
+    elif ppo is not None:
+        if ppo.evaluation.data is None:
+            notice(f"{arguments.run}: evaluated on the prompts of training, ppo.data; --data gives others")
+        data = ppo.evaluation.data or ppo.data
+        data = data.model_copy(update={"limit": arguments.limit or data.limit})
+    else:
+        return None
+    positions = roles.base.config.max_positions
+    limit = positions - sampling.max_new_tokens
+    if limit < 1:
+        raise UserError(f"--max-new-tokens: {sampling.max_new_tokens}, but the model has only {positions} positions")
+    if ppo is not None:
+        limit = min(limit, ppo.max_prompt_tokens) if arguments.data is None else limit
+    prompts = load_prompts(data, roles.tokenizer, limit, "stop" if ppo is None else ppo.overflow)
+    notice(str(prompts.report))
+    longest = -(-max(map(len, prompts.ids)) // PROMPT_STEP) * PROMPT_STEP
+    rows = {
+        name: [value for value in getattr(prompts, name) for _ in range(arguments.samples_per_prompt)]
+        for name in ("ids", "texts", "chats", "columns")
+    }
+    return dataclasses.replace(prompts, max_prompt_tokens=min(longest, limit), **rows)
+
+
+def _text(
+    arguments: argparse.Namespace, config: RunConfig | None, roles: Roles, batch_size: int
+) -> tuple[SFTData | None, str | None]:
+    """Returns (rows, path) of `--text`, or else the held-out demonstrations of the run."""
+    sft = None if config is None else config.sft
+    longest = min(roles.base.config.max_positions, arguments.max_length or (sft.max_length if sft else LONGEST_TEXT))
+    overflow = sft.overflow if sft else "cut"
+    if arguments.text is not None:
+        source = {"path": arguments.text, "split": arguments.split, "limit": arguments.limit}
+        data = DemonstrationsConfig(**{name: value for name, value in source.items() if value is not None})
+        examples, report = load_demonstrations(data, roles.tokenizer, longest, overflow)
+    elif sft is not None and (sft.evaluation.data is not None or sft.evaluation.heldout):
+        try:
+            examples, report = load_demonstrations(sft.evaluation.data or sft.data, roles.tokenizer, longest, overflow)
+        except UserError as error:  # the run has been trained; only these rows are gone
+            notice(f"no perplexity: {error}; --text gives other rows")
+            return None, None
+        if sft.evaluation.data is None:
+            _, held = hold_out(len(examples), sft.evaluation.heldout, config.seed)
+            examples = [examples[i] for i in held]
+            if not examples:
+                return None, None
+    else:
+        return None, None
+    notice(f"{report}, of which {len(examples)} are evaluated")
+    return SFTData(examples, batch_size, longest, 0, packing=False, pad_id=roles.tokenizer.pad_id), report.path
+
+
+def _reward_config(text: str) -> RewardConfig:
+    """Returns the settings in `--reward`: YAML as in a config, or module:function or path.py:function."""
+    if ": " not in text and ":" in text and not text.lstrip().startswith("{"):
+        given: Any = {"kind": "function", "function": function_path(text)}
+    else:
+        given = parse_yaml(text, "--reward")
+    if not isinstance(given, dict):
+        raise UserError("--reward: must be module:function, or settings as in a config: '{kind: http, url: ...}'")
+    try:
+        return pydantic.TypeAdapter(RewardConfig).validate_python(given)
+    except pydantic.ValidationError as error:
+        raise UserError(explain(error, "--reward", {})) from None
+
+
+def _reward(
+    settings: RewardConfig,
+    where: str,
+    roles: Roles,
+    mesh: jax.sharding.Mesh,
+    prompts: PromptSet,
+    config: RunConfig | None,
+) -> Reward:
+    """Returns the reward, after it has scored two rows where that compiles nothing."""
+    precision = "highest" if config is None else config.model.matmul_precision
+    rewards = load_rewards(settings, mesh, where, notice, roles.tokenizer.chats.time, precision)
+    check_prompts(rewards, prompts, where)
+    try_rewards({f"{where}.parts.{n}" if n else where: r for n, (r, _) in rewards.items()}, prompts, roles.tokenizer)
+    return compose(rewards, lambda: ModelReward(roles.base, shard(mesh, roles.adapters["reward"]), mesh))
+
+
+def _reference(config: RunConfig, roles: Roles, mesh: jax.sharding.Mesh) -> Model:
+    """Returns the model that PPO measures the KL to, or would measure it to."""
+    adapter = roles.reference
+    if config.ppo is not None and config.ppo.reference is not None:
+        adapter = without_head(load_adapter(config.ppo.reference, roles.base))
+    return roles.base, None if adapter is None else shard(mesh, adapter)
