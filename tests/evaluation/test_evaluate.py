@@ -185,7 +185,7 @@ BAD = {
     "no prompts": (["--model", "model"], r"nothing to evaluate on; give prompts with --data"),
     "no folder": (["--model", "absent", "--data", "prompts.jsonl"], r"absent"),
     "no run": (["--run", "model"], r"config\.yaml"),
-    "role": (["--run", "run", "--roles", "sft,best"], r"--roles: this run has no role 'best'; it has base, sft, pol"),
+    "role": (["--run", "run", "--roles", "sft,best"], r"--roles: this run has no role 'best'.*: base, sft, policy"),
     "step of a model": (["--model", "model", "--step", "3", "--data", "prompts.jsonl"], r"--step '3'"),
     "row": (["--run", "run", "--data", "broken.jsonl"], r"broken\.jsonl:2"),
     "reward": (["--run", "run", "--reward", "functions.py:none"], r"--reward.*no function none"),
