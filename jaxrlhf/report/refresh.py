@@ -26,12 +26,12 @@ class ReportFile:
             self.write()
 
     def write(self) -> None:
-        """Writes the report now, if the run has logged a step."""
+        """Writes the report now, if the run has logged a step and the report does not show it yet."""
         if self._folder is None:
             return
         start = time.monotonic()
         try:
-            if (log := self._folder / "metrics.jsonl").is_file() and log.stat().st_size:
+            if _has_news(self._folder):
                 write_report([self._folder], self._folder / FILE)
         except Exception as error:  # a report must not end a run, whatever is wrong with it
             if not self._failed:
@@ -40,3 +40,13 @@ class ReportFile:
             self._failed = True
         end = time.monotonic()
         self._next = end + max(SECONDS, (end - start) / SHARE)
+
+
+def _has_news(folder: Path) -> bool:
+    """Whether the run has logged a step, and its logs or results have changed since its report."""
+    read = [folder / name for name in ("metrics.jsonl", "samples.jsonl", "roles/finished.json")]
+    if not read[0].is_file() or not read[0].stat().st_size:
+        return False
+    report = folder / FILE
+    changed = max(path.stat().st_mtime_ns for path in read if path.is_file())
+    return not report.is_file() or report.stat().st_mtime_ns < changed

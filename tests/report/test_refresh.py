@@ -1,5 +1,7 @@
 """The report that a run keeps up to date: when it is written, and what happens if it cannot be."""
 
+import os
+
 import pytest
 
 from jaxrlhf.cli import report as command
@@ -22,6 +24,17 @@ def clock(monkeypatch):
     return now
 
 
+def test_a_report_that_shows_everything_is_not_written_again(write_run):
+    folder = write_run(ppo=[{"a": 1}])
+    ReportFile(folder).write()
+    written = (folder / "report.html").stat().st_mtime_ns
+    ReportFile(folder).write()
+    assert (folder / "report.html").stat().st_mtime_ns == written
+    os.utime(folder / "samples.jsonl", ns=(written + 1, written + 1))
+    ReportFile(folder).write()
+    assert (folder / "report.html").stat().st_mtime_ns != written
+
+
 def test_reports_are_rare_enough_for_their_cost(clock, write_run):
     report = ReportFile(write_run(ppo=[{"a": 1}]))
     report.refresh()
@@ -31,6 +44,7 @@ def test_reports_are_rare_enough_for_their_cost(clock, write_run):
         report = ReportFile(write_run(f"took {took}", ppo=[{"a": 1}]))
         for _ in range(36_000):
             clock["at"] += 1
+            (report._folder / "report.html").unlink(missing_ok=True)
             report.refresh()
         assert 5 < clock["written"] <= 36_000 / 60
         assert clock["written"] * took <= 0.011 * clock["at"]
