@@ -101,7 +101,7 @@ def settings():
 
 
 def row(table, place, setting):
-    required, path = setting.default is table.REQUIRED, ".".join(table.without_kinds(place))
+    required, path = setting.default is table.REQUIRED, table.dotted(table.without_kinds(place))
     facts = [html.escape(setting.kind)]
     facts.append("required" if required else f"default <code>{table.as_yaml(setting.default)}</code>")
     facts.append("traced" if setting.metadata.get("traced") else "")

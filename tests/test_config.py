@@ -85,6 +85,9 @@ def test_file_and_defaults(write):
         ("ppo.gold=my.module:function", lambda c: c.ppo.gold, "my.module:function"),
         ("compiler_options.all.xla_a=true", lambda c: c.compiler_options, {"all": {"xla_a": True}}),
         ("compiler_options={merge: {xla_a: B}}", lambda c: c.compiler_options, {"merge": {"xla_a": "B"}}),
+        ("alarms=[]", lambda c: c.alarms, ()),
+        ("alarms=[{metric: kl/k1, above: 5, stage: null}]", lambda c: c.alarms[0].for_, 1),
+        ("alarms=[{metric: kl/k1, falls_by: 5%}]", lambda c: c.alarms[0].falls_by, "5%"),
         ("run_dir=a=b", lambda c: Path(c.run_dir).name, "a=b"),
         ("run_dir=2024-01-01", lambda c: Path(c.run_dir).name, "2024-01-01"),
         ("run_dir=no", lambda c: Path(c.run_dir).name, "no"),
@@ -182,7 +185,8 @@ def test_help_lists_every_setting_with_type_default_and_description():
         sections = re.findall(r"jaxrlhf\.config\.\w+\.(\w+)", " ".join(annotations))
         return len(model.model_fields) + sum(fields(getattr(jaxrlhf.config, name)) for name in sections)
 
-    assert len(keys) == fields(RunConfig)
+    entries = sum(key.endswith("[]") for key in keys)  # of lists of sections, which have a line of their own
+    assert len(keys) == fields(RunConfig) + entries and entries == 1
     assert all(len(line.split("  ")) == 3 and line.split("  ")[2] for line in lines)
 
 
@@ -260,6 +264,20 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.reward={kind: sum, parts: {a: {weight: x}}}", 'ppo.reward.parts.a.weight must be float, not the'),
         ("ppo.reward={kind: sum, parts: {a: {url: x}}}", "unknown key ppo.reward.parts.a.url; it belongs to kind: "),
         ("ppo.reward=3", "ppo.reward must be a section with keys, not 3"),
+        # entries of a list
+        ("alarms=[pop]", 'alarms[0] must be ppo | a section with keys, not the text "pop"'),
+        ("alarms=ppo", 'alarms must be list of ppo | a section with keys, not the text "ppo"'),
+        ("alarms=[ppo, 3]", "alarms[1] must be ppo | a section with keys, not 3"),
+        ("alarms=[{metrc: a}]", "unknown key alarms[0].metrc; did you mean alarms[0].metric?"),
+        ("alarms=[{above: 1}]", "alarms[0]: metric is missing; give the metric that the alarm watches"),
+        ("alarms=[{name: kl, do: stop}]", "alarms[0]: metric is missing; give the metric that the alarm watches; the "),
+        ("alarms=[ppo, {metric: a}]", "alarms[1]: give exactly one of above, below, rises_by, falls_by; given: none"),
+        ("alarms=[{metric: a, above: x}]", 'alarms[0].above must be float or null, not the text "x"'),
+        ("alarms=[{metric: a, falls_by: -1}]", "alarms[0].falls_by: must be a number above 0, or a percentage such as"),
+        ("alarms=[{metric: a, above: 1, for: 0}]", "alarms[0].for must be int >= 1, not 0"),
+        ("alarms=[{metric: a, above: 1, do: run}]", "alarms[0]: do: run and command belong together: give both, or"),
+        ("alarms=[{metric: a, above: 1, against: b}]", "alarms[0]: against needs rises_by or falls_by"),
+        ("alarms.0.do=stop", "alarms must be list of ppo | a section with keys, not a section"),
         # the value
         ("seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed=!!python/object:os.system x", "not valid YAML: could not determine a constructor"),
@@ -283,6 +301,22 @@ def test_wrong_file_says_the_line(write):
     missing = FULL.replace("    path: builtin:assistant-prompts\n", "    limit: 5\n")
     assert _error(write(missing)).startswith("run.yaml:13: ppo.data.path is missing; give text")
     assert _error(write(FULL.split("ppo:")[0])) == "run.yaml: stages names ppo, but there is no section ppo"
+
+
+def test_a_wrong_entry_of_a_list_says_its_own_line(write):
+    alarms = "alarms:\n  - ppo\n  - {metric: kl/k1, above: 3}\n  - metric: kl/k1\n    above: high\n"
+    wrong = 'alarms[2].above must be float or null, not the text "high"'
+    assert _error(write(alarms + FULL)) == f"run.yaml:5: {wrong}"
+    missing = _error(write(alarms.replace("    above: high\n", "") + FULL))
+    assert missing.startswith("run.yaml:4: alarms[2]: give exactly one of above, below, rises_by, falls_by")
+    assert _error(write(alarms.replace("high", "1\n    above: 2") + FULL)).startswith(
+        "run.yaml:6: alarms[2].above is given twice, first in line 5; remove one of them"
+    )
+
+
+def test_alarms_are_written_and_read_again(write, tmp_path):
+    config = load_config(write(FULL), ["alarms=[ppo, {metric: kl/k1, above: 5, for: 3, do: run, command: [mail, me]}]"])
+    assert load_config(write(dump_config(config))) == config
 
 
 def test_an_override_is_not_blamed_for_what_the_file_says(write):

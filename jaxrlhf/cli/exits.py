@@ -18,6 +18,7 @@ def main_of(command: Callable[[StopSignals], None]) -> int:
     0  success
     1  a run failed: a bug, or an error from outside the program, such as a full standard output
     2  invalid input
+    3  stopped by an alarm
     129, 130, 143  stopped by SIGHUP, Ctrl-C or SIGTERM
     141  the reader of its output has ended, as in `| head`; nothing is printed
 
@@ -54,7 +55,7 @@ def _status(command: Callable[[StopSignals], None], stop: StopSignals) -> int:
         _say(_line(error))
         return 2
     except Stopped as stopped:
-        _say(f"{stopped}; the same command continues")
+        _say(f"{stopped}; {stopped.then}")
         return stopped.status
     except KeyboardInterrupt:
         _say(f"interrupted{stop.afterwards}")

@@ -5,6 +5,7 @@ a run and its stages. `reading.py` reads files and overrides, `table.py` lists e
 errors.
 """
 
+from jaxrlhf.config.alarms import AlarmConfig
 from jaxrlhf.config.base import Overflow, Settings
 from jaxrlhf.config.data import ChatSourceConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
 from jaxrlhf.config.evaluation import (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from jaxrlhf.config.base import LARGEST, LARGEST_FLOAT
-from jaxrlhf.config.table import REQUIRED, SettingPath, describe, one_line, path_of, settings, without_kinds
+from jaxrlhf.config.table import REQUIRED, SettingPath, describe, dotted, one_line, path_of, settings, without_kinds
 
 Origins = Mapping[SettingPath, str]
 """The source of each key: "FILE:LINE" or "override 'KEY=VALUE'"."""
@@ -21,9 +21,21 @@ def explain(error: ValidationError, path: str, origins: Origins) -> str:
     faults = [f for f in faults if not any(g["loc"][: len(f["loc"])] == f["loc"] != g["loc"] for g in faults)]
     faults.sort(key=lambda fault: fault["type"] != "extra_forbidden")  # a misspelt key often explains a missing key
     fault = faults[0]
-    place = tuple(part for part in fault["loc"] if isinstance(part, str))
+    place = _place(fault["loc"])
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{_origin(fault, without_kinds(place), path, origins)}: {_message(fault, place)}{more}"
+
+
+def _place(location: tuple[str | int, ...]) -> SettingPath:
+    """The place of a fault. An entry of a list of sections is `[2]`; the number of a plain entry is left out."""
+    place: list[str] = []
+    for part in location:
+        if isinstance(part, str):
+            if not (place and place[-1].startswith("[") and part in ("set", "alarm")):  # the tags of `config.alarms`
+                place.append(part)
+        elif path_of((*place, f"[{part}]")):
+            place.append(f"[{part}]")
+    return tuple(place)
 
 
 def _origin(fault: dict, keys: SettingPath, path: str, origins: Origins) -> str:
@@ -42,20 +54,20 @@ def _origin(fault: dict, keys: SettingPath, path: str, origins: Origins) -> str:
 
 
 def _message(fault: dict, place: SettingPath) -> str:
-    dotted, known = ".".join(without_kinds(place)), path_of(place)
+    name, known = dotted(without_kinds(place)), path_of(place)
     setting = settings().get(known or ())
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {dotted}; {_nearest(place)}"
+        return f"unknown key {name}; {_nearest(place)}"
     if fault["type"] == "union_tag_invalid":
-        return f"{dotted}.kind must be {' | '.join(setting.kinds)}, not {fault['ctx']['tag'].removeprefix('kind=')}"
+        return f"{name}.kind must be {' | '.join(setting.kinds)}, not {fault['ctx']['tag'].removeprefix('kind=')}"
     if fault["type"] == "missing" and setting is not None:
-        return f"{dotted} is missing; give {setting.kind}: {setting.description}"
+        return f"{name} is missing; give {setting.kind}: {setting.description}"
     if fault["type"] == "value_error" or setting is None:
         reason = one_line(fault["msg"].removeprefix("Value error, "))
-        return f"{dotted}: {reason}" if dotted else reason
+        return f"{name}: {reason}" if name else reason
     if fault["type"] == "too_short" and isinstance(fault["input"], dict):
-        return f"{dotted} must have at least one entry"
-    kind = re.sub("^section( of kind .*)?", "a section with keys", setting.kind)
+        return f"{name} must have at least one entry"
+    kind = re.sub(r"\bsection( of kind .*)?", "a section with keys", setting.kind)
     hint = ""
     if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
         hint = "; put a text that looks like a number in quotes"
@@ -66,7 +78,7 @@ def _message(fault: dict, place: SettingPath) -> str:
         hint = " in the list" if in_list else "; leave it out for its default"
     if fault["type"] == "less_than_equal" and fault["ctx"]["le"] in (LARGEST, LARGEST_FLOAT):
         kind = f"at most {fault['ctx']['le']:g}".replace("2.14748e+09", str(LARGEST))
-    return f"{dotted} must be {kind}, not {describe(fault['input'])}{hint}"
+    return f"{name} must be {kind}, not {describe(fault['input'])}{hint}"
 
 
 def _nearest(place: SettingPath) -> str:
@@ -75,10 +87,10 @@ def _nearest(place: SettingPath) -> str:
     above = path_of(section) or ()
     below = [other for other in settings() if other[: len(above)] == above and len(other) > len(above)]
     known = [other[-1] for other in below if len(other) == len(above) + 1]
-    dotted = without_kinds(section)
+    keys = without_kinds(section)
     close = difflib.get_close_matches(name, known, n=1)
     if close:
-        return f"did you mean {'.'.join((*dotted, close[0]))}?"
+        return f"did you mean {dotted((*keys, close[0]))}?"
     if above and above[-1].startswith("kind="):
         others = [other[-2] for other in settings() if other[:-2] == above[:-1] and other[-1] == name]
         theirs = f"it belongs to {' and '.join(other.replace('=', ': ') for other in others)}; " if others else ""
@@ -88,4 +100,4 @@ def _nearest(place: SettingPath) -> str:
     deeper = [other for other in below if other[-1] == name] or ([match] if match else [])
     if deeper:
         return f"did you mean {' or '.join(dict.fromkeys('.'.join(without_kinds(other)) for other in deeper[:3]))}?"
-    return f"the keys {'of ' + '.'.join(dotted) if dotted else 'at the top level'} are {', '.join(known)}"
+    return f"the keys {'of ' + dotted(keys) if keys else 'at the top level'} are {', '.join(known)}"

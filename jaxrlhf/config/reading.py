@@ -17,7 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.faults import explain
 from jaxrlhf.config.paths import not_utf8
-from jaxrlhf.config.table import describe, find_setting, one_line
+from jaxrlhf.config.table import describe, dotted, find_setting, one_line
 from jaxrlhf.errors import UserError
 
 KeyPath = tuple[str, ...]
@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Returns every setting as YAML. `load_config` reads an equal config from this text."""
     text = io.StringIO()
-    _yaml().dump(_plain(config.model_dump()), text)
+    _yaml().dump(_plain(config.model_dump(by_alias=True)), text)
     return text.getvalue()
 
 
@@ -106,7 +106,7 @@ class _Walk:
         line = f"{self.where}:{node.start_mark.line + 1}"
         self.seen += 1
         if id(node) in above:
-            raise UserError(f"{line}: {'.'.join(path)} contains itself; remove its alias")
+            raise UserError(f"{line}: {dotted(path)} contains itself; remove its alias")
         if len(above) > MAX_DEPTH:
             raise UserError(f"{line}: {_TOO_DEEP}")
         if self.seen > MAX_VALUES:  # a few nested aliases may expand to billions of values
@@ -116,8 +116,10 @@ class _Walk:
         if isinstance(node, ScalarNode):
             self._scalar(node, line, path)
         if isinstance(node, SequenceNode):
-            for child in node.value:  # the keys inside a list have no key path
-                self.walk(child, (*path, "[]"), (*above, id(node)))
+            for number, child in enumerate(node.value):
+                entry = (*path, f"[{number}]")
+                self.origins.setdefault(entry, f"{self.where}:{child.start_mark.line + 1}")
+                self.walk(child, entry, (*above, id(node)))
         if isinstance(node, MappingNode):
             self._mapping(node, path, (*above, id(node)))
 
@@ -125,7 +127,7 @@ class _Walk:
         try:
             node.value.encode()
         except UnicodeEncodeError:  # config.yaml of a run cannot hold this text
-            raise UserError(f"{line}: {'.'.join(path)}: {not_utf8(node.value)}: {node.value[:40]!r}") from None
+            raise UserError(f"{line}: {dotted(path)}: {not_utf8(node.value)}: {node.value[:40]!r}") from None
 
     def _mapping(self, node: MappingNode, path: KeyPath, above: tuple[int, ...]) -> None:
         lines: dict[str, int] = {}
@@ -137,9 +139,9 @@ class _Walk:
                 text = one_line(str(key.value))
                 raise UserError(f"{self.where}:{line}: a key must be the name of a setting, not {text}")
             if key.value in lines:
-                dotted = ".".join((*path, key.value))
                 raise UserError(
-                    f"{self.where}:{line}: {dotted} is given twice, first in line {lines[key.value]}; remove one of them"
+                    f"{self.where}:{line}: {dotted((*path, key.value))} is given twice, first in line "
+                    f"{lines[key.value]}; remove one of them"
                 )
             lines[key.value] = line
             self.origins.setdefault((*path, key.value), f"{self.where}:{line}")
@@ -172,8 +174,8 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: {not_utf8(text)}") from None
-    dotted, equals, value = text.partition("=")
-    path = tuple(dotted.strip().split("."))
+    keys, equals, value = text.partition("=")
+    path = tuple(keys.strip().split("."))
     if not equals or not all(path):
         raise UserError(f"{where}: must have the form key.path=value, such as ppo.kl.coef=0.1")
     parsed = parse_yaml(value, where)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jaxrlhf.config.alarms import Alarm
 from jaxrlhf.config.base import (
     CHOICE,
     FREE,
@@ -237,6 +238,7 @@ class RunConfig(Settings):
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which checkpoints are kept, and which one is the result of a stage")
     health: HealthConfig = Field(HealthConfig(), description="when to stop a run that no longer learns")
     report: bool = Field(True, description="writes report.html in the run directory, at checkpoints (at most once a minute) and at the end", json_schema_extra=FREE)
+    alarms: tuple[Alarm, ...] = Field(("ppo",), strict=False, description="alarms on metrics; ppo is the shipped set (docs/alarms.md); [] disables all", json_schema_extra=FREE)
 
     @field_validator("compiler_options")
     @classmethod

@@ -1,7 +1,8 @@
 """A table of all settings with type, bounds, default and description, for help, docs and messages.
 
 A setting's place is a tuple of names, as in pydantic's errors. If a section has several kinds, its kind is one of these
-names, such as `kind=http`. `*` stands for the free names of a mapping (the parts of a sum).
+names, such as `kind=http`. `*` stands for the free names of a mapping (the parts of a sum), `[]` for each entry of a list
+of sections (alarms).
 """
 
 import difflib
@@ -18,7 +19,7 @@ from jaxrlhf.config.run import RunConfig
 
 SettingPath = tuple[str, ...]
 REQUIRED = object()
-ANY = "*"
+ANY, ENTRY = "*", "[]"
 KINDS = tuple(f"kind={kind}" for kind in ("model", "function", "classifier", "http", "sum"))
 
 
@@ -59,6 +60,10 @@ def settings() -> dict[SettingPath, Setting]:
             add_section(definition(inner), place, default if isinstance(default, dict) else {})
         for name, option in options.items():
             add_section(definition(option), (*place, f"kind={name}"), {})
+        sections = [option for option in inner.get("items", {}).get("oneOf", []) if "$ref" in option]
+        for option in sections:  # of a list
+            table[(*place, ENTRY)] = Setting(_kind(inner["items"]), REQUIRED, definition(option)["description"], True, {})
+            add_section(definition(option), (*place, ENTRY), {})
         entries = inner.get("additionalProperties")
         if isinstance(entries, dict) and "oneOf" in entries:
             add(entries, (*place, ANY), REQUIRED)
@@ -76,10 +81,11 @@ def _prefixes() -> frozenset[SettingPath]:
 def path_of(names: Sequence[str]) -> SettingPath | None:
     """The first place that matches a key path, or None.
 
-    A key path may omit kinds, and has a mapping's actual names instead of `*`.
+    A key path may omit kinds, and has a mapping's actual names instead of `*`, and numbers of entries such as `[2]`.
     """
     places: list[SettingPath] = [()]
     for name in names:
+        name = ENTRY if name.startswith("[") else name
         steps = [(kind, step) for kind in (None, *KINDS) for step in (name, ANY)]
         candidates = [(*place, *filter(None, step)) for place in places for step in steps]
         places = [candidate for candidate in candidates if candidate in _prefixes()]
@@ -108,7 +114,7 @@ def settings_help(above: str | None = None) -> str:
 
     With `above` only that setting, or that section and what is in it. ValueError, with the nearest names, if unknown.
     """
-    names, lines = () if above is None else tuple(above.split(".")), []
+    names, lines = () if above is None else tuple(above.replace(ENTRY, f".{ENTRY}").split(".")), []
     for place, setting in settings().items():
         if ANY in place:  # each kind of reward has lines of its own
             continue
@@ -133,13 +139,17 @@ def settings_help(above: str | None = None) -> str:
 
 def dotted(place: SettingPath) -> str:
     """The place as text, such as `ppo.reward[http].url`."""
-    return re.sub(r"\.kind=(\w+)", r"[\1]", ".".join(place))
+    return re.sub(r"\.kind=(\w+)", r"[\1]", ".".join(place)).replace(".[", "[")
 
 
 def _kind(schema: dict) -> str:
     """Type and bounds, as text, of a schema that is not a section."""
     if "enum" in schema or "const" in schema:
         return " | ".join(as_yaml(value) for value in schema.get("enum", [schema.get("const")]))
+    if "oneOf" in schema:  # entries of a list
+        return " | ".join("section" if "$ref" in option else _kind(option) for option in schema["oneOf"])
+    if schema["type"] == "change":
+        return "float > 0 or percentage"
     if schema["type"] == "object":
         return "mapping of names"
     if schema["type"] == "array":
@@ -165,6 +175,8 @@ def as_yaml(value: Any) -> str:
     """A value as in a YAML file, on one line of at most 80 characters."""
     if isinstance(value, list | tuple):
         text = f"[{', '.join(as_yaml(item) for item in value)}]"
+    elif isinstance(value, dict):
+        text = f"{{{', '.join(f'{key}: {as_yaml(item)}' for key, item in value.items() if item is not None)}}}"
     elif isinstance(value, float):
         text = repr(value) if math.isfinite(value) else f".{value}".replace(".-", "-.")
     elif isinstance(value, str):

@@ -20,6 +20,7 @@ ALL = "all"  # a key of `Options` that means every program
 Options = Mapping[str, Mapping[str, Any]]  # program -> option -> value
 
 _active_options: Options = {}
+_watch: Callable[[str | None], None] | None = None  # see `watch_compiles`
 
 
 class Program:
@@ -43,6 +44,8 @@ class Program:
         @functools.wraps(function)  # keeps the signature, because static_argnames needs it
         def traced(*args, **kwargs):
             self.traces += 1
+            if _watch is not None and _running and _running[-1] is self:
+                _watch(name)
             with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 return function(*args, **kwargs)
 
@@ -59,11 +62,14 @@ class Program:
         return max(self.traces, self._backend_compiles)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        traces = self.traces
         _running.append(self)
         try:
             return self._jitted(*args, **kwargs)
         finally:
             _running.pop()
+            if _watch is not None and self.traces != traces:
+                _watch(None)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Traces the program for these arguments and does not compile it. The arguments are arrays or shapes."""
@@ -77,6 +83,12 @@ def _count_compile(event: str, seconds: float, **details: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_compile)
+
+
+def watch_compiles(watch: Callable[[str | None], None] | None) -> None:
+    """Calls `watch` with the name of each program that a call begins to compile, and with None when it is compiled."""
+    global _watch
+    _watch = watch
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ _FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 class Stopped(Exception):
     """Raised when the run ended after a signal. The steps of the run are saved."""
 
+    then = "the same command continues"  # end of the message: what the user can do next
+
     def __init__(self, number: int, what: str):
         super().__init__(f"stopped by {signal.Signals(number).name}: {what}")
         self.status = STATUS[number]
@@ -51,6 +53,7 @@ class StopSignals:
     def __init__(self, grace: float = 60.0):
         self.grace, self.afterwards = grace, ""
         self.at_work: Callable[[], str] | None = None
+        self.say: Callable[[str], None] | None = None  # prints above a live display; must not wait for a lock
         self._signal: signal.Signals | None = None
         self._before: dict[int, object] = {}
         self._shared = False  # jax handles SIGTERM
@@ -134,7 +137,7 @@ class StopSignals:
         self._signal = received
         if self.at_work is None:
             self._exit("interrupted" if received == signal.SIGINT else f"stopped by {received.name}")
-        _say(f"{received.name}: the current step ends and is saved, within {self.grace:g} s")
+        (self.say or _say)(f"{received.name}: the current step ends and is saved, within {self.grace:g} s")
         threading.Thread(target=self._limit, name="grace", daemon=True).start()
         if self._shared and received != signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGTERM)  # jax tells the other processes only about SIGTERM
@@ -146,7 +149,8 @@ class StopSignals:
 
     def _exit(self, text: str) -> None:
         work = self.at_work
-        _say(f"{text}{self.afterwards}" if work is None else f"{text}; {work()}; the same command continues")
+        line = f"{text}{self.afterwards}" if work is None else f"{text}; {work()}; the same command continues"
+        _say(line if self.say is None else f"\n{line}")  # a live display leaves the cursor at the end of its last line
         _end_children()
         os._exit(STATUS[self._signal])
 

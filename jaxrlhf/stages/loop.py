@@ -13,17 +13,21 @@ import jax
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.config import OptimizerConfig, RunConfig
 from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.jit import watch_compiles
 from jaxrlhf.distributed.mesh import finite_leaves
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
 from jaxrlhf.errors import Diverged, Fault, printable
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.report.refresh import ReportFile
 from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.stages.alarms import CONTINUE, stage_alarms, wait_for_user
 from jaxrlhf.stages.evaluation import Evaluated
 from jaxrlhf.stages.improvement import Watch
 from jaxrlhf.stages.metric_names import PREFIX, metrics_of
+from jaxrlhf.tracking.alarms import StoppedByAlarm
 from jaxrlhf.tracking.health import Health, stop_with_batch
-from jaxrlhf.tracking.metrics import MetricsLog, Progress
+from jaxrlhf.tracking.metrics import MetricsLog
+from jaxrlhf.tracking.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Loop:
         self.watch = Watch(section.early_stopping, optimizers or {}, notes)
         self.health = Health(run.config.health.patience, notes.get("unlearnt", 0))
         self.reached = self.first  # number of steps done in `state`
+        self.alarms = stage_alarms(run.config, stage, notes.get("alarms", {}), run.say)
         self.progress = Progress(stage, total, self.first)
         self._step_start = time.perf_counter()
         self._unread: Callable[[], None] | None = None  # the postponed `done` of the last submitted step
@@ -168,8 +173,9 @@ class Loop:
         self._observe(values)
         if self._evaluates(self.reached):
             values |= self._evaluation()
+        values |= self.alarms.observe(self.reached, values)
         self.run.metrics.write(self.stage, self.reached, values)
-        self.progress.update({label: values[name] for label, name in shown.items()}, tokens)
+        self.progress.update({label: values[name] for label, name in shown.items()}, tokens, self.alarms.active)
         reason = self.health.observe(values)
         if reason is not None:
             folder = self.run.folder / "inspect"
@@ -257,22 +263,44 @@ class Loop:
             lines[name] = log.lines()
             log.sync()
         notes = {"lines": lines, "mesh": dict(self.run.mesh.shape), "unlearnt": self.health.in_a_row}
-        notes |= self.watch.notes()
+        notes |= self.watch.notes() | {"alarms": self.alarms.notes()}
         self.checkpoints.save(self.reached, self.state, score, notes)
         self.run.report.refresh()
 
     def _check_interruption(self) -> None:
-        """Raises `Fault` if a save has failed. Saves and raises `Stopped` if a process got a signal."""
+        """Raises `Fault` if a save has failed. Saves and raises `Stopped` after a signal or alarm."""
         if processes.alone() and self.checkpoints.failed:  # several processes check this together, at the next save
             self._read()
             self.checkpoints.wait()
         if signal := self._signal():
-            self._read()  # the state already includes this step
-            if self.reached > self.first:
-                self._save()
-            self.checkpoints.wait()
-            processes.barrier()  # a launcher ends all processes when one ends
+            self._save_now()
             raise self._stopped(signal)
+        if action := self.alarms.action():
+            self._save_now()
+            self._obey(action)
+
+    def _save_now(self) -> None:
+        """Saves between two regular checkpoints, and waits until the checkpoint is on disk."""
+        self._read()  # the state already includes this step
+        if self.reached > self.first:
+            self._save()
+        self.checkpoints.wait()
+        processes.barrier()  # a launcher ends all processes when one ends
+
+    def _obey(self, action: str) -> None:
+        """Stops the run, or waits for the user. The step reached is saved."""
+        names, saved = ", ".join(self.alarms.due), f"step {self.reached} of {self.total} is saved"
+        self.alarms.due.clear()
+        if action == "stop":
+            raise StoppedByAlarm(f"{self.stage}: stopped by alarm {names}: {saved}")
+        file = self.run.folder / CONTINUE
+        self.run.say(f"{self.stage}: paused by alarm {names}: {saved}; the run continues once {file} exists")
+        began = time.perf_counter()
+        if signal := wait_for_user(self.run.folder, self._signal):
+            raise self._stopped(signal)
+        self.run.say(f"{self.stage}: continues")
+        self.progress.leave_out(time.perf_counter() - began)
+        self._step_start = time.perf_counter()
 
     def _signal(self) -> int:
         """The number of the signal that asks the run to stop, or 0 if there was no signal."""
@@ -296,8 +324,11 @@ class Loop:
         return f"{self.stage}: step {saved} is saved, later steps are lost (step {current} was running)"
 
     def __enter__(self) -> "Loop":
+        self.progress.open()
+        watch_compiles(self.progress.compiling)
         if self.run.stop is not None:
             self.run.stop.at_work = self._losing
+            self.run.stop.say = self.progress.say if self.progress.live else None
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
@@ -305,7 +336,11 @@ class Loop:
 
         A fault during an evaluation saves nothing, because the step is not logged yet.
         """
+        watch_compiles(None)
+        if self.run.stop is not None:
+            self.run.stop.say = None
         self.progress.close()
+        self.alarms.close(wait=kind is None)
         if error is not None and not processes.alone() and not isinstance(error, RewardFault | Stopped):
             return  # other processes may not have this error, and saving needs all of them
         try:

@@ -16,6 +16,7 @@ METRICS = {
     "ppo": {
         *_SHARED, "optimizer/value_grad_norm", "optimizer/value_learning_rate", "optimizer/value_skipped",
         "advantage/mean", "advantage/std", "gap/logprob_max", "gap/logprob_mean", "kl/coef", "kl/k1", "kl/k2", "kl/k3",
+        "kl/per_token",
         "length/eos_share", "length/mean", "length/masked_share", "policy/approx_kl", "policy/clip_high",
         "policy/clip_low", "policy/entropy", "policy/first_ratio_error", "policy/importance_weight",
         "policy/kl_loss", "policy/loss", "policy/pretraining_loss", "policy/ratio_max", "policy/ratio_mean",
@@ -84,12 +85,13 @@ def check_metrics(config: RunConfig) -> None:
     """Raises `UserError` if a setting names a metric that its stage does not log; for checkpoints.best: no stage."""
     for stage in METRICS:
         for path, watched in watched_metrics(config, stage):
-            _check(config, f"{path}.metric", watched.metric, stage)
+            check_metric(config, f"{path}.metric", watched.metric, stage)
     if config.checkpoints.best is not None:
-        _check(config, "checkpoints.best", config.checkpoints.best, None)
+        check_metric(config, "checkpoints.best", config.checkpoints.best, None)
 
 
-def _check(config: RunConfig, path: str, metric: str, stage: str | None) -> None:
+def check_metric(config: RunConfig, path: str, metric: str, stage: str | None) -> None:
+    """Raises `UserError` if the setting `path` names a metric that the stage, or with None every stage, does not log."""
     known = metrics_of(config, stage)
     if metric in known:
         return

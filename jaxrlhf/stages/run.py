@@ -28,6 +28,7 @@ from jaxrlhf.models.fused_attention import check_device, check_model
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.report.refresh import ReportFile
 from jaxrlhf.stages import reward_model, sft
+from jaxrlhf.stages.alarms import check_alarms
 from jaxrlhf.stages.checks import end_notes
 from jaxrlhf.stages.endings import ending, next_command, planned
 from jaxrlhf.stages.fingerprints import check_fingerprints, fingerprints, record_fingerprints
@@ -73,6 +74,7 @@ def run_stages(config: RunConfig, stop: StopSignals | None = None, dry_run: bool
 def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitStack, dry_run: bool) -> Roles:
     config, folder, allowed = run.config, run.folder, may_change(run.config)
     processes.agreed(lambda: check_metrics(config))
+    processes.agreed(lambda: check_alarms(config))
     changes = processes.agreed(lambda: check_run(folder, dump_config(config), allowed))
     exists = (folder / "config.yaml").is_file()
     if exists and not dry_run:

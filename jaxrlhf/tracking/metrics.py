@@ -1,4 +1,4 @@
-"""The logs of a run: JSON lines in files, and a progress line on a terminal."""
+"""The logs of a run: JSON lines in files."""
 
 import collections
 import contextlib
@@ -7,13 +7,9 @@ import io
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from jaxrlhf.checkpoint.files import atomic_write, reason
 from jaxrlhf.errors import Fault, UserError
@@ -168,33 +164,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
         return _plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Progress:
-    """A progress line of a stage on stderr; nothing if stderr is not a terminal."""
-
-    def __init__(self, stage: str, total: int, done: int = 0):
-        self._last = time.perf_counter()
-        shown = sys.stderr is not None and sys.stderr.isatty()
-        # `file` is given because tqdm's default ignores a stderr that was redirected after its import.
-        self._bar = tqdm(
-            total=total, initial=done, desc=stage, unit="step", file=sys.stderr, dynamic_ncols=True, disable=not shown
-        )
-
-    def update(self, values: Mapping[str, float], tokens: int | None = None) -> None:
-        """Advances by one step and shows the values. `tokens`: number of tokens in this step, shown per second."""
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        shown = {name: f"{float(value):.3g}" for name, value in values.items()}
-        if tokens is not None:
-            shown["tok/s"] = f"{tokens / max(elapsed, 1e-9):.0f}"
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
-
-    def leave_out(self, seconds: float) -> None:
-        """Seconds since the last step that do not count for the tokens per second."""
-        self._last += seconds
-
-    def close(self) -> None:
-        """Ends the line."""
-        self._bar.close()

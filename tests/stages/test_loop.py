@@ -1,5 +1,6 @@
 """The host loop alone: programs are numbers here, and reading a metric is an event."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -97,7 +98,76 @@ def test_a_stage_that_begins_again_says_so(run, capsys):
     run.metrics.write("sft", 2, {"sft/loss": 0.25})
     play(run, [])
     said = "sft: no checkpoint was saved; begins again; its 2 lines of metrics.jsonl are removed\n"
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err.startswith(said)
     assert lines(run) == [(step + 1, step / 2) for step in range(TOTAL)]
     play(run, [])
     assert "begins again" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- alarms
+
+
+def alarmed(run, **alarm):
+    entry = {"name": "x", "metric": "sft/loss", "above": 0.4, **alarm}
+    config = RunConfig.model_validate(run.config.model_dump(by_alias=True) | {"alarms": [entry]})
+    return dataclasses.replace(run, config=config)
+
+
+def alarm_lines(run):
+    text = (run.folder / "metrics.jsonl").read_text()
+    return [line.get("alarm/x") for line in map(json.loads, text.splitlines())]
+
+
+def test_an_alarm_is_said_once_and_logged_while_it_holds(run, capsys):
+    play(alarmed(run, above=0.4), [])
+    assert alarm_lines(run) == [None, 1.0, 1.0, 1.0, 1.0]
+    assert capsys.readouterr().err.count("sft: alarm x: sft/loss is 0.5, above 0.4 since step 2\n") == 1
+
+
+def test_stop_saves_and_stops_again_until_the_alarm_is_changed(run, capsys):
+    stopping = alarmed(run, above=0.9, do="stop")
+    with pytest.raises(Stopped, match=r"sft: stopped by alarm x: step 3 of 5 is saved") as stopped:
+        play(stopping, [])
+    assert stopped.value.status == 3 and "once that alarm is changed" in stopped.value.then
+    events = []
+    with pytest.raises(Stopped, match=r"stopped by alarm x: step 3 of 5 is saved"):
+        play(stopping, events)
+    assert events == []
+    loop = play(alarmed(run, above=0.9), events)
+    assert loop.first == 3 and int(loop.state["step"]) == TOTAL
+    assert lines(run) == [(step + 1, step / 2) for step in range(TOTAL)]
+    assert alarm_lines(run) == [None, None, 1.0, 1.0, 1.0]
+
+
+def test_pause_saves_and_waits_for_the_file(run, capsys, monkeypatch):
+    pausing = alarmed(run, above=0.9, do="pause")
+    waits = []
+
+    def sleep(seconds):
+        waits.append(sorted(path.name for path in (run.folder / "checkpoints" / "sft").iterdir()))
+        if len(waits) == 2:
+            (run.folder / "continue").touch()
+
+    monkeypatch.setattr("jaxrlhf.stages.alarms.time", SimpleNamespace(sleep=sleep))
+    play(pausing, [])
+    assert len(waits) == 2 and "3" in waits[0] and not (run.folder / "continue").exists()
+    said = capsys.readouterr().err
+    assert f"sft: paused by alarm x: step 3 of 5 is saved; the run continues once {run.folder}/continue exists" in said
+    assert lines(run) == [(step + 1, step / 2) for step in range(TOTAL)]
+
+
+def test_a_signal_ends_a_pause(run, monkeypatch):
+    pausing = alarmed(run, above=0.9, do="pause")
+    stop = lambda seconds: setattr(run.stop, "due", lambda: 15)  # noqa: E731
+    monkeypatch.setattr("jaxrlhf.stages.alarms.time", SimpleNamespace(sleep=stop))
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM: sft: step 3 of 5 is saved"):
+        play(pausing, [])
+
+
+def test_alarms_after_a_resume_are_those_of_a_run_that_was_not_stopped(run):
+    counting = alarmed(run, above=0.4, over=2, **{"for": 2})
+    with pytest.raises(Stopped):
+        play(counting, [], stop_after=2)
+    run.stop.due = lambda: 0
+    play(counting, [])
+    assert alarm_lines(run) == [None, None, None, 1.0, 1.0]

@@ -1,17 +1,15 @@
-"""The log is valid JSON whatever happens to the numbers or to the process; progress shows on terminals only."""
+"""The log is valid JSON whatever happens to the numbers or to the process."""
 
 import datetime
-import io
 import json
 import re
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
-from jaxrlhf.tracking.metrics import MetricsLog, Progress
+from jaxrlhf.tracking.metrics import MetricsLog
 
 
 def _lines(path) -> list[dict]:
@@ -125,24 +123,3 @@ def test_line_of_something_else_is_named(tmp_path):
         path.write_bytes(b'{"stage": "sft", "step": 1}\n' + line.encode("utf-8", "surrogateescape") + b"\n")
         with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a line of this log"):
             MetricsLog(path).truncate("sft", 1)
-
-
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress(monkeypatch, terminal):
-    stderr = _Terminal() if terminal else io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    progress = Progress("ppo", total=10, done=4)
-    for _ in range(3):
-        progress.update({"reward": jnp.float32(1.23456), "kl": 0.1}, tokens=100)
-    progress._bar.refresh()
-    progress.close()
-    shown = stderr.getvalue()
-    if terminal:
-        assert "ppo" in shown and "7/10" in shown and "reward=1.23" in shown and "tok/s=" in shown
-    else:
-        assert shown == ""

@@ -118,6 +118,7 @@ class Iteration:
             log_samples({"samples": samples, "scores": rounded(scored.scores)})
             clock.lap("time/samples", ())
         metrics = scored.metrics | scored.means() | _floats(experience_metrics) | paused | _floats(update_metrics)
+        metrics["kl/per_token"] = metrics["kl/k1"] / max(metrics["length/mean"], 1.0)
         self._warn_truncated(metrics)
         tokens = metrics["length/mean"] * self.rows
         computed = computed_steps(metrics, self.update_config)

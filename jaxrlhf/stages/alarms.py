@@ -1,0 +1,58 @@
+"""The alarms of a stage: which there are, whether their metrics exist, and waiting for the user."""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config import RunConfig
+from jaxrlhf.config.alarms import SHIPPED, alarms_of
+from jaxrlhf.distributed import processes
+from jaxrlhf.stages.metric_names import check_metric
+from jaxrlhf.tracking.alarms import Alarms
+
+CONTINUE = "continue"  # file in the run directory that ends a pause
+_OF_HEALTH = {"kl_runs_away": "max_kl", "length_explodes": "max_length"}  # shipped alarms that `health` stands in for
+
+
+def stage_alarms(config: RunConfig, stage: str, saved: Mapping[str, Any], say: Callable[[str], None]) -> Alarms:
+    """The alarms of a stage. `saved` are their notes at the checkpoint from which the stage resumes.
+
+    A shipped alarm is left out if `health` has a limit for the same fault.
+    """
+    alarms = alarms_of(config.alarms, stage)
+    for name, setting in _OF_HEALTH.items():
+        if getattr(config.health, setting) is not None and alarms.get(name) == SHIPPED[name]:
+            del alarms[name]
+    return Alarms(stage, alarms, saved, say, config.run_dir)
+
+
+def check_alarms(config: RunConfig) -> None:
+    """Raises `UserError` if an alarm names a metric that its stage does not log, or that no stage logs."""
+    for number, entry in enumerate(config.alarms):
+        if isinstance(entry, str):
+            continue
+        alarm = entry.whole
+        for key in ("metric", "against"):
+            name = getattr(alarm, key)
+            # What a shipped alarm watches is not logged by all runs.
+            if name is not None and (alarm is entry or getattr(entry, key) is not None):
+                check_metric(config, f"alarms[{number}].{key}", name, alarm.stage)
+
+
+def wait_for_user(folder: Path, signal: Callable[[], int]) -> int:
+    """Waits on all processes until the run directory has the file `continue`, and removes it.
+
+    Returns the number of a signal that came first, or 0.
+    """
+    path, first = folder / CONTINUE, processes.is_first()
+    while not (number := signal()):
+        there = first and path.exists()
+        if processes.largest(there) if not processes.alone() else there:
+            break
+        time.sleep(0.5)
+    if first:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    return number
