@@ -91,7 +91,7 @@ def check_metrics(config: RunConfig) -> None:
 
 
 def check_metric(config: RunConfig, path: str, metric: str, stage: str | None) -> None:
-    """Raises `UserError` if the setting `path` names a metric that the stage, or with None every stage, does not log."""
+    """Raises `UserError` if a setting names a metric that the stage does not log; with None: that no stage logs."""
     known = metrics_of(config, stage)
     if metric in known:
         return

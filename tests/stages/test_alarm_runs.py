@@ -13,8 +13,6 @@ FEW = {"rank": 4, "target_modules": ["all-linear"]}
 MODEL = {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 64, "max_positions": 64}
 REWARDS = """
 import random
-def long(completions):
-    return [float(len(text.split())) for text in completions]
 def brief(completions):
     return [-float(len(text.split())) for text in completions]
 def noisy(completions):
@@ -24,7 +22,7 @@ def gold(completions):
 """
 
 
-def settings(folder, reward="long", **ppo):
+def settings(folder, reward="brief", **ppo):
     (folder / "rewards.py").write_text(REWARDS)
     rate = ppo.pop("learning_rate", 0.02)
     return RunConfig.model_validate({
@@ -34,7 +32,7 @@ def settings(folder, reward="long", **ppo):
             "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 24}, "adapter": FEW, "value_adapter": FEW,
             "kl": {"coef": 0.0}, "reward": {"kind": "function", "function": f"{folder}/rewards.py:{reward}"},
             "update": {"epochs": 2, "minibatches": 1, "optimizer": {"learning_rate": rate}},
-            "evaluation_prompts": 16, "save_every": 100, "sample_every": 100,
+            "evaluation": {"prompts": 16}, "save_every": 100, "sample_every": 100,
         } | ppo,
     })  # fmt: skip
 
@@ -48,21 +46,21 @@ def alarms(folder):
 @pytest.mark.slow
 def test_a_huge_learning_rate(tmp_path, capsys):
     run_stages(settings(tmp_path, learning_rate=1.0, iterations=12))
-    assert {"kl_runs_away", "policy_jumps"} & alarms(tmp_path)
+    assert "kl_runs_away" in alarms(tmp_path)
     assert "ppo: alarm " in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_reward_of_length(tmp_path):
-    """In a model that ends after one token in twenty, brief completions are rewarded: lengths collapse."""
     run_stages(settings(tmp_path, "brief"))
-    assert {"length_collapses"} <= alarms(tmp_path)
+    assert "length_collapses" in alarms(tmp_path)
 
 
 @pytest.mark.slow
 def test_a_reward_that_is_not_what_is_wanted(tmp_path):
+    """The reward counts one word, the gold score different words: both rise at first, then gold falls."""
     run_stages(settings(tmp_path, "noisy", gold=f"{tmp_path}/rewards.py:gold", iterations=40))
-    assert {"gold_falls", "entropy_collapses"} <= alarms(tmp_path)
+    assert "gold_falls" in alarms(tmp_path)
 
 
 def test_names_of_metrics_are_checked(tmp_path):
@@ -76,7 +74,7 @@ def test_names_of_metrics_are_checked(tmp_path):
     check(metric="seconds", above=60.0)
     with pytest.raises(UserError, match=r"^alarms\[1\].metric: no stage logs 'kl/k4'; did you mean kl/k"):
         check(metric="kl/k4", above=1.0)
-    with pytest.raises(UserError, match=r"^alarms\[1\].against: no stage logs 'reward/gold'; it is logged where ppo.gold"):
+    with pytest.raises(UserError, match=r"^alarms\[1\].against: no stage logs 'reward/gold'; it is"):
         check(metric="kl/k1", rises_by=1.0, against="reward/gold")
     with pytest.raises(UserError, match=r"^alarms\[1\].metric: the stage sft does not log 'kl/k1'"):
         check(metric="kl/k1", above=1.0, stage="sft")
