@@ -158,16 +158,16 @@ class Plan:
 
     def algorithm(self, name: str, seed: int) -> TrainingRun:
         settings = (*ALGORITHMS[name].overrides, f"ppo.iterations={self.iterations}")
-        return self._from(self.start(seed), name, seed, "ppo", settings)
+        return self.from_run(self.start(seed), name, seed, "ppo", settings)
 
     def noisy_reward(self, seed: int) -> TrainingRun:
-        return self._from(self.start(seed), "noisy-reward", seed, "reward_model", NOISY)
+        return self.from_run(self.start(seed), "noisy-reward", seed, "reward_model", NOISY)
 
     def over(self, penalty: str, seed: int) -> TrainingRun:
         settings = (PENALTIES[penalty], f"ppo.iterations={round(self.iterations * LONGER)}")
-        return self._from(self.noisy_reward(seed), f"noisy-{penalty.replace(' ', '-')}", seed, "ppo", settings)
+        return self.from_run(self.noisy_reward(seed), f"noisy-{penalty.replace(' ', '-')}", seed, "ppo", settings)
 
-    def _from(self, origin: TrainingRun, name: str, seed: int, stage: str, settings) -> TrainingRun:
+    def from_run(self, origin: TrainingRun, name: str, seed: int, stage: str, settings) -> TrainingRun:
         shared = (f"seed={seed}", f"stages=[{stage}]", "model.new=null", f"model.run={origin.folder}")
         return TrainingRun(self.to / name / f"seed-{seed}", (*shared, *settings))
 

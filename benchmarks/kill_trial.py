@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 FEW = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}
+FALLS = {"metric": "evaluation/reward/score", "mode": "highest", "patience": 2, "factor": 0.9}
 CONFIG = {
     "model": {
         "new": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_positions": 64}
@@ -31,12 +32,12 @@ CONFIG = {
     "checkpoints": {"keep": 2, "best": "reward/gold"},
     "sft": {
         "data": {"path": "builtin:assistant-demonstrations", "limit": 400}, "adapter": {"kind": "full"},
-        "batch_size": 8, "max_length": 64, "evaluation": {"heldout": 4}, "epochs": 2, "save_every": 3,
+        "batch_size": 8, "max_length": 64, "evaluation": {"heldout": 4, "every": 4}, "epochs": 2, "save_every": 3,
         "optimizer": {"learning_rate": 1e-4},
     },
     "reward_model": {
         "data": {"path": "builtin:assistant-preferences", "limit": 200}, "adapter": FEW, "batch_size": 8,
-        "max_length": 48, "buckets": 1, "evaluation": {"heldout": 4}, "epochs": 2, "save_every": 3,
+        "max_length": 48, "buckets": 1, "evaluation": {"heldout": 4, "every": 5}, "epochs": 2, "save_every": 3,
         "optimizer": {"learning_rate": 1e-4},
     },
     "ppo": {
@@ -50,10 +51,12 @@ CONFIG = {
                       "options": {"target": 4}},
         }},
         "update": {
-            "epochs": 2, "minibatches": 2, "ema_decay": 0.9, "optimizer": {"learning_rate": 0.01},
+            "epochs": 2, "minibatches": 2, "ema_decay": 0.9,
+            "optimizer": {"learning_rate": 0.01, "schedule": "plateau", "plateau": FALLS},
             "value_optimizer": {"learning_rate": 1e-4},
         },
-        "gold": "jaxrlhf.toy.world:gold_score", "evaluation": {"prompts": 8}, "save_every": 3, "sample_every": 2,
+        "gold": "jaxrlhf.toy.world:gold_score", "save_every": 3, "sample_every": 2,
+        "evaluation": {"prompts": 8, "every": 4},
     },
 }  # fmt: skip
 PASSING = ("seconds", "time", "tokens_per_second/", "memory/", "compiles/")  # metrics of the process, not of the run

@@ -9,6 +9,7 @@ import pytest
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.algorithms.policy_losses import POLICY_LOSSES
 from jaxrlhf.config.reading import dump_config, load_config
+from jaxrlhf.stages.metric_names import check_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,3 +106,24 @@ def test_the_figure_is_drawn_from_the_runs(benchmark, plan, tmp_path):
     assert drawn == (tmp_path / "overoptimisation.svg").read_bytes(), "the same runs give the same file"
     curves = json.loads((tmp_path / "overoptimisation.json").read_text())["curves"]
     assert curves["KL penalty"]["1"]["gold"] == [0.7] * 12
+
+
+def test_the_runs_of_early_stopping_differ_in_it_alone(benchmark, plan):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        stopping = importlib.import_module("early_stopping")
+    runs = stopping.runs_of(plan, 1)
+    whole, stopped = (config_of(benchmark, run) for run in runs.values())
+    for config in (whole, stopped):
+        check_metrics(config)
+    assert whole.ppo == stopped.ppo.model_copy(update={"early_stopping": None}) != stopped.ppo
+    run = runs["stopped early"]
+    finish(benchmark, run, [1.0] * 6)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    for line, gold in zip(lines[1::2], (0.5, 0.9, 0.7)):
+        line |= {stopping.GOLD: gold, "time/evaluation": 0.25}
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert stopping.figures(run) == {
+        "iterations": 6, "peak at": 3, "gold at the peak": 0.9, "gold at the last evaluation": 0.7,
+        "gold of the saved policy": 0.9, "seconds of evaluations": 0.75, "seconds of steps": 6.0,
+    }  # fmt: skip
