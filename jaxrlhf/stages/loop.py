@@ -211,7 +211,7 @@ class Loop:
 
     def _end_if_stopped(self) -> None:
         if self.watch.stops and self.reached < self.total:
-            self.total = self.reached
+            self.total = self.progress.total = self.reached
             early = self.watch.early_stopping.text()
             self.run.say(f"{self.stage}: stops early, after step {self.total} of {self.planned}: {early}")
 

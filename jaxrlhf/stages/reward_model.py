@@ -9,6 +9,7 @@ from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
+from jaxrlhf.evaluation.probabilities import calibration_table
 from jaxrlhf.models.adapters import as_kind, init_adapter, with_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
@@ -112,7 +113,7 @@ def measured(chosen: np.ndarray, rejected: np.ndarray, margin: np.ndarray, cente
     difference, both = chosen - rejected, np.concatenate([chosen, rejected])
     losses = np.logaddexp(0, margin - difference) + center_rewards_coef * np.square(chosen + rejected)
     right = np.where(difference == 0, 0.5, difference > 0)
-    table = calibration(1 / (1 + np.exp(-np.abs(difference))), right)
+    table = calibration_table(1 / (1 + np.exp(-np.abs(difference))), right)
     error = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(right)
     metrics = {
         "accuracy": float(right.mean()),
@@ -125,18 +126,3 @@ def measured(chosen: np.ndarray, rejected: np.ndarray, margin: np.ndarray, cente
     }  # fmt: skip
     record = {"calibration": table, "margins": rounded(difference[:MARGINS])}
     return Evaluated({f"reward_model/{name}": value for name, value in metrics.items()}, record, results)
-
-
-def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and number of pairs in bins of equal width from 0.5 to 1; empty bins are left out.
-
-    The confidence in the better-scored side is at least 0.5. The expected calibration error is the mean over pairs of
-    the difference between accuracy and confidence of their bin (1706.04599, with its default of 10 to 15 bins).
-    """
-    of_pair = np.clip((confidence - 0.5) * 2 * bins, 0, bins - 1).astype(int)
-    members = [of_pair == number for number in range(bins)]
-    return [
-        {"confidence": float(confidence[own].mean()), "accuracy": float(right[own].mean()), "pairs": int(own.sum())}
-        for own in members
-        if own.any()
-    ]
