@@ -85,7 +85,7 @@ class Display:
 
 def _writes_unicode() -> bool:
     try:
-        (BARS + "━").encode(getattr(sys.stderr, "encoding", None) or "ascii")
+        (BARS + "━─").encode(getattr(sys.stderr, "encoding", None) or "ascii")
     except (UnicodeEncodeError, LookupError):
         return False
     return True
@@ -94,7 +94,7 @@ def _writes_unicode() -> bool:
 def bar(share: float, width: int, unicode: bool) -> Text:
     """A bar of `width` characters, of which `share` (0 to 1) is filled."""
     filled = round(share * width)
-    full, empty = ("━", "━") if unicode else ("#", "-")
+    full, empty = ("━", "─") if unicode else ("#", "-")
     return Text(full * filled, "green") + Text(empty * (width - filled), "bright_black" if unicode else "")
 
 
