@@ -141,10 +141,11 @@ def shortened(config: dict) -> dict:
 class Trial:
     """A run in its folder, and the command that starts or resumes it."""
 
-    def __init__(self, folder: Path, name: str, short: bool = False):
+    def __init__(self, folder: Path, name: str, short: bool = False, **more: object):
         self.run, self.phases = folder / name, folder / f"{name}.phases"
         config = folder / f"{name}.json"  # JSON is YAML
-        config.write_text(json.dumps((shortened(CONFIG) if short else CONFIG) | {"run_dir": str(self.run)}))
+        settings = (shortened(CONFIG) if short else CONFIG) | {"run_dir": str(self.run)} | more
+        config.write_text(json.dumps(settings))
         self.command = [sys.executable, __file__, "--child", str(self.phases), "--config", str(config)]
         self.environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
@@ -157,7 +158,9 @@ class Trial:
     def start(self) -> subprocess.Popen:
         self.phases.unlink(missing_ok=True)
         with open(self.output, "ab") as output:
-            return subprocess.Popen(self.command, env=self.environment, stdout=output, stderr=output)
+            return subprocess.Popen(
+                self.command, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
 
     def finish(self) -> float:
         """Runs to the end; returns the seconds."""

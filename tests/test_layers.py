@@ -39,7 +39,8 @@ ONLY = {  # rooms that may import less than their rank allows
     "config": {"errors"},
     "algorithms": {"errors", "records"},
 }
-HEAVY = {"torch", "datasets", "transformers", "pyarrow", "wandb", "peft", "tensorboardX", "tensorflow"}
+HEAVY = {"torch", "datasets", "transformers", "pyarrow", "peft", "tensorflow"}
+HEAVY |= {"tensorboard", "wandb", "mlflow", "trackio"}
 UNSAFE = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code"}
 

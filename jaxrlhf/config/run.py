@@ -221,6 +221,19 @@ class PPOStageConfig(Settings):
         return section
 
 
+class ProfileConfig(Settings):
+    """Steps whose device and host work is recorded with jax's profiler, into profile/STAGE of the run directory."""
+
+    steps: tuple[PositiveInt, ...] = Field(strict=False, min_length=2, max_length=2, description="first and last recorded step, from 1; a step that compiles programs, the first after each start, is recorded only if the first is 1: the recording begins later if it must", json_schema_extra=FREE)
+    stage: Literal["sft", "reward_model", "ppo"] | None = Field(None, description="the stage; null records these steps of every stage", json_schema_extra=FREE)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ProfileConfig":
+        if self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps ends before it begins: {list(self.steps)}; give the first step and then the last one")
+        return self
+
+
 class RunConfig(Settings):
     """A run: its stages, model and directory."""
 
@@ -239,6 +252,9 @@ class RunConfig(Settings):
     health: HealthConfig = Field(HealthConfig(), description="when to stop a run that no longer learns")
     report: bool = Field(True, description="writes report.html in the run directory, at checkpoints (at most once a minute) and at the end", json_schema_extra=FREE)
     alarms: tuple[Alarm, ...] = Field(("ppo",), strict=False, description="alarms on metrics; ppo is the shipped set (docs/alarms.md); [] disables all", json_schema_extra=FREE)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), strict=False, description="services that also get metrics, settings and samples (docs/trackers.md)", json_schema_extra=FREE)
+    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(None, description="port on which process 0 serves the latest metrics to Prometheus; null serves none", json_schema_extra=FREE)
+    profile: ProfileConfig | None = Field(None, description="steps to record with jax's profiler; null records none", json_schema_extra=FREE)
 
     @field_validator("compiler_options")
     @classmethod

@@ -6,6 +6,7 @@ Finished stages are skipped, so the same command resumes a run.
 import contextlib
 import dataclasses
 import datetime
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from jaxrlhf.stages.resuming import change_text, makes_longer, may_change
 from jaxrlhf.stages.roles import Roles, check_none_missing, finished_stages, load_roles, mark_unfinished, save_base
 from jaxrlhf.stages.unstarted import given_back
 from jaxrlhf.tracking.metrics import MetricsLog
+from jaxrlhf.tracking.trackers.process import TrackerProcess, check_clients, listen
 
 SHARED = "give a folder on a file system that all hosts share"
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
@@ -75,6 +77,9 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
     config, folder, allowed = run.config, run.folder, may_change(run.config)
     processes.agreed(lambda: check_metrics(config))
     processes.agreed(lambda: check_alarms(config))
+    listener = processes.agreed(lambda: _check_trackers(config, writes))
+    if listener is not None:
+        stack.enter_context(contextlib.closing(listener))
     changes = processes.agreed(lambda: check_run(folder, dump_config(config), allowed))
     exists = (folder / "config.yaml").is_file()
     if exists and not dry_run:
@@ -123,6 +128,8 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
     if needs_base:
         save_base(config.run_dir, roles.base, roles.tokenizer)
     roles.base = shard(run.mesh, roles.base)
+    if writes and (config.trackers or listener is not None):
+        stack.enter_context(TrackerProcess(folder, config.trackers, listener, run.say))
     if todo:
         stack.callback(run.report.write)  # also if the run fails or is stopped
     for stage in todo:
@@ -143,6 +150,14 @@ def _disk_faults(folder: Path) -> Iterator[None]:
         if not isinstance(cause, OSError) or hasattr(error, "elsewhere"):
             raise
         raise Fault(f"{cause.filename or folder}: {reason(cause)}") from error
+
+
+def _check_trackers(config: RunConfig, writes: bool) -> socket.socket | None:
+    """Returns the socket of `prometheus_port` on the process that writes. Raises `UserError` if a client is missing."""
+    if not writes:
+        return None
+    check_clients(config.trackers)
+    return listen(config.prometheus_port)
 
 
 def _load_roles(run: Run) -> Roles:

@@ -9,9 +9,11 @@ from jaxrlhf.checkpoint.checkpoints import stored_steps
 from jaxrlhf.checkpoint.run_dir import LOGS, START
 from jaxrlhf.distributed.stopping import Stopped
 from jaxrlhf.stages.fingerprints import FILE as FINGERPRINTS
+from jaxrlhf.tracking.trackers import CLIENTS
+from jaxrlhf.tracking.trackers.process import FILES as TRACKERS
 
-_FILES = ("config.yaml", START, FINGERPRINTS, *LOGS, "lock")
-_FOLDERS = ("checkpoints", "roles")
+_FILES = ("config.yaml", START, FINGERPRINTS, *LOGS, *TRACKERS, "lock")
+_FOLDERS = ("checkpoints", "roles", *CLIENTS)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,198 @@
+"""python -m jaxrlhf.tracking.trackers RUN_DIR DESCRIPTOR [NAME ...]: sends the logs of a run to trackers.
+
+The run starts this process; see `process`. DESCRIPTOR is a listening socket for Prometheus, or -1. The process ends
+some time after its standard input is closed. Clients print into RUN_DIR/trackers.log, which is standard error; lines
+for the user go to standard output.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from jaxrlhf.checkpoint.files import atomic_write
+from jaxrlhf.config.reading import parse_yaml
+from jaxrlhf.tracking.trackers.feed import Feed
+from jaxrlhf.tracking.trackers.process import CLOSING, LOCK, STATE
+from jaxrlhf.tracking.trackers.prometheus import serve
+from jaxrlhf.tracking.trackers.protocol import RunInfo, Tracker
+
+INTERVAL = 1.0  # seconds between two looks into the logs
+HANGS = 120.0  # seconds without an answer after which a tracker is dropped
+CLASSES = {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "mlflow": "MLflow", "trackio": "Trackio"}
+LATER = "the same command sends it the rest when the run resumes"
+
+
+class State:
+    """trackers.json: for each tracker the ids of its run, and how many lines of samples.jsonl it has."""
+
+    def __init__(self, path: Path):
+        self._path, self._lock = path, threading.Lock()
+        self._entries: dict[str, dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else {}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return self._entries.get(name, {"ids": {}, "samples": 0})
+
+    def put(self, name: str, ids: dict[str, Any], samples: int) -> None:
+        with self._lock:
+            entry = {"ids": ids, "samples": samples}
+            if entry != self[name] or name not in self._entries:
+                self._entries[name] = entry
+                atomic_write(self._path, json.dumps(self._entries, indent=1) + "\n")
+
+
+class Follower:
+    """Sends the logs to one tracker, in a thread of its own: one that hangs or fails does not affect the others."""
+
+    def __init__(self, name: str, tracker: Tracker, run: RunInfo, state: State, say: Callable[[str], None]):
+        self.name, self._tracker, self._run, self._state, self._say = name, tracker, run, state, say
+        self._closing, self._finished = threading.Event(), False
+        self._called: float | None = None  # when the tracker was called; None while it is not
+        self._dropped = False
+        self.thread = threading.Thread(target=self._follow, name=name, daemon=True)
+        self.thread.start()
+
+    def close(self, finished: bool) -> None:
+        """Lets the thread send what is left and end."""
+        self._finished = finished
+        self._closing.set()
+
+    def drop_if_hanging(self, limit: float = HANGS) -> None:
+        """Drops the tracker if it has not answered for `limit` seconds."""
+        called = self._called
+        if called is not None and time.monotonic() - called > limit:
+            self.drop(f"has not answered for {limit:g} s")
+
+    def drop(self, reason: str) -> None:
+        """Says once why nothing more is sent to the tracker."""
+        if not self._dropped:
+            self._dropped = True
+            self._say(f"{self.name}: {reason}; the run continues without it; {LATER}")
+
+    def _follow(self) -> None:
+        try:
+            self._send()
+        except BaseException as error:  # some clients raise SystemExit
+            text = " ".join(str(error).split())
+            self.drop(f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__)
+
+    def _send(self) -> None:
+        before = self._state[self.name]
+        last = self._call(self._tracker.open, self._run, before["ids"])
+        self._state.put(self.name, self._tracker.ids, before["samples"])
+        self._say(f"{self.name}: {self._tracker.where}")
+        feed = Feed(self._run.folder, last, before["samples"])
+        while not self._dropped:
+            closing = self._closing.is_set()
+            for line in feed.new():
+                self._call(self._tracker.log, line)
+                if self._dropped:
+                    return
+                if line.tables:
+                    self._state.put(self.name, self._tracker.ids, feed.samples)
+            if closing:
+                self._call(self._tracker.close, self._finished)
+                return
+            self._closing.wait(INTERVAL)
+
+    def _call(self, function: Callable, *arguments: Any) -> Any:
+        self._called = time.monotonic()
+        try:
+            return function(*arguments)
+        finally:
+            self._called = None
+
+
+def main(folder: Path, descriptor: int, names: list[str]) -> None:
+    say = _take_output()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the run decides when to end; children get defaults
+        signal.signal(number, lambda number, frame: None)
+    with contextlib.suppress(OSError):
+        os.nice(10)  # the run comes first
+    if descriptor >= 0:
+        threading.Thread(target=serve, args=(socket.socket(fileno=descriptor), folder), daemon=True).start()
+    followers = _start(folder, names, say)
+    finished = _wait_for_end(followers)
+    deadline = time.monotonic() + CLOSING[finished]
+    for follower in followers:
+        follower.close(finished)
+    for follower in followers:
+        follower.thread.join(max(deadline - time.monotonic(), 0))
+        if follower.thread.is_alive():
+            follower.drop(f"was not done {CLOSING[finished]:g} s after the run")
+
+
+def _take_output() -> Callable[[str], None]:
+    """Sends what clients print to the log, and returns a function that writes lines to the real standard output."""
+    output = os.dup(1)
+    os.set_inheritable(output, False)
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def say(text: str) -> None:
+        with lock, contextlib.suppress(OSError):  # the run may have been killed
+            os.write(output, f"{' '.join(text.split())}\n".encode("utf-8", "replace"))
+
+    return say
+
+
+def _start(folder: Path, names: list[str], say: Callable[[str], None]) -> list[Follower]:
+    """Starts following, once the process of an earlier, killed start of this run has ended."""
+    if not names:
+        return []
+    lock = filelock.FileLock(folder / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=CLOSING[False] + 20)
+    except filelock.Timeout:
+        say(f"trackers: the process of an earlier start still runs; the run continues without them; {LATER}")
+        return []
+    except OSError:
+        pass  # a file system without locks
+    global _held
+    _held = lock  # until the process ends
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    run = RunInfo(folder, parse_yaml(text, "config.yaml"), text, os.getppid())
+    state = State(folder / STATE)
+    return [Follower(name, _tracker(name), run, state, say) for name in names]
+
+
+def _tracker(name: str) -> Tracker:
+    return getattr(importlib.import_module(f"jaxrlhf.tracking.trackers.{name}"), CLASSES[name])()
+
+
+def _wait_for_end(followers: list[Follower]) -> bool:
+    """Waits until standard input is closed. Returns whether the run has finished."""
+    told = b""
+    while True:
+        ready, _, _ = select.select([0], [], [], INTERVAL)
+        if ready:
+            data = os.read(0, 100)
+            if not data:
+                return told.startswith(b"finished")
+            told += data
+        for follower in followers:
+            follower.drop_if_hanging()
+
+
+if __name__ == "__main__":
+    status = 1
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)  # without what clients do at exit

@@ -1,0 +1,50 @@
+"""Reads wandb's offline files, for which its Python client has no reader.
+
+A file has a header of 7 bytes and then blocks of 32 KiB, as in LevelDB's log format. A block holds chunks: checksum
+(4 bytes), length (2), type (1), data. A record is one chunk (type 1), or a first (2), some middle (3) and a last (4)
+one. A block whose rest is shorter than a chunk's header is filled with zeros.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_HEADER, _BLOCK = 7, 32 * 1024
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """Yields the records of a file, up to the first that a kill has cut off."""
+    data = path.read_bytes()
+    place, parts = _HEADER, []
+    while place + _HEADER <= len(data):
+        if _BLOCK - place % _BLOCK < _HEADER:
+            place += _BLOCK - place % _BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        chunk = data[place + _HEADER : place + _HEADER + length]
+        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or len(chunk) < length:
+            return
+        place += _HEADER + length
+        parts = [chunk] if kind in (_WHOLE, _FIRST) else [*parts, chunk]
+        if kind in (_WHOLE, _LAST):
+            yield b"".join(parts)
+
+
+def history(folder: str | Path, run_id: str) -> Iterator[dict[str, Any]]:
+    """Yields the rows of history of a run in the files under `folder`, in the order in which they were written."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in sorted(Path(folder).glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")):
+        for data in records(path):
+            record = Record.FromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def last_step(folder: str | Path, run_id: str) -> int:
+    """The last step in the offline files of a run; 0 if there is none."""
+    return max((int(row["_step"]) for row in history(folder, run_id)), default=0)
