@@ -31,6 +31,7 @@ from jaxrlhf.config.run import (
     NewModelConfig,
     PPOStageConfig,
     PretrainingConfig,
+    ProfileConfig,
     RewardModelConfig,
     RunConfig,
     SFTConfig,

@@ -27,6 +27,7 @@ from jaxrlhf.stages.metric_names import PREFIX, metrics_of
 from jaxrlhf.tracking.alarms import StoppedByAlarm
 from jaxrlhf.tracking.health import Health, stop_with_batch
 from jaxrlhf.tracking.metrics import MetricsLog
+from jaxrlhf.tracking.profiler import StepProfiler
 from jaxrlhf.tracking.progress import Progress
 
 
@@ -106,6 +107,7 @@ class Loop:
         self.reached = self.first  # number of steps done in `state`
         self.alarms = stage_alarms(run.config, stage, notes.get("alarms", {}), run.say)
         self.progress = Progress(stage, total, self.first)
+        self.profiler = StepProfiler(run.config.profile, stage, run.folder, self.first, total, run.say)
         self._step_start = time.perf_counter()
         self._unread: Callable[[], None] | None = None  # the postponed `done` of the last submitted step
         self._evaluating = False
@@ -126,7 +128,9 @@ class Loop:
         step = self.first
         while step < self.total:  # early stopping lowers it
             self._check_interruption()
+            self.profiler.begin(step + 1, self.state)
             yield step
+            self.profiler.end(step + 1, self.state)
             step += 1
         self._check_interruption()
 
@@ -341,6 +345,7 @@ class Loop:
             self.run.stop.say = None
         self.progress.close()
         self.alarms.close(wait=kind is None)
+        self.profiler.close()
         if error is not None and not processes.alone() and not isinstance(error, RewardFault | Stopped):
             return  # other processes may not have this error, and saving needs all of them
         try:

@@ -1,8 +1,8 @@
-"""python -m jaxrlhf.tracking.trackers RUN_DIR DESCRIPTOR [NAME ...]: sends the logs of a run to trackers.
+"""python -m jaxrlhf.tracking.trackers RUN_DIR PID DESCRIPTOR [NAME ...]: sends the logs of a run to trackers.
 
-The run starts this process; see `process`. DESCRIPTOR is a listening socket for Prometheus, or -1. The process ends
-some time after its standard input is closed. Clients print into RUN_DIR/trackers.log, which is standard error; lines
-for the user go to standard output.
+The run, process PID, starts this process; see `process`. DESCRIPTOR is a listening socket for Prometheus, or -1. The
+process ends soon after it gets a line on standard input, or after the run has been killed. Clients print into
+RUN_DIR/trackers.log, which is standard error; lines for the user go to standard output.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ class Follower:
             self._called = None
 
 
-def main(folder: Path, descriptor: int, names: list[str]) -> None:
+def main(folder: Path, parent: int, descriptor: int, names: list[str]) -> None:
     say = _take_output()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the run decides when to end; children get defaults
         signal.signal(number, lambda number, frame: None)
@@ -123,8 +123,8 @@ def main(folder: Path, descriptor: int, names: list[str]) -> None:
         os.nice(10)  # the run comes first
     if descriptor >= 0:
         threading.Thread(target=serve, args=(socket.socket(fileno=descriptor), folder), daemon=True).start()
-    followers = _start(folder, names, say)
-    finished = _wait_for_end(followers)
+    followers = _start(folder, names, parent, say)
+    finished = _wait_for_end(followers, parent)
     deadline = time.monotonic() + CLOSING[finished]
     for follower in followers:
         follower.close(finished)
@@ -148,7 +148,7 @@ def _take_output() -> Callable[[str], None]:
     return say
 
 
-def _start(folder: Path, names: list[str], say: Callable[[str], None]) -> list[Follower]:
+def _start(folder: Path, names: list[str], parent: int, say: Callable[[str], None]) -> list[Follower]:
     """Starts following, once the process of an earlier, killed start of this run has ended."""
     if not names:
         return []
@@ -163,7 +163,7 @@ def _start(folder: Path, names: list[str], say: Callable[[str], None]) -> list[F
     global _held
     _held = lock  # until the process ends
     text = (folder / "config.yaml").read_text(encoding="utf-8")
-    run = RunInfo(folder, parse_yaml(text, "config.yaml"), text, os.getppid())
+    run = RunInfo(folder, parse_yaml(text, "config.yaml"), text, parent)
     state = State(folder / STATE)
     return [Follower(name, _tracker(name), run, state, say) for name in names]
 
@@ -172,24 +172,23 @@ def _tracker(name: str) -> Tracker:
     return getattr(importlib.import_module(f"jaxrlhf.tracking.trackers.{name}"), CLASSES[name])()
 
 
-def _wait_for_end(followers: list[Follower]) -> bool:
-    """Waits until standard input is closed. Returns whether the run has finished."""
-    told = b""
-    while True:
-        ready, _, _ = select.select([0], [], [], INTERVAL)
-        if ready:
-            data = os.read(0, 100)
-            if not data:
-                return told.startswith(b"finished")
-            told += data
+def _wait_for_end(followers: list[Follower], run: int) -> bool:
+    """Waits for a line on standard input, or the end of the process `run`. Returns whether the run has finished.
+
+    Standard input alone does not show that the run was killed: a process that a reward function forked may keep it.
+    """
+    while os.getppid() == run:
+        if select.select([0], [], [], INTERVAL)[0]:
+            return os.read(0, 100).startswith(b"finished")
         for follower in followers:
             follower.drop_if_hanging()
+    return False
 
 
 if __name__ == "__main__":
     status = 1
     try:
-        main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
         status = 0
     except Exception:
         traceback.print_exc()

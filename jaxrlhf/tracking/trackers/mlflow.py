@@ -16,10 +16,11 @@ class MLflow:
 
     def open(self, run: RunInfo, ids: dict[str, Any]) -> int:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        store = os.environ.get("MLFLOW_TRACKING_URI")
+        store, look = os.environ.get("MLFLOW_TRACKING_URI"), ""
         if not store:
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
             store = (run.folder / "mlflow").as_uri()
+            look = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {run.folder / 'mlflow'}"
         from mlflow import MlflowClient
 
         self._client = MlflowClient(store)
@@ -32,7 +33,7 @@ class MLflow:
             number = experiment.experiment_id if experiment else self._client.create_experiment(name)
             self._run = self._client.create_run(number, run_name=run.name).info.run_id
         self.ids = {"run": self._run}
-        self.where = f"run {self._run} in {store}"
+        self.where = f"to see it: {look} (pip install mlflow)" if look else f"run {self._run} at {store}"
         self._log_settings(run)
         return self._last_line()
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jaxrlhf
+from jaxrlhf.checkpoint.files import reason
 from jaxrlhf.errors import UserError
 
 CLOSING = {True: 60.0, False: 10.0}  # seconds to send what is left, by whether the run has finished
@@ -44,7 +44,7 @@ class TrackerProcess:
     """The process that sends the run's logs to trackers and to Prometheus, within a `with` block.
 
     It reads metrics.jsonl and samples.jsonl itself, so the run never waits for it. It ends when the block ends, or when
-    this process does: its standard input is closed then. Its lines for the user come through its standard output.
+    this process does. Its lines for the user come through its standard output.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], listener: socket.socket | None, say: Callable[[str], None]):
@@ -52,24 +52,32 @@ class TrackerProcess:
         self._ending = False
 
     def __enter__(self) -> "TrackerProcess":
+        try:
+            self._process = self._start()
+        except OSError as error:
+            self._say(f"trackers: their process cannot start: {reason(error)}; the run continues without them")
+            self._process = None
+        if self._listener is not None:
+            self._listener.close()
+        if self._process is not None:
+            self._reader = threading.Thread(target=self._read, name="trackers", daemon=True)
+            self._reader.start()
+        return self
+
+    def _start(self) -> subprocess.Popen:
         port = -1 if self._listener is None else self._listener.fileno()
-        command = [sys.executable, "-P", "-m", "jaxrlhf.tracking.trackers", str(self._folder), str(port), *self._names]
-        source = str(Path(jaxrlhf.__file__).parents[1])
+        arguments = map(str, (self._folder, os.getpid(), port, *self._names))
+        source = str(Path(__file__).parents[3])
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         with open(self._folder / LOG, "wb") as log:
-            self._process = subprocess.Popen(
-                command,
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "jaxrlhf.tracking.trackers", *arguments],
                 env=os.environ | {"PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 pass_fds=() if port < 0 else (port,),
             )
-        if self._listener is not None:
-            self._listener.close()
-        self._reader = threading.Thread(target=self._read, name="trackers", daemon=True)
-        self._reader.start()
-        return self
 
     def _read(self) -> None:
         for line in self._process.stdout:
@@ -82,6 +90,8 @@ class TrackerProcess:
             )
 
     def __exit__(self, kind: type | None, *error: object) -> None:
+        if self._process is None:
+            return
         finished = kind is None
         with contextlib.suppress(OSError):  # the process may have ended
             self._process.stdin.write(b"finished\n" if finished else b"stopped\n")

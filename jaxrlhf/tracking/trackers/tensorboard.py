@@ -16,7 +16,7 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder = run.folder / "tensorboard"
-        self.ids, self.where = {}, f"tensorboard --logdir {folder}"
+        self.ids, self.where = {}, f"to see it: tensorboard --logdir {folder}"
         last = last_step(folder)
         self._writer = EventFileWriter(str(folder), max_queue_size=_QUEUE, flush_secs=FLUSH)
         if not last:

@@ -31,7 +31,7 @@ class Trackio:
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        self.where = f"trackio show --project {self.ids['project']}, run {self.ids['name']}"
+        self.where = f"run {self.ids['name']}; to see it: trackio show --project {self.ids['project']}"
         self._last = max(self._run._next_step - 1, 0)
         return self._last
 

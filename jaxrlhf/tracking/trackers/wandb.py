@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from pathlib import Path
 from typing import Any
 
 from jaxrlhf.tracking.trackers.protocol import PROJECT, Line, RunInfo
@@ -28,7 +29,7 @@ class WeightsAndBiases:
         )
         self.ids = {"id": self._run.id}
         if self._run.offline:  # wandb does not look into its files: each start begins a new one
-            folder = os.path.join(os.environ.get("WANDB_DIR", str(run.folder)), "wandb")
+            folder = Path(self._run.dir).parents[1]
             self.where = f"offline; to upload it: wandb sync {folder}/offline-run-*-{self._run.id}"
             return last_step(folder, self._run.id)
         self.where = str(self._run.url)

@@ -34,15 +34,21 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def history(folder: str | Path, run_id: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of history of a run in the files under `folder`, in the order in which they were written."""
+    """Yields the rows of history of a run in the files under `folder`, in the order in which they were written.
+
+    A table is an empty mapping here.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     for path in sorted(Path(folder).glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")):
         for data in records(path):
             record = Record.FromString(data)
             if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+                row = {}
+                for item in record.history.item:
+                    name, *inner = item.nested_key or [item.key]
+                    row[name] = json.loads(item.value_json) if not inner else {}
+                yield row
 
 
 def last_step(folder: str | Path, run_id: str) -> int:
