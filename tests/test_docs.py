@@ -94,6 +94,7 @@ def test_reward_functions_score_as_printed(name):
 
 
 def test_evaluate_page_runs_as_printed():
+    pytest.importorskip("sacrebleu", reason="needs the extra jaxrlhf[rewards]")
     judge, metrics = blocks(ROOT / "docs" / "evaluate.md", "python")
     names = {}
     exec(compile(judge, "evaluate", "exec"), names)

@@ -184,8 +184,9 @@ def _reward_config(text: str) -> RewardConfig:
         given = parse_yaml(text, "--reward")
     if not isinstance(given, dict):
         raise UserError("--reward: must be module:function, or settings as in a config: '{kind: http, url: ...}'")
+    whole = {"run_dir": "runs/x", "stages": ["ppo"], "model": {"path": "x"}}  # errors name ppo.reward
     try:
-        return pydantic.TypeAdapter(RewardConfig).validate_python(given)
+        return RunConfig.model_validate(whole | {"ppo": {"data": {"path": "x"}, "reward": given}}).ppo.reward
     except pydantic.ValidationError as error:
         raise UserError(explain(error, "--reward", {})) from None
 

@@ -190,6 +190,7 @@ BAD = {
     "row": (["--run", "run", "--data", "broken.jsonl"], r"broken\.jsonl:2"),
     "reward": (["--run", "run", "--reward", "functions.py:none"], r"--reward.*no function none"),
     "reward settings": (["--run", "run", "--reward", "{kind: http}"], r"--reward: .*url"),
+    "kind of reward": (["--run", "run", "--reward", "{kind: htpt}"], r"--reward: ppo\.reward\.kind must be .*htpt"),
     "reward of no run": (["--model", "model", "--data", "prompts.jsonl", "--reward", "{kind: model}"], r"--reward: .*"),
     "judge": (["--run", "run", "--judge", "functions.py:strange"], r"--judge: .*must return 0, 1"),
     "task": (["--run", "run", "--task", "rouge"], r"--task rouge: the data has no column reference; it has label"),
@@ -207,4 +208,4 @@ def test_what_cannot_be_used_is_one_line_and_status_2(here, capsys, arguments, m
     shown = capsys.readouterr()
     errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.search(message, errors[0]), shown.err
-    assert not shown.out and " completions" not in shown.err, "nothing is sampled"
+    assert not shown.out and "evaluate: " not in shown.err, "nothing is sampled"

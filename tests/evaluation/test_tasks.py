@@ -44,6 +44,8 @@ def test_tags_are_filled_up_and_cut():
 
 
 def test_tasks_by_reference():
+    pytest.importorskip("rouge_score", reason="needs the extra jaxrlhf[rewards]")
+    pytest.importorskip("sacrebleu", reason="needs the extra jaxrlhf[rewards]")
     rows = [{"reference": ["the cat sat on the mat"], "answer": "#### 4", "letter": "B"}] * 2
     same = ["the cat sat on the mat", ""]
     assert estimates("rouge", rows, same)["rouge/rougeL"] == 0.5
