@@ -19,7 +19,7 @@ function plotly() {
 }
 
 function layout(x, y, more = {}) {
-  const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zerolinecolor: css("--line"), ticks: "", automargin: true, fixedrange: true,
+  const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zerolinecolor: css("--line"), ticks: "", exponentformat: "e", automargin: true, fixedrange: true,
     title: { font: { size: 12, color: css("--muted") }, standoff: 6 }, tickfont: { size: 11, color: css("--muted") } };
   return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: FONT, size: 12, color: css("--text") },
     margin: { l: 8, r: 10, t: 6, b: 8 }, showlegend: false, hovermode: "x unified", dragmode: false,

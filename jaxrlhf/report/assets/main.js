@@ -4,6 +4,9 @@
 const STAGE_NAMES = { sft: "SFT", reward_model: "Reward model", ppo: "PPO" };
 const TILES = [["reward/score", "Reward", true], ["reward/gold", "Gold score", true], ["kl/k1", "KL, nats a completion", false], ["length/mean", "Tokens a completion", true]];
 
+// Two decimals for what is of the size of a score.
+const short = (x) => (Math.abs(x) >= .01 && Math.abs(x) < 10 ? x.toFixed(2).replace("-", "−") : number(x));
+
 function spark(values) {
   const low = Math.min(...values), span = Math.max(...values) - low || 1;
   const points = values.map((y, i) => `${(100 * i) / Math.max(1, values.length - 1)},${27 - 24 * ((y - low) / span)}`).join(" ");
@@ -18,7 +21,7 @@ function tile(run, [name, label, both]) {
   const y = found?.y ?? [], ends = after != null;
   const from = ends ? before : mean(y.slice(0, 3)), to = ends ? after : mean(y.slice(-3));
   return el("div", { class: "tile" }, el("dt", {}, label), el("dd", {},
-    el("div", { class: "figure" }, both && from != null ? el("s", {}, `${number(from)} → `) : null, number(to)),
+    el("div", { class: "figure" }, both && from != null ? el("s", {}, `${short(from)} → `) : null, short(to)),
     y.length > 2 ? spark(y) : null));
 }
 
@@ -42,7 +45,7 @@ function glance() {
   return RUNS.map((run, r) => {
     const tiles = TILES.map((t) => tile(run, t)).filter(Boolean), group = GROUPS.findIndex((g) => g.runs.includes(r));
     const rm = run.finished.reward_model?.heldout_accuracy ?? run.finished.reward_model?.accuracy, loss = run.finished.sft?.heldout_loss ?? run.finished.sft?.loss;
-    const small = (label, x, note) => (x == null ? [] : [el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, el("div", { class: "figure" }, number(x)), el("div", { class: "note" }, note)))]);
+    const small = (label, x, note) => (x == null ? [] : [el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, el("div", { class: "figure" }, short(x)), el("div", { class: "note" }, note)))]);
     return el("article", { class: "run" },
       el("header", {}, el("h3", {}, RUNS.length > 1 ? [el("span", { class: "dot", style: `background: var(--c${group % 6})`, "aria-hidden": "true" }), run.name] : statusOf(run)),
         el("span", { class: "when" }, [RUNS.length > 1 ? statusOf(run) : null, run.changed ? `last step ${run.changed.slice(0, 16).replace("T", " ")} UTC` : null].filter(Boolean).join(" · "))),
