@@ -1,4 +1,4 @@
-"""The alarms of a stage: which there are, whether their metrics exist, and waiting for the user."""
+"""The alarms of a stage: makes them, checks that their metrics exist, and waits for the user when they pause a run."""
 
 import contextlib
 import time
@@ -12,12 +12,12 @@ from jaxrlhf.distributed import processes
 from jaxrlhf.stages.metric_names import check_metric
 from jaxrlhf.tracking.alarms import Alarms
 
-CONTINUE = "continue"  # file in the run directory that ends a pause
-_OF_HEALTH = {"kl_runs_away": "max_kl", "length_explodes": "max_length"}  # shipped alarms that `health` stands in for
+CONTINUE = "continue"  # name of the file in the run directory that ends a pause
+_OF_HEALTH = {"kl_runs_away": "max_kl", "length_explodes": "max_length"}  # alarm -> key of `health` that replaces it
 
 
 def stage_alarms(config: RunConfig, stage: str, saved: Mapping[str, Any], say: Callable[[str], None]) -> Alarms:
-    """The alarms of a stage. `saved` are their notes at the checkpoint from which the stage resumes.
+    """Returns the alarms of a stage. `saved` holds their notes from the checkpoint at which the stage resumes.
 
     A shipped alarm is left out if `health` has a limit for the same fault.
     """
@@ -29,22 +29,25 @@ def stage_alarms(config: RunConfig, stage: str, saved: Mapping[str, Any], say: C
 
 
 def check_alarms(config: RunConfig) -> None:
-    """Raises `UserError` if an alarm names a metric that its stage does not log, or that no stage logs."""
+    """Raises `UserError` if an alarm names a metric that its stage does not log.
+
+    For an alarm without a stage, no stage logs it.
+    """
     for number, entry in enumerate(config.alarms):
         if isinstance(entry, str):
             continue
         alarm = entry.whole
         for key in ("metric", "against"):
             name = getattr(alarm, key)
-            # What a shipped alarm watches is not logged by all runs.
+            # Shipped alarms are not checked: some runs do not log their metrics.
             if name is not None and (alarm is entry or getattr(entry, key) is not None):
                 check_metric(config, f"alarms[{number}].{key}", name, alarm.stage)
 
 
 def wait_for_user(folder: Path, signal: Callable[[], int]) -> int:
-    """Waits on all processes until the run directory has the file `continue`, and removes it.
+    """Waits on all processes until the run directory has the file `continue`, and then removes the file.
 
-    Returns the number of a signal that came first, or 0.
+    Returns 0, or the number of a signal that came before the file.
     """
     path, first = folder / CONTINUE, processes.is_first()
     while not (number := signal()):

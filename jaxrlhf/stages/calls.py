@@ -49,15 +49,15 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     result: Any  # shapes of the result if a later call uses the result, else None
-    rows: Any  # the arguments that are rows of data
-    resident: dict[str, Any]  # arrays that stay in memory: weights, adapters, optimizer
-    times: float = 1.0  # runs per iteration or optimizer step
-    trips: int = 1  # iterations of a loop whose length is dynamic: decoding steps
+    rows: Any  # positions of the arguments that are rows of data
+    resident: dict[str, Any]  # arrays that stay in memory between calls: weights, adapters, optimizer
+    times: float = 1.0  # number of calls per iteration or optimizer step
+    trips: int = 1  # iterations of a loop of dynamic length, such as decoding steps
     remat: str | None = None  # rematerialisation policy of an update; None for other programs
 
     def with_remat(self, policy: str) -> "Call":
-        """Returns the same update with another rematerialisation policy."""
-        if "remat" in self.kwargs:  # sft and reward_model; in PPO the settings, the last argument, have it
+        """Returns the same call of an update with another rematerialisation policy."""
+        if "remat" in self.kwargs:  # sft and reward_model; PPO has it in its settings, the last argument
             return dataclasses.replace(self, kwargs=self.kwargs | {"remat": policy}, remat=policy)
         args = (*self.args[:-1], self.args[-1].model_copy(update={"remat": policy}))
         return dataclasses.replace(self, args=args, remat=policy)
@@ -76,7 +76,7 @@ def _sft(shapes: Shapes) -> Call:
 
 
 def _reward_model(shapes: Shapes) -> Call:
-    """The call of the training step at the longest padded length."""
+    """Returns the call of the reward model's training step, with rows of the longest padded length."""
     config = shapes.config.reward_model
     B, L = config.batch_size, config.max_length
     sides = (tokens(B, L), mask(B, L))
@@ -87,7 +87,7 @@ def _reward_model(shapes: Shapes) -> Call:
 def _training_call(
     shapes: Shapes, stage: str, step: Callable, head: Literal["reward"] | None, batch: Any, *arguments: float
 ) -> Call:
-    """The call of a stage's training step; see `stages.training`."""
+    """Returns the call of the training step of sft or reward_model; see `stages.training`."""
     config, base = getattr(shapes.config, stage), shapes.base
     adapter, batch = shapes.adapter(shapes.config.adapter_or(config.adapter), head), shapes.rows(batch)
     optimizer = jax.eval_shape(init_optimizer, adapter)
@@ -171,7 +171,7 @@ def _policy_and_value(shapes: Shapes) -> tuple[Any, Any]:
 
 
 def _reference(shapes: Shapes, policy: Any) -> Any:
-    """The adapter of the reference, or None if the base is the reference."""
+    """Returns the adapter of PPO's reference, or None if the base is the reference."""
     run, config = shapes.config, shapes.config.ppo
     if config.refresh_reference is not None:
         return shapes.sharded(jax.eval_shape(bare, shapes.base, policy))
@@ -181,7 +181,7 @@ def _reference(shapes: Shapes, policy: Any) -> Any:
 
 
 def _own_reward(shapes: Shapes) -> Any:
-    """The reward adapter of the run if PPO's reward uses it, else None."""
+    """Returns the run's reward adapter if PPO's reward uses it, else None."""
     run = shapes.config
     if not needs_own(run.ppo.reward):
         return None
@@ -190,7 +190,10 @@ def _own_reward(shapes: Shapes) -> Any:
 
 
 def _reward_models(shapes: Shapes) -> list[Call]:
-    """The calls of reward models with a base of their own: all completions, at the longest padded length."""
+    """Returns the calls of reward models with their own base.
+
+    They score all completions at the longest padded length.
+    """
     config = shapes.config.ppo
     rows = config.batch_size * config.sampling.samples_per_prompt
     models = [part for part in parts_of(config.reward) if isinstance(part, ModelRewardConfig) and part.path is not None]

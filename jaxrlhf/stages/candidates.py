@@ -1,4 +1,4 @@
-"""The models of a run or a folder that a command samples from, and its sampling settings."""
+"""Loads the models that a command samples from, of a run or of a model folder, and its sampling settings."""
 
 import argparse
 
@@ -21,10 +21,10 @@ Model = tuple[Decoder, Adapter | None]
 def load_candidates(
     arguments: argparse.Namespace, mesh: jax.sharding.Mesh | None = None, all_roles: bool = False
 ) -> tuple[Roles, RunConfig | None, dict[str, Model]]:
-    """Returns (the roles, the config of the run or None, the chosen models by role).
+    """Returns (all roles, the config of the run or None, the chosen models by the name of their role).
 
-    `arguments` has `run` or `model`, `step` and `roles`. Without `roles` it is the role trained last, or all roles of
-    the run if `all_roles` is set. Raises `UserError` for a folder, step or role that is not there.
+    `arguments` has `run` or `model`, `step` and `roles`. Without `roles` the role trained last is chosen, or every role
+    of the run if `all_roles` is true. Raises `UserError` for a folder, step or role that does not exist.
     """
     names = None if arguments.roles is None else [name.strip() for name in arguments.roles.split(",")]
     if arguments.run is not None:
@@ -47,7 +47,10 @@ def load_candidates(
 def _chosen_roles(
     roles: Roles, names: list[str] | None, all_roles: bool, config: RunConfig, mesh: jax.sharding.Mesh | None
 ) -> dict[str, Model]:
-    """Returns (base, adapter) for each of the roles. `names` None is the role trained last, or with `all_roles` all."""
+    """Returns (base, adapter) by role.
+
+    If `names` is None, this is the role trained last, or every role if `all_roles` is true.
+    """
     known: dict[str, Model] = {"base": (roles.base, None)}
     if config.sft_trains_base or "sft" in roles.adapters:
         known["sft"] = (roles.base, roles.reference)
@@ -57,15 +60,15 @@ def _chosen_roles(
     for name in names:
         if name not in known:
             scores = name in ("value", "reward")
-            fault = f"{name} scores text and writes none" if scores else f"this run has no role {name!r}"
+            fault = f"the role {name} scores text and cannot write any" if scores else f"this run has no role {name!r}"
             raise UserError(f"--roles: {fault}; roles that write text here: {', '.join(known)}")
-    if config.sft_trains_base and "base" in names:  # after a full fine-tune the run's base is the SFT model
+    if config.sft_trains_base and "base" in names:  # after a full fine-tune of sft the run's base is the SFT model
         known["base"] = (load_origin(config, mesh), None)
     return {name: known[name] for name in names}
 
 
 def sampling_of(arguments: argparse.Namespace, config: RunConfig | None, roles: Roles) -> Sampling:
-    """Returns the run's sampling settings with the options of the command line."""
+    """Returns the run's sampling settings, in which the options of the command line replace some values."""
     run = config.ppo.sampling if config is not None and config.ppo is not None else Sampling()
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     options = {name: value for name, value in options.items() if value is not None}

@@ -24,9 +24,9 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh) -> list[str]:
-    """Checks a stage's sizes against the model and the mesh. Raises `UserError`, returns warnings.
+    """Checks that a stage's sizes fit the model and the mesh, and returns warnings.
 
-    Runs, plans and benchmarks all call this before they compile anything.
+    Raises `UserError` if a size does not fit. Runs, plans and benchmarks all call this before they compile anything.
     """
     section = getattr(config, stage)
     if config.model.attention == "cudnn":
@@ -46,8 +46,8 @@ def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh)
     if rows % shares == 0:
         return []
     return [
-        f"{key_path}: {rows} rows at a time do not divide over {shares} groups of devices, so some compute the same "
-        f"rows; {shares * max(rows // shares, 1)} rows would divide"
+        f"{key_path}: {rows} rows at a time do not divide evenly over {shares} groups of devices, so some groups "
+        f"compute the same rows; {shares * max(rows // shares, 1)} rows would divide evenly"
     ]
 
 
@@ -76,9 +76,9 @@ def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None
 
 
 def _update_rows(config: RunConfig, stage: str, batch: int) -> tuple[int, int | None, str]:
-    """(rows per optimizer step, rows per microbatch, key path of the microbatch size).
+    """Returns (rows per optimizer step, rows per microbatch, key path of the microbatch size).
 
-    The first is 0 if the batch cannot be split into equal minibatches.
+    The rows per step are 0 if the batch cannot be split into equal minibatches.
     """
     section = getattr(config, stage)
     if stage != "ppo":
@@ -90,7 +90,7 @@ def _update_rows(config: RunConfig, stage: str, batch: int) -> tuple[int, int | 
 
 
 def valid_batches(config: RunConfig, stage: str, shares: int, most: int) -> int | None:
-    """The largest batch up to `most` rows that divides over the mesh and into the stage's minibatches, or None."""
+    """Returns the largest batch size up to `most` that divides over the mesh and into minibatches, or None."""
     for batch in range(most - most % shares, 0, -shares):
         rows, size, _ = _update_rows(config, stage, batch)
         if rows and (size is None or rows % size == 0):
@@ -99,14 +99,14 @@ def valid_batches(config: RunConfig, stage: str, shares: int, most: int) -> int 
 
 
 def shares_of(mesh: Mesh) -> int:
-    """The number of groups of devices over which rows are split."""
+    """Returns the number of groups of devices over which rows are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def with_optimizers(update: PPOConfig, trained: Mapping[str, tuple[str, Any]], steps: Mapping[str, int]) -> PPOConfig:
-    """Returns the update with default learning rates and step counts filled in for each optimizer.
+    """Returns the update settings. Default learning rates and numbers of steps are filled in for each optimizer.
 
-    `trained` maps the optimizer's name to the role and the tree that it trains, `steps` to its number of steps.
+    `trained` maps an optimizer's name to (role, tree) of what it trains. `steps` maps the name to the number of steps.
     """
     optimizers = {
         name: with_rate(with_total_steps(getattr(update, name), steps[name]), role, tree)
@@ -116,18 +116,18 @@ def with_optimizers(update: PPOConfig, trained: Mapping[str, tuple[str, Any]], s
 
 
 def rate_text(config: OptimizerConfig, tree: Adapter) -> str:
-    """A learning rate and the kind of tree that it trains, as text."""
+    """Returns a learning rate and the kind of tree that it trains, as text."""
     kind = "a full fine-tune" if is_full(tree) else "a head" if set(tree) == {SCORE} else "a LoRA adapter"
     return f"{config.learning_rate:g} for {kind}"
 
 
 def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
-    """Returns the optimizer settings, with `total_steps` filled in if it is null."""
+    """Returns the optimizer settings. `steps` replaces `total_steps` if that is None."""
     return config if config.total_steps is not None else config.model_copy(update={"total_steps": steps})
 
 
 def check_length(model: DecoderConfig, length: int, key_path: str) -> None:
-    """Raises `UserError` if sequences would be longer than the model's positions."""
+    """Raises `UserError` if sequences of `length` tokens would have more tokens than the model has positions."""
     if length > model.max_positions:
         raise UserError(f"{key_path}: {length} tokens, but the model has {model.max_positions} positions")
 
@@ -138,13 +138,13 @@ def check_one_rope(model: DecoderConfig, shortest: int, longest: int, key_path: 
         border = dict(kind.rope.numbers).get("original_max_position_embeddings") if kind.rope is not None else None
         if kind.rope is not None and kind.rope.kind == "longrope" and shortest <= border < longest:
             raise UserError(
-                f"{key_path}: rows would be cut to lengths between {shortest} and {longest}, and this model's longrope "
+                f"{key_path}: rows would be cut to lengths between {shortest} and {longest}, but this model's longrope "
                 f"uses other factors for rows of more than {border} tokens; give 1"
             )
 
 
 def check_microbatches(rows: int, size: int, key_path: str) -> None:
-    """Raises `UserError` if rows do not divide into microbatches of `size` rows."""
+    """Raises `UserError` if `rows` rows cannot be split into microbatches of `size` rows."""
     if rows % size:
         raise UserError(f"{key_path}: {rows} rows cannot be split into microbatches of {size}; {_fitting(rows)}")
 
@@ -174,11 +174,11 @@ def check_tokens(model: DecoderConfig, sampling: Sampling, key_path: str) -> Non
 
 
 def end_notes(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
-    """Warnings about end tokens that differ between files or stages."""
+    """Returns warnings about end tokens that differ between files of the tokenizer or between stages."""
     lines = list(tokenizer.notes)
     stops = None if config.ppo is None else config.ppo.sampling.stop_tokens
     end_ids = {*({tokenizer.chat_end_id} if tokenizer.has_chat_template else ()), tokenizer.text_end_id} - {None}
     if stops is not None and end_ids and not end_ids.intersection(stops):
         names = ", ".join(f"{tokenizer.fast.convert_ids_to_tokens(token)} (id {token})" for token in sorted(end_ids))
-        lines.append(f"ppo.sampling.stop_tokens: without {names}, which ends completions in the other stages")
+        lines.append(f"ppo.sampling.stop_tokens: does not contain {names}, which ends completions in the other stages")
     return lines

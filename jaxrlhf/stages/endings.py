@@ -1,4 +1,7 @@
-"""The lines that end a stage: what it reached, where its files are, and the next command. And those of a dry run."""
+"""The lines printed after a stage: what it reached, where its files are, and the next command.
+
+Also the lines of a dry run.
+"""
 
 import shlex
 from pathlib import Path
@@ -9,7 +12,10 @@ from jaxrlhf.config import RunConfig
 
 
 def ending(config: RunConfig, stage: str, reached: dict[str, Any]) -> list[str]:
-    """The lines after a stage. `reached` is what the stage recorded with `mark_finished`."""
+    """Returns the lines to print after a stage.
+
+    `reached` holds the results that `mark_finished` recorded for the stage.
+    """
     roles = {"sft": ["base" if config.sft_trains_base else "sft"], "reward_model": ["reward"]}
     names = roles.get(stage) or [name for name in ("policy", "value", "average") if _folder(config, name).is_dir()]
     folders = ", ".join(str(_folder(config, name)) for name in names)
@@ -18,7 +24,7 @@ def ending(config: RunConfig, stage: str, reached: dict[str, Any]) -> list[str]:
 
 
 def next_command(config: RunConfig, stage: str) -> str:
-    """A command that uses the result of a finished stage."""
+    """Returns a command for the user that uses the result of a finished stage."""
     run = shlex.quote(config.run_dir)
     if stage == "reward_model":
         return f"jaxrlhf export --run {run} --role reward --format reward --to FOLDER"
@@ -28,7 +34,7 @@ def next_command(config: RunConfig, stage: str) -> str:
 
 
 def planned(config: RunConfig, stage: str, inputs: Any) -> str:
-    """What a stage would do, for `--dry-run`."""
+    """Returns the line of `--dry-run` that says what a stage would do."""
     section = getattr(config, stage)
     if stage == "ppo":
         work = f"{section.iterations:,} iterations of {section.batch_size} prompts"
@@ -44,7 +50,7 @@ def _folder(config: RunConfig, role: str) -> Path:
 
 
 def _reached(stage: str, reached: dict[str, Any]) -> str:
-    """What a stage reached, as text that ends with "; ", or "" if it measured nothing."""
+    """Returns the results of a stage as text that ends with "; ", or "" if the stage measured nothing."""
     if stage == "ppo":
         before, after = reached["before"], reached["after"]
         reward = f"reward {after['reward/score']:z.3f}, before PPO {before['reward/score']:z.3f}"
@@ -55,7 +61,10 @@ def _reached(stage: str, reached: dict[str, Any]) -> str:
 
 
 def _stopped(reached: dict[str, Any]) -> str:
-    """Where early stopping ended a stage, as text that ends with "; ", or "" if it did not."""
+    """Returns a text that says at which step early stopping ended the stage.
+
+    It ends with "; ", or is "" if all steps were done.
+    """
     if (early := reached.get("stopped_early")) is None:
         return ""
     best = f", best {early['metric']} at step {early['best_step']}" if early["best"] is not None else ""

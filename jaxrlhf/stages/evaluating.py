@@ -1,7 +1,7 @@
-"""Evaluates the roles of a run, or a model: the evaluate command.
+"""Evaluates the roles of a run, or one model. This is the evaluate command.
 
-Every role answers the same prompts with the same random numbers, in batches of one shape; rows that fill up the last
-batch are dropped before anything is counted. N prompts, B rows of a batch.
+Every role answers the same prompts with the same random numbers, in batches of one shape. The last batch is filled up
+with extra rows, and their results are dropped. Shapes: N prompts, B rows per batch.
 """
 
 import argparse
@@ -47,14 +47,17 @@ from jaxrlhf.steps.sft import sft_row_losses
 
 @dataclasses.dataclass
 class Answers:
-    """The N completions of a role, with the metrics of each."""
+    """The N completions of a role, and the metrics of each completion."""
 
     texts: list[str]
-    rows: dict[str, np.ndarray]  # metric name -> [N]; a masked array where a reward abstained
+    rows: dict[str, np.ndarray]  # metric name -> [N]; values are masked if a reward abstained
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the report of `jaxrlhf evaluate`, as it is written to `--json`. See the command for the arguments."""
+    """Returns the report of `jaxrlhf evaluate`, in the form of the file of `--json`.
+
+    `arguments` are the command's options.
+    """
     mesh = _mesh(arguments)
     roles, config, chosen = load_candidates(arguments, mesh, all_roles=True)
     chosen = {role: (base, adapter and shard(mesh, adapter)) for role, (base, adapter) in chosen.items()}
@@ -83,13 +86,13 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _mesh(arguments: argparse.Namespace) -> jax.sharding.Mesh:
-    """Returns the mesh of the run where it fits the devices that are here, else one that splits rows over them."""
+    """Returns the mesh of the run if it fits this machine's devices, else a mesh that splits rows over them."""
     if arguments.run is not None:
         from jaxrlhf.config.reading import load_config
 
         try:
             return make_mesh(load_config(f"{arguments.run}/config.yaml").mesh)
-        except UserError:  # what is wrong with the folder is said when the roles are loaded
+        except UserError:  # a later load of the roles reports what is wrong with the folder
             pass
     return make_mesh(MeshConfig())
 
@@ -102,7 +105,7 @@ def _progress(text: str) -> None:
 
 
 def _logprob_sums(base: Decoder, adapter: Adapter | None, rollout: Rollout) -> jax.Array:
-    """Returns the summed logprobs f32[B] of the completions under a model."""
+    """Returns the logprob of each completion under a model, f32[B]: the sum over its tokens."""
     inputs = (rollout.tokens, rollout.mask, rollout.response_mask, rollout.temperature)
     return jnp.sum(response_logprobs(bind(base, adapter), *inputs)[0], axis=1)
 
@@ -116,7 +119,7 @@ class _Sampler:
         self.logprobs = Program(_logprob_sums, "logprob_sums", mesh, compiler_options(base))
 
     def answers(self, base: Decoder, adapter: Adapter | None) -> Answers:
-        """Returns one completion of every prompt."""
+        """Returns one completion of every prompt, with its metrics."""
         texts: list[str] = []
         rows: dict[str, list[np.ndarray]] = {}
         prompts, size = self.inputs.prompts, self.inputs.batch_size
@@ -139,7 +142,10 @@ class _Sampler:
         return Answers(texts, {name: np.ma.concatenate(parts) for name, parts in rows.items()})
 
     def _scores(self, completions: Completions) -> dict[str, np.ndarray]:
-        """Returns the scores [B] of the reward, its parts and the gold function; masked where they abstained."""
+        """Returns the scores [B] of the reward, its parts and the gold function.
+
+        A score is masked if its function abstained.
+        """
         found: dict[str, Any] = {}
         if isinstance(self.inputs.reward, ComposedReward):
             found["reward/score"], parts = self.inputs.reward.scores_and_parts(completions)
@@ -160,7 +166,7 @@ def _completions(prompts: PromptSet, numbers: np.ndarray, rollout: Rollout, toke
 
 
 def _perplexity(program: Program, mesh, model: Model, data: SFTData) -> Metrics:
-    """Returns loss and perplexity of every text; rows that fill up a batch have no token and are left out."""
+    """Returns loss and perplexity of every text. Rows without a token only fill up a batch, and are left out."""
     parts = [fetch(program(*model, shard_batch(mesh, batch))) for batch in data.all_batches()]
     losses, tokens = (np.concatenate(part) for part in zip(*parts))
     return perplexity(losses[tokens > 0], tokens[tokens > 0]).named("text")
@@ -178,13 +184,13 @@ def _metrics(answers: Answers, tasks: list[Task]) -> list[Metrics]:
 
 
 def _wins(inputs: Inputs, answers: Answers, other: Answers) -> dict[str, Metrics]:
-    """Returns the win rates of a role against another, by reward, gold function and judge."""
+    """Returns the win rates of one role against another: by the reward, by the gold function and by the judge."""
     lengths = answers.rows["length/mean"], other.rows["length/mean"]
     found = {}
     for judge, name in (("reward", "reward/score"), ("gold", "reward/gold")):
         if name in answers.rows:
             scores, others = answers.rows[name], other.rows[name]
-            either = abstained_rows(scores) | abstained_rows(others)  # without both scores nobody wins
+            either = abstained_rows(scores) | abstained_rows(others)  # then neither role wins
             wins = wins_by_score(np.ma.getdata(scores), np.ma.getdata(others))
             found[judge] = win_rate(np.where(either, 0.5, wins), *lengths)
     if inputs.judge is not None:
@@ -195,7 +201,7 @@ def _wins(inputs: Inputs, answers: Answers, other: Answers) -> dict[str, Metrics
 
 
 def _choices(inputs: Inputs, first: Answers, second: Answers) -> np.ndarray:
-    """Returns the judge's choices f64[N] between two roles' answers."""
+    """Returns the judge's choices f64[N] between the answers of two roles."""
     prompts, chosen = inputs.prompts, []
     for start in range(0, len(prompts), inputs.batch_size):
         some = slice(start, start + inputs.batch_size)
@@ -211,7 +217,7 @@ def _report(
     answers: dict[str, Answers],
     of_text: dict[str, Metrics],
 ) -> dict[str, Any]:
-    """Returns all metrics with their intervals, and what they were measured on."""
+    """Returns all metrics with their intervals, and a description of the data that they were measured on."""
     bounds = functools.partial(
         intervals,
         resamples=arguments.resamples,
@@ -257,7 +263,10 @@ def _report(
 
 
 def _of_prompts(metrics: list[Metrics], group: int) -> list[Metrics]:
-    """Returns the metrics with a row for each prompt: the sum over its samples, which are not independent."""
+    """Returns the metrics with one row per prompt instead of one per sample: samples of one prompt are not independent.
+
+    A prompt's row is the sum over its samples.
+    """
     sums = (one.rows.reshape(-1, group, one.rows.shape[1]).sum(axis=1) for one in metrics)
     return [dataclasses.replace(one, rows=rows) for one, rows in zip(metrics, sums)]
 
@@ -269,7 +278,10 @@ def _differences(second: list[Metrics], first: list[Metrics]) -> list[Metrics]:
 
 
 def _bounded(bounds, groups: list[list[Metrics]]) -> dict[str, dict[str, float | None]]:
-    """Returns {"value", "low", "high"} of each metric by name; None where one is undefined. A group shares its rows."""
+    """Returns {"value", "low", "high"} of each metric by name; undefined numbers are None.
+
+    The metrics of a group have the same rows.
+    """
     found: dict[str, dict[str, float | None]] = {}
     for metrics in groups:
         for by_name in bounds(metrics):
@@ -303,7 +315,7 @@ def _write(path: str, option: str, text: str) -> None:
 
 
 def _sample_lines(inputs: Inputs, answers: dict[str, Answers]) -> Iterator[str]:
-    """Yields a line of JSON for each prompt, with every role's completion and its metrics."""
+    """Yields a line of JSON for each prompt. It has the completion of every role, and the completion's metrics."""
     for i, prompt in enumerate(inputs.prompts.texts if inputs.prompts is not None else ()):
         of_roles = {}
         for role, own in answers.items():

@@ -24,14 +24,14 @@ LABELS = {
 class Evaluated:
     """What a stage measured on held-out rows."""
 
-    metrics: dict[str, float]  # by metric name, without the prefix evaluation/
-    record: dict[str, Any]  # for samples.jsonl; may be empty
-    results: Any  # for the end of the stage
+    metrics: dict[str, float]  # metrics by name, without the prefix evaluation/
+    record: dict[str, Any]  # records for samples.jsonl; may be empty
+    results: Any  # lines to print at the end of the stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a policy on the evaluation prompts, and some of its completions."""
+    """The metrics of a policy on the evaluation prompts, and some of the policy's completions."""
 
     means: dict[str, float]  # by metric name
     samples: list[dict]
@@ -39,22 +39,26 @@ class Evaluation:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The entry of samples.jsonl."""
+        """Returns the record for samples.jsonl."""
         return {"evaluation": {"samples": self.samples, "scores": self.scores}}
 
 
 def check_results(stage: str, results: Mapping[str, float], run_dir: str) -> None:
-    """Raises `Diverged` if a result of a stage's final evaluation is not finite: its weights are of no use."""
+    """Raises `Diverged` if a result of a stage's final evaluation is not finite.
+
+    The trained weights are then of no use.
+    """
     for name, value in results.items():
         if not np.isfinite(value):
             raise Diverged(
-                f"{stage}: {name} of the trained weights is {value}, so they do not become a role; checkpoints "
-                f"are in {run_dir}/checkpoints/{stage}; start a new run in another run_dir, with a lower rate"
+                f"{stage}: {name} of the trained weights is {value}, so these weights are not saved as a role; "
+                f"checkpoints are in {run_dir}/checkpoints/{stage}; start a new run in another run_dir, with a lower "
+                "learning rate"
             )
 
 
 def row_metrics(experience: Experience, rollout: Rollout) -> dict[str, np.ndarray]:
-    """Metrics of B completions, except scores: metric name -> [B]. The arguments hold numpy arrays."""
+    """Returns the metrics of B completions, except scores: metric name -> [B]. The arguments hold numpy arrays."""
     mask = rollout.response_mask
     return {
         "kl/k1": np.sum(np.where(mask, experience.logprobs - experience.ref_logprobs, 0.0), axis=1),
@@ -64,7 +68,7 @@ def row_metrics(experience: Experience, rollout: Rollout) -> dict[str, np.ndarra
 
 
 def comparison(evaluations: Mapping[str, Evaluation], samples: int = 5) -> str:
-    """Returns the final table, a column for each policy, and `samples` completions before and after PPO."""
+    """Returns the final table with a column per policy, and `samples` completions before and after PPO, as lines."""
     width = max(14, *(len(f"{name} PPO") + 2 for name in evaluations))
     lines = ["", " " * 42 + "".join(f"{f'{name} PPO':>{width}}" for name in evaluations)]
     for name, label in LABELS.items():

@@ -1,4 +1,7 @@
-"""The inputs of the evaluate command: prompts, held-out text, rewards, judge and tasks, all checked before sampling."""
+"""Loads the inputs of the evaluate command: prompts, held-out text, rewards, judge and tasks.
+
+All are checked before sampling.
+"""
 
 import argparse
 import dataclasses
@@ -30,14 +33,14 @@ from jaxrlhf.stages.roles import Roles
 from jaxrlhf.tracking.notices import notice
 
 PROMPT_STEP = 32  # prompts are padded to a multiple of this length
-LONGEST_TEXT = 1024  # tokens of a held-out text, where no run says it
+LONGEST_TEXT = 1024  # largest number of tokens of a held-out text, if no run sets it
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What is evaluated, and by what."""
+    """The data of an evaluation, and the functions that judge the completions."""
 
-    prompts: PromptSet | None  # N rows; the samples of one prompt are adjacent
+    prompts: PromptSet | None  # N rows; the rows of one prompt's samples are adjacent
     text: SFTData | None  # unpacked
     text_path: str | None
     batch_size: int
@@ -50,7 +53,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """What a judge reads: the prompts, the two completions of each as its text, and the other columns."""
+    """The input of a judge: the prompts, two completions of each prompt as texts, and the other columns."""
 
     prompts: list[str]
     texts: list[list[str]]
@@ -60,7 +63,7 @@ class Pairs:
 def choices(judge: FunctionReward, pairs: Pairs) -> np.ndarray:
     """Returns the judge's choices f64[N]: 0 for the first completion, 1 for the second, -1 for neither.
 
-    Raises `RewardFault` for any other value; None is neither.
+    The judge returns 0, 1, or None for neither. Raises `RewardFault` for any other value.
     """
     found = judge(pairs)
     chosen = np.where(abstained_rows(found), -1.0, np.ma.getdata(found))
@@ -77,7 +80,7 @@ def load_inputs(
     mesh: jax.sharding.Mesh,
     batch_size: int,
 ) -> Inputs:
-    """Reads and checks all inputs; what the arguments leave out comes from the run. Raises `UserError`."""
+    """Reads and checks all inputs. The run gives the inputs that the arguments leave out. Raises `UserError`."""
     ppo = None if config is None else config.ppo
     judge = None if arguments.judge is None else FunctionReward(arguments.judge, "--judge")
     gold = arguments.gold or (ppo and ppo.gold)
@@ -85,8 +88,10 @@ def load_inputs(
     reward = _reward_config(arguments.reward) if arguments.reward else (ppo and ppo.reward)
     if reward is not None and needs_own(reward) and "reward" not in roles.adapters:
         if arguments.reward:
-            raise UserError("--reward: kind model without path is the run's reward model, and there is none; give path")
-        notice("this run has no reward model, so there is no reward; --reward gives one")
+            raise UserError(
+                "--reward: kind model without path means the reward model of the run, but there is none; give path"
+            )
+        notice("this run has no reward model, so no reward is measured; --reward sets a reward")
         reward = None
     prompts = _prompts(arguments, config, roles, sampling)
     text, text_path = _text(arguments, config, roles, batch_size)
@@ -117,7 +122,10 @@ def load_inputs(
 def _prompts(
     arguments: argparse.Namespace, config: RunConfig | None, roles: Roles, sampling: Sampling
 ) -> PromptSet | None:
-    """Returns the prompts of `--data`, or else of the run, or None; each is there `--samples-per-prompt` times."""
+    """Returns the prompts of `--data`, else those of the run, else None.
+
+    Each prompt is repeated `--samples-per-prompt` times.
+    """
     ppo = None if config is None else config.ppo
     if arguments.data is not None:
         source = {"path": arguments.data, "split": arguments.split, "limit": arguments.limit}
@@ -127,7 +135,7 @@ def _prompts(
         data = PromptsConfig(**{name: value for name, value in source.items() if value is not None})
     elif ppo is not None:
         if ppo.evaluation.data is None:
-            notice(f"{arguments.run}: evaluated on the prompts of training, ppo.data; --data gives others")
+            notice(f"{arguments.run}: evaluated on the training prompts (ppo.data); --data sets other prompts")
         data = ppo.evaluation.data or ppo.data
         data = data.model_copy(update={"limit": arguments.limit or data.limit})
     else:
@@ -151,7 +159,7 @@ def _prompts(
 def _text(
     arguments: argparse.Namespace, config: RunConfig | None, roles: Roles, batch_size: int
 ) -> tuple[SFTData | None, str | None]:
-    """Returns (rows, path) of `--text`, or else the held-out demonstrations of the run."""
+    """Returns (rows, path) of `--text`, or else of the run's held-out demonstrations."""
     sft = None if config is None else config.sft
     longest = min(roles.base.config.max_positions, arguments.max_length or (sft.max_length if sft else LONGEST_TEXT))
     overflow = sft.overflow if sft else "cut"
@@ -162,8 +170,8 @@ def _text(
     elif sft is not None and (sft.evaluation.data is not None or sft.evaluation.heldout):
         try:
             examples, report = load_demonstrations(sft.evaluation.data or sft.data, roles.tokenizer, longest, overflow)
-        except UserError as error:  # the run has been trained; only these rows are gone
-            notice(f"no perplexity: {error}; --text gives other rows")
+        except UserError as error:  # no error: the run was trained with these rows, but they are no longer there
+            notice(f"no perplexity: {error}; --text sets other rows")
             return None, None
         if sft.evaluation.data is None:
             _, held = hold_out(len(examples), sft.evaluation.heldout, config.seed)
@@ -199,7 +207,7 @@ def _reward(
     prompts: PromptSet,
     config: RunConfig | None,
 ) -> Reward:
-    """Returns the reward, after it has scored two rows where that compiles nothing."""
+    """Returns the reward. If scoring compiles nothing, the reward first scores two rows as a test."""
     precision = "highest" if config is None else config.model.matmul_precision
     rewards = load_rewards(settings, mesh, where, notice, roles.tokenizer.chats.time, precision)
     check_prompts(rewards, prompts, where)
@@ -208,7 +216,7 @@ def _reward(
 
 
 def _reference(config: RunConfig, roles: Roles, mesh: jax.sharding.Mesh) -> Model:
-    """Returns the model that PPO measures the KL to, or would measure it to."""
+    """Returns the reference: the model to which the run's PPO stage measures the KL, even if that stage has not run."""
     adapter = roles.reference
     if config.ppo is not None and config.ppo.reference is not None:
         adapter = without_head(load_adapter(config.ppo.reference, roles.base))

@@ -1,4 +1,4 @@
-"""Exports a role of a run as a folder for other programs: the export command."""
+"""Exports a role of a run as a folder for other programs. This is the export command."""
 
 import argparse
 import warnings
@@ -54,7 +54,7 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
 
 
 def base_of(config: RunConfig) -> tuple[str, bool]:
-    """Returns the folder or hub id of a run's base, and whether a run made or changed this base."""
+    """Returns (folder or hub id of a run's base, whether a run made or changed this base)."""
     own = Path(config.run_dir, "roles", "base")
     if own.is_dir():
         return str(own.absolute()), True
@@ -75,17 +75,17 @@ def _check_target(target: str, config: RunConfig, base_path: str) -> None:
     protected = {Path(origin).expanduser().resolve() for origin in origins if origin is not None}
     inner = [Path(config.run_dir, name).resolve() for name in ("roles", "checkpoints")]
     if folder in protected or any(folder.is_relative_to(path) for path in inner):
-        raise UserError(f"--to {target}: the run was made from this folder, or needs it; give another folder")
+        raise UserError(f"--to {target}: the run was made from this folder or still needs it; give another folder")
 
 
 def _role(roles: Roles, config: RunConfig, name: str | None, format: str) -> tuple[str, Adapter | None]:
-    """Returns name and adapter of the requested role, else of the first default role of the format.
+    """Returns (name, adapter) of the requested role, else of the first default role of the format that exists.
 
-    Raises `UserError` with the roles that are there if it is not, or if the format cannot represent it.
+    Raises `UserError`, with the roles that exist, if there is no such role or the format cannot represent it.
     """
     known: dict[str, Adapter | None] = {name: roles.adapters[name] for name in ADAPTERS if name in roles.adapters}
     if config.sft_trains_base:
-        known["sft"] = None  # after a full fine-tune the base is the SFT model
+        known["sft"] = None  # after a full fine-tune of sft the base is the SFT model
     names = DEFAULT_ROLES[format] if name is None else (name,)
     found = next((candidate for candidate in names if candidate in known), None)
     if found is None:
@@ -104,7 +104,7 @@ def _role(roles: Roles, config: RunConfig, name: str | None, format: str) -> tup
 
 
 def _fault(name: str, adapter: Adapter | None, format: str) -> str | None:
-    """Says why the format cannot represent a role; None if it can."""
+    """Returns a text that says why the format cannot represent a role; None if it can."""
     full = adapter is None or any(beyond_peft(path, leaves) for path, leaves in adapter.items())
     if format == "peft" and full:
         return f"{name} has full weights, not LoRA pairs"

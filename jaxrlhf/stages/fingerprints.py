@@ -1,8 +1,8 @@
 """Fingerprints of what a run began with: model, tokenizer, rows and reward code, in RUN/fingerprints.json.
 
-Settings say where these inputs are, not what they contain. If the model, tokenizer or a data set has changed, a run is
-not resumed, and the error names the input. If a reward has changed, the run only reports it: people correct their
-reward functions.
+Settings say where these inputs are, not what they contain. If the model, the tokenizer or a data set has changed, the
+run is not resumed, and the error names the changed input. If a reward has changed, the run prints a line and continues:
+users may correct their reward functions.
 """
 
 import hashlib
@@ -32,14 +32,14 @@ from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.stages.roles import Roles
 
 FILE = "fingerprints.json"
-_SAMPLE = 1 << 16  # bytes of each end of a file
+_SAMPLE = 1 << 16  # number of bytes read at the start and at the end of a file
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _ODD = (2654435761, 2246822519, 3266489917, 668265263)  # multipliers of xxHash, one per axis
-_REWARDS = ("ppo.reward", "ppo.gold")  # names that begin so are reported, not refused
+_REWARDS = ("ppo.reward", "ppo.gold")  # changes of names with these beginnings are only reported
 
 
 def fingerprint(tree: Any) -> str:
-    """64 bits in hex that depend on every bit of a tree's arrays and on their paths, and on no sharding."""
+    """Returns 64 bits in hex that depend on every bit of a tree's arrays and on their paths, not on their sharding."""
     found = hashlib.blake2b(digest_size=8)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         bits = int(fetch(_bits(leaf)))  # one program at a time, see `finite_leaves`
@@ -49,9 +49,9 @@ def fingerprint(tree: Any) -> str:
 
 @jax.jit
 def _bits(x: jax.Array) -> jax.Array:
-    """A checksum u32[] of an array's bits: the sum of its words modulo 2^32.
+    """Returns a checksum u32[] of an array's bits: a weighted sum of its words modulo 2^32.
 
-    Each word is multiplied by an odd number that depends on its position.
+    The weight of a word is an odd number that depends on the word's position.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -63,9 +63,9 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Fingerprint of vocabulary, special tokens and chat template.
+    """Returns the fingerprint of vocabulary, special tokens and chat template.
 
-    A change in how text is split into tokens changes the fingerprints of the rows.
+    The rules that split text are not included. If they change, the fingerprints of the token rows change.
     """
     fast = tokenizer.fast
     special = [tokenizer.special_ids, tokenizer.eos_id, tokenizer.pad_id]
@@ -73,9 +73,10 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def fingerprints(config: RunConfig, roles: Roles, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Fingerprints of everything that the run reads now, by a name for messages. All processes must call it.
+    """Returns the fingerprints of everything that the run reads now: name for messages -> fingerprint.
 
-    Roles that the run made itself are left out, because their folders have checksums. Finished stages are left out too.
+    All processes must call this function. Roles that the run made itself are left out, because their folders have
+    checksums. Finished stages are left out too.
     """
     own = Path(config.run_dir) / "roles"
     found = {} if (own / "base").is_dir() else {"model": fingerprint(named_parameters(roles.base))}
@@ -94,33 +95,36 @@ def fingerprints(config: RunConfig, roles: Roles, inputs: Mapping[str, Any]) -> 
 def check_fingerprints(run_dir: Path, now: Mapping[str, str]) -> list[str]:
     """Returns a line for each reward that has changed since the run began.
 
-    Raises `UserError` if anything else has changed. A name that only the run or only `now` has is not compared.
+    Raises `UserError` if anything else has changed. A name is compared only if both the run and `now` have it.
     """
     before = read_fingerprints(run_dir)
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     for name in changed:
         if not name.startswith(_REWARDS):
             raise UserError(
-                f"run_dir {run_dir}: the {name} changed since the run began; restore what was there, or give another "
-                "run_dir"
+                f"run_dir {run_dir}: the {name} changed since the run began; restore the earlier state, or give "
+                "another run_dir"
             )
     return [f"run_dir {run_dir}: {name} changed since the run began; the run continues with it" for name in changed]
 
 
 def read_fingerprints(run_dir: Path) -> dict[str, str]:
-    """Reads the fingerprints of a run; empty if the run has none yet."""
+    """Returns the saved fingerprints of a run; empty if there are none yet."""
     path = Path(run_dir) / FILE
     return read_json(path) if path.is_file() else {}
 
 
 def record_fingerprints(run_dir: Path, now: Mapping[str, str]) -> None:
-    """Writes the fingerprints, and keeps those of stages that were not read this time."""
+    """Writes the fingerprints `now`. Saved fingerprints of stages whose inputs were not read this time are kept."""
     text = json.dumps({**read_fingerprints(run_dir), **now}, indent=1, sort_keys=True) + "\n"
     atomic_write(Path(run_dir) / FILE, text)
 
 
 def _rewards(config: PPOStageConfig) -> dict[str, str]:
-    """Key path -> fingerprint of the reward's source file or model folder. Reward servers have no fingerprint."""
+    """Returns key path -> fingerprint of the reward's source file or model folder.
+
+    Reward servers have no fingerprint.
+    """
     parts = {"ppo.reward": config.reward}
     if isinstance(config.reward, SumRewardConfig):
         parts = {f"ppo.reward.parts.{name}": part for name, part in config.reward.parts.items()}
@@ -140,19 +144,19 @@ def _digest(text: str | bytes) -> str:
 
 
 def _source_fingerprint(spec: str) -> str | None:
-    """Fingerprint of the file that defines a loaded function `path.py:name` or `module:name`; None without a file."""
+    """Returns the fingerprint of the source file of a loaded `path.py:name` or `module:name`; None if there is none."""
     where = spec.rpartition(":")[0]
     file = where if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None)
     return _digest(Path(file).read_bytes()) if file is not None and Path(file).is_file() else None
 
 
 def _folder_fingerprint(folder: Path) -> str | None:
-    """Fingerprint of names, sizes, first and last bytes of a folder's files; None for a hub id."""
+    """Returns the fingerprint of the names, sizes, first and last bytes of a folder's files; None for a hub id."""
     if not folder.is_dir():
         return None
     found = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.iterdir()):
-        # transformers rewrites tokenizer_config.json where it reads it
+        # transformers rewrites tokenizer_config.json when it reads the file
         if path.suffix in (".json", ".safetensors") and path.name != "tokenizer_config.json":
             size = path.stat().st_size
             with path.open("rb") as file:

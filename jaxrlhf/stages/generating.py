@@ -1,4 +1,4 @@
-"""Completes prompts with the roles of a run or with a model: the generate command."""
+"""Completes prompts with the roles of a run or with one model. This is the generate command."""
 
 import argparse
 import sys
@@ -21,11 +21,11 @@ from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.roles import Roles
 
 BATCH = 32
-LENGTH_STEP = 32  # prompts are padded to a multiple of this length, to limit compilations
+LENGTH_STEP = 32  # prompts are padded to a multiple of this length, so that few programs are compiled
 
 
 def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
-    """Yields {"prompt", "answers": {role: text}} for each prompt. See `jaxrlhf generate` for the arguments."""
+    """Yields {"prompt", "answers": {role: text}} for each prompt. `arguments` are the options of `jaxrlhf generate`."""
     roles, config, chosen = load_candidates(arguments)
     sampling = sampling_of(arguments, config, roles)
     prompts, ids = _prompts(arguments, config, roles, sampling)
@@ -47,7 +47,7 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
 def _completions(
     program, base: Decoder, adapter: Adapter | None, tokenizer: Tokenizer, ids: list, sampling: Sampling, key
 ) -> list[str]:
-    """Returns one completion of each prompt in `ids`."""
+    """Returns the text of one completion for each prompt in `ids`."""
     limit = base.config.max_positions - sampling.max_new_tokens
     length = min(-(-max(map(len, ids)) // LENGTH_STEP) * LENGTH_STEP, limit)
     rollout = jax.device_get(program(base, adapter, left_pad(ids, length, tokenizer.pad_id), key, sampling))
@@ -74,7 +74,7 @@ def _prompts(
     encoded = list(roles.tokenizer.encode_prompts(prompts, places))
     for place, ids in zip(places, encoded):
         if not len(ids):
-            raise UserError(f"{place}: an empty prompt, and the tokenizer has no BOS token; give some text")
+            raise UserError(f"{place}: the prompt is empty, and the tokenizer has no BOS token; give some text")
         if (fault := roles.tokenizer.fault(ids)) is not None:
             raise UserError(f"{place}: {fault}")
         if len(ids) > limit:

@@ -1,4 +1,4 @@
-"""Early stopping, and learning rates that are lowered when a metric stops improving."""
+"""Early stopping, and learning rates that fall when a metric stops improving."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from jaxrlhf.stages.metric_names import PREFIX
 
 @dataclasses.dataclass
 class Improvement:
-    """The best value of a metric so far, and the number of values in a row that were no better."""
+    """The best value of a metric so far, and the number of values since then, all of which were not better."""
 
     config: ImprovementConfig
     best: float | None = None
@@ -19,9 +19,10 @@ class Improvement:
     waited: int = 0
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Counts the value of a step, if the step has one. Returns whether `patience` values in a row were no better.
+        """Takes the value of a step, if the step has one.
 
-        A value that is not finite is no better.
+        Returns whether the last `patience` values were not better than the best. A value that is not finite is never
+        better.
         """
         value = metrics.get(self.config.metric)
         if value is None:
@@ -35,11 +36,11 @@ class Improvement:
 
     @property
     def over(self) -> bool:
-        """Whether `patience` values in a row were no better."""
+        """Whether the last `patience` values were not better than the best value before them."""
         return self.waited >= self.config.patience
 
     def text(self) -> str:
-        """What was observed, for a message."""
+        """Returns a message about the observed values."""
         values = f"{self.waited} value{'s' * (self.waited != 1)} in a row"
         best = "no value was finite" if self.best is None else f"its best was {self.best:.4g} at step {self.best_step}"
         return f"{self.config.metric} has not improved in {values}; {best}"
@@ -50,10 +51,11 @@ class Improvement:
 
 
 class Watch:
-    """What ends a stage, and what lowers its learning rates.
+    """Decides when a stage ends early, and when its learning rates are lowered.
 
-    `optimizers` are the stage's optimizers by name, with learning rates. `optimizers` of this object have the rates of
-    the next step. Patience of a plateau counts anew after each reduction, as in torch's ReduceLROnPlateau.
+    The argument `optimizers` holds the stage's optimizers by name, with learning rates. The attribute `optimizers`
+    holds them with the learning rates of the next step. After each reduction the patience of a plateau counts from 0
+    again, as in torch's ReduceLROnPlateau.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Watch:
                 self._plateaus[name] = Improvement(optimizer.plateau, **saved)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """Counts the values of a step. Returns a line for each learning rate that is lowered."""
+        """Takes the metrics of a step. Returns a line for each learning rate that is now lowered."""
         lines = []
         if self.early_stopping is not None:
             self.early_stopping.observe(step, metrics)
@@ -88,12 +90,15 @@ class Watch:
 
     @property
     def stops(self) -> bool:
-        """Whether the stage ends now."""
+        """Whether early stopping ends the stage now."""
         return self.early_stopping is not None and self.early_stopping.over
 
     @property
     def needs_every_step(self) -> bool:
-        """Whether the next step depends on metrics of training, so that each must be read before the next step."""
+        """Whether the next step depends on the metrics of the training steps.
+
+        The host must then read them before the next step.
+        """
         watched = [*filter(None, [self.early_stopping]), *self._plateaus.values()]
         return any(not improvement.config.metric.startswith(PREFIX) for improvement in watched)
 

@@ -1,4 +1,4 @@
-"""Random keys. Every key is folded from (seed, stage, iteration, purpose)."""
+"""Random keys. Every key is derived from (seed, stage, iteration, purpose)."""
 
 import zlib
 

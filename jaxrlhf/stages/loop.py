@@ -33,7 +33,7 @@ from jaxrlhf.tracking.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A running training run: settings, mesh and logs."""
+    """A run while it trains: settings, mesh and logs."""
 
     config: RunConfig
     mesh: jax.sharding.Mesh
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def logs(self) -> dict[str, MetricsLog]:
-        """Both logs, by name."""
+        """The logs metrics and samples, by name."""
         return {"metrics": self.metrics, "samples": self.samples}
 
     @property
@@ -59,7 +59,7 @@ class Run:
 
 
 class Loop:
-    """The steps of one stage, from its last checkpoint on. `state` is all that the next step depends on.
+    """The steps of one stage that follow its last checkpoint. The next step depends on nothing but `state`.
 
     with Loop(run, "sft", state, total, save_every) as loop:
         for step in loop.steps():
@@ -68,8 +68,8 @@ class Loop:
         adapter = loop.result().adapter
 
     `submitted` reads the metrics one step later, so that the devices are never idle. A stage that reads the metrics
-    itself calls `done` instead. A step must write its other log lines before that call: the call may save a checkpoint,
-    and lines written after it are lost on resume.
+    itself calls `done` instead. A step must write its other log lines before this call. The call may save a checkpoint,
+    and lines that are written after the checkpoint are lost on resume.
     """
 
     def __init__(
@@ -97,11 +97,13 @@ class Loop:
             run.say(f"{stage}: resumes after step {self.first} of {total}")
             self._compare_mesh(notes.get("mesh"))
         elif lost := run.metrics.stages()[stage]:
-            run.say(f"{stage}: no checkpoint was saved; begins again; its {lost} lines of metrics.jsonl are removed")
+            run.say(f"{stage}: has no checkpoint, so it begins again; its {lost} lines of metrics.jsonl are removed")
         for name, log in run.logs.items():
             lines = notes.get("lines", {}).get(name)
             if missing := log.truncate(stage, self.first, lines):
-                run.say(f"{stage}: {missing} of the first {lines} lines of {name}.jsonl are missing; continuing")
+                run.say(
+                    f"{stage}: {missing} of the first {lines} lines of {name}.jsonl are missing; the stage continues"
+                )
         self.watch = Watch(section.early_stopping, optimizers or {}, notes)
         self.health = Health(run.config.health.patience, notes.get("unlearnt", 0))
         self.reached = self.first  # number of steps done in `state`
@@ -118,15 +120,18 @@ class Loop:
         now = dict(self.run.mesh.shape)
         if before not in (None, now):
             self.run.say(
-                f"{self.stage}: the checkpoint was made on the mesh {_sizes(before)}, this one is {_sizes(now)}: sums "
-                "may round differently, so the run may not continue bit for bit"
+                f"{self.stage}: the checkpoint was made on the mesh {_sizes(before)}, but the mesh is now "
+                f"{_sizes(now)}; sums may round differently, so the run may not continue bit for bit"
             )
 
     def steps(self) -> Iterator[int]:
-        """Yields the remaining step numbers, from 0. Raises `Stopped` between steps after a signal."""
+        """Yields the remaining step numbers; the first step of a stage is 0.
+
+        Raises `Stopped` between steps after a signal.
+        """
         self._step_start = time.perf_counter()
         step = self.first
-        while step < self.total:  # early stopping lowers it
+        while step < self.total:  # early stopping lowers `total`
             self._check_interruption()
             self.profiler.begin(step + 1, self.state)
             yield step
@@ -139,8 +144,8 @@ class Loop:
     ) -> None:
         """Postpones `done` until the next step is submitted.
 
-        Calls it at once if the next step depends on the metrics, or if a checkpoint or an evaluation is due: the next
-        step reuses the memory of the state.
+        Calls `done` immediately if the next step depends on the metrics, or if a checkpoint or an evaluation is due.
+        These need the state, and the next step reuses the memory of the state.
         """
         self._read()
         self._unread = functools.partial(self.done, step, metrics, shown, tokens, batch)
@@ -154,7 +159,10 @@ class Loop:
             unread()
 
     def _due(self, reached: int) -> bool:
-        """Whether a checkpoint is due. Every evaluation is a candidate for the best one."""
+        """Whether a checkpoint is due.
+
+        If evaluations decide which checkpoint is the best, each evaluation needs a checkpoint.
+        """
         candidate = (self.settings.best or "").startswith(PREFIX) and self._evaluates(reached)
         return reached % self.save_every == 0 or reached == self.total or candidate
 
@@ -166,10 +174,10 @@ class Loop:
     def done(
         self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, str], tokens: int, batch: Any = None
     ) -> None:
-        """Logs a step; evaluates and saves a checkpoint if these are due. `shown` maps progress labels to metric names.
+        """Logs a step. Evaluates and saves a checkpoint if these are due. `shown` maps progress labels to metric names.
 
-        The metric `seconds` is the time since the previous step was logged and saved. Raises `Fault` after too many
-        steps in a row without an update, and writes `batch` to the run directory for inspection.
+        The metric `seconds` is the time since the end of the previous call. Raises `Fault` after too many steps in a
+        row without an update, and writes `batch` to the run directory for inspection.
         """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         values = {"seconds": time.perf_counter() - self._step_start, **values}
@@ -185,7 +193,10 @@ class Loop:
             folder = self.run.folder / "inspect"
             stop_with_batch(folder, self.stage, self.reached, batch, reason, self.health.in_a_row)
         if step == self.first and self.settings.best not in (None, *values, *self._evaluated_names()):
-            self.run.say(f"{self.stage}: has no metric {self.settings.best}, so no checkpoint counts as the best")
+            self.run.say(
+                f"{self.stage}: does not log the metric {self.settings.best} (checkpoints.best), so no checkpoint "
+                "counts as the best"
+            )
         if self._due(self.reached):
             self._save_if_learning(values.get(self.settings.best))
         self._step_start = time.perf_counter()
@@ -194,21 +205,21 @@ class Loop:
         return {name for name in metrics_of(self.run.config, self.stage) if name.startswith(PREFIX)}
 
     def _evaluation(self) -> dict[str, float]:
-        """Evaluates the state, and returns the metrics. Writes the evaluation's record to samples.jsonl."""
+        """Evaluates the state, and returns its metrics. Writes the record of the evaluation to samples.jsonl."""
         start, self._evaluating = time.perf_counter(), True
         evaluated = self._evaluate(self.state)
         self._evaluated, self._evaluating = (self.reached, evaluated), False
         if evaluated.record:
             self.run.samples.write(self.stage, self.reached, evaluated.record)
         values = {f"{PREFIX}{name}": value for name, value in evaluated.metrics.items()}
-        if self.reached % self._every == 0:  # a longer run would not evaluate at another last step
+        if self.reached % self._every == 0:  # not only because it is the last step
             self._observe(values)
         seconds = time.perf_counter() - start
         self.progress.leave_out(seconds)
         return values | {"time/evaluation": seconds}
 
     def _observe(self, values: Mapping[str, float]) -> None:
-        """Lowers learning rates, and ends the stage after this step, if `values` call for it."""
+        """Lowers learning rates or ends the stage after this step, if watched metrics in `values` stopped improving."""
         for line in self.watch.observe(self.reached, values):
             self.run.say(f"{self.stage}: {line}")
         self._end_if_stopped()
@@ -220,7 +231,7 @@ class Loop:
             self.run.say(f"{self.stage}: stops early, after step {self.total} of {self.planned}: {early}")
 
     def stopped_early(self) -> dict[str, Any]:
-        """Returns the entry stopped_early of the stage's results, or nothing if all steps were done."""
+        """Returns {"stopped_early": ...} for the stage's results, or {} if all steps were done."""
         if self.total == self.planned:
             return {}
         early = self.watch.early_stopping
@@ -228,27 +239,31 @@ class Loop:
         return {"stopped_early": {"step": self.total, "of": self.planned, **best}}
 
     def evaluated(self, state: Any) -> Evaluated:
-        """Evaluates a result of the stage, unless the last step has evaluated the same state."""
+        """Returns the evaluation of a result of the stage.
+
+        Computes it unless the last step has evaluated the same state.
+        """
         if self._evaluated is not None and self._evaluated[0] == self.reached and state is self.state:
             return self._evaluated[1]
         return self._evaluate(state)
 
     def _save_if_learning(self, score: float | None) -> None:
-        """Saves a regular checkpoint, unless the last step made no update: then older, better ones are kept.
+        """Saves a regular checkpoint, unless the last step made no update.
 
-        Resuming repeats those steps with the same result. Raises `Diverged` at the end of a stage without any update.
+        In that case no older checkpoint is replaced, and a resumed run repeats the steps since then with the same
+        result. Raises `Diverged` at the end of a stage without any update.
         """
         if self.reached == self.total <= self.health.in_a_row:
             raise Diverged(
-                f"{self.stage}: all {self.total} steps skipped updates: a loss or gradient was not finite, or KL "
-                f"or length was above its limit (see {self.run.folder / 'metrics.jsonl'}); correct data or settings, "
-                "and start a new run in another run_dir"
+                f"{self.stage}: all {self.total} steps skipped their updates, because a loss or gradient was not "
+                f"finite, or KL or length was above its limit (see {self.run.folder / 'metrics.jsonl'}); correct data "
+                "or settings, and start a new run in another run_dir"
             )
         if self.reached == self.total or not self.health.in_a_row:
             self._save(score)
 
     def _check_finite(self) -> None:
-        """Raises `Diverged` if the state has NaN or infinite values; checkpoints saved before stay as they are."""
+        """Raises `Diverged` if the state has NaN or infinite values. Earlier checkpoints are kept."""
         bad = [path for path, finite in jax.tree_util.tree_leaves_with_path(finite_leaves(self.state)) if not finite]
         if bad:
             name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
@@ -260,7 +275,10 @@ class Loop:
             )
 
     def _save(self, score: float | None = None) -> None:
-        """Saves a checkpoint. Only regular checkpoints have a score: an interruption must not change the best one."""
+        """Saves a checkpoint.
+
+        Only regular checkpoints have a score, so that an interruption does not change which one is best.
+        """
         self._check_finite()
         lines = {}
         for name, log in self.run.logs.items():
@@ -273,7 +291,7 @@ class Loop:
 
     def _check_interruption(self) -> None:
         """Raises `Fault` if a save has failed. Saves and raises `Stopped` after a signal or alarm."""
-        if processes.alone() and self.checkpoints.failed:  # several processes check this together, at the next save
+        if processes.alone() and self.checkpoints.failed:  # several processes check it at the next save
             self._read()
             self.checkpoints.wait()
         if signal := self._signal():
@@ -292,13 +310,13 @@ class Loop:
         processes.barrier()  # a launcher ends all processes when one ends
 
     def _obey(self, action: str) -> None:
-        """Stops the run, or waits for the user. The step reached is saved."""
+        """Stops the run, or waits for the user. The last step is already saved."""
         names, saved = ", ".join(self.alarms.due), f"step {self.reached} of {self.total} is saved"
         self.alarms.due.clear()
         if action == "stop":
-            raise StoppedByAlarm(f"{self.stage}: stopped by alarm {names}: {saved}")
+            raise StoppedByAlarm(f"{self.stage}: stopped by alarm {names}; {saved}")
         file = self.run.folder / CONTINUE
-        self.run.say(f"{self.stage}: paused by alarm {names}: {saved}; the run continues once {file} exists")
+        self.run.say(f"{self.stage}: paused by alarm {names}; {saved}; create the file {file} to continue")
         began = time.perf_counter()
         if signal := wait_for_user(self.run.folder, self._signal):
             raise self._stopped(signal)
@@ -319,13 +337,16 @@ class Loop:
         best = self.checkpoints.best() if self.settings.result == "best" else None
         if best is None or best.step == self.reached:
             return self.state
-        self.run.say(f"{self.stage}: uses step {best.step}, which has the best {self.settings.best}: {best.score:.4g}")
+        self.run.say(
+            f"{self.stage}: the result is the checkpoint of step {best.step}, with the best {self.settings.best}: "
+            f"{best.score:.4g}"
+        )
         return self.checkpoints.restore(best.step, self.state)
 
     def _losing(self) -> str:
-        """A message that says which steps would be lost if the process ended now."""
+        """Returns a message that says which steps would be lost if the process ended now."""
         saved, current = self.checkpoints.on_disk or 0, min(self.reached + 1, self.total)
-        return f"{self.stage}: step {saved} is saved, later steps are lost (step {current} was running)"
+        return f"{self.stage}: step {saved} is saved; later steps are lost (step {current} was running)"
 
     def __enter__(self) -> "Loop":
         self.progress.open()
@@ -336,9 +357,10 @@ class Loop:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
-        """Closes progress and checkpoints. Saves the state after a `RewardFault`: it is intact then.
+        """Closes progress and checkpoints.
 
-        A fault during an evaluation saves nothing, because the step is not logged yet.
+        Saves the state after a `RewardFault`, because that fault does not damage the state. Nothing is saved after a
+        fault during an evaluation, because the step is not logged yet.
         """
         watch_compiles(None)
         if self.run.stop is not None:
@@ -347,17 +369,17 @@ class Loop:
         self.alarms.close(wait=kind is None)
         self.profiler.close()
         if error is not None and not processes.alone() and not isinstance(error, RewardFault | Stopped):
-            return  # other processes may not have this error, and saving needs all of them
+            return  # other processes may not have this error, and a save needs all processes
         try:
             if isinstance(error, RewardFault) and self.reached > self.first and not self._evaluating:
                 self._save()
             self.checkpoints.close()
-            if isinstance(error, RewardFault):  # raised on all processes
+            if isinstance(error, RewardFault):  # this error is raised on all processes
                 processes.barrier()
         except Fault as fault:
             if kind is None:
                 raise
-            self.run.say(f"{self.stage}: {fault}")  # the original error propagates
+            self.run.say(f"{self.stage}: {fault}")  # the original error is the one to report
         finally:
             if self.run.stop is not None:
                 self.run.stop.at_work = None

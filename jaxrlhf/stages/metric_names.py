@@ -1,4 +1,4 @@
-"""The metrics that each stage logs, so that settings which name one are checked before anything is compiled."""
+"""The names of the metrics that each stage logs. Settings that name a metric are checked before any compilation."""
 
 import difflib
 
@@ -38,9 +38,10 @@ _EVALUATED = {
 
 
 def metrics_of(config: RunConfig, stage: str | None = None) -> set[str]:
-    """Returns the names of the metrics that a stage may log; without `stage`, of all stages.
+    """Returns the names of the metrics that a stage may log.
 
-    Stages that `stages` leaves out count too. Metrics of evaluations count if the stage evaluates while it trains.
+    If `stage` is None, returns those of all stages, even of stages that `config.stages` leaves out. Metrics of
+    evaluations are included if the stage evaluates while it trains.
     """
     if stage is None:
         return set().union(*(metrics_of(config, name) for name in METRICS))
@@ -53,12 +54,12 @@ def metrics_of(config: RunConfig, stage: str | None = None) -> set[str]:
 
 
 def _evaluated_metrics(config: RunConfig, stage: str) -> set[str]:
-    """Names of the metrics of a stage's evaluation, without prefix."""
+    """Returns the names of the metrics of a stage's evaluation, without the prefix evaluation/."""
     return _EVALUATED[stage] | (_rewards(config) if stage == "ppo" else set())
 
 
 def _rewards(config: RunConfig) -> set[str]:
-    """Names of the metrics of the gold reward and of the parts of a sum."""
+    """Returns the names of the metrics of the gold reward and of the parts of a reward that is a sum."""
     if config.ppo is None:
         return set()
     parts = ["gold"] if config.ppo.gold is not None else []
@@ -67,7 +68,7 @@ def _rewards(config: RunConfig) -> set[str]:
 
 
 def watched_metrics(config: RunConfig, stage: str) -> list[tuple[str, ImprovementConfig]]:
-    """Returns what ends a stage or lowers its learning rates, by key path."""
+    """Returns the settings that end a stage early or lower its learning rates, as (key path, settings)."""
     section = getattr(config, stage)
     if section is None:
         return []
@@ -82,7 +83,10 @@ def watched_metrics(config: RunConfig, stage: str) -> list[tuple[str, Improvemen
 
 
 def check_metrics(config: RunConfig) -> None:
-    """Raises `UserError` if a setting names a metric that its stage does not log; for checkpoints.best: no stage."""
+    """Raises `UserError` if a setting names a metric that its stage does not log.
+
+    `checkpoints.best` may name a metric of any stage.
+    """
     for stage in METRICS:
         for path, watched in watched_metrics(config, stage):
             check_metric(config, f"{path}.metric", watched.metric, stage)
@@ -91,7 +95,10 @@ def check_metrics(config: RunConfig) -> None:
 
 
 def check_metric(config: RunConfig, path: str, metric: str, stage: str | None) -> None:
-    """Raises `UserError` if a setting names a metric that the stage does not log; with None: that no stage logs."""
+    """Raises `UserError` if a setting names a metric that the stage does not log.
+
+    If `stage` is None, any stage may log it.
+    """
     known = metrics_of(config, stage)
     if metric in known:
         return
@@ -101,7 +108,7 @@ def check_metric(config: RunConfig, path: str, metric: str, stage: str | None) -
     sections = {s: getattr(config, s) for s in METRICS if stage in (None, s) and getattr(config, s) is not None}
     silent = [s for s in sections if sections[s].evaluation.every is None and name in _evaluated_metrics(config, s)]
     if name == "reward/gold" and (config.ppo is None or config.ppo.gold is None):
-        hint = "it is logged where ppo.gold names a function"
+        hint = "it is logged only if ppo.gold names a function"
     elif name != metric and silent:
         hint = f"give {silent[0]}.evaluation.every, such as 10, to evaluate while training"
     logger = "no stage logs" if stage is None else f"the stage {stage} does not log"

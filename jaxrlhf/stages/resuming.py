@@ -1,4 +1,4 @@
-"""Which settings may change when a run is resumed: those that do not change the remaining steps.
+"""Decides which settings may change when a run is resumed: those that do not change the remaining steps.
 
 Each setting's field declares its rule (`config.base`: FREE, ROUNDING, CHOICE, EVALUATED, LONGER). A change of any other
 setting is refused (`checkpoint.run_dir.check_run`): `config.yaml` must describe how the weights were made.
@@ -20,7 +20,7 @@ from jaxrlhf.stages.roles import finished_stages
 def may_change(config: RunConfig) -> Callable[[Change], bool]:
     """Returns a function that decides whether a run may be resumed with `config` despite a changed setting.
 
-    The function raises `UserError` if ppo.iterations is lowered to another number than the last saved step.
+    The function raises `UserError` if ppo.iterations is lowered to a number that is not the last saved step.
     """
 
     def allowed(change: Change) -> bool:
@@ -39,7 +39,7 @@ def may_change(config: RunConfig) -> Callable[[Change], bool]:
 
 
 def change_text(change: Change) -> str:
-    """Describes an allowed change of a setting in a line for the user."""
+    """Returns a line for the user that describes an allowed change of a setting."""
     if _has_rule(change[0], LONGER) and not makes_longer(change):
         return f"{describe_change(change)}: the stage ends at its last checkpoint"
     if _has_rule(change[0], ROUNDING):
@@ -53,15 +53,15 @@ def makes_longer(change: Change) -> bool:
 
 
 def _has_rule(key: str, rule: dict[str, str]) -> bool:
-    """Whether a setting has this rule. An entry of a mapping has the rule of the mapping's field."""
+    """Whether a setting has the rule `rule`. An entry of a mapping has the rule of the mapping's field."""
     setting = find_setting(key.split("."))
     return setting is not None and rule.items() <= setting.metadata.items()
 
 
 def _ends_where_it_stands(config: RunConfig, change: Change) -> bool:
-    """Whether ppo.iterations is lowered to the step of the latest checkpoint of an unfinished stage.
+    """Whether a change lowers ppo.iterations to the last saved step of an unfinished ppo stage.
 
-    Raises `UserError` with that step if it is another one.
+    Raises `UserError` if it lowers ppo.iterations to another number. The error names the last saved step.
     """
     steps = stored_steps(Path(config.run_dir) / "checkpoints" / "ppo")
     if not steps or "ppo" in finished_stages(config.run_dir):
@@ -69,8 +69,8 @@ def _ends_where_it_stands(config: RunConfig, change: Change) -> bool:
     if change[2] == steps[-1]:
         return True
     raise UserError(
-        f"run_dir {config.run_dir}: {describe_change(change)}; the last checkpoint is that of step {steps[-1]}: give "
-        f"ppo.iterations={steps[-1]} to end the run there, or {change[1]} to continue it"
+        f"run_dir {config.run_dir}: {describe_change(change)}; the last checkpoint is of step {steps[-1]}; give "
+        f"ppo.iterations={steps[-1]} to end the run there, or ppo.iterations={change[1]} to continue the run"
     )
 
 
@@ -80,7 +80,7 @@ def _waits_for_evaluations(config: RunConfig, stage: str) -> bool:
 
 
 def _same_steps_in_longer_runs(config: RunConfig) -> bool:
-    """Whether a PPO step does not depend on the number of steps: no learning rate decays towards the end."""
+    """Whether the steps of PPO stay the same if iterations are added: no learning rate decays towards the last step."""
     update, checkpoints = config.ppo.update, config.checkpoints
     rates = [rate for rate in (update.optimizer, update.value_optimizer) if rate.total_steps is None]
     return checkpoints.result == "last" and all(rate.schedule in ("constant", "plateau") for rate in rates)

@@ -1,4 +1,4 @@
-"""The reward_model stage: learns which of two completions people prefer."""
+"""The reward_model stage: trains a model that predicts which of two completions people prefer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -61,12 +61,14 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
     rows, held = hold_out(len(pairs), config.evaluation.heldout, run.config.seed)
     if not len(held):
         held = rows
-        run.say(f"reward_model: no held-out pairs (of {len(pairs)}): accuracy is on the training pairs")
+        run.say(
+            f"reward_model: none of the {len(pairs)} pairs is held out, so accuracy is measured on the training pairs"
+        )
     return RewardModelInputs(data([pairs[i] for i in rows]), data([pairs[i] for i in held]))
 
 
 def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
-    """Runs the stage. Returns the roles with the reward adapter."""
+    """Runs the stage. Returns the roles, to which the reward adapter is added."""
     config = run.config.reward_model
     key = key_for(run.config.seed, "reward_model", 0, "adapter")
     adapter_config = run.config.adapter_or(config.adapter)
@@ -105,10 +107,11 @@ def evaluation(
 
 
 def measured(chosen: np.ndarray, rejected: np.ndarray, margin: np.ndarray, center_rewards_coef: float) -> Evaluated:
-    """What N pairs say of a reward model, from f64[N] scores of both sides and margins of the data.
+    """Returns the metrics of a reward model on N pairs, from scores f64[N] of both sides and the data's margins f64[N].
 
-    The loss is that of training (`pairwise_loss`); ties count half in the accuracy. sigmoid(chosen - rejected) is the
-    probability that the chosen completion is the better one, and the calibration error is that of this probability.
+    The loss is the same as in training (`pairwise_loss`). Ties count half in the accuracy. The reward model's
+    probability that the chosen completion is better is sigmoid(chosen - rejected). The calibration error measures this
+    probability.
     """
     difference, both = chosen - rejected, np.concatenate([chosen, rejected])
     losses = np.logaddexp(0, margin - difference) + center_rewards_coef * np.square(chosen + rejected)

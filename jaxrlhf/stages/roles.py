@@ -41,7 +41,7 @@ ADAPTERS = ("sft", "reward", "policy", "value", "average")
 
 @dataclasses.dataclass
 class Roles:
-    """The base, its tokenizer, and the adapters trained on it so far."""
+    """The base, its tokenizer, and the adapters that were trained on this base so far."""
 
     base: Decoder
     tokenizer: Tokenizer
@@ -50,7 +50,7 @@ class Roles:
 
     @property
     def reference(self) -> Adapter | None:
-        """The SFT adapter, or None if the base is the reference."""
+        """Returns the SFT adapter, or None if the base is the reference."""
         return self.adapters.get("sft")
 
 
@@ -67,11 +67,12 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
         tokenizer = load_tokenizer(model.tokenizer)
     if tokenizer is None:
         origin = model.path or model.run or folder
-        raise UserError(f"model.tokenizer: {origin} has no tokenizer files; give a folder that has")
-    # Added tokens without a row in the model are refused when a text contains one.
+        raise UserError(f"model.tokenizer: {origin} has no tokenizer files; give a folder that has tokenizer files")
+    # Added tokens without a row in the model are allowed here; a text that contains one is refused later.
     if tokenizer.text_size > base.config.vocab_size:
         raise UserError(
-            f"model.tokenizer: {tokenizer.text_size} tokens, but the model's vocabulary is {base.config.vocab_size}"
+            f"model.tokenizer: the tokenizer has {tokenizer.text_size} tokens, but the model's vocabulary has only "
+            f"{base.config.vocab_size}"
         )
     if model.tokenizer is not None:
         base, tokenizer = with_tokenizer(base, tokenizer)
@@ -81,7 +82,10 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
 
 
 def check_none_missing(config: RunConfig) -> None:
-    """Raises `UserError` if a saved role of the run is missing; a resumed run would silently make a new one."""
+    """Raises `UserError` if a saved role of the run is missing.
+
+    Otherwise a resumed run would silently make a new one.
+    """
     folder = Path(config.run_dir) / "roles"
     role_of = {"sft": "base" if config.sft_trains_base else "sft", "reward_model": "reward", "ppo": "policy"}
     expected = {role_of[stage]: f"the stage {stage} saved it" for stage in finished_stages(config.run_dir)}
@@ -96,7 +100,7 @@ def _check_seals(folder: Path) -> None:
     """Raises `UserError` if the files of a role have changed since they were written."""
     for name in ("base", *ADAPTERS):
         if not (folder / name / RECORD).is_file():
-            continue  # no such role, or the run was killed before it wrote the record
+            continue  # there is no such role, or the run was killed before it wrote the record
         try:
             unseal(folder / name, jax.process_index(), jax.process_count())
         except (Damaged, OSError) as error:
@@ -106,7 +110,7 @@ def _check_seals(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _sealed(folder: Path) -> Iterator[None]:
-    """Records checksums of the files that the block writes to `folder`, so that damage is found on loading."""
+    """Records checksums of the files that the `with` block writes to `folder`, so that loading finds damaged files."""
     writes = jax.process_index() == 0
     if writes:
         (folder / RECORD).unlink(missing_ok=True)
@@ -116,7 +120,7 @@ def _sealed(folder: Path) -> Iterator[None]:
 
 
 def load_origin(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """Loads the base that the run started from, before its own stages."""
+    """Loads the base from which the run started. The run's own stages have not changed this base."""
     return with_target(_load_model(config, mesh)[0], target_of(mesh, config.model.matmul_precision))
 
 
@@ -127,11 +131,11 @@ def load_run(
     quantize: str | None = None,
     step: str | None = None,
 ) -> Roles:
-    """Loads the roles that a run has saved. `dtype` and `quantize` default to those of the run.
+    """Loads the roles that a run has saved. `dtype` and `quantize` default to the settings of the run.
 
-    `step` is "latest", "best" or a number: the roles of the stage under way come from that checkpoint. Raises
-    `UserError` if `run_dir` is not a run directory, there is no such checkpoint, or without `step` if the run has
-    finished no stage.
+    If `step` is "latest", "best" or a number, the roles of the unfinished stage come from that checkpoint. Raises
+    `UserError` if `run_dir` is not a run directory or has no such checkpoint. Without `step`, raises it also if no
+    stage has finished.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
@@ -142,20 +146,20 @@ def load_run(
         remedy = "give --step latest to generate or export from its last checkpoint" if saved else "give another run"
         raise UserError(f"{run_dir}: no stage of this run has finished; {remedy}, or continue it")
     if step is not None:
-        find_checkpoint(config, step)  # before weights are read
+        find_checkpoint(config, step)  # raises errors before weights are read
         check_none_missing(config)
     changes = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
     roles = load_roles(config, mesh)
-    roles.tokenizer.chats.time = started_at(run_dir)  # the same prompts as in the run
-    # A run that goes on meanwhile may have replaced the checkpoint that was found.
+    roles.tokenizer.chats.time = started_at(run_dir)  # dates in prompts are the same as in the run
+    # The checkpoint is looked up again: a run that is still training may have replaced the first one.
     return roles if step is None else _at_checkpoint(roles, config, *find_checkpoint(config, step))
 
 
 def find_checkpoint(config: RunConfig, step: str) -> tuple[str, int]:
-    """Returns (stage, step) of a checkpoint of the stage under way: the last stage that has checkpoints.
+    """Returns (stage, step) of a checkpoint. The stage is the last stage that has checkpoints.
 
-    `step` is "latest", "best" or a number. Raises `UserError` where there is no such checkpoint.
+    `step` is "latest", "best" or a number. Raises `UserError` if there is no such checkpoint.
     """
     for stage in reversed(config.stages):
         if steps := stored_steps(_checkpoints(config, stage)):
@@ -171,7 +175,7 @@ def find_checkpoint(config: RunConfig, step: str) -> tuple[str, int]:
         if metric is None:
             raise UserError(f"--step best: checkpoints.best of this run names no metric; {there}")
         if (best := stored_best(_checkpoints(config, stage), metric, lowest)) is None:
-            raise UserError(f"--step best: no checkpoint is the best by {metric}; {there}")
+            raise UserError(f"--step best: no checkpoint was saved as the best by {metric}; {there}")
         return stage, best
     for number in steps:
         if step == str(number):
@@ -184,13 +188,13 @@ def _checkpoints(config: RunConfig, stage: str) -> Path:
 
 
 def _at_checkpoint(roles: Roles, config: RunConfig, stage: str, step: int) -> Roles:
-    """The roles with those that a stage was training, as they were after a step."""
+    """Returns the roles. The roles that `stage` trains come from its checkpoint of `step`."""
     folder = _checkpoints(config, stage)
 
     def adapter(above: str) -> Adapter:
         leaves = stored_arrays(folder, step, above)
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
-        if leaves:  # a run without a value model or an average has none
+        if leaves:  # empty if the run has no value model or no average
             check_leaves(shapes, kind_of(shapes), roles.base, folder / str(step))
         return nested(leaves)
 
@@ -205,9 +209,9 @@ def _at_checkpoint(roles: Roles, config: RunConfig, stage: str, step: int) -> Ro
 
 
 def ppo_adapters(policy: Adapter, value: Adapter, average: Adapter, update: PPOConfig) -> dict[str, Adapter]:
-    """The adapters that ppo saves, by role; `value` and `average` may be empty.
+    """Returns the adapters that ppo saves, by role. `value` and `average` may be empty.
 
-    A value head on the policy's trunk is saved with that trunk.
+    If the value model is a head on the policy's trunk, the trunk is saved with this head.
     """
     trained = {"policy": policy}
     if value:
@@ -218,7 +222,9 @@ def ppo_adapters(policy: Adapter, value: Adapter, average: Adapter, update: PPOC
 def save_base(run_dir: str, base: Decoder, tokenizer: Tokenizer) -> None:
     """Writes the run's own base. Raises `UserError` if it is quantised."""
     if (kind := quantization(base)) is not None:
-        raise UserError(f"model.quantize: a base in {kind} codes is not saved as a run's own; leave quantize out")
+        raise UserError(
+            f"model.quantize: a base quantised to {kind} cannot be saved as the run's own base; leave quantize out"
+        )
     folder = Path(run_dir) / "roles" / "base"
     with _sealed(folder):
         save_pretrained(str(folder), base, tokenizer=tokenizer)
@@ -232,7 +238,7 @@ def save_role(run_dir: str, name: str, adapter: Adapter) -> None:
 
 
 def finished_stages(run_dir: str) -> dict[str, dict]:
-    """Returns the final metrics of each finished stage, by stage."""
+    """Returns stage -> final metrics, for each finished stage."""
     path = Path(run_dir) / "roles" / "finished.json"
     if not path.exists():
         return {}
@@ -241,12 +247,17 @@ def finished_stages(run_dir: str) -> dict[str, dict]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}; restore it, or give another run_dir") from None
     if not isinstance(stages, dict):
-        raise UserError(f"{path}: must hold an object with the finished stages; restore it, or give another run_dir")
+        raise UserError(
+            f"{path}: must contain a JSON object of finished stages; restore the file, or give another run_dir"
+        )
     return stages
 
 
 def mark_finished(run_dir: str, stage: str, reached: dict) -> None:
-    """Records a finished stage with its final metrics, on process 0. Its roles must have been saved before."""
+    """Process 0 records that a stage has finished, with its final metrics.
+
+    The roles of the stage must already be saved.
+    """
     if jax.process_index() == 0:
         _write_finished(run_dir, finished_stages(run_dir) | {stage: reached})
 
@@ -265,7 +276,7 @@ def _write_finished(run_dir: str, stages: dict[str, dict]) -> None:
 def _load_model(
     config: RunConfig, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Decoder, Tokenizer | None, dict[str, Adapter]]:
-    """Loads the model of the settings: (base, tokenizer, adapters inherited from another run)."""
+    """Loads the model that the settings name. Returns (base, tokenizer, adapters inherited from another run)."""
     model = config.model
     if model.run is not None:
         origin = load_run(model.run, None if model.dtype == AUTO else model.dtype, mesh, model.quantize)

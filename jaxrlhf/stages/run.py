@@ -1,4 +1,4 @@
-"""Runs the stages of a config in order, after all of their inputs have been read and checked.
+"""Runs the stages of a config in order. All inputs of all stages are read and checked first.
 
 Finished stages are skipped, so the same command resumes a run.
 """
@@ -49,9 +49,9 @@ STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 def run_stages(config: RunConfig, stop: StopSignals | None = None, dry_run: bool = False) -> Roles:
     """Runs the stages of `config` that have not finished yet, and returns the final roles.
 
-    `dry_run` ends after all checks, before anything is compiled for a stage or written, and prints what would run.
-    Raises `UserError`, before anything is compiled or written, if settings, files, rows or model are invalid, or if
-    another process uses the run directory. Raises `Stopped` after a signal to `stop`.
+    With `dry_run` the function makes all checks, prints what would run, and returns. It then compiles nothing for a
+    stage, and writes nothing. Raises `UserError`, before anything is compiled or written, if settings, files, rows or
+    model are invalid, or if another process uses the run directory. Raises `Stopped` after a signal to `stop`.
     """
     # Absolute, because a reward function may change the working directory.
     folder, writes = Path(config.run_dir).absolute(), jax.process_index() == 0
@@ -98,7 +98,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
     inputs = processes.agreed(lambda: _load_inputs(run, roles, todo))
     needs_base = config.model.new is not None and not (folder / "roles" / "base").is_dir()
     contents = {"adapters": sorted(roles.adapters), "finished": sorted(finished), "base to make": needs_base}
-    # This also waits until every process has read the directory; process 0 writes to it next.
+    # This check also waits until every process has read the directory. Process 0 writes to the directory next.
     processes.check_alike(f"contents of run_dir {folder}", contents, SHARED)
     if not processes.alone():
         processes.check_alike("data", _checksums(inputs), "give all hosts the same files of data and tokenizer")
@@ -109,7 +109,10 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
     if dry_run:
         for stage in todo:
             run.say(planned(config, stage, inputs[stage]))
-        run.say(f"dry run: all checks passed, and nothing was written; without --dry-run the files go to {folder}")
+        run.say(
+            "dry run: all checks passed, and nothing was written; without --dry-run the run writes its files to "
+            f"{folder}"
+        )
         return roles
     if not exists:
         made = processes.agreed(lambda: make_folder(folder) if writes else [])
@@ -131,7 +134,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
     if writes and (config.trackers or listener is not None):
         stack.enter_context(TrackerProcess(folder, config.trackers, listener, run.say))
     if todo:
-        stack.callback(run.report.write)  # also if the run fails or is stopped
+        stack.callback(run.report.write)  # writes the report also if the run fails or is stopped
     for stage in todo:
         with _disk_faults(folder):
             roles = STAGES[stage].train(run, roles, inputs[stage])
@@ -142,7 +145,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
 
 @contextlib.contextmanager
 def _disk_faults(folder: Path) -> Iterator[None]:
-    """Turns an error of the disk, after the run has started, into a `Fault`: the user's input is not wrong."""
+    """Turns a disk error of a run that has started into a `Fault`, because the user's input is not wrong."""
     try:
         yield
     except (OSError, UserError) as error:
@@ -184,11 +187,13 @@ def _check_checkpoints(run: Run, todo: list[str]) -> None:
 def _check_still_new(folder: Path, writes: bool) -> None:
     """Raises `UserError` if another process has started a run in the folder since this process read the folder."""
     if writes and (folder / "config.yaml").exists():
-        raise UserError(f"run_dir {folder}: another process has just started a run there; give the command again")
+        raise UserError(
+            f"run_dir {folder}: another process has just started a run in this folder; run the command again"
+        )
 
 
 def _set_clock(run: Run, roles: Roles) -> datetime.datetime:
-    """Sets the date of chat templates to the start of the run, on all processes, and returns it."""
+    """Sets the date of chat templates to the start of the run, on all processes. Returns the start of the run."""
     template = roles.tokenizer.chats
 
     def time() -> bytes:
@@ -197,13 +202,16 @@ def _set_clock(run: Run, roles: Roles) -> datetime.datetime:
     start = datetime.datetime.fromisoformat(processes.from_first(time).decode())
     today = template.now().date()
     if template.uses_time and start.date() != today:
-        run.say(f"run_dir {run.folder}: the chat template writes {start.date()}, the start of the run, not {today}")
+        run.say(
+            f"run_dir {run.folder}: the chat template writes the date {start.date()}, on which the run started, "
+            f"instead of today's date {today}"
+        )
     template.time = start
     return start
 
 
 def _checksums(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Checksums of the token rows, by stage and data set."""
+    """Returns the checksums of the token rows, by stage and data set."""
     return {
         stage: {name: rows.checksum() for name, rows in vars(data).items() if hasattr(rows, "checksum")}
         for stage, data in inputs.items()
@@ -211,9 +219,9 @@ def _checksums(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_inputs(run: Run, roles: Roles, todo: list[str]) -> dict:
-    """Checks and reads the inputs of all stages, so that an error in any of them is found before the first one runs.
+    """Checks and reads the inputs of all stages, so that their errors are found before the first stage runs.
 
-    Checks settings before it reads rows, and reads PPO's rewards and prompts before the larger data sets.
+    Settings are checked before rows are read. PPO's rewards and prompts are read before the larger data sets.
     """
     for stage in todo:
         STAGES[stage].check(run, roles)

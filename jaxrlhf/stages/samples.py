@@ -1,8 +1,8 @@
-"""Completions as records of samples.jsonl: texts and scores, and what each token did.
+"""Completions as records of samples.jsonl: texts, scores, and numbers of each token.
 
-A record of a completion with T tokens: prompt, completion, score, gold (if there is a gold score); with the arrays of
-an experience also tokens (T texts, which join to the completion), logprobs, ref_logprobs, values, advantages and, in
-training, new_logprobs (after the update): T numbers each.
+A record has prompt, completion, score, and gold if there is a gold score. If there is an experience, the record also
+has tokens: T texts that join to the completion. It then has T numbers each of logprobs, ref_logprobs, values and
+advantages. In training it also has T numbers new_logprobs, measured after the update.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.records import Experience
 from jaxrlhf.rewards.completions import Completions
 
-SAMPLES = 8  # completions kept for reading
+SAMPLES = 8  # number of completions that are written for people to read
 DIGITS = 4
 BY_TOKEN = ("logprobs", "ref_logprobs", "values", "advantages")
 
@@ -22,9 +22,9 @@ BY_TOKEN = ("logprobs", "ref_logprobs", "values", "advantages")
 def samples_of(
     completions: Completions, rows: Mapping[str, np.ndarray], experience: Experience | None = None
 ) -> list[dict]:
-    """Returns the first `SAMPLES` completions as records. `rows` holds f32[B] by metric name.
+    """Returns the first `SAMPLES` completions as records. `rows` maps metric names to f32[B].
 
-    All processes must call it.
+    All processes must call this function.
     """
     scores = {"score": rows["reward/score"]} | ({"gold": rows["reward/gold"]} if "reward/gold" in rows else {})
     records = [
@@ -40,12 +40,15 @@ def samples_of(
 
 
 def add_by_token(records: list[dict], name: str, completions: Completions, values: jax.Array) -> None:
-    """Adds to each record the values f32[B,R] of its completion's tokens. All processes must call it."""
+    """Adds to each record the values of its completion's tokens, from f32[B,R].
+
+    All processes must call this function.
+    """
     values, mask = fetch((values, completions.rollout.response_mask))
     for record, by_token, real in zip(records, values, mask):
         record[name] = rounded(by_token[real])
 
 
 def rounded(values: np.ndarray) -> float | list[float]:
-    """Numbers for a log that people read."""
+    """Returns numbers rounded to `DIGITS` decimals, for a log that people read."""
     return np.asarray(values, np.float64).round(DIGITS).tolist()

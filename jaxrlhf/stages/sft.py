@@ -59,15 +59,18 @@ def load(run: Run, roles: Roles) -> SFTInputs:
         inputs = SFTInputs(data([examples[i] for i in train]), heldout)
     if config.evaluation.every is not None and inputs.heldout is None:
         raise UserError(
-            f"sft.evaluation.every: no row of {len(examples)} is held out to evaluate on; give sft.evaluation.data, or "
-            "at least 10 rows and sft.evaluation.heldout above 0"
+            f"sft.evaluation.every: none of the {len(examples)} rows is held out for evaluation; give "
+            "sft.evaluation.data, or at least 10 rows and sft.evaluation.heldout above 0"
         )
     check_total_steps(config.epochs * len(inputs.train), "sft.epochs")
     return inputs
 
 
 def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
-    """Runs the stage. Returns the roles with the SFT adapter, or with a new base after a full fine-tune."""
+    """Runs the stage. Returns the roles, to which the SFT adapter is added.
+
+    After a full fine-tune their base is a new base instead.
+    """
     config, folder = run.config, run.config.run_dir
     adapter = init_adapter(roles.base, config.adapter_or(config.sft.adapter), key_for(config.seed, "sft", 0, "adapter"))
     evaluate = evaluation(run, roles.base, inputs.heldout) if inputs.heldout is not None else None
@@ -78,7 +81,7 @@ def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     if config.sft_trains_base:
         base = shard(run.mesh, merge(roles.base, adapter))
         save_base(folder, base, roles.tokenizer)
-        roles = Roles(base, roles.tokenizer)  # adapters of the old base do not fit the new one
+        roles = Roles(base, roles.tokenizer)  # adapters of the old base do not fit the new base
     else:
         save_role(folder, "sft", adapter)
         roles = dataclasses.replace(roles, adapters=roles.adapters | {"sft": adapter})

@@ -33,7 +33,7 @@ _LAYER = re.compile(r"layers\.\d+\.")
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """Returns the settings with derived values filled in: the base's dtype and the number of minibatches."""
+    """Returns the settings with two derived values filled in: the base's dtype and the number of minibatches."""
     changes: dict[str, Any] = {"model": config.model.model_copy(update={"dtype": model_dtype(config.model)})}
     if (ppo := config.ppo) is not None:
         update = complete(ppo.update, ppo.batch_size * ppo.sampling.samples_per_prompt)
@@ -50,24 +50,27 @@ class Shapes:
     model: DecoderConfig
 
     def with_layers(self, layers: int) -> "Shapes":
-        """Returns the same run with the number of layers replaced."""
+        """Returns the shapes of the same run on a model with `layers` layers."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, layers=layers))
 
     @functools.cached_property
     def base(self) -> Decoder:
-        """The frozen base, for the mesh's devices."""
+        """Returns the shapes of the frozen base, for the mesh's devices."""
         model = self.for_mesh(self.model, self.config.model.attention)
         abstract = abstract_decoder(model, model_dtype(self.config.model))
         kind = self.config.model.quantize
         return self.sharded(abstract if kind is None else abstract_quantized(abstract, kind))
 
     def adapter(self, config: AdapterConfig, head: Literal["value", "reward"] | None = None) -> Adapter:
-        """Returns an adapter on the base. Raises `UserError` if it targets modules that the model lacks."""
+        """Returns the shapes of an adapter on the base.
+
+        Raises `UserError` if it targets modules that the model lacks.
+        """
         if config.kind == "lora":
             target_paths(self.base, config)
         if self.model.layers == 1 or any(_LAYER.match(target) for target in config.target_modules):
             adapter = jax.eval_shape(lambda base: init_adapter(base, config, jax.random.key(0), head), self.base)
-        else:  # all layers are alike, and tracing the initialisation of each takes seconds
+        else:  # all layers have the same shapes, and tracing the initialisation of every layer would take seconds
             first, layers = self.with_layers(1).adapter(config, head), range(self.model.layers)
             adapter = {_LAYER.sub(f"layers.{i}.", path): leaves for i in layers for path, leaves in first.items()}
         return self.sharded(adapter)
@@ -109,7 +112,7 @@ def numbers(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of a tree on one device."""
+    """Returns the bytes that a tree takes on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -118,7 +121,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def read_model(config: ModelConfig) -> DecoderConfig:
-    """Reads the decoder config of a run's model without its weights. Raises `UserError` if there is none."""
+    """Reads the decoder config of a run's model, without weights. Raises `UserError` if there is no such model."""
     if config.new is not None:
         tokenizer = build_word_tokenizer(VOCABULARY)
         return new_decoder_config(config.new, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
@@ -133,7 +136,7 @@ def read_model(config: ModelConfig) -> DecoderConfig:
 
 
 def model_dtype(config: ModelConfig) -> str:
-    """The dtype in which a run loads the model: from the settings, else from `config.json`, else float32."""
+    """Returns the dtype in which a run loads the model: from the settings, else from `config.json`, else float32."""
     if config.dtype != AUTO or config.new is not None:
         return "float32" if config.dtype == AUTO else config.dtype
     if config.run is not None:
@@ -146,9 +149,9 @@ def model_dtype(config: ModelConfig) -> str:
 
 
 def folder_dtype(path: str) -> str:
-    """The dtype that the `config.json` of a folder or hub id names, else float32."""
+    """Returns the dtype that the `config.json` of a folder or hub id names, else float32."""
     document, _ = _read_document(path)
-    inner = document.get("text_config")  # a multimodal model may name its dtype only there
+    inner = document.get("text_config")  # a multimodal model may name its dtype only in `text_config`
     sections = [document, inner] if isinstance(inner, dict) else [document]
     names = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]
     return next((name for name in names if name in DTYPES), "float32")
@@ -161,7 +164,7 @@ def read_folder(path: str) -> DecoderConfig:
 
 
 def _read_document(path: str) -> tuple[dict[str, Any], Path]:
-    """Reads the `config.json` of a folder or hub id; returns it with its path. Downloads no other file."""
+    """Reads the `config.json` of a folder or hub id. Returns its content and its path. Downloads no other file."""
     folder = Path(path).expanduser()
     if (folder / PEFT_INFO).is_file():
         folder = find_model(folder)[0]
@@ -171,7 +174,7 @@ def _read_document(path: str) -> tuple[dict[str, Any], Path]:
             file = hub.download_file(path, "config.json")
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"{path}: no such folder, and the hub download failed: {reason}") from None
+            raise UserError(f"{path}: no such folder, and the download from the hub failed: {reason}") from None
     if not file.is_file():
         raise UserError(f"{path}: no such folder with a config.json; give a model folder or a hub id")
     return read_json(file), file

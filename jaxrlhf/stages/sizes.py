@@ -1,6 +1,7 @@
-"""Refuses sizes that no machine at hand can hold, by arithmetic, before anything is allocated or written.
+"""Refuses sizes that do not fit in this machine's memory, before anything is allocated or written.
 
-The figures are lower bounds: what a step needs at the very least. `jaxrlhf plan` computes what it really needs.
+The memory is computed by simple formulas, which are lower bounds: a step needs at least this much. `jaxrlhf plan`
+computes the real need.
 """
 
 import os
@@ -27,9 +28,9 @@ def check_tokens_per_step(rows: int, length: int, key_path: str) -> None:
 
 
 def check_total_steps(steps: int, key_path: str) -> None:
-    """Raises `UserError` if a stage has more optimizer steps than their counter, an int32, can count."""
+    """Raises `UserError` if a stage has more optimizer steps than an int32 counter can count."""
     if steps > LARGEST:
-        raise UserError(f"{key_path}: {steps:.3g} optimizer steps in all; give fewer, at most {LARGEST}")
+        raise UserError(f"{key_path}: there would be {steps:.3g} optimizer steps; give at most {LARGEST}")
 
 
 def check_new_model(new: NewModelConfig, vocabulary: int, itemsize: int, mesh: jax.sharding.Mesh | None) -> None:
@@ -41,7 +42,7 @@ def check_new_model(new: NewModelConfig, vocabulary: int, itemsize: int, mesh: j
 
 
 def check_lora(base: Decoder, config: AdapterConfig, mesh: jax.sharding.Mesh | None, key_path: str) -> None:
-    """Raises `UserError` if the pairs of an adapter and their optimizer state do not fit in memory."""
+    """Raises `UserError` if an adapter's LoRA pairs and their optimizer state do not fit in memory."""
     shapes = linear_shapes(base)
     weights = config.rank * sum(sum(shapes[path]) for path in target_paths(base, config))
     _check(12 * weights, mesh, f"{key_path}.rank", f"{weights:.3g} weights of the adapter")
@@ -52,26 +53,30 @@ def check_rollout(config: PPOStageConfig, model: DecoderConfig, mesh: jax.shardi
     rows = config.batch_size * config.sampling.samples_per_prompt
     length = config.max_prompt_tokens + config.sampling.max_new_tokens
     window = max((kind.window or length for kind in model.layer_kinds), default=length)
-    cached = 4 * model.layers * model.kv_heads * model.head_dim * min(window, length)  # bytes a row, in 16 bits
+    cached = 4 * model.layers * model.kv_heads * model.head_dim * min(window, length)  # bytes per row in 16 bits
     least = rows * (5 * length + cached + 24 * config.sampling.max_new_tokens)
     _check(least, mesh, "ppo.batch_size", f"a rollout of {rows} rows of {length} tokens")
 
 
 def check_packed(rows: int, length: int, model: DecoderConfig, mesh: jax.sharding.Mesh, key_path: str) -> None:
-    """Raises `UserError` if the hidden states of one layer, in 16 bits, do not fit in memory."""
+    """Raises `UserError` if the hidden states of one layer, with numbers of 16 bits, do not fit in memory."""
     _check(2 * rows * length * model.hidden_size, mesh, key_path, f"a step of {rows} rows of {length} tokens")
 
 
 def _check(needed: float, mesh: jax.sharding.Mesh | None, key_path: str, what: str) -> None:
     if needed > (room := memory(mesh)):
         raise UserError(
-            f"{key_path}: {what} would take at least {needed / GIB:.3g} GiB, but there are {room / GIB:.3g} GiB of "
-            "memory; give less"
+            f"{key_path}: {what} would take at least {needed / GIB:.3g} GiB, but there are only {room / GIB:.3g} GiB "
+            "of memory; give a smaller value"
         )
 
 
 def memory(mesh: jax.sharding.Mesh | None) -> float:
-    """Bytes of memory of the mesh's devices together; for CPUs, and without a mesh, of this machine or its like."""
+    """Returns the bytes of memory of all devices of the mesh.
+
+    On CPUs this is the memory of all hosts, which are taken to be alike. Without a mesh it is the memory of this host's
+    devices.
+    """
     devices = jax.local_devices() if mesh is None else mesh.local_devices
     stats = devices[0].memory_stats() or {}
     if limit := stats.get("bytes_limit"):

@@ -1,4 +1,4 @@
-"""Training an adapter on a data set for a number of epochs, as in the stages sft and reward_model."""
+"""Trains an adapter on a data set for a number of epochs. The stages sft and reward_model use this module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,10 @@ from jaxrlhf.steps.optimizer import init_optimizer, with_rate
 
 
 def check_settings(run: Run, base: Decoder, stage: str, *sources: Any) -> None:
-    """Raises `UserError` if a stage does not fit the model or the mesh, or a source is missing; prints warnings."""
+    """Raises `UserError` if a stage does not fit the model or the mesh, or a data source is missing.
+
+    Prints warnings.
+    """
     for source in filter(None, sources):
         check_source(source)
     check_adapter(base, run.config.adapter_or(getattr(run.config, stage).adapter), f"{stage}.adapter")
@@ -30,7 +33,7 @@ def check_settings(run: Run, base: Decoder, stage: str, *sources: Any) -> None:
 
 
 def _check_memory(run: Run, base: Decoder, stage: str) -> None:
-    """Raises `UserError` if the stage needs more memory than there is, whatever its rows are."""
+    """Raises `UserError` if the stage needs more memory than there is, even if all rows are short."""
     config, settings = run.config, getattr(run.config, stage)
     for name in ("adapter", "value_adapter"):
         own = getattr(settings, name, None)
@@ -54,11 +57,11 @@ def train_adapter(
     shown: dict[str, str],
     evaluate: Callable[[Adapter], Evaluated] | None,
 ) -> tuple[Adapter, dict[str, Any]]:
-    """Trains an adapter for the stage's epochs, from its last checkpoint on. Returns (adapter, results of the stage).
+    """Trains an adapter, from the stage's last checkpoint to its last epoch. Returns (adapter, results of the stage).
 
-    `step` is the training step and `arguments` are its last arguments; `shown` maps progress labels to metric names.
-    `evaluate` measures an adapter on held-out rows; None measures nothing. Raises `Diverged` if its results for the
-    trained adapter are not finite.
+    `step` is the training step and `arguments` are the last arguments of `step`. `shown` maps progress labels to metric
+    names. `evaluate` measures an adapter on held-out rows; None measures nothing. Raises `Diverged` if a result of the
+    final evaluation is not finite.
     """
     config = getattr(run.config, stage)
     total = config.epochs * len(data)

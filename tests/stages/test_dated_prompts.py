@@ -55,7 +55,10 @@ def test_a_run_begins_once(clock, tmp_path):
     clock.day = 21
     again = SimpleNamespace(tokenizer=build_word_tokenizer(WORDS, chat_template=DATED))
     assert _set_clock(run, again) == datetime.datetime(2026, 9, 20, 8, 5)
-    assert said == [f"run_dir {tmp_path}: the chat template writes 2026-09-20, the start of the run, not 2026-09-21"]
+    assert said == [
+        f"run_dir {tmp_path}: the chat template writes the date 2026-09-20, on which the run started, instead of "
+        "today's date 2026-09-21"
+    ]
     prompt = [{"role": "user", "content": "sky"}]
     assert again.tokenizer.decode(again.tokenizer.encode_prompt(prompt)) == "day 20 user sky assistant"
     undated = SimpleNamespace(tokenizer=build_word_tokenizer(WORDS, chat_template=DATED.replace("strftime_now", "str")))

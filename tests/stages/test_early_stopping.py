@@ -86,7 +86,7 @@ def test_an_over_optimising_stage_stops_and_keeps_its_peak(started, capfd):
     assert loop.stopped_early() == {"stopped_early": early}
     said = capfd.readouterr().err
     assert f"ppo: stops early, after step 24 of 40: {GOLD} has not improved in 3 values in a row; its best was" in said
-    assert "at step 12" in said and "ppo: uses step 12" in said
+    assert "at step 12" in said and "ppo: the result is the checkpoint of step 12" in said
     assert [line["step"] for line in lines(run) if GOLD in line] == [4, 8, 12, 16, 20, 24]
     assert [line["evaluation"]["scores"] for line in lines(run, "samples")] == [[4], [8], [12], [16], [20], [24]]
 

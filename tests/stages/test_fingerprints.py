@@ -86,7 +86,7 @@ def test_another_origin_is_refused_and_writes_nothing(run, change, what):
     kept = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     change(run)
     status, errors = run("ppo.iterations=2", "ppo.update.optimizer.schedule=constant")
-    assert status == 2 and what in errors and "restore what was there" in errors
+    assert status == 2 and what in errors and "restore the earlier state" in errors
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == kept
 
 

@@ -97,7 +97,7 @@ def test_a_stage_that_begins_again_says_so(run, capsys):
     run.metrics.write("sft", 1, {"sft/loss": 0.5})
     run.metrics.write("sft", 2, {"sft/loss": 0.25})
     play(run, [])
-    said = "sft: no checkpoint was saved; begins again; its 2 lines of metrics.jsonl are removed\n"
+    said = "sft: has no checkpoint, so it begins again; its 2 lines of metrics.jsonl are removed\n"
     assert capsys.readouterr().err.startswith(said)
     assert lines(run) == [(step + 1, step / 2) for step in range(TOTAL)]
     play(run, [])
@@ -126,11 +126,11 @@ def test_an_alarm_is_said_once_and_logged_while_it_holds(run, capsys):
 
 def test_stop_saves_and_stops_again_until_the_alarm_is_changed(run, capsys):
     stopping = alarmed(run, above=0.9, do="stop")
-    with pytest.raises(Stopped, match=r"sft: stopped by alarm x: step 3 of 5 is saved") as stopped:
+    with pytest.raises(Stopped, match=r"sft: stopped by alarm x; step 3 of 5 is saved") as stopped:
         play(stopping, [])
     assert stopped.value.status == 3 and "once that alarm is changed" in stopped.value.then
     events = []
-    with pytest.raises(Stopped, match=r"stopped by alarm x: step 3 of 5 is saved"):
+    with pytest.raises(Stopped, match=r"stopped by alarm x; step 3 of 5 is saved"):
         play(stopping, events)
     assert events == []
     loop = play(alarmed(run, above=0.9), events)
@@ -152,7 +152,7 @@ def test_pause_saves_and_waits_for_the_file(run, capsys, monkeypatch):
     play(pausing, [])
     assert len(waits) == 2 and "3" in waits[0] and not (run.folder / "continue").exists()
     said = capsys.readouterr().err
-    assert f"sft: paused by alarm x: step 3 of 5 is saved; the run continues once {run.folder}/continue exists" in said
+    assert f"sft: paused by alarm x; step 3 of 5 is saved; create the file {run.folder}/continue to continue" in said
     assert lines(run) == [(step + 1, step / 2) for step in range(TOTAL)]
 
 

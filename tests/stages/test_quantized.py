@@ -135,7 +135,7 @@ def test_training_a_quantised_model_whole_is_refused(stage, folder, tmp_path):
 
 def test_a_base_in_codes_is_never_a_runs_own(folder, tmp_path):
     base, tokenizer = load_pretrained(folder, quantize="nf4")
-    with pytest.raises(UserError, match=r"model\.quantize: a base in nf4 codes is not saved"):
+    with pytest.raises(UserError, match=r"model\.quantize: a base quantised to nf4 cannot be saved"):
         save_base(str(tmp_path), base, tokenizer)
     assert not list(tmp_path.iterdir())
 

@@ -191,7 +191,7 @@ def test_the_best_checkpoint_is_handed_on(workshop, tmp_path, capfd):
     best = max(due, key=lambda record: record["sft/loss"])
     assert best is not records[-1], "the test wants a best one before the end"
     assert saved(tmp_path / "run") == [best["step"], records[-1]["step"]]
-    assert f"sft: uses step {best['step']}, which has the best sft/loss" in capfd.readouterr().err
+    assert f"sft: the result is the checkpoint of step {best['step']}, with the best sft/loss" in capfd.readouterr().err
     assert role(tmp_path / "run") != role(workshop / "straight")
     shutil.rmtree(tmp_path / "run/roles/sft")
     (tmp_path / "run/roles/finished.json").write_text("{}")
@@ -247,7 +247,7 @@ def test_a_step_that_takes_too_long_is_given_up(process, tmp_path):
     started.send(signal.SIGTERM)
     assert started.wait(60) == 143 and time.monotonic() - began < 30
     last = started.errors.splitlines()[-1]
-    assert "the step did not end within 1 s; ppo: step 0 is saved, later steps are lost" in last, started.errors
+    assert "the step did not end within 1 s; ppo: step 0 is saved; later steps are lost" in last, started.errors
 
 
 def test_more_iterations_are_those_of_a_longer_run(tmp_path, capfd):
@@ -278,7 +278,7 @@ def test_a_run_goes_on_with_other_devices(workshop, process, tmp_path, capfd):
     assert command(workshop, tmp_path / "run") == 0
     said = capfd.readouterr().err
     assert "mesh.data was 2, is now -1" in said and f"sft: resumes after step {done}" in said
-    assert "was made on the mesh data=2 x fsdp=2 x tensor=1, this one is data=1 x fsdp=1 x tensor=1" in said
+    assert "was made on the mesh data=2 x fsdp=2 x tensor=1, but the mesh is now data=1 x fsdp=1 x tensor=1" in said
     assert steps(tmp_path / "run") == steps(workshop / "straight")
     found, wanted = (load_file(f / "roles/sft/adapter.safetensors") for f in (tmp_path / "run", workshop / "straight"))
     for name, leaf in wanted.items():

@@ -51,7 +51,7 @@ def test_a_stage_whose_updates_were_all_skipped_fails_and_saves_no_role(give, se
     for _ in range(2):  # the same command ends in the same way
         status, errors = give("ppo.adapter={rank: 2}", "ppo.update.epochs=4", setting)
         assert status == 1 and "Traceback" not in errors
-        assert "ppo: all 2 steps skipped updates" in errors.splitlines()[-1]
+        assert "ppo: all 2 steps skipped their updates" in errors.splitlines()[-1]
         assert "goes on" not in errors.splitlines()[-1], "the same command would not help"
         assert not (give.folder / "run" / "roles" / "policy").exists()
 
@@ -85,7 +85,7 @@ def test_a_reward_is_called_before_the_first_stage(give, body, what):
 
 @pytest.mark.parametrize(
     ("best", "hint"),
-    [("reward/scores", "did you mean reward/score"), ("reward/gold", "where ppo.gold names a function"),
+    [("reward/scores", "did you mean reward/score"), ("reward/gold", "only if ppo.gold names a function"),
      ("nothing", "give one of")],
 )  # fmt: skip
 def test_the_best_checkpoint_is_by_a_metric_that_is_logged(give, best, hint):

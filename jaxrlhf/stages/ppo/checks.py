@@ -11,67 +11,72 @@ def check_algorithm(config: PPOStageConfig) -> None:
     estimator, group, update = config.advantage.estimator, config.sampling.samples_per_prompt, config.update
     if ADVANTAGES[estimator].needs_group and group == 1:
         raise UserError(
-            f"ppo.advantage.estimator: {estimator} compares the completions of one prompt; "
-            "give ppo.sampling.samples_per_prompt at least 2, such as 8"
+            f"ppo.advantage.estimator: {estimator} compares the completions of one prompt; set "
+            "ppo.sampling.samples_per_prompt to at least 2, such as 8"
         )
     if config.resample and group == 1:
         raise UserError(
             "ppo.resample: replaces groups of equal scores, so set ppo.sampling.samples_per_prompt to 2 or more"
         )
     if config.sampling.temperature == 0:
-        raise UserError("ppo.sampling.temperature: 0 is greedy, but PPO must sample; give a number above 0, such as 1")
+        raise UserError(
+            "ppo.sampling.temperature: 0 means greedy decoding, but PPO must sample; give a number above 0, such as 1"
+        )
     if not ADVANTAGES[estimator].needs_value:
         for name, is_set in (("value_trunk", update.value_trunk != "own"), ("value_warmup", update.value_warmup)):
             if is_set:
                 raise UserError(
-                    f"ppo.update.{name}: ppo.advantage.estimator={estimator} has no value model, only gae has one"
+                    f"ppo.update.{name}: ppo.advantage.estimator={estimator} has no value model; leave this setting "
+                    "out, or use gae"
                 )
     if update.value_warmup >= config.iterations:
         raise UserError(
-            f"ppo.update.value_warmup: {update.value_warmup} iterations of {config.iterations} leave none for the "
-            "policy; give fewer"
+            f"ppo.update.value_warmup: {update.value_warmup} of {config.iterations} iterations train only the value "
+            "model, so none trains the policy; give fewer"
         )
     _check_combinations(config)
     if update.kl_stop is not None and single_step(update):
         raise UserError(
-            "ppo.update.kl_stop: it skips optimizer steps, but the iteration has only one; set epochs or minibatches "
-            "above 1"
+            "ppo.update.kl_stop: skips later optimizer steps, but an iteration has only one step; set epochs or "
+            "minibatches above 1"
         )
 
 
 def _check_combinations(config: PPOStageConfig) -> None:
-    """Raises `UserError` for a setting that has no effect, or a harmful one, with the other settings."""
+    """Raises `UserError` if a setting has no effect, or does harm, because of the values of other settings."""
     update, kl, score, estimator = config.update, config.kl, config.score, config.advantage.estimator
     rows = config.batch_size * config.sampling.samples_per_prompt
     shared = update.value_trunk == "policy"
     faults = (
         ("update.dual_clip", update.dual_clip is not None and update.loss not in ("clip", "gspo"),
-         f"only the losses clip and gspo use it, ppo.update.loss={update.loss} does not; leave it out"),
+         f"has no effect with ppo.update.loss={update.loss}, only with clip and gspo; leave it out"),
         ("update.dual_clip", update.dual_clip is not None and update.dual_clip <= 1 + update.clip_high,
          f"must be above the clip of 1 + {update.clip_high:g}, not {update.dual_clip}; 1912.09729 uses 3"),
         ("update.loss", update.loss == "pg" and update.epochs * (update.minibatches or 1) > 1,
-         "pg has no ratio, so all steps after the first of an iteration would be off-policy; give "
+         "pg has no ratio, so only the first step of an iteration would be on-policy; give "
          "ppo.update.epochs=1 ppo.update.minibatches=1, or the loss clip"),
         ("update.kl_loss", update.kl_loss == "k1" and kl.coef > 0,
          "the gradient of k1 in the loss is 0 in expectation for any reference; give k2 or k3"),
         ("update.kl_loss", estimator == "grpo" and update.kl_loss is None and kl.coef > 0,
-         "grpo divides by the standard deviation of a group's rewards: with the KL in the reward, groups with equal "
+         "grpo divides by the standard deviation of a group's rewards. If the KL is in the reward, groups with equal "
          "scores learn only from KL noise; give k3 or k2, which put the KL in the loss, or ppo.kl.coef=0"),
         ("kl.estimator", update.kl_loss is not None and kl.estimator != "k1",
          f"applies to KL in the reward, but ppo.update.kl_loss={update.kl_loss} puts it in the loss; leave it out"),
         ("update.importance_level", update.importance_level != "token" and update.importance_cap is None,
-         "there are no weights without ppo.update.importance_cap; give one, such as 2.0"),
+         "has no effect without ppo.update.importance_cap; give a cap, such as 2.0"),
         ("update.pretraining_coef", update.pretraining_coef != 1 and config.pretraining is None,
-         "there are no pretraining rows; give ppo.pretraining.data.path"),
+         "has no effect without pretraining rows; give ppo.pretraining.data.path"),
         ("kl.target", kl.target is not None and kl.coef == 0,
-         "an adaptive coefficient is scaled, and 0 stays 0; give ppo.kl.coef above 0, such as 0.05"),
+         "cannot adapt a ppo.kl.coef of 0, because the coefficient is multiplied; give ppo.kl.coef above 0, such as "
+         "0.05"),
         ("kl.horizon", kl.target is not None and rows >= 5 * kl.horizon,
-         f"{kl.horizon:g} completions, but an iteration has {rows}: the coefficient could fall to 0 or below; "
+         f"is {kl.horizon:g} completions, but an iteration has {rows}, so the coefficient could fall to 0 or below; "
          f"give more than {rows / 5:g}"),
         ("score.overlong_buffer", score.overlong_buffer > config.sampling.max_new_tokens,
-         f"{score.overlong_buffer:g} tokens, but completions have at most {config.sampling.max_new_tokens}; give less"),
+         f"is {score.overlong_buffer:g} tokens, but completions have at most {config.sampling.max_new_tokens}; give "
+         "less"),
         ("advantage.whiten_rewards", config.advantage.whiten_rewards and config.advantage.estimator != "gae",
-         "with an estimator that sums a completion's rewards it would reward length; leave it out, or give "
+         "would reward length, because the estimator sums the rewards of a completion; leave it out, or give "
          "ppo.score.normalise=batch"),
         ("value_adapter", shared and config.value_adapter is not None,
          "with ppo.update.value_trunk=policy the value model is only a head; leave one of these settings out"),

@@ -2,7 +2,7 @@
 
 An iteration runs four programs (rollout, annotate, experience, update), and a fifth if the reward is an adapter or a
 model of its own. Host work overlaps device work: the host decodes and scores completions while `annotate` runs, and
-prepares samples and the next prompts while `update` runs. An iteration whose samples are logged runs `annotate` once
+prepares samples and the next prompts while `update` runs. If an iteration's samples are logged, `annotate` runs once
 more, for the logprobs after the update.
 """
 
@@ -37,16 +37,16 @@ from jaxrlhf.tracking.health import PAUSED
 
 @struct.dataclass
 class StageState:
-    """The state that later iterations depend on; checkpoints save it."""
+    """The state that later iterations depend on. Checkpoints save this state."""
 
     ppo: PPOState
     control: Control
-    draws: jax.Array  # i32[]; rollouts of training prompts so far: the position in the data
-    reference: Adapter | None = None  # only if it is refreshed
+    draws: jax.Array  # i32[]; number of rollouts of training prompts so far: the position in the data
+    reference: Adapter | None = None  # None if the reference never changes
 
 
 class Iteration:
-    """One PPO iteration as a function of the state. Attributes hold its programs and constants."""
+    """One PPO iteration as a function of the state. Attributes hold the programs and constants of an iteration."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Iteration:
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
         self.annotate, self.experience = annotate_program(run.mesh, roles.base), experience_program(run.mesh)
         self.update = update_program(run.mesh, roles.base, state)
-        # With one step an iteration, `annotate` returns the logprobs of sampling instead of its own.
+        # With one step per iteration, `annotate` does not compute logprobs, but returns those of sampling.
         self.sees_update = not single_step(update_config) or update_config.value_trunk == "policy"
         self.needs_greedy = ADVANTAGES[config.advantage.estimator].needs_greedy
         greedy = self.needs_greedy and sampler.greedy_rollout is not sampler.rollout
@@ -84,9 +84,10 @@ class Iteration:
     ) -> tuple[StageState, dict[str, float], Experience]:
         """Runs iteration `step`, counted from 0; returns (state, metrics, experience).
 
-        `log_samples` takes the iteration's record for samples.jsonl. The wall-clock times of the phases add up to the
-        iteration: time/rollout ends when the completions are ready, time/reward when the scores are ready,
-        time/annotate when the experience is ready, time/update when the update is done, and time/samples is the rest.
+        `log_samples` is called with the iteration's record for samples.jsonl. The metrics time/... are the wall-clock
+        times of the phases, and add up to the time of the iteration. time/rollout ends when the completions are ready,
+        time/reward when the scores are ready, time/annotate when the experience is ready, and time/update when the
+        update is done. time/samples is the rest.
         """
         config, clock, ppo, draws = self.config, Clock(), state.ppo, int(state.draws)
         models = (ppo.policy, ppo.value, self.reference if state.reference is None else state.reference)
@@ -142,11 +143,12 @@ class Iteration:
             limit = self.config.sampling.max_new_tokens
             self.run.say(
                 f"ppo: no completion of an iteration ended within {limit} tokens, so ppo.update.mask_truncated masks "
-                "all and nothing is learnt; raise ppo.sampling.max_new_tokens, or leave mask_truncated out"
+                "all of them and the policy learns nothing; raise ppo.sampling.max_new_tokens, or leave mask_truncated "
+                "out"
             )
 
     def count(self, number: int) -> jax.Array:
-        """Returns a number as a replicated i32[], for the state."""
+        """Returns a number as a replicated i32[], for `StageState`."""
         return shard_batch(self.run.mesh, np.int32(number))
 
     def _dispatch(
@@ -166,12 +168,12 @@ class Iteration:
     def _experience(
         self, scored: ScoredRollout, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control
     ) -> tuple[Experience, Control, dict[str, jax.Array]]:
-        """Runs `score_experience`: (experience, next control, metrics)."""
+        """Runs `score_experience`. Returns (experience, next control, metrics)."""
         scores = shard_batch(self.run.mesh, scored.scores)
         return self.experience(scored.completions.rollout, annotated, scores, greedy, control, self.settings)
 
     def with_initial_moments(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
-        """Returns the control with the moments of initial scores, for `score.normalise` initial."""
+        """Returns the control with the moments of scores before training, which `score.normalise` initial needs."""
         batches = -(-self.config.score.initial_completions // self.rows)
         moments = control.moments
         for i in range(batches):
@@ -204,7 +206,7 @@ class Iteration:
         return Evaluation(means, samples[: min(SAMPLES, total * self.group)], rounded(rows["reward/score"]))
 
     def _paused(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
-        """The metric health/paused: 1 if KL or length is above its limit, so that the update is skipped."""
+        """Returns the metric health/paused: 1 if KL or length is above its limit. The update is then skipped."""
         health = self.run.config.health
         limits = {"kl/k1": health.max_kl, "length/mean": health.max_length}
         limits = {name: limit for name, limit in limits.items() if limit is not None}
@@ -213,7 +215,7 @@ class Iteration:
         return {PAUSED: float(any(float(metrics[name]) > limit for name, limit in limits.items()))}
 
     def _mix(self, step: int) -> SFTBatch | None:
-        """Pretraining rows for all optimizer steps of an iteration, in order."""
+        """Returns the pretraining rows for all optimizer steps of an iteration, in order."""
         if self.pretraining is None:
             return None
         steps = self.update_config.epochs * self.update_config.minibatches

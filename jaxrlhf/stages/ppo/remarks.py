@@ -1,4 +1,4 @@
-"""Warnings about PPO settings that are unusual, or have no effect, with the other settings. They are not errors."""
+"""Warnings about PPO settings that are unusual or have no effect, because of the values of other settings."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,42 +6,43 @@ from typing import Any
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import PPOStageConfig, Settings
 
-# Estimators that treat a completion as one action: no discounting within it.
+# Estimators that treat a completion as one action, without discounting between its tokens.
 ONE_ACTION = ("rloo", "grpo", "dr_grpo", "reinforce_plus_plus_baseline", "remax")
-WIDE_FOR_GSPO = 0.05  # the paper uses 3e-4 and 4e-4; ratios of long completions are within about 1e-3 of 1
+WIDE_FOR_GSPO = 0.05  # bounds above this clip almost nothing; the paper uses 3e-4 and 4e-4
 
 
 def remarks(config: PPOStageConfig) -> list[str]:
-    """Returns one warning per line about these settings. Defaults give none."""
+    """Returns warnings about the settings, one line each. Default settings have no warnings."""
     lines = [text for unusual, text in _unusual(config) if unusual]
     unused = [f"ppo.{name} ({why})" for name, why in _unused(config)]
-    return lines + ([f"settings without effect here: {', '.join(unused)}"] if unused else [])
+    return lines + ([f"these settings have no effect: {', '.join(unused)}"] if unused else [])
 
 
 def _unusual(config: PPOStageConfig) -> tuple[tuple[bool, str], ...]:
-    """(condition, warning) for combinations that are valid but rarely intended."""
+    """Returns (condition, warning) for combinations that are valid but rarely intended."""
     update, kl, advantage = config.update, config.kl, config.advantage
     in_reward, estimator = update.kl_loss is None and kl.coef > 0, advantage.estimator
     needs = ADVANTAGES[estimator]
     own_value = needs.needs_value and update.value_trunk == "own"
     return (
         (update.loss == "gspo" and max(update.clip_low, update.clip_high) > WIDE_FOR_GSPO,
-         f"gspo clips one ratio per completion, a mean over its tokens: bounds of {update.clip_low:g} and "
-         f"{update.clip_high:g} clip almost nothing; its paper uses 3e-4 and 4e-4"),
+         f"gspo clips one ratio per completion, which is a mean over its tokens; bounds of {update.clip_low:g} and "
+         f"{update.clip_high:g} clip almost nothing; the GSPO paper uses 3e-4 and 4e-4"),
         (update.loss == "cispo" and update.clip_low < 1,
-         f"cispo has no lower bound in its paper (ppo.update.clip_low=1); with {update.clip_low:g}, tokens that became "
-         "less likely keep too large a weight"),
+         f"the CISPO paper has no lower bound (ppo.update.clip_low=1); with {update.clip_low:g}, tokens that became "
+         "less likely keep weights that are too large"),
         (in_reward and kl.estimator != "k1",
-         f"ppo.kl.estimator={kl.estimator} in the reward: only k1 has the gradient of the KL in expectation"),
+         f"ppo.kl.estimator={kl.estimator} is used in the reward, but there only k1 has the gradient of the KL in "
+         "expectation"),
         (in_reward and estimator == "remax",
          "remax subtracts the score of the greedy completion, which includes no KL, but the KL is in the reward; "
-         "ppo.update.kl_loss=k3 puts it in the loss"),
+         "ppo.update.kl_loss=k3 puts the KL in the loss"),
         (bool(advantage.whiten_advantages) and needs.needs_group,
          f"ppo.advantage.whiten_advantages divides the group-relative advantages of {estimator} by the standard "
          "deviation of the batch"),
         (bool(config.resample) and not needs.needs_group,
          f"ppo.resample replaces groups with equal scores, but {estimator} can learn from such groups; only estimators "
-         "that compare the completions of a group cannot"),
+         "that compare the completions of a group cannot learn from them"),
         (own_value and _changed(update, "value_coef") and update.value_coef > 0,
          "ppo.update.value_coef: Adam removes the scale of the gradient of a separate value model, so this "
          "setting affects only gradient clipping; ppo.update.value_optimizer.learning_rate sets how fast it learns"),
@@ -49,7 +50,7 @@ def _unusual(config: PPOStageConfig) -> tuple[tuple[bool, str], ...]:
 
 
 def _unused(config: PPOStageConfig) -> Iterator[tuple[str, str]]:
-    """(setting, why it has no effect) for settings that differ from their defaults."""
+    """Yields (setting, why it has no effect) for settings that differ from their defaults."""
     update, advantage, score = config.update, config.advantage, config.score
     estimator = advantage.estimator
     needs = ADVANTAGES[estimator]

@@ -1,7 +1,8 @@
 """Sampling and scoring in the ppo stage: rollouts, reward metrics and dynamic sampling.
 
-A draw is one rollout: B completions, `samples_per_prompt` for each of `batch_size` prompts. Methods that return
-completions do not wait for the devices, so that the caller can dispatch more programs before the host reads the text.
+A draw is one rollout of B completions: `samples_per_prompt` completions for each of `batch_size` prompts. Methods that
+return completions do not wait for the devices. The caller can thus dispatch more programs before the host reads the
+text.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Completions with the indices of their prompts."""
+    """Completions, and the indices of their prompts in the data."""
 
     completions: Completions
     indices: np.ndarray  # i64[prompts]
@@ -37,31 +38,31 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredRollout(Sampled):
-    """Completions with their scores and other reward metrics."""
+    """Completions, their scores, and other reward metrics."""
 
     rows: dict[str, np.ndarray]  # f32[B] by metric name
-    draws: int = 1  # number of rollouts drawn
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of dynamic sampling
+    draws: int = 1  # number of rollouts that were sampled
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # metrics of dynamic sampling
 
     @property
     def scores(self) -> np.ndarray:
-        """f32[B]; scores of the reward that is maximised."""
+        """Returns the scores f32[B] of the reward that is maximised."""
         return self.rows["reward/score"]
 
     def means(self) -> dict[str, float]:
-        """Batch means of the reward metrics, except reward/score, which `score_experience` logs."""
+        """Returns the batch means of the reward metrics, without reward/score: `score_experience` logs that mean."""
         return {name: float(np.mean(values)) for name, values in self.rows.items() if name != "reward/score"}
 
 
 class Clock:
-    """Wall-clock seconds by phase. Repeated phases add up."""
+    """Measures the wall-clock seconds of phases. The times of a repeated phase add up."""
 
     def __init__(self):
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str, result) -> None:
-        """Waits for `result` and ends a phase."""
+        """Waits until `result` is computed, and ends the phase `name`."""
         jax.block_until_ready(result)
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
@@ -80,7 +81,7 @@ class Sampler:
         self.greedy_rollout = greedy_program(run.mesh, roles.base, self.rollout, self.sampling.samples_per_prompt)
         self.merge = merge_program(run.mesh)
         self._prefetched: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # prompts, draw, indices, tokens
-        self._warned: set[str] = set()  # metrics of rewards reported to abstain on a whole batch
+        self._warned: set[str] = set()  # metrics of rewards for which a warning was printed
 
     def sample(
         self,
@@ -93,7 +94,7 @@ class Sampler:
     ) -> Completions:
         """Samples completions of the prompts at `indices`. Completions of one prompt are adjacent rows.
 
-        `tokens` are these prompts on the devices, if they were prefetched.
+        `tokens` are the tokens of these prompts on the devices, if they were prefetched.
         """
         sampling = self.sampling if sampling is None else sampling
         program = self.greedy_rollout if sampling is self.greedy else self.rollout
@@ -110,9 +111,9 @@ class Sampler:
     ) -> tuple[ScoredRollout, T]:
         """Samples and scores the completions of an iteration, after `draws` earlier rollouts of the prompts.
 
-        `dispatch` starts the device programs that need completions but no scores; its result is returned too. It is
-        called before the host reads the text. With `resample` it is called after scoring, because the scores decide
-        which completions are kept.
+        `dispatch` starts the device programs that need completions but no scores. Its result is returned too.
+        `dispatch` is called before the host reads the text. With `resample` it is called after scoring, because the
+        scores decide which completions are kept.
         """
         sampled = self._sample_draw(policy, prompts, draws)
         if not self.config.resample:
@@ -122,14 +123,15 @@ class Sampler:
         return scored, dispatch(scored)
 
     def prefetch(self, prompts: PromptSet, draw: int) -> None:
-        """Prepares the prompts of a draw while the devices are busy."""
+        """Prepares the prompts of draw number `draw` while the devices are busy."""
         indices = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
         self._prefetched = prompts, draw, indices, self._tokens(prompts, indices)
 
     def reward_metrics(self, completions: Completions) -> dict[str, np.ndarray]:
-        """Scores completions: f32[B] by metric name, for the reward, its parts and the gold reward.
+        """Scores completions with the reward, its parts and the gold reward. Returns metric name -> f32[B].
 
-        A reward that may abstain has a score of 0 where it abstains, and a second metric that is 1 there.
+        If a reward abstains on a completion, the score is 0. A reward that may abstain has a second metric, which is 1
+        for these completions and 0 for others.
         """
         rows: dict[str, np.ndarray] = {}
         if self.gold is not None:
@@ -143,18 +145,19 @@ class Sampler:
         return rows | self._metrics_of("reward/score", self.reward, scores, f"reward/{ABSTAINED[1:]}")
 
     def with_scores(self, completions: Completions) -> tuple[Rollout, jax.Array]:
-        """Returns the rollout and its scores f32[B], without other metrics."""
+        """Returns (rollout, its scores f32[B]) without other metrics."""
         return completions.rollout, shard_batch(self.run.mesh, np.asarray(fetch(self.reward(completions)), np.float32))
 
     def _metrics_of(self, metric: str, reward: Reward, scores, abstained: str | None = None) -> dict[str, np.ndarray]:
-        """Scores f32[B], and whether the reward abstained, under the name `abstained`."""
+        """Returns the scores f32[B] under `name`, and under `abstained` whether the reward abstained."""
         if not may_abstain(reward):
             return {metric: np.asarray(fetch(scores), np.float32)}
         abstained, rows = abstained or f"{metric}{ABSTAINED}", abstained_rows(scores)
         if rows.all() and abstained not in self._warned:
             self._warned.add(abstained)
             self.run.say(
-                f"ppo: {reward.name} abstained on all {len(rows)} completions of a batch; they score 0 ({abstained})"
+                f"ppo: {reward.name} abstained on all {len(rows)} completions of a batch, so their scores are 0 (see "
+                f"the metric {abstained})"
             )
         return {metric: np.asarray(scores, np.float32), abstained: rows.astype(np.float32)}
 
@@ -177,16 +180,16 @@ class Sampler:
     def _resample(
         self, scored: ScoredRollout, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
     ) -> ScoredRollout:
-        """Dynamic sampling (2503.14476): replaces groups with equal scores, which have no advantage.
+        """Dynamic sampling (2503.14476): replaces groups with equal scores, because their advantages are 0.
 
-        Replacements come from the next prompts, in at most `resample` further draws. If groups with equal scores remain
-        after these draws, they stay.
+        Replacements come from the next prompts, in at most `resample` further draws. Groups with equal scores that are
+        left after these draws are kept.
         """
         group, count, scores = self.sampling.samples_per_prompt, 1, [scored.scores]
         informative = np.array(informative_groups(scored.scores, group))
         metrics = {"groups/informative_drawn": float(np.mean(informative))}
         keep = np.arange(len(informative))
-        # Merge even if nothing is replaced: later programs then see one sharding and compile once.
+        # Merge even if nothing is replaced, so that later programs always get one sharding and compile once.
         scored = self._merged(scored, scored, keep, prompts)
         while not informative.all() and count <= self.config.resample:
             more = self._score(self._sample_draw(policy, prompts, draws + count), clock)
@@ -208,7 +211,10 @@ class Sampler:
     def _merged(
         self, first: ScoredRollout, second: ScoredRollout, source: np.ndarray, prompts: PromptSet
     ) -> ScoredRollout:
-        """Selects the groups `source` of two rollouts; the groups of `second` are numbered after those of `first`."""
+        """Selects the groups `source` of two rollouts.
+
+        The numbers of the groups of `second` follow those of `first`.
+        """
         group = self.sampling.samples_per_prompt
         by_row = (source[:, None] * group + np.arange(group)).reshape(-1)
         indices = np.concatenate([first.indices, second.indices])[source]

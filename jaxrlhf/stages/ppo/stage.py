@@ -48,8 +48,8 @@ class PPOInputs:
     evaluation: PromptSet
     rewards: Rewards
     gold: FunctionReward | None
-    policy: Adapter | None = None  # of ppo.policy
-    reference: Adapter | None = None  # of ppo.reference
+    policy: Adapter | None = None  # the adapter of ppo.policy
+    reference: Adapter | None = None  # the adapter of ppo.reference
     pretraining: SFTData | None = None
 
 
@@ -62,11 +62,15 @@ def check(run: Run, roles: Roles) -> None:
     for remark in remarks(config):
         run.say(f"ppo: {remark}")
     if truncates(config.sampling):
-        run.say("ppo: with top_k, top_p or min_p, logprobs are still those of the full distribution")
+        run.say(
+            "ppo: top_k, top_p or min_p limits which tokens are sampled; logprobs are still those of the full "
+            "distribution"
+        )
     if needs_own(config.reward) and "reward" not in roles.adapters and "reward_model" not in run.config.stages:
         raise UserError(
-            "ppo.reward.kind: model needs a reward adapter: run the stage reward_model, start from a run that has one "
-            "(model.run), or give a reward model (ppo.reward.path=FOLDER) or a function "
+            "ppo.reward.kind: model needs a reward adapter, but there is none; run the stage reward_model, start from "
+            "a run that has a reward adapter (model.run), or give a reward model (ppo.reward.path=FOLDER) or a "
+            "function "
             "(ppo.reward.kind=function ppo.reward.function=path.py:name)"
         )
 
@@ -109,7 +113,7 @@ def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:
 
 
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
-    """Runs the stage. Returns the roles with policy, value and average."""
+    """Runs the stage. Returns the roles, to which policy, value and average are added."""
     config = run.config.ppo
     start = shard(run.mesh, starting_policy(run, roles, inputs))
     reference = shard(run.mesh, starting_reference(run, roles, inputs, start))
@@ -141,7 +145,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
         if config.score.normalise == "initial" and not loop.first:
             control = iteration.with_initial_moments(start, inputs.prompts, loop.state.control)
             loop.state = loop.state.replace(control=control)
-            if predicts_scores:  # before normalisation; the value must predict normalised scores
+            if predicts_scores:  # the value model must predict normalised scores instead
                 ppo = loop.state.ppo
                 value = shard(run.mesh, scaled_head(ppo.value, *gain_and_bias(control.moments)))
                 loop.state = loop.state.replace(ppo=ppo.replace(value=value))
@@ -169,7 +173,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
 
 
 def _log_samples(run: Run, number: int) -> Callable[[dict], None] | None:
-    """Writes a record to samples.jsonl; None if iteration `number`, counted from 1, writes none."""
+    """Returns a function that writes a record to samples.jsonl, or None if iteration `number` (from 1) writes none."""
     config = run.config.ppo
     if number % config.sample_every and number not in (1, config.iterations):
         return None
@@ -177,7 +181,7 @@ def _log_samples(run: Run, number: int) -> Callable[[dict], None] | None:
 
 
 def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter | None:
-    """Loads the adapter of a setting, without the head that a reward adapter has."""
+    """Loads the adapter that a setting names. If it is a reward adapter, its head is left out."""
     if folder is None:
         return None
     try:
@@ -189,7 +193,7 @@ def _named_adapter(roles: Roles, folder: str | None, key_path: str) -> Adapter |
 def starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
     """Returns a copy of the adapter in ppo.policy, else of the reference, else a fresh adapter.
 
-    It is a copy because updates donate the policy.
+    The copy protects the original, because updates donate the policy.
     """
     config = run.config.adapter_or(run.config.ppo.adapter)
     for adapter in (inputs.policy, inputs.reference, roles.reference):
@@ -199,28 +203,30 @@ def starting_policy(run: Run, roles: Roles, inputs: PPOInputs) -> Adapter:
 
 
 def _kept_rank(adapter: Adapter, config: AdapterConfig) -> str | None:
-    """A warning if the starting adapter has other ranks than the settings, else None."""
+    """Returns a warning if the ranks of the starting adapter differ from the settings, else None."""
     ranks = sorted({leaves["lora_a"].shape[1] for leaves in adapter.values() if "lora_a" in leaves})
     if not ranks or ranks == [config.rank]:
         return None
-    return f"keeps rank {', '.join(map(str, ranks))} of its starting adapter; the settings say {config.rank}"
+    kept = ", ".join(map(str, ranks))
+    return f"keeps rank {kept} of the adapter that it starts from; the rank {config.rank} of the settings has no effect"
 
 
 def _check_kinds(run: Run, inputs: PPOInputs) -> None:
-    """Raises `UserError` if the policy is a LoRA adapter but starts from a full fine-tune."""
+    """Raises `UserError` if the policy must be a LoRA adapter, but its starting adapter has full weights."""
     kind = run.config.adapter_or(run.config.ppo.adapter).kind
     named = (("policy", inputs.policy), ("reference", inputs.reference))
     name, start = next(((name, adapter) for name, adapter in named if adapter is not None), ("", None))
     if start is not None and kind == "lora" and is_full(start):
-        why = "" if name == "policy" else ", and the policy starts from it without ppo.policy"
+        why = "" if name == "policy" else ", from which the policy starts because ppo.policy is not set"
         raise UserError(
-            f"ppo.{name}: {getattr(run.config.ppo, name)} holds full weights{why}, but ppo.adapter.kind is lora; give "
+            f"ppo.{name}: {getattr(run.config.ppo, name)} holds full weights{why}, but ppo.adapter.kind is lora; "
+            "give "
             "ppo.adapter.kind=full, or a LoRA adapter"
         )
 
 
 def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapter) -> Adapter | None:
-    """Returns the adapter in ppo.reference, else the SFT adapter, else None: the base is the reference.
+    """Returns the adapter in ppo.reference, else the SFT adapter, else None. None means that the base is the reference.
 
     With `refresh_reference` the reference has the same leaves as the policy from the start, so that programs compile
     once.
@@ -234,14 +240,14 @@ def starting_reference(run: Run, roles: Roles, inputs: PPOInputs, policy: Adapte
     shapes = [jax.tree.map(np.shape, tree) for tree in (reference, policy)]
     if shapes[0] != shapes[1]:
         raise UserError(
-            "ppo.refresh_reference: the policy cannot replace the reference, whose adapter has other modules or ranks; "
-            "start both from one adapter, or leave ppo.policy and ppo.reference out"
+            "ppo.refresh_reference: the policy cannot replace the reference, because their adapters have different "
+            "modules or ranks; start both from one adapter, or leave ppo.policy and ppo.reference out"
         )
     return reference
 
 
 def _with_defaults(config: PPOStageConfig, policy: Adapter, value: Adapter | None) -> PPOConfig:
-    """Returns the update settings with minibatches, learning rates and step counts filled in."""
+    """Returns the update settings. Minibatches, learning rates and numbers of steps are filled in."""
     update = complete(config.update, config.batch_size * config.sampling.samples_per_prompt)
     steps = update.epochs * update.minibatches
     trained = {"optimizer": ("policy", policy), "value_optimizer": ("value", value or {})}
@@ -253,7 +259,7 @@ def _with_defaults(config: PPOStageConfig, policy: Adapter, value: Adapter | Non
 
 
 def _update_text(update: PPOConfig, policy: Adapter, value: Adapter | None) -> str:
-    """The optimizer steps per iteration and the learning rates, as text."""
+    """Returns the optimizer steps per iteration and the learning rates, as text."""
     steps = f"{update.epochs} x {update.minibatches} optimizer steps per iteration (epochs x minibatches)"
     rates = [f"learning rate of the policy {rate_text(update.optimizer, policy)}"]
     rates += [f"of the value model {rate_text(update.value_optimizer, value)}"] if value else []

@@ -1,10 +1,10 @@
-"""The value model before the first iteration.
+"""The starting weights of the value model.
 
-The value model must predict returns on their scale. A value of 3 with returns of 0 gives the last token of every
-completion an advantage of -3, and the policy learns not to end a completion. If the reward is the score of the run's
-reward adapter, the value starts from that adapter including its head; with `score.normalise` initial, gain and bias are
-folded into the head. For other rewards or scales the value starts from the adapter's trunk with a head of 0, because 0
-is the mean of normalised scores.
+The value model must predict returns on their scale. If it predicts 3 and returns are 0, the last token of every
+completion has an advantage of -3, and the policy learns not to end a completion. If the reward is the score of the
+run's reward adapter, the value model starts from this adapter and its head. With `score.normalise` initial, the gain
+and bias of the normalisation are included in the head. For other rewards or scales the value model starts from the
+adapter's trunk with a head of 0, because 0 is the mean of normalised scores.
 """
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
@@ -17,10 +17,10 @@ from jaxrlhf.stages.roles import Roles
 
 
 def starting_value(run: Run, roles: Roles) -> tuple[Adapter | None, bool]:
-    """Returns (adapter of the value model, whether it predicts reward scores before normalisation).
+    """Returns (adapter of the value model, whether the adapter predicts reward scores before normalisation).
 
-    The adapter is only a head if the value model shares the policy's trunk, and None if there is no value model. Prints
-    a line if the value model does not start from the whole reward adapter.
+    The adapter is only a head if the value model shares the policy's trunk. It is None if there is no value model.
+    Prints a line if the value model does not start from the whole reward adapter.
     """
     config, base = run.config.ppo, roles.base
     if not ADVANTAGES[config.advantage.estimator].needs_value:
@@ -31,8 +31,9 @@ def starting_value(run: Run, roles: Roles) -> tuple[Adapter | None, bool]:
     reward = roles.adapters.get("reward") if config.value_from == "reward" else None
     if reward is not None and adapter_config.kind == "lora" and is_full(reward):
         run.say(
-            "ppo: the value model starts fresh: the reward adapter has full weights, the value adapter LoRA pairs; to "
-            "start from the reward adapter, give ppo.value_adapter.kind=full or train the reward model with LoRA"
+            "ppo: the value model starts from a new adapter, because the reward adapter has full weights, but the "
+            "value adapter has LoRA pairs; to start from the reward adapter, give ppo.value_adapter.kind=full or train "
+            "the reward model with LoRA"
         )
         reward = None
     if reward is None:
@@ -40,6 +41,7 @@ def starting_value(run: Run, roles: Roles) -> tuple[Adapter | None, bool]:
     trunk, gain = as_kind(base, reward, adapter_config.kind), own_gain(config.reward)
     if gain is not None and config.score.normalise in ("none", "initial"):
         return scaled_head(trunk, gain, 0.0), True
-    why = "the reward is not its score alone" if gain is None else f"ppo.score.normalise is {config.score.normalise}"
-    run.say(f"ppo: the value model starts from the reward adapter's trunk with a head of 0: {why}")
+    scale = f"ppo.score.normalise is {config.score.normalise}"
+    why = "the reward is not only the score of the reward adapter" if gain is None else scale
+    run.say(f"ppo: the value model starts from the reward adapter's trunk with a head of 0, because {why}")
     return with_head(trunk, base, "value", key), False

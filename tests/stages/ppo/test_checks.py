@@ -82,14 +82,14 @@ def test_similar_settings_are_valid(given):
 
 
 def idle(*names):
-    return "settings without effect here: " + ", ".join(names)
+    return "these settings have no effect: " + ", ".join(names)
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"update": {"loss": "gspo", "clip_low": 0.2, "clip_high": 0.2}}, "gspo clips one ratio per completion"),
-        ({"update": {"loss": "cispo", "clip_low": 0.2}}, "cispo has no lower bound in its paper"),
+        ({"update": {"loss": "cispo", "clip_low": 0.2}}, "the CISPO paper has no lower bound"),
         ({"kl": {"estimator": "k2"}}, "ppo.kl.estimator=k2 in the reward"),
         ({"kl": {"estimator": "k3"}}, "ppo.kl.estimator=k3 in the reward"),
         ({"advantage": {"estimator": "remax"}}, "remax subtracts the score of the greedy completion"),

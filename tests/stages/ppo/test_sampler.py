@@ -57,4 +57,6 @@ def test_a_reward_that_abstains_on_a_whole_batch_is_reported_once():
     sampler, said = sampler_of(Given("silent", None, None, None))
     for _ in range(2):
         np.testing.assert_array_equal(sampler.reward_metrics(COMPLETIONS)["reward/score"], [0, 0, 0])
-    assert said == ["ppo: silent abstained on all 3 completions of a batch; they score 0 (reward/abstained)"]
+    assert said == [
+        "ppo: silent abstained on all 3 completions of a batch, so their scores are 0 (see the metric reward/abstained)"
+    ]

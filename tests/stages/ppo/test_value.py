@@ -77,17 +77,17 @@ def test_where_the_reward_is_the_adapter_the_value_starts_from_all_of_it(tiny, r
     [
         (OWN, "running", "ppo.score.normalise is running"),
         (OWN, "batch", "ppo.score.normalise is batch"),
-        (COUNT, "none", "the reward is not its score alone"),
-        (OWN | {"path": "elsewhere"}, "none", "the reward is not its score alone"),
-        (sum_of(1.0, 0.1), "none", "the reward is not its score alone"),
-        (sum_of(0.0, 1.0), "none", "the reward is not its score alone"),
+        (COUNT, "none", "the reward is not only the score of the reward adapter"),
+        (OWN | {"path": "elsewhere"}, "none", "the reward is not only the score of the reward adapter"),
+        (sum_of(1.0, 0.1), "none", "the reward is not only the score of the reward adapter"),
+        (sum_of(0.0, 1.0), "none", "the reward is not only the score of the reward adapter"),
     ],
 )
 def test_other_rewards_use_its_trunk_with_a_head_of_0(tiny, reward, of, normalise, why):
     value, predicts_scores, said = start(tiny, {"reward": reward}, of, score={"normalise": normalise})
     assert not predicts_scores and same(trunk(value), trunk(reward))
     assert set(value[SCORE]) == {"kernel", "bias"} and not any(leaf.any() for leaf in value[SCORE].values())
-    assert said == [f"ppo: the value model starts from the reward adapter's trunk with a head of 0: {why}"]
+    assert said == [f"ppo: the value model starts from the reward adapter's trunk with a head of 0, because {why}"]
 
 
 def test_a_full_reward_adapter_does_not_make_the_value_full(tiny):
