@@ -13,14 +13,14 @@ MOST_PROCESSES = 65536  # and devices
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others."""
+    """A parser that reports an error in one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the options")
 
 
 def text(value: str) -> str:
-    """Text in UTF-8; the shell may pass any bytes."""
+    """Returns the text of an option. Raises an error if it is not UTF-8, because the shell may pass any bytes."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -29,22 +29,22 @@ def text(value: str) -> str:
 
 
 def path(value: str) -> str:
-    """The absolute path, as in settings."""
+    """Returns the absolute path, by the same rules as in settings."""
     return _expanded(absolute_path, value)
 
 
 def model_path(value: str) -> str:
-    """The absolute path of a folder, or a hub id."""
+    """Returns the absolute path of a folder, or a hub id unchanged."""
     return _expanded(source_path, value)
 
 
 def output_file(value: str) -> str:
-    """The absolute path, or - for standard output."""
+    """Returns the absolute path of a file, or - for standard output."""
     return value if value == "-" else path(value)
 
 
 def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
-    """A whole number from `least` to `most`."""
+    """Returns a function that reads a whole number from `least` to `most`."""
 
     def read(value: str) -> int:
         try:
@@ -61,7 +61,7 @@ def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
 
 
 def finite(value: str) -> float:
-    """A finite number."""
+    """Returns a finite number."""
     try:
         number = float(value)
     except ValueError:
@@ -79,20 +79,26 @@ def _expanded(expand: Callable[[str], str], value: str) -> str:
 
 
 def add_origin(parser: argparse.ArgumentParser, roles: str) -> None:
-    """Adds --run or --model, --step and --roles, of which `roles` is the help text."""
+    """Adds the options --run, --model, --step and --roles. `roles` is the help text of --roles."""
     origin = parser.add_mutually_exclusive_group(required=True)
     origin.add_argument("--run", type=path, metavar="DIR", help="run directory")
     origin.add_argument("--model", type=model_path, metavar="DIR", help="Hugging Face folder or hub id")
-    step = "roles of a checkpoint of the stage under way: latest, best (by the run's checkpoints.best) or a step number"
-    parser.add_argument("--step", metavar="latest|best|N", help=f"{step} (default: those of finished stages)")
+    step = "use this checkpoint of the unfinished stage: latest, best (by checkpoints.best) or a step number"
+    parser.add_argument("--step", metavar="latest|best|N", help=f"{step} (default: only roles of finished stages)")
     parser.add_argument("--roles", metavar="NAMES", help=roles)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds the options of sampling."""
-    parser.add_argument("--max-new-tokens", type=whole(1), help="default: the run's, else 64")
-    parser.add_argument("--temperature", type=finite, help="0: greedy (default: the run's, else 1.0)")
-    parser.add_argument("--top-k", type=whole(0), help="sample from the k likeliest (default: the run's, else off)")
-    top_p = "sample from the likeliest tokens with total probability p (default: the run's, else off)"
+    parser.add_argument(
+        "--max-new-tokens", type=whole(1), help="largest number of new tokens (default: the run's, else 64)"
+    )
+    parser.add_argument(
+        "--temperature", type=finite, help="sampling temperature; 0 is greedy decoding (default: the run's, else 1.0)"
+    )
+    parser.add_argument(
+        "--top-k", type=whole(0), help="sample from the k most likely tokens (default: the run's, else off)"
+    )
+    top_p = "sample from the most likely tokens, whose total probability is p (default: the run's, else off)"
     parser.add_argument("--top-p", type=finite, help=top_p)
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default: 0")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of sampling (default: 0)")

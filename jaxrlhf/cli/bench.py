@@ -13,23 +13,25 @@ from jaxrlhf.errors import UserError
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="jaxrlhf bench",
-        description="Times each compiled program of a run on this machine, with random weights, prompts and scores, "
-        "and compares it with the least possible time: arithmetic at the speed of a large matrix product, or bytes at "
-        "memory bandwidth, both measured here. Then times whole PPO iterations, including the host's work. Reads only "
+        description="Times each compiled program of a run on this machine, with random weights, prompts and scores. "
+        "Compares each time with the least possible time: that of the arithmetic at the speed of a large matrix "
+        "product, or of the bytes at memory bandwidth. Both speeds are measured on this machine. "
+        "Then times whole PPO iterations, including the host's work. Reads only "
         "config.json of model.path, reads no data and calls no reward function.",
     )
     add = parser.add_argument
     add("--config", type=path, required=True, metavar="FILE", help="YAML file of settings")
     add("--lengths", choices=("full", "geometric"), default="full",
-        help="completion lengths: full (default), or geometric with a mean of about a quarter of the full length")
-    add("--repeats", type=whole(1), default=5, metavar="N", help="timed calls of each program; default 5")
-    add("--iterations", type=whole(0), default=5, metavar="N", help="timed PPO iterations; default 5, 0: none")
+        help="completion lengths: full (default), or geometric: random, with a mean of about a quarter of full")
+    add("--repeats", type=whole(1), default=5, metavar="N", help="number of timed calls of each program (default: 5)")
+    iterations = "number of timed PPO iterations; 0 times none (default: 5)"
+    add("--iterations", type=whole(0), default=5, metavar="N", help=iterations)
     add("--only", metavar="PROGRAM,...", default="",
-        help="time only these programs, such as rollout,update; no iterations")
+        help="time only these programs, such as rollout,update, and no iterations")
     add("--profile", type=path, metavar="FOLDER",
-        help="write a jax.profiler trace of each program there, and print its slowest kernels")
+        help="write a jax.profiler trace of each program into this folder, and print the slowest kernels")
     add("--json", type=output_file, metavar="FILE",
-        help="write JSON after each program; -: to standard output, without the table")
+        help="write the results as JSON after each program; - prints JSON instead of the table")
     add("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)
 
@@ -54,7 +56,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def _check_writable(arguments: argparse.Namespace) -> None:
-    """`UserError` where a file or folder cannot be written, before anything is measured."""
+    """Raises `UserError`, before anything is measured, if a file or folder cannot be written."""
     option, target = "--profile", arguments.profile
     try:
         if target is not None:

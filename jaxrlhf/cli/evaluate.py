@@ -15,42 +15,48 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "win rates, perplexity and task metrics, each with a bootstrap confidence interval. The defaults are the run's "
         "own settings.",
     )
-    add_origin(parser, "roles of a run to evaluate, such as base,sft,policy (default: all that it has)")
+    add_origin(parser, "roles of a run to evaluate, such as base,sft,policy (default: all roles of the run)")
     source = parser.add_argument_group("data")
-    prompts = "prompts (default: ppo.evaluation.data of the run)"
+    prompts = "held-out prompts (default: ppo.evaluation.data of the run)"
     source.add_argument("--data", type=model_path, metavar="FILE", help=prompts)
     held_out = "held-out text for the perplexity: demonstrations or plain text (default: those of the run's sft stage)"
     source.add_argument("--text", type=model_path, metavar="FILE", help=held_out)
-    source.add_argument("--prompt-field", type=text, help="column of --data (default: prompt, messages or text)")
-    source.add_argument("--split", type=text, help="split of a hub id, folder or builtin set (default: train)")
-    source.add_argument("--limit", type=whole(1), help="number of first rows to use (default: all)")
+    source.add_argument(
+        "--prompt-field", type=text, help="column of --data with the prompts (default: prompt, messages or text)"
+    )
+    source.add_argument("--split", type=text, help="split of a hub id, folder or builtin data set (default: train)")
+    source.add_argument("--limit", type=whole(1), help="use only this number of rows, from the start (default: all)")
     source.add_argument("--max-length", type=whole(2), help="longest text, in tokens (default: the run's, else 1024)")
     judges = parser.add_argument_group("rewards and judges")
     reward = "module:function, or settings as in a config: '{kind: http, url: ...}' (default: ppo.reward of the run)"
     judges.add_argument("--reward", type=text, metavar="REWARD", help=reward)
     judges.add_argument("--gold", type=text, metavar="FUNCTION", help="a second reward function (default: ppo.gold)")
-    judge = "module:function that chooses the better of two completions; win rates are then also by it, in both orders"
+    judge = "module:function that chooses the better of two completions, in both orders; adds win rates by this judge"
     judges.add_argument("--judge", type=text, metavar="FUNCTION", help=judge)
     tasks = parser.add_argument_group("task metrics")
     names = "classification, entities, tags, rouge, bleu, chrf, exact_match, numeric, multiple_choice; may be repeated"
     tasks.add_argument("--task", type=text, metavar="NAME[:COLUMN]", action="append", help=names)
     tasks.add_argument("--labels", type=text, metavar="A,B,...", help="labels to look for (classification)")
-    pick = "which of several labels in a completion counts (default: first)"
+    pick = "label that counts if a completion has several (default: first)"
     tasks.add_argument("--pick", choices=("first", "last", "only"), default="first", help=pick)
-    tasks.add_argument("--ignore-case", action="store_true", help="case of the texts of entities does not count")
+    tasks.add_argument(
+        "--ignore-case", action="store_true", help="ignore upper and lower case in the texts of entities"
+    )
     normal = ("none", "strip", "lower", "squad")
-    tasks.add_argument("--normalize", choices=normal, default="strip", help="of exact_match (default: strip)")
-    tasks.add_argument("--tokenize", type=text, default="13a", help="sacrebleu's tokenizer of bleu (default: 13a)")
+    tasks.add_argument(
+        "--normalize", choices=normal, default="strip", help="normalisation of texts for exact_match (default: strip)"
+    )
+    tasks.add_argument("--tokenize", type=text, default="13a", help="tokenizer of sacrebleu for bleu (default: 13a)")
     add_sampling(parser)
-    group = "completions of each prompt; intervals resample prompts (default: 1)"
+    group = "number of completions of each prompt; the bootstrap resamples whole prompts (default: 1)"
     parser.add_argument("--samples-per-prompt", type=whole(1, 10_000), default=1, help=group)
     parser.add_argument("--batch-size", type=whole(1), help="prompts per batch (default: the run's, else 32)")
     intervals = parser.add_argument_group("intervals")
-    resamples = "bootstrap resamples (default: 2000)"
+    resamples = "number of bootstrap resamples (default: 2000)"
     intervals.add_argument("--resamples", type=whole(1, 1_000_000), default=2000, help=resamples)
-    intervals.add_argument("--confidence", type=finite, default=95.0, help="in percent (default: 95)")
-    intervals.add_argument("--interval", choices=("bca", "percentile"), default="bca", help="default: bca")
-    report = "writes the report as JSON; - prints it instead of the table"
+    intervals.add_argument("--confidence", type=finite, default=95.0, help="confidence level in percent (default: 95)")
+    intervals.add_argument("--interval", choices=("bca", "percentile"), default="bca", help="method (default: bca)")
+    report = "writes the report as JSON; - prints JSON instead of the table"
     parser.add_argument("--json", type=output_file, metavar="FILE", help=report)
     samples = "writes every prompt with its completions and scores as JSON Lines"
     parser.add_argument("--samples", type=path, metavar="FILE", help=samples)

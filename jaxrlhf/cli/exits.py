@@ -13,21 +13,21 @@ from jaxrlhf.errors import Diverged, Fault, UserError, printable
 
 
 def main_of(command: Callable[[StopSignals], None]) -> int:
-    """Runs a command and returns its exit status:
+    """Runs a command and returns its exit status.
 
     0  success
-    1  a run failed: a bug, or an error from outside the program, such as a full standard output
+    1  failure: a bug, or an error from outside the program, such as a full disk
     2  invalid input
     3  stopped by an alarm
     129, 130, 143  stopped by SIGHUP, Ctrl-C or SIGTERM
-    141  the reader of its output has ended, as in `| head`; nothing is printed
+    141  the program that reads the output has ended, as in `| head`; no message is printed
 
-    The command may set `afterwards` of its `StopSignals`: what the user can do next. It is appended to the message of a
-    failure or an interruption.
+    The command may set `afterwards` of its `StopSignals` to a text that says what the user can do next. This text is
+    appended to the message of a failure or an interruption.
     """
     open_streams()
-    # jax warns at each fork that a child may deadlock. Children of reward functions, such as a process pool's, do not
-    # call jax, and restore the signals of a run.
+    # jax warns at each fork that a child process may deadlock. Child processes of reward functions, such as those of a
+    # process pool, are safe: they do not call jax, and they restore the signals of a run.
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     with StopSignals() as stop:
         try:
@@ -63,7 +63,7 @@ def _status(command: Callable[[StopSignals], None], stop: StopSignals) -> int:
     except OutputLost:
         raise
     except Fault as fault:
-        if hasattr(fault, "elsewhere"):  # another process prints it
+        if hasattr(fault, "elsewhere"):  # another process prints the fault
             _say(_line(fault))
         else:
             _print_user_frames(fault)
@@ -82,7 +82,10 @@ def _status(command: Callable[[StopSignals], None], stop: StopSignals) -> int:
 
 
 def _print_user_frames(error: BaseException | None) -> None:
-    """Prints the frames of the user's reward function if it raised: they say which of its lines is at fault."""
+    """Prints the stack frames of the user's reward function if the function raised the error.
+
+    They name the faulty line.
+    """
     while error is not None and getattr(error, "user_error", None) is None:
         error = error.__cause__
     if error is not None:
@@ -93,7 +96,10 @@ def _print_user_frames(error: BaseException | None) -> None:
 
 
 def _line(error: Exception) -> str:
-    """The message for this process; another process may report the error itself."""
+    """Returns the message that this process prints.
+
+    If another process reports the error, the message names that process.
+    """
     return f"stopped: {error.elsewhere}" if hasattr(error, "elsewhere") else f"error: {error}"
 
 

@@ -12,17 +12,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Exports a role of a run as a folder that transformers, PEFT or a serving engine can load.",
     )
     parser.add_argument("--run", type=path, metavar="DIR", required=True, help="run directory")
-    step = "roles of a checkpoint of the stage under way: latest, best (by the run's checkpoints.best) or a step number"
-    parser.add_argument("--step", metavar="latest|best|N", help=f"{step} (default: those of finished stages)")
-    parser.add_argument("--to", type=path, metavar="DIR", required=True, help="output folder; replaces an older export")
-    formats = "merged: a full language model; peft: its LoRA adapter; reward: a sequence classifier with one label"
+    step = "use this checkpoint of the unfinished stage: latest, best (by checkpoints.best) or a step number"
+    parser.add_argument("--step", metavar="latest|best|N", help=f"{step} (default: only roles of finished stages)")
+    parser.add_argument(
+        "--to", type=path, metavar="DIR", required=True, help="output folder; an older export there is replaced"
+    )
+    formats = "merged: a full language model; peft: a LoRA adapter; reward: a sequence classifier with one label"
     parser.add_argument("--format", choices=("merged", "peft", "reward"), required=True, help=formats)
     roles = ("policy", "sft", "average", "reward", "value")
-    role = "default: policy, else sft; with --format reward: reward"
+    role = "role to export (default: policy, else sft; with --format reward: reward)"
     parser.add_argument("--role", choices=roles, help=role)
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, help="dtype of the exported weights (default: as in the run)")
-    size = "bytes per weight file (default: 5e9)"
+    size = "largest number of bytes of a weight file (default: 5e9)"
     parser.add_argument("--max-shard-bytes", type=whole(1, 2**63 - 1), default=5_000_000_000, metavar="N", help=size)
     return parser.parse_args(arguments)
 

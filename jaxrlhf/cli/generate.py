@@ -13,13 +13,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="jaxrlhf generate", description="Completes prompts with roles of a run, or with a model folder."
     )
-    add_origin(parser, "roles of a run to compare, such as base,sft,policy,average (default: the one trained last)")
+    add_origin(parser, "roles of a run to compare, such as base,sft,policy,average (default: the role trained last)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=text, metavar="TEXT", action="append", help="a prompt; may be repeated")
-    source.add_argument("--prompts", type=model_path, metavar="FILE", help="prompts: JSON, JSON Lines or Parquet")
-    parser.add_argument("--prompt-field", type=text, help="column of --prompts (default: prompt, messages or text)")
+    source.add_argument(
+        "--prompts", type=model_path, metavar="FILE", help="file of prompts: JSON, JSON Lines or Parquet"
+    )
+    parser.add_argument(
+        "--prompt-field", type=text, help="column of --prompts with the prompts (default: prompt, messages or text)"
+    )
     add_sampling(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
     return parser.parse_args(arguments)
 
 

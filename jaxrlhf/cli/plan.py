@@ -10,7 +10,7 @@ from jaxrlhf.cli.exits import main_of
 from jaxrlhf.plan.cards import CARDS, find_card, parse_memory, usable_share
 from jaxrlhf.plan.quiet import without_driver_warnings
 
-# Set before jax is imported: local GPUs stay unused, and each plan compiles afresh.
+# These are set before jax is imported. Local GPUs are then unused, and each plan compiles anew without a cache.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "JAX_ENABLE_COMPILATION_CACHE": "0", "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -29,8 +29,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--config", type=path, required=True, metavar="FILE", help="YAML file of settings")
     add("--devices", required=True, type=whole(1, MOST_PROCESSES), metavar="N", help="number of GPUs, such as 8 or 512")
     add("--card", default="h100", help=f"{', '.join(CARDS)}; default h100")
-    add("--memory", metavar="SIZE", help="memory of each GPU, such as 80GiB; default: the card's")
-    add("--per-host", type=whole(1, MOST_PROCESSES), default=8, metavar="N", help="GPUs per host; default 8")
+    add("--memory", metavar="SIZE", help="memory of each GPU, such as 80GiB (default: the memory of the card)")
+    add(
+        "--per-host", type=whole(1, MOST_PROCESSES), default=8, metavar="N", help="number of GPUs per host (default: 8)"
+    )
     add("--json", action="store_true", help="print JSON")
     add("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_intermixed_args(arguments)

@@ -10,11 +10,14 @@ from jaxrlhf.cli.exits import main_of
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="jaxrlhf report",
-        description="Writes one HTML file with the curves, answers, tokens and settings of runs; it needs no network.",
+        description="Writes one HTML file with the curves, answers, tokens and settings of runs. It needs no network.",
     )
-    runs = "run directories; several are laid over each other, and those that differ only by seed are a mean"
+    runs = "run directories; several runs share each plot, and runs that differ only by seed are shown as a mean"
     parser.add_argument("--run", type=path, metavar="DIR", nargs="+", required=True, help=runs)
-    parser.add_argument("--to", type=path, metavar="FILE", help="default: report.html in DIR, or here for several runs")
+    parser.add_argument(
+        "--to", type=path, metavar="FILE", help="file to write (default: report.html in DIR, or in the current folder "
+        "for several runs)"
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,7 +1,7 @@
-"""Standard output and error of a command, also where they are closed, full, or cannot show a character.
+"""Standard output and standard error of a command, even if they are closed, full, or cannot show a character.
 
-Characters that the encoding lacks are replaced. Output that cannot be written raises `OutputLost`. Messages on standard
-error that cannot be written are dropped: they must not stop a run.
+Characters that the encoding does not have are replaced. Output that cannot be written raises `OutputLost`. Messages on
+standard error that cannot be written are dropped: they must not stop a run.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from jaxrlhf.errors import Fault
 
 
 class OutputLost(Fault):
-    """Standard output cannot be written."""
+    """Raised if standard output cannot be written."""
 
-    kept = ""  # text for the message: where the results are
+    kept = ""  # text for the message that says where the results are
 
     def __init__(self, error: OSError):
         reason = "it is closed" if error.errno == errno.EBADF else os.strerror(error.errno)
         super().__init__(f"standard output cannot be written: {reason}")
-        self.broken_pipe = error.errno == errno.EPIPE  # its reader has ended, such as `head`
+        self.broken_pipe = error.errno == errno.EPIPE  # the program that reads the output, such as `head`, has ended
 
 
 class _Output(io.FileIO):
@@ -42,7 +42,10 @@ class _Messages(io.FileIO):
 
 
 def open_streams() -> None:
-    """Replaces Python's own streams by ones that behave as described above; leaves streams of a caller."""
+    """Replaces Python's own streams by streams that behave as the module describes.
+
+    Streams that a caller has set are kept.
+    """
     # No file that is opened later may get the number of a closed stream. Writing to a closed output must still fail.
     for descriptor, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -66,7 +69,7 @@ def _text(before: Any, raw: io.FileIO, errors: str, line_buffering: bool = False
 
 
 def discard_output() -> None:
-    """Sends what is still buffered for standard output to nowhere: Python flushes it at exit."""
+    """Discards the text that is still buffered for standard output. Otherwise Python would write this text at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

@@ -25,7 +25,7 @@ def _seconds(text: str) -> float:
 
 
 class _Help(argparse.Action):
-    """`--help`: the options and every setting. `--help SETTING ...`: these settings, or the settings of sections."""
+    """`--help` prints the options and every setting. `--help NAME ...` prints only these settings or sections."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, names: list[str], option: object) -> None:
         from jaxrlhf.config.table import settings_help
@@ -48,10 +48,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    one = "this help with every setting; with names such as ppo.kl: those settings or sections only"
+    one = "prints this help and every setting; after names such as ppo.kl, prints only these settings or sections"
     parser.add_argument("-h", "--help", action=_Help, nargs="*", metavar="SETTING", help=one)
     parser.add_argument("--config", type=path, required=True, metavar="FILE", help="YAML file of settings")
-    dry = "check settings, model, rows and rewards, print what would run, and stop; writes nothing"
+    dry = "checks settings, model, rows and rewards, and prints what would run; writes nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     several = parser.add_argument_group(
         "several processes",
@@ -61,13 +61,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     for flag, kind, metavar, text in (
         ("coordinator", str, "HOST:PORT", "address of process 0"),
-        ("processes", whole(1, MOST_PROCESSES), "N", "number of processes; 1: no coordination"),
+        ("processes", whole(1, MOST_PROCESSES), "N", "number of processes; 1 means no coordination"),
         ("process", whole(0, MOST_PROCESSES), "I", "index of this process, from 0"),
     ):
         variable = os.environ.get(f"JAXRLHF_{flag.upper()}") or None
         several.add_argument(f"--{flag}", type=kind, default=variable, metavar=metavar, help=text)
     several.add_argument(
-        "--start-timeout", type=_seconds, default=300, metavar="SECONDS", help="wait for all to start (default: 300)"
+        "--start-timeout", type=_seconds, default=300, metavar="SECONDS", help="longest wait until all processes have "
+        "started (default: 300)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Alarms on metrics: conditions, what begins and ends them, and their commands."""
+"""Alarms on metrics. Checks their conditions at each step, and starts the action of an alarm that begins."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ from jaxrlhf.config.alarms import ADVICE, AlarmConfig
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.stopping import Stopped
 
-TIME_LIMIT = 60.0  # seconds that a command may take
+TIME_LIMIT = 60.0  # seconds after which a command is ended
 STATUS = 3  # exit status of a run that an alarm stops
 
 
 class StoppedByAlarm(Stopped):
-    """An alarm ended the run, and its steps are saved."""
+    """Raised when an alarm ends the run. The steps of the run are saved."""
 
     then = "the same command continues once that alarm is changed"
 
@@ -27,23 +27,24 @@ class StoppedByAlarm(Stopped):
 
 @dataclasses.dataclass
 class State:
-    """What an alarm has seen. Checkpoints save it."""
+    """The state of an alarm: the values that it has seen. Checkpoints save this state."""
 
-    latest: list[float] = dataclasses.field(default_factory=list)  # the last `over` values
-    latest_against: list[float] = dataclasses.field(default_factory=list)  # those of the metric `against`
+    latest: list[float] = dataclasses.field(default_factory=list)  # the last `over` values of the metric
+    latest_against: list[float] = dataclasses.field(default_factory=list)  # the last values of the metric `against`
     extreme: float | None = None  # lowest or highest mean so far, for rises_by or falls_by
-    extreme_against: float | None = None  # mean of `against` at that step
-    beyond: int = 0  # values in a row beyond the limit
-    within: int = 0  # values in a row within the limit
-    first: int = 0  # step of the first of the values in a row that are beyond
+    extreme_against: float | None = None  # mean of `against` at the step of `extreme`
+    beyond: int = 0  # number of values in a row beyond the limit
+    within: int = 0  # number of values in a row within the limit
+    first: int = 0  # step of the first of the values in a row beyond the limit
     active: bool = False
 
 
 class Alarms:
     """The alarms of one stage.
 
-    `saved` is what `notes` returned at the checkpoint from which the stage resumes. An alarm that has been changed
-    since then keeps the values that it has seen, if its metric and mean are the same, and begins anew.
+    `saved` is the result of `notes` at the checkpoint from which the stage resumes. If an alarm was changed after that
+    checkpoint, it is no longer active. It keeps the values that it has seen if `metric`, `against` and `over` are
+    unchanged.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Alarms:
     ):
         self.stage, self.alarms, self.say, self.run_dir = stage, alarms, say, run_dir
         self.states = {name: _restored(alarm, saved.get(name)) for name, alarm in alarms.items()}
-        self.due: dict[str, str] = {}  # alarms that have begun and ask for pause or stop: name -> message
+        self.due: dict[str, str] = {}  # name -> message, for alarms that have begun and whose action is pause or stop
         self._commands: list[tuple[threading.Thread, list]] = []
         for name, alarm in alarms.items():
             if alarm.do == "stop" and self.states[name].active:
@@ -64,13 +65,14 @@ class Alarms:
 
     @property
     def active(self) -> list[str]:
-        """Names of the alarms that hold now."""
+        """Returns the names of the alarms that are active now."""
         return [name for name, state in self.states.items() if state.active]
 
     def action(self) -> str | None:
-        """What the alarms that have begun ask for: "stop", "pause" or None; the same on all processes.
+        """Returns the action of the alarms that have begun: "stop", "pause" or None.
 
-        Metrics that are times differ between processes, so that one may see an alarm that another does not.
+        The processes agree on this action: times differ between processes, so an alarm on a time may begin on only one
+        process.
         """
         asked = {self.alarms[name].do for name in self.due}
         number = 2 if "stop" in asked else len(asked)
@@ -79,16 +81,16 @@ class Alarms:
         return (None, "pause", "stop")[number]
 
     def notes(self) -> dict[str, Any]:
-        """The state of all alarms, as JSON values."""
+        """Returns the state of all alarms, as JSON values."""
         return {
             name: {"alarm": _definition(self.alarms[name]), **dataclasses.asdict(state)}
             for name, state in self.states.items()
         }
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Looks at the metrics of a step, and prints and acts on alarms that begin.
+        """Takes the metrics of a step. For each alarm that begins, prints a line and starts the alarm's action.
 
-        Returns the metrics alarm/NAME: 1 in the steps in which an alarm holds, and 0 in the step in which it ends.
+        Returns the metrics alarm/NAME: 1 at each step at which the alarm is active, and 0 at the step at which it ends.
         """
         found = {}
         for name, alarm in self.alarms.items():
@@ -123,7 +125,7 @@ class Alarms:
         self._commands.append((thread, running))
 
     def _run(self, name: str, command: tuple[str, ...], text: str, running: list) -> None:
-        """Runs a command to its end; prints a line if it fails."""
+        """Runs a command to its end. Prints a line if the command fails."""
         where = f"{self.stage}: alarm {name}: command {command[0]}"
         quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
@@ -142,7 +144,10 @@ class Alarms:
             self.say(f"{where} cannot be started: {getattr(error, 'strerror', None) or error}")
 
     def close(self, wait: bool = True) -> None:
-        """Waits for running commands, which takes at most their time limit, or ends them."""
+        """Waits until running commands end, at most until their time limit.
+
+        If `wait` is false, ends the commands instead.
+        """
         for thread, running in self._commands:
             if not wait:
                 for process in running:
@@ -151,7 +156,7 @@ class Alarms:
 
 
 def _look(alarm: AlarmConfig, state: State, value: float, against: float | None, step: int) -> float:
-    """Updates the state with the value of a step, and returns the mean that is compared with the limit."""
+    """Updates the state with the value of a step. Returns the mean that is compared with the limit."""
     state.latest = [*state.latest, value][-alarm.over :]
     mean = sum(state.latest) / len(state.latest)
     if against is not None:
@@ -184,7 +189,7 @@ def _is_beyond(alarm: AlarmConfig, state: State, mean: float) -> bool:
 
 
 def describe(alarm: AlarmConfig, state: State, mean: float) -> str:
-    """The value and the limit, as text such as "kl/k1 is 31.2, above 30"."""
+    """Returns the value and the limit as text, such as "kl/k1 is 31.2, above 30"."""
     kind, limit = alarm.limit
     number = limit if isinstance(limit, str) else f"{limit:g}"
     value = f"{alarm.metric} is {mean:.3g}" + f" (mean of {alarm.over})" * (alarm.over > 1)

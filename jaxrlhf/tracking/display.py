@@ -15,11 +15,14 @@ from rich.text import Text
 
 PERIOD = 0.25  # seconds between drawings
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
-_streams: list[tuple[object, object]] = []  # stdout and stderr while a display stands in for them
+_streams: list[tuple[object, object]] = []  # the real stdout and stderr, while a display replaces them
 
 
 def _restore_in_child() -> None:
-    """A forked child prints past the display, whose lock a thread of the parent may have held."""
+    """Lets a forked child process print without the display.
+
+    A thread of the parent may hold the display's lock forever.
+    """
     if _streams:
         sys.stdout, sys.stderr = _streams[-1]
 
@@ -35,13 +38,16 @@ def fits_terminal() -> bool:
 
 
 class Display:
-    """Redraws `lines(width, unicode)` on stderr until `close`. Lines printed meanwhile appear above it."""
+    """Redraws `lines(width, unicode)` on stderr until `close`.
+
+    Other lines that are printed appear above this drawing.
+    """
 
     def __init__(self, lines: Callable[[int, bool], list[Text]]):
         self._lines, self._later = lines, collections.deque()
         self._unicode = _writes_unicode()
         self._console = Console(file=sys.stderr, force_terminal=True, soft_wrap=True, highlight=False, markup=False)
-        # Output of the run that goes to a file must not be printed on the terminal instead.
+        # stdout is not replaced if it goes to a file, because its lines must not appear on the terminal.
         same = sys.stdout is not None and sys.stdout.isatty()
         self._live = Live(
             console=self._console, auto_refresh=False, get_renderable=self._drawn, redirect_stdout=same,
@@ -49,7 +55,7 @@ class Display:
         )  # fmt: skip
         _streams.append((sys.stdout, sys.stderr))
         self._live.start()
-        self._console.show_cursor(True)  # a killed process could not show it again
+        self._console.show_cursor(True)  # the cursor stays visible, because a killed process could not show it again
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._redraw, name="display", daemon=True)
         self._thread.start()
@@ -68,11 +74,11 @@ class Display:
             self._console.print(Text(self._later.popleft()))
 
     def say(self, text: str) -> None:
-        """Prints a line at the next drawing. Takes no lock, so that any thread may call it at any moment."""
+        """Prints a line at the next drawing. Takes no lock, so any thread may call this method at any moment."""
         self._later.append(text)
 
     def close(self) -> None:
-        """Draws once more, and leaves the last drawing on the terminal."""
+        """Draws a last time. This drawing stays on the terminal."""
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError, ValueError):
@@ -92,14 +98,17 @@ def _writes_unicode() -> bool:
 
 
 def bar(share: float, width: int, unicode: bool) -> Text:
-    """A bar of `width` characters, of which `share` (0 to 1) is filled."""
+    """Returns a bar of `width` characters. The part `share` (0 to 1) of the bar is filled."""
     filled = round(share * width)
     full, empty = ("━", "─") if unicode else ("#", "-")
     return Text(full * filled, "green") + Text(empty * (width - filled), "bright_black" if unicode else "")
 
 
 def sparkline(values: Sequence[float], width: int, unicode: bool) -> str:
-    """The history of a figure in `width` characters or fewer: each is the mean of an equal part of the values."""
+    """Returns the history of a figure as at most `width` characters.
+
+    Each shows the mean of an equal part of the values.
+    """
     values = [value for value in values if math.isfinite(value)]
     if len(values) < 2:
         return ""
@@ -112,13 +121,16 @@ def sparkline(values: Sequence[float], width: int, unicode: bool) -> str:
 
 
 def packed(parts: Sequence[Text], width: int, gap: int) -> list[Text]:
-    """The parts in as few lines as their order allows; a part that is too long is cut."""
+    """Returns the parts in as few lines as possible, without changing their order.
+
+    A part longer than `width` is cut.
+    """
     lines: list[Text] = []
     for part in parts:
         if lines and lines[-1].cell_len + gap + part.cell_len <= width:
             lines[-1].append(" " * gap).append_text(part)
         else:
-            lines.append(Text().append_text(part))  # the style of a part is not that of the line
+            lines.append(Text().append_text(part))  # the line must not get the part's style
     for line in lines:
         line.truncate(width)
         line.no_wrap = True

@@ -1,7 +1,8 @@
-"""Counts steps in a row without an update, and ends the run after too many.
+"""Counts steps in a row without an update, and ends the run after too many. A step makes no update in two cases.
 
-A step makes no update in two cases. The optimizer skips it because the loss or gradient is not finite; metrics that end
-in `skipped` count these steps. Or the stage skips it because KL or length is above a limit (metric `health/paused`).
+In the first case the loss or gradient is not finite, and the optimizer skips the update; metrics whose names end in
+`skipped` count these steps. In the second case KL or length is above a limit, and the stage skips the update (metric
+`health/paused`).
 """
 
 from collections.abc import Mapping
@@ -19,13 +20,16 @@ SKIPPED, PAUSED = "skipped", "health/paused"
 
 
 class Health:
-    """Counts consecutive steps without an update. Checkpoints save the count, `in_a_row`."""
+    """Counts steps in a row without an update. Checkpoints save this number, `in_a_row`."""
 
     def __init__(self, patience: int, in_a_row: int = 0):
         self.patience, self.in_a_row = patience, in_a_row
 
     def observe(self, metrics: Mapping[str, float]) -> str | None:
-        """Counts one step by its metrics. Returns the reason once `patience` is reached, else None."""
+        """Takes the metrics of one step.
+
+        Once `patience` steps in a row made no update, returns the reason, else None.
+        """
         skipped = any(value for name, value in metrics.items() if name.endswith(SKIPPED))
         self.in_a_row = self.in_a_row + 1 if skipped or metrics.get(PAUSED) else 0
         if self.in_a_row < self.patience:
@@ -34,9 +38,9 @@ class Health:
 
 
 def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str, in_a_row: int) -> None:
-    """Writes the batch of the last step to `folder`/STAGE-STEP/batch.safetensors and raises `Diverged` with this path.
+    """Writes the batch of the last step to `folder`/STAGE-STEP/batch.safetensors.
 
-    All processes must call this function; process 0 writes.
+    Always raises `Diverged`, with this path. All processes must call this function. Process 0 writes the file.
     """
     leaves = jax.tree_util.tree_leaves_with_path(fetch(batch))
     arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves if leaf.ndim}
@@ -47,5 +51,6 @@ def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str
     steps = f"{in_a_row} steps in a row" if in_a_row > 1 else "a step"
     raise Diverged(
         f"{stage}: {steps} made no update, because {reason}; the batch of step {step} is in {target}/batch.safetensors "
-        "(health.patience limits how many; to change another setting, start a new run in another run_dir)"
+        "(health.patience limits the number of these steps; to change another setting, start a new run in another "
+        "run_dir)"
     )

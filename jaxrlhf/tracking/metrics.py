@@ -18,19 +18,20 @@ from jaxrlhf.errors import Fault, UserError
 class MetricsLog:
     """Appends JSON lines with stage and step to a file. If the process is killed after `write`, no line is lost.
 
-    It is used for `metrics.jsonl` (`seconds` and slash-named floats) and `samples.jsonl` (text). `time` is when a line
-    was written: UTC in ISO 8601, with milliseconds. Lines are in the order of the run: stages follow one another, and
-    steps within a stage never decrease. With `path` None nothing is written; all processes except the first have None.
-    A full disk raises `Fault`; the file keeps its complete lines.
+    The logs are `metrics.jsonl` (`seconds` and floats with names such as `kl/k1`) and `samples.jsonl` (text). The key
+    `time` is the time at which the line was written, in UTC as ISO 8601 with milliseconds. Lines are in the order of
+    the run: all lines of one stage come before the next stage, and steps within a stage never decrease. If `path` is
+    None, nothing is written. All processes except the first have None. A full disk raises `Fault`, and the complete
+    lines stay in the file.
     """
 
     def __init__(self, path: str | Path | None):
         self._path = None if path is None else Path(path)
         self._file = None
-        self._lines = 0  # of the open file
+        self._lines = 0  # number of lines of the open file
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line. Values may be arrays; non-finite floats become null."""
+        """Appends one line. Values may be arrays. Floats that are not finite become null."""
         if self._path is None:
             return
         place = {"stage": stage, "step": int(step), "time": _now()}
@@ -44,7 +45,7 @@ class MetricsLog:
         whole = os.fstat(file.fileno()).st_size
         try:
             left = memoryview(line)
-            while left:  # a nearly full disk may accept only a part
+            while left:  # a nearly full disk may accept only a part of the line
                 left = left[file.write(left) :]
         except OSError:
             with contextlib.suppress(OSError):
@@ -75,11 +76,11 @@ class MetricsLog:
                 os.fsync(self._file.fileno())
 
     def truncate(self, stage: str, step: int, lines: int | None = None) -> int:
-        """Removes the lines after `step` of `stage`, including those of later stages, before a run resumes.
+        """Removes the lines after `step` of `stage`, and those of later stages, before a run resumes.
 
-        Also removes an incomplete last line, and all lines beyond the first `lines`, which is the number of lines when
-        the checkpoint of `step` was saved. The file is replaced atomically. Raises `UserError` for a line that is not
-        JSON. Returns how many of the first `lines` are missing.
+        Also removes an incomplete last line. `lines` is the number of lines at the time when the checkpoint of `step`
+        was saved; later lines are removed too. The file is replaced atomically. Raises `UserError` for a line that is
+        not JSON. Returns how many of the first `lines` lines are missing.
         """
         self.close()
         if self._path is None:
@@ -104,7 +105,7 @@ class MetricsLog:
             return stage, step
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
-                f"{self._path}:{number}: not a line of this log (JSON with stage and step); remove the line"
+                f"{self._path}:{number}: is not a line of this log (JSON with stage and step); remove the line"
             ) from None
 
     def _opened(self) -> io.FileIO:
@@ -121,17 +122,17 @@ class MetricsLog:
             raise Fault(f"{self._path}: cannot be written: {reason(error)}; earlier lines are kept") from error
 
     def close(self) -> None:
-        """Closes the file; the next `write` opens it again."""
+        """Closes the file. The next `write` opens the file again."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def _lines_to_keep(places: list[tuple[str, int]], stage: str, step: int) -> int:
-    """The number of lines up to and including `step` of `stage`. `places` holds (stage, step) of each line.
+    """Returns the number of lines up to and including `step` of `stage`. `places` holds (stage, step) of each line.
 
-    If the stage has lines but none up to `step`, these are the lines before the stage. If the stage has no line, these
-    are all lines.
+    If all lines of the stage are after `step`, returns the number of lines before the stage. If the stage has no line,
+    returns the number of all lines.
     """
     of_stage = [i for i, (name, _) in enumerate(places) if name == stage]
     up_to = [i for i in of_stage if places[i][1] <= step]
@@ -141,7 +142,7 @@ def _lines_to_keep(places: list[tuple[str, int]], stage: str, step: int) -> int:
 
 
 def _drop_half_line(path: Path) -> int:
-    """Removes an incomplete last line, left by a kill. Returns the number of lines."""
+    """Removes an incomplete last line, which a killed process may leave. Returns the number of complete lines."""
     if not path.exists():
         return 0
     with open(path, "rb+") as file:
@@ -151,12 +152,12 @@ def _drop_half_line(path: Path) -> int:
 
 
 def _now() -> str:
-    """The time in UTC, such as 2026-11-27T08:30:00.123Z."""
+    """Returns the time now in UTC, such as 2026-11-27T08:30:00.123Z."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _plain(value: Any) -> Any:
-    """Converts arrays to lists and non-finite floats to None, recursively, for JSON."""
+    """Returns a value for JSON: arrays become lists, and floats that are not finite become None, at every depth."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

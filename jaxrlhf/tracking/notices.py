@@ -1,4 +1,4 @@
-"""One-line notices for the user about input that is interpreted in a way its author may not expect."""
+"""One-line notices for the user about input that the program may not interpret as the user expects."""
 
 import sys
 
@@ -9,7 +9,10 @@ _printed: set[str] = set()
 
 
 def notice(text: str) -> None:
-    """Prints a line on stderr, once per process. Of several processes, process 0 prints."""
+    """Prints a line on stderr. The same line is printed only once.
+
+    If there are several processes, only process 0 prints.
+    """
     if text not in _printed and processes.is_first():
         print(printable(f"note: {text}"), file=sys.stderr, flush=True)
     _printed.add(text)

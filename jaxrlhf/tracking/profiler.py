@@ -13,11 +13,12 @@ from jaxrlhf.distributed import processes
 
 
 class StepProfiler:
-    """Records the steps of `settings` into `folder`/profile/STAGE, on process 0. With `settings` None it does nothing.
+    """Records the steps of `settings` into `folder`/profile/STAGE, on process 0.
 
-    `done` is the number of steps before this start. The first step of a start compiles programs; it is recorded only
-    if the recording is to begin at step 1. A resumed run that has passed the steps without a complete recording
-    records as many steps after its first one. A complete recording is kept.
+    If `settings` is None, nothing is recorded. `done` is the number of steps that were done before the program started.
+    The first step after a start compiles programs. It is recorded only if `settings` names step 1 as the first step. If
+    a resumed run is past the named steps and has no complete recording, it records the same number of steps, from its
+    second step. A complete recording is never replaced.
     """
 
     def __init__(
@@ -39,10 +40,16 @@ class StepProfiler:
         start = first if first == 1 and not done else max(first, done + 2)
         self._steps = range(start, min(start + last - first, total) + 1)
         if not self._steps and settings.stage is not None:
-            say(f"{stage}: no step is left for profile.steps={[first, last]}: the stage has {total} steps")
+            say(
+                f"{stage}: no step is left to record for profile.steps={[first, last]}, because the stage has only "
+                f"{total} steps"
+            )
 
     def begin(self, step: int, state: Any) -> None:
-        """Starts the recording if step `step`, from 1, is the first one; waits until `state` has been computed."""
+        """Starts the recording if `step`, counted from 1, is the first step to record.
+
+        First waits until `state` is computed.
+        """
         if self._steps and step == self._steps[0]:
             jax.block_until_ready(state)
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -53,7 +60,7 @@ class StepProfiler:
             self._annotation.__enter__()
 
     def end(self, step: int, state: Any) -> None:
-        """Ends the recording after the last step, when `state` has been computed, and says how to open it."""
+        """Ends the recording after the last step, when `state` is computed. Prints how to open the recording."""
         if not self._running:
             return
         self._annotation.__exit__(None, None, None)
@@ -64,7 +71,7 @@ class StepProfiler:
         try:
             jax.profiler.stop_trace()
             self._temporary.rename(self._target)
-        except Exception as error:  # the steps are worth more than their recording
+        except Exception as error:  # a run must not fail because of its recording
             self._say(f"{self._stage}: the profile could not be written: {reason(error)}; the run continues")
             return
         steps = f"step {step}" if len(self._steps) == 1 else f"steps {self._steps[0]} to {step}"
@@ -75,7 +82,7 @@ class StepProfiler:
         )
 
     def close(self) -> None:
-        """Discards an incomplete recording; a resumed run makes it again."""
+        """Discards an incomplete recording. A resumed run records the steps again."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

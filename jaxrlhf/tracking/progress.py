@@ -1,4 +1,4 @@
-"""The progress of a stage on stderr: a live display on a terminal, else a line every so often."""
+"""The progress of a stage on stderr: a live display on a terminal, else a line every 30 seconds."""
 
 import collections
 import sys
@@ -11,16 +11,16 @@ from jaxrlhf.distributed import processes
 if TYPE_CHECKING:
     from rich.text import Text
 
-EVERY = 30.0  # seconds between lines where stderr is no terminal
-LONG_COMPILE = 5.0  # seconds from which such lines tell of a compilation
-RECENT = 50  # steps from which speed and time left are computed
-MOST_KEPT = 256  # values of a figure's history; above, neighbours are averaged
+EVERY = 30.0  # seconds between lines if stderr is not a terminal
+LONG_COMPILE = 5.0  # a compilation that takes at least this number of seconds gets a line
+RECENT = 50  # number of last steps from which speed and time left are computed
+MOST_KEPT = 256  # largest number of values in the history of a figure; more values are averaged in pairs
 
 
 class Progress:
     """The progress of a stage. Only process 0 shows it.
 
-    Compiling counts neither for the time left nor for tokens per second.
+    The time of compilations is left out when the time left and the tokens per second are computed.
     """
 
     def __init__(self, stage: str, total: int, done: int = 0):
@@ -31,14 +31,14 @@ class Progress:
         self._stride = self._seen = 0
         self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=RECENT)  # seconds, tokens
         self._compiling: tuple[str, float] | None = None  # program, start
-        self._left_out = 0.0  # seconds since the last step that do not count
+        self._left_out = 0.0  # seconds since the last step that are left out of the speed
         self._began = self._last = self._printed = time.perf_counter()
         self._first = done
         self._display = None
         self._shown = False
 
     def open(self) -> None:
-        """Begins to show the progress."""
+        """Starts to show the progress."""
         self._began = self._last = time.perf_counter()
         self._shown = processes.is_first() and sys.stderr is not None
         if self._shown:
@@ -56,17 +56,17 @@ class Progress:
             self._print(self._line())
 
     def say(self, text: str) -> None:
-        """Prints a line above the display soon, without waiting for a lock."""
+        """Prints a line above the display at the next drawing. Never waits for a lock."""
         if self._display is not None:
             self._display.say(text)
 
     @property
     def live(self) -> bool:
-        """Whether there is a live display, with the cursor at the end of its last line."""
+        """Whether there is a live display. The cursor is then at the end of the display's last line."""
         return self._display is not None
 
     def compiling(self, program: str | None) -> None:
-        """A program begins to compile, or (None) has been compiled."""
+        """Says that `program` begins to compile, or, if it is None, that the compilation has ended."""
         now = time.perf_counter()
         before, self._compiling = self._compiling, program and (program, now)
         if before is not None:
@@ -75,15 +75,15 @@ class Progress:
                 self._print(f"{self.stage}: compiled {before[0]} in {duration(now - before[1])}")
 
     def leave_out(self, seconds: float) -> None:
-        """Seconds since the last step that do not count, such as an evaluation or a pause."""
+        """Leaves `seconds` out of the speed: the time of an evaluation or a pause since the last step."""
         self._left_out += seconds
 
     def update(self, values: Mapping[str, float], tokens: int = 0, alarms: Sequence[str] = ()) -> None:
-        """Counts a step. `values` are the key figures by label, `alarms` the names of those that hold."""
+        """Counts a step. `values` are the key figures by label. `alarms` are the names of the active alarms."""
         now = time.perf_counter()
         seconds, self._left_out = now - self._last - self._left_out, 0.0
         self._last = now
-        if seconds > 0:  # a compilation within time that is left out counts twice
+        if seconds > 0:  # 0 or less if a compilation was part of an evaluation, and its time was left out twice
             self._recent.append((seconds, tokens))
         self.done, self.values, self.alarms = self.done + 1, dict(values), alarms
         self._remember()
@@ -108,14 +108,17 @@ class Progress:
             }
 
     def speed(self) -> tuple[float | None, float | None]:
-        """(seconds until the last step, tokens per second), from recent steps; None before there are any."""
+        """Returns (seconds until the stage ends, tokens per second), from recent steps.
+
+        Both are None before the first step.
+        """
         recent = list(self._recent)
         if not recent:
             return None, None
         seconds, tokens = sum(s for s, _ in recent), sum(t for _, t in recent)
         return seconds / len(recent) * (self.total - self.done), tokens / seconds if tokens else None
 
-    # ---------------------------------------------------------------- where stderr is no terminal
+    # ---------------------------------------------------------------- if stderr is not a terminal
 
     def _line(self) -> str:
         left, tokens = self.speed()
@@ -136,7 +139,7 @@ class Progress:
     # ---------------------------------------------------------------- on a terminal
 
     def _drawn(self, width: int, unicode: bool) -> list["Text"]:
-        """The lines of the display, none longer than `width`."""
+        """Returns the lines of the display. No line is longer than `width`."""
         from rich.text import Text
 
         from jaxrlhf.tracking.display import bar, packed, sparkline
@@ -167,7 +170,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time such as 0:42, 1:02:03 or 2 d 3 h."""
+    """Returns a duration as text, such as 0:42, 1:02:03 or 2 d 3 h."""
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 48:

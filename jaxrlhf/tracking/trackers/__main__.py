@@ -1,8 +1,8 @@
 """python -m jaxrlhf.tracking.trackers RUN_DIR PID DESCRIPTOR [NAME ...]: sends the logs of a run to trackers.
 
-The run, process PID, starts this process; see `process`. DESCRIPTOR is a listening socket for Prometheus, or -1. The
-process ends soon after it gets a line on standard input, or after the run has been killed. Clients print into
-RUN_DIR/trackers.log, which is standard error; lines for the user go to standard output.
+The run, which is process PID, starts this process; see `process`. DESCRIPTOR is a listening socket for Prometheus, or
+-1. This process ends soon after it reads a line from standard input, or soon after the run is killed. What clients
+print goes to standard error, which is the file RUN_DIR/trackers.log. Lines for the user go to standard output.
 """
 
 import contextlib
@@ -29,14 +29,17 @@ from jaxrlhf.tracking.trackers.process import CLOSING, LOCK, STATE
 from jaxrlhf.tracking.trackers.prometheus import serve
 from jaxrlhf.tracking.trackers.protocol import RunInfo, Tracker
 
-INTERVAL = 1.0  # seconds between two looks into the logs
-HANGS = 120.0  # seconds without an answer after which a tracker is dropped
+INTERVAL = 1.0  # seconds between two readings of the logs
+HANGS = 120.0  # a tracker that does not answer for this number of seconds is dropped
 CLASSES = {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "mlflow": "MLflow", "trackio": "Trackio"}
 LATER = "the same command sends it the rest when the run resumes"
 
 
 class State:
-    """trackers.json: for each tracker the ids of its run, and how many lines of samples.jsonl it has."""
+    """The file trackers.json.
+
+    It holds, for each tracker, the ids of its run and how many lines of samples.jsonl it has.
+    """
 
     def __init__(self, path: Path):
         self._path, self._lock = path, threading.Lock()
@@ -54,29 +57,29 @@ class State:
 
 
 class Follower:
-    """Sends the logs to one tracker, in a thread of its own: one that hangs or fails does not affect the others."""
+    """Sends the logs to one tracker, in its own thread. If one tracker hangs or fails, the others are not affected."""
 
     def __init__(self, name: str, tracker: Tracker, run: RunInfo, state: State, say: Callable[[str], None]):
         self.name, self._tracker, self._run, self._state, self._say = name, tracker, run, state, say
         self._closing, self._finished = threading.Event(), False
-        self._called: float | None = None  # when the tracker was called; None while it is not
+        self._called: float | None = None  # time of the call that is running; None if no call is running
         self._dropped = False
         self.thread = threading.Thread(target=self._follow, name=name, daemon=True)
         self.thread.start()
 
     def close(self, finished: bool) -> None:
-        """Lets the thread send what is left and end."""
+        """Tells the thread to send the rest of the logs and then to end."""
         self._finished = finished
         self._closing.set()
 
     def drop_if_hanging(self, limit: float = HANGS) -> None:
-        """Drops the tracker if it has not answered for `limit` seconds."""
+        """Drops the tracker if it has not answered a call for `limit` seconds."""
         called = self._called
         if called is not None and time.monotonic() - called > limit:
             self.drop(f"has not answered for {limit:g} s")
 
     def drop(self, reason: str) -> None:
-        """Says once why nothing more is sent to the tracker."""
+        """Stops sending to the tracker. Prints the reason, once."""
         if not self._dropped:
             self._dropped = True
             self._say(f"{self.name}: {reason}; the run continues without it; {LATER}")
@@ -117,10 +120,11 @@ class Follower:
 
 def main(folder: Path, parent: int, descriptor: int, names: list[str]) -> None:
     say = _take_output()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the run decides when to end; children get defaults
+    # The run tells this process when to end. Child processes get the default handlers.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None)
     with contextlib.suppress(OSError):
-        os.nice(10)  # the run comes first
+        os.nice(10)  # the run has priority
     if descriptor >= 0:
         threading.Thread(target=serve, args=(socket.socket(fileno=descriptor), folder), daemon=True).start()
     followers = _start(folder, names, parent, say)
@@ -131,11 +135,11 @@ def main(folder: Path, parent: int, descriptor: int, names: list[str]) -> None:
     for follower in followers:
         follower.thread.join(max(deadline - time.monotonic(), 0))
         if follower.thread.is_alive():
-            follower.drop(f"was not done {CLOSING[finished]:g} s after the run")
+            follower.drop(f"was still busy {CLOSING[finished]:g} s after the end of the run")
 
 
 def _take_output() -> Callable[[str], None]:
-    """Sends what clients print to the log, and returns a function that writes lines to the real standard output."""
+    """Sends what clients print to the log. Returns a function that writes a line to the real standard output."""
     output = os.dup(1)
     os.set_inheritable(output, False)
     os.dup2(2, 1)
@@ -149,19 +153,25 @@ def _take_output() -> Callable[[str], None]:
 
 
 def _start(folder: Path, names: list[str], parent: int, say: Callable[[str], None]) -> list[Follower]:
-    """Starts following, once the process of an earlier, killed start of this run has ended."""
+    """Starts the followers.
+
+    If the run was killed before, waits first until the tracker process of that start has ended.
+    """
     if not names:
         return []
     lock = filelock.FileLock(folder / LOCK, thread_local=False)
     try:
         lock.acquire(timeout=CLOSING[False] + 20)
     except filelock.Timeout:
-        say(f"trackers: the process of an earlier start still runs; the run continues without them; {LATER}")
+        say(
+            "trackers: the tracker process of an earlier start of this run is still running; the run continues "
+            f"without trackers; {LATER}"
+        )
         return []
     except OSError:
-        pass  # a file system without locks
+        pass  # the file system has no locks
     global _held
-    _held = lock  # until the process ends
+    _held = lock  # the lock is held until the process ends
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     run = RunInfo(folder, parse_yaml(text, "config.yaml"), text, parent)
     state = State(folder / STATE)
@@ -173,9 +183,10 @@ def _tracker(name: str) -> Tracker:
 
 
 def _wait_for_end(followers: list[Follower], run: int) -> bool:
-    """Waits for a line on standard input, or the end of the process `run`. Returns whether the run has finished.
+    """Waits for a line on standard input, or until the process `run` ends. Returns whether the run has finished.
 
-    Standard input alone does not show that the run was killed: a process that a reward function forked may keep it.
+    The end of standard input does not show that the run was killed, because a process that a reward function has forked
+    may keep standard input open.
     """
     while os.getppid() == run:
         if select.select([0], [], [], INTERVAL)[0]:
@@ -194,4 +205,4 @@ if __name__ == "__main__":
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(status)  # without what clients do at exit
+        os._exit(status)  # skips what clients do at exit

@@ -1,4 +1,4 @@
-"""Reads the logs of a run while it writes them, as lines for a tracker."""
+"""Reads the logs of a run while the run writes them. Returns them as lines for a tracker."""
 
 import datetime
 import io
@@ -17,22 +17,22 @@ from jaxrlhf.tracking.trackers.protocol import Line
 class LogReader:
     """Reads each complete line of a JSON Lines file once, while another process appends to it.
 
-    When a run resumes, its log is replaced by one that ends at the checkpoint, and then repeats the same lines: these
-    are recognised by their number and not read twice.
+    When a run resumes, its log is replaced by a log that ends at the checkpoint. The run then writes the later lines
+    again. They are recognised by their numbers, and are not read twice.
     """
 
     def __init__(self, path: Path):
         self._path = path
         self._file: io.BufferedReader | None = None
-        self._passed = 0  # lines of the open file
-        self.number = 0  # of the last line that was returned, from 1
+        self._passed = 0  # number of lines of the open file that were read
+        self.number = 0  # number of the last line that was returned, counted from 1
 
     def new(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields (number, record) of each line since the last call."""
+        """Yields (number, record) of each line that was written since the last call."""
         if not self._open():
             return
         for line in self._file:
-            if not line.endswith(b"\n"):  # still being written
+            if not line.endswith(b"\n"):  # the line is not complete yet
                 self._file.seek(-len(line), os.SEEK_CUR)
                 return
             self._passed += 1
@@ -41,7 +41,7 @@ class LogReader:
                 yield self._passed, json.loads(line)
 
     def _open(self) -> bool:
-        """Opens the file, again if it was replaced. Returns whether there is one."""
+        """Opens the file if it is not open or was replaced. Returns whether the file exists."""
         try:
             now = os.stat(self._path)
         except FileNotFoundError:
@@ -59,23 +59,24 @@ class LogReader:
 
 
 class Feed:
-    """The lines of a run for one tracker, which has the first `last` lines, and their samples up to `samples`.
+    """The lines of a run for one tracker. The tracker already has the first `last` lines.
 
-    `samples` counts lines of samples.jsonl. It decides only about samples that belong to line `last`: a tracker stores
-    a line together with the samples written before it, but a stage may write more of them when its last step is done.
+    `samples` is the number of lines of samples.jsonl that the tracker has. Only samples of line `last` depend on this
+    number. A tracker stores a line together with the samples that were written before the line. But a stage may write
+    more samples after its last line.
     """
 
     def __init__(self, folder: Path, last: int, samples: int):
         self._metrics, self._samples = LogReader(folder / "metrics.jsonl"), LogReader(folder / "samples.jsonl")
         self._last, self.samples = last, samples
-        self._waiting: deque[tuple[int, dict[str, Any]]] = deque()  # samples that belong to no line read so far
-        self._seen: set[str] = set()  # stages
+        self._waiting: deque[tuple[int, dict[str, Any]]] = deque()  # samples whose line has not been read yet
+        self._seen: set[str] = set()  # stages of the lines read so far
         self._place = (0, "", 0, 0.0)  # number, stage, step and time of the last line
 
     def new(self) -> Iterator[Line]:
-        """Yields what was written since the last call and the tracker does not have."""
+        """Yields the lines that were written since the last call and that the tracker does not have."""
         metrics = list(self._metrics.new())
-        self._waiting += self._samples.new()  # read after the metrics: samples are written before their line
+        self._waiting += self._samples.new()  # read after the metrics, because samples are written before their line
         for number, record in metrics:
             yield from self._late()
             stage, step, seconds = record["stage"], record["step"], _seconds(record.get("time"))
@@ -91,13 +92,16 @@ class Feed:
         yield from self._late()
 
     def _late(self) -> Iterator[Line]:
-        """Samples that were written after their line had been read."""
+        """Yields the samples that were written after their line was read."""
         number, *_, seconds = self._place
         if number and (tables := self._tables(lambda place: number >= self._last and place > self.samples)):
             yield Line(number, seconds, {}, tables)
 
     def _tables(self, wanted: Any) -> dict[str, list[dict[str, Any]]]:
-        """Takes the waiting samples up to the current line; returns the tables of those that are `wanted`."""
+        """Removes the samples up to the current line from the waiting ones.
+
+        Returns the tables of samples that are `wanted`.
+        """
         tables: dict[str, list[dict[str, Any]]] = {}
         _, stage, step, _ = self._place
         while self._waiting:
@@ -117,7 +121,7 @@ class Feed:
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl, and its step, by names that say the stage. Null becomes NaN."""
+    """Returns the numbers of a line of metrics.jsonl, and its step. Their names contain the stage. Null becomes NaN."""
     stage = record["stage"]
     numbers = {
         with_stage(name, stage): math.nan if value is None else float(value)
@@ -128,12 +132,15 @@ def metrics_of(record: dict[str, Any]) -> dict[str, float]:
 
 
 def with_stage(name: str, stage: str) -> str:
-    """The name of a metric, below the stage's unless the stage is a part of it: `sft/loss`, `ppo/reward/score`."""
+    """Returns the name of a metric, such as `ppo/reward/score`.
+
+    The stage is added unless the name contains it (`sft/loss`).
+    """
     return name if stage in name.split("/") else f"{stage}/{name}"
 
 
 def tables_of(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The lists of records in a line of samples.jsonl, by name. Of each record the texts and numbers are kept."""
+    """Returns the lists of records in a line of samples.jsonl, by name. Only texts and numbers of a record are kept."""
     tables: dict[str, list[dict[str, Any]]] = {}
 
     def add(name: str, value: Any) -> None:
@@ -152,5 +159,5 @@ def tables_of(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _seconds(text: str | None) -> float:
-    """Unix time of an ISO 8601 timestamp; now if there is none."""
+    """Returns the Unix time of an ISO 8601 timestamp, or the time now if there is no timestamp."""
     return time.time() if text is None else datetime.datetime.fromisoformat(text).timestamp()

@@ -1,4 +1,4 @@
-"""MLflow: the server or store of MLFLOW_TRACKING_URI, else a file store in the run directory.
+"""Sends a run to MLflow: to the server or store in MLFLOW_TRACKING_URI, else to a file store in the run directory.
 
 MLFLOW_EXPERIMENT_NAME names the experiment.
 """
@@ -8,11 +8,15 @@ from typing import Any
 
 from jaxrlhf.tracking.trackers.protocol import PROJECT, Line, RunInfo, flat
 
-_METRICS, _PARAMS, _LENGTH = 1000, 100, 6000  # most in one call; longest value of a parameter, in characters
+_METRICS, _PARAMS = 1000, 100  # largest numbers in one call
+_LENGTH = 6000  # longest value of a parameter, in characters
 
 
 class MLflow:
-    """A batch of metrics for each line. A file store writes them one after another, the step of the stage last."""
+    """Sends one batch of metrics for each line.
+
+    A file store writes the metrics of a batch in order: the stage's step is last.
+    """
 
     def open(self, run: RunInfo, ids: dict[str, Any]) -> int:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -40,14 +44,17 @@ class MLflow:
     def _log_settings(self, run: RunInfo) -> None:
         from mlflow.entities import Param
 
-        known = self._client.get_run(self._run).data.params  # MLflow refuses to change a parameter
+        known = self._client.get_run(self._run).data.params  # MLflow refuses to change them
         new = [(key, str(value)[:_LENGTH]) for key, value in flat(run.settings).items() if key not in known]
         for start in range(0, len(new), _PARAMS):
             self._client.log_batch(self._run, params=[Param(*pair) for pair in new[start : start + _PARAMS]])
         self._client.log_text(self._run, run.settings_text, "config.yaml")
 
     def _last_line(self) -> int:
-        """The number of the last complete line. Remembers which metrics of the next line are there already."""
+        """Returns the number of the last complete line in MLflow.
+
+        Remembers which metrics of the next line MLflow already has.
+        """
         names = self._client.get_run(self._run).data.metrics
         steps = {name: max(m.step for m in self._client.get_metric_history(self._run, name)) for name in names}
         last = max((step for name, step in steps.items() if name.endswith("/step")), default=0)

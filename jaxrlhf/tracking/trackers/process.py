@@ -1,4 +1,4 @@
-"""Starts the process of the trackers beside a run, and ends it."""
+"""Starts the process of the trackers beside a run, and ends this process with the run."""
 
 import contextlib
 import importlib.util
@@ -13,8 +13,8 @@ from pathlib import Path
 from jaxrlhf.checkpoint.files import reason
 from jaxrlhf.errors import UserError
 
-CLOSING = {True: 60.0, False: 10.0}  # seconds to send what is left, by whether the run has finished
-_KILL_AFTER = 5.0  # further seconds until the process is killed
+CLOSING = {True: 60.0, False: 10.0}  # whether the run has finished -> seconds to send the rest of the logs
+_KILL_AFTER = 5.0  # seconds after `CLOSING` until the process is killed
 FILES = LOG, STATE, LOCK = "trackers.log", "trackers.json", "trackers.lock"  # in the run directory
 
 
@@ -22,11 +22,16 @@ def check_clients(names: Sequence[str]) -> None:
     """Raises `UserError` if the client of a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"trackers: {name} is not installed; pip install 'jaxrlhf[{name}]', or leave it out")
+            raise UserError(
+                f"trackers: {name} is not installed; run pip install 'jaxrlhf[{name}]', or leave {name} out"
+            )
 
 
 def listen(port: int | None) -> socket.socket | None:
-    """Opens `prometheus_port`, on all addresses of this machine; None for None. `UserError` if it is not free."""
+    """Opens the port on all addresses of this machine. Returns None for None.
+
+    Raises `UserError` if the port is not free.
+    """
     if port is None:
         return None
     listener = socket.socket()
@@ -41,10 +46,11 @@ def listen(port: int | None) -> socket.socket | None:
 
 
 class TrackerProcess:
-    """The process that sends the run's logs to trackers and to Prometheus, within a `with` block.
+    """The process that sends the run's logs to trackers and to Prometheus. It runs during a `with` block.
 
-    It reads metrics.jsonl and samples.jsonl itself, so the run never waits for it. It ends when the block ends, or when
-    this process does. Its lines for the user come through its standard output.
+    This tracker process reads metrics.jsonl and samples.jsonl itself, so the run never waits for it. It ends when the
+    block ends or the run's process ends. The run prints the lines that the tracker process writes to its standard
+    output.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], listener: socket.socket | None, say: Callable[[str], None]):
@@ -55,7 +61,9 @@ class TrackerProcess:
         try:
             self._process = self._start()
         except OSError as error:
-            self._say(f"trackers: their process cannot start: {reason(error)}; the run continues without them")
+            self._say(
+                f"trackers: the tracker process cannot start: {reason(error)}; the run continues without trackers"
+            )
             self._process = None
         if self._listener is not None:
             self._listener.close()
@@ -85,15 +93,15 @@ class TrackerProcess:
         status = self._process.wait()
         if status and not self._ending:
             self._say(
-                f"trackers: their process ended with status {status} (see {self._folder / LOG}); the run continues "
-                "without them, and the same command fills the gap when it resumes"
+                f"trackers: the tracker process ended with status {status} (see {self._folder / LOG}); the run "
+                "continues without trackers; the same command sends the rest when the run resumes"
             )
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         if self._process is None:
             return
         finished = kind is None
-        with contextlib.suppress(OSError):  # the process may have ended
+        with contextlib.suppress(OSError):  # the process may already have ended
             self._process.stdin.write(b"finished\n" if finished else b"stopped\n")
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -102,5 +110,7 @@ class TrackerProcess:
         except subprocess.TimeoutExpired:
             self._ending = True
             self._process.kill()
-            self._say("trackers: their process did not end in time and was killed; the same command sends what is left")
+            self._say(
+                "trackers: the tracker process did not end in time and was killed; the same command sends the rest"
+            )
         self._reader.join(_KILL_AFTER)

@@ -1,4 +1,4 @@
-"""The latest metrics of each stage in Prometheus' text format, at http://HOST:PORT/metrics."""
+"""Serves the latest metrics of each stage in Prometheus' text format, at http://HOST:PORT/metrics."""
 
 import http.server
 import re
@@ -18,7 +18,7 @@ class Latest:
         self._log, self._lines, self._lock = LogReader(path), {}, threading.Lock()
 
     def text(self) -> str:
-        """A gauge for each metric, such as `jaxrlhf_reward_score{stage="ppo"} 0.5`. Null is NaN."""
+        """Returns a gauge for each metric, such as `jaxrlhf_reward_score{stage="ppo"} 0.5`. Null becomes NaN."""
         gauges: dict[str, list[str]] = {}
         with self._lock:
             for _, record in self._log.new():
@@ -33,7 +33,7 @@ class Latest:
 
 
 def serve(listener: socket.socket, folder: Path) -> None:
-    """Answers requests on a listening socket, for ever."""
+    """Answers requests on a listening socket. Never returns."""
     latest = Latest(folder / "metrics.jsonl")
 
     class Handler(http.server.BaseHTTPRequestHandler):

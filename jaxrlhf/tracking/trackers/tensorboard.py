@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run directory, written and read by tensorboard's own code, without TensorFlow."""
+"""Writes a run as TensorBoard event files in the run directory, with tensorboard's own code and without TensorFlow."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,10 @@ _QUEUE = 100  # events
 
 
 class TensorBoard:
-    """Each line is one event, so that a kill leaves all of it or nothing. Every start writes a file of its own."""
+    """Writes each line as one event, so that a killed process leaves a whole event or none.
+
+    Each start writes a new file.
+    """
 
     def open(self, run: RunInfo, ids: dict[str, Any]) -> int:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -41,7 +44,10 @@ class TensorBoard:
 
 
 def last_step(folder: Path) -> int:
-    """The largest step in the event files of a folder; 0 if there is none. An event that a kill cut off is no event."""
+    """Returns the largest step in the event files of a folder, or 0 if there is none.
+
+    An incomplete event does not count.
+    """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     steps = [0]
@@ -60,7 +66,10 @@ def _text(name: str, text: str) -> Any:
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of rows with equal columns. What Markdown or HTML would interpret is escaped."""
+    """Returns rows with the same columns as a Markdown table.
+
+    Characters that Markdown or HTML would interpret are escaped.
+    """
 
     def cell(value: Any) -> str:
         text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,5 +1,6 @@
-"""trackio: its local database (TRACKIO_DIR), or the Space or server of TRACKIO_SPACE_ID or TRACKIO_SERVER_URL.
+"""Sends a run to trackio: to its local database, or to a Space or a server.
 
+TRACKIO_DIR is the folder of the database. TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names the Space or the server.
 TRACKIO_PROJECT names the project.
 """
 
@@ -11,7 +12,7 @@ from jaxrlhf.tracking.trackers.protocol import PROJECT, Line, RunInfo
 
 
 class Trackio:
-    """One log entry for each line."""
+    """Sends one log entry for each line."""
 
     def open(self, run: RunInfo, ids: dict[str, Any]) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -49,7 +50,7 @@ class Trackio:
         from trackio.sqlite_storage import SQLiteStorage
 
         self._run.finish()
-        if self._run._is_local:  # trackio drops what it cannot write, with a warning
+        if self._run._is_local:  # trackio only warns about lines that it cannot write, and drops them
             stored = SQLiteStorage.get_max_step_for_run(self.ids["project"], self.ids["name"], run_id=self._run.id)
             if (stored or 0) < self._last:
-                raise OSError(f"lines after {stored or 0} could not be stored")
+                raise OSError(f"trackio has not stored the lines after line {stored or 0}")

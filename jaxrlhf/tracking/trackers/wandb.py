@@ -1,4 +1,7 @@
-"""Weights & Biases, online or offline as WANDB_MODE says. WANDB_PROJECT and WANDB_NAME name project and run."""
+"""Sends a run to Weights & Biases, online or offline (WANDB_MODE).
+
+WANDB_PROJECT and WANDB_NAME name project and run.
+"""
 
 import os
 import uuid
@@ -10,7 +13,7 @@ from jaxrlhf.tracking.trackers.wandb_files import last_step
 
 
 class WeightsAndBiases:
-    """One row of history for each line. wandb keeps the last row open, and sends it with the next one or at the end."""
+    """Sends one row of history for each line. wandb holds the last row back until the next row, or until the end."""
 
     def open(self, run: RunInfo, ids: dict[str, Any]) -> int:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -28,7 +31,7 @@ class WeightsAndBiases:
             ),
         )
         self.ids = {"id": self._run.id}
-        if self._run.offline:  # wandb does not look into its files: each start begins a new one
+        if self._run.offline:  # offline wandb does not read its older files, so each start begins a new file
             folder = Path(self._run.dir).parents[1]
             self.where = f"offline; to upload it: wandb sync {folder}/offline-run-*-{self._run.id}"
             return last_step(folder, self._run.id)

@@ -1,8 +1,9 @@
-"""Reads wandb's offline files, for which its Python client has no reader.
+"""Reads wandb's offline files. wandb's Python client has no reader for these files.
 
-A file has a header of 7 bytes and then blocks of 32 KiB, as in LevelDB's log format. A block holds chunks: checksum
-(4 bytes), length (2), type (1), data. A record is one chunk (type 1), or a first (2), some middle (3) and a last (4)
-one. A block whose rest is shorter than a chunk's header is filled with zeros.
+A file has a header of 7 bytes, and then blocks of 32 KiB, as in LevelDB's log format. A block holds chunks: checksum (4
+bytes), length (2 bytes), type (1 byte), data. A record is one chunk of type 1, or a first chunk (type 2), any number of
+middle chunks (type 3) and a last chunk (type 4). If the rest of a block is shorter than a chunk's header, the rest is
+filled with zeros.
 """
 
 import json
@@ -16,7 +17,10 @@ _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """Yields the records of a file, up to the first that a kill has cut off."""
+    """Yields the complete records of a file.
+
+    Ends before the first incomplete record, which a killed process may leave.
+    """
     data = path.read_bytes()
     place, parts = _HEADER, []
     while place + _HEADER <= len(data):
@@ -34,9 +38,9 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def history(folder: str | Path, run_id: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of history of a run in the files under `folder`, in the order in which they were written.
+    """Yields the history rows of a run from the files under `folder`, in the order in which they were written.
 
-    A table is an empty mapping here.
+    A table in a row is read as an empty mapping.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -52,5 +56,5 @@ def history(folder: str | Path, run_id: str) -> Iterator[dict[str, Any]]:
 
 
 def last_step(folder: str | Path, run_id: str) -> int:
-    """The last step in the offline files of a run; 0 if there is none."""
+    """Returns the last step in the offline files of a run, or 0 if there is none."""
     return max((int(row["_step"]) for row in history(folder, run_id)), default=0)

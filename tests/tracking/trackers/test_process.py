@@ -68,7 +68,7 @@ def test_each_tracker_has_every_line_once_after_kills(folder, processes):
         _wait(lambda: len(said) == 8)
         killed._process.kill()
         _wait(lambda: len(said) == 9)
-    assert "their process ended with status -9" in said[-1]
+    assert "the tracker process ended with status -9" in said[-1]
     _write(folder, range(8, 10))
     with TrackerProcess(folder, CLIENTS, None, said.append):
         pass
@@ -97,7 +97,7 @@ def test_a_client_that_is_not_installed_is_named_before_the_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
     check_clients(["mlflow"])
-    with pytest.raises(UserError, match=r"wandb is not installed; pip install 'jaxrlhf\[wandb\]'"):
+    with pytest.raises(UserError, match=r"wandb is not installed; run pip install 'jaxrlhf\[wandb\]'"):
         check_clients(["mlflow", "wandb"])
 
 
