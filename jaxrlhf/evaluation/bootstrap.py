@@ -1,9 +1,9 @@
-"""Metrics as functions of sums over rows, and bootstrap confidence intervals for them.
+"""Metrics as functions of sums over rows, and bootstrap confidence intervals of these metrics.
 
-N rows, K sums, M metrics, R resamples. A resample draws N rows with replacement. Metrics depend on the rows through
-sums only (counts of a confusion matrix, n-gram counts, summed losses), so one matrix product of the draw counts [R,N]
-with the rows [N,K] gives the sums of all resamples, and no text is read again. Metrics of the same rows share the
-draws: the interval of a difference is paired.
+Shapes: N rows, K sums, M metrics, R resamples. A resample draws N rows with replacement. Metrics depend only on sums
+over the rows, such as counts of a confusion matrix, n-gram counts or summed losses. One matrix product of the draw
+counts [R,N] with the rows [N,K] therefore gives the sums of all resamples, and no text is read again. Metrics of the
+same rows use the same draws, so the interval of a difference is paired.
 """
 
 import dataclasses
@@ -12,28 +12,31 @@ from statistics import NormalDist
 
 import numpy as np
 
-BLOCK = 2**22  # draws in memory at a time
+BLOCK = 2**22  # largest number of draws in memory
 NORMAL = NormalDist()
 
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """M metrics of N rows. A row whose sums are all 0 counts nowhere."""
+    """M metrics of N rows. A row whose sums are all 0 does not affect any metric."""
 
     names: tuple[str, ...]  # M
     rows: np.ndarray  # f64[N,K]
-    value: Callable[[np.ndarray], np.ndarray]  # sums f64[...,K] -> metrics f64[...,M]; NaN where a metric is undefined
+    value: Callable[[np.ndarray], np.ndarray]  # sums f64[...,K] -> metrics f64[...,M]; NaN if undefined
 
     def estimates(self) -> dict[str, float]:
-        """The metrics of all rows."""
+        """Returns the value of each metric over all rows."""
         return dict(zip(self.names, self.value(self.rows.sum(axis=0)).tolist()))
 
     def named(self, prefix: str) -> "Metrics":
-        """The same metrics as PREFIX/NAME."""
+        """Returns the same metrics with names PREFIX/NAME."""
         return dataclasses.replace(self, names=tuple(f"{prefix}/{name}" for name in self.names))
 
     def of_some(self, numbers: np.ndarray, count: int) -> "Metrics":
-        """The same metrics as part of `count` rows, of which these rows have the numbers i64[N]; others count 0."""
+        """Returns the same metrics with `count` rows.
+
+        These rows get the numbers i64[N], and the sums of other rows are 0.
+        """
         rows = np.zeros((count, self.rows.shape[1]))
         rows[numbers] = self.rows
         return dataclasses.replace(self, rows=rows)
@@ -41,7 +44,7 @@ class Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A metric with the bounds of its confidence interval; NaN where they are undefined."""
+    """A metric with the bounds of its confidence interval. Undefined numbers are NaN."""
 
     value: float
     low: float
@@ -49,20 +52,20 @@ class Interval:
 
 
 def mean(name: str, values: np.ndarray, counted: np.ndarray | None = None) -> Metrics:
-    """The mean of values [N], over the rows where `counted` bool[N] is True; NaN if there is none."""
+    """Returns a metric: the mean of values [N] over the rows that `counted` bool[N] selects. NaN if it selects none."""
     counted = np.ones(len(values)) if counted is None else np.asarray(counted, np.float64)
     rows = np.stack([np.where(counted, np.asarray(values, np.float64), 0.0), counted], axis=1)
     return Metrics((name,), rows, lambda sums: ratio(sums[..., :1], sums[..., 1:], np.nan))
 
 
 def ratio(a: np.ndarray, b: np.ndarray, undefined: float = 0.0) -> np.ndarray:
-    """a / b, and `undefined` where b is 0."""
+    """Returns a / b. If b is 0, the result is `undefined`."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(b == 0, undefined, a / b)
 
 
 def difference(second: Metrics, first: Metrics) -> Metrics:
-    """second - first of the metrics that both have; their rows are the same."""
+    """Returns second - first, for the metrics that both have. Both must be measured on the same rows."""
     names = tuple(name for name in second.names if name in first.names)
     places = [[one.names.index(name) for name in names] for one in (second, first)]
     K = second.rows.shape[1]
@@ -80,11 +83,11 @@ def intervals(
     method: str = "bca",
     seed: int = 0,
 ) -> list[dict[str, Interval]]:
-    """A confidence interval of each metric, by name; all metrics are of the same N rows.
+    """Returns a confidence interval of each metric, by name. All metrics must be measured on the same N rows.
 
-    method: percentile (the quantiles of the resampled metric), or bca (bias-corrected and accelerated: Efron 1987,
-    "Better Bootstrap Confidence Intervals", with the jackknife's acceleration). The error of the coverage is of order
-    1/sqrt(N) for percentile and 1/N for bca. Fewer than two rows have no interval.
+    The method percentile takes the quantiles of the resampled metric. The method bca is bias-corrected and accelerated
+    (Efron 1987, "Better Bootstrap Confidence Intervals"), with the jackknife's acceleration. The error of the coverage
+    is of order 1/sqrt(N) for percentile and 1/N for bca. With fewer than two rows the bounds are NaN.
     """
     rows = np.concatenate([one.rows for one in metrics], axis=1)
     sums = _resampled_sums(rows, resamples, seed)
@@ -103,7 +106,7 @@ def intervals(
 
 
 def _resampled_sums(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums f64[R,K] of resamples of rows f64[N,K]."""
+    """Returns the sums f64[R,K] of R resamples of the rows f64[N,K]."""
     N, random = len(rows), np.random.default_rng(seed)
     blocks = []
     for start in range(0, resamples, size := max(1, BLOCK // max(N, 1))):
@@ -114,9 +117,10 @@ def _resampled_sums(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
 
 
 def _bca_levels(levels: np.ndarray, values: np.ndarray, resampled: np.ndarray, jackknife: np.ndarray) -> np.ndarray:
-    """The quantile levels f64[M,2] of BCa intervals, for the levels f64[2] of percentile intervals.
+    """Returns the quantile levels f64[M,2] of BCa intervals, from the levels f64[2] of percentile intervals.
 
-    `values` f64[M] are those of all rows, `resampled` f64[R,M], and `jackknife` f64[N,M] those without one row.
+    `values` f64[M] are the metrics of all rows, `resampled` f64[R,M] the metrics of the resamples, and `jackknife`
+    f64[N,M] the metrics of all rows but one.
     """
     below = np.mean((resampled < values) + 0.5 * (resampled == values), axis=0)
     below = np.clip(below, 0.5 / len(resampled), 1 - 0.5 / len(resampled))
@@ -134,6 +138,6 @@ def _bca_levels(levels: np.ndarray, values: np.ndarray, resampled: np.ndarray, j
 
 
 def _quantiles(resampled: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Quantiles [2] of a resampled metric [R], over the resamples in which it is defined."""
+    """Returns quantiles [2] of a resampled metric [R], over the resamples in which the metric is defined."""
     defined = resampled[~np.isnan(resampled)]
     return np.quantile(defined, levels) if len(defined) else np.array([np.nan, np.nan])

@@ -1,11 +1,12 @@
-"""Precision, recall and F1 per kind (label or entity type) and averaged; accuracy and the confusion matrix.
+"""Precision, recall and F1 of each kind and on average, accuracy, and the confusion matrix.
 
-Definitions of scikit-learn and seqeval, with `zero_division=0`: a share of nothing is 0. For a kind with `right`
-correct predictions, `found` predictions and `wanted` references:
+A kind is a label or an entity type. The definitions are those of scikit-learn and seqeval with `zero_division=0`: 0
+divided by 0 is 0. For a kind with `right` correct predictions, `found` predictions and `wanted` references:
 
     precision = right / found    recall = right / wanted    F1 = 2 right / (found + wanted)
 
-micro: of the sums over kinds. macro: mean over kinds. weighted: mean over kinds, weighted by `wanted`.
+Averages: micro is computed from the sums over kinds, macro is the mean over kinds, and weighted is the mean over kinds
+with the weights `wanted`.
 """
 
 import re
@@ -20,10 +21,11 @@ AVERAGES = ("micro", "macro", "weighted")
 
 
 def label_metrics(predictions: Sequence[str | None], references: Sequence[str], labels: Sequence[str]) -> Metrics:
-    """accuracy, and precision, recall and F1 of each label in `labels`; every reference is one of them.
+    """Returns accuracy, and precision, recall and F1 of each label in `labels`.
 
-    A prediction that is no label, such as None, is wrong, and counts as a missed reference only. This equals
-    scikit-learn's `precision_recall_fscore_support` with the argument `labels`.
+    Every reference must be one of `labels`. A prediction that is not a label, such as None, is wrong. It lowers the
+    recall of its reference, but no label's precision. This equals scikit-learn's `precision_recall_fscore_support` with
+    the argument `labels`.
     """
     by_kind = kind_metrics([_one(p) for p in predictions], [_one(r) for r in references], labels)
     right = np.array([[p == r, 1.0] for p, r in zip(predictions, references)], np.float64).reshape(-1, 2)
@@ -41,7 +43,10 @@ def _one(label: str | None) -> Counter:
 def confusion_matrix(
     predictions: Sequence[str | None], references: Sequence[str], labels: Sequence[str]
 ) -> np.ndarray:
-    """Counts i64[L,L+1]: reference by prediction; the last column has the predictions that are no label."""
+    """Returns counts i64[L,L+1] of references (rows) by predictions (columns).
+
+    The last column counts predictions that are no label.
+    """
     number = {label: i for i, label in enumerate(labels)}
     counts = np.zeros((len(labels), len(labels) + 1), np.int64)
     for prediction, reference in zip(predictions, references):
@@ -52,10 +57,10 @@ def confusion_matrix(
 def kind_metrics(
     predictions: Sequence[Counter], references: Sequence[Counter], kinds: Sequence[str] | None = None
 ) -> Metrics:
-    """Precision, recall and F1 of N rows of items (kind, ...); an item is right if it is among the row's references.
+    """Returns precision, recall and F1 of N rows of items (kind, ...).
 
-    Repeated items count separately. `kinds` None takes the kinds of references and predictions, sorted, as seqeval
-    does; items of other kinds do not count.
+    A predicted item is right if it is one of the references of its row. Repeated items count separately. If `kinds` is
+    None, the kinds are those of references and predictions, sorted, as in seqeval. Items of other kinds do not count.
     """
     if kinds is None:
         kinds = sorted({item[0] for row in (*predictions, *references) for item in row})
@@ -72,7 +77,7 @@ def kind_metrics(
 
 
 def _averaged(sums: np.ndarray) -> np.ndarray:
-    """Averages, then metrics of each kind, f64[...,9+3L] of sums (right, found, wanted) f64[...,3L]."""
+    """Returns averages and then each kind's metrics, f64[...,9+3L], of sums (right, found, wanted) f64[...,3L]."""
     counts = sums.reshape(*sums.shape[:-1], 3, -1)
     of_kinds = _precision_recall_f1(counts)  # [...,3,L]
     wanted = counts[..., 2:3, :]
@@ -84,7 +89,7 @@ def _averaged(sums: np.ndarray) -> np.ndarray:
 
 
 def _precision_recall_f1(counts: np.ndarray) -> np.ndarray:
-    """f64[...,3,L] of counts (right, found, wanted) f64[...,3,L]."""
+    """Returns precision, recall and F1, f64[...,3,L], from counts (right, found, wanted) f64[...,3,L]."""
     right, found, wanted = np.moveaxis(counts, -2, 0)
     return np.stack([ratio(right, found), ratio(right, wanted), ratio(2 * right, found + wanted)], axis=-2)
 
@@ -96,9 +101,10 @@ TAG = re.compile(r"([BIES])-(.+)")
 
 
 def tagged_entities(tags: Sequence[str]) -> Counter:
-    """The entities (type, first, last) of a row of tags in the schemes BIO, IOBES and BILOU's S and E.
+    """Returns the entities (type, first, last) of a row of tags with prefixes B, I, E and S (schemes BIO and IOBES).
 
-    As in seqeval's default mode, also an I- tag begins an entity where none of its type goes on. Any other text is O.
+    As in seqeval's default mode, an I- tag begins an entity if no entity of its type continues there. Any other tag
+    counts as O.
     """
     entities: Counter = Counter()
     start, last_head, last_kind = 0, "O", ""

@@ -1,4 +1,4 @@
-"""Perplexity of held-out text, and calibration: how good the probabilities of a model are."""
+"""Perplexity of held-out text, and calibration, which measures how good the probabilities of a model are."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from jaxrlhf.evaluation.bootstrap import Metrics, ratio
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10, lowest: float = 0.5) -> Metrics:
-    """Expected calibration error and Brier score of N predictions.
+    """Returns the expected calibration error and the Brier score of N predictions.
 
-    The error is the mean over rows of |accuracy - confidence| of the row's bin (Guo et al. 2017), with bins of equal
-    width from `lowest` to 1. For a preference pair of score difference d, the confidence is sigmoid(|d|), and the
-    prediction is right (1) if d > 0, or 0.5 if d = 0.
+    Rows are sorted by confidence into bins of equal width from `lowest` to 1. The error is the mean over rows of
+    |accuracy - confidence| of the row's bin (Guo et al. 2017). For a preference pair with score difference d, the
+    confidence is sigmoid(|d|). Its prediction is right (1) if d > 0, wrong (0) if d < 0, and 0.5 if d = 0.
     """
     of_row = np.stack([confidence, right, np.ones(len(right))], axis=1)
     in_bin = np.eye(bins)[_bins(confidence, bins, lowest)]
@@ -29,7 +29,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10, lowes
 def calibration_table(
     confidence: np.ndarray, right: np.ndarray, bins: int = 10, lowest: float = 0.5
 ) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and number of pairs of each bin that has any, for a reliability diagram."""
+    """Returns mean confidence, accuracy and number of pairs of each bin that has pairs, for a reliability diagram."""
     number = _bins(confidence, bins, lowest)
     return [
         {"confidence": float(confidence[own].mean()), "accuracy": float(right[own].mean()), "pairs": int(own.sum())}
@@ -43,7 +43,7 @@ def _bins(confidence: np.ndarray, bins: int, lowest: float) -> np.ndarray:
 
 
 def perplexity(losses: np.ndarray, tokens: np.ndarray) -> Metrics:
-    """Loss in nats per token and perplexity exp(loss), of rows with summed losses [N] and numbers of tokens [N]."""
+    """Returns the loss in nats per token and the perplexity exp(loss), from each row's loss and number of tokens."""
     rows = np.stack([np.asarray(losses, np.float64), np.asarray(tokens, np.float64)], axis=1)
 
     def value(sums: np.ndarray) -> np.ndarray:

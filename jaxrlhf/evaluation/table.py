@@ -12,12 +12,12 @@ LABELS = {
     "text/loss": "loss on text, nats per token",
     "text/perplexity": "perplexity on text",
 }
-WIDEST = 12  # columns of a confusion matrix
+WIDEST = 12  # largest number of columns of a confusion matrix in the table
 Bounds = Mapping[str, float | None]
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report as lines of text; a role is a column, a metric a row."""
+    """Returns the report as lines of text. Each role is a column, and each metric is a row."""
     lines = [f"{report['origin']}: {_measured_on(report)}", ""]
     lines += _block("", report["roles"])
     if report["differences"]:
@@ -43,7 +43,7 @@ def _measured_on(report: Mapping[str, Any]) -> str:
 
 
 def _block(title: str, columns: Mapping[str, Mapping[str, Bounds]], signed: bool = False) -> list[str]:
-    """Lines of a table: a metric in each row, in the order in which the columns name them."""
+    """Returns the lines of a table with one metric per row. Metrics are in the order of their first column."""
     names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
     cells = [[_cell(metrics.get(name), signed) for metrics in columns.values()] for name in names]
     return _aligned([[title, *columns], *([LABELS.get(name, name), *row] for name, row in zip(names, cells))])
@@ -72,7 +72,7 @@ def _confusion(confusion: Mapping[str, Any]) -> list[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines whose columns have one width; the first column is left-aligned."""
+    """Returns lines in which each column has one width. The first column is left-aligned, others are right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = ([f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows)
     return ["  ".join(row).rstrip() for row in padded]

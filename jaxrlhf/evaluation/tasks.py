@@ -1,4 +1,4 @@
-"""Task metrics: completions against a column of the data, each task with its own reading of the completion."""
+"""Task metrics: they compare completions with a column of the data. Each task reads a completion in its own way."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,39 +13,45 @@ from jaxrlhf.rewards.columns import references
 from jaxrlhf.rewards.library import exact_match, multiple_choice, numeric_answer, read_labels
 from jaxrlhf.rewards.structured import read_entities
 
-Options = Mapping[str, Any]  # labels, pick, ignore_case, normalize, tokenize; a task reads its own
+Options = Mapping[str, Any]  # labels, pick, ignore_case, normalize, tokenize; a task uses only some of them
 Texts, Column = Sequence[str], Sequence[Any]
 
 
 def classification(texts: Texts, column: Column, options: Options) -> Metrics:
-    """Accuracy, precision, recall and F1 of the label that a completion names."""
+    """Returns accuracy, precision, recall and F1 of the labels that the completions name."""
     return label_metrics(*_labels(texts, column, options))
 
 
 def confusion(texts: Texts, column: Column, options: Options) -> dict[str, Any]:
-    """The labels, and the counts of references (rows) by predictions (columns; the last one: no label)."""
+    """Returns the labels, and the counts of references (rows) by predictions (columns).
+
+    The last column is "no label".
+    """
     predictions, expected, labels = _labels(texts, column, options)
     return {"labels": labels, "counts": confusion_matrix(predictions, expected, labels).tolist()}
 
 
 def _labels(texts: Texts, column: Column, options: Options) -> tuple[list[str | None], list[str], list[str]]:
-    """(the label of each completion, the expected labels, all labels)."""
+    """Returns (the label of each completion, the expected labels, all labels)."""
     labels = options["labels"]
     predictions, expected = read_labels(texts, column, labels, options["pick"])
-    # With `labels` the labels are compared in lower case, as they are read.
+    # If `labels` is given, labels are read in lower case, so the known labels must be in lower case too.
     known = sorted(set(expected)) if labels is None else [" ".join(name.casefold().split()) for name in labels]
     return predictions, expected, known
 
 
 def entities(texts: Texts, column: Column, options: Options) -> Metrics:
-    """Precision, recall and F1 of entities (type, text), listed as JSON or as lines `TYPE: text`."""
+    """Returns precision, recall and F1 of entities (type, text).
+
+    Completions list them as JSON or as lines `TYPE: text`.
+    """
     return kind_metrics(*read_entities(texts, column, options["ignore_case"]))
 
 
 def tags(texts: Texts, column: Column, options: Options) -> Metrics:
-    """Precision, recall and F1 of the spans in a row of tags such as `O B-PER I-PER`, separated by blanks.
+    """Returns precision, recall and F1 of the spans in a row of tags such as `O B-PER I-PER`, separated by blanks.
 
-    A completion with too few tags is filled up with O, and one with too many is cut.
+    If a completion has too few tags, tags O are added. If it has too many tags, the last ones are cut.
     """
     wanted = [_tags(value, i) for i, value in enumerate(column)]
     found = [(text.split() + ["O"] * len(row))[: len(row)] for text, row in zip(texts, wanted)]
@@ -55,7 +61,9 @@ def tags(texts: Texts, column: Column, options: Options) -> Metrics:
 def _tags(value: Any, row: int) -> list[str]:
     tags = value.split() if isinstance(value, str) else value
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise ValueError(f"column tags, row {row} must be tags with blanks between or a list, not {value!r:.60}")
+        raise ValueError(
+            f"column tags, row {row} must be a list of tags, or text with tags separated by blanks, not {value!r:.60}"
+        )
     return tags
 
 
@@ -67,7 +75,7 @@ def _by_reference(function: Callable[..., Metrics], *names: str) -> Callable[[Te
 
 
 def _by_row(name: str, function: Callable[..., list], *names: str) -> Callable[[Texts, Column, Options], Metrics]:
-    """The mean of a reward function of the library."""
+    """Returns a task whose metric is the mean of a reward function of the library."""
 
     def task(texts: Texts, column: Column, options: Options) -> Metrics:
         return mean(name, np.array(function(texts, column, **{name: options[name] for name in names}), np.float64))
@@ -86,20 +94,20 @@ TASKS: dict[str, tuple[str, Callable[[Texts, Column, Options], Metrics]]] = {
     "numeric": ("answer", _by_row("accuracy", numeric_answer)),
     "multiple_choice": ("answer", _by_row("accuracy", multiple_choice)),
 }
-"""Name -> (the column that it reads by default, the task)."""
+"""Name of a task -> (the column that the task reads by default, its function)."""
 
 
 class Task:
-    """A task with its column and options, bound to the rows of the data."""
+    """A task with its column and options, on the rows of the data."""
 
     def __init__(self, spec: str, rows: Sequence[Mapping[str, Any]], options: Options):
         """`spec` is NAME or NAME:COLUMN. Raises `UserError` for a name, column, value or option that cannot be used.
 
-        A row whose column is missing or null does not count.
+        Rows in which the column is missing or null are left out.
         """
         self.name, _, column = spec.partition(":")
         if self.name not in TASKS:
-            raise UserError(f"--task {self.name}: must be one of {', '.join(TASKS)}, each with or without :COLUMN")
+            raise UserError(f"--task {self.name}: must be one of {', '.join(TASKS)}, as NAME or NAME:COLUMN")
         default, self.function = TASKS[self.name]
         self.column, self.options, self.count = column or default, options, len(rows)
         values = [row.get(self.column) for row in rows]
@@ -107,7 +115,8 @@ class Task:
         if not len(self.numbers):
             names = ", ".join(sorted(set().union(*rows))) or "none"
             raise UserError(
-                f"--task {self.name}: the data has no column {self.column}; it has {names} (--task {self.name}:COLUMN)"
+                f"--task {self.name}: the data has no column {self.column}; it has {names}; give --task "
+                f"{self.name}:COLUMN"
             )
         self.values = [values[i] for i in self.numbers]
         try:
@@ -117,12 +126,12 @@ class Task:
             raise UserError(f"--task {self.name}: {where}") from None
 
     def __call__(self, texts: Sequence[str]) -> Metrics:
-        """The metrics of all completions, as NAME/METRIC."""
+        """Returns the metrics of all completions, with names NAME/METRIC."""
         found = self.function([texts[i] for i in self.numbers], self.values, self.options)
         return found.of_some(self.numbers, self.count).named(self.name)
 
     def confusion(self, texts: Sequence[str]) -> dict[str, Any] | None:
-        """The confusion matrix of a classification, else None."""
+        """Returns the confusion matrix of a classification task, else None."""
         if self.name != "classification":
             return None
         return confusion([texts[i] for i in self.numbers], self.values, self.options)

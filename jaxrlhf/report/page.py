@@ -1,7 +1,8 @@
 """Builds the report: one HTML file that holds its data, styles, scripts and the plotting library.
 
-The file makes no request, and its content security policy forbids any. All text from models, data and settings is JSON
-in a script element that is never run, and the page's script puts it into the document as text.
+The file loads nothing, and its content security policy forbids requests. All text from models, data and settings is
+JSON in a script element that the browser does not run. The page's script adds this text to the document as text, never
+as HTML.
 """
 
 import base64
@@ -22,13 +23,13 @@ from jaxrlhf.report.health import warnings
 from jaxrlhf.report.reading import SEED, UNSHOWN, read_run
 
 SCRIPTS = ("elements.js", "charts.js", "panels.js", "samples.js", "main.js")
-NAMED = 3  # settings that name a group of runs
+NAMED = 3  # largest number of settings in the name of a group of runs
 
 
 def write_report(folders: Sequence[Path], path: Path) -> None:
     """Writes the report of one or several runs.
 
-    Raises `UserError` if a run cannot be read, and `Fault` if the disk refuses the report.
+    Raises `UserError` if a run cannot be read, and `Fault` if the report cannot be written.
     """
     page = build([read_run(folder) for folder in folders])
     try:
@@ -38,7 +39,7 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
 
 
 def build(runs: list[dict[str, Any]]) -> str:
-    """The page of runs that `read_run` has read."""
+    """Returns the page of runs that `read_run` has read."""
     _name(runs)
     table, groups = _settings_table(runs), _groups(runs)
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -60,13 +61,13 @@ def build(runs: list[dict[str, Any]]) -> str:
 
 
 def embedded(data: Any) -> str:
-    """JSON that may stand in a script element: no text in it can end the element or begin a comment."""
+    """Returns JSON that is safe inside a script element: no text in the JSON can end the element or begin a comment."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _name(runs: list[dict[str, Any]]) -> None:
-    """Gives runs distinct names: the name of the folder, with as many parents as needed, or a number."""
+    """Gives runs distinct names: the name of the folder, with its parents or a number if needed."""
     for depth in (1, 2, 3):
         for run in runs:
             run["name"] = "/".join(Path(run["folder"]).parts[-depth:])
@@ -77,7 +78,7 @@ def _name(runs: list[dict[str, Any]]) -> None:
 
 
 def _settings_table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a setting: its key, the value in each run, and whether the runs differ."""
+    """Returns one row per setting: the key, the value in each run, and whether the values differ."""
     keys = dict.fromkeys(key for run in runs for key in run["settings"])
     rows = [{"key": key, "values": [_text(run["settings"], key) for run in runs]} for key in keys]
     return [row | {"differs": len(set(row["values"])) > 1} for row in rows]
@@ -91,7 +92,7 @@ def _text(settings: dict[str, Any], key: str) -> str:
 
 
 def _groups(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs with equal settings except the seed are one group: {"label", "runs": indices}."""
+    """Returns groups of runs, {"label", "runs": indices}. Runs with equal settings, except the seed, are one group."""
     found: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
         own = {key: value for key, value in run["settings"].items() if key not in {*UNSHOWN, SEED}}
@@ -114,9 +115,9 @@ def _asset(name: str) -> str:
 
 @functools.cache
 def _library() -> str:
-    """Plotly's own bundle, compressed: 2 MB instead of 4.8 MB in every report. The browser unpacks it."""
-    package = importlib.util.find_spec("plotly")  # found without importing it
+    """Returns Plotly's bundle, compressed to 2 MB instead of 4.8 MB. The browser unpacks it."""
+    package = importlib.util.find_spec("plotly")  # finds the package without importing it
     if package is None:
-        raise UserError("plotly is missing; pip install plotly")
+        raise UserError("plotly is not installed; run pip install plotly")
     bundle = Path(package.submodule_search_locations[0]) / "package_data" / "plotly.min.js"
     return base64.b64encode(gzip.compress(bundle.read_bytes(), compresslevel=5, mtime=0)).decode("ascii")

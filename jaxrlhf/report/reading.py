@@ -1,7 +1,7 @@
 """Reads run directories for a report: metrics as columns, samples, settings, results.
 
-A run may be unfinished, killed or from an older version: an incomplete or invalid line is skipped and counted, and
-files that are missing leave their part of the report empty.
+A run may be unfinished, killed or from an older version. Invalid lines are skipped and counted. If a file is missing,
+its part of the report is empty.
 """
 
 import datetime
@@ -17,17 +17,17 @@ from jaxrlhf.config.reading import parse_yaml
 from jaxrlhf.errors import UserError
 
 STAGES = ("sft", "reward_model", "ppo")
-POINTS = 800  # of a curve; longer ones are averaged over equal parts
-MOST_SAMPLES = 60  # lines of samples.jsonl in a report: the first, the last, and evenly spaced ones between
-MOST_BYTES = 3_000_000  # of these lines; completions of 1000 tokens take 400 kB a line
+POINTS = 800  # largest number of points of a curve; a longer curve is averaged over equal parts
+MOST_SAMPLES = 60  # largest number of lines of samples.jsonl in a report: the first, the last, and some between
+MOST_BYTES = 3_000_000  # largest size of these lines; a line with completions of 1000 tokens takes 400 kB
 UNSHOWN = {"run_dir", "compilation_cache"}  # settings that do not change results
 SEED = "seed"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Returns all that a report shows of a run, ready for JSON.
+    """Returns everything that a report shows of a run, as values for JSON.
 
-    Raises `UserError` if the folder has no file of a run, or if a file cannot be read.
+    Raises `UserError` if the folder has neither log nor settings of a run, or if a file cannot be read.
     """
     if not any((folder / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
         raise UserError(f"{folder}: has neither metrics.jsonl nor config.yaml; give the directory of a run")
@@ -57,12 +57,15 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """(valid lines of a log, number of other lines). The text after the last newline may be incomplete."""
+    """Returns (valid lines of a log, number of invalid lines).
+
+    Text after the last newline is not counted as invalid.
+    """
     *complete, rest = _text(path).split("\n")
     found, unread = [], 0
     for line in (*complete, rest):
         try:
-            record = json.loads(line, parse_constant=lambda _: None)  # NaN and infinities leave a gap
+            record = json.loads(line, parse_constant=lambda _: None)  # NaN and infinities become None
             valid = isinstance(record["stage"], str) and isinstance(record["step"], int)
         except (ValueError, KeyError, TypeError, RecursionError):
             valid = False
@@ -73,9 +76,9 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return found, unread
 
 
-@functools.lru_cache(maxsize=32)  # a run reads its own settings at every refresh
+@functools.lru_cache(maxsize=32)  # a run that trains reads its settings at every refresh of its report
 def _settings(text: str) -> dict[str, Any]:
-    """The settings as a flat table, such as {"ppo.kl.coef": 0.05}; empty if they are not valid YAML."""
+    """Returns the settings as a flat table, such as {"ppo.kl.coef": 0.05}; empty if they are not valid YAML."""
     try:
         return dict(_flat(parse_yaml(text, "config.yaml"), ""))
     except UserError:
@@ -99,14 +102,14 @@ def _finished(path: Path) -> dict[str, Any]:
 
 
 def _stages(metrics: Iterable[dict], settings: dict[str, Any]) -> list[str]:
-    """The stages that have lines, and those that the settings name."""
+    """Returns the stages that have lines or that the settings name."""
     named = {line["stage"] for line in metrics}
     named |= {stage for stage in STAGES if f'"{stage}"' in str(settings.get("stages"))}
     return sorted(named, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
 
 
 def _stage(stage: str, metrics: list[dict], settings: dict[str, Any], finished: dict) -> dict[str, Any]:
-    """Steps and curves of a stage: {"metrics": {name: {"x": steps, "y": numbers}}, ...}."""
+    """Returns the steps and curves of a stage: {"metrics": {name: {"x": steps, "y": numbers}}, ...}."""
     lines = [line for line in metrics if line["stage"] == stage]
     passed = bool(metrics) and metrics[-1]["stage"] != stage and bool(lines)  # a later stage has begun
     names = dict.fromkeys(name for line in lines for name, value in line.items() if _number(value))
@@ -125,7 +128,7 @@ def _number(value: Any) -> bool:
 
 
 def _curve(lines: list[dict], name: str) -> dict[str, Any]:
-    """Steps and values of a metric. A long curve holds means over equal parts; "every" says of how many steps."""
+    """Returns steps and values of a metric. A long curve holds means over equal parts of "every" values."""
     found = [(line["step"], line[name]) for line in lines if _number(line.get(name))]
     every = -(-len(found) // POINTS)
     parts = [found[i : i + every] for i in range(0, len(found), every)] if found else []
@@ -135,7 +138,10 @@ def _curve(lines: list[dict], name: str) -> dict[str, Any]:
 
 
 def _thinned(lines: list[dict]) -> list[dict]:
-    """The lines that a report has room for; evaluations and the final table count apart from training samples."""
+    """Returns the lines of samples for a report.
+
+    The limits apply to training samples and to all other lines separately.
+    """
     training = [line for line in lines if "samples" in line]
     others = [line for line in lines if "samples" not in line]
     return [*_spaced(training), *_spaced(others)]

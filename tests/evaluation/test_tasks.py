@@ -62,7 +62,7 @@ def test_tasks_by_reference():
         ("rogue", [{}], {}, "--task rogue: must be one of classification"),
         ("rouge", [{"answer": "x"}], {}, r"--task rouge: the data has no column reference; it has answer"),
         ("numeric:x", [{"x": "four"}], {}, "--task numeric: column x, row 0 .*four"),
-        ("tags", [{"tags": [1]}], {}, r"--task tags: column tags, row 0 must be tags"),
+        ("tags", [{"tags": [1]}], {}, r"--task tags: column tags, row 0 must be a list of tags"),
         ("classification", [{"label": "x"}], {"labels": ["a", "b"]}, "--task classification: column label, row 0"),
         ("bleu", [{"reference": "x"}], {"tokenize": "latin"}, "--task bleu: tokenize .*latin"),
     ],

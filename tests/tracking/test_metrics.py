@@ -121,5 +121,5 @@ def test_line_of_something_else_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for line in ("hello", "3", "{}", "\udcff"):
         path.write_bytes(b'{"stage": "sft", "step": 1}\n' + line.encode("utf-8", "surrogateescape") + b"\n")
-        with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a line of this log"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not a line of this log"):
             MetricsLog(path).truncate("sft", 1)
