@@ -84,7 +84,7 @@ BAD = {
     "greedy PPO": ([*PPO, "ppo.sampling.temperature=0"], r"temperature"),
     "mesh does not fit": ([*SFT, "mesh.data=3"], r"mesh"),
     "machine without cuDNN": ([*SFT, "model.attention=cudnn", "model.dtype=bfloat16"], r"model\.attention: .*NVIDIA"),
-    "attention without its dtype": ([*SFT, "model.attention=cudnn"], r"model: attention is cudnn.*bfloat16"),
+    "attention without its dtype": ([*SFT, "model.attention=cudnn"], r"model: attention cudnn.*bfloat16"),
     "option that XLA lacks": (["compiler_options.update.xla_no=1"], r"compiler_options\.update\.xla_no: .*no such"),
     "batch does not parse": (["seed=[1"], r"seed"),
 }

@@ -241,12 +241,12 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.gold=r.py", "ppo.gold: 'r.py' names no function; give module:function or path.py:function"),
         # what belongs together
         ("model.path=x", "model: give exactly one of path, run, new; given: path, new"),
-        ("stages=[ppo, sft]", "stages run in the order sft, reward_model, ppo, each once; given ['ppo', 'sft']"),
+        ("stages=[ppo, sft]", "stages must be in the order sft, reward_model, ppo, each at most once, not ['ppo'"),
         ("model.new.heads=3", "model.new: heads (3) must be a multiple of kv_heads (2)"),
         ("mesh.tensor=-1", "mesh: each axis must be at least 1, or -1 on at most one axis; given"),
         ("compiler_options.rolout.xla_a=1", "compiler_options: there is no program rolout; did you mean rollout?"),
         ("compiler_options={zzz: {xla_a: 1}}", "compiler_options: there is no program zzz; programs are all, roll"),
-        ("compiler_options.update=fast", "compiler_options: update takes options by name, such as {"),
+        ("compiler_options.update=fast", "compiler_options: update must be a mapping of option names, such as {"),
         ("compiler_options.update.xla_a=[1]", "compiler_options: update.xla_a must be true, false, a number or text"),
         ("compiler_options=fast", 'compiler_options must be mapping of names, not the text "fast"'),
         # of several kinds
@@ -275,7 +275,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("alarms=[{metric: a, above: x}]", 'alarms[0].above must be float or null, not the text "x"'),
         ("alarms=[{metric: a, falls_by: -1}]", "alarms[0].falls_by: must be a number above 0, or a percentage such as"),
         ("alarms=[{metric: a, above: 1, for: 0}]", "alarms[0].for must be int >= 1, not 0"),
-        ("alarms=[{metric: a, above: 1, do: run}]", "alarms[0]: do: run and command belong together: give both, or"),
+        ("alarms=[{metric: a, above: 1, do: run}]", "alarms[0]: do: run and command need each other; give both, or"),
         ("alarms=[{metric: a, above: 1, against: b}]", "alarms[0]: against needs rises_by or falls_by"),
         ("alarms.0.do=stop", "alarms must be list of ppo | a section with keys, not a section"),
         # the value
@@ -300,7 +300,8 @@ def test_wrong_file_says_the_line(write):
     assert _error(write(FULL.replace("{layers: 2}", "{heads: 3}"))).startswith("run.yaml:4: model.new: heads (3) must")
     missing = FULL.replace("    path: builtin:assistant-prompts\n", "    limit: 5\n")
     assert _error(write(missing)).startswith("run.yaml:13: ppo.data.path is missing; give text")
-    assert _error(write(FULL.split("ppo:")[0])) == "run.yaml: stages names ppo, but there is no section ppo"
+    error = "stages names ppo, but the section ppo is missing; add the section, or leave ppo out of stages"
+    assert _error(write(FULL.split("ppo:")[0])) == f"run.yaml: {error}"
 
 
 def test_a_wrong_entry_of_a_list_says_its_own_line(write):

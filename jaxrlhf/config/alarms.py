@@ -10,7 +10,7 @@ LIMITS = ("above", "below", "rises_by", "falls_by")
 
 
 def _change(value: Any) -> float | str:
-    """A number above 0 as float, or a percentage as text."""
+    """Returns a number above 0 as float, or a percentage as text."""
     number = value.removesuffix("%") if isinstance(value, str) and value.endswith("%") else value
     try:
         if isinstance(number, bool) or (isinstance(value, str) and number is value) or not 0 < float(number) <= LARGEST_FLOAT:
@@ -24,20 +24,20 @@ Change = Annotated[Any, PlainValidator(_change), WithJsonSchema({"type": "change
 
 
 class AlarmConfig(Settings):
-    """An alarm: a condition on a metric, and what to do while it holds."""
+    """An alarm: a condition on a metric, and what to do when the condition begins to hold."""
 
-    name: Annotated[str, Field(pattern=r"^\w+$", max_length=60)] | None = Field(None, description="name in messages and in metrics.jsonl (alarm/NAME); the name of a shipped alarm changes the keys given here and keeps its others; null makes a name from metric and limit")
-    metric: str | None = Field(None, description="metric that the alarm watches, such as kl/k1; steps that do not log it are passed over; only an alarm with the name of a shipped one may leave it out")
-    above: FiniteFloat | None = Field(None, description="limit: the alarm is for values above it")
-    below: FiniteFloat | None = Field(None, description="limit: the alarm is for values below it")
-    rises_by: Change | None = Field(None, description="limit: the alarm is for values this far above the lowest of the stage so far; a percentage such as 50% is of the size of that lowest value")
-    falls_by: Change | None = Field(None, description="limit: the alarm is for values this far below the highest of the stage so far; a percentage such as 50% is of the size of that highest value")
-    over: PositiveInt = Field(1, description="number of latest values of the metric whose mean is compared with the limit; fewer are not compared")
-    for_: PositiveInt = Field(1, alias="for", description="number of values in a row that must be beyond the limit before the alarm begins, and within it before the alarm ends")
-    against: str | None = Field(None, description="with rises_by or falls_by, another metric that must have moved the other way, as mean of the same steps, since that lowest or highest value: gold that falls while the reward rises")
+    name: Annotated[str, Field(pattern=r"^\w+$", max_length=60)] | None = Field(None, description="name in messages and in metrics.jsonl (alarm/NAME); with the name of a shipped alarm, the keys given here replace its keys, and its other keys are kept; null makes a name from metric and limit")
+    metric: str | None = Field(None, description="metric that the alarm watches, such as kl/k1; steps that do not log the metric are skipped; only an alarm with the name of a shipped alarm may leave metric out")
+    above: FiniteFloat | None = Field(None, description="limit; the alarm is for values above this limit")
+    below: FiniteFloat | None = Field(None, description="limit; the alarm is for values below this limit")
+    rises_by: Change | None = Field(None, description="limit; the alarm is for values that are higher than the lowest value of the stage so far by more than this; a percentage such as 50% means a part of the size of the lowest value")
+    falls_by: Change | None = Field(None, description="limit; the alarm is for values that are lower than the highest value of the stage so far by more than this; a percentage such as 50% means a part of the size of the highest value")
+    over: PositiveInt = Field(1, description="the mean of this number of latest values of the metric is compared with the limit; nothing is compared before there are so many values")
+    for_: PositiveInt = Field(1, alias="for", description="the alarm begins after this number of values in a row beyond the limit, and ends after this number of values in a row within the limit")
+    against: str | None = Field(None, description="only with rises_by or falls_by: another metric, whose mean over the same steps must have moved the other way since the lowest or highest value; an example is gold that falls while the reward rises")
     stage: Literal["sft", "reward_model", "ppo"] | None = Field(None, description="stage that the alarm watches; null watches all stages")
-    do: Literal["warn", "run", "pause", "stop"] = Field("warn", description="when the alarm begins: print a line (warn); and run command as well (run), save and wait for the user (pause), or save and end the run with exit status 3 (stop)")
-    command: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(None, description="with do run, the program and its arguments, started without a shell on process 0; its standard input is the alarm as JSON; it is ended after 60 seconds")
+    do: Literal["warn", "run", "pause", "stop"] = Field("warn", description="what the run does when the alarm begins, after it prints a line: nothing (warn), run command (run), save and wait for the user (pause), or save and end the run with exit status 3 (stop)")
+    command: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(None, description="program and arguments for do run; the program is started on process 0 without a shell, its standard input is the alarm as JSON, and it is ended after 60 seconds")
 
     @model_validator(mode="after")
     def _complete(self) -> "AlarmConfig":
@@ -51,12 +51,12 @@ class AlarmConfig(Settings):
         if self.against is not None and not self.whole.changes:
             raise ValueError("against needs rises_by or falls_by")
         if (self.do == "run") != (self.command is not None):
-            raise ValueError("do: run and command belong together: give both, or neither")
+            raise ValueError("do: run and command need each other; give both, or neither")
         return self
 
     @property
     def whole(self) -> "AlarmConfig":
-        """The alarm with the keys of the shipped alarm of its name that it does not give itself."""
+        """Returns the complete alarm. Keys that are not given come from the shipped alarm of the same name."""
         shipped = SHIPPED.get(self.name) if SHIPPED and self.metric is None else None
         if shipped is None:
             return self
@@ -67,23 +67,23 @@ class AlarmConfig(Settings):
 
     @property
     def limit(self) -> tuple[str, float | str]:
-        """(above, below, rises_by or falls_by; its number or percentage)."""
+        """Returns (name, value) of the limit. The name is above, below, rises_by or falls_by."""
         return next((name, getattr(self.whole, name)) for name in LIMITS if getattr(self.whole, name) is not None)
 
     @property
     def changes(self) -> bool:
-        """Whether the limit is on a change."""
+        """Whether the limit is rises_by or falls_by."""
         return self.rises_by is not None or self.falls_by is not None
 
     @property
     def title(self) -> str:
-        """The name, or one made from metric and limit."""
+        """Returns the name. If none is given, makes a name from metric and limit."""
         kind, limit = self.limit
         number = limit if isinstance(limit, str) else f"{limit:g}"
         return self.name or f"{self.metric.replace('/', '_')}_{kind}_{number}"
 
 
-SHIPPED: dict[str, AlarmConfig] = {}  # filled below: the class refers to it
+SHIPPED: dict[str, AlarmConfig] = {}  # filled below, because `AlarmConfig` reads it
 
 
 def _shipped(name: str, **keys: Any) -> AlarmConfig:
@@ -112,12 +112,13 @@ SHIPPED.update({alarm.name: alarm for alarms in SETS.values() for alarm in alarm
 
 ADVICE = {
     "kl_runs_away": "raise ppo.kl.coef, lower the learning rate, or set ppo.kl.target",
-    "length_collapses": "look at samples.jsonl: the reward may favour short completions; see ppo.score",
-    "length_explodes": "look at samples.jsonl: the reward may favour length; see ppo.score.length_penalty",
+    "length_collapses": "look at samples.jsonl, because the reward may favour short completions; see ppo.score",
+    "length_explodes": "look at samples.jsonl, because the reward may favour length; see ppo.score.length_penalty",
     "unfinished": "raise ppo.sampling.max_new_tokens, or set ppo.score.missing_eos_penalty",
     "entropy_collapses": "raise ppo.update.entropy_coef or ppo.kl.coef, or lower the learning rate",
-    "gold_falls": "the policy exploits the reward: raise ppo.kl.coef, or take the best checkpoint (checkpoints.best)",
-    "evaluation_gold_falls": "the policy exploits the reward: raise ppo.kl.coef, or take the best checkpoint (checkpoints.best)",
+    "gold_falls": "the policy exploits the reward; raise ppo.kl.coef, or take the best checkpoint (checkpoints.best)",
+    "evaluation_gold_falls": "the policy exploits the reward; raise ppo.kl.coef, or take the best checkpoint "
+    "(checkpoints.best)",
     "value_does_not_fit": "use ppo.update.value_warmup, a larger ppo.update.value_clip, or ppo.score.normalise",
     "policy_jumps": "lower the learning rate or ppo.update.epochs, or set ppo.update.kl_stop",
     "clips_high": "lower the learning rate or ppo.update.epochs",
@@ -137,6 +138,6 @@ Alarm = Annotated[
 
 
 def alarms_of(entries: tuple[str | AlarmConfig, ...], stage: str) -> dict[str, AlarmConfig]:
-    """The alarms of a stage by name. A later alarm replaces an earlier one of the same name."""
+    """Returns the alarms of a stage by name. A later alarm replaces an earlier alarm of the same name."""
     alarms = [alarm for entry in entries for alarm in (SETS[entry] if isinstance(entry, str) else (entry.whole,))]
     return {alarm.title: alarm for alarm in {alarm.title: alarm for alarm in alarms}.values() if alarm.stage in (None, stage)}

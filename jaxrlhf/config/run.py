@@ -40,7 +40,7 @@ from jaxrlhf.config.steps import (
     ScoreConfig,
 )
 
-# Keys of `compiler_options`: the names of the programs that runs compile, and "all", which stands for every program.
+# Keys of `compiler_options`: the names of the programs that runs compile, and "all" for every program.
 PROGRAMS = (
     "all", "rollout", "rollout_greedy", "merge", "annotate", "experience", "update", "reward", "sft_update",
     "sft_evaluate", "reward_model_update", "pair_scores",
@@ -71,11 +71,11 @@ class ModelConfig(Settings):
     """The base model: exactly one of path, run and new."""
 
     path: SourcePath | None = Field(None, description="Hugging Face folder or hub id of a pretrained model")
-    run: FolderPath | None = Field(None, description="directory of a finished run; this run uses its base, tokenizer and adapters")
+    run: FolderPath | None = Field(None, description="directory of a finished run, whose base, tokenizer and adapters this run uses")
     new: NewModelConfig | None = Field(None, description="creates a decoder with random weights")
     tokenizer: SourcePath | None = Field(None, description="tokenizer folder or hub id; null uses the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base in memory; auto keeps the dtype of the files, and is float32 for a new model")
-    attention: Literal["xla", "cudnn"] = Field("xla", description="implementation of attention over full sequences; cudnn is fused, for NVIDIA GPUs in bfloat16 or float16", json_schema_extra=ROUNDING)
+    attention: Literal["xla", "cudnn"] = Field("xla", description="implementation of attention over full sequences; cudnn is a fused implementation for NVIDIA GPUs in bfloat16 or float16", json_schema_extra=ROUNDING)
     matmul_precision: Literal["highest", "tf32"] = Field("highest", description="precision of float32 matrix products on NVIDIA GPUs, in every program; highest is float32, which is needed for a ratio of exactly 1 in the first minibatch; tf32 is faster and has a 10-bit mantissa. With a bfloat16 or float16 base the setting affects only scalar heads and LoRA pairs on lm_head; a CPU ignores the setting", json_schema_extra=ROUNDING)
     quantize: Literal["int8", "nf4"] | None = Field(None, description="stores the base's linear layers in 8 or 4 bits, for training LoRA adapters; null keeps the precision of the files, or the quantization of model.run")
 
@@ -85,9 +85,13 @@ class ModelConfig(Settings):
         if len(origins) != 1:
             raise ValueError(f"give exactly one of path, run, new; given: {', '.join(origins) or 'none'}")
         if self.attention == "cudnn" and self.dtype == "float32":
-            raise ValueError("attention is cudnn, which does not support float32; give dtype bfloat16 or float16, or attention xla")
+            raise ValueError(
+                "attention cudnn does not support float32; give dtype bfloat16 or float16, or attention xla"
+            )
         if self.quantize is not None and self.new is not None:
-            raise ValueError("quantize needs a base that stays frozen, but a base made with new must be trained in full")
+            raise ValueError(
+                "quantize needs a base that is not trained, but a base made with new must be trained in full"
+            )
         return self
 
 
@@ -95,7 +99,7 @@ class MeshConfig(Settings):
     """Number of devices along each mesh axis; -1 takes the remaining devices."""
 
     data: int = Field(-1, ge=-1, le=LARGEST, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
-    fsdp: int = Field(1, ge=-1, le=LARGEST, description="devices that share the weights, gathered layer by layer, and the batch", json_schema_extra=FREE)
+    fsdp: int = Field(1, ge=-1, le=LARGEST, description="devices that share the batch and the weights; the weights are gathered layer by layer", json_schema_extra=FREE)
     tensor: int = Field(1, ge=-1, le=LARGEST, description="devices that share each layer's heads and MLP width", json_schema_extra=FREE)
 
     @model_validator(mode="after")
@@ -107,11 +111,11 @@ class MeshConfig(Settings):
 
 
 class CheckpointsConfig(Settings):
-    """Which checkpoints each stage keeps, and which one is its result."""
+    """Settings that say which checkpoints each stage keeps, and which checkpoint is the result of the stage."""
 
     keep: PositiveInt = Field(2, description="number of latest checkpoints to keep", json_schema_extra=FREE)
-    best: str | None = Field(None, description="metric, such as reward/gold; the checkpoint with its best value is kept as well; null keeps only the latest", json_schema_extra=CHOICE)
-    best_is: Literal["highest", "lowest"] = Field("highest", description="whether the highest or the lowest value of best is the best", json_schema_extra=CHOICE)
+    best: str | None = Field(None, description="metric, such as reward/gold; the checkpoint with the best value of this metric is kept too; null keeps only the latest checkpoints", json_schema_extra=CHOICE)
+    best_is: Literal["highest", "lowest"] = Field("highest", description="whether the highest or the lowest value of the metric in best is the best value", json_schema_extra=CHOICE)
     result: Literal["last", "best"] = Field("last", description="which weights are the result of a stage: the weights of its last step (last), or of its best checkpoint (best) if the stage logs the metric named by best")
     grace: Seconds = Field(60.0, description="seconds after SIGTERM, SIGHUP or Ctrl-C in which the current step may finish and be saved", json_schema_extra=FREE)
 
@@ -123,9 +127,12 @@ class CheckpointsConfig(Settings):
 
 
 class HealthConfig(Settings):
-    """When to stop a run that no longer learns. Steps whose loss or gradient is not finite are skipped and counted."""
+    """Settings that stop a run that no longer learns.
 
-    patience: PositiveInt = Field(10, description="number of consecutive skipped steps that stops the run; the batch of the last skipped step is saved", json_schema_extra=FREE)
+    Steps whose loss or gradient is not finite are skipped and counted.
+    """
+
+    patience: PositiveInt = Field(10, description="the run stops after this number of skipped steps in a row; the batch of the last skipped step is saved", json_schema_extra=FREE)
     max_kl: PositiveFloat | None = Field(None, description="KL to the reference, in nats per completion, above which a PPO iteration is skipped; null sets no limit")
     max_length: PositiveFloat | None = Field(None, description="mean completion length, in tokens, above which a PPO iteration is skipped; null sets no limit")
 
@@ -149,27 +156,30 @@ class SFTConfig(_SupervisedConfig):
 
     data: DemonstrationsConfig = Field(description="demonstrations to learn from")
     evaluation: SFTEvaluationConfig = Field(SFTEvaluationConfig(), description="evaluation on held-out rows")
-    adapter: AdapterConfig | None = Field(None, description="settings of the trained adapter; with kind full the result is the new base; null uses the run's adapter settings")
+    adapter: AdapterConfig | None = Field(None, description="settings of the trained adapter; if kind is full, the result is the new base; null uses the run's adapter settings")
     batch_size: PositiveInt = Field(16, description="sequences per optimizer step")
     overflow: Overflow = Field("cut", description="rows longer than max_length lose their end (cut), are dropped (drop), or stop the run (stop)")
     packing: bool = Field(True, description="packs several rows into one sequence to avoid padding; each row attends only to itself; false sorts rows into length buckets")
 
 
 class RewardModelConfig(_SupervisedConfig):
-    """Reward model: pairwise log-sigmoid loss on the score at the last real token."""
+    """Reward model: pairwise log-sigmoid loss on the score at the last token that is not padding."""
 
     data: PreferencesConfig = Field(description="preference pairs to learn from")
     evaluation: RewardModelEvaluationConfig = Field(RewardModelEvaluationConfig(), description="evaluation on held-out pairs")
     start: Literal["sft", "fresh"] = Field("sft", description="sft starts from a copy of the SFT adapter if there is one; fresh starts from a new adapter")
-    adapter: AdapterConfig | None = Field(None, description="settings of the trained adapter; with kind full it starts from a copy of the base, into which a LoRA adapter of SFT is merged; null uses the run's adapter settings")
+    adapter: AdapterConfig | None = Field(None, description="settings of the trained adapter; if kind is full, it starts from a copy of the base, and a LoRA adapter of SFT is merged into this copy; null uses the run's adapter settings")
     batch_size: PositiveInt = Field(32, description="pairs per optimizer step")
-    overflow: Overflow = Field("cut", description="pairs longer than max_length lose the prompt's start (cut), are dropped (drop), or stop the run (stop)")
+    overflow: Overflow = Field("cut", description="pairs longer than max_length lose the start of the prompt (cut), are dropped (drop), or stop the run (stop)")
     buckets: PositiveInt = Field(4, description="number of sequence lengths to which batches are padded; the update is compiled once for each length")
     center_rewards_coef: NonNegativeFloat = Field(0.01, description="weight of (chosen + rejected)^2, which keeps scores near 0")
 
 
 class PretrainingConfig(Settings):
-    """Data for the language-model loss of PPO-ptx: texts, or prompts with responses, that the policy must not unlearn."""
+    """Data for the language-model loss of PPO-ptx: texts, or prompts with responses.
+
+    The policy must not unlearn these data.
+    """
 
     data: DemonstrationsConfig = Field(description="rows to learn from")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer step")
@@ -190,24 +200,24 @@ class PPOStageConfig(Settings):
     reward: RewardConfig = Field(ModelRewardConfig(), description="the reward to maximise")
     gold: FunctionPath | None = Field(None, description="function whose score is logged but never trained on, as module:function or path.py:function")
     score: ScoreConfig = Field(ScoreConfig(), description="how scores become rewards")
-    resample: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="largest number of additional rollouts per iteration, whose groups replace groups with equal scores (dynamic sampling, 2503.14476); metrics cover the groups kept, reward/drawn covers all groups")
+    resample: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="largest number of additional rollouts per iteration; their groups replace groups with equal scores (dynamic sampling, 2503.14476); metrics are about the kept groups, except reward/drawn, which is about all groups")
     kl: KLConfig = Field(KLConfig(), description="penalty for the KL divergence from the reference")
-    refresh_reference: PositiveInt | None = Field(None, description="number of iterations after each of which the policy becomes the new reference; null keeps the first reference")
+    refresh_reference: PositiveInt | None = Field(None, description="the policy becomes the new reference each time after this number of iterations; null keeps the first reference")
     pretraining: PretrainingConfig | None = Field(None, description="data whose language-model loss is added to every optimizer step (PPO-ptx); null adds no such loss")
     advantage: AdvantageConfig = Field(AdvantageConfig(), description="how rewards become advantages")
-    adapter: AdapterConfig | None = Field(None, description="settings of the policy's adapter; a policy that starts from a LoRA adapter keeps the rank of that adapter; with kind full that adapter is merged into a copy of the base; null uses the run's adapter settings")
+    adapter: AdapterConfig | None = Field(None, description="settings of the policy's adapter; a policy that starts from a LoRA adapter keeps the rank of that LoRA adapter; if kind is full, the LoRA adapter is merged into a copy of the base; null uses the run's adapter settings")
     value_adapter: AdapterConfig | None = Field(None, description="settings of the value model's adapter; null uses the run's adapter settings")
-    value_from: Literal["reward", "fresh"] = Field("reward", description="where the value model starts; reward: from the reward adapter, if there is one of the same kind; its head is kept if this adapter is the only reward and score.normalise is none or initial, else the head is 0; fresh: from a new adapter")
+    value_from: Literal["reward", "fresh"] = Field("reward", description="where the value model starts; reward starts from the reward adapter, if it has the same kind (its head is kept if the reward adapter is the only reward and score.normalise is none or initial, else the head is 0); fresh starts from a new adapter")
     update: PPOConfig = Field(PPOConfig(), description="the update of one iteration")
     save_every: PositiveInt = Field(10, description="iterations between checkpoints", json_schema_extra=CHOICE)
-    sample_every: PositiveInt = Field(10, description="iterations between samples written to samples.jsonl; the first and the last iteration are written as well", json_schema_extra=FREE)
+    sample_every: PositiveInt = Field(10, description="number of iterations between records of samples.jsonl; the first and the last iteration are always recorded", json_schema_extra=FREE)
     evaluation: PPOEvaluationConfig = Field(PPOEvaluationConfig(), description="evaluation on held-out prompts")
     early_stopping: ImprovementConfig | None = Field(None, description="ends the stage when a metric stops improving; null runs all iterations")
 
     @model_validator(mode="before")
     @classmethod
     def _kl_by_estimator(cls, section: Any) -> Any:
-        """With GRPO, `update.kl_loss` defaults to k3 (see `PPOConfig.kl_loss`)."""
+        """Sets `update.kl_loss` to k3 if the estimator is grpo and `kl_loss` is not given (see `PPOConfig.kl_loss`)."""
         if not isinstance(section, dict):
             return section
         advantage, update = section.get("advantage"), section.get("update", {})
@@ -222,15 +232,18 @@ class PPOStageConfig(Settings):
 
 
 class ProfileConfig(Settings):
-    """Steps whose device and host work is recorded with jax's profiler, into profile/STAGE of the run directory."""
+    """Steps to record with jax's profiler, on devices and host, into profile/STAGE of the run directory."""
 
-    steps: tuple[PositiveInt, ...] = Field(strict=False, min_length=2, max_length=2, description="first and last recorded step, from 1; a step that compiles programs, the first after each start, is recorded only if the first is 1: the recording begins later if it must", json_schema_extra=FREE)
-    stage: Literal["sft", "reward_model", "ppo"] | None = Field(None, description="the stage; null records these steps of every stage", json_schema_extra=FREE)
+    steps: tuple[PositiveInt, ...] = Field(strict=False, min_length=2, max_length=2, description="first and last step to record, counted from 1; the first step after each start of the program compiles, and is recorded only if the first of these numbers is 1; otherwise the recording begins one step later", json_schema_extra=FREE)
+    stage: Literal["sft", "reward_model", "ppo"] | None = Field(None, description="stage to record; null records these steps of every stage", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _ordered(self) -> "ProfileConfig":
         if self.steps[0] > self.steps[1]:
-            raise ValueError(f"steps ends before it begins: {list(self.steps)}; give the first step and then the last one")
+            raise ValueError(
+                f"steps is {list(self.steps)}, but the first step must not be larger than the last; give the first "
+                "step, then the last step"
+            )
         return self
 
 
@@ -242,7 +255,7 @@ class RunConfig(Settings):
     stages: tuple[Literal["sft", "reward_model", "ppo"], ...] = Field(("sft", "reward_model", "ppo"), strict=False, min_length=1, description="stages to run, in this order")
     model: ModelConfig = Field(description="the base model")
     mesh: MeshConfig = Field(MeshConfig(), description="number of devices along each mesh axis")
-    adapter: AdapterConfig = Field(AdapterConfig(), description="default adapter settings of policy, value and reward in every stage: LoRA, or the full model with kind full")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="default settings of the adapters of every stage; kind full trains the full model instead of a LoRA adapter")
     sft: SFTConfig | None = Field(None, description="settings of the sft stage")
     reward_model: RewardModelConfig | None = Field(None, description="settings of the reward_model stage")
     ppo: PPOStageConfig | None = Field(None, description="settings of the ppo stage")
@@ -250,11 +263,11 @@ class RunConfig(Settings):
     compiler_options: dict[str, Any] = Field({}, description=f"XLA options by program, such as {{update: {{xla_gpu_triton_gemm_any: true}}}}; programs are {', '.join(PROGRAMS)}", json_schema_extra=ROUNDING)
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which checkpoints are kept, and which one is the result of a stage")
     health: HealthConfig = Field(HealthConfig(), description="when to stop a run that no longer learns")
-    report: bool = Field(True, description="writes report.html in the run directory, at checkpoints (at most once a minute) and at the end", json_schema_extra=FREE)
+    report: bool = Field(True, description="writes report.html in the run directory at checkpoints (at most once a minute) and at the end of the run", json_schema_extra=FREE)
     alarms: tuple[Alarm, ...] = Field(("ppo",), strict=False, description="alarms on metrics; ppo is the shipped set (docs/alarms.md); [] disables all", json_schema_extra=FREE)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field((), strict=False, description="services that also get metrics, settings and samples (docs/trackers.md)", json_schema_extra=FREE)
-    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(None, description="port on which process 0 serves the latest metrics to Prometheus; null serves none", json_schema_extra=FREE)
-    profile: ProfileConfig | None = Field(None, description="steps to record with jax's profiler; null records none", json_schema_extra=FREE)
+    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(None, description="port on which process 0 serves the latest metrics to Prometheus; null opens no port", json_schema_extra=FREE)
+    profile: ProfileConfig | None = Field(None, description="steps to record with jax's profiler; null records nothing", json_schema_extra=FREE)
 
     @field_validator("compiler_options")
     @classmethod
@@ -265,7 +278,9 @@ class RunConfig(Settings):
                 known = f"did you mean {near[0]}?" if near else f"programs are {', '.join(PROGRAMS)}"
                 raise ValueError(f"there is no program {program}; {known}")
             if not isinstance(of_program, dict):
-                raise ValueError(f"{program} takes options by name, such as {{xla_gpu_triton_gemm_any: true}}")
+                raise ValueError(
+                    f"{program} must be a mapping of option names, such as {{xla_gpu_triton_gemm_any: true}}"
+                )
             for option, value in of_program.items():
                 if not isinstance(value, bool | int | float | str):
                     raise ValueError(f"{program}.{option} must be true, false, a number or text")
@@ -275,9 +290,14 @@ class RunConfig(Settings):
     def _sections(self) -> "RunConfig":
         for stage in self.stages:
             if getattr(self, stage) is None:
-                raise ValueError(f"stages names {stage}, but there is no section {stage}")
+                raise ValueError(
+                    f"stages names {stage}, but the section {stage} is missing; add the section, or leave {stage} out "
+                    "of stages"
+                )
         if list(self.stages) != [s for s in ("sft", "reward_model", "ppo") if s in self.stages]:
-            raise ValueError(f"stages run in the order sft, reward_model, ppo, each once; given {list(self.stages)}")
+            raise ValueError(
+                f"stages must be in the order sft, reward_model, ppo, each at most once, not {list(self.stages)}"
+            )
         return self
 
     def adapter_or(self, own: AdapterConfig | None) -> AdapterConfig:

@@ -1,8 +1,8 @@
 """A table of all settings with type, bounds, default and description, for help, docs and messages.
 
-A setting's place is a tuple of names, as in pydantic's errors. If a section has several kinds, its kind is one of these
-names, such as `kind=http`. `*` stands for the free names of a mapping (the parts of a sum), `[]` for each entry of a list
-of sections (alarms).
+The place of a setting is a tuple of names, as in pydantic's errors. If a section has several kinds, the place also
+contains the kind, such as `kind=http`. In a place, `*` means any name of a mapping (the parts of a sum), and `[]` means
+any entry of a list of sections (alarms).
 """
 
 import difflib
@@ -25,19 +25,19 @@ KINDS = tuple(f"kind={kind}" for kind in ("model", "function", "classifier", "ht
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table."""
+    """A row of the table: one setting or section."""
 
     kind: str  # type and bounds, as text
     default: Any  # or REQUIRED
     description: str
     is_section: bool
     metadata: dict[str, Any]  # `json_schema_extra` of the field, see `config.base`
-    kinds: tuple[str, ...] = ()  # names of the kinds, if this is a section with several kinds
+    kinds: tuple[str, ...] = ()  # names of the kinds of a section that has several kinds
 
 
 @functools.cache
 def settings() -> dict[SettingPath, Setting]:
-    """Every section and setting by place, in the order of `RunConfig`."""
+    """Returns every section and setting by place, in the order of `RunConfig`."""
     schema = RunConfig.model_json_schema()
     table: dict[SettingPath, Setting] = {}
 
@@ -49,7 +49,7 @@ def settings() -> dict[SettingPath, Setting]:
             add(node, (*place, name), defaults.get(name, node.get("default", REQUIRED)))
 
     def add(node: dict, place: SettingPath, default: Any) -> None:
-        """Adds a setting or section and everything below it."""
+        """Adds a setting, or a section and all settings in this section."""
         (inner,) = (option for option in node.get("anyOf", [node]) if option.get("type") != "null")
         options = {definition(option)["properties"]["kind"]["const"]: option for option in inner.get("oneOf", [])}
         kind = f"section of kind {' | '.join(options)}" if options else "section" if "$ref" in inner else _kind(inner)
@@ -61,7 +61,7 @@ def settings() -> dict[SettingPath, Setting]:
         for name, option in options.items():
             add_section(definition(option), (*place, f"kind={name}"), {})
         sections = [option for option in inner.get("items", {}).get("oneOf", []) if "$ref" in option]
-        for option in sections:  # of a list
+        for option in sections:  # the entries are sections of a list
             table[(*place, ENTRY)] = Setting(_kind(inner["items"]), REQUIRED, definition(option)["description"], True, {})
             add_section(definition(option), (*place, ENTRY), {})
         entries = inner.get("additionalProperties")
@@ -74,14 +74,14 @@ def settings() -> dict[SettingPath, Setting]:
 
 @functools.cache
 def _prefixes() -> frozenset[SettingPath]:
-    """All places and all prefixes of places."""
+    """Returns all places and all prefixes of places."""
     return frozenset(place[:depth] for place in settings() for depth in range(len(place) + 1))
 
 
 def path_of(names: Sequence[str]) -> SettingPath | None:
-    """The first place that matches a key path, or None.
+    """Returns the first place that matches a key path, or None. A key path may omit kinds.
 
-    A key path may omit kinds, and has a mapping's actual names instead of `*`, and numbers of entries such as `[2]`.
+    Instead of `*` it has a name in a mapping, and instead of `[]` the number of an entry, such as `[2]`.
     """
     places: list[SettingPath] = [()]
     for name in names:
@@ -93,9 +93,9 @@ def path_of(names: Sequence[str]) -> SettingPath | None:
 
 
 def find_setting(names: Sequence[str]) -> Setting | None:
-    """The setting at a key path, or None if there is none.
+    """Returns the setting at a key path, or None if there is none.
 
-    An entry of a mapping of plain values has no setting of its own: then the result is the mapping's setting.
+    For an entry of a mapping of plain values, returns the setting of the mapping.
     """
     for length in range(len(names), 0, -1):
         setting = settings().get(path_of(names[:length]) or ())
@@ -105,18 +105,19 @@ def find_setting(names: Sequence[str]) -> Setting | None:
 
 
 def without_kinds(place: Sequence[str]) -> SettingPath:
-    """The key path of a place in a settings file, which has no kinds."""
+    """Returns the key path of a place in a settings file: key paths there have no kinds."""
     return tuple(name for name in place if not name.startswith("kind="))
 
 
 def settings_help(above: str | None = None) -> str:
-    """One line per setting: key path, type and bounds, default, description.
+    """Returns one line per setting: key path, type and bounds, default, description.
 
-    With `above` only that setting, or that section and what is in it. ValueError, with the nearest names, if unknown.
+    With `above` the lines are only of that setting, or of that section and its settings. Raises `ValueError`, with the
+    nearest names, if `above` is unknown.
     """
     names, lines = () if above is None else tuple(above.replace(ENTRY, f".{ENTRY}").split(".")), []
     for place, setting in settings().items():
-        if ANY in place:  # each kind of reward has lines of its own
+        if ANY in place:  # left out, because each kind of reward already has lines
             continue
         if without_kinds(place)[: len(names)] != names and dotted(place) != above:
             continue
@@ -138,15 +139,15 @@ def settings_help(above: str | None = None) -> str:
 
 
 def dotted(place: SettingPath) -> str:
-    """The place as text, such as `ppo.reward[http].url`."""
+    """Returns a place as text, such as `ppo.reward[http].url`."""
     return re.sub(r"\.kind=(\w+)", r"[\1]", ".".join(place)).replace(".[", "[")
 
 
 def _kind(schema: dict) -> str:
-    """Type and bounds, as text, of a schema that is not a section."""
+    """Returns the type and bounds, as text, of a schema that is not a section."""
     if "enum" in schema or "const" in schema:
         return " | ".join(as_yaml(value) for value in schema.get("enum", [schema.get("const")]))
-    if "oneOf" in schema:  # entries of a list
+    if "oneOf" in schema:  # the schema is of entries of a list
         return " | ".join("section" if "$ref" in option else _kind(option) for option in schema["oneOf"])
     if schema["type"] == "change":
         return "float > 0 or percentage"
@@ -157,13 +158,13 @@ def _kind(schema: dict) -> str:
         return f"{'non-empty ' if schema.get('minItems') else ''}list of {items}"
     kind = {"integer": "int", "number": "float", "boolean": "true | false", "string": "text"}[schema["type"]]
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    limits = (LARGEST, LARGEST_FLOAT, -LARGEST_FLOAT)  # of every number; errors name them
+    limits = (LARGEST, LARGEST_FLOAT, -LARGEST_FLOAT)  # bounds of every number; only errors name them
     bounds = [f"{sign} {as_yaml(schema[name])}" for name, sign in signs.items() if schema.get(name, LARGEST) not in limits]
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 
 def describe(value: Any) -> str:
-    """A value in the words of a message, such as `the text "abc"`."""
+    """Returns a value in the words of a message, such as `the text "abc"`."""
     if isinstance(value, dict):
         return "a section"
     if isinstance(value, list | tuple):
@@ -172,7 +173,7 @@ def describe(value: Any) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as in a YAML file, on one line of at most 80 characters."""
+    """Returns a value as in a YAML file, on one line of at most 80 characters."""
     if isinstance(value, list | tuple):
         text = f"[{', '.join(as_yaml(item) for item in value)}]"
     elif isinstance(value, dict):
@@ -188,6 +189,6 @@ def as_yaml(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text on one line of at most 160 characters."""
+    """Returns text on one line of at most 160 characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= 160 else text[:157] + "..."

@@ -143,5 +143,5 @@ def test_a_base_in_codes_is_never_a_runs_own(folder, tmp_path):
 def test_a_new_model_is_not_quantised(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(f"run_dir: {tmp_path}/run\nmodel: {{new: {{layers: 1}}, quantize: int8}}\nstages: [sft]\n")
-    with pytest.raises(UserError, match="quantize needs a base that stays frozen"):
+    with pytest.raises(UserError, match="quantize needs a base that is not trained"):
         load_config(file)

@@ -1,10 +1,10 @@
 "use strict";
-// Curves: one figure each, with a summary and a table in words, drawn by Plotly when it scrolls into view.
+// Curves: each is a figure with a summary in words and a table. Plotly draws a figure when it scrolls into view.
 
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif';
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 
-// Plotly is stored compressed; it is unpacked once, when the first chart is about to be seen.
+// Plotly is stored compressed. It is unpacked once, when the first chart is about to be seen.
 let library = null;
 function plotly() {
   library ??= (async () => {
@@ -28,7 +28,7 @@ function layout(x, y, more = {}) {
     yaxis: { ...axis, nticks: 6, ...y, title: { ...axis.title, text: y?.label ?? "" } }, ...more };
 }
 
-const drawn = new Set(); // figures that have been drawn, for a change of theme
+const drawn = new Set(); // figures that have been drawn; a change of theme draws them again
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
 }, { rootMargin: "250px" });
@@ -42,14 +42,14 @@ async function draw(plot) {
     plot.dataset.drawn = traces.length;
   } catch (error) {
     plot.classList.add("failed");
-    plot.textContent = "This browser cannot draw the chart; its numbers are below.";
+    plot.textContent = "This browser cannot draw the chart. The numbers of the chart are below.";
     console.error(error);
   }
 }
 
 function redraw() { for (const plot of drawn) draw(plot); }
 
-// `rows()` makes the table when it is opened; `keys()` the legend.
+// `rows()` makes the rows of the table when the table is opened. `keys()` makes the legend.
 function figure({ title, about, build, summary, heads, rows, keys, wide }) {
   const plot = el("div", { class: "plot", role: "img", "aria-label": `${title}. ${summary}` });
   plot.build = build;
@@ -69,7 +69,7 @@ function key(label, paint, dash = "solid") {
 
 // ---------------------------------------------------------------- curves over steps
 
-// The curves of a metric in a group: each run's own, and their mean and range where several have the step.
+// The curves of a metric in a group: the curve of each run, and mean and range over runs at each step.
 function groupCurves(group, stage, name) {
   const curves = group.runs.map((i) => curve(RUNS[i], stage, name)).filter(Boolean);
   const at = new Map();
@@ -78,7 +78,7 @@ function groupCurves(group, stage, name) {
   return { curves, steps, means: steps.map((s) => mean(at.get(s))), lows: steps.map((s) => Math.min(...at.get(s))), highs: steps.map((s) => Math.max(...at.get(s))) };
 }
 
-// A centred mean over about a fortieth of the curve, for long noisy ones.
+// Returns a smoothed curve: centred means over about a twentieth of the values. Null for short curves.
 function smooth(values) {
   const half = Math.floor(values.length / 40);
   if (values.length < 120) return null;
@@ -87,7 +87,7 @@ function smooth(values) {
 
 const fade = (hex, alpha) => `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${alpha})`;
 
-// With one group of runs each series has its colour; with several, a colour is a group and a dash is a series.
+// If there is one group of runs, each series has a colour. If there are several, each group has a colour, and each series a dash.
 const paintOf = (group, series) => `--c${(GROUPS.length > 1 ? group : series) % 6}`;
 const dashOf = (series) => DASHES[(GROUPS.length > 1 ? series : 0) % 4];
 
@@ -118,7 +118,7 @@ function curveWords(stage, { metric, label }) {
   }).filter(Boolean).join(" ");
 }
 
-// A figure of curves over the steps of a stage, or null if no run has them.
+// Returns a figure of curves over the steps of a stage, or null if no run has these curves.
 function curves(stage, { title, about, series, y = {}, wide }) {
   const present = series.filter(({ metric }) => hasMetric(stage, metric));
   if (!present.length) return null;

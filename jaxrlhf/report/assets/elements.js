@@ -1,5 +1,5 @@
 "use strict";
-// Elements, numbers and themes. Text enters the document as text nodes only, never as HTML.
+// Elements, numbers and themes. Text enters the document only as text nodes, never as HTML.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs, GROUPS = DATA.groups;
@@ -22,7 +22,7 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
-// Text of a model or of data: its own direction, which cannot reach the text around it.
+// Text of a model or of data. It has its own text direction, so that it cannot change the direction of other text.
 const modelText = (text, tag = "div", kind = "text") => el(tag, { class: kind, dir: "auto" }, text);
 
 function number(x, digits = 3) {
@@ -45,7 +45,7 @@ const colour = (index) => css(`--c${index % 6}`);
 const curve = (run, stage, name) => run.stages[stage]?.metrics[name];
 const hasMetric = (stage, name) => RUNS.some((run) => curve(run, stage, name));
 
-// A drop-down with a label. `options` holds [value, text]; `change` gets the value.
+// Returns a drop-down list with a label. `options` holds pairs [value, text]. `change` is called with the chosen value.
 function choose(label, options, change, chosen) {
   const select = el("select", { onchange: () => change(select.value) },
     options.map(([value, text]) => el("option", { value, selected: value === chosen }, text)));
@@ -65,7 +65,7 @@ function table(caption, heads, rows, kind = "") {
 
 const system = matchMedia("(prefers-color-scheme: dark)");
 let chosenTheme = null;
-try { chosenTheme = localStorage.getItem("jaxrlhf-theme"); } catch { /* storage is off for files in some browsers */ }
+try { chosenTheme = localStorage.getItem("jaxrlhf-theme"); } catch { /* some browsers have no storage for files */ }
 const isDark = () => (chosenTheme ? chosenTheme === "dark" : system.matches);
 
 function applyTheme() {

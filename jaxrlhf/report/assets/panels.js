@@ -1,9 +1,9 @@
 "use strict";
-// Figures that are no curves over steps: frontier, time by phase, histograms, calibration, any metric.
+// Other figures: frontier, time by phase, histograms, calibration, and a chosen metric.
 
 const PHASES = [["time/rollout", "rollout"], ["time/reward", "reward"], ["time/annotate", "logprobs and values"], ["time/update", "update"], ["time/samples", "samples"]];
 
-// A figure of one run at a time, with a drop-down if there are several runs.
+// Returns a figure of one run. If there are several runs, a drop-down list chooses the run.
 function byRun(has, make) {
   const able = RUNS.map((run, i) => [i, run.name]).filter(([i]) => has(RUNS[i]));
   if (!able.length) return null;
@@ -36,7 +36,7 @@ function frontier() {
     return `${RUNS.length > 1 ? `${run.name}, ` : ""}${label}: highest ${number(best.score)} at a KL of ${number(best.kl)} nats, iteration ${best.step}.`;
   }).join(" ");
   return figure({
-    title: "Reward against KL", about: "The frontier: what each nat away from the reference buys. Higher and further left is better; a gold score that bends down means over-optimisation.",
+    title: "Reward against KL", about: "How much score the policy gains for its distance from the reference. Higher and further left is better. If the gold score bends down, the policy is over-optimised.",
     wide: RUNS.some((run) => scoresOf(run, "evaluation").length) ? "wide tall" : "double", summary: words,
     keys: () => [...(targets.length > 1 || GROUPS.length === 1 ? targets.map(([, label], s) => key(label, GROUPS.length > 1 ? "--muted" : `--c${s}`, dashOf(s))) : []),
       ...(GROUPS.length > 1 ? GROUPS.map((g, i) => key(g.label, `--c${i % 6}`)) : [])],
@@ -61,7 +61,7 @@ function phases() {
     const found = parts(run), total = found.reduce((sum, p) => sum + mean(p.c.y) * p.c.y.length, 0);
     const share = (p) => Math.round((100 * mean(p.c.y) * p.c.y.length) / total);
     return withControls(figure({
-      title: "Time by phase", about: "Seconds of each iteration, stacked. The first iterations compile.", wide: "wide",
+      title: "Time by phase", about: "Seconds of each iteration, by phase. The first iterations include compilation.", wide: "wide",
       summary: `${found.map((p) => `${p.label} ${share(p)}%`).join(", ")} of ${duration(total)}.`,
       keys: () => found.map((p) => key(`${p.label} ${share(p)}%`, p.paint)),
       build: () => {
@@ -72,7 +72,7 @@ function phases() {
             line: { width: .5, color: css(p.paint) }, fillcolor: fade(css(p.paint), .7), hovertemplate: "%{y:.3~g} s" }; }),
         layout: layout({ label: "iteration" }, { label: "", ticksuffix: " s", range: [0, 1.25 * highest[Math.floor(.95 * (highest.length - 1))]] }) };
       },
-      heads: [{ text: "phase" }, { text: "seconds in all", number: true }, { text: "share", number: true }],
+      heads: [{ text: "phase" }, { text: "total seconds", number: true }, { text: "share", number: true }],
       rows: () => found.map((p) => ({ cells: [p.label, number(mean(p.c.y) * p.c.y.length), `${share(p)}%`] })),
     }), control);
   });
@@ -80,7 +80,7 @@ function phases() {
 
 function quantile(sorted, q) { return sorted[Math.min(sorted.length - 1, Math.round(q * (sorted.length - 1)))]; }
 
-// All scores of batches or evaluations, in order: [{step, scores}].
+// Returns all scores of batches or evaluations, in order: [{step, scores}].
 function scoresOf(run, kind) {
   const lines = run.samples.map((line) => ({ step: line.step, scores: kind === "training" ? line.scores : line.evaluation?.scores }));
   return lines.filter((line) => Array.isArray(line.scores) && line.scores.length).map((line) => ({ ...line, scores: line.scores.filter((x) => typeof x === "number") }));
@@ -99,7 +99,7 @@ function histograms(kind, title, about) {
     const first = spread(lines[0]), last = spread(lines.at(-1));
     return withControls(figure({
       title, about, wide: kind === "evaluation" ? "double" : "tall",
-      summary: `Median ${number(first[2])} at iteration ${first[0]}, ${number(last[2])} at iteration ${last[0]}; nine in ten lie between ${number(last[1])} and ${number(last[3])} at the end.`,
+      summary: `Median ${number(first[2])} at iteration ${first[0]}, ${number(last[2])} at iteration ${last[0]}; 90% are between ${number(last[1])} and ${number(last[3])} at the end.`,
       build: () => ({
         traces: [{ type: "heatmap", x: lines.map((line) => String(line.step)), y: Array.from({ length: bins }, (_, b) => low + (b + .5) * width),
           z: Array.from({ length: bins }, (_, b) => shares.map((s) => s[b])), zmin: 0, xgap: 2, ygap: 0,
@@ -124,7 +124,7 @@ function calibration() {
     const line = calibrated(run).at(-1), points = line.calibration, most = Math.max(...points.map((p) => p.pairs)), pairs = points.reduce((sum, p) => sum + p.pairs, 0);
     const error = points.reduce((sum, p) => sum + p.pairs * Math.abs(p.confidence - p.accuracy), 0) / pairs;
     return withControls(figure({
-      title: "Calibration of the reward model", about: "How often the model is right at each confidence. On the dotted line its confidence can be taken as a probability; below it is overconfident. Bars: pairs.",
+      title: "Calibration of the reward model", about: "How often the model is right at each confidence. On the dotted line the confidence equals the probability of being right. Below the line the model is overconfident. Bars show numbers of pairs.",
       summary: `Mean distance from the diagonal ${number(error)} over ${pairs} pairs, at step ${line.step}.`,
       keys: () => [key("accuracy", "--c0"), key("perfect", "--muted", "dot")],
       build: () => ({
@@ -147,8 +147,8 @@ function margins() {
     const { margins: found, step } = of(run), right = found.filter((x) => x > 0).length;
     const sorted = [...found].sort((a, b) => a - b);
     return withControls(figure({
-      title: "Margins", about: "Score of the chosen minus score of the rejected side, held-out pairs. Above 0 the model agrees with the label.",
-      summary: `${right} of ${found.length} pairs above 0 at step ${step}; median ${number(quantile(sorted, .5))}.`,
+      title: "Margins", about: "Score of the chosen completion minus score of the rejected one, on held-out pairs. Above 0 the model agrees with the label.",
+      summary: `${right} of ${found.length} pairs are above 0 at step ${step}; median ${number(quantile(sorted, .5))}.`,
       build: () => ({ traces: [{ type: "histogram", x: found, nbinsx: 30, marker: { color: css("--c0") }, hovertemplate: "%{x}: %{y} pairs<extra></extra>" }],
         layout: layout({ label: "margin", zeroline: true }, { label: "pairs" }, { bargap: .06, hovermode: "closest", shapes: [{ type: "line", x0: 0, x1: 0, yref: "paper", y0: 0, y1: 1, line: { color: css("--c1"), width: 2, dash: "dot" } }] }) }),
       heads: [{ text: "share of pairs below" }, { text: "margin", number: true }],

@@ -1,11 +1,11 @@
 "use strict";
-// Completions: the same prompts over time, and what each token was given.
+// Completions: answers to the same prompts over time, and the numbers of each token.
 
 // ---------------------------------------------------------------- answers over time
 
-const FEW = 3; // cards before "show all"
+const FEW = 3; // number of cards that are shown before "Show all"
 
-// For each evaluation prompt of a run, its answers in order: [{step, label, completion, score, gold}].
+// Returns the evaluation prompts of a run, each with its answers in order: [{step, label, completion, score, gold}].
 function answersOf(run) {
   const found = new Map();
   const add = (samples, step, label) => (samples ?? []).forEach((sample, i) => {
@@ -64,13 +64,13 @@ function answers() {
 
 const minus = (a, b) => (a && b ? a.map((x, i) => (x == null || b[i] == null ? null : x - b[i])) : null);
 const VIEWS = {
-  ratio: { text: "Ratio", about: "Log of new over old probability: blue tokens became likelier in this update, orange ones less likely.", of: (s) => minus(s.new_logprobs, s.logprobs) },
-  advantage: { text: "Advantage", about: "The credit of each token: blue better than the value model expected, orange worse.", of: (s) => s.advantages },
-  kl: { text: "KL", about: "Log of policy over reference probability: blue tokens are likelier than for the reference, orange ones less likely.", of: (s) => minus(s.logprobs, s.ref_logprobs) },
-  value: { text: "Value", about: "What the value model expects from here on, before the token: blue high, orange low.", of: (s) => s.values },
+  ratio: { text: "Ratio", about: "Log of the new probability divided by the old one. Blue tokens became more likely in this update, orange tokens less likely.", of: (s) => minus(s.new_logprobs, s.logprobs) },
+  advantage: { text: "Advantage", about: "The credit of each token. Blue is better than the value model expected, orange is worse.", of: (s) => s.advantages },
+  kl: { text: "KL", about: "Log of the policy's probability divided by the reference's. Blue tokens are more likely for the policy, orange tokens less likely.", of: (s) => minus(s.logprobs, s.ref_logprobs) },
+  value: { text: "Value", about: "The return that the value model expects before the token. Blue is high, orange is low.", of: (s) => s.values },
 };
 
-// Everything with tokens, in order: [{label, samples}].
+// Returns all records that have tokens, in order: [{label, samples}].
 function tokenLines(run) {
   const found = [];
   for (const line of run.samples) {
@@ -86,7 +86,7 @@ const visible = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t
 
 const FACTS = { ratio: "log new/old", advantage: "advantage", kl: "log policy/ref.", value: "value" };
 
-// The samples whose probabilities an update moved most, as the first ones to look at.
+// Returns the index of the line whose probabilities an update changed most. This line is shown first.
 function mostMoved(lines) {
   const moved = lines.map((line) => mean(line.samples.flatMap((s) => (VIEWS.ratio.of(s) ?? [0]).map((x) => Math.abs(x ?? 0)))));
   return moved.indexOf(Math.max(...moved));
@@ -119,7 +119,7 @@ function tokens() {
   return el("div", { class: "panel" }, controls, body);
 }
 
-// All completions of a line, coloured on one scale, beside the numbers of the token that is looked at.
+// Returns all completions of a line, coloured on one scale, beside the numbers of the selected token.
 function creditView(line, view) {
   const sizes = line.samples.flatMap((s) => view.of(s) ?? []).filter((x) => x != null).map(Math.abs).sort((a, b) => a - b);
   const most = Math.max(quantile(sizes.length ? sizes : [0], .98), 1e-3);
@@ -165,5 +165,5 @@ function tokenRow(sample, view, most, show) {
   };
   const gold = sample.gold == null ? "" : ` · gold ${number(sample.gold)}`;
   return el("li", { class: "tokens" }, el("div", { class: "asked" }, el("b", {}, `score ${number(sample.score)}${gold}`), modelText(sample.prompt)),
-    el("div", { class: "text", role: "listbox", "aria-orientation": "horizontal", "aria-label": "Tokens of a completion; arrow keys move", dir: "auto", onkeydown: keydown }, spans));
+    el("div", { class: "text", role: "listbox", "aria-orientation": "horizontal", "aria-label": "Tokens of a completion. The arrow keys move between tokens.", dir: "auto", onkeydown: keydown }, spans));
 }
