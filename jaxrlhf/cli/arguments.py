@@ -9,7 +9,7 @@ from jaxrlhf.config.base import LARGEST
 from jaxrlhf.config.paths import absolute_path, not_utf8, source_path
 from jaxrlhf.errors import UserError
 
-MOST_PROCESSES = 65536  # and devices
+MOST_PROCESSES = 65536  # largest number of processes or devices
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--lengths", choices=("full", "geometric"), default="full",
         help="completion lengths: full (default), or geometric: random, with a mean of about a quarter of full")
     add("--repeats", type=whole(1), default=5, metavar="N", help="number of timed calls of each program (default: 5)")
-    iterations = "number of timed PPO iterations; 0 times none (default: 5)"
+    iterations = "number of timed PPO iterations; may be 0 (default: 5)"
     add("--iterations", type=whole(0), default=5, metavar="N", help=iterations)
     add("--only", metavar="PROGRAM,...", default="",
         help="time only these programs, such as rollout,update, and no iterations")

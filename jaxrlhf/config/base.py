@@ -34,7 +34,7 @@ Remat = Annotated[
 
 
 class Settings(BaseModel):
-    """Base class of all sections: immutable, strictly typed, no unknown keys."""
+    """Base class of all sections. Sections are immutable and strictly typed, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 

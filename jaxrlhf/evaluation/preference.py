@@ -1,4 +1,4 @@
-"""Win rates of one model against another, by scores or by a judge."""
+"""Win rates of one model against another. Scores or a judge decide which answer wins."""
 
 from collections.abc import Sequence
 

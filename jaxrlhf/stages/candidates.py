@@ -1,4 +1,4 @@
-"""Loads the models that a command samples from, of a run or of a model folder, and its sampling settings."""
+"""Loads the models from which a command samples, and the sampling settings of the command."""
 
 import argparse
 
@@ -32,7 +32,7 @@ def load_candidates(
         config = load_config(f"{arguments.run}/config.yaml")
         if roles.checkpoint is not None:
             stage, step = roles.checkpoint
-            notice(f"{arguments.run}: the roles of the stage {stage} are those of step {step}")
+            notice(f"{arguments.run}: the roles of the stage {stage} come from its checkpoint of step {step}")
         return roles, config, _chosen_roles(roles, names, all_roles, config, mesh)
     if arguments.step is not None:
         raise UserError(f"--step {short(arguments.step)}: a model folder has no checkpoints; give --run")
@@ -61,7 +61,7 @@ def _chosen_roles(
         if name not in known:
             scores = name in ("value", "reward")
             fault = f"the role {name} scores text and cannot write any" if scores else f"this run has no role {name!r}"
-            raise UserError(f"--roles: {fault}; roles that write text here: {', '.join(known)}")
+            raise UserError(f"--roles: {fault}; give roles that write text: {', '.join(known)}")
     if config.sft_trains_base and "base" in names:  # after a full fine-tune of sft the run's base is the SFT model
         known["base"] = (load_origin(config, mesh), None)
     return {name: known[name] for name in names}

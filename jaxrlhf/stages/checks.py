@@ -1,4 +1,4 @@
-"""Checks and derived values of settings that depend on the model, the mesh or the number of steps."""
+"""Checks settings against the model and the mesh, and fills in settings that depend on the number of steps."""
 
 import math
 from collections.abc import Mapping
@@ -129,7 +129,9 @@ def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
 def check_length(model: DecoderConfig, length: int, key_path: str) -> None:
     """Raises `UserError` if sequences of `length` tokens would have more tokens than the model has positions."""
     if length > model.max_positions:
-        raise UserError(f"{key_path}: {length} tokens, but the model has {model.max_positions} positions")
+        raise UserError(
+            f"{key_path}: is {length} tokens, but the model has only {model.max_positions} positions; give less"
+        )
 
 
 def check_one_rope(model: DecoderConfig, shortest: int, longest: int, key_path: str) -> None:

@@ -22,7 +22,7 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """What a stage measured on held-out rows."""
+    """The results of an evaluation of a stage on held-out rows."""
 
     metrics: dict[str, float]  # metrics by name, without the prefix evaluation/
     record: dict[str, Any]  # records for samples.jsonl; may be empty

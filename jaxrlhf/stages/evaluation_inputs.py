@@ -47,7 +47,7 @@ class Inputs:
     reward: Reward | None
     gold: FunctionReward | None
     judge: FunctionReward | None
-    reference: Model | None  # of the KL
+    reference: Model | None  # reference of the KL
     tasks: list[Task]
 
 
@@ -130,7 +130,7 @@ def _prompts(
     if arguments.data is not None:
         source = {"path": arguments.data, "split": arguments.split, "limit": arguments.limit}
         source |= {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
-        if (stage := config and (config.ppo or config.sft)) is not None:  # chats formatted as in the run
+        if (stage := config and (config.ppo or config.sft)) is not None:  # chats get the format of the run
             source |= {"tools": stage.data.tools, "chat_template_kwargs": stage.data.chat_template_kwargs}
         data = PromptsConfig(**{name: value for name, value in source.items() if value is not None})
     elif ppo is not None:
@@ -143,7 +143,7 @@ def _prompts(
     positions = roles.base.config.max_positions
     limit = positions - sampling.max_new_tokens
     if limit < 1:
-        raise UserError(f"--max-new-tokens: {sampling.max_new_tokens}, but the model has only {positions} positions")
+        raise UserError(f"--max-new-tokens: is {sampling.max_new_tokens}, but the model has only {positions} positions")
     if ppo is not None:
         limit = min(limit, ppo.max_prompt_tokens) if arguments.data is None else limit
     prompts = load_prompts(data, roles.tokenizer, limit, "stop" if ppo is None else ppo.overflow)
@@ -192,7 +192,7 @@ def _reward_config(text: str) -> RewardConfig:
         given = parse_yaml(text, "--reward")
     if not isinstance(given, dict):
         raise UserError("--reward: must be module:function, or settings as in a config: '{kind: http, url: ...}'")
-    whole = {"run_dir": "runs/x", "stages": ["ppo"], "model": {"path": "x"}}  # errors name ppo.reward
+    whole = {"run_dir": "runs/x", "stages": ["ppo"], "model": {"path": "x"}}  # errors then name the key ppo.reward
     try:
         return RunConfig.model_validate(whole | {"ppo": {"data": {"path": "x"}, "reward": given}}).ppo.reward
     except pydantic.ValidationError as error:

@@ -21,10 +21,10 @@ DEFAULT_ROLES = {"merged": ("policy", "sft"), "peft": ("policy", "sft"), "reward
 
 
 def export_role(arguments: argparse.Namespace) -> list[str]:
-    """Writes the export and returns lines that describe it. See `jaxrlhf export` for the arguments.
+    """Writes the export and returns lines that describe it. `arguments` are the options of `jaxrlhf export`.
 
     Raises `UserError`, before anything is written, if the run or role does not exist, the format cannot represent the
-    role, or the target folder holds something else.
+    role, or the target folder contains anything but an older export.
     """
     roles = load_run(arguments.run, step=arguments.step)
     config = load_config(f"{arguments.run}/config.yaml").model_copy(update={"run_dir": arguments.run})
@@ -37,11 +37,16 @@ def export_role(arguments: argparse.Namespace) -> list[str]:
         save_pretrained(arguments.to, roles.base, adapter, roles.tokenizer, arguments.max_shard_bytes, arguments.dtype)
     elif arguments.format == "peft":
         save_peft(arguments.to, roles.base, adapter, base_path, arguments.dtype)
-        lines.append(f"its base is {base_path}{', which a run made: ship it with the adapter' if own else ''}")
+        lines.append(f"its base is {base_path}{'; a run made this base, so ship it with the adapter' if own else ''}")
         if (Path(base_path) / PEFT_INFO).is_file():
-            lines.append("that base is an adapter itself: for PEFT, merge it into its own base first")
+            lines.append(
+                "that base is itself an adapter; to use the export with PEFT, first merge that adapter into its own "
+                "base"
+            )
         if (codes := quantization(roles.base)) is not None:
-            lines.append(f"it was trained on that base in {codes} codes; on plain weights its outputs differ slightly")
+            lines.append(
+                f"it was trained on that base in {codes}; its outputs differ slightly on weights that are not quantised"
+            )
     else:
         from jaxrlhf.hf.classifiers import save_sequence_classifier
 

@@ -42,7 +42,7 @@ def fingerprint(tree: Any) -> str:
     """Returns 64 bits in hex that depend on every bit of a tree's arrays and on their paths, not on their sharding."""
     found = hashlib.blake2b(digest_size=8)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        bits = int(fetch(_bits(leaf)))  # one program at a time, see `finite_leaves`
+        bits = int(fetch(_bits(leaf)))  # only one program runs at a time; see `finite_leaves`
         found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {bits}\n".encode())
     return found.hexdigest()
 

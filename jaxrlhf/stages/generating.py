@@ -34,7 +34,7 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
     with cached_programs(cache, lambda text: print(printable(text), file=sys.stderr)):
         for start in range(0, len(prompts), BATCH):
             batch = ids[start : start + BATCH]
-            if len(ids) > 1:  # pad the last batch with its first prompt, so that all batches have one shape
+            if len(ids) > 1:  # fill up the last batch with its first prompt, so that all batches have one shape
                 batch = batch + [batch[0]] * (BATCH - len(batch))
             key = key_for(arguments.seed, "generate", start, "rollout")
             inputs = (roles.tokenizer, batch, sampling, key)
@@ -63,14 +63,14 @@ def _prompts(
         prompts, places = arguments.prompt, [f"--prompt {text[:40]!r}" for text in arguments.prompt]
     else:
         settings = {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
-        if config is not None and (stage := config.ppo or config.sft) is not None:  # chats formatted as in the run
+        if config is not None and (stage := config.ppo or config.sft) is not None:  # chats get the format of the run
             settings |= {"tools": stage.data.tools, "chat_template_kwargs": stage.data.chat_template_kwargs}
         rows, prompts, _ = read_prompts(PromptsConfig(path=arguments.prompts, **settings))
         places = [row.where for row in rows]
     positions = roles.base.config.max_positions
     limit = positions - sampling.max_new_tokens
     if limit < 1:
-        raise UserError(f"--max-new-tokens: {sampling.max_new_tokens}, but the model has only {positions} positions")
+        raise UserError(f"--max-new-tokens: is {sampling.max_new_tokens}, but the model has only {positions} positions")
     encoded = list(roles.tokenizer.encode_prompts(prompts, places))
     for place, ids in zip(places, encoded):
         if not len(ids):

@@ -46,7 +46,7 @@ class Improvement:
         return f"{self.config.metric} has not improved in {values}; {best}"
 
     def notes(self) -> dict[str, Any]:
-        """The state, as JSON values for a checkpoint."""
+        """Returns the state, as JSON values for a checkpoint."""
         return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
 
 
@@ -80,7 +80,9 @@ class Watch:
                 rate = self.optimizers[name].learning_rate
                 lower = min(max(rate * plateau.config.factor, plateau.config.min_rate), rate)
                 if lower < rate:
-                    lines.append(f"{name}: learning rate {lower:.4g} after step {step}: {plateau.text()}")
+                    lines.append(
+                        f"{name}: learning rate lowered to {lower:.4g} after step {step}, because {plateau.text()}"
+                    )
                 self._set_rate(name, lower)
                 plateau.waited = 0
         return lines
@@ -103,7 +105,7 @@ class Watch:
         return any(not improvement.config.metric.startswith(PREFIX) for improvement in watched)
 
     def notes(self) -> dict[str, Any]:
-        """The state, as JSON values for a checkpoint."""
+        """Returns the state, as JSON values for a checkpoint."""
         notes: dict[str, Any] = {}
         if self.early_stopping is not None:
             notes["early_stopping"] = self.early_stopping.notes()

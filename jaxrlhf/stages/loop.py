@@ -49,7 +49,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The run directory."""
+        """Returns the run directory."""
         return Path(self.config.run_dir)
 
     def say(self, text: str) -> None:
@@ -290,7 +290,10 @@ class Loop:
         self.run.report.refresh()
 
     def _check_interruption(self) -> None:
-        """Raises `Fault` if a save has failed. Saves and raises `Stopped` after a signal or alarm."""
+        """Raises `Fault` if a save has failed.
+
+        After a signal or an alarm, saves, and raises `Stopped` or waits for the user.
+        """
         if processes.alone() and self.checkpoints.failed:  # several processes check it at the next save
             self._read()
             self.checkpoints.wait()
@@ -307,7 +310,7 @@ class Loop:
         if self.reached > self.first:
             self._save()
         self.checkpoints.wait()
-        processes.barrier()  # a launcher ends all processes when one ends
+        processes.barrier()  # a launcher ends all processes when one process ends
 
     def _obey(self, action: str) -> None:
         """Stops the run, or waits for the user. The last step is already saved."""
@@ -325,7 +328,7 @@ class Loop:
         self._step_start = time.perf_counter()
 
     def _signal(self) -> int:
-        """The number of the signal that asks the run to stop, or 0 if there was no signal."""
+        """Returns the number of the signal that asks the run to stop, or 0 if there was no signal."""
         return self.run.stop.due() if self.run.stop is not None else 0
 
     def _stopped(self, signal: int) -> Stopped:

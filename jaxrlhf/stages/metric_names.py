@@ -9,7 +9,7 @@ _SHARED = (
     "compiles/update", "optimizer/grad_norm", "optimizer/learning_rate", "optimizer/skipped", "seconds",
     "time/evaluation",
 )  # fmt: skip
-PREFIX = "evaluation/"  # of the metrics of evaluations while training
+PREFIX = "evaluation/"  # prefix of the metrics of evaluations while training
 METRICS = {
     "sft": {*_SHARED, "sft/loss", "sft/tokens"},
     "reward_model": {*_SHARED, "reward_model/accuracy", "reward_model/loss", "reward_model/score"},

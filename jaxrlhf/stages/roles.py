@@ -144,7 +144,7 @@ def load_run(
     if step is None and not finished_stages(run_dir):
         saved = any(stored_steps(_checkpoints(config, stage)) for stage in config.stages)
         remedy = "give --step latest to generate or export from its last checkpoint" if saved else "give another run"
-        raise UserError(f"{run_dir}: no stage of this run has finished; {remedy}, or continue it")
+        raise UserError(f"{run_dir}: no stage of this run has finished; continue this run, or {remedy}")
     if step is not None:
         find_checkpoint(config, step)  # raises errors before weights are read
         check_none_missing(config)
@@ -220,7 +220,7 @@ def ppo_adapters(policy: Adapter, value: Adapter, average: Adapter, update: PPOC
 
 
 def save_base(run_dir: str, base: Decoder, tokenizer: Tokenizer) -> None:
-    """Writes the run's own base. Raises `UserError` if it is quantised."""
+    """Writes the run's own base. Raises `UserError` if the base is quantised."""
     if (kind := quantization(base)) is not None:
         raise UserError(
             f"model.quantize: a base quantised to {kind} cannot be saved as the run's own base; leave quantize out"

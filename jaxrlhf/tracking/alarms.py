@@ -18,7 +18,7 @@ STATUS = 3  # exit status of a run that an alarm stops
 class StoppedByAlarm(Stopped):
     """Raised when an alarm ends the run. The steps of the run are saved."""
 
-    then = "the same command continues once that alarm is changed"
+    then = "change that alarm, and the same command continues the run"
 
     def __init__(self, what: str):
         Exception.__init__(self, what)
@@ -192,11 +192,11 @@ def describe(alarm: AlarmConfig, state: State, mean: float) -> str:
     """Returns the value and the limit as text, such as "kl/k1 is 31.2, above 30"."""
     kind, limit = alarm.limit
     number = limit if isinstance(limit, str) else f"{limit:g}"
-    value = f"{alarm.metric} is {mean:.3g}" + f" (mean of {alarm.over})" * (alarm.over > 1)
+    value = f"{alarm.metric} is {mean:.3g}" + f" (mean of {alarm.over} values)" * (alarm.over > 1)
     if not alarm.changes:
         return f"{value}, {kind} {number}"
     word, other = ("above its lowest", "lower") if kind == "rises_by" else ("below its highest", "higher")
-    against = f", while {alarm.against} is {other} than then," if alarm.against else ""
+    against = f", while {alarm.against} is {other} than at that value," if alarm.against else ""
     return f"{value}, more than {number} {word}, {state.extreme:.3g}{against}"
 
 

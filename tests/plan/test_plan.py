@@ -87,7 +87,7 @@ def card(monkeypatch):
         (["--devices", "1", "--memory", "much"], "--memory: must be an amount in GiB, such as 80GiB, not 'much'"),
         (["--devices", "8", "sft.batch_size=12"], "sft.batch_size: 12 rows cannot be split over 8 devices"),
         (["--devices", "1", "sft.microbatch_size=5"], "sft.microbatch_size: 16 rows cannot be split"),
-        (["--devices", "1", "sft.max_length=300"], "sft.max_length: 300 tokens, but the model has 256 positions"),
+        (["--devices", "1", "sft.max_length=300"], "sft.max_length: is 300 tokens, but the model has only 256"),
         (["--devices", "1", "model={path: nowhere/at all}"], "nowhere/at all: no such folder with a config"),
         (["--devices", "16", "mesh.tensor=16", "model.attention=cudnn", "model.dtype=bfloat16"],
          "model.attention: .*cudnn.*key heads .8., but mesh.tensor is 16"),

@@ -137,7 +137,7 @@ def test_what_is_not_there_is_named(folder, tmp_path, capsys):
     assert "roles/base: is missing" in refused(capsys, export.main, *target, "merged", "--step", "2")
     shutil.rmtree(stopped / "checkpoints")
     assert "has no checkpoint" in refused(capsys, export.main, *target, "merged", "--step", "latest")
-    assert "has finished; give another run, or continue it" in refused(capsys, export.main, *target, "merged")
+    assert "has finished; continue this run, or give another run" in refused(capsys, export.main, *target, "merged")
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def test_a_merged_folder_is_whole_sharded_and_of_the_dtype_asked_for(run, tmp_pa
 def test_an_adapter_for_peft_belongs_on_the_base_that_the_run_made(run, tokens, tmp_path, capsys):
     exported("--run", run.folder, "--to", tmp_path / "x", "--format", "peft")
     base = str(run.folder / "roles" / "base")
-    assert f"its base is {base}, which a run made" in capsys.readouterr().out
+    assert f"its base is {base}; a run made this base" in capsys.readouterr().out
     assert json.loads((tmp_path / "x" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     computed = theirs(tmp_path / "x", tokens, peft_on=base)
     np.testing.assert_allclose(computed, logits(run.base, run.adapters["policy"], tokens), atol=1e-4)

@@ -128,7 +128,7 @@ def test_stop_saves_and_stops_again_until_the_alarm_is_changed(run, capsys):
     stopping = alarmed(run, above=0.9, do="stop")
     with pytest.raises(Stopped, match=r"sft: stopped by alarm x; step 3 of 5 is saved") as stopped:
         play(stopping, [])
-    assert stopped.value.status == 3 and "once that alarm is changed" in stopped.value.then
+    assert stopped.value.status == 3 and "change that alarm" in stopped.value.then
     events = []
     with pytest.raises(Stopped, match=r"stopped by alarm x; step 3 of 5 is saved"):
         play(stopping, events)

@@ -50,7 +50,7 @@ def test_above_for_begins_once_and_ends_after_as_many_values_within():
 def test_below_and_over_compare_the_mean_of_the_latest_values():
     begun, said, _ = play([alarm(metric="a", below=0.0, over=3)], of([-5, -5, 1, 1, 1, -5], "a"))
     assert begun == {"a_below_0": [3, 6]}, "not before there are three values; -3, -1, 1, -1"
-    assert said[0] == "ppo: alarm a_below_0: a is -3 (mean of 3), below 0 since step 3"
+    assert said[0] == "ppo: alarm a_below_0: a is -3 (mean of 3 values), below 0 since step 3"
 
 
 def test_changes_are_from_the_lowest_or_highest_so_far():
@@ -63,7 +63,7 @@ def test_against_needs_the_other_metric_to_have_moved_the_other_way():
     rule = alarm(name="x", metric="gold", falls_by=1.0, against="reward")
     both = [{"gold": g, "reward": r} for g, r in ((1, 1), (3, 2), (1, 1), (1, 3))]
     assert play([rule], both)[0] == {"x": [4]}
-    assert "while reward is higher than then" in play([rule], both)[1][0]
+    assert "while reward is higher than at that value" in play([rule], both)[1][0]
 
 
 def test_steps_without_the_metric_and_nan_are_passed_over():

@@ -16,7 +16,8 @@ def check_algorithm(config: PPOStageConfig) -> None:
         )
     if config.resample and group == 1:
         raise UserError(
-            "ppo.resample: replaces groups of equal scores, so set ppo.sampling.samples_per_prompt to 2 or more"
+            "ppo.resample: replaces groups of completions, so it needs groups; set ppo.sampling.samples_per_prompt to "
+            "2 or more"
         )
     if config.sampling.temperature == 0:
         raise UserError(
@@ -51,7 +52,7 @@ def _check_combinations(config: PPOStageConfig) -> None:
         ("update.dual_clip", update.dual_clip is not None and update.loss not in ("clip", "gspo"),
          f"has no effect with ppo.update.loss={update.loss}, only with clip and gspo; leave it out"),
         ("update.dual_clip", update.dual_clip is not None and update.dual_clip <= 1 + update.clip_high,
-         f"must be above the clip of 1 + {update.clip_high:g}, not {update.dual_clip}; 1912.09729 uses 3"),
+         f"must be above the clip of 1 + {update.clip_high:g}, not {update.dual_clip}; the paper 1912.09729 uses 3"),
         ("update.loss", update.loss == "pg" and update.epochs * (update.minibatches or 1) > 1,
          "pg has no ratio, so only the first step of an iteration would be on-policy; give "
          "ppo.update.epochs=1 ppo.update.minibatches=1, or the loss clip"),
@@ -61,7 +62,8 @@ def _check_combinations(config: PPOStageConfig) -> None:
          "grpo divides by the standard deviation of a group's rewards. If the KL is in the reward, groups with equal "
          "scores learn only from KL noise; give k3 or k2, which put the KL in the loss, or ppo.kl.coef=0"),
         ("kl.estimator", update.kl_loss is not None and kl.estimator != "k1",
-         f"applies to KL in the reward, but ppo.update.kl_loss={update.kl_loss} puts it in the loss; leave it out"),
+         f"applies to KL in the reward, but ppo.update.kl_loss={update.kl_loss} puts the KL in the loss; leave "
+         "kl.estimator out"),
         ("update.importance_level", update.importance_level != "token" and update.importance_cap is None,
          "has no effect without ppo.update.importance_cap; give a cap, such as 2.0"),
         ("update.pretraining_coef", update.pretraining_coef != 1 and config.pretraining is None,

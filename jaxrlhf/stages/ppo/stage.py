@@ -98,7 +98,7 @@ def load(run: Run, roles: Roles) -> PPOInputs:
         try_rewards(tried | {"ppo.gold": gold}, prompts, roles.tokenizer)
     inputs = PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
     _check_kinds(run, inputs)
-    if "sft" not in run.config.stages:  # otherwise the SFT adapter does not exist yet
+    if "sft" not in run.config.stages:  # if sft runs first, its adapter does not exist yet
         jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
     return inputs
 

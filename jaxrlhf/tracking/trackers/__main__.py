@@ -32,7 +32,7 @@ from jaxrlhf.tracking.trackers.protocol import RunInfo, Tracker
 INTERVAL = 1.0  # seconds between two readings of the logs
 HANGS = 120.0  # a tracker that does not answer for this number of seconds is dropped
 CLASSES = {"tensorboard": "TensorBoard", "wandb": "WeightsAndBiases", "mlflow": "MLflow", "trackio": "Trackio"}
-LATER = "the same command sends it the rest when the run resumes"
+LATER = "the same command sends the rest when the run resumes"
 
 
 class State:

@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxrlhf.tracking.trackers.protocol import Line, RunInfo
 
-FLUSH = 5  # seconds
-_QUEUE = 100  # events
+FLUSH = 5  # seconds between two writes to the file
+_QUEUE = 100  # largest number of events in memory
 
 
 class TensorBoard:
