@@ -81,7 +81,7 @@ def _prefixes() -> frozenset[SettingPath]:
 def path_of(names: Sequence[str]) -> SettingPath | None:
     """Returns the first place that matches a key path, or None. A key path may omit kinds.
 
-    Instead of `*` it has a name in a mapping, and instead of `[]` the number of an entry, such as `[2]`.
+    It has a name of the mapping instead of `*`, and the number of an entry, such as `[2]`, instead of `[]`.
     """
     places: list[SettingPath] = [()]
     for name in names:

@@ -173,7 +173,7 @@ def _perplexity(program: Program, mesh, model: Model, data: SFTData) -> Metrics:
 
 
 def _metrics(answers: Answers, tasks: list[Task]) -> list[Metrics]:
-    """Returns the metrics of a role's answers, each of N rows."""
+    """Returns the metrics of a role's answers. Each metric has N rows."""
     found = []
     for name, values in answers.rows.items():
         abstained = abstained_rows(values)

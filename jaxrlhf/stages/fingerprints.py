@@ -35,7 +35,7 @@ FILE = "fingerprints.json"
 _SAMPLE = 1 << 16  # number of bytes read at the start and at the end of a file
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _ODD = (2654435761, 2246822519, 3266489917, 668265263)  # multipliers of xxHash, one per axis
-_REWARDS = ("ppo.reward", "ppo.gold")  # changes of names with these beginnings are only reported
+_REWARDS = ("ppo.reward", "ppo.gold")  # a change of these inputs is reported, not refused
 
 
 def fingerprint(tree: Any) -> str:
@@ -144,7 +144,8 @@ def _digest(text: str | bytes) -> str:
 
 
 def _source_fingerprint(spec: str) -> str | None:
-    """Returns the fingerprint of the source file of a loaded `path.py:name` or `module:name`; None if there is none."""
+    """Returns the fingerprint of the file that defines the function `path.py:name` or `module:name`, or None without a
+    file."""
     where = spec.rpartition(":")[0]
     file = where if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None)
     return _digest(Path(file).read_bytes()) if file is not None and Path(file).is_file() else None

@@ -176,8 +176,8 @@ class Loop:
     ) -> None:
         """Logs a step. Evaluates and saves a checkpoint if these are due. `shown` maps progress labels to metric names.
 
-        The metric `seconds` is the time since the end of the previous call. Raises `Fault` after too many steps in a
-        row without an update, and writes `batch` to the run directory for inspection.
+        The metric `seconds` is the time since the previous step was logged and saved. Raises `Fault` after too many
+        steps in a row without an update, and writes `batch` to the run directory for inspection.
         """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         values = {"seconds": time.perf_counter() - self._step_start, **values}

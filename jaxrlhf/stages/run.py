@@ -49,8 +49,8 @@ STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 def run_stages(config: RunConfig, stop: StopSignals | None = None, dry_run: bool = False) -> Roles:
     """Runs the stages of `config` that have not finished yet, and returns the final roles.
 
-    With `dry_run` the function makes all checks, prints what would run, and returns. It then compiles nothing for a
-    stage, and writes nothing. Raises `UserError`, before anything is compiled or written, if settings, files, rows or
+    If `dry_run` is true, makes all checks, prints what would run, and returns. Then no program of a stage is compiled,
+    and nothing is written. Raises `UserError`, before anything is compiled or written, if settings, files, rows or
     model are invalid, or if another process uses the run directory. Raises `Stopped` after a signal to `stop`.
     """
     # Absolute, because a reward function may change the working directory.

@@ -77,7 +77,7 @@ def test_each_optimizer_has_a_rate_of_its_own():
     watch = Watch(None, {"optimizer": optimizer("a"), "value_optimizer": optimizer("b"), "x": OptimizerConfig()}, {})
     assert watch.observe(1, {"a": 1.0, "b": 1.0}) == []
     (line,) = watch.observe(2, {"a": 0.5, "b": 1.0})
-    lowered = "value_optimizer: learning rate lowered to 0.5 after step 2, because b has not improved in 1 value in a row"
+    lowered = "value_optimizer: learning rate lowered to 0.5 after step 2, because b has not improved in 1 value"
     assert line.startswith(lowered)
     assert [watch.optimizers[name].learning_rate for name in ("optimizer", "value_optimizer", "x")] == [1.0, 0.5, None]
 

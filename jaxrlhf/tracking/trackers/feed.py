@@ -121,7 +121,7 @@ class Feed:
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers of a line of metrics.jsonl, and its step. Their names contain the stage. Null becomes NaN."""
+    """Returns the step and the numbers of a line of metrics.jsonl. Their names contain the stage. Null becomes NaN."""
     stage = record["stage"]
     numbers = {
         with_stage(name, stage): math.nan if value is None else float(value)
