@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="write a jax.profiler trace of each program into this folder, and print the slowest kernels")
     add("--json", type=output_file, metavar="FILE",
         help="write the results as JSON after each program; - prints JSON instead of the table")
-    add("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    add("overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the file")
     return parser.parse_intermixed_args(arguments)
 
 

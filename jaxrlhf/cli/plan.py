@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--per-host", type=whole(1, MOST_PROCESSES), default=8, metavar="N", help="number of GPUs per host (default: 8)"
     )
     add("--json", action="store_true", help="print JSON")
-    add("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    add("overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the file")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -70,7 +70,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--start-timeout", type=_seconds, default=300, metavar="SECONDS", help="longest wait until all processes have "
         "started (default: 300)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the file"
+    )
     return parser.parse_args(arguments)
 
 

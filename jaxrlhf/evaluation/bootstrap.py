@@ -52,7 +52,7 @@ class Interval:
 
 
 def mean(name: str, values: np.ndarray, counted: np.ndarray | None = None) -> Metrics:
-    """Returns a metric: the mean of values [N] over the rows that `counted` bool[N] selects. NaN if it selects none."""
+    """Returns a metric: the mean of values [N] over the rows that `counted` bool[N] selects. NaN if there are none."""
     counted = np.ones(len(values)) if counted is None else np.asarray(counted, np.float64)
     rows = np.stack([np.where(counted, np.asarray(values, np.float64), 0.0), counted], axis=1)
     return Metrics((name,), rows, lambda sums: ratio(sums[..., :1], sums[..., 1:], np.nan))

@@ -1,4 +1,4 @@
-"""The alarms of a stage: makes them, checks that their metrics exist, and waits for the user when they pause a run."""
+"""The alarms of a stage: makes them, checks their metrics, and waits for the user when an alarm pauses a run."""
 
 import contextlib
 import time
@@ -31,7 +31,7 @@ def stage_alarms(config: RunConfig, stage: str, saved: Mapping[str, Any], say: C
 def check_alarms(config: RunConfig) -> None:
     """Raises `UserError` if an alarm names a metric that its stage does not log.
 
-    For an alarm without a stage, no stage logs it.
+    An alarm without a stage may name a metric of any stage.
     """
     for number, entry in enumerate(config.alarms):
         if isinstance(entry, str):
@@ -39,7 +39,7 @@ def check_alarms(config: RunConfig) -> None:
         alarm = entry.whole
         for key in ("metric", "against"):
             name = getattr(alarm, key)
-            # Shipped alarms are not checked: some runs do not log their metrics.
+            # Metrics of shipped alarms are not checked, because some runs do not log these metrics.
             if name is not None and (alarm is entry or getattr(entry, key) is not None):
                 check_metric(config, f"alarms[{number}].{key}", name, alarm.stage)
 

@@ -49,7 +49,7 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     result: Any  # shapes of the result if a later call uses the result, else None
-    rows: Any  # positions of the arguments that are rows of data
+    rows: Any  # shapes of the arguments that are rows of data
     resident: dict[str, Any]  # arrays that stay in memory between calls: weights, adapters, optimizer
     times: float = 1.0  # number of calls per iteration or optimizer step
     trips: int = 1  # iterations of a loop of dynamic length, such as decoding steps

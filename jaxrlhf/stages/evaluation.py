@@ -33,9 +33,9 @@ class Evaluated:
 class Evaluation:
     """The metrics of a policy on the evaluation prompts, and some of the policy's completions."""
 
-    means: dict[str, float]  # by metric name
+    means: dict[str, float]  # metric name -> mean
     samples: list[dict]
-    scores: list[float]  # of all completions
+    scores: list[float]  # scores of all completions
 
     @property
     def record(self) -> dict[str, Any]:

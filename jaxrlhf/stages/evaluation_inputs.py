@@ -170,7 +170,7 @@ def _text(
     elif sft is not None and (sft.evaluation.data is not None or sft.evaluation.heldout):
         try:
             examples, report = load_demonstrations(sft.evaluation.data or sft.data, roles.tokenizer, longest, overflow)
-        except UserError as error:  # no error: the run was trained with these rows, but they are no longer there
+        except UserError as error:  # only a notice: the run is trained, and only its held-out rows are missing
             notice(f"no perplexity: {error}; --text sets other rows")
             return None, None
         if sft.evaluation.data is None:
@@ -207,7 +207,7 @@ def _reward(
     prompts: PromptSet,
     config: RunConfig | None,
 ) -> Reward:
-    """Returns the reward. If scoring compiles nothing, the reward first scores two rows as a test."""
+    """Returns the reward. As a test, the reward first scores two rows, unless scoring must compile a program."""
     precision = "highest" if config is None else config.model.matmul_precision
     rewards = load_rewards(settings, mesh, where, notice, roles.tokenizer.chats.time, precision)
     check_prompts(rewards, prompts, where)

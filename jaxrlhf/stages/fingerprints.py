@@ -144,8 +144,7 @@ def _digest(text: str | bytes) -> str:
 
 
 def _source_fingerprint(spec: str) -> str | None:
-    """Returns the fingerprint of the file that defines the function `path.py:name` or `module:name`, or None without a
-    file."""
+    """Returns the fingerprint of the file that defines `path.py:name` or `module:name`, or None if there is no file."""
     where = spec.rpartition(":")[0]
     file = where if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None)
     return _digest(Path(file).read_bytes()) if file is not None and Path(file).is_file() else None

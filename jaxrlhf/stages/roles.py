@@ -146,7 +146,7 @@ def load_run(
         remedy = "give --step latest to generate or export from its last checkpoint" if saved else "give another run"
         raise UserError(f"{run_dir}: no stage of this run has finished; continue this run, or {remedy}")
     if step is not None:
-        find_checkpoint(config, step)  # raises errors before weights are read
+        find_checkpoint(config, step)  # first, so that an error comes before weights are read
         check_none_missing(config)
     changes = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=changes)})

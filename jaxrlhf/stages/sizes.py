@@ -74,8 +74,8 @@ def _check(needed: float, mesh: jax.sharding.Mesh | None, key_path: str, what: s
 def memory(mesh: jax.sharding.Mesh | None) -> float:
     """Returns the bytes of memory of all devices of the mesh.
 
-    On CPUs this is the memory of all hosts, which are taken to be alike. Without a mesh it is the memory of this host's
-    devices.
+    Without a mesh these are the devices of this host. CPUs report no memory of their own, so the result is then the
+    memory of all hosts, if all have as much as this host.
     """
     devices = jax.local_devices() if mesh is None else mesh.local_devices
     stats = devices[0].memory_stats() or {}

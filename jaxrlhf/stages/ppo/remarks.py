@@ -35,7 +35,7 @@ def _unusual(config: PPOStageConfig) -> tuple[tuple[bool, str], ...]:
          f"ppo.kl.estimator={kl.estimator} is used in the reward, but there only k1 has the gradient of the KL in "
          "expectation"),
         (in_reward and estimator == "remax",
-         "remax subtracts the score of the greedy completion, which includes no KL, but the KL is in the reward; "
+         "remax subtracts the score of the greedy completion. This score includes no KL, but the KL is in the reward; "
          "ppo.update.kl_loss=k3 puts the KL in the loss"),
         (bool(advantage.whiten_advantages) and needs.needs_group,
          f"ppo.advantage.whiten_advantages divides the group-relative advantages of {estimator} by the standard "

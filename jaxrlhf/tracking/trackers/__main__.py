@@ -124,7 +124,7 @@ def main(folder: Path, parent: int, descriptor: int, names: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None)
     with contextlib.suppress(OSError):
-        os.nice(10)  # the run has priority
+        os.nice(10)  # the run gets the processor first
     if descriptor >= 0:
         threading.Thread(target=serve, args=(socket.socket(fileno=descriptor), folder), daemon=True).start()
     followers = _start(folder, names, parent, say)
