@@ -13,7 +13,7 @@ MOST_PROCESSES = 65536  # largest number of processes or devices
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, like all other errors."""
+    """A parser that reports an error in one line, as commands report all errors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the options")

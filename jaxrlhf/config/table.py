@@ -105,7 +105,7 @@ def find_setting(names: Sequence[str]) -> Setting | None:
 
 
 def without_kinds(place: Sequence[str]) -> SettingPath:
-    """Returns the key path of a place in a settings file: key paths there have no kinds."""
+    """Returns the key path of a place, as a settings file has it: without kinds."""
     return tuple(name for name in place if not name.startswith("kind="))
 
 

@@ -280,7 +280,7 @@ def _differences(second: list[Metrics], first: list[Metrics]) -> list[Metrics]:
 def _bounded(bounds, groups: list[list[Metrics]]) -> dict[str, dict[str, float | None]]:
     """Returns {"value", "low", "high"} of each metric by name; undefined numbers are None.
 
-    The metrics of a group have the same rows.
+    All metrics of a group are measured on the same rows.
     """
     found: dict[str, dict[str, float | None]] = {}
     for metrics in groups:

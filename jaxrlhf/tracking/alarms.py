@@ -71,7 +71,7 @@ class Alarms:
     def action(self) -> str | None:
         """Returns the action of the alarms that have begun: "stop", "pause" or None.
 
-        The processes agree on this action: times differ between processes, so an alarm on a time may begin on only one
+        All processes return the same action. They must agree on it, because an alarm on a time may begin on only one
         process.
         """
         asked = {self.alarms[name].do for name in self.due}
