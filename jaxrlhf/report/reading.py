@@ -120,7 +120,18 @@ def _stage(stage: str, metrics: list[dict], settings: dict[str, Any], finished: 
         "finished": stage in finished or passed,
         "seconds": sum(line["seconds"] for line in lines if _number(line.get("seconds"))),
         "metrics": {name: _curve(lines, name) for name in names if name != "step"},
+        "alarms": [alarm for name in names if name.startswith("alarm/") and (alarm := _alarm(lines, name))],
     }
+
+
+def _alarm(lines: list[dict], name: str) -> dict[str, Any]:
+    """First and last step in which an alarm held, and how many times it began; empty if it never held."""
+    holds = [_number(line.get(name)) and line[name] > 0 for line in lines]
+    steps = [line["step"] for line, held in zip(lines, holds) if held]
+    if not steps:
+        return {}
+    times = sum(now and not before for before, now in zip([False, *holds], holds))
+    return {"name": name.removeprefix("alarm/"), "first": steps[0], "last": steps[-1], "times": times}
 
 
 def _number(value: Any) -> bool:

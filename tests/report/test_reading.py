@@ -98,15 +98,15 @@ FINE = {
     "optimizer/skipped": 0.0, "compiles/update": 1.0, "health/paused": 0.0,
 }  # fmt: skip
 FAULTS = {
-    "KL runs away": lambda t: {"kl/k1": 2.0 * t},
-    "gold score has fallen": lambda t: {"reward/score": t, "reward/gold": 1 - abs(t - 15) / 40},
-    "Entropy collapsed": lambda t: {"policy/entropy": math.exp(-t / 4)},
-    "explains none": lambda t: {"value/explained_variance": -0.2},
-    "end before the limit": lambda t: {"length/eos_share": 0.2},
-    "made no update": lambda t: {"health/paused": float(t == 7)},
+    "alarm kl_runs_away began at step 8 and still holds (kl/per_token, above 0.8): raise ppo.kl.coef":
+        lambda t: {"alarm/kl_runs_away": 1.0} if t >= 7 else {},
+    "alarm entropy_collapses began at step 4 and ended after step 12, 2 times (policy/entropy, falls by 95%)":
+        lambda t: {"alarm/entropy_collapses": float(t in (3, 4, 10, 11))},
+    "alarm my_own began at step 1 and ended after step 1.": lambda t: {"alarm/my_own": float(t == 0)},
+    "1 iterations made no update": lambda t: {"health/paused": float(t == 7)},
     "not finite": lambda t: {"optimizer/skipped": float(t == 7)},
-    "Compiled more than once": lambda t: {"compiles/update": 1.0 + (t > 9)},
-}
+    "compiled more than once: update": lambda t: {"compiles/update": 1.0 + (t > 9)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
