@@ -220,7 +220,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("sft.optimizer.warmup_steps=2.5", "sft.optimizer.warmup_steps must be int >= 0, not 2.5"),
         ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo, not the text "sft"'),
         ("stages=[]", "stages must be non-empty list of sft | reward_model | ppo, not the list []"),
-        ("stages=[dpo]", 'stages must be non-empty list of sft | reward_model | ppo, not the text "dpo"'),
+        ("stages=[dpo]", 'stages[0] must be sft | reward_model | ppo, not the text "dpo"'),
         ("sft.adapter.kind=qlora", 'sft.adapter.kind must be lora | full, not the text "qlora"'),
         # the bound
         ("ppo.update.clip_low=-1", "ppo.update.clip_low must be float >= 0, not -1"),
@@ -237,7 +237,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.reward.function=r.py:", "unknown key ppo.reward.function; it belongs to kind: function"),
         ("ppo.gold=r.py:", "ppo.gold must be text or null, not a section; YAML reads a text with a colon at its end"),
         ("ppo.gold='r.py:'", "ppo.gold: 'r.py:' names no function; give module:function or path.py:function"),
-        ("ppo.sampling.stop_tokens=[null]", "ppo.sampling.stop_tokens must be list of int or null, not null in"),
+        ("ppo.sampling.stop_tokens=[null]", "ppo.sampling.stop_tokens[0] must be int, not null"),
         ("ppo.gold=r.py", "ppo.gold: 'r.py' names no function; give module:function or path.py:function"),
         # what belongs together
         ("model.path=x", "model: give exactly one of path, run, new; given: path, new"),
@@ -265,6 +265,9 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.reward={kind: sum, parts: {a: {url: x}}}", "unknown key ppo.reward.parts.a.url; it belongs to kind: "),
         ("ppo.reward=3", "ppo.reward must be a section with keys, not 3"),
         # entries of a list
+        ("trackers=[wandb, tensorbord]", "trackers[1] must be tensorboard | wandb | mlflow | trackio, not the text "
+         '"tensorbord"; did you mean tensorboard?'),
+        ("trackers=[wandb, wandb]", "trackers: names wandb twice; give each tracker once"),
         ("alarms=[pop]", 'alarms[0] must be ppo | a section with keys, not the text "pop"'),
         ("alarms=ppo", 'alarms must be list of ppo | a section with keys, not the text "ppo"'),
         ("alarms=[ppo, 3]", "alarms[1] must be ppo | a section with keys, not 3"),

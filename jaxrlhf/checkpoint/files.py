@@ -17,8 +17,14 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 
 
 def atomic_write(path: str | Path, text: str) -> None:
-    """Writes a text file that appears complete or not at all. Raises `OSError` if the disk refuses a write."""
-    path = Path(path)
+    """Writes a text file that appears complete or not at all. Raises `OSError` if the disk refuses a write.
+
+    A link stays, and the file to which it points is written. A device or pipe is written into.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_text(text, encoding="utf-8")  # a rename would replace the device
+        return
     temporary = path.with_name(f".{path.name}.tmp")  # overwrites the temporary file of a killed process
     try:
         with open(temporary, "w", encoding="utf-8") as file:

@@ -1,10 +1,12 @@
 """jaxrlhf report --run DIR [DIR ...] [--to FILE]: writes an HTML report of one or several runs."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from jaxrlhf.cli.arguments import Parser, path
 from jaxrlhf.cli.exits import main_of
+from jaxrlhf.errors import printable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,7 +30,8 @@ def report(arguments: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in dict.fromkeys(arguments.run)]
     default = folders[0] / FILE if len(folders) == 1 else Path(FILE).absolute()
     target = default if arguments.to is None else Path(arguments.to)
-    write_report(folders, target)
+    for text in write_report(folders, target):
+        print(printable(text), file=sys.stderr)
     print(target)
 
 

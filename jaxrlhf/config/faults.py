@@ -74,8 +74,13 @@ def _message(fault: dict, place: SettingPath) -> str:
     if fault["type"] == "string_type" and isinstance(fault["input"], dict):
         hint = "; YAML reads a text with a colon at its end, or before a blank, as a section"
     in_list = fault["loc"] and isinstance(fault["loc"][-1], int)
+    if in_list and not name.endswith("]"):  # the place of a list of sections has the number
+        name, kind = f"{name}[{fault['loc'][-1]}]", re.sub(r"^(non-empty )?list of (.*?)( or null)?$", r"\2", kind)
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        near = difflib.get_close_matches(fault["input"], kind.split(" | "), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
     if fault["input"] is None and setting.default is not REQUIRED:
-        hint = " in the list" if in_list else "; leave it out for its default"
+        hint = "" if in_list else "; leave it out for its default"
     if fault["type"] == "less_than_equal" and fault["ctx"]["le"] in (LARGEST, LARGEST_FLOAT):
         kind = f"at most {fault['ctx']['le']:g}".replace("2.14748e+09", str(LARGEST))
     return f"{name} must be {kind}, not {describe(fault['input'])}{hint}"

@@ -286,6 +286,14 @@ class RunConfig(Settings):
                     raise ValueError(f"{program}.{option} must be true, false, a number or text")
         return options
 
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"names {name} twice; give each tracker once")
+        return names
+
     @model_validator(mode="after")
     def _sections(self) -> "RunConfig":
         for stage in self.stages:

@@ -23,19 +23,34 @@ from jaxrlhf.report.health import warnings
 from jaxrlhf.report.reading import SEED, UNSHOWN, read_run
 
 SCRIPTS = ("elements.js", "charts.js", "panels.js", "samples.js", "main.js")
+MARK = 'content="jaxrlhf report"'  # in the first lines of every report
 NAMED = 3  # largest number of settings in the name of a group of runs
 
 
-def write_report(folders: Sequence[Path], path: Path) -> None:
-    """Writes the report of one or several runs.
+def write_report(folders: Sequence[Path], path: Path) -> list[str]:
+    """Writes the report of one or several runs. Returns a warning for each run whose logs have invalid lines.
 
-    Raises `UserError` if a run cannot be read, and `Fault` if the report cannot be written.
+    Raises `UserError` if a run cannot be read or `path` is of no use, and `Fault` if the disk refuses the report.
     """
-    page = build([read_run(folder) for folder in folders])
+    runs = [read_run(folder) for folder in folders]
+    _check_target(path)
+    page = build(runs)
     try:
         atomic_write(path, page)
     except OSError as error:
         raise Fault(f"{path}: cannot be written: {reason(error)}") from error
+    unread = {run["folder"]: run["unread"] for run in runs if run["unread"]}
+    return [f"{folder}: {lines} lines of the logs cannot be read and are left out" for folder, lines in unread.items()]
+
+
+def _check_target(path: Path) -> None:
+    """Raises `UserError` if `path` is a folder, is in a folder that does not exist, or is a file but no report."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: cannot be written: {path.parent} is no folder")
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; give a file")
+    if path.is_file() and path.stat().st_size and MARK not in path.read_bytes()[:4000].decode("utf-8", "replace"):
+        raise UserError(f"{path}: this file is no report; remove it, or give another file")
 
 
 def build(runs: list[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The alarms of a stage: makes them, checks their metrics, and waits for the user when an alarm pauses a run."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from jaxrlhf.config import RunConfig
 from jaxrlhf.config.alarms import SHIPPED, alarms_of
 from jaxrlhf.distributed import processes
+from jaxrlhf.errors import UserError
 from jaxrlhf.stages.metric_names import check_metric
 from jaxrlhf.tracking.alarms import Alarms
 
@@ -37,6 +39,9 @@ def check_alarms(config: RunConfig) -> None:
         if isinstance(entry, str):
             continue
         alarm = entry.whole
+        if processes.is_first() and alarm.command is not None and shutil.which(alarm.command[0]) is None:
+            program = alarm.command[0]
+            raise UserError(f"alarms[{number}].command: there is no program {program!r}; give one that can be run")
         for key in ("metric", "against"):
             name = getattr(alarm, key)
             # Metrics of shipped alarms are not checked, because some runs do not log these metrics.

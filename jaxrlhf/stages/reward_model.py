@@ -79,10 +79,10 @@ def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:
     coefficient = config.center_rewards_coef
     shown = {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy"}
     evaluate = evaluation(run, roles.base, inputs.heldout, coefficient)
-    step = reward_model_update
     adapter, results = train_adapter(
-        run, roles.base, "reward_model", adapter, inputs.train, step, coefficient, shown=shown, evaluate=evaluate
-    )
+        run, roles.base, "reward_model", adapter, inputs.train, reward_model_update, coefficient,
+        shown=shown, evaluate=evaluate,
+    )  # fmt: skip
     save_role(run.config.run_dir, "reward", adapter)
     mark_finished(run.config.run_dir, "reward_model", results)
     return dataclasses.replace(roles, adapters=roles.adapters | {"reward": adapter})

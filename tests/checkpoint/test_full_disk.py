@@ -203,3 +203,15 @@ def test_reasons_are_short():
     outer.__cause__ = ValueError(tensorstore)
     assert reason(outer) == reason(OSError(errno.ENOSPC, "x")) == os.strerror(errno.ENOSPC)
     assert reason(ValueError("one\ntwo")) == "one two" and len(reason(ValueError("x" * 999))) == 200
+
+
+def test_a_device_or_pipe_is_written_into_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic_write(pipe, "text")
+    assert os.read(reading, 10) == b"text" and pipe.is_fifo()
+    os.close(reading)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write("/dev/full", "text")
+    assert Path("/dev/full").is_char_device()

@@ -186,9 +186,11 @@ def test_options_that_the_docs_name_are_known_and_take_such_values():
 
 
 def test_the_setting_knows_every_program_of_the_package():
-    """Read from the source: the name with which each `Program` is made."""
+    """Read from the source: the name with which each `Program` of a run is made."""
     names = set()
     for file in sorted((ROOT / "jaxrlhf").rglob("*.py")):
+        if file.name == "evaluating.py":  # a command of its own, which has no compiler options
+            continue
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue

@@ -262,7 +262,7 @@ def test_what_the_environment_spoils_is_a_fault_that_names_the_server(server, mo
 
 def test_one_bad_batch_is_a_fault_of_all(server):
     server.behaviours = [scores_of_length, status(400)]
-    assert "status 400" in fault_of(reward_of(server, batch_size=1), 5)
+    assert "the status must be 200, not 400" in fault_of(reward_of(server, batch_size=1), 5)
 
 
 def test_secrets_are_sent_and_never_shown(server, monkeypatch):

@@ -72,6 +72,9 @@ def test_names_of_metrics_are_checked(tmp_path):
     check(metric="reward/score", falls_by=1.0, against="kl/k1")
     check(name="gold_falls", do="stop")  # a shipped alarm, though the run has no gold reward
     check(metric="seconds", above=60.0)
+    check(metric="seconds", above=60.0, do="run", command=["cat"])
+    with pytest.raises(UserError, match=r"^alarms\[1\].command: there is no program './nowhere'; give one that"):
+        check(metric="seconds", above=60.0, do="run", command=["./nowhere"])
     with pytest.raises(UserError, match=r"^alarms\[1\].metric: no stage logs 'kl/k4'; did you mean kl/k"):
         check(metric="kl/k4", above=1.0)
     with pytest.raises(UserError, match=r"^alarms\[1\].against: no stage logs 'reward/gold'; it is"):
