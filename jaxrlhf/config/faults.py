@@ -67,6 +67,10 @@ def _message(fault: dict, place: SettingPath) -> str:
         return f"{name}: {reason}" if name else reason
     if fault["type"] == "too_short" and isinstance(fault["input"], dict):
         return f"{name} must have at least one entry"
+    if fault["type"] in ("too_short", "too_long") and setting.metadata.get("maxItems") is not None:
+        return f"{name} must have {setting.metadata['maxItems']} entries, not {fault['ctx']['actual_length']}"
+    if fault["type"] == "string_pattern_mismatch":
+        return f"{name} must have only letters, digits and _, not {describe(fault['input'])}"
     kind = re.sub(r"\bsection( of kind .*)?", "a section with keys", setting.kind)
     hint = ""
     if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):

@@ -28,8 +28,9 @@ def next_command(config: RunConfig, stage: str) -> str:
     run = shlex.quote(config.run_dir)
     if stage == "reward_model":
         return f"jaxrlhf export --run {run} --role reward --format reward --to FOLDER"
-    sft = ["base"] if config.sft_trains_base else ["base", "sft"]
-    roles = sft if stage == "sft" else [sft[-1] if _folder(config, "sft").is_dir() else "base", "policy"]
+    # After a full fine-tune the role sft is the run's base, and the role base is the model before SFT.
+    sft = "sft" if config.sft_trains_base or _folder(config, "sft").is_dir() else "base"
+    roles = [sft] if stage == "sft" else [sft, "policy"]
     return f"jaxrlhf generate --run {run} --roles {','.join(roles)} --prompt TEXT"
 
 

@@ -1,5 +1,6 @@
 """Records steps of a stage with jax's profiler."""
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,8 +77,9 @@ class StepProfiler:
             return
         steps = f"step {step}" if len(self._steps) == 1 else f"steps {self._steps[0]} to {step}"
         traces = ", ".join(str(path) for path in self._target.rglob("*.trace.json.gz"))
+        command = f"xprof --logdir {shlex.quote(str(self._target))}"
         self._say(
-            f"{self._stage}: profile of {steps} in {self._target}; open it with: xprof --logdir {self._target} "
+            f"{self._stage}: profile of {steps} in {self._target}; open it with: {command} "
             f"(pip install xprof), or open {traces or 'its trace'} at https://ui.perfetto.dev"
         )
 

@@ -4,6 +4,7 @@ MLFLOW_EXPERIMENT_NAME names the experiment.
 """
 
 import os
+import shlex
 from typing import Any
 
 from jaxrlhf.tracking.trackers.protocol import PROJECT, Line, RunInfo, flat
@@ -24,7 +25,8 @@ class MLflow:
         if not store:
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
             store = (run.folder / "mlflow").as_uri()
-            look = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {run.folder / 'mlflow'}"
+            folder = shlex.quote(str(run.folder / "mlflow"))
+            look = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {folder}"
         from mlflow import MlflowClient
 
         self._client = MlflowClient(store)

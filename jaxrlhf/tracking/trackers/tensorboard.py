@@ -1,5 +1,6 @@
 """Writes a run as TensorBoard event files in the run directory, with tensorboard's own code and without TensorFlow."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder = run.folder / "tensorboard"
-        self.ids, self.where = {}, f"to see it: tensorboard --logdir {folder}"
+        self.ids, self.where = {}, f"to see it: tensorboard --logdir {shlex.quote(str(folder))}"
         last = last_step(folder)
         self._writer = EventFileWriter(str(folder), max_queue_size=_QUEUE, flush_secs=FLUSH)
         if not last:

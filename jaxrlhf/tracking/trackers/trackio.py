@@ -5,6 +5,7 @@ TRACKIO_PROJECT names the project.
 """
 
 import os
+import shlex
 import uuid
 from typing import Any
 
@@ -32,7 +33,7 @@ class Trackio:
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        self.where = f"run {self.ids['name']}; to see it: trackio show --project {self.ids['project']}"
+        self.where = f"run {self.ids['name']}; to see it: trackio show --project {shlex.quote(self.ids['project'])}"
         self._last = max(self._run._next_step - 1, 0)
         return self._last
 

@@ -4,6 +4,7 @@ WANDB_PROJECT and WANDB_NAME name project and run.
 """
 
 import os
+import shlex
 import uuid
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class WeightsAndBiases:
         self.ids = {"id": self._run.id}
         if self._run.offline:  # offline wandb does not read its older files, so each start begins a new file
             folder = Path(self._run.dir).parents[1]
-            self.where = f"offline; to upload it: wandb sync {folder}/offline-run-*-{self._run.id}"
+            self.where = f"offline; to upload it: wandb sync {shlex.quote(str(folder))}/offline-run-*-{self._run.id}"
             return last_step(folder, self._run.id)
         self.where = str(self._run.url)
         return max(self._run.starting_step - 1, 0)
