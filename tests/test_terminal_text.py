@@ -40,7 +40,7 @@ def test_notices_and_the_final_table(capsys):
     notice("odd \x1b[31m name")
     assert capsys.readouterr().err == "note: odd \\u001b[31m name\n"
     sample = {"prompt": "p\x1b[2J", "completion": "c\u202e\x9b", "score": np.float32(1)}
-    table = comparison({name: Evaluation({"kl/k1": -1e-5}, [sample]) for name in ("before", "after")})
+    table = comparison({name: Evaluation({"kl/k1": -1e-5}, [sample], [1.0]) for name in ("before", "after")})
     assert "\\u001b[2J" in table and "\\u202e\\u009b" in table
     assert all(line.isprintable() for line in table.splitlines())
     assert "-0.000" not in table and "0.000" in table

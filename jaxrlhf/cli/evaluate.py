@@ -70,17 +70,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
     import json
 
     from jaxrlhf.evaluation.table import table
-    from jaxrlhf.stages.evaluating import check_files, write_report
+    from jaxrlhf.stages.evaluating import check_files, write_files
     from jaxrlhf.stages.evaluating import evaluate as evaluate_roles
 
     check_files(arguments)
-    report = evaluate_roles(arguments)
+    report, samples = evaluate_roles(arguments)
     if arguments.json == "-":
         print(json.dumps(report, indent=1, ensure_ascii=ascii_only()))
-        return
-    print(printable(table(report)), end="")
-    if arguments.json is not None:
-        write_report(arguments.json, report)
+    else:
+        print(printable(table(report)), end="")
+    files = {"--json": (arguments.json, json.dumps(report, indent=1) + "\n"), "--samples": (arguments.samples, samples)}
+    write_files({option: file for option, file in files.items() if file[0] not in (None, "-")})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import check_batch, fetch, make_mesh, shard_batch
-from jaxrlhf.errors import UserError, printable
+from jaxrlhf.errors import Fault, UserError, printable
 from jaxrlhf.evaluation.bootstrap import Metrics, difference, intervals, mean
 from jaxrlhf.evaluation.preference import win_rate, wins_by_judge, wins_by_score
 from jaxrlhf.evaluation.probabilities import perplexity
@@ -53,8 +53,8 @@ class Answers:
     rows: dict[str, np.ndarray]  # metric name -> [N]; values are masked if a reward abstained
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the report of `jaxrlhf evaluate`, in the form of the file of `--json`.
+def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Returns the report of `jaxrlhf evaluate`, in the form of the file of `--json`, and the text of `--samples`.
 
     `arguments` are the command's options.
     """
@@ -80,9 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
                 of_text[role] = _perplexity(program, mesh, model, inputs.text)
                 _progress(f"{role}: loss of {len(inputs.text.examples)} texts")
         report = _report(arguments, inputs, sampling, answers, of_text)
-    if arguments.samples is not None:
-        _write(arguments.samples, "--samples", "".join(_sample_lines(inputs, answers)))
-    return report
+    return report, "" if arguments.samples is None else "".join(_sample_lines(inputs, answers))
 
 
 def _mesh(arguments: argparse.Namespace) -> jax.sharding.Mesh:
@@ -302,16 +300,16 @@ def check_files(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option} {path}: {problem}; give a file in a folder that exists")
 
 
-def write_report(path: str, report: dict[str, Any]) -> None:
-    """Writes the report as JSON."""
-    _write(path, "--json", json.dumps(report, indent=1) + "\n")
-
-
-def _write(path: str, option: str, text: str) -> None:
-    try:
-        atomic_write(path, text)
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
+def write_files(files: Mapping[str, tuple[str, str]]) -> None:
+    """Writes text files: option -> (path, text). Raises `Fault`, after all were tried, if one fails."""
+    faults = []
+    for option, (path, text) in files.items():
+        try:
+            atomic_write(path, text)
+        except OSError as error:
+            faults.append(f"{option} {path}: cannot be written: {error.strerror}")
+    if faults:
+        raise Fault("; ".join(faults))
 
 
 def _sample_lines(inputs: Inputs, answers: dict[str, Answers]) -> Iterator[str]:

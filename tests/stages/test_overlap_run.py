@@ -100,6 +100,6 @@ def test_what_overlaps(tmp_path, events, case):
     assert second[0] == "rollout" or case == "resample", "its prompts were ready"
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        assert record.keys() - {"stage", "step"} <= metrics_of(config), "checkpoints.best may name each"
+        assert record.keys() - {"stage", "step", "time"} <= metrics_of(config), "checkpoints.best may name each"
         times = [record[f"time/{name}"] for name in ("rollout", "reward", "annotate", "update", "samples")]
         assert min(times) > 0 and sum(times) <= record["seconds"], "parts of one wall clock"

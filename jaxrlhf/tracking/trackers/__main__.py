@@ -89,7 +89,10 @@ class Follower:
             self._send()
         except BaseException as error:  # some clients raise SystemExit
             text = " ".join(str(error).split())
-            self.drop(f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__)
+            if isinstance(error, OSError) and error.strerror:
+                self.drop(f"{error.filename or 'its files'}: {error.strerror}")
+            else:
+                self.drop(f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__)
 
     def _send(self) -> None:
         before = self._state[self.name]
