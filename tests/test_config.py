@@ -268,7 +268,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("trackers=[wandb, tensorbord]", "trackers[1] must be tensorboard | wandb | mlflow | trackio, not the text "
          '"tensorbord"; did you mean tensorboard?'),
         ("profile={steps: [3]}", "profile.steps must have 2 entries, not 1"),
-        ("alarms=[{name: a/b, metric: kl/k1, above: 1}]", "alarms[0].name must have only letters, digits and _, not the"),
+        ("alarms=[{name: a/b, metric: kl/k1, above: 1}]", "alarms[0].name must have only letters, digits"),
         ("trackers=[wandb, wandb]", "trackers: names wandb twice; give each tracker once"),
         ("alarms=[pop]", 'alarms[0] must be ppo | a section with keys, not the text "pop"'),
         ("alarms=ppo", 'alarms must be list of ppo | a section with keys, not the text "ppo"'),

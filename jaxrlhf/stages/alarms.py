@@ -52,15 +52,21 @@ def check_alarms(config: RunConfig) -> None:
 def wait_for_user(folder: Path, signal: Callable[[], int]) -> int:
     """Waits on all processes until the run directory has the file `continue`, and then removes the file.
 
-    Returns 0, or the number of a signal that came before the file.
+    A file from before the wait is removed first. Returns 0, or the number of a signal that came before the file.
     """
     path, first = folder / CONTINUE, processes.is_first()
+    if first:
+        _remove(path)
     while not (number := signal()):
         there = first and path.exists()
         if processes.largest(there) if not processes.alone() else there:
             break
         time.sleep(0.5)
     if first:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        _remove(path)
     return number
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

@@ -149,6 +149,7 @@ def test_pause_saves_and_waits_for_the_file(run, capsys, monkeypatch):
             (run.folder / "continue").touch()
 
     monkeypatch.setattr("jaxrlhf.stages.alarms.time", SimpleNamespace(sleep=sleep))
+    (run.folder / "continue").touch()  # left from an earlier pause
     play(pausing, [])
     assert len(waits) == 2 and "3" in waits[0] and not (run.folder / "continue").exists()
     said = capsys.readouterr().err
