@@ -1,4 +1,4 @@
-"""jaxrlhf report --run DIR [DIR ...] [--to FILE]: writes an HTML report of one or several runs."""
+"""jaxrlhf report --run DIR ... [--to FILE]: writes an HTML report of one or several runs."""
 
 import argparse
 import sys
