@@ -70,8 +70,8 @@ NOTES = {
     "free": "may change on resume",
     "rounding": "may change on resume",
     "choice": "may change on resume if <code>checkpoints.result</code> is last",
-    "evaluated": "may change on resume if <code>checkpoints.result</code> is last and no early stopping or plateau waits "
-    "for evaluations",
+    "evaluated": "may change on resume if <code>checkpoints.result</code> is last and no early stopping or plateau "
+    "waits for evaluations",
     "longer": "may grow on resume, or end at the newest checkpoint",
 }
 
