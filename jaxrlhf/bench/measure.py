@@ -124,7 +124,7 @@ def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def with_lengths(config: RunConfig, kind: str, vocabulary: int) -> RunConfig:
-    """Returns the settings with stop tokens that give completions of `full` or `geometric` lengths.
+    """Returns the settings with stop tokens for `kind`: completions of full length, or of geometric lengths.
 
     Random weights give every token about the same probability. If a share p of the vocabulary are stop tokens, each
     sampled token ends its completion with probability p. The lengths then have a geometric distribution with mean

@@ -19,7 +19,8 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 def atomic_write(path: str | Path, text: str) -> None:
     """Writes a text file that appears complete or not at all. Raises `OSError` if the disk refuses a write.
 
-    A link stays, and the file to which it points is written. A device or pipe is written into.
+    If `path` is a symbolic link, the function replaces the file to which the link points. If `path` is a device or a
+    pipe, the function writes into it directly.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():

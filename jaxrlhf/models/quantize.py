@@ -105,8 +105,9 @@ def _nf4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (codes u8[N, 64], scales f32[N, 1]) of N blocks of weights. The largest magnitude in a block must be 1.
 
     The function tries four scales for each block, and keeps the scale with the smallest squared error. The scales 1
-    and -1 are tried because the 16 values are not symmetric. Each of these two scales gives codes. The other two
-    scales are the least-squares fits to these codes.
+    and -1 are tried because the 16 values are not symmetric. The weights are rounded to
+    codes with each of these two scales. The other two scales are those that fit the two sets of codes best (least
+    squares).
     """
     codes, scale = np.zeros(blocks.shape, np.uint8), np.ones_like(blocks[:, :1])
     least_error = np.full_like(scale, np.inf)

@@ -17,7 +17,7 @@ def score_rollout(
 ) -> jax.Array:
     """Returns the scores f32[B] at the last real token.
 
-    The last real token is the stop token. A truncated completion has no stop token and is scored at its last token. If
+    A completion that ended is scored at its stop token, a truncated completion at its last token. If
     `microbatch_size` divides B, the rows are scored in microbatches of this size, and activations take the memory of
     one microbatch.
     """

@@ -143,7 +143,7 @@ def _prompts(
     positions = roles.base.config.max_positions
     limit = positions - sampling.max_new_tokens
     if limit < 1:
-        raise UserError(f"--max-new-tokens: is {sampling.max_new_tokens}, but the model has only {positions} positions")
+        raise UserError(f"--max-new-tokens: must be below the model's {positions} positions, not {sampling.max_new_tokens}")
     if ppo is not None:
         limit = min(limit, ppo.max_prompt_tokens) if arguments.data is None else limit
     prompts = load_prompts(data, roles.tokenizer, limit, "stop" if ppo is None else ppo.overflow)

@@ -250,8 +250,8 @@ class Loop:
     def _save_if_learning(self, score: float | None) -> None:
         """Saves a regular checkpoint, unless the last step made no update.
 
-        In that case no older checkpoint is replaced, and a resumed run repeats the steps since then with the same
-        result. Raises `Diverged` at the end of a stage without any update.
+        After a step without an update nothing is saved, so the latest checkpoint is kept. A resumed run repeats the
+        steps after that checkpoint, with the same result. Raises `Diverged` at the end of a stage without any update.
         """
         if self.reached == self.total <= self.health.in_a_row:
             raise Diverged(

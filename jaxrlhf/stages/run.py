@@ -145,7 +145,7 @@ def _run_stages(run: Run, lock: RunLock, writes: bool, stack: contextlib.ExitSta
 
 @contextlib.contextmanager
 def _disk_faults(folder: Path) -> Iterator[None]:
-    """Turns a disk error of a run that has started into a `Fault`, because the user's input is not wrong."""
+    """Raises `Fault` instead of a disk error: the run has started, so the user's input is not what is wrong."""
     try:
         yield
     except (OSError, UserError) as error:

@@ -197,7 +197,7 @@ BAD = {
     "task without prompts": (["--model", "model", "--text", "texts.jsonl", "--task", "rouge"], r"--task: needs p"),
     "file": (["--run", "run", "--json", "nowhere/report.json"], r"--json .*nowhere"),
     "confidence": (["--run", "run", "--confidence", "100"], r"--confidence: must be above 0 and below 100"),
-    "tokens": (["--run", "run", "--max-new-tokens", "900"], r"--max-new-tokens: is 900.*64 positions"),
+    "tokens": (["--run", "run", "--max-new-tokens", "900"], r"--max-new-tokens: must be below .*64 positions, not 900"),
     "batch": (["--run", "run", "--batch-size", "0"], r"--batch-size.*at least 1"),
 }  # fmt: skip
 

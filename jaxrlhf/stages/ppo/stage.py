@@ -68,7 +68,7 @@ def check(run: Run, roles: Roles) -> None:
         )
     if needs_own(config.reward) and "reward" not in roles.adapters and "reward_model" not in run.config.stages:
         raise UserError(
-            "ppo.reward.kind: model needs a reward adapter, but there is none; run the stage reward_model, start from "
+            "ppo.reward.kind=model needs a reward adapter, but there is none; run the stage reward_model, start from "
             "a run that has a reward adapter (model.run), or give a reward model (ppo.reward.path=FOLDER) or a "
             "function "
             "(ppo.reward.kind=function ppo.reward.function=path.py:name)"
