@@ -143,7 +143,8 @@ def _prompts(
     positions = roles.base.config.max_positions
     limit = positions - sampling.max_new_tokens
     if limit < 1:
-        raise UserError(f"--max-new-tokens: must be below the model's {positions} positions, not {sampling.max_new_tokens}")
+        most = f"must be below the model's {positions} positions"
+        raise UserError(f"--max-new-tokens: {most}, not {sampling.max_new_tokens}")
     if ppo is not None:
         limit = min(limit, ppo.max_prompt_tokens) if arguments.data is None else limit
     prompts = load_prompts(data, roles.tokenizer, limit, "stop" if ppo is None else ppo.overflow)
