@@ -72,7 +72,8 @@ def _entropy(shifted: Array, log_total: Array) -> Array:
 def _at(logits: Array, tokens: Array) -> Array:
     """Returns the logits of the tokens: logits [...,V], tokens i32[...] -> f32[...,1].
 
-    Call this function with the raw logits. With shifted logits, XLA would write the full [...,V] array to memory.
+    Call this function before the maximum is subtracted from the logits. After the subtraction, XLA would write the full
+    [...,V] array to memory.
     """
     return jnp.asarray(jnp.take_along_axis(logits, tokens[..., None], axis=-1), jnp.float32)
 

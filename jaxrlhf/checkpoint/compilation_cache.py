@@ -36,11 +36,12 @@ def cached_programs(setting: str | None, say: Callable[[str], None]) -> Iterator
     Compiled programs are loaded from the folder, and new programs are saved in the folder. `setting` is a folder, None
     for no cache, or `AUTO`. `AUTO` means the folder of jax's setting JAX_COMPILATION_CACHE_DIR. Without this setting,
     `AUTO` means a folder in the user's cache (XDG_CACHE_HOME, else ~/.cache). A folder that cannot be used is reported
-    with `say`. If `setting` is None, a further `cached_programs` inside the block also has no cache.
+    with `say`. If `setting` is None, calls of this function inside the block use no cache either.
 
     All processes of a run call this function. They use the folder only if all of them see the same folder. Otherwise
     one process could load a program while the others compile it together, and the others would wait forever. Only
-    process 0 writes. On CPUs only process 0 loads programs, because jax's keys for CPUs differ between processes.
+    process 0 writes. On CPUs each process compiles for itself, and jax's keys differ between processes, so only process
+    0 finds programs in the folder.
     """
     folder, settings = None, {_ENABLED: False}
     own = getattr(jax.config, _DIRECTORY) if setting == AUTO else None  # for this folder, jax's size limit also applies

@@ -240,7 +240,7 @@ def _parquet(path: str, source: SourceConfig) -> Iterator[Row]:
 def _datasets(source: SourceConfig, path: str) -> list[Row]:
     """Loads a folder that `save_to_disk` wrote, a folder of data files, or a data set of the hub.
 
-    datasets >= 4 runs no remote code.
+    Version 4 and later of the datasets library run no remote code.
     """
     import datasets
 

@@ -37,7 +37,7 @@ class Tokenizer:
     vocab_size   largest id + 1
     text_size    largest id of a token that is not an added token, + 1
     turn_end_id  the token that the chat template writes at the end of a response; None if it writes plain text
-    stop_ids     tokens that end a response; a copy from `for_model` also has the stop tokens of the model
+    stop_ids     tokens that end a response; `for_model` returns a tokenizer that also has the model's stop tokens
     notes        lines about stop tokens that do not fit the model
     """
 

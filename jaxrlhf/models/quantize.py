@@ -151,10 +151,10 @@ def dequantize(codes: jax.Array, scale: jax.Array, fan_in: int) -> jax.Array:
 def _product(fan_in: int, precision: str | None, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns x [..., in] @ the dequantised kernel, in the dtype of x. Codes and scales have no gradient.
 
-    The dequantised kernels of all layers would take too much memory. Without `_after`, XLA would dequantise all kernels
-    before the decode loop or at the start of the program. Without the custom gradient, autodiff would save all
-    dequantised kernels for the backward pass. So a kernel is dequantised only after x is computed, and again in the
-    backward pass.
+    The dequantised kernels of all layers would take too much memory. Without the function `_after`, XLA would
+    dequantise all kernels before the decode loop or at the start of the program. Without the custom gradient, autodiff
+    would save all dequantised kernels for the backward pass. So a kernel is dequantised only after x is computed, and
+    again in the backward pass.
     """
     return _matmul(fan_in, precision, x, _after(x, codes), scale)
 

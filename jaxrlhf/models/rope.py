@@ -41,7 +41,7 @@ def read_rope(entry: dict[str, Any], defaults: dict[str, Any], kind: str) -> Rop
 
     Raises `ValueError` if an entry is missing or wrong.
     `defaults` holds the values of absent entries: rope_theta, partial_rotary_factor, original_max_position_embeddings.
-    `defaults` also holds max_position_embeddings. The default factor of longrope is computed from it.
+    It also holds max_position_embeddings, from which the default factor of longrope is computed.
     """
     scaling = SCALINGS[kind]
     present = {name: value for name, value in entry.items() if value is not None}

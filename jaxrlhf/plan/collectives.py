@@ -57,7 +57,7 @@ def largest_first(exchanges: Mapping[str, Exchange]) -> dict[str, Exchange]:
 
 
 def _exchange(match: re.Match, mesh: Mapping[str, int]) -> tuple[str, float] | None:
-    """Returns (kind with mesh axes, bytes that a device sends) of a collective.
+    """Returns (kind and mesh axes as text, bytes that a device sends) of a collective.
 
     Returns None if each group of the collective has one device.
     """

@@ -292,7 +292,8 @@ class Loop:
     def _check_interruption(self) -> None:
         """Raises `Fault` if a save has failed.
 
-        After a signal or an alarm, saves, and raises `Stopped` or waits for the user.
+        After a signal, saves and raises `Stopped`. After an alarm with `do` stop or pause, saves, and then ends the run
+        or waits for the file that continues it.
         """
         if processes.alone() and self.checkpoints.failed:  # several processes check it at the next save
             self._read()

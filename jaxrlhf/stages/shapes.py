@@ -55,7 +55,7 @@ class Shapes:
 
     @functools.cached_property
     def base(self) -> Decoder:
-        """Returns the shapes of the frozen base, for the mesh's devices."""
+        """Returns the frozen base as global shapes, each with its sharding over the mesh."""
         model = self.for_mesh(self.model, self.config.model.attention)
         abstract = abstract_decoder(model, model_dtype(self.config.model))
         kind = self.config.model.quantize
@@ -149,7 +149,7 @@ def model_dtype(config: ModelConfig) -> str:
 
 
 def folder_dtype(path: str) -> str:
-    """Returns the dtype that the `config.json` of a folder or hub id names, else float32."""
+    """Returns the dtype in the `config.json` of a folder or hub id. If the file has none, this is float32."""
     document, _ = _read_document(path)
     inner = document.get("text_config")  # a multimodal model may name its dtype only in `text_config`
     sections = [document, inner] if isinstance(inner, dict) else [document]

@@ -188,8 +188,8 @@ def _tracker(name: str) -> Tracker:
 def _wait_for_end(followers: list[Follower], run: int) -> bool:
     """Waits for a line on standard input, or until the process `run` ends. Returns whether the run has finished.
 
-    The end of standard input does not show that the run was killed, because a process that a reward function has forked
-    may keep standard input open.
+    If the run is killed, standard input may stay open, because a process that a reward function has forked may hold it.
+    So the function also looks whether the process of the run still exists.
     """
     while os.getppid() == run:
         if select.select([0], [], [], INTERVAL)[0]:
