@@ -90,7 +90,7 @@ class Follower:
         except BaseException as error:  # some clients raise SystemExit
             text = " ".join(str(error).split())
             if isinstance(error, OSError) and error.strerror:
-                self.drop(f"{error.filename or 'its files'}: {error.strerror}")
+                self.drop(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
             else:
                 self.drop(f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__)
 

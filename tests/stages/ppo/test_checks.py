@@ -90,8 +90,8 @@ def idle(*names):
     [
         ({"update": {"loss": "gspo", "clip_low": 0.2, "clip_high": 0.2}}, "gspo clips one ratio per completion"),
         ({"update": {"loss": "cispo", "clip_low": 0.2}}, "the CISPO paper has no lower bound"),
-        ({"kl": {"estimator": "k2"}}, "ppo.kl.estimator=k2 in the reward"),
-        ({"kl": {"estimator": "k3"}}, "ppo.kl.estimator=k3 in the reward"),
+        ({"kl": {"estimator": "k2"}}, "ppo.kl.estimator=k2 is used in the reward"),
+        ({"kl": {"estimator": "k3"}}, "ppo.kl.estimator=k3 is used in the reward"),
         ({"advantage": {"estimator": "remax"}}, "remax subtracts the score of the greedy completion"),
         ({"advantage": {"estimator": "dr_grpo", "whiten_advantages": True}}, "ppo.advantage.whiten_advantages divides"),
         ({"resample": 2, "sampling": GROUP}, "ppo.resample replaces groups with equal scores"),

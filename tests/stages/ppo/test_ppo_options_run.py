@@ -191,7 +191,7 @@ def test_one_setting_trains_all_roles_whole(tmp_path):
         ({"kl": {"target": 6.0, "horizon": 1}, "batch_size": 8}, "ppo.kl.horizon: .*more than 1.6"),
         ({"score": {"overlong_penalty": 1.0, "overlong_buffer": 7}}, "overlong_buffer: is 7 tokens, .*at most 6"),
         ({"advantage": {"estimator": "remax", "whiten_rewards": True}}, "whiten_rewards: .*length"),
-        ({"pretraining": {"data": DEMONSTRATIONS, "max_length": 500}}, "ppo.pretraining.max_length: 500 tokens"),
+        ({"pretraining": {"data": DEMONSTRATIONS, "max_length": 500}}, "ppo.pretraining.max_length: is 500 tokens"),
         ({"pretraining": {"data": {"path": "nowhere.jsonl"}, "max_length": 32}}, "nowhere.jsonl"),
         ({"update": {"microbatch_size": 2}, "pretraining": {"data": DEMONSTRATIONS, "batch_size": 3, "max_length": 32}},
          "ppo.pretraining.batch_size: 3 rows"),

@@ -64,8 +64,17 @@ def test_a_tracker_gets_all_lines_and_is_closed(run, finished):
 
 
 @pytest.mark.parametrize("method", ["open", "log", "close"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(3), ValueError("a\nb")])
-def test_an_exception_is_one_line(run, method, error):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (FileExistsError(17, "File exists", "/run/tensorboard"), "/run/tensorboard: File exists"),
+        (SystemExit(3), "SystemExit: 3"),
+        (ValueError("a\nb"), "ValueError: a b"),
+    ],
+    ids=["disk", "file", "exit", "value"],
+)
+def test_an_exception_is_one_line(run, method, error, words):
     def trouble():
         raise error
 
@@ -74,7 +83,7 @@ def test_an_exception_is_one_line(run, method, error):
     follower.close(True)
     follower.thread.join(10)
     (line,) = [line for line in said if line != "name: here"]
-    assert line.startswith(f"name: {type(error).__name__}: ") and "\n" not in line
+    assert line.startswith(f"name: {words}; the run") and "\n" not in line
     assert "the run continues without it" in line
     follower.drop("again")
     assert len(said) <= 2
