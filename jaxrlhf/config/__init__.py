@@ -7,7 +7,14 @@ errors.
 
 from jaxrlhf.config.alarms import AlarmConfig
 from jaxrlhf.config.base import Overflow, Settings
-from jaxrlhf.config.data import ChatSourceConfig, DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
+from jaxrlhf.config.data import (
+    ChatSourceConfig,
+    DemonstrationsConfig,
+    PreferencesConfig,
+    PromptsConfig,
+    ShotsConfig,
+    SourceConfig,
+)
 from jaxrlhf.config.evaluation import (
     ImprovementConfig,
     PlateauConfig,

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from jaxrlhf.config.base import PositiveInt, Settings
+from jaxrlhf.config.base import NonNegativeInt, PositiveInt, Settings
 from jaxrlhf.config.paths import SourcePath
 
 # Arguments of `apply_chat_template` that the stages set. Rows and settings may not set these arguments.
@@ -34,9 +34,20 @@ class SourceConfig(Settings):
     unusable: Literal["stop", "drop"] | None = Field(None, description="what happens with a row that cannot be used (an empty completion, a wrong type, a chat that the template rejects): stop ends the run, drop drops and counts the row; null means drop if overflow is drop, else stop, because an error in every row should not look like a small data set")
 
 
+class ShotsConfig(SourceConfig):
+    """Solved examples (few-shot) that the template of each row may write, as the variable `shots`."""
+
+    count: PositiveInt = Field(4, description="number of examples for each row")
+    choose: Literal["first", "random"] = Field("first", description="first gives every row the first examples of the source; random draws examples for each row; an example that equals the row is never used, because it would tell the answer")
+    seed: NonNegativeInt = Field(0, description="with choose: random, the seed of the draw")
+
+
 class ChatSourceConfig(SourceConfig):
     """A data source with rows that may hold chats, and the inputs of the chat template."""
 
+    template: str | None = Field(None, description="jinja template that writes the prompt as text from the columns of a row, such as 'Review: {{ text }}'; the result replaces prompt_field; the template runs in a sandbox")
+    messages_template: list[dict[str, str]] | None = Field(None, min_length=1, description="messages with role and content that write the prompt as a chat; each content is a jinja template over the columns of a row; the result replaces prompt_field")
+    shots: ShotsConfig | None = Field(None, description="source of solved examples for the template, which reads them as the list shots")
     tools: list[dict[str, Any]] | None = Field(None, description="JSON schemas of the tools of every chat, for the chat template; if a row has tools, they replace these tools")
     tools_field: str = Field("tools", description="column with the tools of a chat, as a list of JSON schemas or as JSON text; '' means no column")
     chat_template_kwargs: dict[str, Any] = Field({}, description="variables of the chat template, such as {enable_thinking: false}; variables of a row replace these variables")
@@ -48,6 +59,24 @@ class ChatSourceConfig(SourceConfig):
         check_template_arguments(kwargs)
         return kwargs
 
+    @field_validator("messages_template")
+    @classmethod
+    def _messages_template(cls, messages: list[dict[str, str]] | None) -> list[dict[str, str]] | None:
+        for number, message in enumerate(messages or (), 1):
+            if set(message) != {"role", "content"}:
+                raise ValueError(f"message {number} must have exactly the keys role and content, not {sorted(message)}")
+        return messages
+
+    @model_validator(mode="after")
+    def _writers_of_the_prompt(self) -> "ChatSourceConfig":
+        writers = [name for name in ("template", "messages_template") if getattr(self, name) is not None]
+        if self.shots is not None and not writers:
+            raise ValueError("shots has no effect without template or messages_template, which write the list shots")
+        readers = [name for name in ("messages_field", "text_field") if name in self.model_fields_set]
+        if len(writers + readers) > 1 and writers:
+            raise ValueError(f"{' and '.join(writers + readers)} each give the prompt; give one of them")
+        return self
+
 
 class DemonstrationsConfig(ChatSourceConfig):
     """Demonstrations. A row has prompt and response, chat messages, or plain text."""
@@ -56,6 +85,7 @@ class DemonstrationsConfig(ChatSourceConfig):
     response_field: str = Field("response", description="column with the response, as text or chat messages; if this setting is not given and a row has no column response, the column completion is read")
     messages_field: str = Field("messages", description="column with a complete chat; the last assistant turn is the response")
     text_field: str = Field("text", description="column with plain text; every token of the text is learned")
+    response_template: str | None = Field(None, description="jinja template that writes the response from the columns of a row, such as '{{ [\"negative\", \"positive\"][label] }}'; the result replaces response_field")
 
 
 class PreferencesConfig(ChatSourceConfig):

@@ -18,6 +18,7 @@ from jaxrlhf.data.fields import (
 )
 from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.sources import LoadReport, Message, Row, drops_unusable, read_rows
+from jaxrlhf.data.templates import from_template
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import PreferenceBatch
@@ -53,7 +54,8 @@ def load_preferences(
     the pair. "drop" drops the pair, and "stop" raises UserError. A row that cannot be used raises UserError with its
     place, unless the config drops unusable rows.
     """
-    rows = read_rows(config)
+    drop = drops_unusable(config, overflow)
+    rows = from_template(read_rows(config), config, drop)
     report = LoadReport(config.path, len(rows))
     template = tokenizer.chats
 
@@ -63,7 +65,6 @@ def load_preferences(
         sides = [template.rendered_pair(prompt, response, f"{row.where}: ") for response in responses]
         return number_field(row, config.margin_field, 0.0), sides
 
-    drop = drops_unusable(config, overflow)
     template.unread.clear()
     usable = list(report.usable(rows, rendered, drop))
     report.unread = sorted(template.unread)

@@ -19,6 +19,7 @@ from jaxrlhf.data.fields import (
 )
 from jaxrlhf.data.order import batch_rows, checksum
 from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
+from jaxrlhf.data.templates import from_template
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import Prompts
@@ -77,7 +78,7 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
     several of these fields, a field that the config names is read, else the first field in the order above. A row that
     cannot be used raises UserError with its place.
     """
-    rows = read_rows(config)
+    rows = from_template(read_rows(config), config)
     key, read = _form(config, rows[:1])
     return rows, [read(row, config) for row in rows], key
 
@@ -92,8 +93,8 @@ def load_prompts(
     keeps BOS, "drop" drops the prompt, and "stop" raises UserError. A row that cannot be used raises UserError with its
     place. If the config drops unusable rows, the field that most rows have is read instead of the first row's field.
     """
-    rows = read_rows(config)
     drop = drops_unusable(config, overflow)
+    rows = from_template(read_rows(config), config, drop)
     key, read = _form(config, rows if drop else rows[:1])
     name = getattr(config, key)
     report = LoadReport(config.path, len(rows))

@@ -23,6 +23,7 @@ from jaxrlhf.data.fields import (
 )
 from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
+from jaxrlhf.data.templates import from_template
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import SFTBatch
@@ -56,8 +57,8 @@ def load_demonstrations(
     `overflow` decides about a row that is longer than `max_length`. "cut" removes the end of the row. If the prompt
     leaves no room for a response, "cut" drops the row. "drop" drops the row, and "stop" raises UserError.
     """
-    rows = read_rows(config)
     drop = drops_unusable(config, overflow)
+    rows = from_template(read_rows(config), config, drop)
     read = _form(config, rows if drop else rows[:1])
     report = LoadReport(config.path, len(rows))
 

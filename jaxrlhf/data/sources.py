@@ -34,6 +34,7 @@ class Row:
 
     values: dict[str, Any]
     where: str
+    fault: str | None = None  # why the row cannot be used, if this is known before its fields are read
 
 
 @dataclass
@@ -58,6 +59,8 @@ class LoadReport:
         """Yields (row, `read(row)`) for each row. If `read` raises UserError and `drop` is set, the row is dropped."""
         for row in rows:
             try:
+                if row.fault is not None:
+                    raise UserError(row.fault)
                 result = read(row)
             except UserError as error:
                 if not drop or isinstance(error, SharedFault):

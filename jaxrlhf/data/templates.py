@@ -1,0 +1,131 @@
+"""Writes prompts and responses of rows with jinja templates from the settings, with solved examples (few-shot).
+
+These templates read the columns of a row. They are not the chat templates of a tokenizer, see `chats.py`.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.config import ChatSourceConfig, DemonstrationsConfig
+from jaxrlhf.data.sources import Row, one_line, read_rows
+from jaxrlhf.data.time_limit import within
+from jaxrlhf.errors import SharedFault, UserError
+
+SHOTS = "shots"  # the variable of a template that holds the solved examples
+BLOCK, TIME_LIMIT = 256, 10.0  # rows that are written together, and the seconds that this may take
+
+Template = Callable[[dict[str, Any]], Any]
+
+
+def from_template(rows: list[Row], config: ChatSourceConfig, drop: bool = False) -> list[Row]:
+    """Returns the rows with the fields that the config's templates write. Without a template, returns `rows`.
+
+    `template` or `messages_template` writes the field `prompt_field`. `response_template` writes `response_field`. If a
+    template fails on a row, for example because the row lacks a column, UserError is raised. If `drop` is set, the row
+    gets a `fault` instead. Raises UserError if a template is not valid jinja, or if every row has a fault.
+    """
+    templates = _templates(config)
+    if not templates:
+        return rows
+    shots = _shots(config)
+
+    def write(block: list[tuple[int, Row]]) -> list[Row]:
+        return [_written(row, templates, shots(n, row), drop) for n, row in block]
+
+    written: list[Row] = []
+    numbered = list(enumerate(rows))
+    for start in range(0, len(rows), BLOCK):
+        block = numbered[start : start + BLOCK]
+        try:
+            written += within(TIME_LIMIT, functools.partial(write, block))
+        except TimeoutError:
+            raise SharedFault(
+                f"{block[0][1].where}: the template took more than {TIME_LIMIT:g} seconds for {len(block)} rows from "
+                "this row on; correct its loops"
+            ) from None
+    if all(row.fault is not None for row in written):
+        raise UserError(written[0].fault)
+    return written
+
+
+def _templates(config: ChatSourceConfig) -> dict[str, Template]:
+    """Returns the config's templates by the name of the field that they write."""
+    templates: dict[str, Template] = {}
+    if config.template is not None:
+        templates[config.prompt_field] = _compiled(config.template, f"{config.path}: template")
+    if config.messages_template is not None:
+        templates[config.prompt_field] = _messages(config.messages_template, f"{config.path}: messages_template")
+    if isinstance(config, DemonstrationsConfig) and config.response_template is not None:
+        templates[config.response_field] = _compiled(config.response_template, f"{config.path}: response_template")
+    return templates
+
+
+def _messages(messages: Sequence[dict[str, str]], what: str) -> Template:
+    renders = [
+        (message["role"], _compiled(message["content"], f"{what}, message {number}"))
+        for number, message in enumerate(messages, 1)
+    ]
+    return lambda columns: [{"role": role, "content": render(columns)} for role, render in renders]
+
+
+def _compiled(template: str, what: str) -> Template:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        return _environment().from_string(template).render
+    except TemplateSyntaxError as error:
+        raise UserError(f"{what}, line {error.lineno}: not valid jinja ({error.message})") from None
+
+
+@functools.cache
+def _environment() -> Any:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+
+
+def _written(row: Row, templates: dict[str, Template], shots: dict[str, Any], drop: bool) -> Row:
+    values = dict(row.values)
+    for name, render in templates.items():
+        try:
+            values[name] = render(row.values | shots)  # both templates read the columns of the file
+        except Exception as error:  # jinja, or an operator or a filter on a value of a wrong type
+            columns = ", ".join(row.values) or "none"
+            fault = f"{row.where}: the template of field {name!r} fails: {one_line(error)}; the row has: {columns}"
+            if not drop:
+                raise UserError(fault) from None
+            return dataclasses.replace(row, fault=fault)
+    return dataclasses.replace(row, values=values)
+
+
+def _shots(config: ChatSourceConfig) -> Callable[[int, Row], dict[str, Any]]:
+    """Returns a function that returns the variables of the solved examples for row number n."""
+    shots = config.shots
+    if shots is None:
+        return lambda n, row: {}
+    examples = [example.values for example in read_rows(shots)]
+
+    def of_row(n: int, row: Row) -> dict[str, Any]:
+        if SHOTS in row.values:
+            raise UserError(f"{row.where}: the column {SHOTS!r} has the name of the solved examples; rename the column")
+        order = range(len(examples))
+        if shots.choose == "random":
+            order = np.random.default_rng([shots.seed, n]).permutation(len(examples))
+        others = (examples[i] for i in order if examples[i] != row.values)
+        chosen = list(itertools.islice(others, shots.count))
+        if len(chosen) < shots.count:
+            raise UserError(
+                f"{shots.path}: shots.count is {shots.count}, but the source has only {len(chosen)} examples that "
+                f"differ from the row {row.where}; give more examples, or lower count"
+            )
+        return {SHOTS: chosen}
+
+    return of_row
