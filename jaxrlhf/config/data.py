@@ -84,6 +84,7 @@ class DemonstrationsConfig(ChatSourceConfig):
     prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages")
     response_field: str = Field("response", description="column with the response, as text or chat messages; if this setting is not given and a row has no column response, the column completion is read")
     messages_field: str = Field("messages", description="column with a complete chat; the last assistant turn is the response")
+    learn: Literal["last", "all"] = Field("last", description="which assistant turns of a chat are learned: the response, which is the last turn (last), or the earlier assistant turns too (all); all needs a chat template that writes a turn in the same way whether or not later turns follow")
     text_field: str = Field("text", description="column with plain text; every token of the text is learned")
     response_template: str | None = Field(None, description="jinja template that writes the response from the columns of a row, such as '{{ [\"negative\", \"positive\"][label] }}'; the result replaces response_field")
 

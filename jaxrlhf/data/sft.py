@@ -4,6 +4,7 @@ Rows are not streamed, on purpose. All rows are read and tokenized before anythi
 the run immediately and not after a day.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
 from jaxrlhf.data.templates import from_template
 from jaxrlhf.data.tokenizers import Tokenizer
+from jaxrlhf.data.turns import earlier_turns, learned_spans
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import SFTBatch
 
@@ -34,14 +36,23 @@ LENGTH_BUCKETS = 4  # number of padded lengths of unpacked sequences; the progra
 
 @dataclass(frozen=True)
 class Example:
-    """One demonstration. Training learns only the response. The response ends with EOS unless its end was cut off."""
+    """One demonstration. Training learns the response, and the tokens of `earlier` if there are any.
+
+    The response ends with EOS unless its end was cut off.
+    """
 
     prompt_ids: np.ndarray  # i32[p]
     response_ids: np.ndarray  # i32[r], r >= 1
     where: str
+    earlier: tuple[tuple[int, int], ...] = ()  # (start, end) in prompt_ids of assistant turns that are learned too
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    def arrays(self) -> list[np.ndarray]:
+        """Returns all that training reads of this example."""
+        spans = [np.array(self.earlier, np.int32).reshape(-1)] if self.earlier else []
+        return [self.prompt_ids, self.response_ids, *spans]
 
 
 def load_demonstrations(
@@ -54,25 +65,31 @@ def load_demonstrations(
     the first form in the order above. A row that cannot be used raises UserError with its place. If the config drops
     unusable rows, the form that most rows have is read instead of the first row's form.
 
-    `overflow` decides about a row that is longer than `max_length`. "cut" removes the end of the row. If the prompt
-    leaves no room for a response, "cut" drops the row. "drop" drops the row, and "stop" raises UserError.
+    `overflow` decides about a row that is longer than `max_length`. "cut" removes the end of the row. If no assistant
+    turn to learn begins within `max_length` tokens, "cut" drops the row. "drop" drops the row, and "stop" raises
+    UserError.
     """
     drop = drops_unusable(config, overflow)
     rows = from_template(read_rows(config), config, drop)
     read = _form(config, rows if drop else rows[:1])
     report = LoadReport(config.path, len(rows))
 
-    def rendered(row: Row) -> tuple[Prompt, Response]:
+    def rendered(row: Row) -> list[tuple[Prompt, Response]]:
+        """Returns the pair of prompt and response, after the pairs of the earlier turns to learn."""
         prompt, response = read(row, config)
         report.beside_text |= columns_beside_text(row, config, prompt)
-        return tokenizer.chats.rendered_pair(prompt, response, f"{row.where}: ")
+        place = f"{row.where}: "
+        earlier = earlier_turns(tokenizer.chats, prompt, place) if config.learn == "all" else []
+        return [*earlier, tokenizer.chats.rendered_pair(prompt, response, place)]
 
     tokenizer.chats.unread.clear()
     usable = list(report.usable(rows, rendered, drop))
     report.unread = sorted(tokenizer.chats.unread)
     examples = []
     tokenizer.cut_responses = 0
-    for (row, _), (prompt, response) in zip(usable, tokenizer.encode_pairs([pair for _, pair in usable])):
+    encoded = tokenizer.encode_pairs([pair for _, pairs in usable for pair in pairs])
+    for row, pairs in usable:
+        *earlier, (prompt, response) = itertools.islice(encoded, len(pairs))
         if report.refuses(row, tokenizer.fault([*prompt, *response]), drop):
             continue
         total = len(prompt) + len(response)
@@ -83,12 +100,23 @@ def load_demonstrations(
             )
         if total > max_length and overflow == "drop":
             report.drop(f"longer than {max_length} tokens")
-        elif len(prompt) >= max_length:
+            continue
+        try:
+            spans = learned_spans(prompt, earlier, f"{row.where}: ", tokenizer.name)
+        except UserError as error:
+            report.refuses(row, str(error).removeprefix(f"{row.where}: "), drop)
+            continue
+        while len(prompt) >= max_length and spans:  # the last turn that begins within max_length becomes the response
+            *spans, (start, end) = spans
+            prompt, response = prompt[:start], prompt[start:end]
+        if len(prompt) >= max_length:
             report.drop(f"the prompt leaves no room for a response in {max_length} tokens")
         else:
             report.cut += total > max_length
             response = response[: max_length - len(prompt)]
-            examples.append(Example(np.array(prompt, np.int32), np.array(response, np.int32), row.where))
+            examples.append(
+                Example(np.array(prompt, np.int32), np.array(response, np.int32), row.where, tuple(spans))
+            )
     report.past_stop = tokenizer.cut_responses
     report.check()
     return examples, report
@@ -184,8 +212,9 @@ def fill(
 ) -> SFTBatch:
     """Returns a batch [rows, length]. Row b holds the examples with the numbers `sequences[b]`, one after the other.
 
-    Rows after the last sequence are empty and have segment 0. The loss mask is True on response tokens including EOS.
-    It is False on the first token of a segment, because this token has no context.
+    Rows after the last sequence are empty and have segment 0. The loss mask is True on response tokens including EOS,
+    and on earlier turns that are learned. It is False on the first token of a segment, because this token has no
+    context.
     """
     tokens = np.full((rows, length), 0 if pad_id is None else pad_id, np.int32)
     segments = np.zeros((rows, length), np.int32)
@@ -198,7 +227,8 @@ def fill(
             tokens[b, start:middle] = example.prompt_ids
             tokens[b, middle:end] = example.response_ids
             segments[b, start:end] = segment
-            loss_mask[b, max(middle, start + 1) : end] = True
+            for first, last in ((len(example.prompt_ids), len(example)), *example.earlier):
+                loss_mask[b, start + max(first, 1) : start + last] = True
             start = end
     return SFTBatch(tokens=tokens, segments=segments, loss_mask=loss_mask)
 
@@ -238,7 +268,7 @@ class SFTData:
 
     def checksum(self) -> str:
         """Returns a hash of these examples in this order."""
-        return checksum(ids for example in self.examples for ids in (example.prompt_ids, example.response_ids))
+        return checksum(array for example in self.examples for array in example.arrays())
 
     def batch(self, step: int) -> SFTBatch:
         """Returns the batch at a step. Steps are counted from 0. The same seed gives the same batch."""

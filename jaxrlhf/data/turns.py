@@ -1,0 +1,71 @@
+"""The earlier assistant turns of a chat, so that training learns every assistant turn and not only the last.
+
+The turns are found in the text that the chat template writes for the whole prompt. So the model learns each turn after
+exactly the text that it reads in sampling.
+"""
+
+import itertools
+import operator
+from dataclasses import replace
+
+from jaxrlhf.data.chats import Chat, ChatTemplate, Prompt, Rendered
+from jaxrlhf.errors import UserError
+
+_SHOWN = 30  # characters around the place where two texts differ
+
+
+def earlier_turns(template: ChatTemplate, prompt: Prompt, place: str) -> list[tuple[Rendered, Rendered]]:
+    """Returns (text before the turn, text of the turn) for each assistant turn in a prompt that is a chat.
+
+    A turn that the response continues is not an earlier turn. Raises UserError if the template writes a turn, or the
+    text before it, differently when later turns follow.
+    """
+    if not isinstance(prompt, Chat):
+        return []
+    text = template.prompt_text(prompt, place)
+    last = len(prompt.messages) - prompt.continued
+    turns = []
+    for number, message in enumerate(prompt.messages[:last]):
+        if message["role"] != "assistant" or not number:
+            continue
+        before = template.prompt_text(replace(prompt, messages=prompt.messages[:number], continued=False), place)
+        after = template.whole_text(replace(prompt, messages=prompt.messages[: number + 1], continued=False), place)
+        for part in (before, after):
+            if not text.startswith(part):
+                raise UserError(
+                    f"{place}the chat template of {template.name} writes message {number + 1} differently when later "
+                    f"messages follow: {_difference(part, text)}; a chat like this needs learn: last"
+                )
+        turns.append((Rendered(before), Rendered(after[len(before) :])))
+    return turns
+
+
+def _difference(alone: str, followed: str) -> str:
+    """Says where two texts differ: the last characters that they share, and what follows in each of them."""
+    shared = sum(itertools.takewhile(bool, map(operator.eq, alone, followed)))
+    before = alone[max(0, shared - _SHOWN) : shared]
+    alone, followed = (text[shared : shared + _SHOWN] for text in (alone, followed))
+    return f"after {before!r} comes {followed!r} instead of {alone!r}"
+
+
+def learned_spans(
+    context: list[int], earlier: list[tuple[list[int], list[int]]], place: str, name: str
+) -> tuple[tuple[int, int], ...]:
+    """Returns (start, end) of each earlier turn in the ids `context` of the whole prompt.
+
+    `earlier` holds the ids before each turn, and the ids of the turn with its stop token. Raises UserError if the
+    tokenizer cuts the text before a turn or the turn into other tokens when more text follows.
+    """
+    spans = []
+    for number, (before, turn) in enumerate(earlier, 1):
+        # If the template writes no stop token after a turn, the tokenizer has appended one that is not in the context.
+        for ids in ([*before, *turn], [*before, *turn[:-1]]):
+            if context[: len(ids)] == ids and len(ids) > len(before):
+                spans.append((len(before), len(ids)))
+                break
+        else:
+            raise UserError(
+                f"{place}the tokenizer {name} writes assistant turn {number} with other tokens when later messages "
+                "follow; a chat like this needs learn: last"
+            )
+    return tuple(spans)
