@@ -10,8 +10,11 @@ from jaxrlhf.config.base import Overflow, Settings
 from jaxrlhf.config.data import (
     ChatSourceConfig,
     DemonstrationsConfig,
+    DemonstrationsSourceConfig,
     PreferencesConfig,
+    PreferencesSourceConfig,
     PromptsConfig,
+    PromptsSourceConfig,
     ShotsConfig,
     SourceConfig,
 )

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxrlhf.config.base import NonNegativeInt, PositiveInt, Settings
+from jaxrlhf.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 from jaxrlhf.config.paths import SourcePath
 
 # Arguments of `apply_chat_template` that the stages set. Rows and settings may not set these arguments.
@@ -48,6 +48,8 @@ class ChatSourceConfig(SourceConfig):
     template: str | None = Field(None, description="jinja template that writes the prompt as text from the columns of a row, such as 'Review: {{ text }}'; the result replaces prompt_field; the template runs in a sandbox")
     messages_template: list[dict[str, str]] | None = Field(None, min_length=1, description="messages with role and content that write the prompt as a chat; each content is a jinja template over the columns of a row; the result replaces prompt_field")
     shots: ShotsConfig | None = Field(None, description="source of solved examples for the template, which reads them as the list shots")
+    weight: PositiveFloat | None = Field(None, description="in a mixture, the share of this source in a pass over the data, relative to the weights of the other sources; the source that is repeated least is read once")
+    epochs: PositiveFloat | None = Field(None, description="in a mixture, how often each row of this source appears in a pass over the data; 0.5 takes a random half of the rows; null means 1")
     tools: list[dict[str, Any]] | None = Field(None, description="JSON schemas of the tools of every chat, for the chat template; if a row has tools, they replace these tools")
     tools_field: str = Field("tools", description="column with the tools of a chat, as a list of JSON schemas or as JSON text; '' means no column")
     chat_template_kwargs: dict[str, Any] = Field({}, description="variables of the chat template, such as {enable_thinking: false}; variables of a row replace these variables")
@@ -78,7 +80,7 @@ class ChatSourceConfig(SourceConfig):
         return self
 
 
-class DemonstrationsConfig(ChatSourceConfig):
+class DemonstrationsSourceConfig(ChatSourceConfig):
     """Demonstrations. A row has prompt and response, chat messages, or plain text."""
 
     prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages")
@@ -89,7 +91,7 @@ class DemonstrationsConfig(ChatSourceConfig):
     response_template: str | None = Field(None, description="jinja template that writes the response from the columns of a row, such as '{{ [\"negative\", \"positive\"][label] }}'; the result replaces response_field")
 
 
-class PreferencesConfig(ChatSourceConfig):
+class PreferencesSourceConfig(ChatSourceConfig):
     """Preference pairs. A row has one prompt and two completions, or two full dialogues as in hh-rlhf, or two chats."""
 
     prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages; if a row has no prompt, chosen and rejected are full dialogues")
@@ -98,10 +100,49 @@ class PreferencesConfig(ChatSourceConfig):
     margin_field: str = Field("margin", description="optional column with the margin, a number that says how much better the chosen completion is")
 
 
-class PromptsConfig(ChatSourceConfig):
+class PromptsSourceConfig(ChatSourceConfig):
     """Prompts. The reward function receives the other columns of a row."""
 
     prompt_field: str = Field("prompt", description="column with the prompt, as text or chat messages; the completion continues a final assistant turn")
     messages_field: str = Field("messages", description="column with a chat; a final assistant turn is removed")
     text_field: str = Field("text", description="column with plain text; the first text_tokens tokens are the prompt")
     text_tokens: PositiveInt = Field(8, description="number of tokens at the start of a plain text that become the prompt")
+    curriculum: str | None = Field(None, description="column with a number that orders the first pass over the prompts, from the lowest number to the highest; later passes are shuffled; in a mixture, prompts of sources without curriculum have the number 0")
+
+
+MIX_WITH = "mix_with"
+_MIX = Field([], description="further sources that are mixed with this source; each is a section with the same settings as this one, such as {path: more.jsonl, weight: 0.5}; weight or epochs of each source say how much of it a pass has")
+
+
+def _check_mixture(config: Any) -> Any:
+    """Raises ValueError if weights and epochs of the sources do not fit each other."""
+    sources = [config, *config.mix_with]
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and any(source.epochs is not None for source in sources):
+        raise ValueError("a mixture has either weight or epochs; give one of the two")
+    if any(weighted) and not config.mix_with:
+        raise ValueError("weight has no effect without other sources; give mix_with, or leave weight out")
+    if any(weighted) and not all(weighted):
+        raise ValueError(f"source {weighted.index(False) + 1} of the mixture has no weight; give every source a weight")
+    return config
+
+
+class DemonstrationsConfig(DemonstrationsSourceConfig):
+    """One source of demonstrations, or a mixture of several."""
+
+    mix_with: list[DemonstrationsSourceConfig] = _MIX
+    _mixture = model_validator(mode="after")(_check_mixture)
+
+
+class PreferencesConfig(PreferencesSourceConfig):
+    """One source of preference pairs, or a mixture of several."""
+
+    mix_with: list[PreferencesSourceConfig] = _MIX
+    _mixture = model_validator(mode="after")(_check_mixture)
+
+
+class PromptsConfig(PromptsSourceConfig):
+    """One source of prompts, or a mixture of several."""
+
+    mix_with: list[PromptsSourceConfig] = _MIX
+    _mixture = model_validator(mode="after")(_check_mixture)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxrlhf.config.base import LARGEST, LARGEST_FLOAT
+from jaxrlhf.config.data import MIX_WITH
 from jaxrlhf.config.run import RunConfig
 
 SettingPath = tuple[str, ...]
@@ -81,8 +82,11 @@ def _prefixes() -> frozenset[SettingPath]:
 def path_of(names: Sequence[str]) -> SettingPath | None:
     """Returns the first place that matches a key path, or None. A key path may omit kinds.
 
-    It has a name of the mapping instead of `*`, and the number of an entry, such as `[2]`, instead of `[]`.
+    It has a name of the mapping instead of `*`, and the number of an entry, such as `[2]`, instead of `[]`. The entries
+    of `mix_with` have the settings of the section that holds them.
     """
+    text = re.sub(rf"\n{MIX_WITH}\n\[\d*\]", "", "\n".join(["", *names]))
+    names = text.split("\n")[1:]
     places: list[SettingPath] = [()]
     for name in names:
         name = ENTRY if name.startswith("[") else name
@@ -149,6 +153,8 @@ def _kind(schema: dict) -> str:
         return " | ".join(as_yaml(value) for value in schema.get("enum", [schema.get("const")]))
     if "oneOf" in schema:  # the schema is of entries of a list
         return " | ".join("section" if "$ref" in option else _kind(option) for option in schema["oneOf"])
+    if "$ref" in schema:
+        return "section"
     if schema["type"] == "change":
         return "float > 0 or percentage"
     if schema["type"] == "object":

@@ -65,11 +65,14 @@ def check_answer(row: Row, name: str, message: Message) -> None:
         raise UserError(f"{row.where}: field {name!r} has an empty response; the response must have text")
 
 
-def number_field(row: Row, name: str, default: float) -> float:
-    """Returns the field's number, or `default` if the field is absent. The number must be finite in float32."""
-    if not has_field(row, name):
+def number_field(row: Row, name: str, default: float | None = None) -> float:
+    """Returns the field's number, which must be finite in float32.
+
+    If the field is absent, returns `default`. If `default` is None, an absent field raises UserError.
+    """
+    if default is not None and not has_field(row, name):
         return default
-    value = row.values[name]
+    value = _present(row, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _FLOAT32_MAX:
         raise UserError(f"{row.where}: field {name!r} must be a finite float32 number, not {describe(value)}")
     return float(value)

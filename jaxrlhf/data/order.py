@@ -4,11 +4,14 @@ There is no state to save, because the step is the position in the data. So a re
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @lru_cache(maxsize=16)
@@ -25,28 +28,38 @@ def epoch_order(seed: int, epoch: int, count: int, stream: int = 0) -> np.ndarra
     return order
 
 
-def batch_rows(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+def batch_rows(
+    seed: int, step: int, batch_size: int, count: int, keys: np.ndarray | None = None
+) -> np.ndarray:
     """Returns the row indices, i64[batch_size], of the batch at `step` of an endless shuffled stream.
 
     Each epoch has each row once. A batch that spans two epochs may hold a row twice. `count` is the number of rows and
-    must be at least 1.
+    must be at least 1. If `keys` f64[count] are given, the first epoch has the rows in ascending order of their keys.
+    Rows with equal keys stay shuffled.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
     epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), count)
-    return np.concatenate(
-        [epoch_order(seed, int(epoch), count)[places[epochs == epoch]] for epoch in np.unique(epochs)]
-    )
+    batch = []
+    for epoch in np.unique(epochs):
+        order = epoch_order(seed, int(epoch), count)
+        if keys is not None and epoch == 0:
+            order = order[np.argsort(keys[order], kind="stable")]
+        batch.append(order[places[epochs == epoch]])
+    return np.concatenate(batch)
 
 
-def hold_out(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits range(count) at random and returns (training rows, held-out rows).
+def hold_out(items: Sequence[T], size: int, seed: int) -> tuple[list[T], list[T]]:
+    """Splits the items at random and returns (training items, held-out items), each in the order of `items`.
 
-    There are `size` held-out rows, but at most a tenth of all rows.
+    There are `size` held-out items, but at most a tenth of all distinct items. An object that appears several times in
+    `items`, as in a mixture of sources, is held out with all its appearances, and is then held out once.
     """
-    order = epoch_order(seed, 0, count, stream=2)
-    size = min(size, count // 10)
-    return np.sort(order[size:]), np.sort(order[:size])
+    distinct = list({id(item): item for item in items}.values())
+    order = epoch_order(seed, 0, len(distinct), stream=2)
+    held = [distinct[i] for i in np.sort(order[: min(size, len(distinct) // 10)])]
+    places = set(map(id, held))
+    return [item for item in items if id(item) not in places], held
 
 
 def checksum(rows: Iterable[np.ndarray]) -> str:

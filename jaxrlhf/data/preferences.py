@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxrlhf.config import Overflow, PreferencesConfig
+from jaxrlhf.config import Overflow, PreferencesConfig, PreferencesSourceConfig
 from jaxrlhf.data.chats import Prompt, Response, as_messages, content_text, without_empty_turn
 from jaxrlhf.data.fields import (
     answer_field,
@@ -16,6 +16,7 @@ from jaxrlhf.data.fields import (
     number_field,
     text_or_messages_field,
 )
+from jaxrlhf.data.mixture import mixed
 from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.sources import LoadReport, Message, Row, drops_unusable, read_rows
 from jaxrlhf.data.templates import from_template
@@ -43,7 +44,15 @@ class Pair:
 def load_preferences(
     config: PreferencesConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
 ) -> tuple[list[Pair], LoadReport]:
-    """Reads, checks and tokenizes all pairs. No sequence is longer than `max_length` tokens.
+    """Reads, checks and tokenizes all pairs of the sources. Returns the pairs of a pass, and a report."""
+    sources = [config, *config.mix_with]
+    return mixed(sources, lambda source: _load_source(source, tokenizer, max_length, overflow))
+
+
+def _load_source(
+    config: PreferencesSourceConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
+) -> tuple[list[Pair], LoadReport]:
+    """Reads, checks and tokenizes the pairs of a source. No sequence is longer than `max_length` tokens.
 
     If a row has no prompt field, chosen and rejected are whole dialogues, either texts in hh-rlhf's form or chats. The
     prompt is then their common start up to an assistant turn. This also holds for chosen and rejected chats that
@@ -102,7 +111,7 @@ def load_preferences(
 # ---------------------------------------------------------------- forms of a row
 
 
-def _split(row: Row, config: PreferencesConfig) -> tuple[Prompt, Response, Response]:
+def _split(row: Row, config: PreferencesSourceConfig) -> tuple[Prompt, Response, Response]:
     """Returns (prompt, chosen response, rejected response) of a row."""
     has_prompt = has_field(row, config.prompt_field)
     prompt = text_or_messages_field(row, config.prompt_field, empty=True) if has_prompt else ""
@@ -153,7 +162,7 @@ def _same_message(one: Message, other: Message) -> bool:
     return first == second
 
 
-def _split_texts(row: Row, config: PreferencesConfig, chosen: str, rejected: str) -> tuple[str, str, str]:
+def _split_texts(row: Row, config: PreferencesSourceConfig, chosen: str, rejected: str) -> tuple[str, str, str]:
     """Splits two dialogues, each of which is one text. The prompt ends with the last common marker `TURN`."""
     common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (compares characters, on purpose)
     opening = common.rfind(TURN)

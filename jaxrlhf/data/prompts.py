@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.config import Overflow, PromptsConfig
+from jaxrlhf.config import Overflow, PromptsConfig, PromptsSourceConfig
 from jaxrlhf.data.chats import Chat, Prompt
 from jaxrlhf.data.fields import (
     chat_of,
     columns_beside_text,
     has_field,
     messages_field,
+    number_field,
     text_field,
     text_or_messages_field,
 )
+from jaxrlhf.data.mixture import mixed
 from jaxrlhf.data.order import batch_rows, checksum
 from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
 from jaxrlhf.data.templates import from_template
@@ -49,6 +51,7 @@ class PromptSet:
     max_prompt_tokens: int
     pad_id: int | None
     report: LoadReport
+    keys: np.ndarray | None = None  # f64[N]; if given, the first epoch is in ascending order of these numbers
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,9 +64,9 @@ class PromptSet:
     def rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
         """Returns the prompt numbers, i64[batch_size], at a step of an endless shuffled stream.
 
-        Each epoch has each prompt once.
+        Each epoch has each prompt once. With a curriculum, the first epoch goes from the lowest key to the highest.
         """
-        return batch_rows(seed, step, batch_size, len(self))
+        return batch_rows(seed, step, batch_size, len(self), self.keys)
 
     def padded(self, rows: Sequence[int] | np.ndarray) -> Prompts:
         """Returns the prompts with these numbers as numpy Prompts [len(rows), max_prompt_tokens]."""
@@ -86,7 +89,22 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
 def load_prompts(
     config: PromptsConfig, tokenizer: Tokenizer, max_prompt_tokens: int, overflow: Overflow
 ) -> PromptSet:
-    """Reads, checks and tokenizes all prompts. No prompt is longer than `max_prompt_tokens` tokens.
+    """Reads, checks and tokenizes all prompts of the sources. Returns the prompts of a pass."""
+    sources = [config, *config.mix_with]
+    loaded, report = mixed(sources, lambda source: _load_source(source, tokenizer, max_prompt_tokens, overflow))
+    ids, texts, chats, columns, keys = map(list, zip(*loaded))
+    has_curriculum = any(source.curriculum is not None for source in sources)
+    order = np.array(keys, np.float64) if has_curriculum else None
+    return PromptSet(ids, texts, chats, columns, max_prompt_tokens, tokenizer.pad_id, report, order)
+
+
+LoadedPrompt = tuple[np.ndarray, str, Chat | None, dict[str, Any], float]  # ids, text, chat, columns, key
+
+
+def _load_source(
+    config: PromptsSourceConfig, tokenizer: Tokenizer, max_prompt_tokens: int, overflow: Overflow
+) -> tuple[list[LoadedPrompt], LoadReport]:
+    """Reads, checks and tokenizes the prompts of a source. No prompt is longer than `max_prompt_tokens` tokens.
 
     `read_prompts` explains which field is read. A prompt from the text field is BOS and the first `text_tokens` tokens
     of the text. `overflow` decides about a prompt that is too long. "cut" removes the start of the prompt but
@@ -99,16 +117,18 @@ def load_prompts(
     name = getattr(config, key)
     report = LoadReport(config.path, len(rows))
 
-    def rendered(row: Row) -> tuple[Prompt, Prompt]:
+    def rendered(row: Row) -> tuple[Prompt, Prompt, float]:
         prompt = read(row, config)
         report.beside_text |= columns_beside_text(row, config, prompt)
-        return prompt, tokenizer.chats.rendered_prompt(prompt, f"{row.where}: ")
+        key = 0.0 if config.curriculum is None else number_field(row, config.curriculum)
+        return prompt, tokenizer.chats.rendered_prompt(prompt, f"{row.where}: "), key
 
     tokenizer.chats.unread.clear()
     usable = list(report.usable(rows, rendered, drop))
     report.unread = sorted(tokenizer.chats.unread)
-    kept_ids, texts, chats, columns = [], [], [], []
-    for (row, (prompt, _)), ids in zip(usable, tokenizer.encode_prompts([text for _, (_, text) in usable])):
+    loaded: list[LoadedPrompt] = []
+    texts = [text for _, (_, text, _) in usable]
+    for (row, (prompt, _, order_key)), ids in zip(usable, tokenizer.encode_prompts(texts)):
         length = len(ids)
         if key == "text_field":
             length = min(length, len(tokenizer.prefix_ids) + config.text_tokens)
@@ -126,22 +146,22 @@ def load_prompts(
             continue
         report.cut += len(kept) < length
         is_unchanged = isinstance(prompt, str) and len(kept) == len(ids)
-        kept_ids.append(np.array(kept, np.int32))
-        texts.append(prompt if is_unchanged else tokenizer.decode(kept))
-        chats.append(None if isinstance(prompt, str) else prompt)
-        columns.append({k: v for k, v in row.values.items() if k != name or not isinstance(prompt, str)})
+        text = prompt if is_unchanged else tokenizer.decode(kept)
+        columns = {k: v for k, v in row.values.items() if k != name or not isinstance(prompt, str)}
+        chat = None if isinstance(prompt, str) else prompt
+        loaded.append((np.array(kept, np.int32), text, chat, columns, order_key))
     report.check()
-    return PromptSet(kept_ids, texts, chats, columns, max_prompt_tokens, tokenizer.pad_id, report)
+    return loaded, report
 
 
-Reader = Callable[[Row, PromptsConfig], Prompt]
+Reader = Callable[[Row, PromptsSourceConfig], Prompt]
 
 
-def _prompt(row: Row, config: PromptsConfig) -> Prompt:
+def _prompt(row: Row, config: PromptsSourceConfig) -> Prompt:
     return chat_of(row, config, text_or_messages_field(row, config.prompt_field, empty=True))
 
 
-def _chat(row: Row, config: PromptsConfig) -> Prompt:
+def _chat(row: Row, config: PromptsSourceConfig) -> Prompt:
     messages = messages_field(row, config.messages_field)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -152,11 +172,11 @@ def _chat(row: Row, config: PromptsConfig) -> Prompt:
     return chat_of(row, config, messages, continued=False)
 
 
-def _text(row: Row, config: PromptsConfig) -> Prompt:
+def _text(row: Row, config: PromptsSourceConfig) -> Prompt:
     return text_field(row, config.text_field)
 
 
-def _form(config: PromptsConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
+def _form(config: PromptsSourceConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
     """Returns (config key of the field that holds the prompt in most of these rows, the reader of this field)."""
     forms = [("prompt_field", _prompt), ("messages_field", _chat), ("text_field", _text)]
     forms.sort(key=lambda form: form[0] not in config.model_fields_set)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxrlhf.config import DemonstrationsConfig, Overflow
+from jaxrlhf.config import DemonstrationsConfig, DemonstrationsSourceConfig, Overflow
 from jaxrlhf.data.chats import Prompt, Response
 from jaxrlhf.data.fields import (
     answer_field,
@@ -22,6 +22,7 @@ from jaxrlhf.data.fields import (
     text_field,
     text_or_messages_field,
 )
+from jaxrlhf.data.mixture import mixed
 from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
 from jaxrlhf.data.templates import from_template
@@ -58,7 +59,15 @@ class Example:
 def load_demonstrations(
     config: DemonstrationsConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
 ) -> tuple[list[Example], LoadReport]:
-    """Reads, checks and tokenizes all rows. No example is longer than `max_length` tokens.
+    """Reads, checks and tokenizes all rows of the sources. Returns the examples of a pass, and a report."""
+    sources = [config, *config.mix_with]
+    return mixed(sources, lambda source: _load_source(source, tokenizer, max_length, overflow))
+
+
+def _load_source(
+    config: DemonstrationsSourceConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
+) -> tuple[list[Example], LoadReport]:
+    """Reads, checks and tokenizes the rows of a source. No example is longer than `max_length` tokens.
 
     All rows have the same form: prompt and response, a chat, or plain text. The first row's fields decide which form
     this is. If the first row has the fields of several forms, the form with fields that the config names is read, else
@@ -125,18 +134,18 @@ def load_demonstrations(
 # ---------------------------------------------------------------- forms of a row
 
 
-Form = Callable[[Row, DemonstrationsConfig], tuple[Prompt, Response]]
+Form = Callable[[Row, DemonstrationsSourceConfig], tuple[Prompt, Response]]
 
 
 def _prompt_and(response_field: str) -> Form:
-    def read(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
+    def read(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Response]:
         prompt = text_or_messages_field(row, config.prompt_field, empty=True)
         return chat_of(row, config, prompt), answer_field(row, response_field)
 
     return read
 
 
-def _chat(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
+def _chat(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Response]:
     messages = messages_field(row, config.messages_field)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or not turns[-1]:
@@ -148,11 +157,11 @@ def _chat(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
     return chat_of(row, config, messages[: turns[-1]], continued=False), messages[turns[-1]]
 
 
-def _plain_text(row: Row, config: DemonstrationsConfig) -> tuple[Prompt, Response]:
+def _plain_text(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Response]:
     return "", text_field(row, config.text_field)
 
 
-def _form(config: DemonstrationsConfig, rows: Sequence[Row]) -> Form:
+def _form(config: DemonstrationsSourceConfig, rows: Sequence[Row]) -> Form:
     """Returns the reader for the form that most of these rows have."""
     named = config.model_fields_set
     forms = [((config.prompt_field, config.response_field), {"prompt_field", "response_field"})]

@@ -49,6 +49,24 @@ class LoadReport:
     first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row that was dropped, if known
     unread: list[str] = field(default_factory=list)  # tools and template arguments that the chat template ignores
     beside_text: set[str] = field(default_factory=set)  # columns of tools and arguments that text prompts do not use
+    in_pass: list[int] = field(default_factory=list)  # of a mixture: the rows of each source in a pass over the data
+
+    @classmethod
+    def joined(cls, reports: Sequence["LoadReport"], in_pass: Sequence[int]) -> "LoadReport":
+        """Returns the report on a mixture of sources. `in_pass` holds the rows of each source in a pass."""
+        if len(reports) == 1 and in_pass[0] == reports[0].kept:
+            return reports[0]
+        whole = cls(" + ".join(report.path for report in reports), sum(report.rows for report in reports))
+        for report in reports:
+            whole.cut += report.cut
+            whole.past_stop += report.past_stop
+            whole.unread = sorted({*whole.unread, *report.unread})
+            whole.beside_text |= report.beside_text
+            for reason, count in report.dropped.items():
+                whole.dropped[reason] = whole.dropped.get(reason, 0) + count
+            whole.first = report.first | whole.first
+        whole.in_pass = list(in_pass)
+        return whole
 
     def drop(self, reason: str, where: str | None = None) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -97,6 +115,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"{self.path}: {self.kept} of {self.rows} rows"]
+        parts += [f"a pass has {' + '.join(map(str, self.in_pass))} rows"] if self.in_pass else []
         parts += [f"{self.cut} cut to length"] if self.cut else []
         parts += [f"{self.past_stop} responses cut after a stop token in their text"] if self.past_stop else []
         parts += self._reasons("{} dropped ({})")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.config import ChatSourceConfig, DemonstrationsConfig
+from jaxrlhf.config import ChatSourceConfig, DemonstrationsSourceConfig
 from jaxrlhf.data.sources import Row, one_line, read_rows
 from jaxrlhf.data.time_limit import within
 from jaxrlhf.errors import SharedFault, UserError
@@ -60,7 +60,7 @@ def _templates(config: ChatSourceConfig) -> dict[str, Template]:
         templates[config.prompt_field] = _compiled(config.template, f"{config.path}: template")
     if config.messages_template is not None:
         templates[config.prompt_field] = _messages(config.messages_template, f"{config.path}: messages_template")
-    if isinstance(config, DemonstrationsConfig) and config.response_template is not None:
+    if isinstance(config, DemonstrationsSourceConfig) and config.response_template is not None:
         templates[config.response_field] = _compiled(config.response_template, f"{config.path}: response_template")
     return templates
 
@@ -129,3 +129,15 @@ def _shots(config: ChatSourceConfig) -> Callable[[int, Row], dict[str, Any]]:
         return {SHOTS: chosen}
 
     return of_row
+
+
+def format_of(source: ChatSourceConfig, prompt_field: str | None) -> dict[str, Any]:
+    """Returns the settings of a source that say how prompts are written, for other rows of the same kind.
+
+    If `prompt_field` is given, the rows have finished prompts in this field, and the source's templates are left out.
+    """
+    names = ["tools", "chat_template_kwargs"]
+    if prompt_field is None:
+        names += ["template", "messages_template", "shots"]
+    given = {name: getattr(source, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}

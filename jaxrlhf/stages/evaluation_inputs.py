@@ -18,6 +18,7 @@ from jaxrlhf.config.reading import parse_yaml
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sft import SFTData, load_demonstrations
+from jaxrlhf.data.templates import format_of
 from jaxrlhf.errors import UserError
 from jaxrlhf.evaluation.tasks import Task
 from jaxrlhf.hf.adapter_files import load_adapter
@@ -131,7 +132,7 @@ def _prompts(
         source = {"path": arguments.data, "split": arguments.split, "limit": arguments.limit}
         source |= {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
         if (stage := config and (config.ppo or config.sft)) is not None:  # chats get the format of the run
-            source |= {"tools": stage.data.tools, "chat_template_kwargs": stage.data.chat_template_kwargs}
+            source |= format_of(stage.data, arguments.prompt_field)
         data = PromptsConfig(**{name: value for name, value in source.items() if value is not None})
     elif ppo is not None:
         if ppo.evaluation.data is None:
@@ -175,8 +176,7 @@ def _text(
             notice(f"no perplexity: {error}; --text sets other rows")
             return None, None
         if sft.evaluation.data is None:
-            _, held = hold_out(len(examples), sft.evaluation.heldout, config.seed)
-            examples = [examples[i] for i in held]
+            _, examples = hold_out(examples, sft.evaluation.heldout, config.seed)
             if not examples:
                 return None, None
     else:

@@ -58,13 +58,13 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
     pairs = read(config.data)
     if config.evaluation.data is not None:
         return RewardModelInputs(data(pairs), data(read(config.evaluation.data)))
-    rows, held = hold_out(len(pairs), config.evaluation.heldout, run.config.seed)
-    if not len(held):
-        held = rows
+    train, held = hold_out(pairs, config.evaluation.heldout, run.config.seed)
+    if not held:
+        held = train
         run.say(
             f"reward_model: none of the {len(pairs)} pairs is held out, so accuracy is measured on the training pairs"
         )
-    return RewardModelInputs(data([pairs[i] for i in rows]), data([pairs[i] for i in held]))
+    return RewardModelInputs(data(train), data(held))
 
 
 def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:

@@ -54,9 +54,8 @@ def load(run: Run, roles: Roles) -> SFTInputs:
     if config.evaluation.data is not None:
         inputs = SFTInputs(data(examples), data(read(config.evaluation.data)))
     else:
-        train, held = hold_out(len(examples), config.evaluation.heldout, run.config.seed)
-        heldout = data([examples[i] for i in held]) if len(held) else None
-        inputs = SFTInputs(data([examples[i] for i in train]), heldout)
+        train, held = hold_out(examples, config.evaluation.heldout, run.config.seed)
+        inputs = SFTInputs(data(train), data(held) if held else None)
     if config.evaluation.every is not None and inputs.heldout is None:
         raise UserError(
             f"sft.evaluation.every: none of the {len(examples)} rows is held out for evaluation; give "

@@ -42,10 +42,26 @@ def test_no_rows():
 
 @pytest.mark.parametrize(("count", "wanted", "held"), [(100, 5, 5), (100, 50, 10), (9, 5, 0), (100, 0, 0)])
 def test_hold_out_splits(count, wanted, held):
-    train, heldout = hold_out(count, wanted, seed=1)
+    items = [[i] for i in range(count)]
+    train, heldout = hold_out(items, wanted, seed=1)
     assert len(heldout) == held
-    assert sorted([*train, *heldout]) == list(range(count))
-    assert held == 0 or not np.array_equal(heldout, hold_out(count, wanted, seed=2)[1])
+    assert sorted([*train, *heldout]) == items and train == sorted(train) and heldout == sorted(heldout)
+    assert held == 0 or heldout != hold_out(items, wanted, seed=2)[1]
+
+
+def test_hold_out_takes_all_appearances_of_an_item():
+    items = [[i] for i in range(20)]
+    train, heldout = hold_out([*items, *items[:10]], 2, seed=1)
+    assert len(heldout) == 2 and not any(item in heldout for item in train)
+    assert len(train) == 30 - 2 - sum(item in items[:10] for item in heldout)
+
+
+def test_keys_order_the_first_epoch():
+    keys = np.array([2.0, 0.0, 1.0, 0.0, 2.0, 1.0])
+    first = np.concatenate([batch_rows(3, step, 2, 6, keys) for step in range(3)])
+    assert sorted(first) == list(range(6)) and keys[first].tolist() == sorted(keys)
+    second = [batch_rows(3, step, 2, 6, keys).tolist() for step in range(3, 6)]
+    assert second == [batch_rows(3, step, 2, 6).tolist() for step in range(3, 6)]
 
 
 def test_bucket_lengths_follow_the_data():

@@ -1,0 +1,48 @@
+"""Mixtures of several sources: how often each row of each source appears in a pass over the data."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from jaxrlhf.config import ChatSourceConfig
+from jaxrlhf.data.order import epoch_order
+from jaxrlhf.data.sources import LoadReport
+
+_STREAM = 100  # stream of `epoch_order` for the rows that appear once more than the others, + the number of the source
+T = TypeVar("T")
+
+
+def mixed(
+    sources: Sequence[ChatSourceConfig], load: Callable[[ChatSourceConfig], tuple[list[T], LoadReport]]
+) -> tuple[list[T], LoadReport]:
+    """Loads each source, and returns (items of a pass over the mixture, report on all sources).
+
+    The items are source by source. The batches shuffle them. An item that appears several times is the same object.
+    """
+    loaded = [load(source) for source in sources]
+    counts = [len(items) for items, _ in loaded]
+    chosen = repeats([source.weight for source in sources], [source.epochs for source in sources], counts)
+    items = [items[i] for (items, _), rows in zip(loaded, chosen) for i in rows]
+    report = LoadReport.joined([report for _, report in loaded], [len(rows) for rows in chosen])
+    return items, report
+
+
+def repeats(
+    weights: Sequence[float | None], epochs: Sequence[float | None], counts: Sequence[int]
+) -> list[np.ndarray]:
+    """Returns the row numbers of each source in a pass, i64[n_i], in ascending order.
+
+    A source with `counts` c and epochs e has round(e * c) rows in a pass. Each row appears floor(e) or floor(e) + 1
+    times. The rows that appear once more are a random choice, which is the same in every pass. Weights w give the
+    epochs e = a * w / c. The constant a makes the smallest e 1, so that a pass has every row at least once.
+    """
+    if weights[0] is not None:
+        relative = [weight / count for weight, count in zip(weights, counts)]
+        epochs = [value / min(relative) for value in relative]
+    chosen = []
+    for number, (epoch, count) in enumerate(zip(epochs, counts)):
+        total = max(1, round((1.0 if epoch is None else epoch) * count))
+        extra = epoch_order(0, 0, count, stream=_STREAM + number)[: total % count]
+        chosen.append(np.sort(np.concatenate([np.tile(np.arange(count), total // count), extra])))
+    return chosen
