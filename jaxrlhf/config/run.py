@@ -46,6 +46,11 @@ PROGRAMS = (
     "sft_evaluate", "reward_model_update", "pair_scores",
 )  # fmt: skip
 
+# Default cap of importance weights if the policy that samples is one update behind. The weight of a token is the ratio of
+# the policy before the update to the policy that sampled. Without a cap, a few tokens would dominate a batch; 2 is the cap
+# of truncated importance sampling (F. Yao et al., 2025). AReaL (2505.24298) corrects in the same way, with a cap of 5.
+ASYNC_CAP = 2.0
+
 
 class NewModelConfig(Settings):
     """A decoder with random weights."""
@@ -95,18 +100,30 @@ class ModelConfig(Settings):
         return self
 
 
+class PartMeshConfig(Settings):
+    """Number of devices along each axis of a mesh that has some of the devices."""
+
+    data: PositiveInt = Field(1, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
+    fsdp: PositiveInt = Field(1, description="devices that share the batch and the weights", json_schema_extra=FREE)
+    tensor: PositiveInt = Field(1, description="devices that share each layer's heads and MLP width", json_schema_extra=FREE)
+
+
 class MeshConfig(Settings):
     """Number of devices along each mesh axis; -1 takes the remaining devices."""
 
     data: int = Field(-1, ge=-1, le=LARGEST, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
     fsdp: int = Field(1, ge=-1, le=LARGEST, description="devices that share the batch and the weights; the weights are gathered layer by layer", json_schema_extra=FREE)
     tensor: int = Field(1, ge=-1, le=LARGEST, description="devices that share each layer's heads and MLP width", json_schema_extra=FREE)
+    rollout: PartMeshConfig | None = Field(None, description="mesh on which PPO samples: the first devices; give it together with update; null samples on the mesh above", json_schema_extra=FREE)
+    update: PartMeshConfig | None = Field(None, description="mesh on which PPO scores and learns: the devices after those of rollout; null learns on the mesh above", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _one_filler(self) -> "MeshConfig":
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
             raise ValueError(f"each axis must be at least 1, or -1 on at most one axis; given {sizes}")
+        if (self.rollout is None) != (self.update is None):
+            raise ValueError("rollout and update are the two meshes of PPO; give both sections, or neither")
         return self
 
 
@@ -195,6 +212,7 @@ class PPOStageConfig(Settings):
     iterations: PositiveInt = Field(100, description="number of iterations, each with one rollout and one update", json_schema_extra=LONGER)
     batch_size: PositiveInt = Field(64, description="prompts per rollout, each with sampling.samples_per_prompt completions")
     sampling: Sampling = Field(Sampling(), description="how completions are sampled")
+    async_: Annotated[int, Field(ge=0, le=1)] = Field(0, alias="async", description="number of updates by which the policy that samples is behind: 1 samples the next iteration while an iteration is scored and learnt; importance weights correct the difference (update.importance_cap, by default 2 then); 0 samples with the latest policy (docs/overlap.md)")
     policy: FolderPath | None = Field(None, description="adapter folder (written by jaxrlhf or PEFT) from which the policy starts; null starts from the reference")
     reference: FolderPath | None = Field(None, description="adapter folder of the reference; null uses the SFT adapter, or the base if there is none")
     reward: RewardConfig = Field(ModelRewardConfig(), description="the reward to maximise")
@@ -213,6 +231,19 @@ class PPOStageConfig(Settings):
     sample_every: PositiveInt = Field(10, description="number of iterations between records of samples.jsonl; the first and the last iteration are always recorded", json_schema_extra=FREE)
     evaluation: PPOEvaluationConfig = Field(PPOEvaluationConfig(), description="evaluation on held-out prompts")
     early_stopping: ImprovementConfig | None = Field(None, description="ends the stage when a metric stops improving; null runs all iterations")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cap_if_behind(cls, section: Any) -> Any:
+        """Sets `update.importance_cap` to `ASYNC_CAP` if `async` is 1 and `importance_cap` is not given."""
+        if not isinstance(section, dict) or section.get("async") != 1:
+            return section
+        update = section.get("update", {})
+        if isinstance(update, dict):
+            return section | {"update": {"importance_cap": ASYNC_CAP} | update}
+        if isinstance(update, PPOConfig) and "importance_cap" not in update.model_fields_set:
+            return section | {"update": update.model_copy(update={"importance_cap": ASYNC_CAP})}
+        return section
 
     @model_validator(mode="before")
     @classmethod

@@ -110,7 +110,7 @@ class PPOConfig(Settings):
     clip_low: NonNegativeFloat = number(0.2, "clips the ratio below 1 - clip_low; the default is 3e-4 for gspo; for cispo it is 1, which means no bound")
     clip_high: NonNegativeFloat = number(0.2, "clips the ratio above 1 + clip_high; the default is 4e-4 for gspo and 4 for cispo")
     dual_clip: Annotated[float, Field(gt=1)] | None = number(None, "limits the loss of a token with a negative advantage to dual_clip times the size of the advantage; null disables this limit")
-    importance_cap: PositiveFloat | None = number(None, "upper limit of the importance weights that correct the gap between sampling and training logprobs; null uses no weights")
+    importance_cap: PositiveFloat | None = number(None, "upper limit of the importance weights that correct the gap between sampling and training logprobs; null uses no weights; if ppo.async is 1, the default is 2")
     importance_level: Literal["token", "sequence"] = Field("token", description="one importance weight per token or per completion")
     kl_loss: Literal["k1", "k2", "k3"] | None = Field(None, description="estimator of a KL term in the loss with weight kl.coef; k2 and k3 are better than k1, because the gradient of k1 is 0 in expectation; null puts the KL into the reward, with kl.estimator; if advantage.estimator is grpo, the default is k3: GRPO divides by the deviation of a group, and if the KL is in the reward, a group with equal scores learns only from the KL")
     mask_truncated: bool = Field(False, description="excludes truncated completions (without a stop token) from all losses, the entropy bonus and whitening, because a truncated completion is neither right nor wrong (overlong filtering, 2503.14476); the baselines of groups still include them")

@@ -29,8 +29,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises `UserError` if the mesh does not fit the number of devices, see `mesh_sizes`.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = mesh_sizes(config, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return _mesh_of(mesh_sizes(config, len(devices)), devices)
+
+
+def make_meshes(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> tuple[Mesh, Mesh]:
+    """Returns the meshes of `rollout` and `update`. The first devices sample, and the others learn.
+
+    Raises `UserError` if the sizes of the two meshes do not add up to the number of devices, or if there are several
+    processes, because arrays are sent from one mesh to the other.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shapes = [tuple(getattr(part, axis) for axis in AXES) for part in (config.rollout, config.update)]
+    sizes = [math.prod(shape) for shape in shapes]
+    if sum(sizes) != len(devices):
+        raise UserError(
+            f"mesh.rollout has {sizes[0]} devices and mesh.update {sizes[1]}, but together they must have all "
+            f"{len(devices)} devices; give sizes whose sum is {len(devices)}"
+        )
+    if jax.process_count() > 1:
+        raise UserError("mesh.rollout: needs all devices in one process; leave mesh.rollout and mesh.update out")
+    return _mesh_of(shapes[0], devices[: sizes[0]]), _mesh_of(shapes[1], devices[sizes[0] :])
+
+
+def _mesh_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
@@ -99,18 +121,18 @@ def split_rows(batch: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: constrain(x.reshape(parts, rows // parts, *x.shape[1:]), None, BATCH_AXES), batch)
 
 
-def check_batch(mesh: Mesh, rows: int, key_path: str) -> None:
+def check_batch(mesh: Mesh, rows: int, key_path: str, section: str = "mesh") -> None:
     """Raises `UserError` if `rows` cannot be split evenly over `data` and `fsdp`.
 
-    `rows` is the value of the setting `key_path`.
+    `rows` is the value of the setting `key_path`. `section` has the sizes of the mesh.
     """
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % shares:
         below = rows - rows % shares
         sizes = f"{below} or {below + shares}" if below else f"{shares} or a multiple of {shares}"
         raise UserError(
-            f"{key_path}: {rows} rows cannot be split over {shares} devices (mesh.data {mesh.shape['data']} x "
-            f"mesh.fsdp {mesh.shape['fsdp']}); use {sizes} rows"
+            f"{key_path}: {rows} rows cannot be split over {shares} devices ({section}.data {mesh.shape['data']} x "
+            f"{section}.fsdp {mesh.shape['fsdp']}); use {sizes} rows"
         )
 
 

@@ -107,9 +107,10 @@ def _ppo(shapes: Shapes) -> list[Call]:
     update = with_optimizers(update, rates, dict.fromkeys(rates, STEPS))
     state = shapes.sharded(jax.eval_shape(lambda p, v: init_ppo(p, v, update), policy, value))
     reference, scorer, models = _reference(shapes, policy), _own_reward(shapes), _reward_models(shapes)
+    behind = state.policy if config.async_ else None  # a copy
     resident = {
         "weights": (base, [model.args[0] for model in models]),
-        "adapters": (state.policy, state.value, state.average, reference, scorer, [m.args[1] for m in models]),
+        "adapters": (state.policy, state.value, state.average, reference, scorer, [m.args[1] for m in models], behind),
         "optimizer": (state.policy_optimizer, state.value_optimizer),
     }
     B, P, sampling = config.batch_size, config.max_prompt_tokens, config.sampling
@@ -131,7 +132,8 @@ def _ppo(shapes: Shapes) -> list[Call]:
     calls += [dataclasses.replace(model, resident=resident) for model in models]
     annotated = shapes.rows(Annotated(*(numbers(B * n, R),) * 3))
     args = (base, state.policy, state.value, reference, rollout, update)
-    calls.append(Call("annotate", annotate_program(mesh, base), args, {}, annotated, rollout, resident))
+    program = annotate_program(mesh, base, config.async_ == 1)
+    calls.append(Call("annotate", program, args, {}, annotated, rollout, resident))
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
     control = shapes.sharded(jax.eval_shape(lambda: Control.start(0.0)))
     rows = (rollout, annotated, shapes.rows(numbers(B * n)), greedy)

@@ -375,8 +375,10 @@ class Loop:
         if error is not None and not processes.alone() and not isinstance(error, RewardFault | Stopped):
             return  # other processes may not have this error, and a save needs all processes
         try:
-            if isinstance(error, RewardFault) and self.reached > self.first and not self._evaluating:
-                self._save()
+            if isinstance(error, RewardFault) and not self._evaluating:
+                self._read()  # the state already includes this step
+                if self.reached > self.first:
+                    self._save()
             self.checkpoints.close()
             if isinstance(error, RewardFault):  # this error is raised on all processes
                 processes.barrier()

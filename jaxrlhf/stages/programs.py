@@ -5,6 +5,7 @@ arguments. A program that computes with the base gets the compiler options for t
 The programs of rewards are in `rewards.model` and `rewards.pretrained`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxrlhf.distributed.mesh import batch_sharding, replicated
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.sharding import tree_shardings
-from jaxrlhf.records import PPOState, Rollout, TrainState
+from jaxrlhf.records import Adapter, PPOState, Rollout, TrainState
 from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.steps.annotate import annotate_for_update, score_experience
 from jaxrlhf.steps.ppo import ppo_update
@@ -63,9 +64,12 @@ def merge_program(mesh: Mesh) -> Program:
     return _by_rows(_merge, "merge", mesh)
 
 
-def annotate_program(mesh: Mesh, base: Decoder) -> Program:
-    """Returns the program of `annotate_for_update`: forward passes over a rollout that need no scores."""
-    return _by_rows(annotate_for_update, "annotate", mesh, base)
+def annotate_program(mesh: Mesh, base: Decoder, behind: bool = False) -> Program:
+    """Returns the program of `annotate_for_update`: forward passes over a rollout that need no scores.
+
+    `behind` says whether an earlier policy sampled the rollout.
+    """
+    return _by_rows(functools.partial(annotate_for_update, behind=behind), "annotate", mesh, base)
 
 
 def experience_program(mesh: Mesh) -> Program:
@@ -81,6 +85,11 @@ def update_program(mesh: Mesh, base: Decoder, state: PPOState) -> Program:
     """Returns the program of `ppo_update`. It donates the state. `state` may hold arrays or shapes."""
     sharding = (tree_shardings(mesh, state), None)
     return Program(ppo_update, "update", mesh, compiler_options(base), donate_argnums=0, out_shardings=sharding)
+
+
+def copy_program(mesh: Mesh, adapter: Adapter) -> Callable[[Adapter], Adapter]:
+    """Returns a function that copies an adapter. The copy stays valid if a program donates the original."""
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=tree_shardings(mesh, adapter))
 
 
 def _by_rows(function: Callable, name: str, mesh: Mesh, base: Decoder | None = None) -> Program:

@@ -194,10 +194,12 @@ def annotate_for_update(
     reference: Adapter | None,
     rollout: Rollout,
     update: PPOConfig,
+    behind: bool = False,
 ) -> Annotated:
     """Runs `annotate` with the arguments that follow from the settings `update`.
 
-    This function needs no scores. So it may run while the reward computes the scores.
+    This function needs no scores. So it may run while the reward computes the scores. `behind` says whether an earlier
+    policy sampled the rollout; then the sampling logprobs are never used as the policy's logprobs.
     """
     rows = rollout.tokens.shape[0]
     update = complete(update, rows)
@@ -209,7 +211,7 @@ def annotate_for_update(
         rollout,
         # The shapes are those of the update, so that the ratios of the first minibatch are exactly 1.
         microbatches=rows // (update.microbatch_size or rows // update.minibatches),
-        recompute_policy=not single_step(update),
+        recompute_policy=behind or not single_step(update),
         value_trunk=update.value_trunk,
         buckets=update.buckets,
     )

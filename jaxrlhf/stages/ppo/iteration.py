@@ -4,9 +4,14 @@ An iteration runs four programs (rollout, annotate, experience, update), and a f
 model of its own. Host work overlaps device work: the host decodes and scores completions while `annotate` runs, and
 prepares samples and the next prompts while `update` runs. If an iteration's samples are logged, `annotate` runs once
 more, for the logprobs after the update.
+
+With `ppo.async` 1, iteration n gives the devices these programs in order: rollout n + 1 (with the policy before update
+n), annotate n, experience n, update n. The host scores the completions of n meanwhile, and does not wait for the
+update: iteration n + 1 begins while update n runs.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +32,7 @@ from jaxrlhf.stages.evaluation import Evaluation, row_metrics
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo.sampler import Clock, Sampled, Sampler, ScoredRollout
-from jaxrlhf.stages.programs import annotate_program, experience_program, update_program
+from jaxrlhf.stages.programs import annotate_program, copy_program, experience_program, update_program
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.stages.samples import SAMPLES, add_by_token, rounded, samples_of
 from jaxrlhf.steps.annotate import Control, ExperienceSettings
@@ -43,6 +48,7 @@ class StageState:
     control: Control
     draws: jax.Array  # i32[]; number of rollouts of training prompts so far: the position in the data
     reference: Adapter | None = None  # None if the reference never changes
+    behind: Adapter | None = None  # policy that samples the next iteration; None if this is the policy itself
 
 
 class Iteration:
@@ -64,10 +70,14 @@ class Iteration:
         self.group = config.sampling.samples_per_prompt
         self.rows = config.batch_size * self.group
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
-        self.annotate, self.experience = annotate_program(run.mesh, roles.base), experience_program(run.mesh)
+        self.overlaps = config.async_ == 1
+        self.annotate = annotate_program(run.mesh, roles.base, self.overlaps)
+        self.experience = experience_program(run.mesh)
         self.update = update_program(run.mesh, roles.base, state)
-        # With one step per iteration, `annotate` does not compute logprobs, but returns those of sampling.
-        self.sees_update = not single_step(update_config) or update_config.value_trunk == "policy"
+        self.copy = copy_program(run.mesh, state.policy)  # for policies that outlive the next update, which donates
+        # With one step per iteration, `annotate` may not compute logprobs, but return those of sampling.
+        recomputes = self.overlaps or not single_step(update_config)
+        self.sees_update = recomputes or update_config.value_trunk == "policy"
         self.needs_greedy = ADVANTAGES[config.advantage.estimator].needs_greedy
         greedy = self.needs_greedy and sampler.greedy_rollout is not sampler.rollout
         more = ((sampler.greedy_rollout,) if greedy else ()) + ((sampler.merge,) if config.resample else ())
@@ -81,19 +91,27 @@ class Iteration:
         step: int,
         prompts: PromptSet,
         log_samples: Callable[[dict], None] | None = None,
-    ) -> tuple[StageState, dict[str, float], Experience]:
+    ) -> tuple[StageState, dict[str, Any], Experience]:
         """Runs iteration `step`, counted from 0; returns (state, metrics, experience).
 
         `log_samples` is called with the iteration's record for samples.jsonl. The metrics time/... are the wall-clock
         times of the phases, and add up to the time of the iteration. time/rollout ends when the completions are ready,
         time/reward when the scores are ready, time/annotate when the experience is ready, and time/update when the
-        update is done. time/samples is the rest.
+        update is done. time/samples is the rest. With `async`, these are the times that the host waits, time/update
+        ends when the update is given to the devices, and the update's metrics are arrays that may not be computed yet.
         """
         config, clock, ppo, draws = self.config, Clock(), state.ppo, int(state.draws)
         models = (ppo.policy, ppo.value, self.reference if state.reference is None else state.reference)
-        scored, (annotated, greedy) = self.sampler.draw(
-            ppo.policy, prompts, draws, lambda sampled: self._dispatch(models, prompts, sampled), clock
-        )
+        samples_with = ppo.policy if state.behind is None else state.behind
+        behind = self._kept(ppo.policy) if self.overlaps else None
+
+        def dispatch(sampled: Sampled) -> tuple[Annotated, Completions | None]:
+            greedy = self._greedy(samples_with, prompts, sampled)
+            if self.overlaps and step + 1 < config.iterations:
+                self.sampler.begin(behind, prompts, draws + sampled.draws)
+            return self._annotate(models, sampled.completions.rollout), greedy
+
+        scored, (annotated, greedy) = self.sampler.draw(samples_with, prompts, draws, dispatch, clock)
         draws += scored.draws
         greedy = None if greedy is None else self.sampler.with_scores(greedy)
         clock.lap("time/reward", greedy)
@@ -110,31 +128,41 @@ class Iteration:
             models = (ppo.policy, ppo.value, models[2])
             new = self._annotate(models, scored.completions.rollout).logprobs if self.sees_update else None
         if step + 1 < config.iterations:
-            self.sampler.prefetch(prompts, draws)
+            if step + 1 + self.overlaps < config.iterations:
+                self.sampler.prefetch(prompts, draws + self.overlaps)
             self._prefetched_mix = (step + 1, self._mix(step + 1))
-        clock.lap("time/update", ppo)
+        clock.lap("time/update", () if self.overlaps else ppo)
         if log_samples is not None:
             if new is not None:
                 add_by_token(samples, "new_logprobs", scored.completions, new)
             log_samples({"samples": samples, "scores": rounded(scored.scores)})
             clock.lap("time/samples", ())
-        metrics = scored.metrics | scored.means() | _floats(experience_metrics) | paused | _floats(update_metrics)
+        metrics = scored.metrics | scored.means() | _floats(experience_metrics) | paused
         metrics["kl/per_token"] = metrics["kl/k1"] / max(metrics["length/mean"], 1.0)
         self._warn_truncated(metrics)
-        tokens = metrics["length/mean"] * self.rows
-        computed = computed_steps(metrics, self.update_config)
-        passes = 0 if metrics.get(PAUSED) else computed / self.update_config.minibatches
-        metrics |= clock.laps | {
-            "tokens_per_second/rollout": tokens * scored.draws / clock.laps["time/rollout"],
-            "tokens_per_second/update": tokens * passes / clock.laps["time/update"],
+        metrics |= update_metrics if self.overlaps else _floats(update_metrics)
+        metrics |= clock.laps | ({} if self.overlaps else self._rates(metrics, scored.draws, clock.laps)) | {
             "memory/peak_bytes": peak_memory_bytes(),
             **{f"compiles/{p.name}": p.compiles for p in self.programs},
         }
-        state = StageState(ppo, control, self.count(draws), state.reference)
+        state = StageState(ppo, control, self.count(draws), state.reference, behind)
         if config.refresh_reference and (step + 1) % config.refresh_reference == 0:
-            # A copy: the next update donates the policy.
-            state = state.replace(reference=jax.tree.map(jnp.copy, ppo.policy))
+            state = state.replace(reference=self.copy(ppo.policy))
         return state, metrics, experience
+
+    def _kept(self, policy: Adapter) -> Adapter:
+        """Returns a copy of the policy on the mesh that samples. It stays valid when the update donates the policy."""
+        return self.copy(policy) if self.sampler.mesh is self.run.mesh else self.sampler.sent(policy)
+
+    def _rates(self, metrics: dict[str, float], draws: int, laps: dict[str, float]) -> dict[str, float]:
+        """Returns the tokens per second of phases whose times are those of the devices."""
+        tokens = metrics["length/mean"] * self.rows
+        computed = computed_steps(metrics, self.update_config)
+        passes = 0 if metrics.get(PAUSED) else computed / self.update_config.minibatches
+        return {
+            "tokens_per_second/rollout": tokens * draws / laps["time/rollout"],
+            "tokens_per_second/update": tokens * passes / laps["time/update"],
+        }
 
     def _warn_truncated(self, metrics: dict[str, float]) -> None:
         """Warns once if `mask_truncated` masks all completions of an iteration."""
@@ -151,16 +179,9 @@ class Iteration:
         """Returns a number as a replicated i32[], for `StageState`."""
         return shard_batch(self.run.mesh, np.int32(number))
 
-    def _dispatch(
-        self, models: tuple[Adapter, Adapter, Adapter | None], prompts: PromptSet, sampled: Sampled
-    ) -> tuple[Annotated, Completions | None]:
-        """Starts the device programs that need no scores.
-
-        Returns (annotated, greedy completions or None if the estimator needs none). `models` are (policy, value,
-        reference).
-        """
-        greedy = self.sampler.sample_greedily(models[0], prompts, sampled.indices) if self.needs_greedy else None
-        return self._annotate(models, sampled.completions.rollout), greedy
+    def _greedy(self, policy: Adapter, prompts: PromptSet, sampled: Sampled) -> Completions | None:
+        """Starts to decode the greedy completions of the prompts. Returns None if the estimator needs none."""
+        return self.sampler.sample_greedily(policy, prompts, sampled.indices) if self.needs_greedy else None
 
     def _annotate(self, models: tuple[Adapter, Adapter, Adapter | None], rollout: Rollout) -> Annotated:
         return self.annotate(self.roles.base, *models, rollout, self.update_config)
@@ -193,7 +214,8 @@ class Iteration:
             indices = np.arange(start, start + size) % len(prompts)
             key = key_for(self.run.config.seed, "evaluation", start, "rollout")
             completions = self.sampler.sample(policy, prompts, indices, key)
-            annotated, greedy = self._dispatch((policy, value, self.reference), prompts, Sampled(completions, indices))
+            greedy = self._greedy(policy, prompts, Sampled(completions, indices))
+            annotated = self._annotate((policy, value, self.reference), completions.rollout)
             scored = ScoredRollout(completions, indices, self.sampler.reward_metrics(completions))
             greedy = None if greedy is None else self.sampler.with_scores(greedy)
             experience = self._experience(scored, annotated, greedy, control)[0]

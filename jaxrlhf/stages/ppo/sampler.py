@@ -2,7 +2,8 @@
 
 A draw is one rollout of B completions: `samples_per_prompt` completions for each of `batch_size` prompts. Methods that
 return completions do not wait for the devices. The caller can thus dispatch more programs before the host reads the
-text.
+text. Draws may run on a mesh of their own (`mesh.rollout`): the policy is sent to it, and the completions come back to
+the mesh of the run.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from jaxrlhf.algorithms.shaping import informative_groups
 from jaxrlhf.config import Sampling
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.distributed.mesh import fetch, shard_batch
+from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain
 from jaxrlhf.rewards.composed import ABSTAINED, ComposedReward
@@ -34,6 +36,7 @@ class Sampled:
 
     completions: Completions
     indices: np.ndarray  # i64[prompts]
+    draws = 1  # number of rollouts that were sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +75,21 @@ class Clock:
 class Sampler:
     """Samples completions and scores them."""
 
-    def __init__(self, run: Run, roles: Roles, reward: Reward, gold: Reward | None):
+    def __init__(
+        self, run: Run, roles: Roles, reward: Reward, gold: Reward | None, mesh: jax.sharding.Mesh | None = None
+    ):
+        """`mesh` is the mesh that samples. None means the mesh of the run, on which everything else runs."""
         config = run.config.ppo
+        self.mesh = run.mesh if mesh is None else mesh
+        self.base = roles.base if self.mesh is run.mesh else shard(self.mesh, roles.base)
         self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
         self.sampling = config.sampling
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
-        self.rollout = rollout_program(run.mesh, roles.base)
-        self.greedy_rollout = greedy_program(run.mesh, roles.base, self.rollout, self.sampling.samples_per_prompt)
+        self.rollout = rollout_program(self.mesh, self.base)
+        self.greedy_rollout = greedy_program(self.mesh, self.base, self.rollout, self.sampling.samples_per_prompt)
         self.merge = merge_program(run.mesh)
         self._prefetched: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # prompts, draw, indices, tokens
+        self._begun: tuple[PromptSet, int, np.ndarray, Rollout] | None = None  # prompts, draw, indices, completions
         self._warned: set[str] = set()  # metrics of rewards for which a warning was printed
 
     def sample(
@@ -90,17 +99,12 @@ class Sampler:
         indices: np.ndarray,
         key: jax.Array,
         sampling: Sampling | None = None,
-        tokens: Prompts | None = None,
     ) -> Completions:
-        """Samples completions of the prompts at `indices`. Completions of one prompt are adjacent rows.
-
-        `tokens` are the tokens of these prompts on the devices, if they were prefetched.
-        """
+        """Samples completions of the prompts at `indices`. Completions of one prompt are adjacent rows."""
         sampling = self.sampling if sampling is None else sampling
         program = self.greedy_rollout if sampling is self.greedy else self.rollout
-        tokens = self._tokens(prompts, indices) if tokens is None else tokens
-        rollout = program(self.roles.base, policy, tokens, key, sampling)
-        return self._completions(rollout, prompts, indices, sampling.samples_per_prompt)
+        rollout = program(self.base, self.sent(policy), self._tokens(prompts, indices), key, sampling)
+        return self._completions(self._received(rollout), prompts, indices, sampling.samples_per_prompt)
 
     def sample_greedily(self, policy: Adapter, prompts: PromptSet, indices: np.ndarray) -> Completions:
         """Decodes one greedy completion of each prompt at `indices`."""
@@ -113,7 +117,7 @@ class Sampler:
 
         `dispatch` starts the device programs that need completions but no scores. Its result is returned too.
         `dispatch` is called before the host reads the text. With `resample` it is called after scoring, because the
-        scores decide which completions are kept.
+        scores decide which completions are kept. Completions that `begin` has begun to sample are not sampled again.
         """
         sampled = self._sample_draw(policy, prompts, draws)
         if not self.config.resample:
@@ -121,6 +125,15 @@ class Sampler:
             return self._score(sampled, clock), dispatched
         scored = self._resample(self._score(sampled, clock), policy, prompts, draws, clock)
         return scored, dispatch(scored)
+
+    def begin(self, policy: Adapter, prompts: PromptSet, draw: int) -> None:
+        """Begins to sample draw number `draw`. The next call of `draw` uses its completions."""
+        if self._prefetched is None or self._prefetched[0] is not prompts or self._prefetched[1] != draw:
+            self.prefetch(prompts, draw)
+        (_, _, indices, tokens), self._prefetched = self._prefetched, None
+        key = key_for(self.run.config.seed, "ppo", draw, "rollout")
+        rollout = self.rollout(self.base, self.sent(policy), tokens, key, self.sampling)
+        self._begun = prompts, draw, indices, rollout
 
     def prefetch(self, prompts: PromptSet, draw: int) -> None:
         """Prepares the prompts of draw number `draw` while the devices are busy."""
@@ -162,14 +175,22 @@ class Sampler:
         return {metric: np.asarray(scores, np.float32), abstained: rows.astype(np.float32)}
 
     def _tokens(self, prompts: PromptSet, indices: np.ndarray) -> Prompts:
-        return shard_batch(self.run.mesh, prompts.padded(indices))
+        return shard_batch(self.mesh, prompts.padded(indices))
 
     def _sample_draw(self, policy: Adapter, prompts: PromptSet, draw: int) -> Sampled:
-        if self._prefetched is None or self._prefetched[0] is not prompts or self._prefetched[1] != draw:
-            self.prefetch(prompts, draw)
-        (_, _, indices, tokens), self._prefetched = self._prefetched, None
-        key = key_for(self.run.config.seed, "ppo", draw, "rollout")
-        return Sampled(self.sample(policy, prompts, indices, key, tokens=tokens), indices)
+        if self._begun is None or self._begun[0] is not prompts or self._begun[1] != draw:
+            self.begin(policy, prompts, draw)
+        (_, _, indices, rollout), self._begun = self._begun, None
+        group = self.sampling.samples_per_prompt
+        return Sampled(self._completions(self._received(rollout), prompts, indices, group), indices)
+
+    def sent(self, policy: Adapter) -> Adapter:
+        """Returns the policy on the mesh that samples."""
+        return policy if self.mesh is self.run.mesh else shard(self.mesh, policy)
+
+    def _received(self, rollout: Rollout) -> Rollout:
+        """Returns completions on the mesh of the run."""
+        return rollout if self.mesh is self.run.mesh else shard_batch(self.run.mesh, rollout)
 
     def _score(self, sampled: Sampled, clock: Clock) -> ScoredRollout:
         clock.lap("time/rollout", sampled.completions.rollout)

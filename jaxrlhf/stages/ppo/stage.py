@@ -13,6 +13,7 @@ from jaxrlhf.config import AdapterConfig, PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.distributed import processes
+from jaxrlhf.distributed.mesh import check_batch, make_meshes
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_full, scaled_head, without_head
@@ -56,6 +57,13 @@ class PPOInputs:
 def check(run: Run, roles: Roles) -> None:
     """Raises `UserError` if the settings do not fit the model, the mesh or the earlier stages."""
     config = run.config.ppo
+    if run.config.mesh.rollout is not None and not config.async_:
+        raise UserError(
+            "mesh.rollout: without ppo.async one of the two meshes would always wait for the other; give ppo.async=1, "
+            "or leave mesh.rollout and mesh.update out"
+        )
+    rollout_mesh, run = _on_meshes(run)
+    check_batch(rollout_mesh, config.batch_size, "ppo.batch_size", "mesh.rollout")
     mix = config.pretraining
     check_adapter(roles.base, run.config.adapter_or(config.value_adapter), "ppo.value_adapter")
     check_settings(run, roles.base, "ppo", config.data, config.evaluation.data, mix and mix.data)
@@ -78,6 +86,7 @@ def check(run: Run, roles: Roles) -> None:
 def load(run: Run, roles: Roles) -> PPOInputs:
     """Reads adapters, rewards, prompts and rows. Raises `UserError` if they are invalid."""
     config = run.config.ppo
+    _, run = _on_meshes(run)
     policy = _named_adapter(roles, config.policy, "ppo.policy")
     reference = _named_adapter(roles, config.reference, "ppo.reference")
     products, time = run.config.model.matmul_precision, roles.tokenizer.chats.time
@@ -113,8 +122,13 @@ def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:
 
 
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
-    """Runs the stage. Returns the roles, to which policy, value and average are added."""
+    """Runs the stage. Returns the roles, to which policy, value and average are added.
+
+    With two meshes the base moves from the mesh of the run to both, so that no device holds it twice.
+    """
     config = run.config.ppo
+    rollout_mesh, run = _on_meshes(run)
+    roles.base = shard(run.mesh, roles.base)
     start = shard(run.mesh, starting_policy(run, roles, inputs))
     reference = shard(run.mesh, starting_reference(run, roles, inputs, start))
 
@@ -130,11 +144,12 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
         return ModelReward(roles.base, adapter, run.mesh, update_config.microbatch_size)
 
     reward = compose(inputs.rewards, model_reward)
-    sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold))
+    sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold), rollout_mesh)
     ppo = init_ppo(start, value, update_config)
     iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)
     refreshed = reference if config.refresh_reference else None
-    state = StageState(ppo, Control.start(config.kl.coef), jnp.int32(0), refreshed)
+    behind = start if iteration.overlaps else None
+    state = StageState(ppo, Control.start(config.kl.coef), jnp.int32(0), refreshed, behind)
     optimizers = {name: getattr(update_config, name) for name in OPTIMIZERS}
 
     def evaluate(state: StageState) -> Evaluated:
@@ -153,7 +168,8 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
             iteration.update_config = update_config.model_copy(update=loop.watch.optimizers)
             log_samples = _log_samples(run, step + 1)
             loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, log_samples)
-            loop.done(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
+            finish = loop.submitted if iteration.overlaps else loop.done
+            finish(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
         state = loop.result()
     ppo = state.ppo
     results = {"before": iteration.evaluate(start, ppo.value, inputs.evaluation)}
@@ -170,6 +186,14 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     if processes.is_first():
         print(comparison(results))
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
+
+
+def _on_meshes(run: Run) -> tuple[jax.sharding.Mesh, Run]:
+    """Returns the mesh that samples, and the run on the mesh that learns. These are one mesh without `mesh.rollout`."""
+    if run.config.mesh.rollout is None:
+        return run.mesh, run
+    rollout, update = make_meshes(run.config.mesh)
+    return rollout, dataclasses.replace(run, mesh=update)
 
 
 def _log_samples(run: Run, number: int) -> Callable[[dict], None] | None:
