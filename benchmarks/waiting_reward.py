@@ -1,11 +1,16 @@
 """Measures how much of a reward function's waiting time is hidden behind work on the device.
 
     python benchmarks/waiting_reward.py [--wait 0.3] [--rounds 2] [key.path=value ...]
+    python benchmarks/waiting_reward.py --overlap [--devices 8] [--rounds 2] [key.path=value ...]
 
 Runs PPO in fresh processes, alternately with a reward function that returns at once and one that first waits, as for a
 network, with 32 prompts, 64 sampled tokens each and 4 epochs on a random Llama of four layers. Prints the median
 seconds per iteration and its parts for each run, and the share of the wait that lengthens an iteration. It should be
 below 1, because logprobs and values are computed during the wait.
+
+With --overlap it compares ppo.async 0 and 1, and 1 with half of the devices in `mesh.rollout` and half in
+`mesh.update`. The reward waits for 0, a half and one times the seconds of an iteration of ppo.async 0 whose reward does
+not wait. Prints the mean seconds of the iterations after the warm-up.
 """
 
 import argparse
@@ -44,16 +49,17 @@ CONFIG = {
 PARTS = ("seconds", "time/rollout", "time/reward", "time/annotate", "time/update")
 
 
-def run(folder: Path, wait: float, overrides: list[str]) -> dict[str, float]:
-    """Part of an iteration -> median seconds, of one run in a fresh process."""
-    folder.mkdir()
+def run(folder: Path, wait: float, overrides: list[str], devices: int = 1) -> dict[str, float]:
+    """Part of an iteration -> median seconds, and "mean" -> mean seconds, of one run in a fresh process."""
+    folder.mkdir(parents=True)
     (folder / "reward.py").write_text(REWARD.format(wait=wait), encoding="utf-8")
     own = {"run_dir": str(folder / "run"), "compilation_cache": str(folder.parent / "cache")}
     reward = {"kind": "function", "function": f"{folder / 'reward.py'}:score"}
     config = CONFIG | own | {"ppo": CONFIG["ppo"] | {"reward": reward}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "jaxrlhf.train", "--config", str(folder / "config.yaml"), *overrides]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} if devices > 1 else dict(os.environ)
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr.strip().splitlines()[-1] if done.returncode == 2 else done.stderr[-2000:], file=sys.stderr)
@@ -61,13 +67,37 @@ def run(folder: Path, wait: float, overrides: list[str]) -> dict[str, float]:
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if len(lines) <= WARM_UP:
         raise SystemExit(f"error: ppo.iterations: must be above {WARM_UP}, the warm-up iterations; given {len(lines)}")
-    return {part: statistics.median(line[part] for line in lines[WARM_UP:]) for part in PARTS}
+    medians = {part: statistics.median(line[part] for line in lines[WARM_UP:]) for part in PARTS}
+    # The last iteration has nothing to overlap and saves a checkpoint.
+    return medians | {"mean": statistics.mean(line["seconds"] for line in lines[WARM_UP:-1])}
+
+
+def compare(folder: Path, rounds: int, devices: int, overrides: list[str]) -> None:
+    """Prints the seconds of an iteration for each way and each wait, and how many times faster than ppo.async 0."""
+    ways = {"ppo.async=0": [], "ppo.async=1": ["ppo.async=1"]}
+    if devices > 1:
+        halves = [f"mesh.{part}.data={devices // 2}" for part in ("rollout", "update")]
+        ways["ppo.async=1, two meshes"] = ["ppo.async=1", *halves]
+    iteration = run(folder / "unit", 0.0, overrides, devices)["mean"]
+    for share in (0.0, 0.5, 1.0):
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(rounds):
+            for name, own in ways.items():
+                place = folder / f"{share}-{number}-{name.replace(' ', '_')}"
+                found[name].append(run(place, share * iteration, [*overrides, *own], devices)["mean"])
+        plain = statistics.median(found["ppo.async=0"])
+        for name, seconds in found.items():
+            middle, each = statistics.median(seconds), ", ".join(f"{x:.3f}" for x in seconds)
+            faster = f"{middle:.3f} s ({each}), {plain / middle:.2f} times as fast"
+            print(f"waits {share * iteration:.3f} s, {name}: {faster}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wait", type=float, default=0.3, help="seconds that the reward function waits; default 0.3")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each reward; default 2")
+    parser.add_argument("--overlap", action="store_true", help="compares ppo.async 0 and 1")
+    parser.add_argument("--devices", type=int, default=8, help="virtual CPU devices for --overlap; default 8")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of all runs")
     given = parser.parse_intermixed_args()
     if given.rounds < 1:
@@ -77,6 +107,10 @@ def main() -> None:
             parser.error(f"{override}: set by this script and cannot be overridden")
     if not 0 < given.wait < 3600:
         parser.error(f"--wait: must be above 0 and below 3600 seconds, not {given.wait}")
+    if given.overlap:
+        with tempfile.TemporaryDirectory() as folder:
+            compare(Path(folder), given.rounds, given.devices, given.overrides)
+        return
     found: dict[float, list[dict[str, float]]] = {0.0: [], given.wait: []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(given.rounds):

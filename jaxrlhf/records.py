@@ -87,7 +87,7 @@ class Experience:
     response_mask: jax.Array  # bool[B,R]; True on the tokens in the losses (see `mask_truncated`)
     temperature: jax.Array  # f32[B]
     sample_logprobs: jax.Array  # f32[B,R]
-    logprobs: jax.Array  # f32[B,R]; old logprobs, from the policy that sampled
+    logprobs: jax.Array  # f32[B,R]; old logprobs, of the policy before the update
     ref_logprobs: jax.Array  # f32[B,R]
     values: jax.Array  # f32[B,R]; old values
     advantages: jax.Array  # f32[B,R]

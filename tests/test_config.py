@@ -141,8 +141,10 @@ def test_sections_that_share_an_anchor_are_overridden_apart(write):
 def test_dump_loads_back_to_an_equal_config(write):
     odd = ["run_dir='1e-4'", "model.tokenizer='no'", "sft.optimizer.learning_rate=1e-5", "ppo.gold='null:f'",
            "sft.data.text_field='12:30'", "sft.data.split='é: # x'", "ppo.kl.coef=1e16",
-           "compiler_options={all: {xla_a: true}, update: {xla_b: '1'}}"]  # fmt: skip
+           "compiler_options={all: {xla_a: true}, update: {xla_b: '1'}}",
+           "ppo.async=1", "mesh.rollout.data=2", "mesh.update={fsdp: 2, tensor: 3}"]  # fmt: skip
     config = load_config(write(FULL), odd)
+    assert config.ppo.async_ == 1 and config.ppo.update.importance_cap == 2
     text = dump_config(config)
     assert load_config(write(text)) == config
     assert dump_config(load_config(write(text))) == text
@@ -231,6 +233,9 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.kl.coef=.inf", "ppo.kl.coef must be float >= 0, not .inf"),
         ("ppo.sampling.top_p=.nan", "ppo.sampling.top_p must be float > 0 and <= 1 or null, not .nan"),
         ("ppo.batch_size=0", "ppo.batch_size must be int >= 1, not 0"),
+        ("ppo.async=2", "ppo.async must be int >= 0 and <= 1, not 2"),
+        ("ppo.async=true", "ppo.async must be int >= 0 and <= 1, not true"),
+        ("ppo.async_=1", "unknown key ppo.async_; did you mean ppo.async?"),
         # what is missing
         ("ppo.data.path=null", "ppo.data.path must be text, not null"),
         ("model=null", "model must be a section with keys, not null"),
@@ -246,6 +251,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("model.path=x", "model: give exactly one of path, run, new; given: path, new"),
         ("stages=[ppo, sft]", "stages must be in the order sft, reward_model, ppo, each at most once, not ['ppo'"),
         ("model.new.heads=3", "model.new: heads (3) must be a multiple of kv_heads (2)"),
+        ("mesh.update.data=2", "mesh: rollout and update are the two meshes of PPO; give both sections, or neither"),
         ("mesh.tensor=-1", "mesh: each axis must be at least 1, or -1 on at most one axis; given"),
         ("compiler_options.rolout.xla_a=1", "compiler_options: there is no program rolout; did you mean rollout?"),
         ("compiler_options={zzz: {xla_a: 1}}", "compiler_options: there is no program zzz; programs are all, roll"),

@@ -136,7 +136,7 @@ def shape_rewards(
 
     Args:
       scores: f32[B]; one score per completion.
-      logprobs: f32[B,R]; from the policy that sampled the tokens.
+      logprobs: f32[B,R]; from the policy before the update.
       ref_logprobs: f32[B,R]; from the reference.
       mask: bool[B,R]; True on the completion's real tokens.
       kl_coef: f32[].

@@ -59,7 +59,7 @@ def policy_loss(
 
     Args:
       logprobs: f32[B,R]; from the policy in training.
-      old_logprobs: f32[B,R]; from the policy that sampled the tokens.
+      old_logprobs: f32[B,R]; from the policy before the update.
       advantages: f32[B,R].
       mask: bool[B,R].
       clip_low, clip_high: f32[]; the ratio is clipped to [1 - clip_low, 1 + clip_high].
@@ -198,9 +198,10 @@ def importance_weights(
       token     min(exp(train_t - sample_t), cap)
       sequence  min(exp(sum_t (train_t - sample_t)), cap), the same on all tokens of a completion
 
-    The caller multiplies the loss per token by the weights. Both logprobs are those of the policy that sampled the
-    tokens. The sampler computed one, and the training forward pass computed the other. The ratio to the policy
-    in training is part of the loss, and not of the weights. Token weights have a bias and a low variance. Sequence
+    The caller multiplies the loss per token by the weights. `logprobs_train` are those of the policy before the
+    update, from the training forward pass. `logprobs_sample` are those of the policy that sampled the tokens, from the
+    sampler. These are the same policy, or the second is some updates behind. The ratio to the policy in training is
+    part of the loss, and not of the weights. Token weights have a bias and a low variance. Sequence
     weights have no bias and a high variance. Sources: F. Yao et al., "Your Efficient RL Framework Secretly Brings You
     Off-Policy RL Training" (2025); for the truncation, Ionides (2008).
 

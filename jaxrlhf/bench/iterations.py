@@ -31,7 +31,8 @@ def time_iterations(shapes: Shapes, timed: dict[str, Timed], iterations: int) ->
         start = time.perf_counter()
         calls = {name: len(program.seconds) for name, program in timed.items()}
         state, *_ = iteration(state, step, prompts)
-        jax.block_until_ready(state)
+        if not iteration.overlaps:
+            jax.block_until_ready(state)
         wall.append(time.perf_counter() - start)
         programs.append({name: sum(program.seconds[calls[name] :]) for name, program in timed.items()})
     wall, programs = wall[1:], programs[1:]
@@ -58,7 +59,8 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, Stag
     iteration.annotate, iteration.experience = annotate, experience
     iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # each update gets the same rows for `mix`
     refreshed = reference if shapes.config.ppo.refresh_reference else None
-    return iteration, StageState(state, control, iteration.count(0), refreshed)
+    behind = iteration.copy(state.policy) if iteration.overlaps else None
+    return iteration, StageState(state, control, iteration.count(0), refreshed, behind)
 
 
 class _RandomReward:

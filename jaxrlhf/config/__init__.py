@@ -39,6 +39,7 @@ from jaxrlhf.config.run import (
     MeshConfig,
     ModelConfig,
     NewModelConfig,
+    PartMeshConfig,
     PPOStageConfig,
     PretrainingConfig,
     ProfileConfig,

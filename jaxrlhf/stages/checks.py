@@ -51,6 +51,15 @@ def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh)
     ]
 
 
+def check_one_mesh(config: RunConfig) -> None:
+    """Raises `UserError` if the run has two meshes. Plans and benchmarks call this: their programs are for one mesh."""
+    if config.mesh.rollout is not None:
+        raise UserError(
+            "mesh.rollout: plan and bench are for one mesh; give mesh.rollout=null mesh.update=null, and the sizes of "
+            "one of the two as mesh.data, mesh.fsdp and mesh.tensor on its number of devices"
+        )
+
+
 def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None:
     check_tokens(model, config.sampling, "ppo.sampling")
     length = config.max_prompt_tokens + config.sampling.max_new_tokens

@@ -145,12 +145,18 @@ class Loop:
         """Postpones `done` until the next step is submitted.
 
         Calls `done` immediately if the next step depends on the metrics, or if a checkpoint or an evaluation is due.
-        These need the state, and the next step reuses the memory of the state.
+        These need the state, and the next step reuses the memory of the state. If `done` is postponed, the metric
+        `seconds` is the time since the previous step was submitted.
         """
+        began, now = self._step_start, time.perf_counter()
         self._read()
-        self._unread = functools.partial(self.done, step, metrics, shown, tokens, batch)
         if self._due(step + 1) or self._evaluates(step + 1) or self.watch.needs_every_step:
-            self._read()
+            self._step_start = began
+            self.done(step, metrics, shown, tokens, batch)
+        else:
+            metrics = {"seconds": now - began, **metrics}
+            self._unread = functools.partial(self.done, step, metrics, shown, tokens, batch)
+            self._step_start = now
 
     def _read(self) -> None:
         """Calls the postponed `done` if there is one."""

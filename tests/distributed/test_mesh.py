@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxrlhf.config import MeshConfig
-from jaxrlhf.distributed.mesh import AXES, check_batch, make_mesh
+from jaxrlhf.distributed.mesh import AXES, check_batch, make_mesh, make_meshes
 from jaxrlhf.errors import UserError
 
 
@@ -42,6 +42,19 @@ def test_sizes_that_do_not_fit_say_which_would():
     )
     assert "set mesh.tensor=-1 for" in _misfit(8, data=3, tensor=-1)
     assert "does not fit 1 device; " in _misfit(1, data=2)
+
+
+def test_two_meshes_must_have_all_devices(monkeypatch):
+    parts = {"rollout": {"data": 2, "tensor": 2}, "update": {"fsdp": 3}}
+    with pytest.raises(UserError) as error:
+        make_meshes(MeshConfig.model_validate(parts), [_Device() for _ in range(8)])
+    assert str(error.value) == (
+        "mesh.rollout has 4 devices and mesh.update 3, but together they must have all 8 devices; give sizes whose sum "
+        "is 8"
+    )
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^mesh\.rollout: needs all devices in one process; leave mesh\.rollout and"):
+        make_meshes(MeshConfig.model_validate(parts), [_Device() for _ in range(7)])
 
 
 def test_batch_that_does_not_split_says_what_would():

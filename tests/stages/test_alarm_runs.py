@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxrlhf.config import RunConfig
+from jaxrlhf.config import AlarmConfig, RunConfig
 from jaxrlhf.errors import UserError
 from jaxrlhf.stages.alarms import check_alarms, stage_alarms
 from jaxrlhf.stages.run import run_stages
@@ -90,3 +90,12 @@ def test_health_and_alarms_do_not_say_the_same_thing(tmp_path):
     limited = config.model_copy(update={"health": config.health.model_copy(update={"max_kl": 5.0})})
     watched = [set(stage_alarms(c, "ppo", {}, print).alarms) for c in (config, limited)]
     assert watched[0] - watched[1] == {"kl_runs_away"}
+
+
+def test_the_gap_of_a_policy_that_is_behind_has_a_higher_limit(tmp_path):
+    plain, behind = (stage_alarms(settings(tmp_path, **more), "ppo", {}, print).alarms["sampling_gap"].above
+                     for more in ({}, {"async": 1}))  # fmt: skip
+    assert plain < behind
+    alarms = ("ppo", AlarmConfig(name="sampling_gap", above=0.1))
+    own = settings(tmp_path, **{"async": 1}).model_copy(update={"alarms": alarms})
+    assert stage_alarms(own, "ppo", {}, print).alarms["sampling_gap"].above == 0.1

@@ -3,6 +3,7 @@
 import pytest
 
 from jaxrlhf.config import AdvantageConfig, PPOConfig, PPOStageConfig
+from jaxrlhf.config.run import ASYNC_CAP
 from jaxrlhf.errors import UserError
 from jaxrlhf.stages.ppo.checks import check_algorithm
 from jaxrlhf.stages.ppo.remarks import remarks
@@ -24,6 +25,18 @@ def test_defaults_are_neither_refused_nor_odd(loss, estimator):
     check_algorithm(config)
     assert [line for line in remarks(config) if "remax" not in line] == []
     assert len(remarks(config)) == (estimator == "remax")
+
+
+def test_a_policy_that_is_behind_gets_importance_weights():
+    assert settings().update.importance_cap is None
+    for update in ({}, {"epochs": 2}, PPOConfig(epochs=2)):
+        config = settings(update=update, **{"async": 1})
+        check_algorithm(config)
+        assert config.update.importance_cap == ASYNC_CAP and remarks(config) == []
+    assert settings(update={"importance_cap": 5.0}, **{"async": 1}).update.importance_cap == 5
+    for update in ({"importance_cap": None}, PPOConfig(importance_cap=None)):
+        assert settings(update=update, **{"async": 1}).update.importance_cap is None, "if the user says so"
+    assert settings(**GRPO, **{"async": 1}).update.kl_loss == "k3", "beside the default of grpo"
 
 
 @pytest.mark.parametrize(
