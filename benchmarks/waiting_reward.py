@@ -10,7 +10,7 @@ below 1, because logprobs and values are computed during the wait.
 
 With --overlap it compares ppo.async 0 and 1, and 1 with half of the devices in `mesh.rollout` and half in
 `mesh.update`. The reward waits for 0, a half and one times the seconds of an iteration of ppo.async 0 whose reward does
-not wait. Prints the mean seconds of the iterations after the warm-up.
+not wait. Prints the median seconds of an iteration.
 """
 
 import argparse
@@ -50,7 +50,7 @@ PARTS = ("seconds", "time/rollout", "time/reward", "time/annotate", "time/update
 
 
 def run(folder: Path, wait: float, overrides: list[str], devices: int = 1) -> dict[str, float]:
-    """Part of an iteration -> median seconds, and "mean" -> mean seconds, of one run in a fresh process."""
+    """Part of an iteration -> median seconds, of one run in a fresh process."""
     folder.mkdir(parents=True)
     (folder / "reward.py").write_text(REWARD.format(wait=wait), encoding="utf-8")
     own = {"run_dir": str(folder / "run"), "compilation_cache": str(folder.parent / "cache")}
@@ -67,9 +67,7 @@ def run(folder: Path, wait: float, overrides: list[str], devices: int = 1) -> di
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if len(lines) <= WARM_UP:
         raise SystemExit(f"error: ppo.iterations: must be above {WARM_UP}, the warm-up iterations; given {len(lines)}")
-    medians = {part: statistics.median(line[part] for line in lines[WARM_UP:]) for part in PARTS}
-    # The last iteration has nothing to overlap and saves a checkpoint.
-    return medians | {"mean": statistics.mean(line["seconds"] for line in lines[WARM_UP:-1])}
+    return {part: statistics.median(line[part] for line in lines[WARM_UP:]) for part in PARTS}
 
 
 def compare(folder: Path, rounds: int, devices: int, overrides: list[str]) -> None:
@@ -78,18 +76,20 @@ def compare(folder: Path, rounds: int, devices: int, overrides: list[str]) -> No
     if devices > 1:
         halves = [f"mesh.{part}.data={devices // 2}" for part in ("rollout", "update")]
         ways["ppo.async=1, two meshes"] = ["ppo.async=1", *halves]
-    iteration = run(folder / "unit", 0.0, overrides, devices)["mean"]
+    iteration = None  # seconds of ppo.async 0 without a wait
     for share in (0.0, 0.5, 1.0):
+        wait = share * (iteration or 0)
         found: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(rounds):
             for name, own in ways.items():
                 place = folder / f"{share}-{number}-{name.replace(' ', '_')}"
-                found[name].append(run(place, share * iteration, [*overrides, *own], devices)["mean"])
+                found[name].append(run(place, wait, [*overrides, *own], devices)["seconds"])
         plain = statistics.median(found["ppo.async=0"])
+        iteration = iteration or plain
         for name, seconds in found.items():
             middle, each = statistics.median(seconds), ", ".join(f"{x:.3f}" for x in seconds)
             faster = f"{middle:.3f} s ({each}), {plain / middle:.2f} times as fast"
-            print(f"waits {share * iteration:.3f} s, {name}: {faster}", flush=True)
+            print(f"waits {wait:.3f} s, {name}: {faster}", flush=True)
 
 
 def main() -> None:
