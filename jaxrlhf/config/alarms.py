@@ -123,7 +123,8 @@ ADVICE = {
     "policy_jumps": "lower the learning rate or ppo.update.epochs, or set ppo.update.kl_stop",
     "clips_high": "lower the learning rate or ppo.update.epochs",
     "clips_low": "lower the learning rate or ppo.update.epochs",
-    "sampling_gap": "set ppo.update.importance_cap, or raise the precision of the base (model.dtype)",
+    "sampling_gap": "set ppo.update.importance_cap, or raise the precision of the base (model.dtype); with ppo.async=1, "
+    "lower the learning rate",
     "first_ratio": "set model.matmul_precision=highest, and look at compiler_options",
 }
 

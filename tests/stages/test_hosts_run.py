@@ -58,7 +58,8 @@ def score(prompts, completions):
 
 def settings(folder, name):
     reward = {"kind": "function", "function": f"{folder / 'letters.py'}:score"}
-    return CONFIG | {"run_dir": str(folder / name), "ppo": CONFIG["ppo"] | {"reward": reward}}
+    behind = {"async": 1} if name.startswith("behind") else {}
+    return CONFIG | {"run_dir": str(folder / name), "ppo": CONFIG["ppo"] | {"reward": reward} | behind}
 
 
 class Launched:
@@ -164,6 +165,17 @@ def test_several_processes_learn_what_one_does(runs, name):
         for metric in ("kl/k1", "policy/entropy", "gap/logprob_max"):  # logprobs, in sums over an answer
             assert together[metric] == pytest.approx(alone[metric], abs=1e-5), metric
         assert {together[f"compiles/{program}"] for program in ("rollout", "annotate", "experience", "update")} == {1}
+
+
+def test_two_processes_that_sample_while_they_learn_do_what_one_does(folder, launched):
+    status, said = launched(folder, "behind-two", 2).end()
+    assert status == 0, said
+    run_stages(RunConfig.model_validate(settings(folder, "behind-one")))
+    one, two = folder / "behind-one", folder / "behind-two"
+    assert texts(one) == texts(two)
+    alone, together = (load_file(run / "roles" / "policy" / "adapter.safetensors") for run in (one, two))
+    for leaf, values in alone.items():
+        np.testing.assert_allclose(together[leaf], values, atol=1e-5, rtol=0, err_msg=leaf)
 
 
 def test_rewards_are_asked_once_and_tables_are_printed_once(runs):
