@@ -166,11 +166,13 @@ def commands():
     """The help page of each command; that of train without its list of settings."""
     parts = []
     for name in COMMANDS:
-        module, text = importlib.import_module(f"jaxrlhf.cli.{name}"), io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            module.parse(["--help"])
-        page = text.getvalue().split("\nsettings:\n")[0].rstrip()
-        parts.append(f"## {name}\n\n```text\n{page}\n```\n")
+        module = importlib.import_module(f"jaxrlhf.cli.{name}")
+        for words in ([], *([word] for word in getattr(module, "PARSERS", ()))):  # `data` has commands of its own
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+                module.parse([*words, "--help"])
+            page = text.getvalue().split("\nsettings:\n")[0].rstrip()
+            parts.append(f"## {' '.join([name, *words])}\n\n```text\n{page}\n```\n")
     return "\n".join(parts)
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "run the stages of a config: sft, reward_model, ppo",
     "generate": "complete prompts with the base, SFT and PPO policy of a run, or with a model folder",
     "evaluate": "measure roles of a run or a model: reward, KL, win rates, perplexity, task metrics, with intervals",
+    "data": "check data files and prepare them: duplicates, leaks, splits, other formats",
     "export": "write a trained model as a folder: merged, PEFT adapter, or reward model",
     "report": "write an HTML report of runs: curves, answers, tokens, settings",
     "plan": "estimate memory, arithmetic, communication and time of a run on N GPUs, without GPUs or weights",

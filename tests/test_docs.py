@@ -46,8 +46,9 @@ def flags():
     """Every flag of every command, from their help pages."""
     text = io.StringIO()
     for name in COMMANDS:
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            parser_of(name)(["--help"])
+        for words in ([], *([word] for word in getattr(importlib.import_module(f"jaxrlhf.cli.{name}"), "PARSERS", ()))):
+            with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+                parser_of(name)([*words, "--help"])
     return set(re.findall(r"--[a-z-]+", text.getvalue())) | {"--serve", "--version"}
 
 

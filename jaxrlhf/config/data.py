@@ -27,7 +27,7 @@ class SourceConfig(Settings):
     """A data source."""
 
     path: SourcePath = Field(description="file, folder, hub id, or builtin:assistant-demonstrations, -preferences, -prompts")
-    format: Literal["auto", "json", "jsonl", "parquet", "datasets", "builtin"] = Field("auto", description="file format; auto decides by the ending of the path; datasets is for a folder or hub id that the datasets library loads")
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "datasets", "builtin"] = Field("auto", description="file format; auto decides by the ending of the path; csv is a table with a header, whose empty cells are null; datasets is for a folder or hub id that the datasets library loads")
     split: str = Field("train", description="split of a datasets folder or hub id; builtin data sets have the splits train and test")
     subset: str | None = Field(None, description="name of a configuration of the hub data set")
     limit: PositiveInt | None = Field(None, description="largest number of rows; the first rows are used; a builtin data set generates this number of rows; null uses all rows")

@@ -69,7 +69,7 @@ def _load_source(
     template = tokenizer.chats
 
     def rendered(row: Row) -> tuple[float, list[tuple[Prompt, Response]]]:
-        prompt, *responses = _split(row, config)
+        prompt, *responses = split_pair(row, config)
         report.beside_text |= columns_beside_text(row, config, prompt)
         sides = [template.rendered_pair(prompt, response, f"{row.where}: ") for response in responses]
         return number_field(row, config.margin_field, 0.0), sides
@@ -111,7 +111,7 @@ def _load_source(
 # ---------------------------------------------------------------- forms of a row
 
 
-def _split(row: Row, config: PreferencesSourceConfig) -> tuple[Prompt, Response, Response]:
+def split_pair(row: Row, config: PreferencesSourceConfig) -> tuple[Prompt, Response, Response]:
     """Returns (prompt, chosen response, rejected response) of a row."""
     has_prompt = has_field(row, config.prompt_field)
     prompt = text_or_messages_field(row, config.prompt_field, empty=True) if has_prompt else ""

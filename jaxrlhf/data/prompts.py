@@ -82,7 +82,7 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
     cannot be used raises UserError with its place.
     """
     rows = from_template(read_rows(config), config)
-    key, read = _form(config, rows[:1])
+    key, read = form_of(config, rows[:1])
     return rows, [read(row, config) for row in rows], key
 
 
@@ -113,7 +113,7 @@ def _load_source(
     """
     drop = drops_unusable(config, overflow)
     rows = from_template(read_rows(config), config, drop)
-    key, read = _form(config, rows if drop else rows[:1])
+    key, read = form_of(config, rows if drop else rows[:1])
     name = getattr(config, key)
     report = LoadReport(config.path, len(rows))
 
@@ -176,7 +176,7 @@ def _text(row: Row, config: PromptsSourceConfig) -> Prompt:
     return text_field(row, config.text_field)
 
 
-def _form(config: PromptsSourceConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
+def form_of(config: PromptsSourceConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
     """Returns (config key of the field that holds the prompt in most of these rows, the reader of this field)."""
     forms = [("prompt_field", _prompt), ("messages_field", _chat), ("text_field", _text)]
     forms.sort(key=lambda form: form[0] not in config.model_fields_set)

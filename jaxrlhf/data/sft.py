@@ -80,7 +80,7 @@ def _load_source(
     """
     drop = drops_unusable(config, overflow)
     rows = from_template(read_rows(config), config, drop)
-    read = _form(config, rows if drop else rows[:1])
+    read = form_of(config, rows if drop else rows[:1])
     report = LoadReport(config.path, len(rows))
 
     def rendered(row: Row) -> list[tuple[Prompt, Response]]:
@@ -137,7 +137,7 @@ def _load_source(
 Form = Callable[[Row, DemonstrationsSourceConfig], tuple[Prompt, Response]]
 
 
-def _prompt_and(response_field: str) -> Form:
+def prompt_and(response_field: str) -> Form:
     def read(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Response]:
         prompt = text_or_messages_field(row, config.prompt_field, empty=True)
         return chat_of(row, config, prompt), answer_field(row, response_field)
@@ -145,7 +145,7 @@ def _prompt_and(response_field: str) -> Form:
     return read
 
 
-def _chat(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Response]:
+def read_chat(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Response]:
     messages = messages_field(row, config.messages_field)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or not turns[-1]:
@@ -157,25 +157,25 @@ def _chat(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Respons
     return chat_of(row, config, messages[: turns[-1]], continued=False), messages[turns[-1]]
 
 
-def _plain_text(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Response]:
+def read_text(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Response]:
     return "", text_field(row, config.text_field)
 
 
-def _form(config: DemonstrationsSourceConfig, rows: Sequence[Row]) -> Form:
+def form_of(config: DemonstrationsSourceConfig, rows: Sequence[Row]) -> Form:
     """Returns the reader for the form that most of these rows have."""
     named = config.model_fields_set
     forms = [((config.prompt_field, config.response_field), {"prompt_field", "response_field"})]
     if "response_field" not in named:
         forms.append(((config.prompt_field, COMPLETION), {"prompt_field"}))
-    readers = [(fields, keys, _prompt_and(fields[1])) for fields, keys in forms]
-    readers += [((config.messages_field,), {"messages_field"}, _chat)]
-    readers += [((config.text_field,), {"text_field"}, _plain_text)]
+    readers = [(fields, keys, prompt_and(fields[1])) for fields, keys in forms]
+    readers += [((config.messages_field,), {"messages_field"}, readread_chat)]
+    readers += [((config.text_field,), {"text_field"}, read_text)]
     readers.sort(key=lambda form: not named.intersection(form[1]))
     counts = [sum(all(has_field(row, field) for field in fields) for row in rows) for fields, _, _ in readers]
     if any(counts):
         return readers[counts.index(max(counts))][2]
     if any(has_field(row, field) for row in rows for field in forms[0][0]):
-        return _prompt_and(config.response_field)  # this reader raises an error that names the missing field
+        return prompt_and(config.response_field)  # this reader raises an error that names the missing field
     raise UserError(
         f"{rows[0].where}: the row must have the fields {config.prompt_field!r} and {config.response_field!r}, or the "
         f"field {config.messages_field!r}, or the field {config.text_field!r}; its fields are: "

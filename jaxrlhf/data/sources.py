@@ -1,9 +1,10 @@
-"""Reads rows from files (JSON, JSON Lines, Parquet), from the datasets library and from the builtin data sets.
+"""Reads rows from files (JSON, JSON Lines, CSV, Parquet), from the datasets library and from the builtin data sets.
 
 `read_rows` returns each row with its place, so that later errors name file and line. A file that cannot be parsed
 always stops the run. A row that cannot be used may be dropped.
 """
 
+import csv
 import gzip
 import itertools
 import json
@@ -22,10 +23,11 @@ from jaxrlhf.errors import SharedFault, UserError
 Message = dict[str, Any]
 """One turn of a chat: `role`, `content`, and other keys that the chat template reads."""
 
-ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 BUILTIN_SPLITS, BUILTIN_LIMIT = ("train", "test"), 1_000_000
 REASONS = 6  # number of reasons that a report lists; the rarest are counted together as "other reasons"
 T = TypeVar("T")
+Skip = Callable[[UserError], None]  # receives the error of a line that holds no row
 
 
 @dataclass(frozen=True)
@@ -158,20 +160,33 @@ def read_rows(source: SourceConfig) -> list[Row]:
 
     Raises UserError if the source is missing, broken or empty.
     """
-    path, form = check_source(source)
-    if form == "builtin":
-        rows = _builtin(source)
-    elif form == "datasets":
-        rows = _datasets(source, path)
-    else:
-        reader = {"json": _json, "jsonl": _json_lines, "parquet": _parquet}[form]
-        try:
-            rows = list(itertools.islice(reader(path, source), source.limit))
-        except (OSError, EOFError, zlib.error) as error:  # no permission, or a broken .gz
-            raise UserError(f"{source.path}: the file cannot be read: {one_line(error)}") from error
+    rows = list(stream_rows(source))
     if not rows:
         raise UserError(f"{source.path}: the source has no rows; it must have at least one")
     return rows
+
+
+def stream_rows(source: SourceConfig, skip: Skip | None = None) -> Iterator[Row]:
+    """Yields the rows of a source. Only JSON (not JSON Lines) and sets of the datasets library are read as a whole.
+
+    Raises UserError if the source is missing or broken. `skip` receives the error of a line or entry that holds no row,
+    and the rows after it are read. Without `skip` this error is raised.
+    """
+    path, form = check_source(source)
+    if form == "builtin":
+        yield from _builtin(source)
+    elif form == "datasets":
+        yield from _datasets(source, path)
+    else:
+        reader = {"json": _json, "jsonl": _json_lines, "csv": _csv, "parquet": _parquet}[form]
+        try:
+            yield from itertools.islice(reader(path, source, skip or _stop), source.limit)
+        except (OSError, EOFError, zlib.error) as error:  # no permission, or a broken .gz
+            raise UserError(f"{source.path}: the file cannot be read: {one_line(error)}") from error
+
+
+def _stop(error: UserError) -> None:
+    raise error
 
 
 def _form(source: SourceConfig, path: str) -> str:
@@ -189,14 +204,15 @@ def _form(source: SourceConfig, path: str) -> str:
         raise UserError(f"{source.path}: no such file or folder")
     raise UserError(
         f"{source.path}: the ending of the file name is no known format; "
-        f"the ending must be one of {', '.join(ENDINGS)}; for another ending, set format: json, jsonl or parquet"
+        f"the ending must be one of {', '.join(ENDINGS)}; for another ending, set format: json, jsonl, csv or parquet"
     )
 
 
 # ---------------------------------------------------------------- files
 
 
-def _open(path: str):
+def open_bytes(path: str):
+    """Opens a file for reading bytes. A file with the ending .gz is decompressed."""
     return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
 
 
@@ -204,10 +220,7 @@ def _parse(data: bytes, source: SourceConfig, first_line: int, hint: str) -> Any
     try:
         return json.loads(data.decode("utf-8-sig"))  # files from Windows may begin with a byte order mark
     except UnicodeDecodeError as error:
-        line = first_line + data[: error.start].count(b"\n")
-        raise UserError(
-            f"{source.path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
-        ) from error
+        raise _not_utf8(data, error, source, first_line) from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{source.path}:{line}: not JSON ({error.msg}, column {error.colno}); {hint}") from error
@@ -215,14 +228,17 @@ def _parse(data: bytes, source: SourceConfig, first_line: int, hint: str) -> Any
         raise UserError(f"{source.path}:{first_line}: not usable JSON ({one_line(error)})") from error
 
 
-def _row(values: Any, where: str) -> Row:
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: a row must be a JSON object with named fields, not {describe(values)}")
-    return Row(values, where)
+def _not_utf8(data: bytes, error: UnicodeDecodeError, source: SourceConfig, first_line: int) -> UserError:
+    line = first_line + data[: error.start].count(b"\n")
+    return UserError(f"{source.path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8")
 
 
-def _json(path: str, source: SourceConfig) -> Iterator[Row]:
-    with _open(path) as file:
+def _no_row(values: Any, where: str) -> UserError:
+    return UserError(f"{where}: a row must be a JSON object with named fields, not {describe(values)}")
+
+
+def _json(path: str, source: SourceConfig, skip: Skip) -> Iterator[Row]:
+    with open_bytes(path) as file:
         data = file.read()
     value = _parse(data, source, 1, "the file must be a list of rows; for JSON Lines, set format: jsonl")
     if isinstance(value, dict) and isinstance(value.get("data"), list):
@@ -230,18 +246,66 @@ def _json(path: str, source: SourceConfig) -> Iterator[Row]:
     if not isinstance(value, list):
         raise UserError(f'{source.path}: the file must be a list of rows or {{"data": [...]}}, not {describe(value)}')
     for number, values in enumerate(value, 1):
-        yield _row(values, f"{source.path} row {number}")
+        if isinstance(values, dict):
+            yield Row(values, f"{source.path} row {number}")
+        else:
+            skip(_no_row(values, f"{source.path} row {number}"))
 
 
-def _json_lines(path: str, source: SourceConfig) -> Iterator[Row]:
-    with _open(path) as file:
+def _json_lines(path: str, source: SourceConfig, skip: Skip) -> Iterator[Row]:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
+            if not line.strip():
+                continue
+            try:
                 values = _parse(line.rstrip(b"\r\n"), source, number, "each line must be one JSON object")
-                yield _row(values, f"{source.path}:{number}")
+            except UserError as error:
+                skip(error)
+                continue
+            if isinstance(values, dict):
+                yield Row(values, f"{source.path}:{number}")
+            else:
+                skip(_no_row(values, f"{source.path}:{number}"))
 
 
-def _parquet(path: str, source: SourceConfig) -> Iterator[Row]:
+def _csv(path: str, source: SourceConfig, skip: Skip) -> Iterator[Row]:
+    """Yields the rows of a table with a header. An empty cell is null. Cells of .tsv files are separated by tabs."""
+    csv.field_size_limit(2**31 - 1)
+    separator = "\t" if path.removesuffix(".gz").lower().endswith(".tsv") else ","
+    with open_bytes(path) as file:
+        reader = csv.reader(_text_lines(file, source, skip), delimiter=separator, strict=True)
+        line, names = 1, None
+        try:
+            for cells in reader:
+                where, line = f"{source.path}:{line}", reader.line_num + 1
+                if not cells:
+                    continue
+                if names is None:
+                    names = _header(cells, where)
+                elif len(cells) == len(names):
+                    yield Row({name: cell or None for name, cell in zip(names, cells)}, where)
+                else:
+                    skip(UserError(f"{where}: the row has {len(cells)} cells, but the header has {len(names)}"))
+        except csv.Error as error:
+            raise UserError(f"{source.path}:{line}: not CSV ({one_line(error)}); mend its quotes") from error
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    if "" in cells or len(set(cells)) < len(cells):
+        raise UserError(f"{where}: the header must give each column a name of its own, not {', '.join(cells)[:60]!r}")
+    return cells
+
+
+def _text_lines(file: Any, source: SourceConfig, skip: Skip) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            skip(_not_utf8(line, error, source, number))
+            yield line.decode(errors="replace")
+
+
+def _parquet(path: str, source: SourceConfig, skip: Skip) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -251,7 +315,7 @@ def _parquet(path: str, source: SourceConfig) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield _row(values, f"{source.path} row {number}")
+                    yield Row(values, f"{source.path} row {number}")
     except pyarrow.ArrowException as error:
         raise UserError(f"{source.path}: the file cannot be read as Parquet: {one_line(error)}") from error
 

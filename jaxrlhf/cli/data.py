@@ -1,0 +1,229 @@
+"""jaxrlhf data check|split|clean|augment|convert FILE: checks data files and prepares them."""
+
+import argparse
+import json
+from collections.abc import Callable
+
+from jaxrlhf.cli.arguments import Parser, finite, model_path, path, text, whole
+from jaxrlhf.cli.exits import main_of
+from jaxrlhf.cli.streams import ascii_only
+from jaxrlhf.errors import Fault, UserError, printable
+
+KINDS = ("preferences", "demonstrations", "classification", "chats", "prompts", "text")
+FORMATS = ("hh-rlhf", "ultrafeedback", "alpaca", "sharegpt", "conll", "csv")
+
+
+def _parser(name: str, description: str) -> Parser:
+    parser = Parser(prog=f"jaxrlhf data {name}", description=description)
+    parser.set_defaults(run=globals()[name])
+    return parser
+
+
+def _add_source(parser: Parser) -> None:
+    add = parser.add_argument
+    add("file", type=model_path, metavar="FILE", help="JSON, JSON Lines, CSV or Parquet, a folder, or a hub id")
+    settings = "settings of the source, as in sft.data: prompt_field=question limit=1000; also label_field"
+    add("settings", nargs="*", type=text, metavar="SETTING=VALUE", help=settings)
+    add("--kind", choices=KINDS, help="kind of data (default: the kind whose fields most of the first rows have)")
+
+
+def _add_similarity(parser: Parser) -> None:
+    similarity = "share of word triples, from 0 to 1, from which on two texts are near-duplicates (default: 0.8)"
+    parser.add_argument("--similarity", type=finite, default=0.8, metavar="S", help=similarity)
+
+
+def _add_out(parser: Parser, what: str = "FILE", about: str = "the file to write, as JSON Lines") -> None:
+    parser.add_argument("--out", type=path, required=True, metavar=what, help=about)
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists; it may be the input")
+
+
+def _add_seed(parser: Parser) -> None:
+    help = "the same seed writes the same bytes (default: 0)"
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help=help)
+
+
+def check_parser() -> Parser:
+    parser = _parser(
+        "check", "Says what a data file holds and which rows are faulty. Exit status 1 if there are faulty rows."
+    )
+    _add_source(parser)
+    add = parser.add_argument
+    add("--tokenizer", type=model_path, metavar="DIR", help="model folder or hub id whose tokenizer counts tokens")
+    add("--max-tokens", type=whole(1), metavar="N", help="rows of more tokens are faults; needs --tokenizer")
+    against = "another part of the data, such as the test set: prompts that are in both are faults; may be repeated"
+    add("--against", type=model_path, action="append", default=[], metavar="FILE", help=against)
+    _add_similarity(parser)
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.curation.check import check
+
+    if arguments.max_tokens is not None and arguments.tokenizer is None:
+        raise UserError("--max-tokens: needs --tokenizer, the model folder whose tokenizer counts the tokens")
+    report = check(
+        arguments.file,
+        kind=arguments.kind,
+        settings=arguments.settings,
+        tokenizer=_tokenizer(arguments.tokenizer),
+        max_tokens=arguments.max_tokens,
+        against=arguments.against,
+        similarity=arguments.similarity,
+    )
+    shown = json.dumps(report.as_json(), ensure_ascii=ascii_only(), indent=1) if arguments.json else str(report)
+    print(printable(shown), flush=True)
+    if report.faults:
+        raise Fault(f"{arguments.file}: {len(report.faults)} kinds of faults")
+
+
+def _tokenizer(folder: str | None):
+    if folder is None:
+        return None
+    from jaxrlhf.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f"--tokenizer: {folder} has no tokenizer files; give a folder with a tokenizer.json")
+    return tokenizer
+
+
+def split_parser() -> Parser:
+    parser = _parser(
+        "split", "Splits a data file into parts, each of which is a file. Rows of a group go to one part."
+    )
+    _add_source(parser)
+    _add_out(parser, "FOLDER", "the folder of the files NAME.jsonl")
+    add = parser.add_argument
+    parts = "names and shares of the parts (default: train=0.8,validation=0.1,test=0.1)"
+    add("--parts", type=text, default="train=0.8,validation=0.1,test=0.1", metavar="NAME=SHARE,...", help=parts)
+    add("--stratify", type=text, metavar="COLUMN", help="column whose values have the same shares in all parts")
+    add("--group", type=text, metavar="COLUMN", help="rows with the same value in this column go to one part")
+    add("--near", action="store_true", help="rows with equal or nearly equal prompts go to one part")
+    _add_similarity(parser)
+    _add_seed(parser)
+    return parser
+
+
+def split(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.curation.split import parse_parts, split
+
+    parts = split(
+        arguments.file,
+        arguments.out,
+        parts=parse_parts(arguments.parts),
+        stratify=arguments.stratify,
+        group=arguments.group,
+        near=arguments.near,
+        similarity=arguments.similarity,
+        seed=arguments.seed,
+        kind=arguments.kind,
+        settings=arguments.settings,
+        overwrite=arguments.overwrite,
+    )
+    for part in parts:
+        labels = ", ".join(f"{label} {count:,}" for label, count in part.labels.items())
+        print(printable(f"{part.path}: {part.rows:,} rows" + (f" ({labels})" if labels else "")))
+        if missing := sorted({label for other in parts for label in other.labels} - set(part.labels)):
+            print(printable(f"  no row of {', '.join(missing)}: too few rows for all parts"))
+
+
+def clean_parser() -> Parser:
+    parser = _parser(
+        "clean",
+        "Writes the usable rows: without duplicates and pairs of equal responses, in Unicode NFC, with the line end \\n "
+        "in texts, without control characters. Says how many rows were dropped, by reason.",
+    )
+    _add_source(parser)
+    _add_out(parser)
+    parser.add_argument("--near", action="store_true", help="also drop near-duplicates of earlier rows")
+    _add_similarity(parser)
+    parser.add_argument("--tokenizer", type=model_path, metavar="DIR", help="model folder or hub id that counts tokens")
+    for unit in ("tokens", "chars"):
+        for limit, bound in (("min", "fewer"), ("max", "more")):
+            help = f"drop rows of {bound} {'characters' if unit == 'chars' else 'tokens'}"
+            parser.add_argument(f"--{limit}-{unit}", type=whole(0), metavar="N", help=help)
+    return parser
+
+
+def clean(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.curation.clean import clean
+
+    if arguments.tokenizer is None and (arguments.min_tokens is not None or arguments.max_tokens is not None):
+        raise UserError("--min-tokens and --max-tokens need --tokenizer, the model folder that counts the tokens")
+    result = clean(
+        arguments.file,
+        arguments.out,
+        near=arguments.near,
+        similarity=arguments.similarity,
+        tokenizer=_tokenizer(arguments.tokenizer),
+        tokens=(arguments.min_tokens or 0, arguments.max_tokens),
+        chars=(arguments.min_chars or 0, arguments.max_chars),
+        kind=arguments.kind,
+        settings=arguments.settings,
+        overwrite=arguments.overwrite,
+    )
+    print(printable(str(result)))
+
+
+def convert_parser() -> Parser:
+    parser = _parser("convert", "Writes the rows of another project's format as JSON Lines that the stages read.")
+    parser.add_argument("file", type=model_path, metavar="FILE", help="file, folder, or hub id")
+    settings = "settings of the source, such as split=test limit=1000"
+    parser.add_argument("settings", nargs="*", type=text, metavar="SETTING=VALUE", help=settings)
+    parser.add_argument("--from", dest="form", choices=FORMATS, required=True, help="format of the file")
+    _add_out(parser)
+    column = "for csv: a new name for a column, such as prompt=question; may be repeated"
+    parser.add_argument("--column", type=text, action="append", default=[], metavar="NEW=OLD", help=column)
+    parser.add_argument("--drop", action="store_true", help="drop rows that cannot be converted, instead of stopping")
+    return parser
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.curation.convert import convert
+
+    columns = {}
+    for column in arguments.column:
+        new, equals, old = column.partition("=")
+        if not equals or not new or arguments.form != "csv":
+            raise UserError(f"--column {column!r}: must have the form NEW=OLD, and needs --from csv")
+        columns[new] = old
+    report = convert(
+        arguments.file,
+        arguments.out,
+        arguments.form,
+        columns=columns,
+        drop=arguments.drop,
+        settings=arguments.settings,
+        overwrite=arguments.overwrite,
+    )
+    print(printable(str(report)))
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {
+    "check": check_parser,
+    "split": split_parser,
+    "clean": clean_parser,
+    "convert": convert_parser,
+}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    name, *rest = arguments or ["--help"]
+    if name in PARSERS:
+        return PARSERS[name]().parse_intermixed_args(rest)
+    parser = Parser(
+        prog="jaxrlhf data",
+        usage=f"jaxrlhf data {'|'.join(PARSERS)} FILE ...",
+        description="Looks at data files and prepares them. jaxrlhf data COMMAND --help lists the options of each.",
+    )
+    parser.add_argument("command", choices=PARSERS)
+    return parser.parse_args([name])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    def run(stop: object) -> None:
+        parsed = parse(arguments)
+        parsed.run(parsed)
+
+    return main_of(run)

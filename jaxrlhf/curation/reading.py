@@ -1,0 +1,202 @@
+"""Reads rows as the stages read them, and finds out which kind of data a file holds."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from jaxrlhf.config import DemonstrationsConfig, PreferencesConfig, PromptsConfig
+from jaxrlhf.config.reading import parse_yaml
+from jaxrlhf.curation.similarity import digest
+from jaxrlhf.data import preferences, prompts, sft
+from jaxrlhf.data.chats import Chat, Prompt, Response, content_text
+from jaxrlhf.data.fields import has_field, number_field, text_field
+from jaxrlhf.data.sources import Row, Skip, describe, stream_rows
+from jaxrlhf.errors import UserError, short
+
+HEAD = 200  # rows that decide about the kind
+_IS_ID = re.compile(r"(.*_)?(id|idx|index|uid|uuid|source)", re.IGNORECASE)
+
+
+class Fields(DemonstrationsConfig, PreferencesConfig, PromptsConfig):
+    """A source of any kind: the names of all fields that a stage reads, and of the label."""
+
+    label_field: str = Field("label", description="column with the class of a text: text or a number")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a row says. Chats are flat texts here; `pairs` holds them as the tokenizer reads them."""
+
+    prompt: str  # "" if the row has no prompt
+    responses: tuple[str, ...]  # the response; or chosen and rejected; or nothing
+    label: str | int | float | None
+    pairs: tuple[tuple[Prompt, Response | None], ...]  # None: no response
+    others: str = ""  # of prompts: the other columns, which rewards read; a prompt with another answer is another task
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.prompt, *self.responses)
+
+    @property
+    def key(self) -> int:
+        """The same number for equal rows."""
+        return digest(*self.texts, repr(self.label), self.others)
+
+    @property
+    def subject(self) -> str:
+        """The text that must not be in two parts of a data set: the prompt, else the whole text."""
+        return self.prompt or self.responses[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of a file. `read` returns the content of a row, or raises UserError with its place."""
+
+    path: str
+    kind: str
+    fields: Fields
+    rows: Iterator[Row]
+    read: Callable[[Row], Content]
+
+
+def parse_fields(path: str, settings: Sequence[str]) -> Fields:
+    """Returns the settings of a source from texts such as `prompt_field=question`."""
+    given: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if key == "path" or not equals or key not in Fields.model_fields:
+            known = ", ".join(name for name in Fields.model_fields if name != "path")
+            raise UserError(f"{short(text)}: must have the form SETTING=VALUE; the settings of a source are: {known}")
+        given[key] = parse_yaml(value, f"setting {short(text)}")
+    try:
+        return Fields(path=path, **given)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise UserError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+
+
+def open_source(path: str, kind: str | None = None, settings: Sequence[str] = (), skip: Skip | None = None) -> Source:
+    """Opens a file. `kind` is one of `KINDS`; None means the kind whose fields most of the first rows have.
+
+    `skip` receives the errors of lines that hold no row. Raises UserError if the file cannot be read, if it has no
+    rows, or if its rows have the fields of no kind.
+    """
+    fields = parse_fields(path, settings)
+    stream = stream_rows(fields, skip)
+    head = list(itertools.islice(stream, HEAD))
+    if not head:
+        raise UserError(f"{path}: the file has no rows; it must have at least one")
+    kind = kind or _kind_of(head, fields)
+    reader = KINDS[kind](fields, head)
+    return Source(path, kind, fields, itertools.chain(head, stream), lambda row: reader(row, fields))
+
+
+def _kind_of(rows: Sequence[Row], fields: Fields) -> str:
+    """Returns the kind whose fields most rows have. If two kinds have as many rows, the first in this order."""
+    prompt, text, label = fields.prompt_field, fields.text_field, fields.label_field
+    needed = {
+        "preferences": [{fields.chosen_field, fields.rejected_field}],
+        "demonstrations": [{prompt, fields.response_field}, {prompt, sft.COMPLETION}],
+        "classification": [{prompt, label}, {text, label}],
+        "chats": [{fields.messages_field}],
+        "prompts": [{prompt}],
+        "text": [{text}],
+    }
+    present = [{name for name in row.values if has_field(row, name)} for row in rows]
+    counts = {kind: sum(any(form <= names for form in forms) for names in present) for kind, forms in needed.items()}
+    best = max(counts, key=counts.__getitem__)  # of equals the first
+    if not counts[best]:
+        raise UserError(
+            f"{rows[0].where}: the row has the fields of no kind of data; its fields are: "
+            f"{', '.join(rows[0].values) or 'none'}; name the fields, such as prompt_field=question "
+            "response_field=answer"
+        )
+    return best
+
+
+Reader = Callable[[Row, Fields], Content]
+
+
+def _preferences(fields: Fields, head: Sequence[Row]) -> Reader:
+    def read(row: Row, fields: Fields) -> Content:
+        number_field(row, fields.margin_field, 0.0)
+        prompt, chosen, rejected = preferences.split_pair(row, fields)
+        return Content(flat(prompt), (flat(chosen), flat(rejected)), None, ((prompt, chosen), (prompt, rejected)))
+
+    return read
+
+
+def _with_response(form: sft.Form) -> Reader:
+    def read(row: Row, fields: Fields) -> Content:
+        prompt, response = form(row, fields)
+        return Content(flat(prompt), (flat(response),), None, ((prompt, response),))
+
+    return read
+
+
+def _demonstrations(fields: Fields, head: Sequence[Row]) -> Reader:
+    named = "response_field" in fields.model_fields_set
+    usual = sum(has_field(row, fields.response_field) for row in head)
+    other = 0 if named else sum(has_field(row, sft.COMPLETION) for row in head)
+    return _with_response(sft.prompt_and(sft.COMPLETION if other > usual else fields.response_field))
+
+
+def _classification(fields: Fields, head: Sequence[Row]) -> Reader:
+    names = (fields.prompt_field, fields.text_field)
+    name = max(names, key=lambda name: sum(has_field(row, name) for row in head))
+
+    def read(row: Row, fields: Fields) -> Content:
+        text, label = text_field(row, name), row.values.get(fields.label_field)
+        if not isinstance(label, str | int | float) or not str(label).strip():
+            raise UserError(
+                f"{row.where}: field {fields.label_field!r} must be a label, which is text or a number, not "
+                f"{describe(label)}"
+            )
+        return Content(text, (), label, ((text, None),))
+
+    return read
+
+
+def _prompts(fields: Fields, head: Sequence[Row]) -> Reader:
+    _, form = prompts.form_of(fields, head)
+
+    def read(row: Row, fields: Fields) -> Content:
+        prompt = form(row, fields)
+        return Content(flat(prompt), (), None, ((prompt, None),), _other_columns(row, fields))
+
+    return read
+
+
+def _other_columns(row: Row, fields: Fields) -> str:
+    """Returns the columns beside the prompt, but not names and numbers of rows."""
+    prompt = (fields.prompt_field, fields.messages_field, fields.text_field)
+    others = {name: value for name, value in row.values.items() if name not in prompt and not _IS_ID.fullmatch(name)}
+    return repr(sorted(item for item in others.items() if item[1] is not None)) if others else ""
+
+
+KINDS: dict[str, Callable[[Fields, Sequence[Row]], Reader]] = {
+    "preferences": _preferences,
+    "demonstrations": _demonstrations,
+    "classification": _classification,
+    "chats": lambda fields, head: _with_response(sft.read_chat),
+    "prompts": _prompts,
+    "text": lambda fields, head: _with_response(sft.read_text),
+}
+
+
+def flat(value: Prompt | Response) -> str:
+    """Returns a text unchanged, and a chat as lines "role: content"."""
+    if isinstance(value, str):
+        return value
+    messages = value.messages if isinstance(value, Chat) else [value] if isinstance(value, dict) else value
+    return "\n".join(_turn(message) for message in messages)
+
+
+def _turn(message: dict[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    return f"{message['role']}: {content_text(message)}" + (json.dumps(calls, sort_keys=True) if calls else "")
