@@ -131,8 +131,8 @@ def split(arguments: argparse.Namespace) -> None:
 def clean_parser() -> Parser:
     parser = _parser(
         "clean",
-        "Writes the usable rows: without duplicates and pairs of equal responses, in Unicode NFC, with the line end \\n "
-        "in texts, without control characters. Says how many rows were dropped, by reason.",
+        "Writes the usable rows: no duplicates, no pairs of equal responses, texts in Unicode NFC with \\n as line "
+        "end and without control characters. Says how many rows were dropped, by reason.",
     )
     _add_source(parser)
     _add_out(parser)

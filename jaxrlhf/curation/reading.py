@@ -81,7 +81,7 @@ def parse_fields(path: str, settings: Sequence[str]) -> Fields:
 
 
 def open_source(path: str, kind: str | None = None, settings: Sequence[str] = (), skip: Skip | None = None) -> Source:
-    """Opens a file. `kind` is one of `KINDS`; None means the kind whose fields most of the first rows have.
+    """Opens a file. `kind` is one of `KINDS`; None means that the fields of the first rows decide.
 
     `skip` receives the errors of lines that hold no row. Raises UserError if the file cannot be read, if it has no
     rows, or if its rows have the fields of no kind.
@@ -97,7 +97,7 @@ def open_source(path: str, kind: str | None = None, settings: Sequence[str] = ()
 
 
 def _kind_of(rows: Sequence[Row], fields: Fields) -> str:
-    """Returns the kind whose fields most rows have. If two kinds have as many rows, the first in this order."""
+    """Returns the first kind in this order whose fields half of the rows have, else the kind that most rows have."""
     prompt, text, label = fields.prompt_field, fields.text_field, fields.label_field
     needed = {
         "preferences": [{fields.chosen_field, fields.rejected_field}],
@@ -109,7 +109,7 @@ def _kind_of(rows: Sequence[Row], fields: Fields) -> str:
     }
     present = [{name for name in row.values if has_field(row, name)} for row in rows]
     counts = {kind: sum(any(form <= names for form in forms) for names in present) for kind, forms in needed.items()}
-    best = max(counts, key=counts.__getitem__)  # of equals the first
+    best = next((kind for kind, count in counts.items() if 2 * count >= len(rows)), max(counts, key=counts.get))
     if not counts[best]:
         raise UserError(
             f"{rows[0].where}: the row has the fields of no kind of data; its fields are: "

@@ -130,7 +130,7 @@ BROKEN = {
     "one_word.jsonl": (jsonl(_copied(D(), lambda row: row | {"prompt": one_word(row["prompt"], 0)})), "near_duplicate", 1, ":41: nearly as one_word.jsonl:11"),
     "equal_sides.jsonl": (jsonl(_with(P(), chosen="yes", rejected=" yes")), "same_responses", 1, ":41"),
     "opposite.jsonl": (jsonl(_copied(P(), lambda row: row | {"chosen": row["rejected"], "rejected": row["chosen"]})), "conflicting_preferences", 1, ":41: the opposite of opposite.jsonl:11"),
-    "two_labels.jsonl": (jsonl(_copied(C(), lambda row: {"text": row["text"]})), "conflicting_labels", 1, ":41: 'bad'"),
+    "two_labels.jsonl": (jsonl(_copied(C(), lambda row: row | {"label": "good"})), "conflicting_labels", 1, ":41: 'good', but 'bad' in two_labels.jsonl:11"),
     "label_case.jsonl": (jsonl([row | ({"label": "Good "} if i in (0, 3, 6) else {}) for i, row in enumerate(C())]), "label_spelling", 1, "labels 'Good ', 'good'"),
     "one_label.jsonl": (jsonl([row | {"label": "good"} for row in C()]), "label_balance", 1, "label 'good': 60 of 60 rows"),
     "rare_label.jsonl": (jsonl(_with(C(), label="odd")), "label_balance", 1, "label 'odd': 1 of 60 rows"),

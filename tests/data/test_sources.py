@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf.config import SourceConfig
 from jaxrlhf.data import hub
-from jaxrlhf.data.sources import LoadReport, Row, read_rows
+from jaxrlhf.data.sources import LoadReport, Row, read_rows, stream_rows
 from jaxrlhf.errors import UserError
 
 ROWS = [{"prompt": f"p{i} ä\u2028", "chosen": "yes", "score": i} for i in range(5)]
@@ -66,6 +66,22 @@ def test_json_forms_give_the_same_rows(write, name, data):
     assert [row.values for row in read(path)] == ROWS
     assert [row.values for row in read(path, limit=2)] == ROWS[:2]
     assert len(read(path, limit=99)) == len(ROWS)
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.TSV", "\t"), ("a.tsv.gz", "\t")])
+def test_a_table_has_texts_and_nulls(write, name, separator):
+    cells = [["a", "b"], ['"x ""y""\nz"', ""], ["", "2"]]
+    data = ("\ufeff" + "".join(separator.join(row) + "\r\n" for row in cells)).encode()
+    path = write(name, gzip.compress(data) if name.endswith(".gz") else data)
+    rows = read(path)
+    assert [row.values for row in rows] == [{"a": 'x "y"\nz', "b": None}, {"a": None, "b": "2"}]
+    assert [row.where for row in rows] == [f"{path}:2", f"{path}:4"]
+
+
+def test_rows_after_a_line_without_a_row_can_be_read(write):
+    path, errors = write("a.jsonl", '{"a": 1}\n{"a"\n[]\n{"a": 2}\n'), []
+    assert [row.values for row in stream_rows(SourceConfig(path=path), errors.append)] == [{"a": 1}, {"a": 2}]
+    assert [str(error).split(": ")[0] for error in errors] == [f"{path}:2", f"{path}:3"]
 
 
 def test_blank_lines_are_skipped_and_counted(write):
@@ -220,7 +236,12 @@ def test_builtin_sets(monkeypatch):
         ("a.parquet", "not parquet", ("the file cannot be read as Parquet",)),
         ("a.jsonl.gz", "not gzip", ("cannot be read",)),
         ("a.jsonl.gz", ZIPPED[:-9], ("cannot be read",)),
-        ("a.csv", "a,b", ("is no known format", ".jsonl")),
+        ("a.txt", "a,b", ("is no known format", ".jsonl")),
+        ("a.csv", "a,b\n", ("has no rows",)),
+        ("a.csv", "a,a\n1,2\n", (":1: the header must give each column a name of its own",)),
+        ("a.csv", 'a,b\n"1\n2",3\n4\n', (":4: the row has 1 cells, but the header has 2",)),
+        ("a.csv", 'a,b\n1,"2\n', (":2: not CSV",)),
+        ("a.csv", b"a,b\n1,\xe4\n", (":2: not UTF-8", "0xe4")),
     ],
 )
 def test_broken_files(write, name, data, parts):
