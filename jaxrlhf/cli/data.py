@@ -166,6 +166,85 @@ def clean(arguments: argparse.Namespace) -> None:
     print(printable(str(result)))
 
 
+def augment_parser() -> Parser:
+    parser = _parser(
+        "augment",
+        "Writes each row and changed copies of it. The prompt changes; of a chat its last turn of the user; of other "
+        "rows the text. split --group source keeps a row and its copies together.",
+    )
+    _add_source(parser)
+    _add_out(parser)
+    _add_seed(parser)
+    add = parser.add_argument
+    add("--copies", type=whole(1, 1000), default=1, metavar="N", help="copies per row (default: 1)")
+    column = "column that names the row from which a copy was made; a value that is there stays (default: source)"
+    add("--column", type=text, default="source", metavar="COLUMN", help=column)
+    add("--dropout", type=finite, default=0.0, metavar="P", help="share of words that are left out")
+    add("--swap", type=finite, default=0.0, metavar="P", help="share of words that change places with the next word")
+    synonyms = "file of synonyms; a line holds words with the same meaning, separated by commas"
+    add("--synonyms", type=path, metavar="FILE", help=synonyms)
+    share = "share of the words with synonyms that are replaced (default: 0.2)"
+    add("--synonym-share", type=finite, default=0.2, metavar="P", help=share)
+    template = "jinja template around the text, such as 'Q: {{ text }}'; of several, each copy has a random one"
+    add("--template", type=text, action="append", default=[], metavar="TEXT", help=template)
+    add("--rewrite", choices=("paraphrase", "translate"), help="have a model write the text anew, or there and back")
+    add("--language", type=text, default="German", help="with --rewrite translate, the language between (German)")
+    add("--server", type=text, metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    add("--model", type=model_path, metavar="NAME", help="the server's model; without --server a folder or hub id")
+    add("--token-env", type=text, metavar="NAME", help="environment variable with the server's token")
+    add("--temperature", type=finite, default=1.0, help="of the model (default: 1.0)")
+    add("--max-new-tokens", type=whole(1), default=512, help="of the model, per text (default: 512)")
+    return parser
+
+
+def augment(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.curation.augment import Methods, augment, compiled_template, read_synonyms
+
+    for name in ("dropout", "swap", "synonym_share"):
+        if not 0 <= getattr(arguments, name) < 1 + (name == "synonym_share"):
+            raise UserError(f"--{name.replace('_', '-')}: must be a share from 0 to 1, not {getattr(arguments, name)}")
+    methods = Methods(
+        rewrite=_rewrite(arguments),
+        rewrite_at_once=arguments.rewrite is not None and arguments.server is None,
+        synonyms=None if arguments.synonyms is None else read_synonyms(arguments.synonyms),
+        synonym_share=arguments.synonym_share,
+        swap=arguments.swap,
+        dropout=arguments.dropout,
+        templates=[compiled_template(template) for template in arguments.template],
+    )
+    if not (methods.rewrite or methods.synonyms or methods.swap or methods.dropout or methods.templates):
+        raise UserError("give --dropout, --swap, --synonyms, --template or --rewrite, which say what changes")
+    rows, copies = augment(
+        arguments.file,
+        arguments.out,
+        methods,
+        copies=arguments.copies,
+        column=arguments.column,
+        seed=arguments.seed,
+        kind=arguments.kind,
+        settings=arguments.settings,
+        overwrite=arguments.overwrite,
+    )
+    print(printable(f"{arguments.out}: {rows:,} rows and {copies:,} changed copies"))
+
+
+def _rewrite(arguments: argparse.Namespace):
+    if arguments.rewrite is None:
+        return None
+    from jaxrlhf.curation import rewriting
+
+    if arguments.model is None:
+        raise UserError("--rewrite: needs --model, a folder, a hub id, or with --server the server's name of it")
+    sampling = {"temperature": arguments.temperature, "max_tokens": arguments.max_new_tokens}
+    if arguments.server is None:
+        ask = rewriting.LocalModel(arguments.model, **sampling)
+    else:
+        ask = rewriting.ChatServer(arguments.server, arguments.model, token_env=arguments.token_env, **sampling)
+    if arguments.rewrite == "paraphrase":
+        return rewriting.paraphrase(ask)
+    return rewriting.back_translation(ask, arguments.language)
+
+
 def convert_parser() -> Parser:
     parser = _parser("convert", "Writes the rows of another project's format as JSON Lines that the stages read.")
     parser.add_argument("file", type=model_path, metavar="FILE", help="file, folder, or hub id")
@@ -204,6 +283,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "check": check_parser,
     "split": split_parser,
     "clean": clean_parser,
+    "augment": augment_parser,
     "convert": convert_parser,
 }
 

@@ -9,20 +9,21 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from jaxrlhf.config import DemonstrationsConfig, PreferencesConfig, PromptsConfig
+from jaxrlhf.config.data import DemonstrationsSourceConfig, PreferencesSourceConfig, PromptsSourceConfig
 from jaxrlhf.config.reading import parse_yaml
 from jaxrlhf.curation.similarity import digest
 from jaxrlhf.data import preferences, prompts, sft
 from jaxrlhf.data.chats import Chat, Prompt, Response, content_text
 from jaxrlhf.data.fields import has_field, number_field, text_field
 from jaxrlhf.data.sources import Row, Skip, describe, stream_rows
+from jaxrlhf.data.templates import from_template
 from jaxrlhf.errors import UserError, short
 
 HEAD = 200  # rows that decide about the kind
 _IS_ID = re.compile(r"(.*_)?(id|idx|index|uid|uuid|source)", re.IGNORECASE)
 
 
-class Fields(DemonstrationsConfig, PreferencesConfig, PromptsConfig):
+class Fields(DemonstrationsSourceConfig, PreferencesSourceConfig, PromptsSourceConfig):
     """A source of any kind: the names of all fields that a stage reads, and of the label."""
 
     label_field: str = Field("label", description="column with the class of a text: text or a number")
@@ -88,12 +89,20 @@ def open_source(path: str, kind: str | None = None, settings: Sequence[str] = ()
     """
     fields = parse_fields(path, settings)
     stream = stream_rows(fields, skip)
+    if fields.template or fields.messages_template or fields.response_template:  # these need all rows
+        stream = iter(from_template(list(stream), fields, drop=True))
     head = list(itertools.islice(stream, HEAD))
     if not head:
         raise UserError(f"{path}: the file has no rows; it must have at least one")
     kind = kind or _kind_of(head, fields)
     reader = KINDS[kind](fields, head)
-    return Source(path, kind, fields, itertools.chain(head, stream), lambda row: reader(row, fields))
+
+    def read(row: Row) -> Content:
+        if row.fault is not None:
+            raise UserError(row.fault)
+        return reader(row, fields)
+
+    return Source(path, kind, fields, itertools.chain(head, stream), read)
 
 
 def _kind_of(rows: Sequence[Row], fields: Fields) -> str:

@@ -63,6 +63,7 @@ class Sketches:
         self._hashes: list[np.ndarray] = []  # u32[n] of each row
         self._sides: list[tuple[int, ...]] = []  # hash of each side's words
         self._numbers: list[int] = []
+        self._texts: list[int] = []  # hash of the row's texts as they are
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -78,17 +79,23 @@ class Sketches:
             parts.append(_sample(ids, side))
         self._hashes.append(np.concatenate(parts))
         self._sides.append(tuple(digests))
+        self._texts.append(digest(*sides))
         self._numbers.append(zlib.crc32(" ".join(sorted(numbers)).encode()))
 
     def truncate(self, count: int) -> None:
         """Removes all rows but the first `count`."""
-        del self._hashes[count:], self._sides[count:], self._numbers[count:]
+        del self._hashes[count:], self._sides[count:], self._numbers[count:], self._texts[count:]
 
-    def pairs(self, threshold: float = THRESHOLD) -> list[tuple[int, int]]:
-        """Returns pairs (i, j), i < j, of near-duplicates. Of a cluster, enough pairs to connect its rows."""
+    def pairs(self, threshold: float = THRESHOLD, equal: bool = False) -> list[tuple[int, int]]:
+        """Returns pairs (i, j), i < j, of near-duplicates. Of a cluster, enough pairs to connect its rows.
+
+        Pairs of equal texts are left out unless `equal` is set.
+        """
         kept = self._without_template()
         candidates = _equal([hash(sides) for sides in self._sides])
         candidates = set(itertools.chain(candidates, _candidates(kept)))
+        if not equal:
+            candidates = {(i, j) for i, j in candidates if self._texts[i] != self._texts[j]}
         return [pair for pair in sorted(candidates) if self._similar(kept, *pair, threshold)]
 
     def _without_template(self) -> list[np.ndarray]:

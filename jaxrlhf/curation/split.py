@@ -1,8 +1,9 @@
 """Splits a data file into parts, such as training, validation and test. This is the command `jaxrlhf data split`.
 
 The file is read twice: once to decide, once to write. Rows of a group go to one part. Groups are placed one after the
-other, the largest first, each into the part that lacks its labels most (iterative stratification, Sechidis et al.
-2011). Groups of one size are shuffled with the seed. The same seed writes the same files byte for byte.
+other, the largest first and rare labels first, each into the part that lacks its labels most (iterative
+stratification, Sechidis et al. 2011). What a part lacks of a finished label is carried over to the next, so that many
+rare labels do not all end in the largest part. Groups of one size are shuffled with the seed.
 """
 
 import contextlib
@@ -74,7 +75,8 @@ def split(
         if source is not None:
             sketches.add(source.read(row).subject)
     pairs = [(groups[number], number) for number in range(len(groups))]
-    placed = place(labels, clusters(len(groups), [*pairs, *sketches.pairs(similarity)]), list(parts.values()), seed)
+    joined = clusters(len(groups), [*pairs, *sketches.pairs(similarity, equal=True)])
+    placed = place(labels, joined, list(parts.values()), seed)
     names = list(parts)
     counts = [Counter(label for label, part in zip(labels, placed) if part == i) for i in range(len(names))]
     for name, count in zip(names, counts):
@@ -100,23 +102,31 @@ def place(labels: Sequence[str], groups: Sequence[int], shares: Sequence[float],
     order = list(members)
     random.Random(seed).shuffle(order)
     totals = Counter(labels)
-    order.sort(key=lambda first: (-len(members[first]), min(totals[labels[row]] for row in members[first])))
+
+    def rarest(first: int) -> tuple[int, str]:
+        return min((totals[labels[row]], labels[row]) for row in members[first])
+
+    order.sort(key=lambda first: (-len(members[first]), rarest(first)))
     lacking = {label: [share * total for share in shares] for label, total in totals.items()}
-    room = [share * len(labels) for share in shares]
+    left = Counter(labels)
+    carried = [0.0] * len(shares)  # rows that a part lacks of the labels that have all been placed
     placed = [0] * len(labels)
     for first in order:
         content = Counter(labels[row] for row in members[first])
 
-        def want(part: int, content: Counter = content) -> tuple[float, float]:
+        def want(part: int, content: Counter = content, carried: list[float] = carried) -> float:
+            lacks = ((label, lacking[label][part] + carried[part]) for label in content)
             # Rounded: sums of binary fractions must not decide between parts that lack the same.
-            wanted = sum(count * lacking[label][part] / totals[label] for label, count in content.items())
-            return round(wanted, 9), round(room[part] / shares[part], 9)
+            return round(sum(content[label] * lack / totals[label] for label, lack in lacks), 9)
 
         best = max(range(len(shares)), key=want)
         for row in members[first]:
             placed[row] = best
-            lacking[labels[row]][best] -= 1
-            room[best] -= 1
+            label = labels[row]
+            lacking[label][best] -= 1
+            left[label] -= 1
+            if not left[label]:
+                carried = [carry + lack for carry, lack in zip(carried, lacking[label])]
     return placed
 
 

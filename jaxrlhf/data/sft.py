@@ -168,7 +168,7 @@ def form_of(config: DemonstrationsSourceConfig, rows: Sequence[Row]) -> Form:
     if "response_field" not in named:
         forms.append(((config.prompt_field, COMPLETION), {"prompt_field"}))
     readers = [(fields, keys, prompt_and(fields[1])) for fields, keys in forms]
-    readers += [((config.messages_field,), {"messages_field"}, readread_chat)]
+    readers += [((config.messages_field,), {"messages_field"}, read_chat)]
     readers += [((config.text_field,), {"text_field"}, read_text)]
     readers.sort(key=lambda form: not named.intersection(form[1]))
     counts = [sum(all(has_field(row, field) for field in fields) for row in rows) for fields, _, _ in readers]

@@ -57,23 +57,23 @@ def _templates(config: ChatSourceConfig) -> dict[str, Template]:
     """Returns the config's templates by the name of the field that they write."""
     templates: dict[str, Template] = {}
     if config.template is not None:
-        templates[config.prompt_field] = _compiled(config.template, f"{config.path}: template")
+        templates[config.prompt_field] = compiled(config.template, f"{config.path}: template")
     if config.messages_template is not None:
         templates[config.prompt_field] = _messages(config.messages_template, f"{config.path}: messages_template")
     if isinstance(config, DemonstrationsSourceConfig) and config.response_template is not None:
-        templates[config.response_field] = _compiled(config.response_template, f"{config.path}: response_template")
+        templates[config.response_field] = compiled(config.response_template, f"{config.path}: response_template")
     return templates
 
 
 def _messages(messages: Sequence[dict[str, str]], what: str) -> Template:
     renders = [
-        (message["role"], _compiled(message["content"], f"{what}, message {number}"))
+        (message["role"], compiled(message["content"], f"{what}, message {number}"))
         for number, message in enumerate(messages, 1)
     ]
     return lambda columns: [{"role": role, "content": render(columns)} for role, render in renders]
 
 
-def _compiled(template: str, what: str) -> Template:
+def compiled(template: str, what: str) -> Template:
     from jinja2 import TemplateSyntaxError
 
     try:
