@@ -19,6 +19,14 @@ def _parser(name: str, description: str) -> Parser:
     return parser
 
 
+def _share(value: str) -> float:
+    """Returns a number from 0 to 1."""
+    number = finite(value)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, not {value[:40]}")
+    return number
+
+
 def _add_source(parser: Parser) -> None:
     add = parser.add_argument
     add("file", type=model_path, metavar="FILE", help="JSON, JSON Lines, CSV or Parquet, a folder, or a hub id")
@@ -29,7 +37,7 @@ def _add_source(parser: Parser) -> None:
 
 def _add_similarity(parser: Parser) -> None:
     similarity = "share of word triples, from 0 to 1, from which on two texts are near-duplicates (default: 0.8)"
-    parser.add_argument("--similarity", type=finite, default=0.8, metavar="S", help=similarity)
+    parser.add_argument("--similarity", type=_share, default=0.8, metavar="S", help=similarity)
 
 
 def _add_out(parser: Parser, what: str = "FILE", about: str = "the file to write, as JSON Lines") -> None:
@@ -74,7 +82,7 @@ def check(arguments: argparse.Namespace) -> None:
     shown = json.dumps(report.as_json(), ensure_ascii=ascii_only(), indent=1) if arguments.json else str(report)
     print(printable(shown), flush=True)
     if report.faults:
-        raise Fault(f"{arguments.file}: {len(report.faults)} kinds of faults")
+        raise Fault(f"{arguments.file}: faults found: {', '.join(report.faults)}")
 
 
 def _tokenizer(folder: str | None):
@@ -179,12 +187,12 @@ def augment_parser() -> Parser:
     add("--copies", type=whole(1, 1000), default=1, metavar="N", help="copies per row (default: 1)")
     column = "column that names the row from which a copy was made; a value that is there stays (default: source)"
     add("--column", type=text, default="source", metavar="COLUMN", help=column)
-    add("--dropout", type=finite, default=0.0, metavar="P", help="share of words that are left out")
-    add("--swap", type=finite, default=0.0, metavar="P", help="share of words that change places with the next word")
+    add("--dropout", type=_share, default=0.0, metavar="P", help="share of words that are left out")
+    add("--swap", type=_share, default=0.0, metavar="P", help="share of words that change places with the next word")
     synonyms = "file of synonyms; a line holds words with the same meaning, separated by commas"
     add("--synonyms", type=path, metavar="FILE", help=synonyms)
     share = "share of the words with synonyms that are replaced (default: 0.2)"
-    add("--synonym-share", type=finite, default=0.2, metavar="P", help=share)
+    add("--synonym-share", type=_share, default=0.2, metavar="P", help=share)
     template = "jinja template around the text, such as 'Q: {{ text }}'; of several, each copy has a random one"
     add("--template", type=text, action="append", default=[], metavar="TEXT", help=template)
     add("--rewrite", choices=("paraphrase", "translate"), help="have a model write the text anew, or there and back")
@@ -200,9 +208,6 @@ def augment_parser() -> Parser:
 def augment(arguments: argparse.Namespace) -> None:
     from jaxrlhf.curation.augment import Methods, augment, compiled_template, read_synonyms
 
-    for name in ("dropout", "swap", "synonym_share"):
-        if not 0 <= getattr(arguments, name) < 1 + (name == "synonym_share"):
-            raise UserError(f"--{name.replace('_', '-')}: must be a share from 0 to 1, not {getattr(arguments, name)}")
     methods = Methods(
         rewrite=_rewrite(arguments),
         rewrite_at_once=arguments.rewrite is not None and arguments.server is None,
@@ -294,8 +299,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         return PARSERS[name]().parse_intermixed_args(rest)
     parser = Parser(
         prog="jaxrlhf data",
-        usage=f"jaxrlhf data {'|'.join(PARSERS)} FILE ...",
-        description="Looks at data files and prepares them. jaxrlhf data COMMAND --help lists the options of each.",
+        usage="jaxrlhf data COMMAND FILE ...",
+        description="Checks data files and prepares them. jaxrlhf data COMMAND --help lists the options of a command.",
+        epilog="check: faulty rows, duplicates, leaks, labels. split: training, validation and test files. clean: drops "
+        "faulty rows and odd characters. augment: adds changed copies of rows. convert: reads other formats.",
     )
     parser.add_argument("command", choices=PARSERS)
     return parser.parse_args([name])

@@ -17,7 +17,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=text, metavar="TEXT", action="append", help="a prompt; may be repeated")
     source.add_argument(
-        "--prompts", type=model_path, metavar="FILE", help="file of prompts: JSON, JSON Lines or Parquet"
+        "--prompts", type=model_path, metavar="FILE", help="file of prompts: JSON, JSON Lines, CSV or Parquet"
     )
     parser.add_argument(
         "--prompt-field", type=text, help="column of --prompts with the prompts (default: prompt, messages or text)"

@@ -20,7 +20,7 @@ _ANY = re.compile("|".join(pattern.pattern for pattern in PATTERNS.values()))
 
 def odd_characters(text: str) -> list[tuple[str, str]]:
     """Returns (code, the first such character) for each entry of `PATTERNS` that the text contains."""
-    if not _ANY.search(text):
+    if not (_CONTROL if text.isascii() else _ANY).search(text):
         return []
     found = ((code, pattern.search(text)) for code, pattern in PATTERNS.items())
     return [(code, match[0].encode("unicode_escape").decode()) for code, match in found if match]

@@ -148,7 +148,7 @@ def check(
         rows.add(row, content)
     for error in unreadable:
         report.rows += 1
-        report.add("unreadable", os.path.basename(str(error).split("; ")[0]))
+        report.add("unreadable", str(error).split("; ")[0].removeprefix(os.path.join(os.path.dirname(path), "")))
     lengths.finish()
     rows.finish(similarity)
     for other in against:
@@ -197,10 +197,9 @@ class _Rows:
         if len(content.responses) == 2:
             self._pair(number, content)
         self._label(number, content)
-        subject = digest(content.subject.strip())
-        if subject not in self.prompts:
-            self.prompts[subject] = number
-            if self.prompt_sketches is not None:
+        if self.prompt_sketches is not None:
+            first = self.prompts.setdefault(digest(content.subject.strip()), number)
+            if first == number:
                 self.prompt_sketches.add(content.subject)
                 self.prompt_rows.append(number)
 
@@ -238,7 +237,7 @@ class _Rows:
             for number in self.unprompted:
                 report.add("empty_prompt", self.places[number])
         seen = set()
-        for i, j in self.sketches.pairs(similarity):
+        for j, i in sorted((j, i) for i, j in self.sketches.pairs(similarity)):
             if j not in seen:
                 seen.add(j)
                 one, other = self.places[self.sketched[i]], self.places[self.sketched[j]]
@@ -252,7 +251,8 @@ class _Rows:
 
     def _balance(self) -> None:
         report, total = self.report, self.labels.total()
-        report.labels = {str(label): count for (label, _), count in self.labels.most_common()}
+        for (label, _), count in self.labels.most_common():
+            report.labels[str(label)] = report.labels.get(str(label), 0) + count
         spellings: dict[str, list[Any]] = {}
         for label, _ in self.labels:
             spellings.setdefault(" ".join(str(label).casefold().split()), []).append(label)

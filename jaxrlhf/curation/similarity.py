@@ -101,9 +101,14 @@ class Sketches:
     def _without_template(self) -> list[np.ndarray]:
         if not self._hashes:
             return []
-        values, counts = np.unique(np.concatenate(self._hashes), return_counts=True)
+        whole = np.concatenate(self._hashes)
+        values, counts = np.unique(whole, return_counts=True)
         template = values[counts > max(TEMPLATE_ROWS, len(self) // 10_000)]
-        return [row[~np.isin(row, template, kind="sort")] for row in self._hashes] if len(template) else self._hashes
+        if not len(template):
+            return self._hashes
+        own = template[np.minimum(np.searchsorted(template, whole), len(template) - 1)] != whole
+        ends = np.cumsum([len(row) for row in self._hashes]).tolist()
+        return [row[own[end - len(row) : end]] for row, end in zip(self._hashes, ends)]
 
     def _similar(self, kept: Sequence[np.ndarray], i: int, j: int, threshold: float) -> bool:
         if self._numbers[i] != self._numbers[j] or len(self._sides[i]) != len(self._sides[j]):
@@ -140,8 +145,11 @@ def _sample(ids: np.ndarray, side: int) -> np.ndarray:
     """Returns the smallest hashes of a side's word triples, u32[at most SAMPLE], sorted and each once."""
     if len(ids) < 3:
         return np.zeros(0, np.uint32)
-    mixed = _mix(_mix(_mix(ids[:-2]) + ids[1:-1]) + ids[2:])
-    return np.unique(mixed // SIDES * SIDES + np.uint32(side))[:SAMPLE]
+    hashes = _mix(_mix(_mix(ids[:-2]) + ids[1:-1]) + ids[2:])
+    hashes &= np.uint32(2**32 - SIDES)
+    hashes |= np.uint32(side)
+    hashes.sort()
+    return hashes[np.concatenate([[True], hashes[1:] != hashes[:-1]])][:SAMPLE]
 
 
 def _mix(x: np.ndarray, seed: int = 0x9E3779B1) -> np.ndarray:

@@ -7,7 +7,10 @@ import pytest
 from broken import BROKEN, CLEAN, classification, demonstrations, jsonl, one_word, preferences
 
 from jaxrlhf.__main__ import main
+from jaxrlhf.cli import data
 from jaxrlhf.curation.check import FAULTS, check
+from jaxrlhf.curation.convert import FORMATS
+from jaxrlhf.curation.reading import KINDS
 from jaxrlhf.data.tokenizers import load_tokenizer
 from jaxrlhf.errors import UserError
 
@@ -25,8 +28,8 @@ def test_nothing_is_found_in_a_clean_file(tmp_path, name):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_planted_fault_is_found_and_no_other(tmp_path, name):
-    data, code, rows, place = BROKEN[name]
-    (tmp_path / name).write_bytes(data)
+    content, code, rows, place = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
     report = check(str(tmp_path / name))
     assert list(report.faults) == [code], str(report)
     assert report.faults[code].rows == rows and place in report.faults[code].first[0], str(report)
@@ -97,6 +100,10 @@ def test_the_command_says_it_by_its_exit_status(tmp_path, monkeypatch, capsys):
         assert main(["data", *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_the_command_offers_every_kind_and_format():
+    assert set(data.KINDS) == set(KINDS) and set(data.FORMATS) == set(FORMATS)
 
 
 def test_a_row_of_no_kind_is_refused(tmp_path):
