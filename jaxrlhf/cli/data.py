@@ -300,7 +300,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="jaxrlhf data",
         usage="jaxrlhf data COMMAND FILE ...",
-        description="Checks data files and prepares them. jaxrlhf data COMMAND --help lists the options of a command.",
+        description="Checks data files and prepares them. jaxrlhf data COMMAND --help lists the options.",
         epilog="check: faulty rows, duplicates, leaks, labels. split: training, validation and test files. clean: drops "
         "faulty rows and odd characters. augment: adds changed copies of rows. convert: reads other formats.",
     )
