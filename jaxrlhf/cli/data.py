@@ -301,8 +301,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="jaxrlhf data",
         usage="jaxrlhf data COMMAND FILE ...",
         description="Checks data files and prepares them. jaxrlhf data COMMAND --help lists the options.",
-        epilog="check: faulty rows, duplicates, leaks, labels. split: training, validation and test files. clean: drops "
-        "faulty rows and odd characters. augment: adds changed copies of rows. convert: reads other formats.",
+        epilog="check: faulty rows, duplicates, leaks, labels. split: training, validation and test files. clean: "
+        "drops faulty rows and odd characters. augment: adds changed copies of rows. convert: reads other formats.",
     )
     parser.add_argument("command", choices=PARSERS)
     return parser.parse_args([name])
