@@ -149,6 +149,7 @@ def test_a_server_that_fails_leaves_no_file(tmp_path, server):
         ChatServer("localhost:8000", "m")
 
 
+@pytest.mark.slow
 def test_a_local_model_writes_paraphrases(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_bytes(jsonl(demonstrations(3)))
