@@ -68,7 +68,7 @@ def moved(width: int, kind: str, configs: list[PPOConfig]) -> list[tuple[float, 
     generator = np.random.default_rng(0)
     tokens = jnp.asarray(generator.integers(1, VOCABULARY, (ROWS, PROMPT)), jnp.int32)
     prompts = Prompts(tokens, jnp.ones((ROWS, PROMPT), bool))
-    sampling = Sampling(max_new_tokens=ANSWER, stop_tokens=(), max_compactions=0)
+    sampling = Sampling(max_new_tokens=ANSWER, stop_tokens=())
     sampled = jax.jit(rollout)(base, policy, prompts, jax.random.key(5), sampling)
     annotated, update, results = jax.jit(annotate), jax.jit(ppo_update), []
     before = annotated(base, policy, value, None, sampled)

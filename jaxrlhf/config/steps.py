@@ -44,7 +44,7 @@ class Sampling(Settings):
     stop_tokens: tuple[int, ...] | None = Field(None, strict=False, description="token ids that end a completion; null means the stop tokens of the model, the tokenizer and the chat template")
     pad_token: NonNegativeInt | None = Field(None, description="token id that fills rows after the end of a completion; null means the model's pad token")
     samples_per_prompt: PositiveInt = Field(1, description="completions per prompt (a group), sampled after one prefill")
-    max_compactions: Annotated[int, Field(ge=0, le=31)] = Field(4, description="how often the active batch may be halved in decoding; it is halved when half of its rows have finished; each size needs one more compiled decode loop; 0 disables halving", json_schema_extra=ROUNDING)
+    slots: PositiveInt | None = Field(None, description="number of completions that decode at the same time, on all devices together; a completion that ends is replaced by the next one, so the memory of the caches does not grow with the batch; null decodes the whole batch at the same time", json_schema_extra=ROUNDING)
 
 
 class LearningRates(NamedTuple):

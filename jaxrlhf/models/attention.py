@@ -42,13 +42,13 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
     return jnp.tril(jnp.ones((T, T), bool))[None] & same_BTT & real_B1T
 
 
-def within_window(mask_BTS: jax.Array, window: int, at: jax.Array | int = 0) -> jax.Array:
-    """Removes from the mask all keys that are `window` or more slots before the query. Query t is in slot at + t.
+def within_window(mask_BTT: jax.Array, window: int) -> jax.Array:
+    """Removes from the mask all keys that are `window` or more positions before the query.
 
-    The real tokens of a row or segment are contiguous, so a distance in slots is also a distance in positions.
+    The real tokens of a row or segment are contiguous, so a distance in columns is also a distance in positions.
     """
-    T, S = mask_BTS.shape[1:]
-    return mask_BTS & (at + jnp.arange(T)[:, None] - jnp.arange(S) < window)
+    T = mask_BTT.shape[1]
+    return mask_BTT & (jnp.arange(T)[:, None] - jnp.arange(T) < window)
 
 
 class RotaryTables(NamedTuple):

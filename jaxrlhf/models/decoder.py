@@ -4,14 +4,13 @@
 the decode loop need not slice them. The code here does not sample, does not train, and does not know the role of the
 model (policy, value, reward or reference). The adapter that `adapters.bind` attaches gives the model its role.
 
-Sizes: B rows, T positions, S cache positions, D the hidden size, V the vocabulary size, N query heads, K key-value
+Sizes: B rows, T positions, S columns of a cache, D the hidden size, V the vocabulary size, N query heads, K key-value
 heads, and H the head dimension.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from jaxrlhf.models.attention import (
     rotate,
     within_window,
 )
+from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
 from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.norms import NORMS
@@ -44,28 +44,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-class LayerCache(NamedTuple):
-    """The rotated keys and the values of one layer. Each head is contiguous, because decoding reads head by head."""
-
-    k: jax.Array  # [B,K,H,S]
-    v: jax.Array  # [B,K,S,H]
-
-    def with_new(self, new: "LayerCache", at: jax.Array) -> "LayerCache":
-        """Returns the cache with the T new positions written to the slots from `at` on."""
-        return LayerCache(
-            jax.lax.dynamic_update_slice_in_dim(self.k, new.k.astype(self.k.dtype), at, axis=3),
-            jax.lax.dynamic_update_slice_in_dim(self.v, new.v.astype(self.v.dtype), at, axis=2),
-        )
-
-    def with_room(self, copies: int, slots: int) -> "LayerCache":
-        """Returns a larger cache: each row is repeated `copies` times and gets `slots` empty slots at its end."""
-        k, v = (jnp.repeat(x, copies, axis=0) for x in self)
-        return LayerCache(jnp.pad(k, ((0, 0),) * 3 + ((0, slots),)), jnp.pad(v, ((0, 0),) * 2 + ((0, slots), (0, 0))))
-
-
-Cache = list[LayerCache]
 
 
 class Embedding(nnx.Module):
@@ -89,7 +67,15 @@ class Attention(nnx.Module):
         self.k_norm = nnx.data(norm_sizes and make.norm(norm_sizes[1]))
         self.config, self.kind = config, kind
 
-    def __call__(self, x_BTD, rotary: RotaryTables | None, mask_BTS, cache: LayerCache | None, at, first: int):
+    def __call__(
+        self,
+        x_BTD,
+        rotary: RotaryTables | None,
+        mask_BTS,
+        cache: LayerCache | None,
+        index: CacheIndex | None,
+        first: int,
+    ):
         config = self.config
         if self.qkv_proj is None:
             projected = self.q_proj(x_BTD[:, first:]), self.k_proj(x_BTD), self.v_proj(x_BTD)
@@ -103,7 +89,7 @@ class Attention(nnx.Module):
             k_BTKH = rotate(k_BTKH, rotary)
         fresh = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
         run = attend_causal if cache is None else attend
-        cache = fresh if cache is None else cache.with_new(fresh, at)
+        cache = fresh if cache is None else cache.with_newest(fresh, index.column)
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
         out_BTNH = run(q_BTNH, cache.k, cache.v, mask_BTS[:, first:], scale, config.attention_softcap, config.target)
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
@@ -142,9 +128,17 @@ class Block(nnx.Module):
         self.mlp_post_norm = nnx.data(make.norm(size) if post else None)
         self.parallel = config.parallel_residual
 
-    def __call__(self, x_BTD, rotary: RotaryTables | None, mask_BTS, cache: LayerCache | None, at, first: int):
+    def __call__(
+        self,
+        x_BTD,
+        rotary: RotaryTables | None,
+        mask_BTS,
+        cache: LayerCache | None,
+        index: CacheIndex | None,
+        first: int,
+    ):
         """Returns (hidden states [B,T-first,D], cache). The hidden states start at position `first`."""
-        attended, cache = self.attention(_normed(self.attention_norm, x_BTD), rotary, mask_BTS, cache, at, first)
+        attended, cache = self.attention(_normed(self.attention_norm, x_BTD), rotary, mask_BTS, cache, index, first)
         x_BTD = x_BTD[:, first:]
         middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
         read_BTD = x_BTD if self.parallel else middle_BTD
@@ -195,52 +189,67 @@ class Decoder(nnx.Module):
         self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: str = "none", first: int = 0
     ) -> jax.Array:
         """Returns the hidden states [B,T-first,D] after the final norm, from position `first` on. Uses no cache."""
-        positions_BT, mask_BTT = positions_of(segments_BT), causal_mask(segments_BT)
-        return self.hidden(tokens_BT, positions_BT, mask_BTT, remat=remat, first=first)[0]
+        return self.hidden(tokens_BT, positions_of(segments_BT), causal_mask(segments_BT), remat, first)[0]
 
     @_in_own_precision
     def hidden(
         self,
         tokens_BT,
         positions_BT,
-        mask_BTS,
-        cache: Cache | None = None,
-        at=None,
+        mask_BTT,
         remat: str = "none",
         first: int = 0,
         slots: int | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Returns (hidden states [B,T-first,D] after the final norm, cache). The states start at position `first`.
+        """Returns (hidden states [B,T-first,D] of whole sequences after the final norm, their keys and values).
 
-        If `cache` is None, S = T, `mask_BTS` must be causal, and the returned cache holds the new keys and values. If
-        a cache is given, the new keys and values are written to the slots from `at` (i32[]) on, and S is the size of
-        the cache. The last layer skips the queries before `first`, because their outputs are not needed. `remat` is
-        "none" or a key of `REMAT`. `slots` is the final length of the rows; None means S. The final length selects the
-        factors of longrope.
+        The mask must be causal. The states start at position `first`. The last layer skips the queries before `first`,
+        because their outputs are not needed. `remat` is "none" or a key of `REMAT`. `slots` is the final length of the
+        rows; None means T. The final length selects the factors of longrope.
         """
+        windows = {kind.window for kind in self.config.layer_kinds}
+        masks = {w: mask_BTT if w is None else within_window(mask_BTT, w) for w in windows}
         run = Block.__call__
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT[remat], static_argnums=6)
-        # For whole sequences, weights are gathered, and activations stay on the devices of their rows. Decoding
-        # computes one token per row. Its activations are smaller than the weights, so the activations move to the
-        # shards of the weights.
-        axes = (BATCH_AXES,) if cache is None else ("data", None, "fsdp")
+        # Weights are gathered, and activations stay on the devices of their rows.
+        S = tokens_BT.shape[1] if slots is None else slots
+        return self._run(run, tokens_BT, positions_BT, masks, S, (BATCH_AXES,), first=first)
+
+    @_in_own_precision
+    def decode(self, tokens_B: jax.Array, cache: Cache, index: CacheIndex) -> tuple[jax.Array, Cache]:
+        """Returns (hidden states [B,1,D] after the newest token of each row, the cache with this token).
+
+        `index` says in which columns the keys and values of the newest tokens are written, and what each row sees.
+        """
+        S = cache[0].k.shape[3]
+        masks = {kind.window: index.visible(S, kind.window)[:, None] for kind in self.config.layer_kinds}
+        # Activations of one token per row are smaller than the weights, so they move to the shards of the weights.
+        axes = ("data", None, "fsdp")
+        tokens_B1, positions_B1 = tokens_B[:, None], index.positions[:, None]
+        return self._run(Block.__call__, tokens_B1, positions_B1, masks, S, axes, cache, index)
+
+    def _run(
+        self, run, tokens_BT, positions_BT, masks, length: int, axes: tuple, cache=None, index=None, first: int = 0
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the embedding, all blocks and the final norm. `masks` has the mask of each window.
+
+        All positions are below `length`. The activations are split over the mesh axes `axes`.
+        """
         x_BTD = constrain(self.embed_tokens(tokens_BT), "data", None, "fsdp")  # D is split as in the embedding
         x_BTD = constrain(x_BTD, *axes)
         if self.config.embedding_scale != 1:  # the scale is rounded to the model's dtype, as in pretraining
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.embed_positions is not None:
             x_BTD += self.embed_positions(positions_BT)
-        windows = {kind.window for kind in self.config.layer_kinds}
-        masks = {w: mask_BTS if w is None else within_window(mask_BTS, w, 0 if at is None else at) for w in windows}
-        ropes = {kind.rope for kind in self.config.layer_kinds} - {None}
-        S, H = mask_BTS.shape[2], self.config.head_dim
-        tables = {r: rotary_tables(positions_BT, S, *frequencies(r, H, S if slots is None else slots)) for r in ropes}
+        ropes, H = {kind.rope for kind in self.config.layer_kinds} - {None}, self.config.head_dim
+        tables = {r: rotary_tables(positions_BT, length, *frequencies(r, H, length)) for r in ropes}
         caches = []
-        for index, block in enumerate(self.layers):
-            kind, old_cache = self.config.layer_kind(index), None if cache is None else cache[index]
-            skipped = first if index == self.config.layers - 1 else 0
-            x_BTD, new_cache = run(block, x_BTD, tables.get(kind.rope), masks[kind.window], old_cache, at, skipped)
+        for number, block in enumerate(self.layers):
+            kind, old_cache = self.config.layer_kind(number), None if cache is None else cache[number]
+            skipped = first if number == self.config.layers - 1 else 0
+            rotary, mask = tables.get(kind.rope), masks[kind.window]
+            x_BTD, new_cache = run(block, x_BTD, rotary, mask, old_cache, index, skipped)
             x_BTD = constrain(x_BTD, *axes)
             caches.append(new_cache)
         return self.final_norm(x_BTD), caches

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,31 +25,33 @@ class Exchange:
     sent: float  # bytes that the device sends if the collective uses a ring
 
 
-def collectives_of(text: str, mesh: Mapping[str, int], unknown_trips: int) -> dict[str, Exchange]:
+def collectives_of(text: str, mesh: Mapping[str, int], unknown_trips: Sequence[float]) -> dict[str, Exchange]:
     """Returns the collectives of a compiled module, the largest first.
 
     A key is a kind with its mesh axes, such as "all-reduce over tensor". The body of a loop counts once per iteration.
-    If the text does not give the number of iterations, the body counts `unknown_trips` times. Each branch of a
-    conditional counts once.
+    If the text does not give the number of iterations, `unknown_trips` gives it: first for outer loops, then for loops
+    inside of them, and 1 for loops further inside. Each branch of a conditional counts once.
     """
     bodies = {name: (bool(entry), body.splitlines()) for entry, name, body in _COMPUTATION.findall(text)}
-    totals: dict[str, dict[str, np.ndarray]] = {}
+    totals: dict[tuple[str, int], dict[str, np.ndarray]] = {}
 
-    def count(name: str) -> dict[str, np.ndarray]:
-        if name not in totals:
-            total = totals[name] = collections.defaultdict(lambda: np.zeros(2))
+    def count(name: str, depth: int) -> dict[str, np.ndarray]:
+        """Counts in a computation inside of `depth` loops whose iterations the text does not give."""
+        if (name, depth) not in totals:
+            total = totals[name, depth] = collections.defaultdict(lambda: np.zeros(2))
             for line in bodies.get(name, (False, ()))[1]:
                 if (match := _COLLECTIVE.match(line)) and (exchange := _exchange(match, mesh)):
                     total[exchange[0]] += (1.0, exchange[1])
                 trips = _TRIPS.search(line)
-                times = (int(trips[1]) if trips else unknown_trips) if " while(" in line else 1
+                unknown = " while(" in line and not trips
+                times = float(trips[1]) if trips else (*unknown_trips[depth:], 1.0)[0] if unknown else 1.0
                 for inner in (*_CALLED.findall(line), *re.findall(r"[\w.\-]+", " ".join(_BRANCHES.findall(line)))):
-                    for key, counts in count(inner).items():
+                    for key, counts in count(inner, depth + unknown).items():
                         total[key] += times * counts
-        return totals[name]
+        return totals[name, depth]
 
     (entry,) = (name for name, (is_entry, _) in bodies.items() if is_entry)
-    return largest_first({key: Exchange(*map(float, counts)) for key, counts in count(entry).items()})
+    return largest_first({key: Exchange(*map(float, counts)) for key, counts in count(entry, 0).items()})
 
 
 def largest_first(exchanges: Mapping[str, Exchange]) -> dict[str, Exchange]:

@@ -119,13 +119,12 @@ def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = 
 def _at_full_length(config: RunConfig) -> RunConfig:
     """Returns the settings of the same run with completions of full length.
 
-    Decoding then never compacts the active batch, and the update does not cut rows to shorter buckets.
+    The update then does not cut rows to shorter buckets.
     """
     if config.ppo is None:
         return config
-    sampling = config.ppo.sampling.model_copy(update={"max_compactions": 0})
     update = config.ppo.update.model_copy(update={"buckets": 1})
-    ppo = config.ppo.model_copy(update={"sampling": sampling, "update": update})
+    ppo = config.ppo.model_copy(update={"update": update})
     return config.model_copy(update={"ppo": ppo})
 
 
@@ -189,7 +188,8 @@ class _StagePlanner:
         seconds = {"arithmetic": flops / rates.flops, "memory": read / rates.bytes, "links": links}
         section = getattr(config, self.stage)
         size = section.update.microbatch_size if self.stage == "ppo" else section.microbatch_size
-        whole = size is None or call.name in ("rollout", "greedy", "experience")
+        decodes_all = call.slots > 0 and self.shapes.config.ppo.sampling.slots is None
+        whole = decodes_all or (not call.slots and (size is None or call.name == "experience"))
         return ProgramPlan(
             name=call.name,
             calls=call.times,
@@ -231,16 +231,16 @@ class _StagePlanner:
 
 
 def cache_bytes(call: Call, shapes: Shapes) -> float:
-    """Returns the bytes per card of the keys and values of all positions.
+    """Returns the bytes per card of the keys and values of all positions of the rows that decode at the same time.
 
     A decode loop needs at least these bytes. For a program without a decode loop, the result is 0.
     """
-    if call.trips == 1:
+    if not call.slots:
         return 0.0
-    model, mesh, (rows, positions) = shapes.model, shapes.mesh.shape, call.result.tokens.shape
+    model, mesh, positions = shapes.model, shapes.mesh.shape, call.result.tokens.shape[1]
     heads = model.kv_heads / (mesh["tensor"] if model.kv_heads % mesh["tensor"] == 0 else 1)
     size = jnp.dtype(shapes.config.model.dtype).itemsize
-    return 2 * heads * model.head_dim * size * model.layers * rows * positions / shares_of(shapes.mesh)
+    return 2 * heads * model.head_dim * size * model.layers * call.slots * positions / shares_of(shapes.mesh)
 
 
 def links_seconds(sent: dict[str, float], mesh: dict[str, int], options: Options) -> float:

@@ -26,6 +26,7 @@ The smaller of the two numbers counts. Decoding with merged kernels reads no LoR
 """
 
 import dataclasses
+import heapq
 from collections.abc import Mapping
 from typing import Any
 
@@ -215,17 +216,21 @@ def _bytes(tree: Any) -> float:
 # ---------------------------------------------------------------- programs; `lengths` i[B] are the real tokens per row
 
 
-def rollout(base: Decoder, policy: Any, prompts: np.ndarray, completions: np.ndarray) -> Work:
-    """Returns the work of sampling, with one phase per token. `prompts` i[B] and `completions` i[B n] are lengths.
+def rollout(
+    base: Decoder, policy: Any, prompts: np.ndarray, completions: np.ndarray, slots: int | None = None
+) -> Work:
+    """Returns the work of sampling, with one phase per step. `prompts` i[B] and `completions` i[B n] are lengths.
 
-    The first phase reads each prompt once and samples the first tokens. Every other phase reads the newest token of the
-    active rows and samples the next token.
+    The first phase reads each prompt once and samples the first tokens. Every other phase is a decode step: it reads
+    the newest token of the active rows and samples the next token. If `slots` is not None, at most this number of rows
+    is active in a step.
     """
     role, group, prompt_tokens = Role(base, policy), len(completions) // len(prompts), prompts.sum()
     seen = role.seen(prompts, (prompts - 1, prompts))
     prefill = role.flops(prompt_tokens, seen, len(prompts), unread=prompt_tokens - len(prompts))
-    step = np.arange(1, max(int(completions.max()), 1))[:, None]
-    active = completions > step
+    starts = _starts(completions, slots)
+    step = np.arange(1, max(int((starts + completions).max()), 1))[:, None] - starts
+    active = (step > 0) & (completions > step)
     rows = active.sum(-1).astype(float)
     keys = role.seen_by_next(np.where(active, np.repeat(prompts, group) + step, 0))
     return Work(
@@ -235,6 +240,17 @@ def rollout(base: Decoder, policy: Any, prompts: np.ndarray, completions: np.nda
         float(completions.sum()),
         role.reduced(float(prompt_tokens + rows.sum())),
     )
+
+
+def _starts(completions: np.ndarray, slots: int | None) -> np.ndarray:
+    """Returns the number of decode steps before each row enters, i[rows]. Rows enter in order, into free slots."""
+    if slots is None or slots >= len(completions):
+        return np.zeros(len(completions), int)
+    free, starts = [0] * slots, []
+    for length in completions:
+        starts.append(heapq.heappop(free))
+        heapq.heappush(free, starts[-1] + int(length) - 1)
+    return np.array(starts)
 
 
 def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> Work:
@@ -309,8 +325,8 @@ def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config:
     """
     settings = None if config.ppo is None else config.ppo.update
     match name.split()[0], args:
-        case "rollout" | "greedy", (base, policy, prompts, *_):
-            return rollout(base, policy, _lengths(prompts.mask), _lengths(result.response_mask))
+        case "rollout" | "greedy", (base, policy, prompts, _, sampling):
+            return rollout(base, policy, _lengths(prompts.mask), _lengths(result.response_mask), sampling.slots)
         case "reward", (base, adapter, rows):
             return reward(base, adapter, _lengths(rows.mask), float(_lengths(rows.response_mask).sum()))
         case "reward", (base, head, _, mask):  # a reward model with another base

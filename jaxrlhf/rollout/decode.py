@@ -1,156 +1,307 @@
 """The rollout: samples completions for a batch of prompts, in one compiled program.
 
-Sizes: B rows, P prompt tokens, R response tokens, S = P + R, V the vocabulary size, and b active rows. When half of the
-active rows are finished, the finished rows are removed from the active rows. This happens at most
-`Sampling.max_compactions` times.
+Rows wait in a queue. Some of them decode at the same time, each in a slot of the caches. When enough slots are free,
+the next rows enter: their prompts are encoded, and their first tokens are sampled. So the program has one pass over
+prompts and one decode loop, and its caches have the size of the slots, whatever the number of rows is. If every row has
+a slot, the pass and the loop run once.
+
+Sizes: B rows, Q queues, N slots of all queues, k rows that enter from a queue at a time, P prompt tokens, R response
+tokens, S = P + R columns of the caches, and V the vocabulary size.
 """
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
 from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
 from jaxrlhf.models.adapters import bind, for_decoding
-from jaxrlhf.models.attention import causal_mask, positions_of
-from jaxrlhf.models.decoder import Cache, Decoder
+from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
+from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.records import Adapter, Prompts, Rollout
+from jaxrlhf.rollout.prefill import prefill
 from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
 
+# Rows enter when this share of the slots of a queue is free. Later, more slots would wait. Earlier, passes over prompts
+# would be small, and each of them reads all weights.
+_ENTERING_SHARE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The numbers of rows of each queue that a rollout decodes, or reads the prompts of, at the same time.
+
+    The rows are split into `shares` queues: one for each share of the batch over the mesh.
+    """
+
+    shares: int
+    rows: int
+    slots: int
+    entering: int  # rows that enter at a time: whole groups of one prompt, or an equal part of a group
+
+    @classmethod
+    def of(cls, sampling: Sampling, prompts: int, shares: int) -> "Schedule":
+        """Returns the schedule for a number of prompts. If `shares` does not divide it, there is one queue."""
+        shares, n = 1 if prompts % shares else shares, sampling.samples_per_prompt
+        rows = prompts // shares * n
+        slots = rows if sampling.slots is None else min(max(sampling.slots // shares, 1), rows)
+        if slots == rows:
+            return cls(shares, rows, slots, rows)
+        most = max(slots // _ENTERING_SHARE, 1)
+        entering = most - most % n if most >= n else max(k for k in range(1, most + 1) if n % k == 0)
+        return cls(shares, rows, slots, entering)
+
+    def trips(self, tokens: int) -> tuple[float, ...]:
+        """Returns the iterations of the loops, the outer one first, if each completion has `tokens` tokens."""
+        if self.slots == self.rows:
+            return (tokens - 1,)
+        passes = -(-self.rows // self.entering)
+        return passes, -(-self.rows // self.slots) * (tokens - 1) / passes
+
 
 @struct.dataclass
-class _Responses:
-    """The tokens that were sampled so far, for each row of the batch."""
+class _State:
+    """The slots, the rows in them, and the completions of rows that have left their slots.
 
-    tokens: jax.Array  # i32[B,R]
-    logprobs: jax.Array  # f32[B,R]
-    mask: jax.Array  # bool[B,R]
-    alive: jax.Array  # bool[B]; True until the row samples a stop token
+    The tokens of a step are in line step mod R of `new_tokens` and `new_logprobs`. A row has at most R tokens, in
+    consecutive steps.
+    """
 
-
-@struct.dataclass
-class _ActiveRows:
-    """The rows that still decode, and the inputs of their next step."""
-
-    index: jax.Array | None  # i32[b]; row numbers in the batch; None means that every row is active
-    alive: jax.Array  # bool[b]; True until the row samples a stop token
-    token: jax.Array  # i32[b]; the newest token
-    prompt_slots: jax.Array  # bool[b,S]; slots that hold a prompt token
-    prompt_length: jax.Array  # i32[b]
-    cache: Cache
-
-    @property
-    def places(self) -> jax.Array | slice:
-        """The index of the active rows in the batch. If all rows are active, a slice is used: rows are not moved."""
-        return slice(None) if self.index is None else self.index
+    step: jax.Array  # i32[]; number of the next decode step, from 1 on
+    taken: jax.Array  # i32[Q]; number of rows that have left each queue
+    row: jax.Array  # i32[N]; B if the slot has had no row
+    start: jax.Array  # i32[N]; the step of the row's first token: the step before its first decode step
+    length: jax.Array  # i32[N]; prompt tokens
+    alive: jax.Array  # bool[N]; False if the row has all its tokens, or if there is no row
+    token: jax.Array  # i32[N]; the newest token
+    new_tokens: jax.Array  # i32[R,N]
+    new_logprobs: jax.Array  # f32[R,N]
+    tokens: jax.Array  # i32[B,R]; arbitrary after a stop token
+    logprobs: jax.Array  # f32[B,R]; arbitrary after a stop token
+    cache: Cache | None  # None before the rows enter if all rows enter at once
 
 
 def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.Array, sampling: Sampling) -> Rollout:
     """Samples `samples_per_prompt` completions of each prompt, and returns the rollout.
 
-    The completions of a prompt are in adjacent rows. Each prompt is encoded once. A completion ends with a stop token,
-    or after `max_new_tokens` tokens. Padding follows. The stop token is a real token. Top-k, top-p or min-p may
-    truncate the distribution for sampling, but logprobs are those of the full distribution at `temperature`. If the
-    temperature is 0, completions are greedy, and their logprobs are those at temperature 1.
+    The completions of a prompt are in adjacent rows. A completion ends with a stop token, or after `max_new_tokens`
+    tokens. Padding follows. The stop token is a real token. Top-k, top-p or min-p may truncate the distribution for
+    sampling, but logprobs are those of the full distribution at `temperature`. If the temperature is 0, completions are
+    greedy, and their logprobs are those at temperature 1. Completions do not depend on the number of slots.
     """
-    model = for_decoding(bind(base, adapter))
-    n, P = sampling.samples_per_prompt, prompts.tokens.shape[1]
+    n, R = sampling.samples_per_prompt, sampling.max_new_tokens
     B = prompts.tokens.shape[0] * n
-    R = sampling.max_new_tokens
     stop_tokens = base.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
     pad_token = (base.config.pad_token or 0) if sampling.pad_token is None else sampling.pad_token
-    greedy = jnp.asarray(sampling.temperature) == 0
-    temperature = jnp.where(greedy, 1.0, sampling.temperature)
+    temperature = jnp.where(jnp.asarray(sampling.temperature) == 0, 1.0, sampling.temperature)
+    model = for_decoding(bind(base, adapter))
     uniforms = constrain(row_uniforms(key, B, R), BATCH_AXES)
-
-    def extend(
-        t: jax.Array, responses: _Responses, active: _ActiveRows, logits: jax.Array
-    ) -> tuple[_Responses, _ActiveRows]:
-        """Samples token t of each active row from the logits f32[b,V], and adds the tokens to the responses."""
-        rows = active.places
-        token = jax.lax.cond(
-            greedy,
-            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            lambda: draw(truncate(logits / temperature, sampling), uniforms[rows, t]),
-        )
-        # Scoring and the update use this function too. Sums in another order would give other logprobs.
-        logprob = token_logprobs(logits[:, None], token[:, None], temperature)[0][:, 0]
-        alive = active.alive & ~jnp.isin(token, jnp.array(stop_tokens, jnp.int32))
-        responses = _Responses(
-            tokens=responses.tokens.at[rows, t].set(jnp.where(active.alive, token, pad_token)),
-            logprobs=responses.logprobs.at[rows, t].set(jnp.where(active.alive, logprob, 0.0)),
-            mask=responses.mask.at[rows, t].set(active.alive),
-            alive=responses.alive.at[rows].set(alive),
-        )
-        return responses, active.replace(alive=alive, token=token)
-
-    slots = jnp.arange(P + R)
-
-    def decode(state: tuple[jax.Array, _Responses, _ActiveRows]) -> tuple[jax.Array, _Responses, _ActiveRows]:
-        """Runs the model on the newest token, and samples token t. The newest token t - 1 is in slot P + t - 1."""
-        t, responses, active = state
-        at = P + t - 1
-        visible = active.prompt_slots | ((slots >= P) & (slots <= at))
-        positions = (active.prompt_length + t - 1)[:, None]
-        hidden, cache = model.hidden(active.token[:, None], positions, visible[:, None, :], active.cache, at)
-        return t + 1, *extend(t, responses, active.replace(cache=cache), model.logits(hidden)[:, 0])
-
-    segments = prompts.mask.astype(jnp.int32)
-    hidden, prompt_cache = model.hidden(
-        prompts.tokens, positions_of(segments), causal_mask(segments), first=P - 1, slots=P + R
-    )
+    tokens, logprobs = _decode(model, prompts, uniforms, temperature, sampling, stop_tokens)
+    stops = jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
+    real = jnp.cumsum(stops, axis=1) - stops == 0
     prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
-    active = _ActiveRows(
-        index=None,
-        alive=jnp.ones((B,), bool),
-        token=jnp.zeros((B,), jnp.int32),
-        prompt_slots=jnp.pad(prompt_mask, ((0, 0), (0, R))),
-        prompt_length=jnp.sum(prompt_mask, axis=1, dtype=jnp.int32),
-        cache=[layer.with_room(n, R) for layer in prompt_cache],
-    )
-    responses = _Responses(
-        tokens=jnp.full((B, R), pad_token, jnp.int32),
-        logprobs=jnp.zeros((B, R), jnp.float32),
-        mask=jnp.zeros((B, R), bool),
-        alive=active.alive,
-    )
-    first_logits = jnp.repeat(model.logits(hidden)[:, 0], n, axis=0)
-    state = (jnp.int32(1), *extend(jnp.int32(0), responses, active, first_logits))
-    sizes = _batch_sizes(B, sampling.max_compactions)
-    for size, next_size in zip(sizes, (*sizes[1:], 0)):
-        state = (*state[:2], _compact(state[2], size))
-        state = jax.lax.while_loop(lambda s, n=next_size: (s[0] < R) & (jnp.sum(s[2].alive) > n), decode, state)
-    responses = state[1]
     return Rollout(
-        tokens=jnp.concatenate([prompt_tokens, responses.tokens], axis=1),
-        mask=jnp.concatenate([prompt_mask, responses.mask], axis=1),
-        response_mask=responses.mask,
-        sample_logprobs=responses.logprobs,
-        ended=~responses.alive,
+        tokens=jnp.concatenate([prompt_tokens, jnp.where(real, tokens, pad_token)], axis=1),
+        mask=jnp.concatenate([prompt_mask, real], axis=1),
+        response_mask=real,
+        sample_logprobs=jnp.where(real, logprobs, 0.0),
+        ended=jnp.any(stops, axis=1),
         temperature=jnp.full((B,), temperature, jnp.float32),
     )
 
 
-def _batch_sizes(rows: int, max_compactions: int) -> list[int]:
-    """Returns the numbers of active rows that a rollout goes through. The first number is `rows`.
+def _decode(model: Decoder, prompts: Prompts, uniforms, temperature, sampling: Sampling, stop_tokens: tuple[int, ...]):
+    """Returns (tokens i32[B,R], logprobs f32[B,R]), arbitrary after a stop token.
 
-    If the batch is split over several devices, finished rows are never removed. Moving the caches between devices would
-    take longer than decoding the finished rows.
+    Each share of the rows, over the mesh axes of batches, has its own queue and slots. If each device has all weights,
+    it runs loops of its own. Otherwise the loops contain collectives, so all devices run the same loops.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape.get(axis, 1) > 1 for axis in BATCH_AXES):
-        return [rows]
-    smaller = (-(-rows // 2**i) for i in range(1, max_compactions + 1))
-    return [rows, *dict.fromkeys(size for size in smaller if size < rows)]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    shares = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    schedule = Schedule.of(sampling, prompts.tokens.shape[0], shares)
+    own_loops = schedule.shares > 1 and sizes["data"] == math.prod(sizes.values())
+    queues = 1 if own_loops else schedule.shares
+
+    def run(*arrays) -> tuple[jax.Array, jax.Array]:
+        return _Decoding(*arrays, stop_tokens, queues, schedule.rows, schedule.slots, schedule.entering).run()
+
+    if own_loops:
+        by_rows, copied = PartitionSpec("data"), PartitionSpec()
+        specs = copied, by_rows, by_rows, copied, copied
+        run = jax.shard_map(run, in_specs=specs, out_specs=by_rows, check_vma=False)
+    return run(model, prompts, uniforms, temperature, sampling)
 
 
-def _compact(active: _ActiveRows, size: int) -> _ActiveRows:
-    """Returns the first `size` active rows in an order in which unfinished rows come before finished rows."""
-    rows = active.alive.shape[0]
-    if size == rows:
-        return active
-    if active.index is None:
-        active = active.replace(index=jnp.arange(rows))
-    kept = jnp.argsort(~active.alive, stable=True)[:size]
-    return jax.tree.map(lambda x: x[kept], active)
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """Decodes the rows of all queues. The queues share the steps, and each queue has its own slots."""
+
+    model: Decoder
+    prompts: Prompts
+    uniforms: jax.Array  # f32[B,R,3]
+    temperature: jax.Array  # f32[]
+    sampling: Sampling
+    stop_tokens: tuple[int, ...]
+    queues: int
+    rows: int  # of each queue, as in `Schedule`
+    slots: int
+    entering: int
+
+    def run(self) -> tuple[jax.Array, jax.Array]:
+        """Returns (tokens i32[B,R], logprobs f32[B,R]), arbitrary after a stop token."""
+
+        def enter_and_decode(state: _State) -> _State:
+            return jax.lax.while_loop(lambda s: s.alive.any() & ~self._ready(s).any(), self._step, self._enter(state))
+
+        state = self._start()
+        if self.slots == self.rows:
+            state = enter_and_decode(state)
+        else:
+            state = jax.lax.while_loop(lambda s: (s.taken < self.rows).any(), enter_and_decode, state)
+        return self._leave(state, jnp.arange(self.queues * self.slots))
+
+    @property
+    def columns(self) -> int:
+        return self.prompts.tokens.shape[1] + self.sampling.max_new_tokens
+
+    @property
+    def ring(self) -> bool:
+        """Whether all slots write one column of the caches in each step; see `CacheIndex`."""
+        return self.model.config.target.platform == "cpu"
+
+    def _start(self) -> _State:
+        """Returns the state in which all rows wait."""
+        (B, R, _), N, config = self.uniforms.shape, self.queues * self.slots, self.model.config
+        K, H, S = config.kv_heads, config.head_dim, self.columns
+        dtype = named_parameters(self.model)["embed_tokens/embedding"].dtype
+        shapes = (N, K, H, S), (N, K, S, H)
+        empty = [
+            LayerCache(*(constrain(jnp.zeros(shape, dtype), BATCH_AXES, "tensor") for shape in shapes))
+            for _ in range(config.layers)
+        ]
+        return _State(
+            step=jnp.int32(1),
+            taken=jnp.zeros(self.queues, jnp.int32),
+            row=jnp.full(N, B, jnp.int32),
+            start=jnp.zeros(N, jnp.int32),
+            length=jnp.zeros(N, jnp.int32),
+            alive=jnp.zeros(N, bool),
+            token=jnp.zeros(N, jnp.int32),
+            new_tokens=jnp.zeros((R, N), jnp.int32),
+            new_logprobs=jnp.zeros((R, N), jnp.float32),
+            tokens=jnp.zeros((B, R), jnp.int32),
+            logprobs=jnp.zeros((B, R), jnp.float32),
+            cache=None if self.slots == self.rows else empty,
+        )
+
+    def _ready(self, state: _State) -> jax.Array:
+        """Returns bool[Q]: the queues whose next rows enter now. A queue needs free slots for `entering` rows.
+
+        Passes over prompts are shared too, so at least half of the queues with waiting rows must have free slots.
+        """
+        waiting = self.rows - state.taken
+        free = self.slots - jnp.sum(state.alive.reshape(self.queues, self.slots), axis=1)
+        ready = (waiting > 0) & (free >= jnp.minimum(self.entering, waiting))
+        return ready & (2 * jnp.sum(ready) >= jnp.sum(waiting > 0))
+
+    def _enter(self, state: _State) -> _State:
+        """Puts the next rows of the ready queues into free slots, with the first token of each row."""
+        Q, k, n = self.queues, self.entering, self.sampling.samples_per_prompt
+        queue, groups = jnp.arange(Q)[:, None], max(k // n, 1)
+        at_Qk = state.taken[:, None] + jnp.arange(k)  # place of each row in its queue
+        enters_Qk = self._ready(state)[:, None] & (at_Qk < self.rows)
+        free_Qk = jnp.argsort(state.alive.reshape(Q, self.slots), axis=1, stable=True)[:, :k]
+        # Rows that do not enter get places after the last one, where nothing is written.
+        slot_Qk = jnp.where(enters_Qk, free_Qk, self.slots)
+        slots = jnp.where(enters_Qk, queue * self.slots + free_Qk, Q * self.slots).ravel()
+        rows = (queue * self.rows + jnp.minimum(at_Qk, self.rows - 1)).ravel()
+        tokens, logprobs = self._leave(state, slots)
+
+        first = jnp.minimum(state.taken[:, None] // n + jnp.arange(groups), self.rows // n - 1)
+        chosen = (queue * (self.rows // n) + first).ravel()
+        prompts = jax.tree.map(lambda x: constrain(x[chosen], BATCH_AXES), self.prompts)
+        prompt_cache, hidden = prefill(self.model, prompts, self.columns, left_aligned=not self.ring)
+        copies, lengths = k // groups, jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+        token, logprob = self._sample(jnp.repeat(self.model.logits(hidden)[:, 0], copies, axis=0), rows, 0)
+
+        def put(old: jax.Array, new: jax.Array | int) -> jax.Array:
+            return old.at[slots].set(new, mode="drop")
+
+        line = (state.step - 1) % self.sampling.max_new_tokens
+        return state.replace(
+            taken=state.taken + jnp.sum(enters_Qk, axis=1),
+            row=put(state.row, rows),
+            start=put(state.start, state.step - 1),
+            length=put(state.length, jnp.repeat(lengths, copies)),
+            alive=put(state.alive, self._continues(token, 0)),
+            token=put(state.token, token),
+            new_tokens=state.new_tokens.at[line, slots].set(token, mode="drop"),
+            new_logprobs=state.new_logprobs.at[line, slots].set(logprob, mode="drop"),
+            tokens=tokens,
+            logprobs=logprobs,
+            cache=self._with_rows(state, prompt_cache, slot_Qk, copies),
+        )
+
+    def _step(self, state: _State) -> _State:
+        """Runs the model on the newest token of each row, and samples the next token."""
+        t = state.step - state.start  # i32[N]; number of the next token of each row
+        filled = jnp.where(state.alive, state.length + t, 0)
+        column = self.prompts.tokens.shape[1] + state.step - 1
+        index = CacheIndex.ring(column, filled, self.columns) if self.ring else CacheIndex.contiguous(filled)
+        hidden, cache = self.model.decode(state.token, state.cache, index)
+        token, logprob = self._sample(self.model.logits(hidden)[:, 0], state.row, t)
+        line = state.step % self.sampling.max_new_tokens
+
+        def with_line(lines: jax.Array, new: jax.Array) -> jax.Array:
+            return lines.at[line].set(jnp.where(state.alive, new, lines[line]))
+
+        return state.replace(
+            step=state.step + 1,
+            alive=state.alive & self._continues(token, t),
+            token=token,
+            new_tokens=with_line(state.new_tokens, token),
+            new_logprobs=with_line(state.new_logprobs, logprob),
+            cache=cache,
+        )
+
+    def _leave(self, state: _State, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns (tokens, logprobs) of the state with the completions of the rows in `slots`."""
+        R = self.sampling.max_new_tokens
+        rows = state.row.at[slots].get(mode="fill", fill_value=len(state.tokens))
+        lines = (state.start[slots][:, None] + jnp.arange(R)) % R
+        return tuple(
+            left.at[rows].set(new[lines, slots[:, None]], mode="drop")
+            for left, new in ((state.tokens, state.new_tokens), (state.logprobs, state.new_logprobs))
+        )
+
+    def _sample(self, logits: jax.Array, rows: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Samples token number `t` of the rows i32[b] from logits f32[b,V]. Returns (tokens, logprobs)."""
+        token = jax.lax.cond(
+            jnp.asarray(self.sampling.temperature) == 0,
+            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            lambda: draw(
+                truncate(logits / self.temperature, self.sampling), self.uniforms.at[rows, t].get(mode="clip")
+            ),
+        )
+        # Scoring and the update use this function too. Sums in another order would give other logprobs.
+        return token, token_logprobs(logits[:, None], token[:, None], self.temperature)[0][:, 0]
+
+    def _continues(self, token: jax.Array, t: jax.Array | int) -> jax.Array:
+        """Returns bool[b]: whether rows go on after `token`, their token number t."""
+        stops = jnp.isin(token, jnp.array(self.stop_tokens, jnp.int32))
+        return ~stops & (t + 1 < self.sampling.max_new_tokens)
+
+    def _with_rows(self, state: _State, prompts: Cache, slot_Qk: jax.Array, copies: int) -> Cache:
+        """Returns the caches of the state with `copies` rows of each prompt in their slots."""
+        column = self.prompts.tokens.shape[1] + state.step - 1
+        new = [LayerCache(*(jnp.repeat(x, copies, axis=0) for x in layer)) for layer in prompts]
+        if self.ring:
+            new = [layer.as_ring(self.columns, column) for layer in new]
+        if state.cache is None:
+            return [layer.widened(self.columns) for layer in new]
+        return [old.with_rows(layer, slot_Qk) for old, layer in zip(state.cache, new)]

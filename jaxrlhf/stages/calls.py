@@ -20,7 +20,8 @@ from jaxrlhf.records import Annotated, Experience, PreferenceBatch, Prompts, Rol
 from jaxrlhf.rewards.load import needs_own, parts_of
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
-from jaxrlhf.stages.checks import with_optimizers, with_total_steps
+from jaxrlhf.rollout.decode import Schedule
+from jaxrlhf.stages.checks import Mesh, shares_of, with_optimizers, with_total_steps
 from jaxrlhf.stages.programs import (
     annotate_program,
     experience_program,
@@ -52,7 +53,8 @@ class Call:
     rows: Any  # shapes of the arguments that are rows of data
     resident: dict[str, Any]  # arrays that stay in memory between calls: weights, adapters, optimizer
     times: float = 1.0  # number of calls per iteration or optimizer step
-    trips: int = 1  # iterations of a loop of dynamic length, such as decoding steps
+    trips: tuple[float, ...] = ()  # iterations of nested loops of dynamic length, the outer one first
+    slots: int = 0  # completions that decode at the same time; 0 if the program does not decode
     remat: str | None = None  # rematerialisation policy of an update; None for other programs
 
     def with_remat(self, policy: str) -> "Call":
@@ -119,13 +121,13 @@ def _ppo(shapes: Shapes) -> list[Call]:
     prompts, rollout = shapes.rows((Prompts(tokens(B, P), mask(B, P)), _rollout(B * n, P, R)))
     sample = rollout_program(mesh, base)
     inputs = (base, state.policy, prompts, key)
-    calls = [Call("rollout", sample, (*inputs, sampling), {}, rollout, prompts, resident, trips=R - 1)]
+    calls = [_decoding_call("rollout", sample, (*inputs, sampling), rollout, resident, mesh)]
     greedy = None
     if ADVANTAGES[config.advantage.estimator].needs_greedy:
         greedy_sampling = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         greedy = shapes.rows((_rollout(B, P, R), numbers(B)))
         program = greedy_program(mesh, base, sample, n)
-        calls.append(Call("greedy", program, (*inputs, greedy_sampling), {}, greedy[0], prompts, resident, trips=R - 1))
+        calls.append(_decoding_call("greedy", program, (*inputs, greedy_sampling), greedy[0], resident, mesh))
     if scorer is not None:
         size = {"microbatch_size": update.microbatch_size}
         calls.append(Call("reward", score_program(mesh, base), (base, scorer, rollout), size, None, rollout, resident))
@@ -145,6 +147,14 @@ def _ppo(shapes: Shapes) -> list[Call]:
     program = update_program(mesh, base, state)
     calls.append(Call("update", program, args, {"mix": rows[1]}, None, rows, resident, remat=update.remat))
     return calls
+
+
+def _decoding_call(name: str, program: Program, args: tuple, result: Rollout, resident: dict, mesh: Mesh) -> Call:
+    """Returns the call of a rollout, whose loops run as often as completions of full length need."""
+    _, _, prompts, _, sampling = args
+    schedule = Schedule.of(sampling, prompts.tokens.shape[0], shares_of(mesh))
+    trips, slots = schedule.trips(sampling.max_new_tokens), schedule.shares * schedule.slots
+    return Call(name, program, args, {}, result, prompts, resident, trips=trips, slots=slots)
 
 
 def _sft_batch(rows: int, length: int) -> SFTBatch:

@@ -68,6 +68,10 @@ def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None
         check_one_rope(model, config.max_prompt_tokens + 1, length, "ppo.update.buckets")
     rows = config.batch_size * config.sampling.samples_per_prompt
     check_tokens_per_step(rows, length, "ppo.batch_size x ppo.sampling.samples_per_prompt")
+    if (slots := config.sampling.slots) is not None:
+        check_batch(mesh, slots, "ppo.sampling.slots")
+        if slots > rows:
+            raise UserError(f"ppo.sampling.slots: is {slots}, but an iteration has only {rows} completions; give less")
     minibatches = complete(config.update, rows).minibatches
     if rows % minibatches:
         raise UserError(

@@ -56,7 +56,7 @@ def config_of(folder, tokenizer, rows):
         },
         "ppo": {
             "data": {"path": rows("prompts", [{"prompt": prompt[asked]} for asked in TAUGHT])}, "iterations": 2,
-            "max_prompt_tokens": PROMPT, "batch_size": 4, "sampling": {"max_new_tokens": NEW, "max_compactions": 0},
+            "max_prompt_tokens": PROMPT, "batch_size": 4, "sampling": {"max_new_tokens": NEW},
             "evaluation": {"prompts": 4}, "update": {"epochs": 1, "minibatches": 2},
         },
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +12,8 @@ from jaxrlhf.hf.families import FAMILIES
 from jaxrlhf.hf.weights import load_pretrained, save_pretrained
 from jaxrlhf.models.adapters import for_decoding
 from jaxrlhf.models.attention import causal_mask, positions_of
-from jaxrlhf.models.decoder import LayerCache
+from jaxrlhf.models.cache import CacheIndex
+from jaxrlhf.models.decoder import Decoder
 
 T = 20  # tokens in the longest row; windows below are shorter
 
@@ -137,17 +139,15 @@ def rows():
 def decoded(model, tokens, mask, prompt):
     """Logits of a prefill of `prompt` tokens followed by one token at a time, through a cache, as a rollout does."""
     model = for_decoding(model)
-    positions, seen = np.asarray(positions_of(mask)), np.asarray(causal_mask(mask))
-    B, K, H = len(tokens), model.config.kv_heads, model.config.head_dim
-    shapes = (B, K, H, T), (B, K, T, H)
-    cache = [LayerCache(*(np.full(s, 9.0, np.float32) for s in shapes)) for _ in range(model.config.layers)]
-    run = jax.jit(lambda model, *inputs: (lambda out: (model.logits(out[0]), out[1]))(model.hidden(*inputs, slots=T)))
-    parts, at = [], 0
-    for width in (prompt, *[1] * (T - prompt)):
-        now = slice(at, at + width)
-        logits, cache = run(model, tokens[:, now], positions[:, now], seen[:, now], cache, at)
-        parts.append(np.asarray(logits))
-        at += width
+    first = mask[:, :prompt]
+    inputs = tokens[:, :prompt], np.asarray(positions_of(first)), np.asarray(causal_mask(first))
+    hidden, fresh = jax.jit(Decoder.hidden, static_argnames="slots")(model, *inputs, slots=T)
+    cache, logits = [layer.as_ring(T, T - 2) for layer in fresh], jax.jit(Decoder.logits)
+    step, parts = jax.jit(Decoder.decode), [np.asarray(logits(model, hidden))]
+    for at in range(prompt, T):
+        index = CacheIndex.ring(jnp.int32(at - prompt + T - 2), jnp.asarray(mask[:, : at + 1].sum(1)), T)
+        hidden, cache = step(model, tokens[:, at], cache, index)
+        parts.append(np.asarray(logits(model, hidden)))
     return np.concatenate(parts, axis=1)
 
 

@@ -4,11 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import SMALL, random_decoder
 
 from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.adapters import bind
-from jaxrlhf.models.attention import causal_mask, positions_of
-from jaxrlhf.models.decoder import Decoder, LayerCache, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.models.attention import causal_mask
+from jaxrlhf.models.cache import CacheIndex, LayerCache
+from jaxrlhf.models.config import LayerKind
+from jaxrlhf.models.decoder import Decoder, abstract_decoder, named_parameters, with_parameters
+from jaxrlhf.records import Prompts
+from jaxrlhf.rollout.prefill import prefill
 
 
 def tokens_and_mask(vocabulary, B=3, T=20):
@@ -41,38 +46,49 @@ def test_logits_equal_those_of_transformers_from_a_real_model(stories260k, torch
     np.testing.assert_allclose(forward(ours, tokens, mask)[mask], expected[mask], atol=1e-4)
 
 
-def test_decoding_with_a_cache_equals_the_full_forward(small, batch):
+@pytest.mark.parametrize("ring", [True, False], ids=["one column for all rows", "contiguous rows"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_decoding_with_a_cache_equals_the_full_forward(batch, ring, window):
+    """Prompts of 5, 2 and 0 tokens, and then one token at a time. Columns that no row has written must not be seen."""
     tokens, mask = batch
-    P, S = 5, tokens.shape[1]
-    config = small.config
-    positions, seen = np.asarray(positions_of(mask)), np.asarray(causal_mask(mask))
-    full = np.asarray(jax.jit(Decoder.encode)(small, tokens, mask.astype(np.int32)))
-    K, H = config.kv_heads, config.head_dim
-    empty = LayerCache(jnp.full((3, K, H, S), 9.0), jnp.full((3, K, S, H), 9.0))  # unwritten slots must not be seen
-    cache = [empty] * config.layers
-    step = jax.jit(Decoder.hidden)
-    first, cache = step(small, tokens[:, :P], positions[:, :P], seen[:, :P], cache, 0)
-    parts = [np.asarray(first)]
-    for at in range(P, S):
-        now = slice(at, at + 1)
-        hidden, cache = step(small, tokens[:, now], positions[:, now], seen[:, now], cache, at)
+    config = dataclasses.replace(SMALL, layer_kinds=(LayerKind(window=window), LayerKind()))
+    model, P, S, lengths = random_decoder(config), 5, tokens.shape[1], mask[:, :5].sum(1)
+    full = np.asarray(jax.jit(Decoder.encode)(model, tokens, mask.astype(np.int32)))
+    prompts = Prompts(jnp.asarray(tokens[:, :P]), jnp.asarray(mask[:, :P]))
+    first, start = jax.jit(prefill, static_argnums=(2, 3))(model, prompts, S, not ring), 7
+    written = np.arange(S)[None] < lengths[:, None]  # a ring of 9 columns has prompts in the columns 2 to 6
+    written = np.roll(np.arange(S)[None] >= S - lengths[:, None], start, 1) if ring else written
+    cache = [layer.as_ring(S, start) if ring else layer.widened(S) for layer in first[0]]
+    cache = [
+        LayerCache(jnp.where(written[:, None, None], k, 9.0), jnp.where(written[:, None, :, None], v, 9.0))
+        for k, v in cache
+    ]
+    step, parts = jax.jit(Decoder.decode), [np.asarray(first[1])]
+    for t in range(S - P):
+        filled = jnp.asarray(mask[:, : P + t + 1].sum(1))
+        index = CacheIndex.ring(jnp.int32(start + t), filled, S) if ring else CacheIndex.contiguous(filled)
+        hidden, cache = step(model, tokens[:, P + t], cache, index)
         parts.append(np.asarray(hidden))
-    np.testing.assert_allclose(np.concatenate(parts, 1)[mask], full[mask], atol=1e-5)
+    real = mask[:, P - 1 :]
+    np.testing.assert_allclose(np.concatenate(parts, 1)[real], full[:, P - 1 :][real], atol=1e-5)
 
 
-def test_a_fresh_cache_holds_what_a_given_one_gets(small, batch):
-    tokens, mask = batch
-    positions, seen = np.asarray(positions_of(mask)), np.asarray(causal_mask(mask))
-    run = jax.jit(Decoder.hidden)
-    _, fresh = run(small, tokens, positions, seen)
-    room = [LayerCache(jnp.zeros((3, 1, 8, 11)), jnp.zeros((3, 1, 11, 8))) for _ in range(2)]
-    _, written = run(small, tokens, positions, np.pad(seen, ((0, 0), (0, 0), (0, 2))), room, 0)
-    def by_slot(caches):
-        return [x for k, v in jax.device_get(caches) for x in (k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3))]
-
-    for ours, theirs in zip(by_slot(fresh), by_slot(written)):
-        np.testing.assert_allclose(theirs[:, :9][mask], ours[mask], atol=1e-5)
-        assert (theirs[:, 9:] == 0).all()
+@pytest.mark.parametrize("queues", [1, 2])
+def test_rows_are_put_into_their_slots_alone(queues):
+    """Six slots: three rows enter by one queue, or two by two queues, of which one is left out."""
+    slots = {1: [[4, 0, 6]], 2: [[2], [3]]}[queues]
+    at = {1: {0: 4, 1: 0}, 2: {0: 2}}[queues]  # which row is in which slot at the end
+    generator = np.random.default_rng(0)
+    old, new = (
+        LayerCache(*(generator.normal(size=(rows, *shape)).astype(np.float32) for shape in ((2, 3, P), (2, P, 3))))
+        for rows, P in ((6, 5), (sum(map(len, slots)), 4))
+    )
+    got = jax.jit(LayerCache.with_rows)(old, new, jnp.array(slots))
+    k, v = old.k.copy(), old.v.copy()
+    for row, slot in at.items():
+        k[slot, :, :, :4], v[slot, :, :4] = new.k[row], new.v[row]
+    np.testing.assert_array_equal(got.k, k)
+    np.testing.assert_array_equal(got.v, v)
 
 
 @pytest.mark.parametrize(

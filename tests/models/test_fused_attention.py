@@ -129,7 +129,7 @@ def test_programs_for_cuda_call_it_forward_and_backward(as_if_installed, plain, 
 
 def test_decoding_calls_it_for_the_prompts_alone(as_if_installed, plain):
     prompts = Prompts(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
-    given = prompts, jax.random.key(0), Sampling(max_new_tokens=4, max_compactions=0)
+    given = prompts, jax.random.key(0), Sampling(max_new_tokens=4)
     found = calls(lambda base: rollout(base, None, *given), with_target(plain, CUDNN))
     assert found == ["fmhaScaleBiasSoftmax"] * (L - 1), "the last layer has but the last query of the prompt"
 

@@ -101,7 +101,7 @@ def programs(base, adapter: AdapterConfig) -> dict:
     prompts = Prompts(shape(B, P, dtype=jnp.int32), shape(B, P, dtype=bool))
     ppo = jax.eval_shape(lambda *roles: init_ppo(*roles, update), policy, scored)
     return {
-        "rollout": (rollout, base, policy, prompts, KEY, Sampling(max_new_tokens=R, max_compactions=0)),
+        "rollout": (rollout, base, policy, prompts, KEY, Sampling(max_new_tokens=R)),
         "annotate": (annotate_for_update, base, policy, scored, None, answers, update),
         "reward": (score_rollout, base, scored, answers),
         "reward of its own": (score_tokens, base, scored, tokens, mask),

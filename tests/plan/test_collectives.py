@@ -27,7 +27,7 @@ mesh = make_mesh(config.mesh)
 def of(function, *given, out):
     args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, p)) for s, p in given]
     lowered = jax.jit(function, out_shardings=NamedSharding(mesh, out)).lower(*args)
-    return collectives_of(lowered.compile().as_text(), mesh.shape, unknown_trips=5)
+    return collectives_of(lowered.compile().as_text(), mesh.shape, unknown_trips=(5,))
 
 def only(found, kind):
     (exchange,) = found.values()

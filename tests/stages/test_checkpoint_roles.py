@@ -26,7 +26,7 @@ CONFIG = {
     "reward_model": ROWS | {"data": {"path": "builtin:assistant-preferences", "limit": 40}, "buckets": 1},
     "ppo": {
         "data": {"path": "builtin:assistant-prompts", "limit": 20}, "iterations": 50, "batch_size": 4,
-        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6, "max_compactions": 0}, "evaluation": {"prompts": 4},
+        "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "evaluation": {"prompts": 4},
         "update": {"epochs": 1, "minibatches": 1, "ema_decay": 0.5}, "save_every": 2,
     },
 }  # fmt: skip

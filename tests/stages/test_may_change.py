@@ -40,7 +40,7 @@ def _with(path: str, value) -> RunConfig:
         (("checkpoints.keep", 2, 5), {}, True),
         (("checkpoints.grace", 60.0, 20.0), {}, True),
         (("ppo.sample_every", 10, 1), {}, True),
-        (("ppo.sampling.max_compactions", None, 3), {}, True),
+        (("ppo.sampling.slots", None, 3), {}, True),
         (("ppo.update.buckets", 1, 4), {}, True),
         (("sft.remat", "none", "full"), {}, True),
         (("ppo.update.remat", "full", "none"), {}, True),
@@ -87,7 +87,7 @@ def test_a_change_is_allowed_or_not(change, settings, allowed):
 @pytest.mark.parametrize(
     ("change", "rounds"),
     [
-        (("ppo.sampling.max_compactions", 4, 0), True),
+        (("ppo.sampling.slots", 4, 2), True),
         (("ppo.update.buckets", 1, 4), True),
         (("compiler_options.update.xla_a", 1, 2), True),
         (("model.attention", "xla", "cudnn"), True),

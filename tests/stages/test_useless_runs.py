@@ -13,7 +13,7 @@ from jaxrlhf.cli.train import main
 NEW = {"new": {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32}}
 PPO = {
     "data": {"path": "builtin:assistant-prompts", "limit": 16}, "max_prompt_tokens": 16, "iterations": 2,
-    "batch_size": 4, "evaluation": {"prompts": 4}, "sampling": {"max_new_tokens": 4, "max_compactions": 0},
+    "batch_size": 4, "evaluation": {"prompts": 4}, "sampling": {"max_new_tokens": 4},
     "adapter": {"rank": 2, "target_modules": ["q_proj", "down_proj"]}, "update": {"epochs": 1, "minibatches": 1},
 }  # fmt: skip
 GOOD = "def score(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"

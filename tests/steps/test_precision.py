@@ -45,7 +45,7 @@ def worlds(make_decoder, make_adapter, prompts):
             base = quantize_decoder(base, kind) if kind else base
             policy = make_adapter(base, 1, targets=("q_proj", "down_proj"))
             compiled = jax.jit(rollout, compiler_options=compiler_options(base))
-            sampling = Sampling(max_new_tokens=6, max_compactions=0)
+            sampling = Sampling(max_new_tokens=6)
             made[dtype] = World(base, policy, compiled(base, policy, prompts, KEY, sampling))
         return made[dtype]
 
