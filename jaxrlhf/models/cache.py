@@ -84,7 +84,7 @@ class LayerCache(NamedTuple):
         if Q == 1:
             return LayerCache(*(put(old, x, slots[0]) for old, x in zip(self, new)))
         by_queue = [(old.reshape(Q, -1, *old.shape[1:]), x.reshape(Q, -1, *x.shape[1:])) for old, x in zip(self, new)]
-        return LayerCache(*(jax.vmap(put)(old, x, slots).reshape(-1, *x.shape[2:]) for old, x in by_queue))
+        return LayerCache(*(jax.vmap(put)(old, x, slots).reshape(-1, *old.shape[2:]) for old, x in by_queue))
 
     def widened(self, columns: int) -> "LayerCache":
         """Returns the cache with empty columns at the end, S in all."""

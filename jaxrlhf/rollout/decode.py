@@ -30,6 +30,10 @@ from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
 # Rows enter when this share of the slots of a queue is free. Later, more slots would wait. Earlier, passes over prompts
 # would be small, and each of them reads all weights.
 _ENTERING_SHARE = 4
+# On a CPU, a step with fewer rows takes less time. When no row waits and the rest fits in the slots divided by these
+# numbers, the rest goes on in so many slots. Each number is one more loop to compile. Not on a GPU: there a step takes
+# the time to read the weights.
+_LAST_DIVISORS = (2, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +159,39 @@ class _Decoding:
     def run(self) -> tuple[jax.Array, jax.Array]:
         """Returns (tokens i32[B,R], logprobs f32[B,R]), arbitrary after a stop token."""
 
+        last_slots = self._last_slots()
+
+        def go_on(state: _State) -> jax.Array:
+            least = jnp.where((state.taken < self.rows).any(), 0, max(last_slots, default=0))
+            return (jnp.sum(state.alive) > least) & ~self._ready(state).any()
+
         def enter_and_decode(state: _State) -> _State:
-            return jax.lax.while_loop(lambda s: s.alive.any() & ~self._ready(s).any(), self._step, self._enter(state))
+            return jax.lax.while_loop(go_on, self._step, self._enter(state))
 
         state = self._start()
         if self.slots == self.rows:
             state = enter_and_decode(state)
         else:
             state = jax.lax.while_loop(lambda s: (s.taken < self.rows).any(), enter_and_decode, state)
-        return self._leave(state, jnp.arange(self.queues * self.slots))
+        for size, next_size in zip(last_slots, (*last_slots[1:], 0)):
+            state = self._in_fewer_slots(state, size)
+            state = jax.lax.while_loop(lambda s, least=next_size: jnp.sum(s.alive) > least, self._step, state)
+        return self._leave(state, jnp.arange(len(state.row)))
+
+    def _last_slots(self) -> list[int]:
+        """Returns the numbers of slots to which decoding changes when no row waits and fewer slots have rows."""
+        if not self.ring or self.queues > 1:
+            return []
+        return [self.slots // divisor for divisor in _LAST_DIVISORS if self.slots >= 2 * divisor]
+
+    def _in_fewer_slots(self, state: _State, slots: int) -> _State:
+        """Returns the state with `slots` slots, in which all rows that decode have a place."""
+        tokens, logprobs = self._leave(state, jnp.arange(len(state.row)))
+        kept = jnp.argsort(~state.alive, stable=True)[:slots]
+        of_slots = {name: getattr(state, name)[kept] for name in ("row", "start", "length", "alive", "token")}
+        lines = {name: getattr(state, name)[:, kept] for name in ("new_tokens", "new_logprobs")}
+        cache = jax.tree.map(lambda x: x[kept], state.cache)
+        return state.replace(tokens=tokens, logprobs=logprobs, cache=cache, **of_slots, **lines)
 
     @property
     def columns(self) -> int:

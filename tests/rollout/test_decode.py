@@ -130,7 +130,7 @@ def test_completions_do_not_depend_on_the_slots(answer, samples, length, slots):
         for name in FIELDS:
             if name != "sample_logprobs":
                 np.testing.assert_array_equal(getattr(whole, name), getattr(few, name), err_msg=name)
-        np.testing.assert_allclose(whole.sample_logprobs, few.sample_logprobs, atol=2e-6)
+        np.testing.assert_allclose(whole.sample_logprobs, few.sample_logprobs, atol=5e-6)
 
 
 def test_the_same_key_gives_the_same_and_another_key_does_not(answer):
