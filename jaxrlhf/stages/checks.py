@@ -34,6 +34,8 @@ def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh)
     check_batch(mesh, section.batch_size, f"{stage}.batch_size")
     if stage == "ppo":
         _check_ppo(section, model, mesh)
+        if config.mesh.rollout is None:
+            check_slots(section, mesh)
     else:
         check_length(model, section.max_length, f"{stage}.max_length")
         check_tokens_per_step(section.batch_size, section.max_length, f"{stage}.batch_size")
@@ -49,6 +51,11 @@ def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh)
         f"{key_path}: {rows} rows at a time do not divide evenly over {shares} groups of devices, so some groups "
         f"compute the same rows; {shares * max(rows // shares, 1)} rows would divide evenly"
     ]
+
+
+def check_slots(config: PPOStageConfig, mesh: Mesh, section: str = "mesh") -> None:
+    """Raises `UserError` if the slots cannot be split over the mesh of the rollout, whose sizes are in `section`."""
+    check_batch(mesh, config.sampling.slots or shares_of(mesh), "ppo.sampling.slots", section)
 
 
 def check_one_mesh(config: RunConfig) -> None:
@@ -68,10 +75,9 @@ def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None
         check_one_rope(model, config.max_prompt_tokens + 1, length, "ppo.update.buckets")
     rows = config.batch_size * config.sampling.samples_per_prompt
     check_tokens_per_step(rows, length, "ppo.batch_size x ppo.sampling.samples_per_prompt")
-    if (slots := config.sampling.slots) is not None:
-        check_batch(mesh, slots, "ppo.sampling.slots")
-        if slots > rows:
-            raise UserError(f"ppo.sampling.slots: is {slots}, but an iteration has only {rows} completions; give less")
+    if (config.sampling.slots or 0) > rows:
+        slots = config.sampling.slots
+        raise UserError(f"ppo.sampling.slots: is {slots}, but an iteration has only {rows} completions; give less")
     minibatches = complete(config.update, rows).minibatches
     if rows % minibatches:
         raise UserError(

@@ -24,7 +24,7 @@ from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, 
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.rollout.sampling import truncates
-from jaxrlhf.stages.checks import check_adapter, rate_text, with_optimizers
+from jaxrlhf.stages.checks import check_adapter, check_slots, rate_text, with_optimizers
 from jaxrlhf.stages.evaluation import Evaluated, check_results, comparison
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
@@ -64,6 +64,7 @@ def check(run: Run, roles: Roles) -> None:
         )
     rollout_mesh, run = _on_meshes(run)
     check_batch(rollout_mesh, config.batch_size, "ppo.batch_size", "mesh.rollout")
+    check_slots(config, rollout_mesh, "mesh.rollout")
     mix = config.pretraining
     check_adapter(roles.base, run.config.adapter_or(config.value_adapter), "ppo.value_adapter")
     check_settings(run, roles.base, "ppo", config.data, config.evaluation.data, mix and mix.data)
