@@ -252,7 +252,7 @@ class _Decoding:
 
         first = jnp.minimum(state.taken[:, None] // n + jnp.arange(groups), self.rows // n - 1)
         chosen = (queue * (self.rows // n) + first).ravel()
-        prompts = jax.tree.map(lambda x: constrain(x[chosen], BATCH_AXES), self.prompts)
+        prompts = jax.tree.map(lambda x: constrain(jnp.asarray(x)[chosen], BATCH_AXES), self.prompts)
         prompt_cache, hidden = prefill(self.model, prompts, self.columns, left_aligned=not self.ring)
         copies, lengths = k // groups, jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
         token, logprob = self._sample(jnp.repeat(self.model.logits(hidden)[:, 0], copies, axis=0), rows, 0)
