@@ -15,12 +15,14 @@ from decimal import Context, Decimal
 from typing import Any
 
 from jaxrlhf.rewards.columns import abstains_without, check_choice, check_number, check_texts, reference, references
+from jaxrlhf.rewards.spans import entity_f1, relation_f1
 from jaxrlhf.rewards.structured import json_validity, span_f1
 from jaxrlhf.rewards.text_overlap import bleu, chrf, rouge
 
 __all__ = [
     "bleu",
     "chrf",
+    "entity_f1",
     "exact_match",
     "json_validity",
     "label_accuracy",
@@ -28,6 +30,7 @@ __all__ = [
     "multiple_choice",
     "numeric_answer",
     "regex_format",
+    "relation_f1",
     "repetition",
     "rouge",
     "span_f1",
