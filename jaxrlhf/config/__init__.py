@@ -27,6 +27,7 @@ from jaxrlhf.config.evaluation import (
 )
 from jaxrlhf.config.rewards import (
     ClassifierRewardConfig,
+    CodeTestsRewardConfig,
     FunctionRewardConfig,
     HTTPRewardConfig,
     ModelRewardConfig,

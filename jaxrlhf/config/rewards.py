@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from jaxrlhf.config.base import FiniteFloat, PositiveInt, Seconds, Settings
-from jaxrlhf.config.paths import FunctionPath, SourcePath
+from jaxrlhf.config.paths import FolderPath, FunctionPath, SourcePath
 
 
 class FunctionRewardConfig(Settings):
@@ -27,6 +27,25 @@ class HTTPRewardConfig(Settings):
     retries: Annotated[int, Field(ge=0, le=1000)] = Field(4, description="number of retries of a request after a timeout, a lost connection, or a status 429 or 5xx")
     token_env: str | None = Field(None, description="name of the environment variable that holds a bearer token; null sends no token")
     batch_size: PositiveInt = Field(16, description="completions per request")
+
+
+class CodeTestsRewardConfig(Settings):
+    """Unit tests of the row, run on the completion's Python code in a sandbox."""
+
+    kind: Literal["code_tests"] = Field("code_tests", description="unit tests of the row, run on the completion's Python code in a sandbox (Linux)")
+    column: str = Field("tests", description="column with the tests of a row: Python text with asserts or test functions, a list of asserts, or a list of {input, output} for programs that read and write text")
+    prefix: str | None = Field(None, description="column with Python code that precedes the completion's code, such as imports or the head of a function; null has none")
+    entry_point: str | None = Field(None, description="column with the name of the function that tests call as candidate, as in HumanEval; null has none")
+    score: Literal["share", "all"] = Field("share", description="score of a completion: the share of its tests that pass (share), or 1 only if all pass (all)")
+    sandbox: Literal["auto", "bubblewrap", "process"] = Field("auto", description="bubblewrap (no network, a root of its own), or a process of another user id with limits, which is weaker; auto is bubblewrap where it works")
+    python: FolderPath | None = Field(None, description="Python interpreter of the tested code, which gets the standard library only; null is the interpreter of the run, or /usr/bin/python3 if other users cannot read that")
+    seconds: Annotated[float, Field(gt=0, le=3600)] = Field(10.0, description="longest time of all tests of one completion, in seconds")
+    memory_mb: Annotated[int, Field(ge=64, le=2**20)] = Field(512, description="largest address space of one process of a completion, in MiB")
+    disk_mb: Annotated[int, Field(ge=1, le=2**16)] = Field(16, description="size of the folder /tmp of a completion, in MiB; only bubblewrap has such a folder, other sandboxes allow no writing")
+    output_mb: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="longest output of one program, and longest result of one call, in MiB; more fails the test")
+    processes: Annotated[int, Field(ge=1, le=1000)] = Field(8, description="largest number of processes and threads of a completion")
+    workers: PositiveInt | None = Field(None, description="completions that are tested at the same time; null is the number of processor cores")
+    batch_seconds: Seconds = Field(600.0, description="longest time of all completions of a batch, in seconds; completions that are not tested by then have no score")
 
 
 class _Reader(Settings):
@@ -89,6 +108,10 @@ class ModelPart(_Weighted, ModelRewardConfig):
     """A reward model in a sum."""
 
 
+class CodeTestsPart(_Weighted, CodeTestsRewardConfig):
+    """Unit tests in a sum."""
+
+
 class ClassifierPart(_Weighted, ClassifierRewardConfig):
     """A classifier in a sum."""
 
@@ -97,7 +120,8 @@ RewardPart = Annotated[
     Annotated[ModelPart, Tag("kind=model")]
     | Annotated[FunctionPart, Tag("kind=function")]
     | Annotated[ClassifierPart, Tag("kind=classifier")]
-    | Annotated[HTTPPart, Tag("kind=http")],
+    | Annotated[HTTPPart, Tag("kind=http")]
+    | Annotated[CodeTestsPart, Tag("kind=code_tests")],
     Discriminator(_tag),
 ]
 
@@ -114,6 +138,7 @@ RewardConfig = Annotated[
     | Annotated[FunctionRewardConfig, Tag("kind=function")]
     | Annotated[ClassifierRewardConfig, Tag("kind=classifier")]
     | Annotated[HTTPRewardConfig, Tag("kind=http")]
+    | Annotated[CodeTestsRewardConfig, Tag("kind=code_tests")]
     | Annotated[SumRewardConfig, Tag("kind=sum")],
     Discriminator(_tag),
 ]

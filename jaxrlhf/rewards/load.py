@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrlhf.config import (
     ClassifierRewardConfig,
+    CodeTestsRewardConfig,
     FunctionRewardConfig,
     HTTPRewardConfig,
     ModelRewardConfig,
@@ -18,6 +19,7 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.distributed.processes import alone, from_first
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.classifier import ClassifierReward
+from jaxrlhf.rewards.code_tests import CodeTestsReward
 from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
@@ -93,8 +95,10 @@ def _is_own(config: RewardConfig) -> bool:
 def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
     """Raises `UserError` if a reward cannot score completions of these prompts."""
     for name, (reward, _) in rewards.items():
-        if isinstance(reward, FunctionReward):
-            section = f"{key_path}.parts.{name}" if name else key_path
+        section = f"{key_path}.parts.{name}" if name else key_path
+        if isinstance(reward, CodeTestsReward):
+            reward.check_rows(prompts.columns, section)
+        elif isinstance(reward, FunctionReward):
             reward.check_columns(set().union(*prompts.columns), f"{section}.function")
         elif isinstance(reward, (PretrainedReward, ClassifierReward)):
             check_chats(prompts, reward.config, reward.chats)
@@ -138,6 +142,8 @@ def _load(
         return FunctionReward(config.function, f"{key_path}.function", *options)
     if isinstance(config, ClassifierRewardConfig):
         return ClassifierReward(config, key_path)
+    if isinstance(config, CodeTestsRewardConfig):
+        return CodeTestsReward(config, key_path, say)
     if isinstance(config, HTTPRewardConfig):
         settings = {"timeout": config.timeout, "retries": config.retries, "headers_env": config.token_env}
         try:

@@ -9,6 +9,7 @@ from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import Rollout
 from jaxrlhf.rewards.classifier import ClassifierReward
+from jaxrlhf.rewards.code_tests import CodeTestsReward
 from jaxrlhf.rewards.completions import Completions, Reward
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 from jaxrlhf.rewards.remote import HTTPReward
@@ -17,14 +18,14 @@ ROWS, TOKENS = 2, 8
 
 
 def try_rewards(rewards: Mapping[str, Reward | None], prompts: PromptSet, tokenizer: Tokenizer) -> None:
-    """Scores two completions with each function, server and classifier.
+    """Scores two completions with each function, server, classifier and sandbox.
 
     If a reward fails, `UserError` is raised with the key path of this reward. Rewards that are decoders are not called,
     because they were checked when they were loaded, and a call would compile a program.
     """
     completions = _completions(prompts, tokenizer)
     for key_path, reward in rewards.items():
-        if isinstance(reward, FunctionReward | HTTPReward | ClassifierReward):
+        if isinstance(reward, FunctionReward | HTTPReward | ClassifierReward | CodeTestsReward):
             try:
                 reward(completions)
             except RewardFault as fault:

@@ -1,0 +1,166 @@
+"""A reward that runs the code of a completion against unit tests of its row, in a sandbox. See `sandbox.pool`."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.config import CodeTestsRewardConfig
+from jaxrlhf.data.sources import one_line
+from jaxrlhf.errors import UserError
+from jaxrlhf.rewards.completions import Completions, with_abstained
+from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.rewards.sandbox import inside
+
+POOL = Path(__file__).with_name("sandbox") / "pool.py"
+LIMITS = ("seconds", "memory_mb", "disk_mb", "output_mb", "processes")
+FENCED = re.compile(r"```[^\S\n]*(?:python|py|python3)?[^\S\n]*\n(.*?)(?:\n[^\S\n]*```|\Z)", re.DOTALL | re.IGNORECASE)
+PATIENCE = 60.0  # seconds that the pool may take in addition to its limit
+WEAKER = "{}: code runs in the weaker sandbox: {}; bubblewrap is stronger, because it hides all files ({})"
+WEAK = {  # by kind and by whether the run has the rights of root
+    ("namespaces", True): "another user id, no network, its own processes; but it reads what every user can read",
+    ("namespaces", False): "no network, its own processes; but it reads the files of your user",
+    ("process", True): "another user id; but it reads what every user can read",
+    ("process", False): "your user id, so it reads and changes your files and can end your processes",
+}
+
+
+class CodeTestsReward:
+    """A reward (see `completions.Reward`): the share of the row's tests that the completion's Python code passes.
+
+    The code is that of the last Markdown code block, or the whole completion. A row whose tests are None has no score,
+    and neither has a completion that was not tested within `batch_seconds`. Raises `UserError` if no sandbox works.
+    `say` receives a line if the sandbox is not bubblewrap.
+    """
+
+    name, may_abstain = "code_tests", True
+
+    def __init__(self, config: CodeTestsRewardConfig, key_path: str, say: Callable[[str], None] | None = None):
+        if not sys.platform.startswith("linux"):
+            raise UserError(f"{key_path}: code_tests needs Linux, but this system is {sys.platform}")
+        self.config = config
+        self._task = {"limits": {name: getattr(config, name) for name in LIMITS}}
+        request = {"kind": None, "sandbox": config.sandbox, "python": config.python}
+        (found,) = self._pool(request, 10 * PATIENCE)
+        if "error" in found:
+            raise UserError(f"{key_path}.sandbox: no sandbox works: {one_line(found['error'])}; install bubblewrap")
+        self._task |= {"kind": found["kind"], "python": found["python"]}
+        self.kind = found["kind"]
+        if self.kind != "bubblewrap" and say is not None:
+            why = found["problems"][0] if found["problems"] else "set sandbox: bubblewrap"
+            say(WEAKER.format(key_path, WEAK[self.kind, found["root"]], one_line(why)))
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]], key_path: str) -> None:
+        """Raises `UserError` if the tests of a row cannot be used."""
+        config = self.config
+        for setting in ("column", "prefix", "entry_point"):
+            name = getattr(config, setting)
+            if name is not None and not any(name in row for row in rows):
+                present = ", ".join(sorted(set().union(*rows))) or "none"
+                raise UserError(f"{key_path}.{setting}: the data has no column {name}; the columns are: {present}")
+        for number, row in enumerate(rows, 1):
+            try:
+                self._job("", row)
+            except ValueError as error:
+                raise UserError(f"{key_path}.column: prompt {number}: {one_line(error)}") from None
+
+    def __call__(self, completions: Completions) -> np.ndarray:
+        count = len(completions.prompts)
+        jobs = {}
+        for number, (text, row) in enumerate(zip(completions.texts, completions.rows)):
+            try:
+                job = self._job(text, row)
+            except ValueError as error:
+                raise RewardFault(f"reward code_tests: row {number}: {one_line(error)}") from None
+            if job is not None:
+                jobs[number] = job
+        scores, abstained = np.zeros(count, np.float32), np.ones(count, bool)
+        for row, score in zip(jobs, self._scores(list(jobs.values()))):
+            if score is not None:
+                scores[row], abstained[row] = score, False
+        return with_abstained(scores, abstained)
+
+    def _scores(self, jobs: list[dict[str, Any]]) -> list[float | None]:
+        if not jobs:
+            return []
+        workers = min(self.config.workers or len(os.sched_getaffinity(0)), len(jobs))
+        limit = self.config.batch_seconds
+        request = {"jobs": jobs, "workers": workers, "batch_seconds": limit}
+        scores: list[float | None] = [None] * len(jobs)
+        for line in self._pool(request, limit + self.config.seconds + PATIENCE):
+            if "error" in line:
+                raise RewardFault(f"reward code_tests: {one_line(line['error'])}")
+            share = line["passed"] / line["total"] if line["total"] else 0.0
+            scores[line["job"]] = float(share == 1) if self.config.score == "all" else share
+        return scores
+
+    def _pool(self, request: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
+        """Runs the pool once. Returns the lines of its output."""
+        pool = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(POOL)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, errors = pool.communicate(json.dumps(self._task | request).encode(), timeout=seconds)
+        except BaseException as error:  # also Ctrl-C
+            pool.terminate()  # the pool then ends what it started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pool.wait(PATIENCE)
+            pool.kill()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RewardFault(f"reward code_tests: the tests did not end within {seconds:g} s") from None
+            raise
+        if pool.returncode != 0:
+            last = errors.decode(errors="replace").strip().splitlines() or ["no message"]
+            what = f"the sandbox ended with status {pool.returncode}: {one_line(last[-1])}"
+            raise RewardFault(f"reward code_tests: {what}")
+        return [json.loads(line) for line in output.splitlines()]
+
+    def _job(self, text: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns the job of a completion, None if the row has no tests. Raises ValueError if they cannot be used."""
+        config = self.config
+        if row.get(config.column) is None:
+            return None
+        entry_point = None if config.entry_point is None else row.get(config.entry_point)
+        if entry_point is not None and not (isinstance(entry_point, str) and entry_point.isidentifier()):
+            raise ValueError(f"the column {config.entry_point} must hold the name of a function, not {entry_point!r}")
+        prefix = None if config.prefix is None else row.get(config.prefix)
+        if prefix is not None and not isinstance(prefix, str):
+            raise ValueError(f"the column {config.prefix} must hold text, not a {type(prefix).__name__}")
+        tests = read_tests(row[config.column], config.column, entry_point)
+        return tests | {"code": (prefix or "") + code_of(text), "entry_point": entry_point}
+
+
+def code_of(completion: str) -> str:
+    """Returns the last Markdown code block of a completion, or the whole completion."""
+    blocks = FENCED.findall(completion)
+    return blocks[-1] if blocks else completion
+
+
+def read_tests(value: Any, column: str, entry_point: str | None = None) -> dict[str, Any]:
+    """Returns {"sources": texts} or {"examples": [{"input", "output"}]}. Raises ValueError for anything else."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, dict) and all(isinstance(value.get(name), (list, tuple)) for name in ("input", "output")):
+        value = [{"input": given, "output": wanted} for given, wanted in zip(value["input"], value["output"])]
+    value = [value] if isinstance(value, (str, dict)) else value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
+        if not all(isinstance(item.get(name), str) for item in value for name in ("input", "output")):
+            raise ValueError(f"the column {column} must have a text input and a text output in each example")
+        return {"examples": [{name: item[name] for name in ("input", "output")} for item in value]}
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"the column {column} must hold Python text, a list of asserts or a list of {{input, output}}")
+    try:
+        if not inside.count_tests(value, entry_point):
+            raise ValueError(f"the column {column} has no assert and no test function")
+    except SyntaxError as error:
+        raise ValueError(f"the column {column} is not Python: line {error.lineno}: {error.msg}") from None
+    return {"sources": list(value)}
