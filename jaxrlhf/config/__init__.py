@@ -30,6 +30,7 @@ from jaxrlhf.config.rewards import (
     CodeTestsRewardConfig,
     FunctionRewardConfig,
     HTTPRewardConfig,
+    JudgeRewardConfig,
     ModelRewardConfig,
     RewardConfig,
     SumRewardConfig,

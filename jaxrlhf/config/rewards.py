@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from jaxrlhf.config.base import FiniteFloat, PositiveInt, Seconds, Settings
-from jaxrlhf.config.paths import FolderPath, FunctionPath, SourcePath
+from jaxrlhf.config.base import FiniteFloat, NonNegativeFloat, PositiveInt, Seconds, Settings
+from jaxrlhf.config.paths import CachePath, FolderPath, FunctionPath, SourcePath
 
 
 class FunctionRewardConfig(Settings):
@@ -46,6 +46,38 @@ class CodeTestsRewardConfig(Settings):
     processes: Annotated[int, Field(ge=1, le=1000)] = Field(8, description="largest number of processes and threads of a completion")
     workers: PositiveInt | None = Field(None, description="completions that are tested at the same time; null is the number of processor cores")
     batch_seconds: Seconds = Field(600.0, description="longest time of all completions of a batch, in seconds; completions that are not tested by then have no score")
+
+
+class JudgeRewardConfig(Settings):
+    """A language model that judges completions, behind an OpenAI-compatible chat server."""
+
+    kind: Literal["judge"] = Field("judge", description="a language model that judges completions, behind an OpenAI-compatible chat server")
+    url: str = Field(description="base URL of the server's API, such as http://localhost:8000/v1")
+    model: str = Field(min_length=1, description="name of the judge's model on the server")
+    rubric: str = Field(description="jinja template of the judge's user message; variables: prompt, completion and the row's columns; with against: prompt, first, second and the columns")
+    system: str | None = Field(None, description="system message; null sends none")
+    against: str | None = Field(None, description="column with a reference answer; the judge then answers A (first is better), B or tie, in both orders, and the score is 1 for a win, 0.5 for a tie and 0 for a loss, averaged over the orders; null judges the completion alone")
+    read: Literal["text", "json", "logprobs"] = Field("text", description="how a judgement is read: the last number (with against the last A, B or tie) of the text, a field of a JSON object, or the mean of the scores weighted by the probabilities of their tokens")
+    field: str = Field("score", description="field of the JSON object, for read: json")
+    low: FiniteFloat = Field(1.0, description="lowest score; a lower number is not read")
+    high: FiniteFloat = Field(10.0, description="highest score; a higher number is not read; read: logprobs needs whole scores from 0 to 9, which are one token")
+    temperature: NonNegativeFloat = Field(0.0, description="sampling temperature of the judge; 0 gives equal scores to equal completions")
+    max_tokens: PositiveInt | None = Field(512, description="longest judgement, in tokens; null sends no limit")
+    extra: dict[str, Any] = Field({}, description="further fields of each request, such as {seed: 0}")
+    token_env: str | None = Field(None, description="name of the environment variable that holds the API key; null sends none")
+    timeout: Seconds = Field(120.0, description="longest time of one request, in seconds")
+    retries: Annotated[int, Field(ge=0, le=1000)] = Field(4, description="number of retries of a request after a timeout, a lost connection, or a status 429 or 5xx")
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = Field(16, description="number of simultaneous requests")
+    cache: CachePath | None = Field("auto", description="folder in which replies are saved, so that a resumed run gets the same scores; auto is jaxrlhf/judge in the user's cache folder; null saves none")
+
+    @model_validator(mode="after")
+    def _check_scores(self) -> "JudgeRewardConfig":
+        if self.low >= self.high:
+            raise ValueError("low must be less than high")
+        whole = self.low == int(self.low) and self.high == int(self.high)
+        if self.read == "logprobs" and self.against is None and not (whole and self.low >= 0 and self.high <= 9):
+            raise ValueError("read: logprobs needs whole low and high from 0 to 9, because a score must be one token")
+        return self
 
 
 class _Reader(Settings):
@@ -112,6 +144,10 @@ class CodeTestsPart(_Weighted, CodeTestsRewardConfig):
     """Unit tests in a sum."""
 
 
+class JudgePart(_Weighted, JudgeRewardConfig):
+    """A judge in a sum."""
+
+
 class ClassifierPart(_Weighted, ClassifierRewardConfig):
     """A classifier in a sum."""
 
@@ -121,7 +157,8 @@ RewardPart = Annotated[
     | Annotated[FunctionPart, Tag("kind=function")]
     | Annotated[ClassifierPart, Tag("kind=classifier")]
     | Annotated[HTTPPart, Tag("kind=http")]
-    | Annotated[CodeTestsPart, Tag("kind=code_tests")],
+    | Annotated[CodeTestsPart, Tag("kind=code_tests")]
+    | Annotated[JudgePart, Tag("kind=judge")],
     Discriminator(_tag),
 ]
 
@@ -139,6 +176,7 @@ RewardConfig = Annotated[
     | Annotated[ClassifierRewardConfig, Tag("kind=classifier")]
     | Annotated[HTTPRewardConfig, Tag("kind=http")]
     | Annotated[CodeTestsRewardConfig, Tag("kind=code_tests")]
+    | Annotated[JudgeRewardConfig, Tag("kind=judge")]
     | Annotated[SumRewardConfig, Tag("kind=sum")],
     Discriminator(_tag),
 ]

@@ -11,6 +11,7 @@ from jaxrlhf.config import (
     CodeTestsRewardConfig,
     FunctionRewardConfig,
     HTTPRewardConfig,
+    JudgeRewardConfig,
     ModelRewardConfig,
     RewardConfig,
     SumRewardConfig,
@@ -23,6 +24,7 @@ from jaxrlhf.rewards.code_tests import CodeTestsReward
 from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, with_abstained
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
+from jaxrlhf.rewards.judge import JudgeReward
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
 from jaxrlhf.rewards.reading import check_chats
@@ -98,6 +100,8 @@ def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
         section = f"{key_path}.parts.{name}" if name else key_path
         if isinstance(reward, CodeTestsReward):
             reward.check_rows(prompts.columns, section)
+        elif isinstance(reward, JudgeReward):
+            reward.check_rows(prompts.texts, prompts.columns, section)
         elif isinstance(reward, FunctionReward):
             reward.check_columns(set().union(*prompts.columns), f"{section}.function")
         elif isinstance(reward, (PretrainedReward, ClassifierReward)):
@@ -144,6 +148,8 @@ def _load(
         return ClassifierReward(config, key_path)
     if isinstance(config, CodeTestsRewardConfig):
         return CodeTestsReward(config, key_path, say)
+    if isinstance(config, JudgeRewardConfig):
+        return JudgeReward(config, key_path, say)
     if isinstance(config, HTTPRewardConfig):
         settings = {"timeout": config.timeout, "retries": config.retries, "headers_env": config.token_env}
         try:

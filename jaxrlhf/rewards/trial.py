@@ -12,20 +12,22 @@ from jaxrlhf.rewards.classifier import ClassifierReward
 from jaxrlhf.rewards.code_tests import CodeTestsReward
 from jaxrlhf.rewards.completions import Completions, Reward
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
+from jaxrlhf.rewards.judge import JudgeReward
 from jaxrlhf.rewards.remote import HTTPReward
 
 ROWS, TOKENS = 2, 8
+CALLED = FunctionReward | HTTPReward | ClassifierReward | CodeTestsReward | JudgeReward
 
 
 def try_rewards(rewards: Mapping[str, Reward | None], prompts: PromptSet, tokenizer: Tokenizer) -> None:
-    """Scores two completions with each function, server, classifier and sandbox.
+    """Scores two completions with each function, server, classifier, sandbox and judge.
 
     If a reward fails, `UserError` is raised with the key path of this reward. Rewards that are decoders are not called,
     because they were checked when they were loaded, and a call would compile a program.
     """
     completions = _completions(prompts, tokenizer)
     for key_path, reward in rewards.items():
-        if isinstance(reward, FunctionReward | HTTPReward | ClassifierReward | CodeTestsReward):
+        if isinstance(reward, CALLED):
             try:
                 reward(completions)
             except RewardFault as fault:

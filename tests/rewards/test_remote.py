@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import UserError
+from jaxrlhf.rewards.client import _seconds, retry_delay
 from jaxrlhf.rewards.completions import Completions, abstained_rows
 from jaxrlhf.rewards.functions import RewardFault
-from jaxrlhf.rewards.remote import HTTPReward, _seconds, retry_delay
+from jaxrlhf.rewards.remote import HTTPReward
 
 
 def completions_of(texts, rows=None):
