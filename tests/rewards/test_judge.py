@@ -152,7 +152,7 @@ def test_the_mean_of_the_scores_by_probability(server):
     expected = [4, (0.5 * 5 + 0.3 * 4) / 0.8, 1.75, None, None]
     assert read(server, contents, **settings) == [None if x is None else pytest.approx(x) for x in expected]
     assert server.requests[0]["logprobs"] is True and server.requests[0]["top_logprobs"] == 20
-    with pytest.raises(RewardFault, match="the response has no logprobs; use a server that has them, or set read: text"):
+    with pytest.raises(RewardFault, match="has no logprobs; use a server that has them, or set read: text"):
         read(server, ["4"], **settings)
 
 

@@ -52,7 +52,8 @@ def confine(task):
         os.setresuid(task["uid"], task["uid"], task["uid"])
     prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG; a change of user id clears it
     prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no setuid program works
-    prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: processes of the same user cannot trace this one or open its files
+    if task["role"] == "judge":
+        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: processes of the same user cannot trace the judge or open its files
     if 0 in (*os.getresuid(), *os.getresgid(), *os.getgroups()):
         raise SystemExit("the sandbox still has the rights of root")
     os.stat(os.__file__)  # fails if the user id cannot read the interpreter
