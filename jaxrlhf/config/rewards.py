@@ -34,7 +34,7 @@ class CodeTestsRewardConfig(Settings):
 
     kind: Literal["code_tests"] = Field("code_tests", description="unit tests of the row, run on the completion's Python code in a sandbox (Linux)")
     column: str = Field("tests", description="column with the tests of a row: Python text with asserts or test functions, a list of asserts, or a list of {input, output} for programs that read and write text")
-    prefix: str | None = Field(None, description="column with Python code that precedes the completion's code, such as imports or the head of a function; null has none")
+    prefix: str | None = Field(None, description="column with Python code that precedes the completion's code, such as imports or the head of a function; prompt is the prompt's text; null has none")
     entry_point: str | None = Field(None, description="column with the name of the function that tests call as candidate, as in HumanEval; null has none")
     score: Literal["share", "all"] = Field("share", description="score of a completion: the share of its tests that pass (share), or 1 only if all pass (all)")
     sandbox: Literal["auto", "bubblewrap", "process"] = Field("auto", description="bubblewrap (no network, a root of its own), or a process of another user id with limits, which is weaker; auto is bubblewrap where it works")

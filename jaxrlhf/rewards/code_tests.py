@@ -50,16 +50,17 @@ class CodeTestsReward:
         request = {"kind": None, "sandbox": config.sandbox, "python": config.python}
         (found,) = self._pool(request, 10 * PATIENCE)
         if "error" in found:
-            raise UserError(f"{key_path}.sandbox: no sandbox works: {one_line(found['error'])}; install bubblewrap")
+            raise UserError(f"{key_path}.sandbox: no sandbox works: {found['error']}; install bubblewrap")
         self._task |= {"kind": found["kind"], "python": found["python"]}
         self.kind = found["kind"]
         if self.kind != "bubblewrap" and say is not None:
             why = found["problems"][0] if found["problems"] else "set sandbox: bubblewrap"
-            say(WEAKER.format(key_path, WEAK[self.kind, found["root"]], one_line(why)))
+            say(WEAKER.format(key_path, WEAK[self.kind, found["root"]], why))
 
-    def check_rows(self, rows: Sequence[Mapping[str, Any]], key_path: str) -> None:
+    def check_rows(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]], key_path: str) -> None:
         """Raises `UserError` if the tests of a row cannot be used."""
         config = self.config
+        rows = [{"prompt": prompt, **row} for prompt, row in zip(prompts, rows)]
         for setting in ("column", "prefix", "entry_point"):
             name = getattr(config, setting)
             if name is not None and not any(name in row for row in rows):
@@ -74,9 +75,9 @@ class CodeTestsReward:
     def __call__(self, completions: Completions) -> np.ndarray:
         count = len(completions.prompts)
         jobs = {}
-        for number, (text, row) in enumerate(zip(completions.texts, completions.rows)):
+        for number, (prompt, text, row) in enumerate(zip(completions.prompts, completions.texts, completions.rows)):
             try:
-                job = self._job(text, row)
+                job = self._job(text, {"prompt": prompt, **row})
             except ValueError as error:
                 raise RewardFault(f"reward code_tests: row {number}: {one_line(error)}") from None
             if job is not None:
@@ -96,7 +97,7 @@ class CodeTestsReward:
         scores: list[float | None] = [None] * len(jobs)
         for line in self._pool(request, limit + self.config.seconds + PATIENCE):
             if "error" in line:
-                raise RewardFault(f"reward code_tests: {one_line(line['error'])}")
+                raise RewardFault(f"reward code_tests: {line['error']}")
             share = line["passed"] / line["total"] if line["total"] else 0.0
             scores[line["job"]] = float(share == 1) if self.config.score == "all" else share
         return scores
@@ -119,7 +120,7 @@ class CodeTestsReward:
             raise
         if pool.returncode != 0:
             last = errors.decode(errors="replace").strip().splitlines() or ["no message"]
-            what = f"the sandbox ended with status {pool.returncode}: {one_line(last[-1])}"
+            what = f"the sandbox ended with status {pool.returncode}: {last[-1]}"
             raise RewardFault(f"reward code_tests: {what}")
         return [json.loads(line) for line in output.splitlines()]
 

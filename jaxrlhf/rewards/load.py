@@ -98,9 +98,7 @@ def check_prompts(rewards: Rewards, prompts: PromptSet, key_path: str) -> None:
     """Raises `UserError` if a reward cannot score completions of these prompts."""
     for name, (reward, _) in rewards.items():
         section = f"{key_path}.parts.{name}" if name else key_path
-        if isinstance(reward, CodeTestsReward):
-            reward.check_rows(prompts.columns, section)
-        elif isinstance(reward, JudgeReward):
+        if isinstance(reward, (CodeTestsReward, JudgeReward)):
             reward.check_rows(prompts.texts, prompts.columns, section)
         elif isinstance(reward, FunctionReward):
             reward.check_columns(set().union(*prompts.columns), f"{section}.function")

@@ -58,14 +58,16 @@ def test_rows_without_tests_abstain_and_all_or_nothing(reward):
 
 
 def test_head_of_a_function_and_check_as_in_humaneval():
-    config = CodeTestsRewardConfig(column="test", prefix="prompt_code", entry_point="entry_point", seconds=30.0)
+    config = CodeTestsRewardConfig(column="test", prefix="prompt", entry_point="entry_point", seconds=30.0)
     row = {
-        "prompt_code": "def triple(x):\n",
         "entry_point": "triple",
         "test": "def check(candidate):\n    assert candidate(2) == 6\n    assert candidate('a') == 'aaa'\n",
     }
-    scores = CodeTestsReward(config, "ppo.reward")(of(["    return x * 3\n", "    return x + 4\n"], [row] * 2))
-    assert scores.tolist() == [1, 0]
+    completions = of(["    return x * 3\n", "    return x + 4\n"], [row] * 2)
+    completions.prompts[:] = ["def triple(x):\n"] * 2
+    reward = CodeTestsReward(config, "ppo.reward")
+    reward.check_rows(completions.prompts, completions.rows, "ppo.reward")
+    assert reward(completions).tolist() == [1, 0]
 
 
 def test_a_batch_that_takes_too_long_has_no_scores():
@@ -106,16 +108,17 @@ BAD = [
 def test_tests_that_cannot_be_used(reward, tests, words):
     rows = [{"tests": ["assert f(1)"]}, {"tests": tests}]
     with pytest.raises(UserError) as caught:
-        reward.check_rows(rows, "ppo.reward")
+        reward.check_rows(["p", "q"], rows, "ppo.reward")
     assert str(caught.value).startswith("ppo.reward.column: prompt 2: the column tests ") and words in str(caught.value)
     with pytest.raises(RewardFault, match=r"\Areward code_tests: row 1: the column tests [^\n]*\Z"):
         reward(of(["", ""], rows))
 
 
 def test_columns_that_are_missing(reward):
-    reward.check_rows([{"tests": None}, {"tests": ["assert f(1)"]}], "ppo.reward")
-    with pytest.raises(UserError, match=r"ppo\.reward\.column: the data has no column tests; the columns are: a, b"):
-        reward.check_rows([{"a": 1}, {"b": 1}], "ppo.reward")
+    reward.check_rows(["p", "q"], [{"tests": None}, {"tests": ["assert f(1)"]}], "ppo.reward")
+    words = "ppo.reward.column: the data has no column tests; the columns are: a, b, prompt"
+    with pytest.raises(UserError, match=words):
+        reward.check_rows(["p", "q"], [{"a": 1}, {"b": 1}], "ppo.reward")
 
 
 def test_code_blocks():

@@ -1,7 +1,11 @@
 """Attacks on the sandbox of code_tests. Each scores 0 within its limit, and leaves nothing behind."""
 
+import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 
 from jaxrlhf.config import CodeTestsRewardConfig
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.code_tests import CodeTestsReward
+from jaxrlhf.rewards.code_tests import POOL, CodeTestsReward
 from jaxrlhf.rewards.completions import Completions
 
 LIMITS = {"memory_mb": 256, "disk_mb": 4, "output_mb": 1, "processes": 6, "workers": 4}
@@ -251,3 +255,19 @@ def test_fake_passes(sandbox, mark):
     programs = [code + "\nf(1)\n" for code in codes]
     examples = [{"input": "", "output": "2"}]
     assert dict(zip(FAKES, scores(sandbox, programs, examples))) == dict.fromkeys(FAKES, 0.0)
+
+
+def test_a_killed_run_leaves_nothing(sandbox, mark):
+    """The pool ends what it started when the process that started it is killed."""
+    job = {"code": mark + "time.sleep(1000)", "sources": TEST, "entry_point": None}
+    sandbox._task["limits"]["seconds"] = 60.0
+    request = sandbox._task | {"jobs": [job], "workers": 1, "batch_seconds": 100.0}
+    program = "import subprocess as s, sys; s.run([sys.executable, '-IS', sys.argv[1]], input=sys.argv[2].encode())"
+    run = subprocess.Popen([sys.executable, "-S", "-c", program, str(POOL), json.dumps(request)])
+    name = re.search(r"b'(a\w+)'", mark)[1]
+    deadline = time.monotonic() + 30
+    while not named(name) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert named(name)
+    run.kill()
+    run.wait()

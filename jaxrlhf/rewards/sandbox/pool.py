@@ -33,7 +33,7 @@ import time
 from pathlib import Path
 
 INSIDE = Path(__file__).with_name("inside.py").read_text()
-LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/alternatives")
+LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 WRITABLE = ("/tmp", "/var/tmp", "/dev/shm")
 START = 20.0  # longest time of the start of a sandbox when it is chosen, in seconds
 
@@ -44,9 +44,12 @@ class Sandbox:
     def __init__(self, kind, python, limits, root):
         self.kind, self.python, self.limits, self.root = kind, python, limits, root
         self.running = {}  # process -> (user id, folder)
+        self.stopped = False
 
     def start(self, role, text, uid, folder, fds=(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **task):
         """Starts `inside` in a role, with the text as its input. Returns the process."""
+        if self.stopped:
+            raise RuntimeError("the run has ended")
         with tempfile.TemporaryFile() as file:  # not in the argument list, which other processes can read
             file.write(text.encode(errors="replace"))
             file.seek(0)
@@ -104,6 +107,8 @@ class Sandbox:
 
     def end(self, process):
         """Kills the process and all that it started, and removes their files."""
+        if process not in self.running:
+            return
         uid, folder = self.running[process]
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -114,7 +119,7 @@ class Sandbox:
         else:
             _kill_marked(os.path.basename(folder))
         shutil.rmtree(folder, ignore_errors=True)
-        del self.running[process]
+        self.running.pop(process, None)
 
 
 def _kill_user(uid):
@@ -148,11 +153,16 @@ def _remove_files(uid):
 
 def _processes(uid):
     """Yields the ids of the running processes of a user id."""
+    return (pid for pid, owner in _owners() if owner == uid)
+
+
+def _owners():
+    """Yields (process id, user id) of each running process."""
     for name in os.listdir("/proc"):
         if name.isdigit():
             status = dict(line.split(b":", 1) for line in _read(name, "status").splitlines() if b":" in line)
-            if status.get(b"Uid", b"").split()[:1] == [str(uid).encode()] and b"Z" not in status.get(b"State", b""):
-                yield int(name)
+            if b"Uid" in status and b"Z" not in status.get(b"State", b""):
+                yield int(name), int(status[b"Uid"].split()[0])
 
 
 def _threads(pid):
@@ -221,17 +231,21 @@ def free_uids(count):
     ends = [int(start) + int(size) for start, _, size in mapped]
     low, high = (2**20, 2**31) if max(ends) >= 2**31 else (min(20_000, max(ends) // 2), min(max(ends), 65_000))
     uid, found = low + (os.getpid() * 1024) % max(high - low - 2 * count, 1), []
+    taken = {owner for _, owner in _owners()}
     while len(found) < count and uid < high:
-        with contextlib.suppress(KeyError):
-            pwd.getpwuid(uid)
-            uid += 1
-            continue
-        if not any(_processes(uid)):
+        if uid not in taken and not _has_account(uid):
             found.append(uid)
         uid += 1
     if len(found) < count:
         raise RuntimeError("there are no free user ids to run code with other rights than root's")
     return found
+
+
+def _has_account(uid):
+    try:
+        return pwd.getpwuid(uid) is not None
+    except KeyError:
+        return False
 
 
 # ---------------------------------------------------------------- jobs
@@ -336,8 +350,10 @@ def main():
     sandbox = None
 
     def stop(*_):
-        for process in list(sandbox.running if sandbox else ()):
-            sandbox.end(process)
+        if sandbox is not None:
+            sandbox.stopped = True
+            for process in list(sandbox.running):
+                sandbox.end(process)
         os._exit(1)
 
     signal.signal(signal.SIGTERM, stop)
