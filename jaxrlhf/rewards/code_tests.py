@@ -17,7 +17,7 @@ from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.functions import RewardFault
-from jaxrlhf.rewards.sandbox import inside
+from jaxrlhf.rewards.sandbox.unit_tests import count_tests
 
 POOL = Path(__file__).with_name("sandbox") / "pool.py"
 LIMITS = ("seconds", "memory_mb", "disk_mb", "output_mb", "processes")
@@ -160,7 +160,7 @@ def read_tests(value: Any, column: str, entry_point: str | None = None) -> dict[
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) for item in value):
         raise ValueError(f"the column {column} must hold Python text, a list of asserts or a list of {{input, output}}")
     try:
-        if not inside.count_tests(value, entry_point):
+        if not count_tests(value, entry_point):
             raise ValueError(f"the column {column} has no assert and no test function")
     except SyntaxError as error:
         raise ValueError(f"the column {column} is not Python: line {error.lineno}: {error.msg}") from None

@@ -12,7 +12,8 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.code_tests import CodeTestsReward, code_of, read_tests
 from jaxrlhf.rewards.completions import Completions, abstained_rows
 from jaxrlhf.rewards.functions import RewardFault
-from jaxrlhf.rewards.sandbox.inside import Peer, Remote, count_tests
+from jaxrlhf.rewards.sandbox.remote_objects import Peer, Remote
+from jaxrlhf.rewards.sandbox.unit_tests import count_tests
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,19 @@ import threading
 import time
 from pathlib import Path
 
-INSIDE = Path(__file__).with_name("inside.py").read_text()
+# The program of a sandboxed process as texts, because the process may not be able to read these files.
+FILES = dict.fromkeys(("jaxrlhf", "jaxrlhf.rewards", "jaxrlhf.rewards.sandbox"), "")
+for _name in ("remote_objects", "small_pytest", "unit_tests", "inside"):
+    FILES[f"jaxrlhf.rewards.sandbox.{_name}"] = Path(__file__).with_name(f"{_name}.py").read_text()
+LOADER = """import json, sys, types
+for name, text in json.loads(sys.argv.pop()).items():
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(text, name, "exec"), module.__dict__)
+    parent, _, last = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], last, module)
+module.main()
+"""
 LIBRARIES = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 WRITABLE = ("/tmp", "/var/tmp", "/dev/shm")
 START = 20.0  # longest time of the start of a sandbox when it is chosen, in seconds
@@ -58,7 +70,7 @@ class Sandbox:
             # Without a private folder, nothing bounds the number of files. So no file can be longer than 0 bytes.
             task["disk_mb"] = self.limits["disk_mb"] if self.kind == "bubblewrap" else 0
             task["processes"] = self.limits["processes"] + 1 + self._others()
-            inside = [self.python, "-I", "-S", "-B", "-c", INSIDE, json.dumps(task)]
+            inside = [self.python, "-I", "-S", "-B", "-c", LOADER, json.dumps(task), json.dumps(FILES)]
             process = subprocess.Popen(
                 [*self._prefix(), *inside],
                 stdin=stdin, stdout=stdout, stderr=subprocess.PIPE if role == "probe" else subprocess.DEVNULL,
