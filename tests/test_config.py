@@ -38,6 +38,7 @@ ppo:
 
 # Eight aliases of eight aliases, and so on: a file of a few lines that would take gigabytes.
 ALIASES = "a: &a0 [x]\n" + "".join(f"b{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(9))
+REWARDS = "model | function | classifier | http | code_tests | judge | sum"
 
 
 @pytest.fixture
@@ -259,13 +260,13 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("compiler_options.update.xla_a=[1]", "compiler_options: update.xla_a must be true, false, a number or text"),
         ("compiler_options=fast", 'compiler_options must be mapping of names, not the text "fast"'),
         # of several kinds
-        ("ppo.reward.kind=htp", "ppo.reward.kind must be model | function | classifier | http | sum, not htp"),
-        ("ppo.reward.kind=3", "ppo.reward.kind must be model | function | classifier | http | sum, not 3"),
+        ("ppo.reward.kind=htp", "ppo.reward.kind must be " + REWARDS + ", not htp"),
+        ("ppo.reward.kind=3", "ppo.reward.kind must be " + REWARDS + ", not 3"),
         ("ppo.reward={kind: http}", "ppo.reward.url is missing; give text: URL that receives {prompts, "),
         ("ppo.reward={kind: function}", "ppo.reward.function is missing; give text: module:function or path.py:"),
         ("ppo.reward={kind: sum, parts: {}}", "ppo.reward.parts must have at least one entry"),
         ("ppo.reward={kind: http, url: x, path: y}", "unknown key ppo.reward.path; it belongs to kind: model and "),
-        ("ppo.reward.url=http://x", "unknown key ppo.reward.url; it belongs to kind: http; kind: model has "),
+        ("ppo.reward.url=http://x", "unknown key ppo.reward.url; it belongs to kind: http and kind: judge; kind: model has "),
         ("ppo.reward.paht=x", "unknown key ppo.reward.paht; did you mean ppo.reward.path?"),
         ("ppo.reward.max_length=0", "ppo.reward.max_length must be int >= 1, not 0"),
         ("ppo.reward.template=x", "ppo.reward: template must contain {completion}, may contain {prompt}, "),

@@ -21,7 +21,8 @@ from jaxrlhf.config.run import RunConfig
 SettingPath = tuple[str, ...]
 REQUIRED = object()
 ANY, ENTRY = "*", "[]"
-KINDS = tuple(f"kind={kind}" for kind in ("model", "function", "classifier", "http", "sum"))
+_KINDS = ("model", "function", "classifier", "http", "code_tests", "judge", "sum")
+KINDS = tuple(f"kind={kind}" for kind in _KINDS)
 
 
 @dataclass(frozen=True)
