@@ -266,7 +266,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.reward={kind: function}", "ppo.reward.function is missing; give text: module:function or path.py:"),
         ("ppo.reward={kind: sum, parts: {}}", "ppo.reward.parts must have at least one entry"),
         ("ppo.reward={kind: http, url: x, path: y}", "unknown key ppo.reward.path; it belongs to kind: model and "),
-        ("ppo.reward.url=http://x", "unknown key ppo.reward.url; it belongs to kind: http and kind: judge; kind: model has "),
+        ("ppo.reward.url=http://x", "unknown key ppo.reward.url; it belongs to kind: http and kind: judge; kind: "),
         ("ppo.reward.paht=x", "unknown key ppo.reward.paht; did you mean ppo.reward.path?"),
         ("ppo.reward.max_length=0", "ppo.reward.max_length must be int >= 1, not 0"),
         ("ppo.reward.template=x", "ppo.reward: template must contain {completion}, may contain {prompt}, "),

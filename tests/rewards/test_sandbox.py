@@ -86,7 +86,6 @@ def f(x):
 """,
         ["assert f(1) >= 20"],
     ),
-    "threads": ("for _ in range(200):\n    threading.Thread(target=time.sleep, args=(60,)).start()\n" + RIGHT, TEST),
     "10 GB": ("x = bytearray(10 * 2**30)\n" + RIGHT, TEST),
     "10 GB in a function": ("def f(x):\n    return len(bytearray(10 * 2**30))\n", ["assert f(1) == 10 * 2**30"]),
     "endless output of a program": (
@@ -164,6 +163,7 @@ ENDLESS = {
     "sleep": WAIT + RIGHT,
     "long computation": "10 ** 10 ** 10\n" + RIGHT,
     "output without a reader": "while True:\n    print('x' * 1000)\n" + RIGHT,
+    "threads": "for _ in range(200):\n    threading.Thread(target=time.sleep, args=(60,)).start()\n" + RIGHT,
     "exponential forks": "for _ in range(7):\n    try:\n        os.fork()\n    except OSError:\n        pass\n" + WAIT,
 }
 FAKES = dict(part.split("\n", 1) for part in Path(__file__).with_name("fakes.txt").read_text().split("=== ") if part)
