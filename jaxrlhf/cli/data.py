@@ -1,16 +1,16 @@
-"""jaxrlhf data check|split|clean|augment|convert FILE: checks data files and prepares them."""
+"""jaxrlhf data check|split|clean|augment|sample|convert FILE: checks data files and prepares them."""
 
 import argparse
 import json
 from collections.abc import Callable
 
-from jaxrlhf.cli.arguments import Parser, finite, model_path, path, text, whole
+from jaxrlhf.cli.arguments import Parser, add_origin, add_sampling, finite, model_path, path, text, whole
 from jaxrlhf.cli.exits import main_of
 from jaxrlhf.cli.streams import ascii_only
 from jaxrlhf.errors import Fault, UserError, printable
 
 KINDS = ("preferences", "demonstrations", "classification", "chats", "prompts", "text")
-FORMATS = ("hh-rlhf", "ultrafeedback", "alpaca", "sharegpt", "conll", "csv")
+FORMATS = ("hh-rlhf", "ultrafeedback", "scored", "alpaca", "sharegpt", "conll", "csv")
 
 
 def _parser(name: str, description: str) -> Parser:
@@ -27,12 +27,13 @@ def _share(value: str) -> float:
     return number
 
 
-def _add_source(parser: Parser) -> None:
+def _add_source(parser: Parser, kinds: bool = True) -> None:
     add = parser.add_argument
     add("file", type=model_path, metavar="FILE", help="JSON, JSON Lines, CSV or Parquet, a folder, or a hub id")
     settings = "settings of the source, as in sft.data: prompt_field=question limit=1000; also label_field"
     add("settings", nargs="*", type=text, metavar="SETTING=VALUE", help=settings)
-    add("--kind", choices=KINDS, help="kind of data (default: the kind whose fields most of the first rows have)")
+    if kinds:
+        add("--kind", choices=KINDS, help="kind of data (default: the kind whose fields most of the first rows have)")
 
 
 def _add_similarity(parser: Parser) -> None:
@@ -250,11 +251,38 @@ def _rewrite(arguments: argparse.Namespace):
     return rewriting.back_translation(ask, arguments.language)
 
 
+def sample_parser() -> Parser:
+    parser = _parser(
+        "sample",
+        "Writes completions of a model for the prompts of a file, with empty scores for people to fill in. "
+        "convert --from scored then writes preference pairs.",
+    )
+    _add_source(parser, kinds=False)
+    _add_out(parser)
+    count = "completions of each role per prompt (default: 2)"
+    parser.add_argument("--count", type=whole(1, 1000), default=2, metavar="N", help=count)
+    add_origin(parser, "roles of a run to compare, such as sft,policy (default: the role trained last)")
+    add_sampling(parser)
+    return parser
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    from jaxrlhf.curation.sample import sample
+
+    rows, completions = sample(
+        arguments.file,
+        arguments.out,
+        arguments,
+        count=arguments.count,
+        settings=arguments.settings,
+        overwrite=arguments.overwrite,
+    )
+    print(printable(f"{arguments.out}: {completions:,} completions of {rows:,} prompts"))
+
+
 def convert_parser() -> Parser:
     parser = _parser("convert", "Writes the rows of another project's format as JSON Lines that the stages read.")
-    parser.add_argument("file", type=model_path, metavar="FILE", help="file, folder, or hub id")
-    settings = "settings of the source, such as split=test limit=1000"
-    parser.add_argument("settings", nargs="*", type=text, metavar="SETTING=VALUE", help=settings)
+    _add_source(parser, kinds=False)
     parser.add_argument("--from", dest="form", choices=FORMATS, required=True, help="format of the file")
     _add_out(parser)
     column = "for csv: a new name for a column, such as prompt=question; may be repeated"
@@ -289,6 +317,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "split": split_parser,
     "clean": clean_parser,
     "augment": augment_parser,
+    "sample": sample_parser,
     "convert": convert_parser,
 }
 
@@ -302,7 +331,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         usage="jaxrlhf data COMMAND FILE ...",
         description="Checks data files and prepares them. jaxrlhf data COMMAND --help lists the options.",
         epilog="check: faulty rows, duplicates, leaks, labels. split: training, validation and test files. clean: "
-        "drops faulty rows and odd characters. augment: adds changed copies of rows. convert: reads other formats.",
+        "drops faulty rows and odd characters. augment: adds changed copies of rows. sample: completions of a "
+        "model for people to score. convert: reads other formats.",
     )
     parser.add_argument("command", choices=PARSERS)
     return parser.parse_args([name])

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxrlhf.curation.reading import parse_fields
 from jaxrlhf.curation.writing import check_output, jsonl_writer
-from jaxrlhf.data.fields import has_field, messages_field, text_field
+from jaxrlhf.data.fields import has_field, messages_field, text_field, text_or_messages_field
 from jaxrlhf.data.sources import LoadReport, Message, Row, describe, open_bytes, stream_rows
 from jaxrlhf.errors import UserError
 
@@ -102,20 +102,32 @@ def ultrafeedback(row: Row) -> Values:
         values = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
         scores = [row.values.get(f"score_{name}") for name in ("chosen", "rejected")]
         return values | ({"margin": scores[0] - scores[1]} if all(map(_is_number, scores)) else {})
-    prompt, found = text_field(row, "instruction"), []
-    completions = row.values["completions"]
+    prompt = [{"role": "user", "content": text_field(row, "instruction")}]
+    return _best_and_worst(row, prompt, ("overall_score", "fine-grained_score"))
+
+
+def scored(row: Row) -> Values:
+    """`data sample` with scores: `prompt` and `completions` of {"response", "score"}. The best and the worst remain."""
+    return _best_and_worst(row, text_or_messages_field(row, "prompt"), ("score",))
+
+
+def _best_and_worst(row: Row, prompt: str | list[Message], keys: Sequence[str]) -> Values:
+    """Returns a preference pair. The key of a score is the first of `keys` that a completion has."""
+    completions, found = row.values.get("completions"), []
     for number, answer in enumerate(completions if isinstance(completions, list) else [], 1):
         answer = answer if isinstance(answer, dict) else {}
-        score = answer.get("overall_score", answer.get("fine-grained_score"))
+        score = next((answer[key] for key in keys if answer.get(key) is not None), None)
         if not isinstance(answer.get("response"), str) or not answer["response"].strip() or not _is_number(score):
-            raise UserError(f"{row.where}: completion {number} must have a `response` and a number `overall_score`")
+            raise UserError(f"{row.where}: completion {number} must have a `response` and a number `{keys[0]}`")
         found.append((float(score), answer["response"]))
     found.sort(key=lambda pair: pair[0])
     if len(found) < 2 or found[0][0] == found[-1][0]:
         raise UserError(f"{row.where}: the row must have two completions with different scores")
-    sides = {"chosen": found[-1], "rejected": found[0]}
-    values = {name: [{"role": "assistant", "content": text}] for name, (_, text) in sides.items()}
-    return {"prompt": [{"role": "user", "content": prompt}], **values, "margin": found[-1][0] - found[0][0]}
+    (worst, rejected), (best, chosen) = found[0], found[-1]
+    sides = {"chosen": chosen, "rejected": rejected}
+    if not isinstance(prompt, str):  # a chat's responses are turns
+        sides = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+    return {"prompt": prompt, **sides, "margin": best - worst}
 
 
 def _is_number(value: Any) -> bool:
@@ -224,6 +236,7 @@ def _renamed(row: Row, columns: dict[str, str]) -> Values:
 FORMATS: dict[str, Callable[[Row], Values]] = {
     "hh-rlhf": hh_rlhf,
     "ultrafeedback": ultrafeedback,
+    "scored": scored,
     "alpaca": alpaca,
     "sharegpt": sharegpt,
     "conll": conll,

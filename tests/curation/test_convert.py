@@ -34,6 +34,12 @@ GOOD = {
           "margin": 4.0},
          {"prompt": ASKED, "chosen": [turn("assistant", "y")], "rejected": [turn("assistant", "n")], "margin": 1.5}],
     ),
+    "scored": (
+        jsonl([{"prompt": p, "completions": [{"response": r, "role": "sft", "score": s} for r, s in (("a", 0), ("b", 1))]}
+               for p in ("Why?", ASKED)]), "preferences",
+        [{"prompt": "Why?", "chosen": "b", "rejected": "a", "margin": 1.0},
+         {"prompt": ASKED, "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "a")], "margin": 1.0}],
+    ),
     "alpaca": (
         jsonl([{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho",
                "system": "Be brief", "history": [["a", "b"]]}]), "chats",
@@ -105,6 +111,7 @@ def open_row(**values):
         ("hh-rlhf", {"chosen": HH, "rejected": HH + " a"}, "field 'chosen' ends with an empty turn"),
         ("ultrafeedback", {"instruction": "a", "completions": ULTRA["completions"][:1]}, "two completions with different"),
         ("ultrafeedback", {"instruction": "a", "completions": [{"response": "b"}]}, "completion 1 must have a `response`"),
+        ("scored", {"prompt": "a", "completions": [{"response": "b", "score": None}]}, "completion 1 must have a `response` and a number `score`"),
         ("alpaca", {"instruction": "a", "output": ""}, "field 'output' is empty"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, "turn 1 must have a text `value`"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "a"}]}, "no answer to a turn of the user"),
