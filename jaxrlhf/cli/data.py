@@ -15,7 +15,7 @@ FORMATS = ("hh-rlhf", "ultrafeedback", "scored", "alpaca", "sharegpt", "conll", 
 
 def _parser(name: str, description: str) -> Parser:
     parser = Parser(prog=f"jaxrlhf data {name}", description=description)
-    parser.set_defaults(run=globals()[name])
+    parser.set_defaults(call=globals()[name])
     return parser
 
 
@@ -341,6 +341,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     def run(stop: object) -> None:
         parsed = parse(arguments)
-        parsed.run(parsed)
+        parsed.call(parsed)
 
     return main_of(run)
