@@ -5,27 +5,19 @@ A server has the interface of OpenAI's chat completions. Each text is one reques
     POST URL/chat/completions   {"model", "messages": [{"role": "user", "content"}], "seed", "temperature", ...}
     200                         {"choices": [{"message": {"content": "..."}}]}
 
-After a failed connection, a timeout or a status 429 or 5xx the request is sent again, after a pause that grows.
+`rewards.client` says when a request is sent again.
 """
 
 import argparse
-import asyncio
 import json
 import os
-import random
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import Any
 
 from jaxrlhf.curation.augment import Rewrite
-from jaxrlhf.data.sources import one_line
-from jaxrlhf.errors import Fault, UserError
-from jaxrlhf.rewards.event_loop import run_async
-from jaxrlhf.rewards.remote import Unavailable, retry_delay
-
-if TYPE_CHECKING:
-    import httpx2
+from jaxrlhf.errors import UserError
+from jaxrlhf.rewards.client import Client
 
 Ask = Callable[[Sequence[str], Sequence[int]], list[str]]
 """Returns the model's answer to each instruction; the seeds decide the sampling."""
@@ -58,7 +50,7 @@ class ChatServer:
     retries      number of retries of a request
     concurrency  number of simultaneous requests
 
-    Raises UserError for an invalid URL, and Fault if the server fails.
+    Raises UserError for an invalid URL or token, and Fault if the server fails.
     """
 
     def __init__(
@@ -73,64 +65,25 @@ class ChatServer:
         retries: int = 4,
         concurrency: int = 8,
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise UserError("--server: must be a URL such as http://localhost:8000/v1, without user and password")
-        self.url, self.model, self.temperature, self.max_tokens = url.rstrip("/"), model, temperature, max_tokens
-        self.timeout, self.retries, self.concurrency = timeout, retries, concurrency
-        self._headers = {}
-        if token_env is not None:
-            if not os.environ.get(token_env):
-                raise UserError(f"--token-env: the environment variable {token_env} is not set; set it to the token")
-            self._headers = {"Authorization": f"Bearer {os.environ[token_env]}"}
+        self.sampling = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        settings = {"timeout": timeout, "retries": retries, "concurrency": concurrency, "headers_env": token_env}
+        try:
+            self.client = Client(f"{url.rstrip('/')}/chat/completions", "server", **settings)
+        except UserError as error:
+            raise UserError(f"--server: {str(error).removeprefix('reward ')}") from None
 
     def __call__(self, instructions: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        return run_async(self._ask_all(instructions, seeds))
+        turns = [[{"role": "user", "content": text}] for text in instructions]
+        bodies = [self.sampling | {"messages": messages, "seed": seed} for messages, seed in zip(turns, seeds)]
+        return self.client.send([json.dumps(body).encode() for body in bodies], self._answer)
 
-    async def _ask_all(self, instructions: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        import httpx2
-
-        slots = asyncio.Semaphore(self.concurrency)
-        async with httpx2.AsyncClient(headers=self._headers, timeout=self.timeout, follow_redirects=False) as client:
-
-            async def one(instruction: str, seed: int) -> str:
-                async with slots:
-                    return await self._ask(client, instruction, seed)
-
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(one(*pair)) for pair in zip(instructions, seeds)]
-            except BaseExceptionGroup as faults:  # the first fault has cancelled the other requests
-                raise faults.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _ask(self, client: "httpx2.AsyncClient", instruction: str, seed: int) -> str:
-        import httpx2
-
-        body = {
-            "model": self.model, "messages": [{"role": "user", "content": instruction}], "seed": seed,
-            "temperature": self.temperature, "max_tokens": self.max_tokens,
-        }  # fmt: skip
-        for attempt in range(self.retries + 1):
-            try:
-                return self._answer(await client.post(f"{self.url}/chat/completions", json=body))
-            except (Unavailable, httpx2.TransportError) as error:
-                problem = f"{type(error).__name__}: {one_line(error)}"
-            if attempt < self.retries:
-                await asyncio.sleep(retry_delay(attempt, None, 0.5, 30.0, random.random()))
-        raise Fault(f"{self.url}: {problem} (tried {self.retries + 1} times)")
-
-    def _answer(self, response: "httpx2.Response") -> str:
-        if response.status_code == 429 or response.status_code >= 500:
-            raise Unavailable(f"status {response.status_code}", None)
-        if response.status_code != 200:
-            raise Fault(f"{self.url}: status {response.status_code}: {response.text[:200]!r}")
+    def _answer(self, number: int, response: Any) -> str:
         try:
-            answer = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise Fault(f"{self.url}: the answer is no chat completion: {one_line(error)}") from error
+            answer = response["choices"][0]["message"]["content"]
+        except (LookupError, TypeError):
+            answer = None
         if not isinstance(answer, str):
-            raise Fault(f"{self.url}: the answer has no text")
+            raise self.client.fault("the response is not a chat completion with choices[0].message.content")
         return answer.strip()
 
 

@@ -142,10 +142,10 @@ def test_a_translation_comes_back(tmp_path, server):
 
 def test_a_server_that_fails_leaves_no_file(tmp_path, server):
     Model.status = 400
-    with pytest.raises(Fault, match="status 400"):
+    with pytest.raises(Fault, match="must be 200, not 400"):
         run(tmp_path, demonstrations(2), Methods(rewrite=back_translation(ChatServer(server, "m"), "French")))
     assert not (tmp_path / "b.jsonl").exists()
-    with pytest.raises(UserError, match="must be a URL such as"):
+    with pytest.raises(UserError, match="--server: URL localhost:8000/chat/completions: the scheme is"):
         ChatServer("localhost:8000", "m")
 
 
