@@ -82,6 +82,7 @@ class ModelConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base in memory; auto keeps the dtype of the files, and is float32 for a new model")
     attention: Literal["xla", "cudnn"] = Field("xla", description="implementation of attention over full sequences; cudnn is a fused implementation for NVIDIA GPUs in bfloat16 or float16", json_schema_extra=ROUNDING)
     matmul_precision: Literal["highest", "tf32"] = Field("highest", description="precision of float32 matrix products on NVIDIA GPUs, in every program; highest is float32, which is needed for a ratio of exactly 1 in the first minibatch; tf32 is faster and has a 10-bit mantissa. With a bfloat16 or float16 base the setting affects only scalar heads and LoRA pairs on lm_head; a CPU ignores the setting", json_schema_extra=ROUNDING)
+    scan_layers: bool | None = Field(None, description="scoring and PPO updates with LoRA adapters run the layers in a loop over stacked weights, so that the time to compile does not grow with the number of layers; the stacked weights are a second copy of the layers while a program runs; null means on a GPU if the copy takes at most 4 GiB on each device", json_schema_extra=ROUNDING)
     quantize: Literal["int8", "nf4"] | None = Field(None, description="stores the base's linear layers in 8 or 4 bits, for training LoRA adapters; null keeps the precision of the files, or the quantization of model.run")
 
     @model_validator(mode="after")

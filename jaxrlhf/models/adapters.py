@@ -118,6 +118,23 @@ def lora_product(leaves: dict[str, jax.Array], precision: str = "highest") -> ja
     return leaves["lora_scale"] * jnp.matmul(a, b, precision=precision)
 
 
+def stack_pairs(pairs: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
+    """Returns LoRA pairs stacked along a new first dimension.
+
+    Pairs of lower rank are padded with zeros, and None stands for a pair of zeros. The padding gets no gradient.
+    """
+    present = [pair for pair in pairs if pair is not None]
+    rank = max(pair["lora_a"].shape[-1] for pair in present)
+    like = next(pair for pair in present if pair["lora_a"].shape[-1] == rank)
+
+    def stacked(name: str) -> jax.Array:
+        leaves = [jnp.zeros_like(like[name]) if pair is None else pair[name] for pair in pairs]
+        pads = [[(0, size - own) for size, own in zip(like[name].shape, leaf.shape)] for leaf in leaves]
+        return jnp.stack([jnp.pad(leaf, pad) if any(map(sum, pad)) else leaf for leaf, pad in zip(leaves, pads)])
+
+    return {name: stacked(name) for name in like}
+
+
 def without_head(adapter: Adapter) -> Adapter:
     """Returns the adapter without its scalar head."""
     return {path: leaves for path, leaves in adapter.items() if path != SCORE}
@@ -209,6 +226,12 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
                 kernel = _head_kernel(base) if path == HEAD else find_module(base, path).float32_kernel()
             module.kernel = nnx.Param((kernel + lora_product(leaves)).astype(module.kernel.dtype))
     return merged
+
+
+def has_only_pairs(adapter: Adapter) -> bool:
+    """Returns True if the adapter holds LoRA pairs, and no other leaves but those of heads."""
+    trunk = {path: leaves for path, leaves in adapter.items() if path not in (SCORE, HEAD)}
+    return all(set(leaves) == set(LORA_LEAVES) for leaves in trunk.values())
 
 
 def is_full(adapter: Adapter) -> bool:

@@ -171,6 +171,7 @@ class Decoder(nnx.Module):
         positions = make.normal(config.max_positions, config.hidden_size) if config.learned_positions else None
         self.embed_positions = nnx.data(None if positions is None else Embedding(positions))
         self.layers = nnx.List([Block(config, config.layer_kind(i), make) for i in range(config.layers)])
+        self.stacked = nnx.data(None)  # layers that run in a loop, see `layer_scan`; they come before `layers`
         self.final_norm = make.norm(config.hidden_size)
         self.lm_head = nnx.data(
             None if config.tie_embeddings else make.linear(config.hidden_size, config.vocab_size, False)
@@ -244,10 +245,20 @@ class Decoder(nnx.Module):
             x_BTD += self.embed_positions(positions_BT)
         ropes, H = {kind.rope for kind in self.config.layer_kinds} - {None}, self.config.head_dim
         tables = {r: rotary_tables(positions_BT, length, *frequencies(r, H, length)) for r in ropes}
+        if self.stacked is not None:
+
+            def run_period(x_BTD: jax.Array, blocks: list[Block]) -> tuple[jax.Array, None]:
+                for block in blocks:
+                    kind = block.attention.kind
+                    x_BTD, _ = run(block, x_BTD, tables.get(kind.rope), masks[kind.window], None, None, 0)
+                    x_BTD = constrain(x_BTD, *axes)
+                return x_BTD, None
+
+            x_BTD, _ = jax.lax.scan(run_period, x_BTD, self.stacked)
         caches = []
         for number, block in enumerate(self.layers):
-            kind, old_cache = self.config.layer_kind(number), None if cache is None else cache[number]
-            skipped = first if number == self.config.layers - 1 else 0
+            kind, old_cache = block.attention.kind, None if cache is None else cache[number]
+            skipped = first if number == len(self.layers) - 1 else 0
             rotary, mask = tables.get(kind.rope), masks[kind.window]
             x_BTD, new_cache = run(block, x_BTD, rotary, mask, old_cache, index, skipped)
             x_BTD = constrain(x_BTD, *axes)

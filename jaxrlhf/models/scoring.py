@@ -41,15 +41,15 @@ def response_logprobs(
 
     The logits are divided by `temperature` f32[B]. Logits are computed only for the positions of the completion.
     """
-    hidden = _hidden_before_tokens(model, tokens, mask, response_mask, remat)
-    return _logprobs(model, hidden, tokens, response_mask, temperature)
+    hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat)
+    return logprobs_of_hidden(model, hidden, tokens, response_mask, temperature)
 
 
 def response_values(
     model: Decoder, tokens: jax.Array, mask: jax.Array, response_mask: jax.Array, remat: str = "none"
 ) -> jax.Array:
     """Returns the value of the state before each response token, f32[B,R]; 0 past the end of a completion."""
-    return _values(model, _hidden_before_tokens(model, tokens, mask, response_mask, remat), response_mask)
+    return values_of_hidden(model, hidden_before_tokens(model, tokens, mask, response_mask, remat), response_mask)
 
 
 def response_logprobs_and_values(
@@ -61,11 +61,12 @@ def response_logprobs_and_values(
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (logprobs, entropies, values), f32[B,R] each, from one forward pass of a model with both heads."""
-    hidden = _hidden_before_tokens(model, tokens, mask, response_mask, remat)
-    return *_logprobs(model, hidden, tokens, response_mask, temperature), _values(model, hidden, response_mask)
+    hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat)
+    logprobs, entropies = logprobs_of_hidden(model, hidden, tokens, response_mask, temperature)
+    return logprobs, entropies, values_of_hidden(model, hidden, response_mask)
 
 
-def _hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str) -> jax.Array:
+def hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str) -> jax.Array:
     """Returns the hidden state at the position before each response token, [B,R,D]."""
     R = response_mask.shape[1]
     first = tokens.shape[1] - R - 1
@@ -107,7 +108,7 @@ def from_logits(
     return jax.tree.map(join, jax.lax.map(run_part, jax.tree.map(split, (hidden, inputs))))
 
 
-def _logprobs(model: Decoder, hidden, tokens, response_mask, temperature) -> tuple[jax.Array, jax.Array]:
+def logprobs_of_hidden(model: Decoder, hidden, tokens, response_mask, temperature) -> tuple[jax.Array, jax.Array]:
     R = response_mask.shape[1]
     logprobs, entropy = from_logits(
         model, hidden, tokens[:, -R:], lambda logits, tokens: token_logprobs(logits, tokens, temperature)
@@ -115,5 +116,5 @@ def _logprobs(model: Decoder, hidden, tokens, response_mask, temperature) -> tup
     return jnp.where(response_mask, logprobs, 0.0), jnp.where(response_mask, entropy, 0.0)
 
 
-def _values(model: Decoder, hidden, response_mask) -> jax.Array:
+def values_of_hidden(model: Decoder, hidden, response_mask) -> jax.Array:
     return jnp.where(response_mask, model.scores(hidden), 0.0)

@@ -22,6 +22,9 @@ class Target:
     platform: str = "cpu"  # cpu, gpu or tpu, as in jax
     attention: str = "xla"  # xla or cudnn computes attention over whole sequences
     matmul_precision: str = "highest"  # precision of float32 matrix products; a key of PRECISIONS
+    # Whether scoring and updates run the layers in a loop over stacked weights (see `layer_scan`). None means on a GPU,
+    # if the stacked copy is small.
+    scan_layers: bool | None = None
 
     @property
     def precision(self) -> str:
@@ -36,7 +39,9 @@ class Target:
 ON_CPU = Target()
 
 
-def target_of(mesh: jax.sharding.Mesh | None = None, matmul_precision: str = "highest") -> Target:
+def target_of(
+    mesh: jax.sharding.Mesh | None = None, matmul_precision: str = "highest", scan_layers: bool | None = None
+) -> Target:
     """Returns the target of programs on the mesh. If `mesh` is None, the programs run on jax's default device."""
     device = next(iter(jax.device_put(0.0).devices())) if mesh is None else mesh.devices.flat[0]
-    return Target(device.platform, matmul_precision=matmul_precision)
+    return Target(device.platform, matmul_precision=matmul_precision, scan_layers=scan_layers)

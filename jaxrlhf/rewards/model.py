@@ -6,6 +6,7 @@ from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import split_rows
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.layer_scan import with_stacked_layers
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import sequence_scores
 from jaxrlhf.records import Adapter, Rollout
@@ -21,6 +22,7 @@ def score_rollout(
     `microbatch_size` divides B, the rows are scored in microbatches of this size, and activations take the memory of
     one microbatch.
     """
+    base, adapter = with_stacked_layers(base, adapter)
     model, inputs = bind(base, adapter), (rollout.tokens, rollout.mask)
     B = rollout.tokens.shape[0]
     if microbatch_size is None or microbatch_size >= B or B % microbatch_size:

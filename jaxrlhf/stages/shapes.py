@@ -77,9 +77,10 @@ class Shapes:
 
     def for_mesh(self, model: DecoderConfig, attention: str = "xla") -> DecoderConfig:
         """Returns the decoder config for the mesh's devices. An abstract mesh stands for GPUs."""
-        precision = self.config.model.matmul_precision
+        settings = self.config.model
+        own = {"matmul_precision": settings.matmul_precision, "scan_layers": settings.scan_layers}
         abstract = isinstance(self.mesh, jax.sharding.AbstractMesh)
-        target = Target("gpu", matmul_precision=precision) if abstract else target_of(self.mesh, precision)
+        target = Target("gpu", **own) if abstract else target_of(self.mesh, **own)
         return dataclasses.replace(model, target=dataclasses.replace(target, attention=attention))
 
     def sharded(self, tree: Any) -> Any:

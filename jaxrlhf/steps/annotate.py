@@ -17,7 +17,9 @@ from jaxrlhf.config import AdvantageConfig, KLConfig, PPOConfig, ScoreConfig
 from jaxrlhf.distributed.mesh import split_rows
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
+from jaxrlhf.models.layer_scan import with_stacked_layers
+from jaxrlhf.models.policy_value import response_outputs
+from jaxrlhf.models.scoring import response_logprobs, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
 from jaxrlhf.steps.microbatches import by_longest, shortest_first, take_rows
 from jaxrlhf.steps.ppo import complete, single_step
@@ -79,19 +81,18 @@ def annotate(
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
 
     R = rollout.response_mask.shape[1]
+    base, policy, value, reference = with_stacked_layers(base, policy, value, reference)
 
     def forward(rows: Rollout) -> Annotated:
         inputs = (rows.tokens, rows.mask, rows.response_mask)
         ref_logprobs, _ = response_logprobs(bind(base, reference), *inputs, rows.temperature)
-        logprobs, values = rows.sample_logprobs, jnp.zeros(rows.response_mask.shape, jnp.float32)
-        if value and value_trunk == "policy":
-            model = bind(base, {**(policy or {}), **value})
-            logprobs, _, values = response_logprobs_and_values(model, *inputs, rows.temperature)
+        if recompute_policy or (value and value_trunk == "policy"):
+            logprobs, _, values = response_outputs(base, policy, value, *inputs, rows.temperature, value_trunk)
         else:
-            if recompute_policy:
-                logprobs, _ = response_logprobs(bind(base, policy), *inputs, rows.temperature)
-            if value:
-                values = response_values(bind(base, value), *inputs)
+            logprobs = rows.sample_logprobs
+            values = response_values(bind(base, value), *inputs) if value else None
+        if values is None:
+            values = jnp.zeros(rows.response_mask.shape, jnp.float32)
         annotated = Annotated(logprobs, ref_logprobs, values)
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, R - x.shape[1]))), annotated)
 

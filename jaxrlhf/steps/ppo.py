@@ -15,9 +15,10 @@ from jaxrlhf.algorithms.policy_losses import importance_weights, policy_loss
 from jaxrlhf.algorithms.running import ema
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.distributed.mesh import split_rows
-from jaxrlhf.models.adapters import SCORE, bind
+from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder
-from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, response_values
+from jaxrlhf.models.layer_scan import stacked_adapter, unstacked_adapter, with_stacked_layers
+from jaxrlhf.models.policy_value import response_outputs
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
 from jaxrlhf.steps.flat import by_leaf, joined
 from jaxrlhf.steps.metrics import Metrics, count, largest, of_first_step, over_steps, share
@@ -90,6 +91,7 @@ def ppo_update(
     """
     rows = experience.tokens.shape[0]
     config = complete(config, rows)
+    base, *_ = with_stacked_layers(base, state.policy, state.value)
     rates = {
         "optimizer": with_rate(config.optimizer, "policy", state.policy),
         "value_optimizer": with_rate(config.value_optimizer, "value", state.value),
@@ -106,14 +108,25 @@ def ppo_update(
         state, metrics = _minibatch_step(state, base, take_rows(experience, rows_of_step), config, mix_of_step)
         return state, (metrics, jnp.float32(1.0))
 
-    state = joined(state)
+    given = state
+    state = joined(_each_adapter(lambda tree: stacked_adapter(base, tree), state))
     if config.kl_stop is not None:
         step = _stopping(step, config.kl_stop)
         state = (state, jnp.bool_(False))
     state, (metrics, seen) = jax.lax.scan(step, state, (order, None if mix is None else split_rows(mix, steps)))
     if config.kl_stop is not None:
         state, _ = state
-    return by_leaf(state), over_steps(metrics, seen)
+    state = _each_adapter(lambda tree, like: unstacked_adapter(base, tree, like), by_leaf(state), given)
+    return state, over_steps(metrics, seen)
+
+
+def _each_adapter(change: Callable, state: PPOState, *others: PPOState) -> PPOState:
+    """Applies `change` to each adapter of the state, and to each tree of the optimizer that has its structure."""
+
+    def changed(part, *others):
+        return change(part, *others) if isinstance(part, dict) and part else part
+
+    return jax.tree.map(changed, state, *others, is_leaf=lambda part: isinstance(part, dict))
 
 
 def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
@@ -211,12 +224,9 @@ def ppo_loss(
     """
     mask = experience.response_mask
     inputs = (experience.tokens, experience.mask, mask)
-    if value and config.value_trunk == "policy":
-        model = bind(base, {**policy, **value})
-        logprobs, entropy, values = response_logprobs_and_values(model, *inputs, experience.temperature, config.remat)
-    else:
-        logprobs, entropy = response_logprobs(bind(base, policy), *inputs, experience.temperature, config.remat)
-        values = response_values(bind(base, value), *inputs, config.remat) if value else None
+    logprobs, entropy, values = response_outputs(
+        base, policy, value, *inputs, experience.temperature, config.value_trunk, config.remat
+    )
     old = jax.lax.stop_gradient(logprobs) if single_step(config) else experience.logprobs
     bounds = (config.clip_low, config.clip_high, config.dual_clip, config.log_ratio_bound)
     per_token, tokens = policy_loss(logprobs, old, experience.advantages, mask, *bounds, config.loss)

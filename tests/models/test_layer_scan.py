@@ -1,0 +1,110 @@
+"""Layers in a loop over stacked weights equal layers one by one, in scoring, in the reward and in an update."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig
+from jaxrlhf.models import layer_scan
+from jaxrlhf.models.adapters import init_adapter
+from jaxrlhf.models.config import LayerKind
+from jaxrlhf.models.decoder import with_target
+from jaxrlhf.models.layer_scan import stacked_adapter, unstacked_adapter, with_stacked_layers
+from jaxrlhf.models.quantize import quantize_decoder
+from jaxrlhf.models.rope import Rope
+from jaxrlhf.models.target import ON_CPU, Target
+from jaxrlhf.rewards.model import score_rollout
+from jaxrlhf.steps.annotate import annotate, build_experience
+from jaxrlhf.steps.ppo import init_ppo, ppo_update
+
+LOOP = Target("gpu", scan_layers=True)  # policy and value in one pass
+SINGLE = dataclasses.replace(LOOP, scan_layers=False)
+LAYERS = 6
+
+
+@pytest.fixture(scope="module", params=["equal", "window in every second", "int8"])
+def base(request, make_decoder):
+    window = request.param.startswith("window")
+    kinds = {"layer_kinds": (LayerKind(rope=Rope(), window=4), LayerKind(rope=Rope()))} if window else {}
+    made = make_decoder(layers=LAYERS, scale=0.2, **kinds)
+    return quantize_decoder(made, "int8") if request.param == "int8" else made
+
+
+@pytest.fixture(scope="module")
+def adapters(base, make_adapter):
+    """Policy, value and reward. The value model lacks pairs in some layers, and has another rank."""
+    targets = ("q_proj", "layers.1.mlp.up_proj", "layers.5.mlp.up_proj")
+    value = make_adapter(base, 2, head="value", targets=targets, rank=3)
+    return make_adapter(base, 1, targets=("q_proj", "down_proj")), value, make_adapter(base, 3, head="reward")
+
+
+def close(a, b, tolerance=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+def test_scoring_reward_and_update_equal_layers_one_by_one(base, adapters, sampled, scores):
+    policy, value, reward = adapters
+    rate = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+    config = PPOConfig(epochs=1, minibatches=2, microbatch_size=2, remat="dots", optimizer=rate, value_optimizer=rate,
+                       ema_decay=0.5)
+
+    @jax.jit
+    def run(base):
+        annotated = annotate(base, policy, value, reward, sampled, microbatches=2)
+        experience, _ = build_experience(sampled, annotated, scores, 0.1)
+        state, metrics = ppo_update(init_ppo(policy, value, config), base, experience, jax.random.key(1), config)
+        return annotated, score_rollout(base, reward, sampled), state, metrics
+
+    loop, single = run(with_target(base, LOOP)), run(with_target(base, SINGLE))
+    assert jax.tree.structure(loop) == jax.tree.structure(single)
+    *scored, state, metrics = loop
+    close(scored, single[:2])
+    # A step of Adam divides a gradient by its own size: small differences of gradients near 0 grow.
+    close((state.policy, state.value, state.average), (single[2].policy, single[2].value, single[2].average), 2e-3)
+    close(metrics["policy/loss"], single[3]["policy/loss"])
+    before, after = (tree["layers.3.attention.q_proj"]["lora_b"] for tree in (policy, state.policy))
+    assert not np.allclose(before, after)
+
+
+def test_a_program_has_the_operations_of_one_period(base, adapters, sampled):
+    def products(layers_in_loop):
+        text = jax.jit(annotate, static_argnames="microbatches").lower(
+            with_target(base, dataclasses.replace(LOOP, scan_layers=layers_in_loop)), *adapters, sampled
+        ).as_text()
+        return text.count("stablehlo.dot_general")
+
+    period = len(base.config.layer_kinds)
+    outside = LAYERS - period * ((LAYERS - 1) // period)
+    assert products(True) < products(False) * (period + outside + 1) / LAYERS
+
+
+def test_adapters_come_back_as_they_were(base, adapters):
+    model, *stacked = with_stacked_layers(with_target(base, LOOP), *adapters)
+    period = len(model.stacked)
+    assert period == len(base.config.layer_kinds)
+    assert len(model.layers) == LAYERS - period * ((LAYERS - 1) // period)
+    for adapter, changed in zip(adapters, stacked):
+        assert jax.tree.structure(stacked_adapter(model, adapter)) == jax.tree.structure(changed)
+        jax.tree.map(np.testing.assert_array_equal, unstacked_adapter(model, changed, adapter), adapter)
+
+
+def test_when_layers_are_stacked(make_decoder, make_adapter, monkeypatch):
+    base = make_decoder(layers=3)
+    auto = with_target(base, Target("gpu"))
+    full = init_adapter(base, AdapterConfig(kind="full"), jax.random.key(0))
+
+    def stacks(model, *adapters):
+        return with_stacked_layers(model, *adapters)[0].stacked is not None
+
+    assert stacks(auto) and stacks(auto, None, make_adapter(base, 1))
+    assert stacks(with_target(base, Target("cpu", scan_layers=True)))
+    assert not stacks(with_target(base, ON_CPU))
+    assert not stacks(with_target(base, SINGLE))
+    assert not stacks(auto, full)
+    assert not stacks(with_target(make_decoder(layers=2), LOOP)), "one step of a loop saves nothing"
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(base.layers))
+    for limit in (size - 1, size):
+        monkeypatch.setattr(layer_scan, "MOST_BYTES", limit)
+        assert stacks(auto) == (limit == size)
