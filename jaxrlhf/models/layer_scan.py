@@ -9,6 +9,7 @@ The last layer stays outside the loop, because it skips the positions whose outp
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,7 +33,8 @@ def with_stacked_layers(base: Decoder, *adapters: Adapter | None) -> tuple[Any, 
     unchanged if fewer than three layers are equal, or if an adapter holds more than LoRA pairs and heads. See
     `Target.scan_layers`.
     """
-    period, steps = _period(base) if _wanted(base) else (1, 0)
+    wanted = wants_stacked_layers(base, jax.sharding.get_abstract_mesh().shape)
+    period, steps = _period(base) if wanted else (1, 0)
     if steps < 2 or not all(has_only_pairs(adapter or {}) for adapter in adapters):
         return base, *adapters
     model, blocks = shallow_copy(base), list(base.layers)
@@ -91,13 +93,13 @@ def _place(model: Decoder, path: str) -> tuple[str, int | None]:
     return f"stacked.{int(layer) % period}.{module}", int(layer) // period
 
 
-def _wanted(base: Decoder) -> bool:
+def wants_stacked_layers(base: Decoder, mesh: Mapping[str, int]) -> bool:
+    """Returns `Target.scan_layers`, or what it means if it is None. `mesh` has the sizes of the mesh axes."""
     target = base.config.target
     if target.scan_layers is not None or target.platform == "cpu":
         return bool(target.scan_layers)
-    mesh = jax.sharding.get_abstract_mesh()
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(base.layers))
-    return size <= MOST_BYTES * mesh.shape.get("fsdp", 1) * mesh.shape.get("tensor", 1)
+    return size <= MOST_BYTES * mesh.get("fsdp", 1) * mesh.get("tensor", 1)
 
 
 def _period(base: Decoder) -> tuple[int, int]:

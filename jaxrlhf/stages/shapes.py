@@ -22,6 +22,7 @@ from jaxrlhf.hf.tensor_files import read_json
 from jaxrlhf.models.adapters import init_adapter, target_paths
 from jaxrlhf.models.config import DecoderConfig, new_decoder_config
 from jaxrlhf.models.decoder import Decoder, abstract_decoder
+from jaxrlhf.models.layer_scan import wants_stacked_layers
 from jaxrlhf.models.quantize import abstract_quantized
 from jaxrlhf.models.sharding import tree_shardings
 from jaxrlhf.models.target import Target, target_of
@@ -50,8 +51,14 @@ class Shapes:
     model: DecoderConfig
 
     def with_layers(self, layers: int) -> "Shapes":
-        """Returns the shapes of the same run on a model with `layers` layers."""
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, layers=layers))
+        """Returns the shapes of the same run on a model with `layers` layers.
+
+        Whether programs loop over the layers depends on the size of the whole model, and does not change.
+        """
+        scans = wants_stacked_layers(self.base, self.mesh.shape)
+        model = self.config.model.model_copy(update={"scan_layers": scans})
+        config = self.config.model_copy(update={"model": model})
+        return dataclasses.replace(self, config=config, model=dataclasses.replace(self.model, layers=layers))
 
     @functools.cached_property
     def base(self) -> Decoder:
