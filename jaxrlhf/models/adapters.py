@@ -118,8 +118,8 @@ def lora_product(leaves: dict[str, jax.Array], precision: str = "highest") -> ja
     return leaves["lora_scale"] * jnp.matmul(a, b, precision=precision)
 
 
-def stack_pairs(pairs: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
-    """Returns LoRA pairs stacked along a new first dimension.
+def stack_pairs(pairs: list[dict[str, jax.Array] | None], axis: int = 0) -> dict[str, jax.Array]:
+    """Returns LoRA pairs stacked along a new dimension `axis`.
 
     Pairs of lower rank are padded with zeros, and None stands for a pair of zeros. The padding gets no gradient.
     """
@@ -130,7 +130,7 @@ def stack_pairs(pairs: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array
     def stacked(name: str) -> jax.Array:
         leaves = [jnp.zeros_like(like[name]) if pair is None else pair[name] for pair in pairs]
         pads = [[(0, size - own) for size, own in zip(like[name].shape, leaf.shape)] for leaf in leaves]
-        return jnp.stack([jnp.pad(leaf, pad) if any(map(sum, pad)) else leaf for leaf, pad in zip(leaves, pads)])
+        return jnp.stack([jnp.pad(leaf, pad) if any(map(sum, pad)) else leaf for leaf, pad in zip(leaves, pads)], axis)
 
     return {name: stacked(name) for name in like}
 

@@ -23,6 +23,7 @@ from jaxrlhf.models.sharding import leaf_name, parameter_sharding
 from jaxrlhf.records import Adapter
 
 MOST_BYTES = 4 * 2**30  # size of the copy on each device, up to which `scan_layers: null` stacks the weights
+STACKED = "stacked."  # start of the module paths of stacked layers
 _LONGEST_PERIOD = 8
 
 
@@ -90,7 +91,7 @@ def _place(model: Decoder, path: str) -> tuple[str, int | None]:
     period, looped = len(model.stacked), len(model.stacked) * _steps(model)
     if int(layer) >= looped:
         return f"layers.{int(layer) - looped}.{module}", None
-    return f"stacked.{int(layer) % period}.{module}", int(layer) // period
+    return f"{STACKED}{int(layer) % period}.{module}", int(layer) // period
 
 
 def wants_stacked_layers(base: Decoder, mesh: Mapping[str, int]) -> bool:

@@ -13,6 +13,7 @@ import jax
 
 from jaxrlhf.models.adapters import HEAD, SCORE, bind, has_only_pairs, stack_pairs, without_head
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.layer_scan import STACKED
 from jaxrlhf.models.scoring import (
     hidden_before_tokens,
     logprobs_of_hidden,
@@ -49,8 +50,9 @@ def response_outputs(
     if not can_stack(base, policy, value):
         logprobs = response_logprobs(bind(base, policy), *inputs, temperature, remat)
         return *logprobs, response_values(bind(base, value), *inputs, remat)
-    trunks = stack(policy, value)
-    hidden = jax.vmap(lambda trunk: hidden_before_tokens(bind(base, trunk), *inputs, remat))(trunks)
+    trunks, axes = stack(policy, value)
+    encode = jax.vmap(lambda trunk: hidden_before_tokens(bind(base, trunk), *inputs, remat), in_axes=(axes,))
+    hidden = encode(trunks)
     heads = {path: leaves for path, leaves in policy.items() if path == HEAD}
     logprobs = logprobs_of_hidden(bind(base, heads), hidden[0], tokens, response_mask, temperature)
     return *logprobs, values_of_hidden(bind(base, {SCORE: value[SCORE]}), hidden[1], response_mask)
@@ -69,7 +71,11 @@ def can_stack(base: Decoder, policy: Adapter | None, value: Adapter) -> bool:
     return all(without_head(adapter or {}) and has_only_pairs(adapter) for adapter in (policy, value))
 
 
-def stack(policy: Adapter, value: Adapter) -> Adapter:
-    """Returns the LoRA pairs of both adapters, stacked along a new first dimension. The heads are left out."""
-    paths = [path for path in {**policy, **value} if path not in (SCORE, HEAD)]
-    return {path: stack_pairs([policy.get(path), value.get(path)]) for path in paths}
+def stack(policy: Adapter, value: Adapter) -> tuple[Adapter, dict[str, int]]:
+    """Returns (LoRA pairs of both adapters, axes). The heads are left out.
+
+    The pairs are stacked along a new dimension, which `axes` has for each path: the first one. In stacked layers it is
+    the second one, because the loop over layers takes the first.
+    """
+    axes = {path: int(path.startswith(STACKED)) for path in {**policy, **value} if path not in (SCORE, HEAD)}
+    return {path: stack_pairs([policy.get(path), value.get(path)], axis) for path, axis in axes.items()}, axes

@@ -79,7 +79,8 @@ def test_models_that_cannot_share_a_pass(base, make_adapter):
 def test_padding_is_zero(base, make_adapter):
     policy = make_adapter(base, 1, targets=("q_proj",), rank=3)
     value = make_adapter(base, 2, head="value", targets=("v_proj",), rank=2)
-    stacked = stack(policy, value)
+    stacked, axes = stack(policy, value)
+    assert set(axes.values()) == {0}
     path = "layers.0.attention.q_proj"
     np.testing.assert_array_equal(stacked[path]["lora_a"][0], policy[path]["lora_a"])
     assert not np.any(stacked[path]["lora_a"][1])
