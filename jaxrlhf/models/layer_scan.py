@@ -65,7 +65,10 @@ def stacked_adapter(model: Decoder, adapter: Adapter) -> Adapter:
 
 
 def unstacked_adapter(model: Decoder, stacked: Adapter, like: Adapter) -> Adapter:
-    """Returns the adapter with the structure of `like` for which `stacked_adapter` returned `stacked`."""
+    """Returns the adapter with the structure of `like` for which `stacked_adapter` returned `stacked`.
+
+    The scales of LoRA pairs are those of `like`, because no step changes them. Slicing them would launch a kernel each.
+    """
     if model.stacked is None:
         return stacked
     result = {}
@@ -73,7 +76,10 @@ def unstacked_adapter(model: Decoder, stacked: Adapter, like: Adapter) -> Adapte
         place, step = _place(model, path)
         pair = stacked[place]
         if step is not None:  # cut to the rank of this layer
-            pair = {name: pair[name][(step, *map(slice, leaf.shape))] for name, leaf in leaves.items()}
+            pair = {
+                name: leaf if name == "lora_scale" else pair[name][(step, *map(slice, leaf.shape))]
+                for name, leaf in leaves.items()
+            }
         result[path] = pair
     return result
 
