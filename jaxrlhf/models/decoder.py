@@ -255,6 +255,7 @@ class Decoder(nnx.Module):
                 return x_BTD, None
 
             x_BTD, _ = jax.lax.scan(run_period, x_BTD, self.stacked)
+            x_BTD = x_BTD if len(self.layers) else x_BTD[:, first:]
         caches = []
         for number, block in enumerate(self.layers):
             kind, old_cache = block.attention.kind, None if cache is None else cache[number]

@@ -4,8 +4,9 @@ The time to compile a program then does not grow with the number of layers. The 
 the layers of the base. The copy takes memory while the program runs. Decoding does not use it, because a loop over
 layers inside the loop over tokens would copy each weight for each token.
 
-Layers may repeat with a period, for example if every second layer has a window. The loop then runs one period per step.
-The last layer stays outside the loop, because it skips the positions whose outputs are not needed.
+Layers may repeat with a period, for example if every second layer has a window. The loop then runs one period per step,
+and the layers after the last whole period follow one by one. A last layer inside the loop computes the prompt's
+positions too. Layers one by one skip these positions in the last layer, because their outputs are not needed.
 """
 
 import math
@@ -30,12 +31,12 @@ _LONGEST_PERIOD = 8
 def with_stacked_layers(base: Decoder, *adapters: Adapter | None) -> tuple[Any, ...]:
     """Returns (base, *adapters) with stacked layers, if the target of the base asks for them, else the arguments.
 
-    A base with stacked layers has the last layers in `layers`, and the others in `stacked`. The arguments are returned
-    unchanged if fewer than three layers are equal, or if an adapter holds more than LoRA pairs and heads. See
+    A base with stacked layers has the layers after the last whole period in `layers`, and the others in `stacked`. The
+    arguments are returned unchanged if the loop would have one step, or if an adapter holds more than LoRA pairs and heads. See
     `Target.scan_layers`.
     """
     wanted = wants_stacked_layers(base, jax.sharding.get_abstract_mesh().shape)
-    period, steps = _period(base) if wanted else (1, 0)
+    period, steps = _period(base) if wanted else (1, 1)
     if steps < 2 or not all(has_only_pairs(adapter or {}) for adapter in adapters):
         return base, *adapters
     model, blocks = shallow_copy(base), list(base.layers)
@@ -112,15 +113,15 @@ def wants_stacked_layers(base: Decoder, mesh: Mapping[str, int]) -> bool:
 def _period(base: Decoder) -> tuple[int, int]:
     """Returns (period, steps) of a loop over the first period * steps layers.
 
-    Layers i and i + period differ only in their weights. The last layer is not in the loop.
+    Layers i and i + period differ only in their weights.
     """
     layers = len(base.layers)
     forms = [(jax.tree.structure(b), [(x.shape, x.dtype) for x in jax.tree.leaves(b)]) for b in base.layers]
     for period in range(1, min(_LONGEST_PERIOD, layers) + 1):
-        steps = (layers - 1) // period
+        steps = layers // period
         if all(forms[i] == forms[i % period] for i in range(period * steps)):
             return period, steps
-    return 1, 0
+    return 1, 1
 
 
 def _stacked(path: Any, *leaves: jax.Array) -> jax.Array:
