@@ -32,8 +32,8 @@ def with_stacked_layers(base: Decoder, *adapters: Adapter | None) -> tuple[Any, 
     """Returns (base, *adapters) with stacked layers, if the target of the base asks for them, else the arguments.
 
     A base with stacked layers has the layers after the last whole period in `layers`, and the others in `stacked`. The
-    arguments are returned unchanged if the loop would have one step, or if an adapter holds more than LoRA pairs and heads. See
-    `Target.scan_layers`.
+    arguments are returned unchanged if the loop would have one step, or if an adapter holds more than LoRA pairs and
+    heads. See `Target.scan_layers`.
     """
     wanted = wants_stacked_layers(base, jax.sharding.get_abstract_mesh().shape)
     period, steps = _period(base) if wanted else (1, 1)
