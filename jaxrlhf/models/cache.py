@@ -71,7 +71,7 @@ class LayerCache(NamedTuple):
         )
 
     def with_rows(self, new: "LayerCache", slots: jax.Array) -> "LayerCache":
-        """Returns the cache with `new` rows [Q k,K,H,P] in the first P columns of the slots i32[Q,k].
+        """Returns the cache with `new` rows [Q k,K,H,T] in the first T columns of the slots i32[Q,k].
 
         The B rows of the cache are B / Q slots of each of Q queues. Rows whose slot is B / Q are left out.
         """

@@ -3,7 +3,7 @@
 Rows wait in a queue. Some of them decode at the same time, each in a slot of the caches. When enough slots are free,
 the next rows enter: their prompts are encoded, and their first tokens are sampled. So the program has one pass over
 prompts and one decode loop, and its caches have the size of the slots, whatever the number of rows is. If every row has
-a slot, the pass and the loop run once.
+a slot, the pass and the loop run once. On a CPU, the last rows go on in fewer slots, by loops of their own.
 
 Sizes: B rows, Q queues, N slots of all queues, k rows that enter from a queue at a time, P prompt tokens, R response
 tokens, S = P + R columns of the caches, and V the vocabulary size.
@@ -158,7 +158,6 @@ class _Decoding:
 
     def run(self) -> tuple[jax.Array, jax.Array]:
         """Returns (tokens i32[B,R], logprobs f32[B,R]), arbitrary after a stop token."""
-
         last_slots = self._last_slots()
 
         def go_on(state: _State) -> jax.Array:
