@@ -27,9 +27,9 @@ from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rollout.prefill import prefill
 from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
 
-# Rows enter when this share of the slots of a queue is free. Later, more slots would wait. Earlier, passes over prompts
-# would be small, and each of them reads all weights.
-_ENTERING_SHARE = 4
+# Rows enter when one of this number of slots of a queue is free. Later, more slots would wait, and a pass over prompts
+# would take more memory. Earlier, passes would be small, and each of them reads all weights.
+_ENTERING_SHARE = 8
 # On a CPU, a step with fewer rows takes less time. When no row waits and the rest fits in the slots divided by these
 # numbers, the rest goes on in so many slots. Each number is one more loop to compile. Not on a GPU: there a step takes
 # the time to read the weights.

@@ -131,7 +131,7 @@ def test_decoding_calls_it_for_the_prompts_alone(as_if_installed, plain):
     prompts = Prompts(np.ones((2, 6), np.int32), np.ones((2, 6), bool))
     given = prompts, jax.random.key(0), Sampling(max_new_tokens=4)
     found = calls(lambda base: rollout(base, None, *given), with_target(plain, CUDNN))
-    assert found == ["fmhaScaleBiasSoftmax"] * L, "one pass over prompts, and no step"
+    assert found == ["fmhaScaleBiasSoftmax"] * (L - 1), "the last layer has but the last query of the prompt"
 
 
 # ---------------------------------------------------------------- what is refused

@@ -116,12 +116,13 @@ def test_neither_pad_nor_the_limit_changes_what_is_real(answer):
 
 
 @pytest.mark.parametrize(
-    ("samples", "length", "slots"),
-    [(1, 6, (1, 3, 8, 100)), (3, 9, (1, 2, 5, 12, 23)), (2, 1, (3,)), (8, 11, (3, 20))],
+    ("samples", "length", "slots", "times"),
+    [(1, 6, (1, 3, 8, 100), 1), (3, 9, (2, 5, 23), 1), (2, 1, (3,), 1), (8, 11, (20,), 1), (2, 6, (32,), 3)],
 )
-def test_completions_do_not_depend_on_the_slots(answer, samples, length, slots):
-    """Of 8 prompts with 1 to 5 tokens, and up to 64 rows: from one slot to more slots than rows."""
+def test_completions_do_not_depend_on_the_slots(answer, prompts, samples, length, slots, times):
+    """Of 8 or 24 prompts with 1 to 5 tokens, and up to 64 rows: from one slot to more slots than rows."""
     settings = {"stop_tokens": STOPS, "samples_per_prompt": samples, "max_new_tokens": length}
+    settings |= {"prompts": jax.tree.map(lambda x: jnp.tile(x, (times, 1)), prompts)}
     whole = answer(**settings)
     lengths = whole.response_mask.sum(1)
     assert length == 1 or {1, length} <= set(lengths), "some end with the first token, some do not end"

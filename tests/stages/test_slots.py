@@ -40,11 +40,11 @@ def test_slots_fit_the_batch_and_the_mesh():
     [
         (64, 1, None, 1, (1, 64, 64, 64)),
         (64, 1, 99, 1, (1, 64, 64, 64)),
-        (64, 1, 32, 1, (1, 64, 32, 8)),
+        (64, 1, 32, 1, (1, 64, 32, 4)),
         (64, 4, 32, 8, (8, 32, 4, 1)),  # a group of 4 enters in four parts
-        (64, 3, 32, 1, (1, 192, 32, 6)),  # two groups of 3
-        (64, 12, 32, 1, (1, 768, 32, 6)),  # half a group of 12
-        (63, 1, 32, 8, (1, 63, 32, 8)),  # 8 shares do not divide the prompts
+        (64, 3, 64, 1, (1, 192, 64, 6)),  # two groups of 3
+        (64, 12, 64, 1, (1, 768, 64, 6)),  # half a group of 12
+        (63, 1, 32, 8, (1, 63, 32, 4)),  # 8 shares do not divide the prompts
         (64, 1, 4, 8, (8, 8, 1, 1)),
     ],
 )
