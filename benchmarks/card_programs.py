@@ -52,6 +52,12 @@ def bodies(text: str) -> dict[str, str]:
     return {"entry": entry[2]} | {name: named[name] for name in loops if name in named}
 
 
+def iterations(text: str, body: str) -> int | None:
+    """The number of iterations of the loop with this body, if the text says it."""
+    found = re.search(rf"body=%?{re.escape(body)}\b[^\n]*known_trip_count\":\{{\"n\":\"(\d+)\"", text)
+    return int(found[1]) if found else None
+
+
 def callees(body: str, text: str) -> str:
     """The body with the computations that it calls: command buffers and calls, without fusions and loops."""
     named = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}", text, re.M | re.S))
@@ -75,9 +81,12 @@ def report(name: str, text: str, layers: int) -> None:
         count, kinds, large = describe(callees(body, text))
         if count < 30:
             continue
+        times = iterations(text, loop)
+        layered = count if times == layers else count / layers  # a loop over the layers, or over tokens or rows
+        often = f", {times} iterations" if times else ""
         converts = sum(number for kind, number in kinds.items() if "convert" in kind)
         print(
-            f"    {loop}: {count} kernels, {count / layers:.1f} a layer; {converts} with convert in their name; "
+            f"    {loop}: {count} kernels, {layered:.1f} a layer{often}; {converts} with convert in their name; "
             f"{len(large)} large copies or converts {dict(collections.Counter(large).most_common(4))}"
         )
         print(f"        {dict(kinds.most_common(14))}", flush=True)

@@ -23,7 +23,7 @@ from jaxrlhf.models.decoder import Decoder, shallow_copy
 from jaxrlhf.models.sharding import leaf_name, parameter_sharding
 from jaxrlhf.records import Adapter
 
-MOST_BYTES = 4 * 2**30  # size of the copy on each device, up to which `scan_layers: null` stacks the weights
+MOST_BYTES = 8 * 2**30  # size of the copy on each device, up to which `scan_layers: null` stacks the weights
 STACKED = "stacked."  # start of the module paths of stacked layers
 _LONGEST_PERIOD = 8
 
