@@ -153,7 +153,7 @@ def programs():
     """The package's functions under `jax.jit`, shared so that equal shapes compile once."""
     return SimpleNamespace(
         rollout=jax.jit(rollout),
-        annotate=jax.jit(annotate, static_argnames=("microbatches", "recompute_policy", "value_trunk", "buckets")),
+        annotate=jax.jit(annotate, static_argnames=("microbatches", "recompute_policy", "value_trunk", "packed")),
         experience=jax.jit(build_experience, static_argnames=("estimator", "whiten_rewards", "whiten_advantages")),
         update=jax.jit(ppo_update),
         logprobs=jax.jit(response_logprobs),

@@ -93,14 +93,15 @@ def token_logprobs(logits: Array, tokens: Array, temperature: Array | float) -> 
     Args:
       logits: [B,R,V]; the model's predictions of `tokens`, not yet divided by the temperature.
       tokens: i32[B,R]; all values, also those of padding, are in [0, V).
-      temperature: f32[B] or a scalar; greater than 0.
+      temperature: f32[B,R], f32[B] or a scalar; greater than 0.
 
     Returns:
       (logprobs, entropies), f32[B,R] each, in nats, not masked. A token with logit -inf has logprob -inf.
     """
     chex.assert_rank([logits, tokens], [3, 2])
     chex.assert_equal_shape_prefix([logits, tokens], 2)
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (logits.shape[0],))[:, None, None]
+    temperature = jnp.asarray(temperature, jnp.float32)
+    temperature = temperature.reshape(*temperature.shape, *(1,) * (3 - temperature.ndim))
     chosen = _at(logits, tokens)
     logits = jnp.asarray(logits, jnp.float32)
     peak = _peak(logits)

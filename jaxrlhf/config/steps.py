@@ -125,7 +125,7 @@ class PPOConfig(Settings):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = number(None, "keeps a moving average of the policy's adapter; at each optimizer step the old average has this weight, and the policy the rest; null keeps no average")
     entropy_coef: NonNegativeFloat = number(0.0, "weight of the entropy bonus")
     aggregation: Literal["token", "sequence", "constant"] = Field("token", description="aggregation of the loss: mean over tokens (token), mean of the completions' means (sequence), or sum over response length x rows (constant)")
-    buckets: Annotated[int, Field(ge=1, le=8)] = Field(1, description="number of lengths to which completions are cut, in the update and in the passes that compute logprobs and values; rows of similar length share a microbatch, which has the shortest of these lengths that fits; programs are compiled for each length; 1 computes everything at full length", json_schema_extra=ROUNDING)
+    packed: bool = Field(False, description="lays rows of unequal length side by side, in the update and in the passes that compute logprobs and values; each row attends only to itself; short rows then take fewer passes, each with the space of at most microbatch_size padded rows; false pads every row to full length", json_schema_extra=ROUNDING)
     remat: Remat = "dots"
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the policy")
     value_optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer of the value model")

@@ -100,14 +100,24 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
         return x
 
-    def dividing(size: int, names: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
-        names = (names,) if isinstance(names, str) else names or ()
-        while names and size % math.prod(mesh.shape.get(axis, 1) for axis in names):
-            names = names[:-1]
-        return tuple(axis for axis in names if axis in mesh.shape) or None
-
-    spec = PartitionSpec(*(dividing(size, names) for size, names in zip(x.shape, axes)))
+    spec = PartitionSpec(*(_dividing(mesh, size, names) or None for size, names in zip(x.shape, axes)))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _dividing(mesh: jax.sharding.AbstractMesh, size: int, names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the axes of the mesh among `names`, without the last ones if they do not divide `size`."""
+    names = (names,) if isinstance(names, str) else names or ()
+    while names and size % math.prod(mesh.shape.get(axis, 1) for axis in names):
+        names = names[:-1]
+    return tuple(axis for axis in names if axis in mesh.shape)
+
+
+def batch_groups(rows: int) -> int:
+    """Returns the number of groups of devices over which `constrain` splits `rows` rows along `BATCH_AXES`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in _dividing(mesh, rows, BATCH_AXES))
 
 
 def split_rows(batch: Any, parts: int) -> Any:

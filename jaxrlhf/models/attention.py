@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.models.fused_attention import attend_fused
+from jaxrlhf.models.fused_attention import attend_fused, attend_fused_causal
 from jaxrlhf.models.target import ON_CPU, Target
 
 # Largest number of query blocks, and smallest number of queries in a block. More or smaller blocks are slower.
@@ -40,6 +40,11 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     real_B1T = (segments_BT > 0)[:, None, :]
     return jnp.tril(jnp.ones((T, T), bool))[None] & same_BTT & real_B1T
+
+
+def needs_mask(target: Target, softcap: float | None) -> bool:
+    """Returns False if causal attention over whole sequences needs no mask, given rows without padding on the left."""
+    return target.attention != "cudnn" or softcap is not None
 
 
 def within_window(mask_BTT: jax.Array, window: int) -> jax.Array:
@@ -131,17 +136,21 @@ def attend_causal(
     q_BTNH: jax.Array,
     k_BKHS: jax.Array,
     v_BKSH: jax.Array,
-    mask_BTS: jax.Array,
+    mask_BTS: jax.Array | None,
     scale: float | None = None,
     softcap: float | None = None,
     target: Target = ON_CPU,
+    window: int | None = None,
 ) -> jax.Array:
     """Computes causal attention, [B,T,N,H]. The queries are in the last T of S slots.
 
     The target chooses XLA or cuDNN. If there is a soft cap, XLA computes the attention, because cuDNN has no soft cap.
     On a CPU the queries are computed in blocks. Each block reads only the keys up to its end. This skips most of the
-    masked scores above the diagonal.
+    masked scores above the diagonal. If the mask is None, T = S, and a query sees all earlier slots, or those within
+    `window`. Only cuDNN computes this.
     """
+    if mask_BTS is None:
+        return attend_fused_causal(q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3), scale, window)
     T, S = mask_BTS.shape[1:]
     if target.attention == "cudnn" and T > 1 and softcap is None:
         return attend_fused(q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3), mask_BTS, scale)

@@ -91,7 +91,11 @@ class Attention(nnx.Module):
         run = attend_causal if cache is None else attend
         cache = fresh if cache is None else cache.with_newest(fresh, index.column)
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
-        out_BTNH = run(q_BTNH, cache.k, cache.v, mask_BTS[:, first:], scale, config.attention_softcap, config.target)
+        how = scale, config.attention_softcap, config.target
+        if mask_BTS is None:
+            out_BTNH = attend_causal(q_BTNH, cache.k, cache.v, None, *how, self.kind.window)
+        else:
+            out_BTNH = run(q_BTNH, cache.k, cache.v, mask_BTS[:, first:], *how)
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
 
     def _heads(self, x_BTX: jax.Array, norm: nnx.Module | None) -> jax.Array:
@@ -187,10 +191,22 @@ class Decoder(nnx.Module):
         return self.logits(self.encode(tokens, segments))
 
     def encode(
-        self, tokens_BT: jax.Array, segments_BT: jax.Array, remat: str = "none", first: int = 0
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        remat: str = "none",
+        first: int = 0,
+        slots: int | None = None,
     ) -> jax.Array:
-        """Returns the hidden states [B,T-first,D] after the final norm, from position `first` on. Uses no cache."""
-        return self.hidden(tokens_BT, positions_of(segments_BT), causal_mask(segments_BT), remat, first)[0]
+        """Returns the hidden states [B,T-first,D] after the final norm, from position `first` on. Uses no cache.
+
+        If `segments_BT` is None, each row starts in slot 0, and attention needs no mask (see `attention.needs_mask`).
+        """
+        if segments_BT is None:
+            positions_BT, mask_BTT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), None
+        else:
+            positions_BT, mask_BTT = positions_of(segments_BT), causal_mask(segments_BT)
+        return self.hidden(tokens_BT, positions_BT, mask_BTT, remat, first, slots)[0]
 
     @_in_own_precision
     def hidden(
@@ -204,12 +220,13 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Returns (hidden states [B,T-first,D] of whole sequences after the final norm, their keys and values).
 
-        The mask must be causal. The states start at position `first`. The last layer skips the queries before `first`,
-        because their outputs are not needed. `remat` is "none" or a key of `REMAT`. `slots` is the final length of the
-        rows; None means T. The final length selects the factors of longrope.
+        The mask must be causal (None: see `attend_causal`). The states start at position `first`. The last layer skips
+        the queries before `first`, because their outputs are not needed. `remat` is "none" or a key of `REMAT`. `slots`
+        is the final length of the rows; None means T. The final length selects the factors of longrope.
         """
         windows = {kind.window for kind in self.config.layer_kinds}
-        masks = {w: mask_BTT if w is None else within_window(mask_BTT, w) for w in windows}
+        plain = windows if mask_BTT is None else {None}
+        masks = {w: mask_BTT if w in plain else within_window(mask_BTT, w) for w in windows}
         run = Block.__call__
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT[remat], static_argnums=6)

@@ -6,7 +6,8 @@ may be split over devices. A mask must be given as a bias in the dtype of the qu
 and uses XLA instead of cuDNN.
 
 Every layer reads the bias [B,1,T,S]. In jax 0.10.2 cuDNN also writes the gradient of the bias, although nothing uses
-this gradient. In jax 0.12 cuDNN does not write it.
+this gradient. In jax 0.12 cuDNN does not write it. Rows without padding on their left need no bias: attention is then
+causal and nothing else (`attend_fused_causal`). `models.scoring` aligns rows so. Packed rows keep the bias.
 """
 
 import jax
@@ -47,6 +48,22 @@ def attend_fused(
     return out_BTNH[:, :T]
 
 
+def attend_fused_causal(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, scale: float | None = None, window: int | None = None
+) -> jax.Array:
+    """Computes causal grouped-query attention [B,T,N,H] with cuDNN, without a bias. Each query sees all earlier slots.
+
+    If `window` is given, a query sees only the last `window` slots up to its own.
+    """
+    T = q_BTNH.shape[1]
+    even = ((0, 0), (0, T % 2), (0, 0), (0, 0))  # jax 0.10.2 refuses gradients of odd lengths
+    qkv = (constrain(jnp.pad(x, even), BATCH_AXES, None, "tensor", None) for x in (q_BTNH, k_BTKH, v_BTKH))
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        *qkv, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+    )[:, :T]
+
+
 def check_model(model: DecoderConfig, tensor: int) -> None:
     """Raises `UserError` if cuDNN cannot compute this model's attention with heads split over `tensor` devices."""
     if model.attention_softcap is not None:
@@ -84,7 +101,8 @@ def check_device(model: DecoderConfig, dtype: jax.typing.DTypeLike) -> None:
     mask = jnp.ones((1, 64, 64), bool)
 
     def loss(q: jax.Array, k: jax.Array) -> jax.Array:
-        return attend_fused(q, k, k, mask).astype(jnp.float32).sum()
+        both = attend_fused(q, k, k, mask), attend_fused_causal(q, k, k)
+        return sum(x.astype(jnp.float32).sum() for x in both)
 
     try:
         jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1)))(q, k))

@@ -14,6 +14,7 @@ import jax
 from jaxrlhf.models.adapters import HEAD, SCORE, bind, has_only_pairs, stack_pairs, without_head
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.layer_scan import STACKED
+from jaxrlhf.models.packing import PackedRows
 from jaxrlhf.models.scoring import (
     hidden_before_tokens,
     logprobs_of_hidden,
@@ -35,6 +36,7 @@ def response_outputs(
     temperature: jax.Array,
     value_trunk: Literal["own", "policy"] = "own",
     remat: str = "none",
+    packed: PackedRows | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Returns (logprobs of the policy, entropies, values), f32[B,R] each; 0 past the end of a completion.
 
@@ -43,19 +45,19 @@ def response_outputs(
     """
     inputs = (tokens, mask, response_mask)
     if not value:
-        return *response_logprobs(bind(base, policy), *inputs, temperature, remat), None
+        return *response_logprobs(bind(base, policy), *inputs, temperature, remat, packed), None
     if value_trunk == "policy":
         model = bind(base, {**(policy or {}), **value})
-        return response_logprobs_and_values(model, *inputs, temperature, remat)
+        return response_logprobs_and_values(model, *inputs, temperature, remat, packed)
     if not can_stack(base, policy, value):
-        logprobs = response_logprobs(bind(base, policy), *inputs, temperature, remat)
-        return *logprobs, response_values(bind(base, value), *inputs, remat)
+        logprobs = response_logprobs(bind(base, policy), *inputs, temperature, remat, packed)
+        return *logprobs, response_values(bind(base, value), *inputs, remat, packed)
     trunks, axes = stack(policy, value)
-    encode = jax.vmap(lambda trunk: hidden_before_tokens(bind(base, trunk), *inputs, remat), in_axes=(axes,))
+    encode = jax.vmap(lambda trunk: hidden_before_tokens(bind(base, trunk), *inputs, remat, packed), in_axes=(axes,))
     hidden = encode(trunks)
     heads = {path: leaves for path, leaves in policy.items() if path == HEAD}
-    logprobs = logprobs_of_hidden(bind(base, heads), hidden[0], tokens, response_mask, temperature)
-    return *logprobs, values_of_hidden(bind(base, {SCORE: value[SCORE]}), hidden[1], response_mask)
+    logprobs = logprobs_of_hidden(bind(base, heads), hidden[0], tokens, response_mask, temperature, packed)
+    return *logprobs, values_of_hidden(bind(base, {SCORE: value[SCORE]}), hidden[1], response_mask, packed)
 
 
 def can_stack(base: Decoder, policy: Adapter | None, value: Adapter) -> bool:

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
+from jaxrlhf.models.attention import needs_mask
 from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.models.packing import PackedRows, Places, moved
 
 # Largest number of logits in memory at a time on each device. On a CPU, 16 MiB of logits fit in the cache. On other
 # platforms, 512 MiB of logits make the matrix products large.
 _MAX_LOGITS, _MAX_LOGITS_ON_CPU = 2**27, 2**22
+# If not all positions are needed: number of parts, and smallest number of positions in a part.
+_PARTS, _LEAST_POSITIONS = 8, 64
 
 
 def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: str = "none") -> jax.Array:
@@ -25,7 +29,11 @@ def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: s
     """
     S = tokens.shape[1]
     last = jnp.maximum(S - 1 - jnp.argmax(mask[:, ::-1], axis=1), 0)
-    hidden = model.encode(tokens, mask.astype(jnp.int32), remat)
+    if needs_mask(model.config.target, model.config.attention_softcap):
+        hidden = model.encode(tokens, mask.astype(jnp.int32), remat)
+    else:
+        start = jnp.argmax(mask, axis=1)
+        hidden, last = model.encode(_rolled(tokens, start), None, remat), jnp.maximum(last - start, 0)
     return model.scores(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
 
 
@@ -36,20 +44,28 @@ def response_logprobs(
     response_mask: jax.Array,
     temperature: jax.Array,
     remat: str = "none",
+    packed: PackedRows | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (logprobs, entropies) of the response tokens, f32[B,R] each; 0 past the end of a completion.
 
-    The logits are divided by `temperature` f32[B]. Logits are computed only for the positions of the completion.
+    The logits are divided by `temperature` f32[B]. Logits are computed only for the positions of the completion. If
+    `packed` is given, its sequences are computed in place of `tokens`, and the result is 0 outside `packed.mask`.
     """
-    hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat)
-    return logprobs_of_hidden(model, hidden, tokens, response_mask, temperature)
+    hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat, packed)
+    return logprobs_of_hidden(model, hidden, tokens, response_mask, temperature, packed)
 
 
 def response_values(
-    model: Decoder, tokens: jax.Array, mask: jax.Array, response_mask: jax.Array, remat: str = "none"
+    model: Decoder,
+    tokens: jax.Array,
+    mask: jax.Array,
+    response_mask: jax.Array,
+    remat: str = "none",
+    packed: PackedRows | None = None,
 ) -> jax.Array:
     """Returns the value of the state before each response token, f32[B,R]; 0 past the end of a completion."""
-    return values_of_hidden(model, hidden_before_tokens(model, tokens, mask, response_mask, remat), response_mask)
+    hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat, packed)
+    return values_of_hidden(model, hidden, response_mask, packed)
 
 
 def response_logprobs_and_values(
@@ -59,18 +75,32 @@ def response_logprobs_and_values(
     response_mask: jax.Array,
     temperature: jax.Array,
     remat: str = "none",
+    packed: PackedRows | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (logprobs, entropies, values), f32[B,R] each, from one forward pass of a model with both heads."""
-    hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat)
-    logprobs, entropies = logprobs_of_hidden(model, hidden, tokens, response_mask, temperature)
-    return logprobs, entropies, values_of_hidden(model, hidden, response_mask)
+    hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat, packed)
+    logprobs, entropies = logprobs_of_hidden(model, hidden, tokens, response_mask, temperature, packed)
+    return logprobs, entropies, values_of_hidden(model, hidden, response_mask, packed)
 
 
-def hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str) -> jax.Array:
-    """Returns the hidden state at the position before each response token, [B,R,D]."""
+def hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str, packed=None) -> jax.Array:
+    """Returns the hidden state at the position before each response token, [B,R,D]; of `packed`, the needed states."""
+    if packed is not None:
+        return packed.states(model.encode(packed.tokens, packed.segments, remat, slots=tokens.shape[1]))
     R = response_mask.shape[1]
     first = tokens.shape[1] - R - 1
-    return model.encode(tokens, mask.astype(jnp.int32), remat, first)[:, :-1]
+    if needs_mask(model.config.target, model.config.attention_softcap):
+        return model.encode(tokens, mask.astype(jnp.int32), remat, first)[:, :-1]
+    start = jnp.argmax(mask, axis=1)
+    hidden = model.encode(_rolled(tokens, start), None, remat)
+    return _rolled(hidden, -start)[:, first:-1]
+
+
+def _rolled(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Returns x [B,S,...] with each row's column by[b] in column 0. Columns wrap around."""
+    columns = jnp.arange(x.shape[1])
+    there, back = ((columns + shift[:, None]) % x.shape[1] for shift in (by, -by))
+    return moved(x, *(Places(index, jnp.ones(index.shape, bool)) for index in (there, back)))
 
 
 def from_logits(
@@ -79,6 +109,7 @@ def from_logits(
     inputs: Any,
     reduce: Callable[[jax.Array, Any], Any],
     max_logits: int | None = None,
+    count: jax.Array | None = None,
 ) -> Any:
     """Applies `reduce` to the logits of hidden states [B,R,D], a few positions at a time.
 
@@ -91,6 +122,8 @@ def from_logits(
         max_logits = _MAX_LOGITS_ON_CPU if model.config.target.platform == "cpu" else _MAX_LOGITS
         max_logits *= max(1, jax.sharding.get_abstract_mesh().size)
     size = max(1, max_logits // (B * model.config.vocab_size))
+    if count is not None:
+        size = min(size, max(_LEAST_POSITIONS, -(-R // _PARTS)))
     if size >= R:
         return reduce(model.logits(hidden), inputs)
     parts = -(-R // size)
@@ -105,10 +138,25 @@ def from_logits(
         return x.swapaxes(0, 1).reshape(B, parts * size, *x.shape[3:])[:, :R]
 
     run_part = jax.checkpoint(lambda x: reduce(model.logits(x[0], kernel), x[1]))
-    return jax.tree.map(join, jax.lax.map(run_part, jax.tree.map(split, (hidden, inputs))))
+    xs = jax.tree.map(split, (hidden, inputs))
+    if count is None:
+        return jax.tree.map(join, jax.lax.map(run_part, xs))
+    shapes = jax.eval_shape(run_part, jax.tree.map(lambda x: x[0], xs))
+
+    def run_or_skip(x):
+        needed, x = x
+        return jax.lax.cond(needed, run_part, lambda x: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), x)
+
+    return jax.tree.map(join, jax.lax.map(run_or_skip, (jnp.arange(parts) * size < count, xs)))
 
 
-def logprobs_of_hidden(model: Decoder, hidden, tokens, response_mask, temperature) -> tuple[jax.Array, jax.Array]:
+def logprobs_of_hidden(
+    model: Decoder, hidden, tokens, response_mask, temperature, packed=None
+) -> tuple[jax.Array, jax.Array]:
+    if packed is not None:
+        inputs = packed.targets, packed.temperature
+        found = from_logits(model, hidden, inputs, lambda logits, x: token_logprobs(logits, *x), count=packed.count)
+        return tuple(packed.rows(x) for x in found)
     R = response_mask.shape[1]
     logprobs, entropy = from_logits(
         model, hidden, tokens[:, -R:], lambda logits, tokens: token_logprobs(logits, tokens, temperature)
@@ -116,5 +164,6 @@ def logprobs_of_hidden(model: Decoder, hidden, tokens, response_mask, temperatur
     return jnp.where(response_mask, logprobs, 0.0), jnp.where(response_mask, entropy, 0.0)
 
 
-def values_of_hidden(model: Decoder, hidden, response_mask) -> jax.Array:
-    return jnp.where(response_mask, model.scores(hidden), 0.0)
+def values_of_hidden(model: Decoder, hidden, response_mask, packed=None) -> jax.Array:
+    values = model.scores(hidden)
+    return jnp.where(response_mask, values, 0.0) if packed is None else packed.rows(values)

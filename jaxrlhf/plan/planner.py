@@ -88,7 +88,7 @@ class Plan:
 def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = lambda text: None) -> Plan:
     """Returns the plan of all stages of the run. Raises `UserError` if the run would refuse the settings."""
     check_one_mesh(config)
-    config, reason = resolved(_at_full_length(config)), missing()
+    config, reason = resolved(config), missing()
     mesh = jax.sharding.AbstractMesh(
         mesh_sizes(config.mesh, options.devices), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
     )
@@ -114,18 +114,6 @@ def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = 
     depths = sorted(set().union(*(planner.depths for planner in planners)))
     notes += [reason] if reason else []
     return Plan(options, dict(mesh.shape), parameters, model.layers, depths, plans, notes)
-
-
-def _at_full_length(config: RunConfig) -> RunConfig:
-    """Returns the settings of the same run with completions of full length.
-
-    The update then does not cut rows to shorter buckets.
-    """
-    if config.ppo is None:
-        return config
-    update = config.ppo.update.model_copy(update={"buckets": 1})
-    ppo = config.ppo.model_copy(update={"update": update})
-    return config.model_copy(update={"ppo": ppo})
 
 
 class _StagePlanner:

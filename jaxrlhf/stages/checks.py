@@ -71,8 +71,6 @@ def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None
     check_tokens(model, config.sampling, "ppo.sampling")
     length = config.max_prompt_tokens + config.sampling.max_new_tokens
     check_length(model, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
-    if config.update.buckets > 1:
-        check_one_rope(model, config.max_prompt_tokens + 1, length, "ppo.update.buckets")
     rows = config.batch_size * config.sampling.samples_per_prompt
     check_tokens_per_step(rows, length, "ppo.batch_size x ppo.sampling.samples_per_prompt")
     if (config.sampling.slots or 0) > rows:
@@ -151,17 +149,6 @@ def check_length(model: DecoderConfig, length: int, key_path: str) -> None:
         raise UserError(
             f"{key_path}: is {length} tokens, but the model has only {model.max_positions} positions; give less"
         )
-
-
-def check_one_rope(model: DecoderConfig, shortest: int, longest: int, key_path: str) -> None:
-    """Raises `UserError` if lengths between `shortest` and `longest` would use both factor lists of longrope."""
-    for kind in model.layer_kinds:
-        border = dict(kind.rope.numbers).get("original_max_position_embeddings") if kind.rope is not None else None
-        if kind.rope is not None and kind.rope.kind == "longrope" and shortest <= border < longest:
-            raise UserError(
-                f"{key_path}: rows would be cut to lengths between {shortest} and {longest}, but this model's longrope "
-                f"uses other factors for rows of more than {border} tokens; give 1"
-            )
 
 
 def check_microbatches(rows: int, size: int, key_path: str) -> None:

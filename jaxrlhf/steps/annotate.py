@@ -18,10 +18,10 @@ from jaxrlhf.distributed.mesh import split_rows
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.layer_scan import with_stacked_layers
+from jaxrlhf.models.packing import PackedRows, pack_rows, take_pass
 from jaxrlhf.models.policy_value import response_outputs
 from jaxrlhf.models.scoring import response_logprobs, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
-from jaxrlhf.steps.microbatches import by_longest, shortest_first, take_rows
 from jaxrlhf.steps.ppo import complete, single_step
 from jaxrlhf.steps.scores import adjust_scores, score_moments
 
@@ -62,7 +62,7 @@ def annotate(
     microbatches: int = 1,
     recompute_policy: bool = True,
     value_trunk: Literal["own", "policy"] = "own",
-    buckets: int = 1,
+    packed: bool = False,
 ) -> Annotated:
     """Computes logprobs, reference logprobs and values of the completions.
 
@@ -74,36 +74,39 @@ def annotate(
       recompute_policy: if False, the sampling logprobs are returned as the policy's logprobs. Use False only for
         updates that do not use old logprobs.
       value_trunk: "policy" means that `value` is a head on the policy's trunk.
-      buckets: see `PPOConfig`. Each part is cut to its longest completion. If `buckets` is above 1, rows are sorted by
-        length before they are split into parts.
+      packed: see `PPOConfig`. A pass then has the size of a part.
     """
     if temperature is not None:
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
 
-    R = rollout.response_mask.shape[1]
     base, policy, value, reference = with_stacked_layers(base, policy, value, reference)
 
-    def forward(rows: Rollout) -> Annotated:
-        inputs = (rows.tokens, rows.mask, rows.response_mask)
-        ref_logprobs, _ = response_logprobs(bind(base, reference), *inputs, rows.temperature)
+    def forward(rows: Rollout, of_pass: PackedRows | None = None) -> Annotated:
+        mask = rows.response_mask if of_pass is None else of_pass.mask
+        inputs, more = (rows.tokens, rows.mask, mask), {"packed": of_pass}
+        ref_logprobs, _ = response_logprobs(bind(base, reference), *inputs, rows.temperature, **more)
         if recompute_policy or (value and value_trunk == "policy"):
-            logprobs, _, values = response_outputs(base, policy, value, *inputs, rows.temperature, value_trunk)
+            trees = base, policy, value
+            logprobs, _, values = response_outputs(*trees, *inputs, rows.temperature, value_trunk, **more)
         else:
-            logprobs = rows.sample_logprobs
-            values = response_values(bind(base, value), *inputs) if value else None
+            logprobs = jnp.where(mask, rows.sample_logprobs, 0.0)
+            values = response_values(bind(base, value), *inputs, **more) if value else None
         if values is None:
             values = jnp.zeros(rows.response_mask.shape, jnp.float32)
-        annotated = Annotated(logprobs, ref_logprobs, values)
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, R - x.shape[1]))), annotated)
+        return Annotated(logprobs, ref_logprobs, values)
 
+    if packed:
+        sequences = pack_rows(rollout, rollout.tokens.shape[0] // microbatches)
+        zeros = Annotated(*(jnp.zeros(rollout.response_mask.shape, jnp.float32) for _ in range(3)))
+
+        def add(i: jax.Array, total: Annotated) -> Annotated:
+            return jax.tree.map(jnp.add, total, forward(rollout, take_pass(sequences, i)))
+
+        return jax.lax.fori_loop(0, sequences.passes, add, zeros)
     if microbatches == 1:
-        return by_longest(forward, rollout, buckets)
-    order = shortest_first(rollout) if buckets > 1 else None
-    if order is not None:
-        rollout = take_rows(rollout, order)
-    parts = jax.lax.map(lambda rows: by_longest(forward, rows, buckets), split_rows(rollout, microbatches))
-    annotated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
-    return annotated if order is None else take_rows(annotated, jnp.argsort(order))
+        return forward(rollout)
+    parts = jax.lax.map(forward, split_rows(rollout, microbatches))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
 
 
 def build_experience(
@@ -214,7 +217,7 @@ def annotate_for_update(
         microbatches=rows // (update.microbatch_size or rows // update.minibatches),
         recompute_policy=behind or not single_step(update),
         value_trunk=update.value_trunk,
-        buckets=update.buckets,
+        packed=update.packed,
     )
 
 

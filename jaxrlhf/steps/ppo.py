@@ -18,11 +18,12 @@ from jaxrlhf.distributed.mesh import split_rows
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.layer_scan import stacked_adapter, unstacked_adapter, with_stacked_layers
+from jaxrlhf.models.packing import PackedRows, pack_rows, take_pass
 from jaxrlhf.models.policy_value import response_outputs
 from jaxrlhf.records import Adapter, Experience, PPOState, SFTBatch
 from jaxrlhf.steps.flat import by_leaf, joined
 from jaxrlhf.steps.metrics import Metrics, count, largest, of_first_step, over_steps, share
-from jaxrlhf.steps.microbatches import accumulate, shortest_first, take_rows
+from jaxrlhf.steps.microbatches import accumulate, accumulate_parts, take_rows
 from jaxrlhf.steps.optimizer import init_optimizer, optimizer_step, with_rate
 from jaxrlhf.steps.sft import learned_tokens, sft_loss
 
@@ -157,15 +158,18 @@ def _minibatch_step(
     if rows % size:
         raise ValueError(f"a minibatch of {rows} rows cannot be split into microbatches of {size}")
     tokens, length = jnp.maximum(jnp.sum(minibatch.response_mask), 1), minibatch.response_mask.shape[1]
-    if config.buckets > 1 and size < rows:
-        minibatch = take_rows(minibatch, shortest_first(minibatch))
+    trees = (state.policy, state.value)
 
-    def loss(trees: tuple[Adapter, Adapter], part: Experience):
-        return ppo_loss(*by_leaf(trees), base, part, config, tokens, rows, length)
+    def loss(trees: tuple[Adapter, Adapter], part: Experience, packed: PackedRows | None = None):
+        return ppo_loss(*by_leaf(trees), base, part, config, tokens, rows, length, packed)
 
-    total, metrics, (policy_grads, value_grads) = accumulate(
-        loss, (state.policy, state.value), minibatch, rows // size, config.buckets
-    )
+    if config.packed:
+        packed = pack_rows(minibatch, size)
+        of_pass = (lambda trees, part: loss(trees, minibatch, part)), trees, (lambda i: take_pass(packed, i))
+        summed = accumulate_parts(*of_pass, packed.passes)
+    else:
+        summed = accumulate(loss, trees, minibatch, rows // size)
+    total, metrics, (policy_grads, value_grads) = summed
     if mix is not None:
         policy_grads, mix_loss = _with_pretraining(policy_grads, state, base, mix, config)
         metrics["policy/pretraining_loss"] = share(mix_loss)
@@ -215,17 +219,19 @@ def ppo_loss(
     total_tokens: jax.Array | int,
     total_rows: int,
     length: int | None = None,
+    packed: PackedRows | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Returns the parts that a microbatch adds to the loss and to the metrics of its minibatch.
 
     `total_tokens`, `total_rows` and `length` describe the minibatch. So the sum over its microbatches is the loss of
     the minibatch. `length` is the number of response tokens per row; None means that of the microbatch. `value` is
     empty if there is no value model. If `value_trunk` is "policy", the value loss also trains the policy's trunk.
+    `packed` selects the rows of `experience` that are in a pass, and None all rows.
     """
-    mask = experience.response_mask
+    mask = experience.response_mask if packed is None else packed.mask
     inputs = (experience.tokens, experience.mask, mask)
     logprobs, entropy, values = response_outputs(
-        base, policy, value, *inputs, experience.temperature, config.value_trunk, config.remat
+        base, policy, value, *inputs, experience.temperature, config.value_trunk, config.remat, packed
     )
     old = jax.lax.stop_gradient(logprobs) if single_step(config) else experience.logprobs
     bounds = (config.clip_low, config.clip_high, config.dual_clip, config.log_ratio_bound)

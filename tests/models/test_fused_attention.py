@@ -19,10 +19,12 @@ from jax._src.cudnn import fused_attention_stablehlo  # jax has no other name fo
 from jaxrlhf.config import Sampling
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.weights import load_pretrained, save_pretrained
+from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.attention import attend, attend_causal, causal_mask
-from jaxrlhf.models.config import DecoderConfig
+from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.fused_attention import check_device, check_model
+from jaxrlhf.models.scoring import response_logprobs, response_logprobs_and_values, sequence_scores
 from jaxrlhf.models.target import Target
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.decode import rollout
@@ -41,7 +43,8 @@ def asked(monkeypatch):
     def by_xla(q, k, v, implementation=None, **how):
         if implementation == "cudnn":
             seen.append(dict(how, T=q.shape[1], S=k.shape[1]))
-            how["mask"] = jnp.broadcast_to(how["mask"], (q.shape[0], 1, q.shape[1], k.shape[1]))
+            if "mask" in how:
+                how["mask"] = jnp.broadcast_to(how["mask"], (q.shape[0], 1, q.shape[1], k.shape[1]))
         return asked_of_jax(q, k, v, implementation="xla", **how)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
@@ -104,6 +107,44 @@ def test_a_model_computes_whole_sequences_with_it_and_nothing_else_changes(asked
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
         assert one is other
     assert plain.config.target == Target() and dataclasses.replace(fused.config, target=Target()) == plain.config
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    """A layer that sees four slots, and one that sees all."""
+    kinds = (LayerKind(window=4), LayerKind())
+    return Decoder(dataclasses.replace(SHAPE, layer_kinds=kinds), jax.random.key(0), jnp.float32)
+
+
+def test_scoring_asks_for_no_mask_and_gives_the_same(asked, windowed):
+    """Logprobs, values, scores and gradients of rows with padding on both sides, and of an empty completion."""
+    P, R, prompts, answers = 5, 4, np.array([5, 2, 1]), np.array([4, 1, 0])
+    mask = (np.arange(P + R) >= P - prompts[:, None]) & (np.arange(P + R) < P + answers[:, None])
+    tokens = np.random.default_rng(0).integers(0, 32, (3, P + R))
+    kernel = np.random.default_rng(1).standard_normal((32, 1)).astype(np.float32)
+
+    def outputs(factor, target):
+        model = bind(with_target(windowed, target), {"score": {"kernel": factor * kernel}})
+        logprobs, _, values = response_logprobs_and_values(model, tokens, mask, mask[:, P:], np.ones(3, np.float32))
+        return jnp.sum(values) + jnp.sum(logprobs), (logprobs, values, sequence_scores(model, tokens, mask))
+
+    run = jax.jit(jax.value_and_grad(outputs, has_aux=True), static_argnums=1)
+    expected = run(1.0, Target())
+    assert not asked
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(1.0, CUDNN), expected)
+    assert len(asked) == 2 * L and not any("mask" in how or "bias" in how for how in asked)
+    assert [how["local_window_size"] for how in asked] == [(3, 0), None] * 2
+
+
+def test_programs_for_cuda_build_no_bias_in_scoring(as_if_installed, plain):
+    fused, tokens = with_target(plain, CUDNN), np.ones((2, 9), np.int32)
+    mask = np.ones((2, 9), bool)
+
+    def loss(model):
+        return response_logprobs(model, tokens, mask, mask[:, 4:], np.ones(2, np.float32))[0].sum()
+
+    found = calls(jax.grad(loss, allow_int=True), fused)
+    assert found == ["fmhaSoftmax"] * L + ["fmhaSoftmaxBackward"] * L
 
 
 def test_it_is_a_matter_of_the_run_and_not_saved_with_the_model(plain, tmp_path):
@@ -184,4 +225,4 @@ def test_a_machine_with_it_is_tried_forward_and_backward(monkeypatch, asked):
                             client=SimpleNamespace(platform_version="cuda 12080"))  # fmt: skip
     monkeypatch.setattr(jax, "local_devices", lambda: [found])
     check_device(SHAPE, "bfloat16")
-    assert len(asked) == 1
+    assert len(asked) == 2, "with a mask and without one"

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import Sampling
-from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.config import LayerKind
 from jaxrlhf.models.rope import Rope
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.sampling import draw, row_uniforms
-from jaxrlhf.stages.checks import check_one_rope
 
 KEY = jax.random.key(28)  # answers of every kind that the tests below want
 STOPS = (4, 5, 9)
@@ -184,13 +182,3 @@ def test_longrope_turns_alike_in_sampling_and_scoring(make_decoder, programs, pr
     given = sampled.tokens, sampled.mask, sampled.response_mask, jnp.ones(len(sampled.tokens))
     logprobs, _ = programs.logprobs(base, *given)
     np.testing.assert_allclose(sampled.sample_logprobs, logprobs, atol=1e-5)
-
-
-def test_rows_that_are_cut_must_not_cross_the_border_of_longrope(make_decoder):
-    numbers = (("factor", 4.0), ("long_factor", (4.0,) * 4), ("original_max_position_embeddings", 20),
-               ("short_factor", (1.0,) * 4))  # fmt: skip
-    config = make_decoder(layer_kinds=(LayerKind(rope=Rope(kind="longrope", numbers=numbers)),)).config
-    for shortest, longest in ((21, 40), (5, 20)):
-        check_one_rope(config, shortest, longest, "ppo.update.buckets")
-    with pytest.raises(UserError, match=r"ppo.update.buckets: .* 20 tokens"):
-        check_one_rope(config, 20, 21, "ppo.update.buckets")

@@ -41,7 +41,7 @@ def _with(path: str, value) -> RunConfig:
         (("checkpoints.grace", 60.0, 20.0), {}, True),
         (("ppo.sample_every", 10, 1), {}, True),
         (("ppo.sampling.slots", None, 3), {}, True),
-        (("ppo.update.buckets", 1, 4), {}, True),
+        (("ppo.update.packed", False, True), {}, True),
         (("sft.remat", "none", "full"), {}, True),
         (("ppo.update.remat", "full", "none"), {}, True),
         (("compiler_options", "absent", {}), {}, True),
@@ -88,7 +88,7 @@ def test_a_change_is_allowed_or_not(change, settings, allowed):
     ("change", "rounds"),
     [
         (("ppo.sampling.slots", 4, 2), True),
-        (("ppo.update.buckets", 1, 4), True),
+        (("ppo.update.packed", False, True), True),
         (("compiler_options.update.xla_a", 1, 2), True),
         (("model.attention", "xla", "cudnn"), True),
         (("checkpoints.keep", 2, 5), False),

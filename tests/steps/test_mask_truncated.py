@@ -8,7 +8,7 @@ import pytest
 from jaxrlhf.algorithms.masked import masked_mean, masked_variance
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.steps.annotate import build_experience
-from jaxrlhf.steps.microbatches import accumulate, shortest_first
+from jaxrlhf.steps.microbatches import accumulate
 from jaxrlhf.steps.ppo import init_ppo, ppo_loss, ppo_update
 
 LAST = "layers.0.mlp.down_proj"
@@ -89,17 +89,14 @@ def test_rows_changed_at_will_and_microbatches_give_the_same_gradient(
     changed = experience.replace(**noise, tokens=jnp.where(rows[:, None], 3, experience.tokens))
     tokens, R = jnp.sum(experience.response_mask), experience.response_mask.shape[1]
 
-    def run(experience, parts, buckets=1):
-        if buckets > 1:
-            order = shortest_first(experience)
-            experience = jax.tree.map(lambda x: x[order], experience)
+    def run(experience, parts):
         share = lambda trees, part: ppo_loss(*trees, tiny, part, config, tokens, 8, R)  # noqa: E731
-        return accumulate(share, few(roles), experience, parts, buckets)
+        return accumulate(share, few(roles), experience, parts)
 
-    run = jax.jit(run, static_argnums=(1, 2))
+    run = jax.jit(run, static_argnums=1)
     whole = run(experience, 1)
     assert float(jnp.abs(whole[2][0][LAST]["lora_a"]).max()) > 1e-4
-    for again in (run(changed, 1), run(experience, 4, 2)):
+    for again in (run(changed, 1), run(experience, 4)):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), again[::2], whole[::2])
 
 
