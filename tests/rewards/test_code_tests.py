@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import CodeTestsRewardConfig
+from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.code_tests import CodeTestsReward, code_of, read_tests
 from jaxrlhf.rewards.completions import Completions, abstained_rows
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.sandbox.remote_objects import Peer, Remote
 from jaxrlhf.rewards.sandbox.unit_tests import count_tests
+from jaxrlhf.rewards.trial import try_rewards
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,18 @@ def test_columns_that_are_missing(reward):
     words = "ppo.reward.column: the data has no column tests; the columns are: a, b, prompt"
     with pytest.raises(UserError, match=words):
         reward.check_rows(["p", "q"], [{"a": 1}, {"b": 1}], "ppo.reward")
+
+
+def test_two_rows_are_tried_before_the_run(reward):
+    tokenizer = build_word_tokenizer(["add", "two", "numbers"])
+    ids = [np.array(tokenizer.encode_prompt(text), np.int32) for text in ("add two", "add numbers")]
+
+    def prompts(tests):
+        return PromptSet(ids, ["add two", "add numbers"], [None] * 2, [{"tests": tests}] * 2, 8, 0, None)
+
+    try_rewards({"ppo.reward": reward}, prompts(["assert add(1, 2) == 3"]), tokenizer)
+    with pytest.raises(UserError, match=r"\Appo\.reward: the reward failed on [^\n]* the column tests"):
+        try_rewards({"ppo.reward": reward}, prompts(3), tokenizer)
 
 
 def test_code_blocks():

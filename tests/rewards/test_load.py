@@ -10,8 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 from jaxrlhf.config import MeshConfig, ModelRewardConfig, RewardConfig
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
+from jaxrlhf.rewards.code_tests import CodeTestsReward
 from jaxrlhf.rewards.composed import ComposedReward
-from jaxrlhf.rewards.load import compose, load_rewards, needs_own
+from jaxrlhf.rewards.judge import JudgeReward
+from jaxrlhf.rewards.load import check_prompts, compose, load_rewards, needs_own
 from jaxrlhf.rewards.remote import HTTPReward
 
 LENGTH = {"kind": "function", "function": "jaxrlhf.rewards.library:length", "options": {"target": 3}}
@@ -57,6 +59,23 @@ def test_what_cannot_be_loaded_is_named_by_its_key(settings, message):
 def test_a_server_gets_its_settings():
     (server, weight) = load(kind="http", url="http://localhost:1/score", timeout=2.5, retries=0, batch_size=3)[""]
     assert isinstance(server, HTTPReward) and weight == 1.0 and server.name == "http://localhost:1/score"
+
+
+def test_parts_of_a_sum_are_checked_on_the_rows():
+    judge = {"kind": "judge", "url": "http://localhost:1/v1", "model": "m", "rubric": "{{ fact }}", "cache": None}
+    rewards = load(kind="sum", parts={"code": {"kind": "code_tests", "weight": 2.0}, "judge": judge})
+    assert isinstance(rewards["code"][0], CodeTestsReward) and isinstance(rewards["judge"][0], JudgeReward)
+
+    class Prompts:
+        texts, chats, columns = ["p"], [None], [{"tests": "x = 1", "fact": "f"}]
+
+    for columns, message in (
+        ({"tests": "x = 1", "fact": "f"}, "ppo.reward.parts.code.column: prompt 1: the column tests has no assert"),
+        ({"tests": ["assert f"]}, "ppo.reward.parts.judge.rubric: prompt 1: the rubric fails: 'fact' is undefined"),
+    ):
+        Prompts.columns = [columns]
+        with pytest.raises(UserError, match=message):
+            check_prompts(rewards, Prompts, "ppo.reward")
 
 
 def test_a_sum_may_hold_the_runs_own_reward():
