@@ -135,21 +135,34 @@ class Sandbox:
 
 
 def _kill_user(uid):
-    """Kills all processes of a user id. A fork bomb can only end if all its processes get the signal at once."""
-    while list(_processes(uid)):
-        program = f"import os; os.setresuid({uid},{uid},{uid}); os.kill(-1, 9)"
-        subprocess.run([sys.executable, "-I", "-S", "-c", program], stderr=subprocess.DEVNULL, check=False)
+    """Kills all processes of a user id.
+
+    Only a signal to all of them at once ends a fork bomb. It also gets a daemon that a list of processes would miss,
+    because its parent forked after the list was read and ended before its turn.
+    """
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setresuid(uid, uid, uid)
+                os.kill(-1, signal.SIGKILL)
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        if not any(_processes(uid)):
+            return
+        time.sleep(0.01)
 
 
 def _kill_marked(mark):
     """Kills the processes of this user that have the mark in their environment, such as daemons in other sessions."""
-    for _ in range(100):
+    empty = 0
+    while empty < 3:  # one list may miss a process, see `_kill_user`
         found = [pid for pid in _processes(os.getuid()) if f"JAXRLHF_SANDBOX={mark}".encode() in _read(pid, "environ")]
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if not found:
-            return
+        empty = 0 if found else empty + 1
 
 
 def _remove_files(uid):
