@@ -59,10 +59,10 @@ def model(folder):
     "sft.data.limit", "reward_model.batch_size", "reward_model.max_length", "reward_model.epochs",
     "reward_model.buckets", "ppo.batch_size", "ppo.iterations", "ppo.max_prompt_tokens", "ppo.evaluation.prompts",
     "ppo.resample", "ppo.sampling.max_new_tokens", "ppo.sampling.samples_per_prompt", "ppo.sampling.top_k",
-    "ppo.sampling.slots", "ppo.update.epochs", "ppo.update.minibatches", "ppo.score.initial_completions",
-    "ppo.update.optimizer.total_steps", "adapter.rank", "model.new.hidden_size", "model.new.layers",
-    "model.new.max_positions", "model.new.intermediate_size", "mesh.data", "mesh.tensor", "seed", "checkpoints.keep",
-    "checkpoints.grace", "ppo.data.limit", "ppo.data.text_tokens",
+    "ppo.sampling.slots", "ppo.sampling.prefill_chunk", "ppo.update.epochs", "ppo.update.minibatches",
+    "ppo.score.initial_completions", "ppo.update.optimizer.total_steps", "adapter.rank", "model.new.hidden_size",
+    "model.new.layers", "model.new.max_positions", "model.new.intermediate_size", "mesh.data", "mesh.context",
+    "mesh.tensor", "seed", "checkpoints.keep", "checkpoints.grace", "ppo.data.limit", "ppo.data.text_tokens",
 ])  # fmt: skip
 @pytest.mark.parametrize("size", [HUGE, 10**30])
 def test_a_setting_that_no_machine_holds_is_refused_before_anything_is_made(folder, key, size, capsys):

@@ -206,7 +206,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("ppo.update.clip_lo=0.1", "unknown key ppo.update.clip_lo; did you mean ppo.update.clip_low?"),
         ("sead=1", "unknown key sead; did you mean seed?"),
         ("sft.learning_rate=1", "unknown key sft.learning_rate; did you mean sft.optimizer.learning_rate?"),
-        ("mesh.zzz=1", "unknown key mesh.zzz; the keys of mesh are data, fsdp, tensor"),
+        ("mesh.zzz=1", "unknown key mesh.zzz; the keys of mesh are data, fsdp, context, tensor"),
         ("zzz=null", "unknown key zzz; the keys at the top level are run_dir, seed, stages, model, mesh, adapter, "),
         ("seed.x=1", "seed must be int >= 0 and < 4294967296, not a section"),
         ("run_dir.x=1", 'run_dir must be a section with keys, not the text "runs/a"'),

@@ -114,13 +114,14 @@ class MeshConfig(Settings):
 
     data: int = Field(-1, ge=-1, le=LARGEST, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
     fsdp: int = Field(1, ge=-1, le=LARGEST, description="devices that share the batch and the weights; the weights are gathered layer by layer", json_schema_extra=FREE)
+    context: int = Field(1, ge=-1, le=LARGEST, description="devices that share the positions of each sequence in scoring and training, and its heads in attention; for sequences of 8,192 tokens and more; in sampling these devices share rows", json_schema_extra=FREE)
     tensor: int = Field(1, ge=-1, le=LARGEST, description="devices that share each layer's heads and MLP width", json_schema_extra=FREE)
     rollout: PartMeshConfig | None = Field(None, description="mesh on which PPO samples: the first devices; give it together with update; null samples on the mesh above", json_schema_extra=FREE)
     update: PartMeshConfig | None = Field(None, description="mesh on which PPO scores and learns: the devices after those of rollout; null learns on the mesh above", json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _one_filler(self) -> "MeshConfig":
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {"data": self.data, "fsdp": self.fsdp, "context": self.context, "tensor": self.tensor}
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
             raise ValueError(f"each axis must be at least 1, or -1 on at most one axis; given {sizes}")
         if (self.rollout is None) != (self.update is None):

@@ -45,6 +45,7 @@ class Sampling(Settings):
     pad_token: NonNegativeInt | None = Field(None, description="token id that fills rows after the end of a completion; null means the model's pad token")
     samples_per_prompt: PositiveInt = Field(1, description="completions per prompt (a group), sampled after one prefill")
     slots: PositiveInt | None = Field(None, description="number of completions that decode at the same time, on all devices together; a completion that ends is replaced by the next one, so the memory of the caches does not grow with the batch; null decodes the whole batch at the same time", json_schema_extra=ROUNDING)
+    prefill_chunk: PositiveInt | None = Field(None, description="number of prompt tokens that are read at a time before decoding; bounds the memory of activations when prompts are long, such as 2048 for prompts of 16384 tokens; null reads whole prompts", json_schema_extra=ROUNDING)
 
 
 class LearningRates(NamedTuple):

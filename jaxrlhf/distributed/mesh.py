@@ -1,13 +1,17 @@
 """The device mesh, and the sharding of batches on this mesh. `models.sharding` has the sharding of parameters.
 
-The mesh has three axes. Along the axis `data`, each device has a copy of the base. The axis `fsdp` splits the rows of
-weights, and each layer gathers its weights when it runs. The axis `tensor` splits attention heads and the MLP width. A
-batch is split over `data` and `fsdp`. All axes are `AxisType.Auto`, so XLA inserts the collectives that the shardings
-of the arguments require.
+The mesh has four axes. Along the axis `data`, each device has a copy of the base. The axis `fsdp` splits the rows of
+weights, and each layer gathers its weights when it runs. The axis `context` splits the positions of long sequences. The
+axis `tensor` splits attention heads and the MLP width. A batch is split over `data` and `fsdp`. All axes are
+`AxisType.Auto`, so XLA inserts the collectives that the shardings of the arguments require.
+
+`context` splits positions in scoring and training. Inside attention it splits heads, because each query needs all keys
+(Ulysses, 2309.14509). Decoding has one position per row, so there `context` splits rows, as `data` does.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +23,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxrlhf.config import MeshConfig
 from jaxrlhf.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+POSITION_AXIS = "context"
+HEAD_AXES = ("tensor", POSITION_AXIS)  # the heads inside attention over whole sequences
+
+_rows_take_context = False  # see `rows_over_context`
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh [data, fsdp, tensor] over `devices`. The default is the devices of all processes.
+    """Returns the mesh [data, fsdp, context, tensor] over `devices`. The default is the devices of all processes.
 
     Raises `UserError` if the mesh does not fit the number of devices, see `mesh_sizes`.
     """
@@ -56,7 +64,7 @@ def _mesh_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Returns the sizes of the axes data, fsdp and tensor for `count` devices.
+    """Returns the sizes of the axes data, fsdp, context and tensor for `count` devices.
 
     If the config sets an axis to -1, the size of this axis is `count` divided by the other sizes. Raises `UserError` if
     the product of the sizes is not `count`.
@@ -84,9 +92,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that splits rows (the first dimension) over `data` and `fsdp`.
 
-    Devices along `tensor` have copies of the same rows.
+    Devices along `context` and `tensor` have copies of the same rows.
     """
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+@contextlib.contextmanager
+def rows_over_context() -> Iterator[None]:
+    """Traces a function in which `context` splits rows instead of positions. If it does not divide them, it copies."""
+    global _rows_take_context
+    before, _rows_take_context = _rows_take_context, True
+    try:
+        yield
+    finally:
+        _rows_take_context = before
+
+
+def sampling_axes(sizes: Mapping[str, int], *counts: int) -> tuple[str, ...]:
+    """Returns the mesh axes that split the rows of a rollout: `BATCH_AXES`, and `context` if all counts divide."""
+    axes = (*BATCH_AXES, POSITION_AXIS)
+    shares = math.prod(sizes.get(axis, 1) for axis in axes)
+    return BATCH_AXES if any(count % shares for count in counts) else axes
+
+
+def position_parts() -> int:
+    """Returns the number of parts into which the function that is traced now splits the positions of a sequence."""
+    return 1 if _rows_take_context else traced_sizes().get(POSITION_AXIS, 1)
+
+
+def traced_sizes() -> dict[str, int]:
+    """Returns the sizes of the mesh axes over which `constrain` splits. Empty if it splits nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+        return {}
+    return dict(mesh.shape)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -96,28 +135,40 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     row. A dimension without axes is not split. If the axes of a dimension do not divide it, the last axes are dropped.
     If there is no mesh, or if the mesh has axes that are not `AxisType.Auto`, x is returned unchanged.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+    sizes = traced_sizes()
+    if not sizes:
         return x
 
-    spec = PartitionSpec(*(_dividing(mesh, size, names) or None for size, names in zip(x.shape, axes)))
+    spec = PartitionSpec(*(_dividing(sizes, size, names) or None for size, names in zip(x.shape, axes)))
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _dividing(mesh: jax.sharding.AbstractMesh, size: int, names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _dividing(sizes: Mapping[str, int], size: int, names: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns the axes of the mesh among `names`, without the last ones if they do not divide `size`."""
     names = (names,) if isinstance(names, str) else names or ()
-    while names and size % math.prod(mesh.shape.get(axis, 1) for axis in names):
+    if _rows_take_context.get():
+        names = tuple(axis for axis in names if axis != POSITION_AXIS)
+        names += (POSITION_AXIS,) * ("data" in names)
+    while names and size % math.prod(sizes.get(axis, 1) for axis in names):
         names = names[:-1]
-    return tuple(axis for axis in names if axis in mesh.shape)
+    return tuple(axis for axis in names if axis in sizes)
 
 
 def batch_groups(rows: int) -> int:
     """Returns the number of groups of devices over which `constrain` splits `rows` rows along `BATCH_AXES`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
-        return 1
-    return math.prod(mesh.shape[axis] for axis in _dividing(mesh, rows, BATCH_AXES))
+    sizes = traced_sizes()
+    return math.prod(sizes[axis] for axis in _dividing(sizes, rows, BATCH_AXES))
+
+
+def take_positions(x: jax.Array, first: int, end: int | None) -> jax.Array:
+    """Returns x[:, first:end] of an array [B,T,D] whose positions are split over `context`.
+
+    D is split in between, so that no device holds all positions of all dimensions.
+    """
+    if position_parts() == 1:
+        return x[:, first:end]
+    taken = constrain(x, BATCH_AXES, None, POSITION_AXIS)[:, first:end]
+    return constrain(constrain(taken, BATCH_AXES, None, POSITION_AXIS), BATCH_AXES, POSITION_AXIS)
 
 
 def split_rows(batch: Any, parts: int) -> Any:

@@ -10,11 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.block_attention import BLOCK, BLOCK_ON_CPU, Visibility, attend_blocks, visibility
+from jaxrlhf.models.context import positions_whole
 from jaxrlhf.models.fused_attention import attend_fused, attend_fused_causal
 from jaxrlhf.models.target import ON_CPU, Target
 
 # Largest number of query blocks, and smallest number of queries in a block. More or smaller blocks are slower.
 _BLOCKS, _LEAST_QUERIES = 4, 32
+
+# Longest sequence whose mask and scores are whole arrays. At 4,096 tokens and 16 heads, the scores of a row take 1 GiB.
+LONGEST_WHOLE = 4096
 
 
 def positions_of(segments_BT: jax.Array) -> jax.Array:
@@ -47,13 +52,31 @@ def needs_mask(target: Target, softcap: float | None) -> bool:
     return target.attention != "cudnn" or softcap is not None
 
 
-def within_window(mask_BTT: jax.Array, window: int) -> jax.Array:
-    """Removes from the mask all keys that are `window` or more positions before the query.
+def mask_of(segments_BT: jax.Array, target: Target) -> jax.Array | Visibility:
+    """Returns the causal mask. Above `LONGEST_WHOLE` tokens, this is a `Visibility` without an array [B,T,T].
+
+    cuDNN reads an array, if it needs a mask.
+    """
+    segments_BT = positions_whole(segments_BT)
+    if segments_BT.shape[1] <= LONGEST_WHOLE or target.attention == "cudnn":
+        return positions_whole(causal_mask(segments_BT))
+    return visibility(segments_BT)
+
+
+def of_last_queries(mask: jax.Array | Visibility, first: int) -> jax.Array | Visibility:
+    """Returns the mask of the queries from `first` on. The last query must be in the last column."""
+    return mask if isinstance(mask, Visibility) else mask[:, first:]
+
+
+def within_window(mask: jax.Array | Visibility, window: int) -> jax.Array | Visibility:
+    """Removes from the mask [B,T,T] all keys that are `window` or more positions before the query.
 
     The real tokens of a row or segment are contiguous, so a distance in columns is also a distance in positions.
     """
-    T = mask_BTT.shape[1]
-    return mask_BTT & (jnp.arange(T)[:, None] - jnp.arange(T) < window)
+    if isinstance(mask, Visibility):
+        return mask.replace(window=window)
+    T = mask.shape[1]
+    return positions_whole(mask & (jnp.arange(T)[:, None] - jnp.arange(T) < window))
 
 
 class RotaryTables(NamedTuple):
@@ -102,7 +125,7 @@ def attend(
     q_BTNH: jax.Array,
     k_BKHS: jax.Array,
     v_BKSH: jax.Array,
-    mask_BTS: jax.Array,
+    mask_BTS: jax.Array | Visibility,
     scale: float | None = None,
     softcap: float | None = None,
     target: Target = ON_CPU,
@@ -111,8 +134,11 @@ def attend(
 
     If a query sees no key, its outputs are arbitrary finite numbers. Keys and values have the layout of the cache.
     `scale` multiplies the products of queries and keys; None means H^-1/2. A `softcap` c replaces a score s by
-    c tanh(s / c) (2408.00118).
+    c tanh(s / c) (2408.00118). With a `Visibility` in place of a mask, the attention is computed in blocks.
     """
+    if isinstance(mask_BTS, Visibility):
+        block = min(BLOCK_ON_CPU if target.platform == "cpu" else BLOCK, q_BTNH.shape[1])
+        return attend_blocks(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, softcap, block)
     if q_BTNH.shape[1] > 1 and softcap is None and target.platform != "cpu":
         k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
@@ -136,7 +162,7 @@ def attend_causal(
     q_BTNH: jax.Array,
     k_BKHS: jax.Array,
     v_BKSH: jax.Array,
-    mask_BTS: jax.Array | None,
+    mask_BTS: jax.Array | Visibility | None,
     scale: float | None = None,
     softcap: float | None = None,
     target: Target = ON_CPU,
@@ -151,6 +177,8 @@ def attend_causal(
     """
     if mask_BTS is None:
         return attend_fused_causal(q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3), scale, window)
+    if isinstance(mask_BTS, Visibility):
+        return attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, softcap, target)
     T, S = mask_BTS.shape[1:]
     if target.attention == "cudnn" and T > 1 and softcap is None:
         return attend_fused(q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3), mask_BTS, scale)

@@ -57,6 +57,18 @@ class LayerCache(NamedTuple):
     k: jax.Array  # [B,K,H,S]
     v: jax.Array  # [B,K,S,H]
 
+    @classmethod
+    def of(cls, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "LayerCache":
+        """Returns the cache of T positions."""
+        return cls(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
+
+    def with_chunk(self, new: "LayerCache", start: jax.Array) -> "LayerCache":
+        """Returns the cache with T new positions of each row in the columns from `start` (i32[]) on."""
+        return LayerCache(
+            jax.lax.dynamic_update_slice_in_dim(self.k, new.k.astype(self.k.dtype), start, axis=3),
+            jax.lax.dynamic_update_slice_in_dim(self.v, new.v.astype(self.v.dtype), start, axis=2),
+        )
+
     def with_newest(self, new: "LayerCache", column: jax.Array) -> "LayerCache":
         """Returns the cache with one new position of each row in its column; see `CacheIndex.column`."""
         k, v = new.k.astype(self.k.dtype), new.v.astype(self.v.dtype)

@@ -16,20 +16,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
+from jaxrlhf.distributed.mesh import BATCH_AXES, POSITION_AXIS, constrain
 from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.attention import (
     RotaryTables,
     attend,
     attend_causal,
-    causal_mask,
+    mask_of,
+    of_last_queries,
     positions_of,
     rotary_tables,
     rotate,
     within_window,
 )
+from jaxrlhf.models.block_attention import Visibility
 from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
 from jaxrlhf.models.config import DecoderConfig, LayerKind
+from jaxrlhf.models.context import heads_split, positions_split
 from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.norms import NORMS
 from jaxrlhf.models.rope import frequencies
@@ -87,15 +90,24 @@ class Attention(nnx.Module):
         if rotary is not None:
             q_BTNH = rotate(q_BTNH, RotaryTables(*(x[:, first:] for x in rotary)))
             k_BTKH = rotate(k_BTKH, rotary)
-        fresh = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3))
-        run = attend_causal if cache is None else attend
-        cache = fresh if cache is None else cache.with_newest(fresh, index.column)
+        read = LayerCache.of(k_BTKH, v_BTKH)
+        if whole := cache is None:
+            cache, long = read, isinstance(mask_BTS, Visibility)
+            q_BTNH, *split = heads_split(q_BTNH, k_BTKH, v_BTKH, long)
+            read = LayerCache.of(*split)
+        elif index is None:
+            cache = read = cache.with_chunk(read, mask_BTS.start)
+        else:
+            cache = read = cache.with_newest(read, index.column)
+        run = attend_causal if whole else attend
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
         how = scale, config.attention_softcap, config.target
         if mask_BTS is None:
-            out_BTNH = attend_causal(q_BTNH, cache.k, cache.v, None, *how, self.kind.window)
+            out_BTNH = attend_causal(q_BTNH, read.k, read.v, None, *how, self.kind.window)
         else:
-            out_BTNH = run(q_BTNH, cache.k, cache.v, mask_BTS[:, first:], *how)
+            out_BTNH = run(q_BTNH, read.k, read.v, of_last_queries(mask_BTS, first), *how)
+        if whole:
+            out_BTNH = positions_split(out_BTNH)
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
 
     def _heads(self, x_BTX: jax.Array, norm: nnx.Module | None) -> jax.Array:
@@ -205,7 +217,7 @@ class Decoder(nnx.Module):
         if segments_BT is None:
             positions_BT, mask_BTT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), None
         else:
-            positions_BT, mask_BTT = positions_of(segments_BT), causal_mask(segments_BT)
+            positions_BT, mask_BTT = positions_of(segments_BT), mask_of(segments_BT, self.config.target)
         return self.hidden(tokens_BT, positions_BT, mask_BTT, remat, first, slots)[0]
 
     @_in_own_precision
@@ -220,7 +232,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Returns (hidden states [B,T-first,D] of whole sequences after the final norm, their keys and values).
 
-        The mask must be causal (None: see `attend_causal`). The states start at position `first`. The last layer skips
+        The mask is an array or a `Visibility`, and causal (None: see `attend_causal`). The states start at position
+        `first`. The last layer skips
         the queries before `first`, because their outputs are not needed. `remat` is "none" or a key of `REMAT`. `slots`
         is the final length of the rows; None means T. The final length selects the factors of longrope.
         """
@@ -230,9 +243,21 @@ class Decoder(nnx.Module):
         run = Block.__call__
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT[remat], static_argnums=6)
-        # Weights are gathered, and activations stay on the devices of their rows.
+        # Weights are gathered, and activations stay on the devices of their rows and positions.
         S = tokens_BT.shape[1] if slots is None else slots
-        return self._run(run, tokens_BT, positions_BT, masks, S, (BATCH_AXES,), first=first)
+        return self._run(run, tokens_BT, positions_BT, masks, S, (BATCH_AXES, POSITION_AXIS), first=first)
+
+    @_in_own_precision
+    def extend(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, visible: Visibility, cache: Cache, slots: int
+    ) -> tuple[jax.Array, Cache]:
+        """Returns (hidden states [B,T,D] of the next T tokens of each row, the cache with these tokens).
+
+        The tokens are written to T columns from `visible.start` on. `slots` is the final length of the rows.
+        """
+        masks = {kind.window: visible.replace(window=kind.window) for kind in self.config.layer_kinds}
+        axes = (BATCH_AXES, POSITION_AXIS)
+        return self._run(Block.__call__, tokens_BT, positions_BT, masks, slots, axes, cache)
 
     @_in_own_precision
     def decode(self, tokens_B: jax.Array, cache: Cache, index: CacheIndex) -> tuple[jax.Array, Cache]:
@@ -254,7 +279,7 @@ class Decoder(nnx.Module):
 
         All positions are below `length`. The activations are split over the mesh axes `axes`.
         """
-        x_BTD = constrain(self.embed_tokens(tokens_BT), "data", None, "fsdp")  # D is split as in the embedding
+        x_BTD = constrain(self.embed_tokens(tokens_BT), "data", POSITION_AXIS, "fsdp")  # D is split as in the embedding
         x_BTD = constrain(x_BTD, *axes)
         if self.config.embedding_scale != 1:  # the scale is rounded to the model's dtype, as in pretraining
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
@@ -294,7 +319,7 @@ class Decoder(nnx.Module):
         logits = jnp.matmul(hidden_BTD, kernel.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
         if self.lm_head is not None and self.lm_head.lora_a is not None:
             logits += self.lm_head.pair_product(hidden_BTD)
-        logits = constrain(logits, BATCH_AXES, None, "tensor")
+        logits = constrain(logits, BATCH_AXES, POSITION_AXIS, "tensor")
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -13,7 +13,7 @@ causal and nothing else (`attend_fused_causal`). `models.scoring` aligns rows so
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
+from jaxrlhf.distributed.mesh import BATCH_AXES, HEAD_AXES, constrain
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.config import DecoderConfig
 
@@ -35,7 +35,7 @@ def attend_fused(
     k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, odd_S), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
     mask_B1TS = jnp.pad(mask_BTS, ((0, 0), (0, odd_T), (0, odd_S)))[:, None]
     # cuDNN requires the same sharding for queries, keys and values. Length and head dimension must not be split.
-    q_BTNH, k_BSKH, v_BSKH = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (q_BTNH, k_BSKH, v_BSKH))
+    q_BTNH, k_BSKH, v_BSKH = (constrain(x, BATCH_AXES, None, HEAD_AXES, None) for x in (q_BTNH, k_BSKH, v_BSKH))
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,

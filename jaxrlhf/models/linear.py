@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxrlhf.distributed.mesh import position_parts
+
 PRODUCT = "weight_product"  # rematerialisation policies know the output of a linear layer by this name
 
 
@@ -95,14 +97,25 @@ def _forward(precision, x, kernel, a, b, scale):
 def _backward(precision, saved, dy):
     with jax.default_matmul_precision(precision):
         x, kernel, a, b, scale = saved
-        rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        rows, d_rows = _rows(x), _rows(dy)
         # The merged kernel is computed again, because the saved kernels would take as much memory as the weights.
         dx = dy @ (kernel + (scale * a) @ b).T
         # The transposed product reads its inputs row by row. On a CPU this takes a third of the time. The barrier
         # keeps XLA from undoing the transposition.
-        da = jax.lax.optimization_barrier((scale * (d_rows @ b.T)).T @ rows).T
-        db = (scale * (rows @ a)).T @ d_rows
-        return dx, rows.T @ d_rows, da, db, jnp.zeros_like(scale)  # XLA drops an unused kernel gradient
+        da = jax.lax.optimization_barrier(_summed(scale * (d_rows @ b.T), rows)).T
+        db = _summed(scale * (rows @ a), d_rows)
+        return dx, _summed(rows, d_rows), da, db, jnp.zeros_like(scale)  # XLA drops an unused kernel gradient
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """Returns x as [rows,D]. If the positions of sequences are split, joining them with rows would gather them."""
+    return x if position_parts() > 1 else x.reshape(-1, x.shape[-1])
+
+
+def _summed(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the sum of the outer products of the last dimensions, for x [...,D] and y [...,F]: [D,F]."""
+    leading = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, y, ((leading, leading), ((), ())))
 
 
 _merged_product.defvjp(_forward, _backward)

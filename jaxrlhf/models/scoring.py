@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms.losses import token_logprobs
-from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
+from jaxrlhf.distributed.mesh import BATCH_AXES, POSITION_AXIS, constrain, position_parts, take_positions
 from jaxrlhf.models.attention import needs_mask
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.packing import PackedRows, Places, moved
@@ -89,6 +89,8 @@ def hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str
         return packed.states(model.encode(packed.tokens, packed.segments, remat, slots=tokens.shape[1]))
     R = response_mask.shape[1]
     first = tokens.shape[1] - R - 1
+    if position_parts() > 1:  # the last layer skips no queries, because their positions would lie unevenly
+        return take_positions(model.encode(tokens, mask.astype(jnp.int32), remat), first, -1)
     if needs_mask(model.config.target, model.config.attention_softcap):
         return model.encode(tokens, mask.astype(jnp.int32), remat, first)[:, :-1]
     start = jnp.argmax(mask, axis=1)
@@ -121,7 +123,9 @@ def from_logits(
     if max_logits is None:
         max_logits = _MAX_LOGITS_ON_CPU if model.config.target.platform == "cpu" else _MAX_LOGITS
         max_logits *= max(1, jax.sharding.get_abstract_mesh().size)
-    size = max(1, max_logits // (B * model.config.vocab_size))
+    shares = position_parts() if R % position_parts() == 0 else 1
+    size = max(1, max_logits // (B * model.config.vocab_size) // shares)
+    R //= shares  # each part has `size` positions of each share
     if count is not None:
         size = min(size, max(_LEAST_POSITIONS, -(-R // _PARTS)))
     if size >= R:
@@ -131,11 +135,15 @@ def from_logits(
     kernel = constrain(model.head_kernel(), None, "tensor")  # the kernel is gathered once, not in each part
 
     def split(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (0, parts * size - R)) + ((0, 0),) * (x.ndim - 2))
-        return constrain(padded.reshape(B, parts, size, *x.shape[2:]).swapaxes(0, 1), None, BATCH_AXES)
+        x = x.reshape(B, shares, R, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, parts * size - R)) + ((0, 0),) * (x.ndim - 3))
+        x = jnp.moveaxis(x.reshape(B, shares, parts, size, *x.shape[3:]), 2, 0)
+        return constrain(x.reshape(parts, B, shares * size, *x.shape[4:]), None, BATCH_AXES, POSITION_AXIS)
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(B, parts * size, *x.shape[3:])[:, :R]
+        x = jnp.moveaxis(x.reshape(parts, B, shares, size, *x.shape[3:]), 0, 2)
+        x = x.reshape(B, shares, parts * size, *x.shape[4:])[:, :, :R]
+        return x.reshape(B, shares * R, *x.shape[3:])
 
     run_part = jax.checkpoint(lambda x: reduce(model.logits(x[0], kernel), x[1]))
     xs = jax.tree.map(split, (hidden, inputs))

@@ -228,7 +228,9 @@ def cache_bytes(call: Call, shapes: Shapes) -> float:
     model, mesh, positions = shapes.model, shapes.mesh.shape, call.result.tokens.shape[1]
     heads = model.kv_heads / (mesh["tensor"] if model.kv_heads % mesh["tensor"] == 0 else 1)
     size = jnp.dtype(shapes.config.model.dtype).itemsize
-    return 2 * heads * model.head_dim * size * model.layers * call.slots * positions / shares_of(shapes.mesh)
+    shares = shares_of(shapes.mesh)
+    shares *= mesh["context"] if call.slots % (shares * mesh["context"]) == 0 else 1
+    return 2 * heads * model.head_dim * size * model.layers * call.slots * positions / shares
 
 
 def links_seconds(sent: dict[str, float], mesh: dict[str, int], options: Options) -> float:

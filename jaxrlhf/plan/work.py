@@ -13,7 +13,9 @@ weights in the LoRA pairs of these layers. D x V is the shape of the head, and L
                adapter)
     sent       tensor (t cards): in each layer, 2 all-reduces of [tokens, D] forward and 2 backward (1 each if attention
                and MLP read the same input); each sends 2 (t - 1) / t of its bytes. fsdp (f cards): (f - 1) / f of the
-               weights in each pass. data x fsdp (n cards): 2 (n - 1) / n of the gradients in each optimizer step
+               weights in each pass. context (c cards): (c - 1) / c of queries, keys, values and outputs of attention
+               in each pass forward and in each pass backward. data x fsdp x context (n cards): 2 (n - 1) / n of the
+               gradients in each optimizer step
 
 Work that no result needs is not counted. With LoRA, this is the gradient of the first layer's input. In the last layer,
 prompt tokens before the last prompt token need only keys and values. (The reward model counts in full.) Elementwise
@@ -34,6 +36,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import PPOConfig, RunConfig
+from jaxrlhf.distributed.mesh import AXES
 from jaxrlhf.models.adapters import SCORE
 from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
 from jaxrlhf.steps.ppo import computed_steps, single_step
@@ -63,7 +66,8 @@ class Work:
     cache: np.ndarray  # f64[phases]; bytes of keys and values that are read
     tokens: float  # in PPO the number of sampled tokens (in an update, times epochs); in other stages all tokens
     reduced: float = 0.0  # bytes of activations that are summed over `tensor`
-    gradients: float = 0.0  # bytes of gradients that are summed over `data` and `fsdp`
+    gradients: float = 0.0  # bytes of gradients that are summed over `data`, `fsdp` and `context`
+    exchanged: float = 0.0  # bytes of activations whose split changes between positions and heads over `context`
 
     @property
     def bytes(self) -> np.ndarray:
@@ -75,8 +79,8 @@ class Work:
 
         The axes are assumed to divide all work evenly.
         """
-        data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
-        groups = data * fsdp
+        data, fsdp, context, tensor = (mesh[axis] for axis in AXES)
+        groups = data * fsdp * context
         share = dataclasses.replace(
             self,
             flops=self.flops / (groups * tensor),
@@ -84,10 +88,12 @@ class Work:
             cache=self.cache / (groups * tensor),
             reduced=self.reduced / groups,
             gradients=self.gradients / tensor,
+            exchanged=self.exchanged / (groups * tensor),
         )
         sent = {
             "tensor": 2 * (tensor - 1) / tensor * share.reduced,
             "fsdp": (fsdp - 1) / fsdp * (float(share.weights.sum()) + share.gradients),
+            "context": (context - 1) / context * (share.exchanged + 2 * share.gradients / fsdp),
             "data": 2 * (data - 1) / data * share.gradients / fsdp,
         }
         return share, sent
@@ -105,8 +111,9 @@ class Work:
         return "arithmetic" if 2 * arithmetic[arithmetic >= memory].sum() >= self.least_seconds(rates) else "memory"
 
 
-def _one_phase(flops: float, weights: float, tokens: float, reduced: float = 0.0, gradients: float = 0.0) -> Work:
-    return Work(np.array([flops], float), np.array([weights], float), np.zeros(1), tokens, reduced, gradients)
+def _one_phase(flops: float, weights: float, tokens: float, *sent: float) -> Work:
+    """`sent` are the fields `reduced`, `gradients` and `exchanged`."""
+    return Work(np.array([flops], float), np.array([weights], float), np.zeros(1), tokens, *sent)
 
 
 class Role:
@@ -198,6 +205,11 @@ class Role:
         times = 1 if self.config.parallel_residual else 2
         return times * self.config.layers * tokens * self.config.hidden_size * self.dtype.itemsize
 
+    def exchanged(self, tokens: float) -> float:
+        """Returns the bytes of queries, keys, values and outputs of attention in a forward pass."""
+        heads = 2 * (self.config.heads + self.config.kv_heads)
+        return heads * self.config.head_dim * self.config.layers * tokens * self.dtype.itemsize
+
 
 def _causal_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
     """Returns the number of (query, key) pairs in each row.
@@ -257,7 +269,7 @@ def reward(base: Decoder, adapter: Any, lengths: np.ndarray, tokens: float) -> W
     """Returns the work of a reward model that computes one scalar for each row."""
     role, total = Role(base, adapter), float(lengths.sum())
     flops = role.flops(total, role.seen(lengths), scalars=len(lengths))
-    return _one_phase(flops, role.weight_bytes(False, total), tokens, role.reduced(total))
+    return _one_phase(flops, role.weight_bytes(False, total), tokens, role.reduced(total), 0.0, role.exchanged(total))
 
 
 def annotate(
@@ -274,7 +286,8 @@ def annotate(
     seen = first.seen(lengths, (lengths - completions - 1, lengths - 1))
     flops = sum(role.flops(total, seen, *heads, total - scored) for role, *heads in passes)
     weights = first.weight_bytes(True, total) + sum(role.adapter_bytes for role, *_ in passes[1:])
-    return _one_phase(flops, weights, scored, len(passes) * first.reduced(total))
+    sent = len(passes) * first.reduced(total), 0.0, len(passes) * first.exchanged(total)
+    return _one_phase(flops, weights, scored, *sent)
 
 
 def update(
@@ -289,14 +302,16 @@ def update(
     first, epochs, minibatches = passes[0][0], config.epochs, config.minibatches
     seen = first.seen(lengths, (lengths - completions - 1, lengths - 1))
     each = [role.flops(total, seen, *heads, total - scored, minibatches, backward=True) for role, *heads in passes]
-    flops, reduced = epochs * sum(each), epochs * len(passes) * 2 * first.reduced(total)
+    flops, times = epochs * sum(each), epochs * len(passes) * 2
+    reduced, exchanged = times * first.reduced(total), times * first.exchanged(total)
     if mix is not None:
         role, (rows, length) = Role(base, policy), mix.tokens.shape
         flops += role.flops(rows * length, role.seen(np.full(rows, length)), rows * (length - 1), backward=True)
-        reduced += 2 * role.reduced(rows * length)
+        reduced, exchanged = reduced + 2 * role.reduced(rows * length), exchanged + 2 * role.exchanged(rows * length)
     steps, adapters = epochs * minibatches, sum(role.adapter_bytes for role, *_ in passes)
     base_bytes = first.weight_bytes(True, total / minibatches) - first.adapter_bytes
-    return _one_phase(flops, steps * (2 * base_bytes + 8 * adapters), scored * epochs, reduced, steps * adapters)
+    sent = reduced, steps * adapters, exchanged
+    return _one_phase(flops, steps * (2 * base_bytes + 8 * adapters), scored * epochs, *sent)
 
 
 def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, scalars: float) -> Work:
@@ -304,7 +319,8 @@ def train_step(base: Decoder, adapter: Any, lengths: np.ndarray, logits: float, 
     role, total = Role(base, adapter), float(lengths.sum())
     flops = role.flops(total, role.seen(lengths), logits, scalars, backward=True)
     weights = 2 * role.weight_bytes(logits > 0, total) + 6 * role.adapter_bytes
-    return _one_phase(flops, weights, total, 2 * role.reduced(total), role.adapter_bytes)
+    sent = 2 * role.reduced(total), role.adapter_bytes, 2 * role.exchanged(total)
+    return _one_phase(flops, weights, total, *sent)
 
 
 def _passes(

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
-from jaxrlhf.distributed.mesh import BATCH_AXES, constrain
+from jaxrlhf.distributed.mesh import BATCH_AXES, constrain, rows_over_context, sampling_axes
 from jaxrlhf.models.adapters import bind, for_decoding
 from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
 from jaxrlhf.models.decoder import Decoder, named_parameters
@@ -90,6 +90,7 @@ class _State:
     cache: Cache | None  # None before the rows enter if all rows enter at once
 
 
+@rows_over_context()
 def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.Array, sampling: Sampling) -> Rollout:
     """Samples `samples_per_prompt` completions of each prompt, and returns the rollout.
 
@@ -126,16 +127,17 @@ def _decode(model: Decoder, prompts: Prompts, uniforms, temperature, sampling: S
     it runs loops of its own. Otherwise the loops contain collectives, so all devices run the same loops.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
-    shares = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
-    schedule = Schedule.of(sampling, prompts.tokens.shape[0], shares)
-    own_loops = schedule.shares > 1 and sizes["data"] == math.prod(sizes.values())
+    axes = sampling_axes(sizes, prompts.tokens.shape[0], sampling.slots or 0)
+    schedule = Schedule.of(sampling, prompts.tokens.shape[0], math.prod(sizes.get(axis, 1) for axis in axes))
+    copies = [axis for axis in axes if axis != "fsdp"]  # along these axes, each device has all weights
+    own_loops = schedule.shares > 1 and math.prod(sizes[axis] for axis in copies) == math.prod(sizes.values())
     queues = 1 if own_loops else schedule.shares
 
     def run(*arrays) -> tuple[jax.Array, jax.Array]:
         return _Decoding(*arrays, stop_tokens, queues, schedule.rows, schedule.slots, schedule.entering).run()
 
     if own_loops:
-        by_rows, copied = PartitionSpec("data"), PartitionSpec()
+        by_rows, copied = PartitionSpec(tuple(copies)), PartitionSpec()
         specs = copied, by_rows, by_rows, copied, copied
         run = jax.shard_map(run, in_specs=specs, out_specs=by_rows, check_vma=False)
     return run(model, prompts, uniforms, temperature, sampling)
@@ -252,7 +254,8 @@ class _Decoding:
         first = jnp.minimum(state.taken[:, None] // n + jnp.arange(groups), self.rows // n - 1)
         chosen = (queue * (self.rows // n) + first).ravel()
         prompts = jax.tree.map(lambda x: constrain(jnp.asarray(x)[chosen], BATCH_AXES), self.prompts)
-        prompt_cache, hidden = prefill(self.model, prompts, self.columns, left_aligned=not self.ring)
+        chunk = self.sampling.prefill_chunk
+        prompt_cache, hidden = prefill(self.model, prompts, self.columns, not self.ring, chunk)
         copies, lengths = k // groups, jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
         token, logprob = self._sample(jnp.repeat(self.model.logits(hidden)[:, 0], copies, axis=0), rows, 0)
 

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import ModelRewardConfig, PPOConfig
 from jaxrlhf.distributed.jit import Program
+from jaxrlhf.distributed.mesh import sampling_axes
 from jaxrlhf.hf.folders import AUTO
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import abstract_decoder
@@ -21,7 +23,7 @@ from jaxrlhf.rewards.load import needs_own, parts_of
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
 from jaxrlhf.rollout.decode import Schedule
-from jaxrlhf.stages.checks import Mesh, shares_of, with_optimizers, with_total_steps
+from jaxrlhf.stages.checks import Mesh, with_optimizers, with_total_steps
 from jaxrlhf.stages.programs import (
     annotate_program,
     experience_program,
@@ -152,7 +154,8 @@ def _ppo(shapes: Shapes) -> list[Call]:
 def _decoding_call(name: str, program: Program, args: tuple, result: Rollout, resident: dict, mesh: Mesh) -> Call:
     """Returns the call of a rollout, whose loops run as often as completions of full length need."""
     _, _, prompts, _, sampling = args
-    schedule = Schedule.of(sampling, prompts.tokens.shape[0], shares_of(mesh))
+    axes = sampling_axes(mesh.shape, prompts.tokens.shape[0], sampling.slots or 0)
+    schedule = Schedule.of(sampling, prompts.tokens.shape[0], math.prod(mesh.shape[axis] for axis in axes))
     trips, slots = schedule.trips(sampling.max_new_tokens), schedule.shares * schedule.slots
     return Call(name, program, args, {}, result, prompts, resident, trips=trips, slots=slots)
 

@@ -8,7 +8,7 @@ import jax
 
 from jaxrlhf.config import AdapterConfig, OptimizerConfig, PPOConfig, PPOStageConfig, RunConfig, Sampling
 from jaxrlhf.data.tokenizers import Tokenizer
-from jaxrlhf.distributed.mesh import BATCH_AXES, check_batch
+from jaxrlhf.distributed.mesh import BATCH_AXES, HEAD_AXES, POSITION_AXIS, check_batch
 from jaxrlhf.errors import UserError
 from jaxrlhf.models.adapters import SCORE, check_kind, is_full, target_paths
 from jaxrlhf.models.config import DecoderConfig
@@ -31,6 +31,7 @@ def check_stage(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh)
     section = getattr(config, stage)
     if config.model.attention == "cudnn":
         check_model(model, mesh.shape["tensor"])
+    _check_context(config, stage, model, mesh)
     check_batch(mesh, section.batch_size, f"{stage}.batch_size")
     if stage == "ppo":
         _check_ppo(section, model, mesh)
@@ -90,6 +91,30 @@ def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None
         if size is not None and mix.batch_size > size:
             check_microbatches(mix.batch_size, size, "ppo.update.microbatch_size for ppo.pretraining.batch_size")
     check_algorithm(config)
+
+
+def _check_context(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh) -> None:
+    """Raises `UserError` if `mesh.context` does not divide the heads, which attention splits, or the lengths."""
+    section, parts = getattr(config, stage), mesh.shape[POSITION_AXIS]
+    heads = math.prod(mesh.shape[axis] for axis in HEAD_AXES)
+    if parts > 1 and model.heads % heads:
+        raise UserError(
+            f"mesh.context: mesh.tensor x mesh.context is {heads}, but it must divide the {model.heads} query heads, "
+            f"because attention splits heads; {_fitting(model.heads)}"
+        )
+    lengths = {f"{stage}.max_length": getattr(section, "max_length", 0)}
+    if stage == "ppo":
+        lengths = {
+            "ppo.max_prompt_tokens": section.max_prompt_tokens,
+            "ppo.sampling.max_new_tokens": section.sampling.max_new_tokens,
+            "ppo.pretraining.max_length": 0 if section.pretraining is None else section.pretraining.max_length,
+        }
+    for key_path, length in lengths.items():
+        if length % parts:
+            raise UserError(
+                f"{key_path}: {length} tokens cannot be split over mesh.context={parts} devices; give "
+                f"{max(length - length % parts, parts)}, or another multiple of {parts}"
+            )
 
 
 def _update_rows(config: RunConfig, stage: str, batch: int) -> tuple[int, int | None, str]:

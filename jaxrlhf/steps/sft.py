@@ -31,8 +31,9 @@ def _token_losses(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat
     """Returns the cross-entropy f32[B,L-1] in nats of the tokens to learn, and 0 elsewhere."""
     model = bind(base, adapter)
     hidden = model.encode(batch.tokens, batch.segments, remat)
-    targets = batch.tokens[:, 1:], learned_tokens(batch)
-    return from_logits(model, hidden[:, :-1], targets, lambda logits, target: cross_entropy(logits, *target))
+    # The last position has no target. It stays, so that a mesh axis that divides the length divides the logits too.
+    targets = (jnp.pad(x, ((0, 0), (0, 1))) for x in (batch.tokens[:, 1:], learned_tokens(batch)))
+    return from_logits(model, hidden, tuple(targets), lambda logits, target: cross_entropy(logits, *target))[:, :-1]
 
 
 def learned_tokens(batch: SFTBatch) -> jax.Array:

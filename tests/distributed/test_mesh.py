@@ -11,7 +11,7 @@ from jaxrlhf.errors import UserError
 
 
 def _abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
-    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh((data, fsdp, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 class _Device:
@@ -27,18 +27,18 @@ def _misfit(count: int, **sizes: int) -> str:
 
 def test_one_device():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 def test_sizes_that_do_not_fit_say_which_would():
     assert _misfit(8, fsdp=3) == (
-        "mesh.data=-1 x mesh.fsdp=3 x mesh.tensor=1 does not fit 8 devices; the product mesh.fsdp x mesh.tensor "
-        "must be one of 1, 2, 4, 8 (now 3); set mesh.data=-1 for the remaining devices"
+        "mesh.data=-1 x mesh.fsdp=3 x mesh.context=1 x mesh.tensor=1 does not fit 8 devices; the product mesh.fsdp x "
+        "mesh.context x mesh.tensor must be one of 1, 2, 4, 8 (now 3); set mesh.data=-1 for the remaining devices"
     )
     assert _misfit(8, data=2, tensor=2) == (
-        "mesh.data=2 x mesh.fsdp=1 x mesh.tensor=2 does not fit 8 devices; the product mesh.fsdp x mesh.tensor "
-        "must be one of 1, 2, 4, 8 (now 2); set mesh.data=-1 for the remaining devices"
+        "mesh.data=2 x mesh.fsdp=1 x mesh.context=1 x mesh.tensor=2 does not fit 8 devices; the product mesh.fsdp x "
+        "mesh.context x mesh.tensor must be one of 1, 2, 4, 8 (now 2); set mesh.data=-1 for the remaining devices"
     )
     assert "set mesh.tensor=-1 for" in _misfit(8, data=3, tensor=-1)
     assert "does not fit 1 device; " in _misfit(1, data=2)
@@ -72,10 +72,11 @@ from jaxrlhf.config import MeshConfig
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.distributed.mesh import batch_sharding, make_mesh, shard_batch
 from jaxrlhf.models.sharding import parameter_sharding, shard, tree_shardings
-assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-assert dict(make_mesh(MeshConfig(data=1, tensor=-1)).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+assert dict(make_mesh(MeshConfig(data=1, tensor=-1)).shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 8}
+assert dict(make_mesh(MeshConfig(data=1, context=-1)).shape) == {"data": 1, "fsdp": 1, "context": 8, "tensor": 1}
 
 up, down = jax.random.normal(jax.random.key(0), (2, 16, 32))
 tree = {"layers.0.mlp.up_proj": {"kernel": up, "lora_scale": jnp.float32(2)},

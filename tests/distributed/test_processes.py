@@ -54,7 +54,7 @@ from jaxrlhf.distributed.mesh import fetch, make_mesh, shard_batch
 from jaxrlhf.models.sharding import shard
 
 mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
-assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
 up = {"kernel": np.arange(64, dtype=np.float32).reshape(8, 8), "bias": np.arange(8, dtype=np.float32)}
 placed = shard(mesh, {"layers.0.mlp.up_proj": up})
 rows = shard_batch(mesh, np.arange(16, dtype=np.float32).reshape(8, 2))

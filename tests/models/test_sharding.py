@@ -16,7 +16,7 @@ from jaxrlhf.models.sharding import PARAMETER_AXES, leaf_name, parameter_shardin
 
 
 def _abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
-    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh((data, fsdp, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 # name, shape, axes on data=2 x fsdp=2 x tensor=2

@@ -89,13 +89,17 @@ def card(monkeypatch):
         (["--devices", "1", "sft.microbatch_size=5"], "sft.microbatch_size: 16 rows cannot be split"),
         (["--devices", "1", "sft.max_length=300"], "sft.max_length: is 300 tokens, but the model has only 256"),
         (["--devices", "1", "model={path: nowhere/at all}"], "nowhere/at all: no such folder with a config"),
+        (["--devices", "16", "mesh.context=16"],
+         "mesh.context: mesh.tensor x mesh.context is 16, .* divide the 8 query heads, .*; these fit: 1, 2, 4, 8"),
+        (["--devices", "8", "mesh.context=8", "sft.max_length=100"],
+         "sft.max_length: 100 tokens cannot be split over mesh.context=8 devices; give 96, or another multiple of 8"),
         (["--devices", "16", "mesh.tensor=16", "model.attention=cudnn", "model.dtype=bfloat16"],
          "model.attention: .*cudnn.*key heads .8., but mesh.tensor is 16"),
         (["--devices", "1", "compiler_options.all.xla_no=1"], "compiler_options.all.xla_no: .*no such option"),
         (["--devices", "1", "sft.batchsize=12"], "sft.batchsize"),
     ],
-    ids=["mesh", "product", "devices", "host", "card", "memory", "batch", "microbatch", "length", "model", "attention",
-         "option", "key"],
+    ids=["mesh", "product", "devices", "host", "card", "memory", "batch", "microbatch", "length", "model", "heads",
+         "positions", "attention", "option", "key"],
 )  # fmt: skip
 def test_errors_are_one_line(plan, card, arguments, complaint):
     status, out, err = plan(*arguments)
@@ -116,7 +120,8 @@ def test_without_a_compiler_the_closed_form_is_given_and_a_line_says_what_to_ins
 
 
 def test_shares_of_eight(plan, without):
-    meshes = {"one": [], "data": ["mesh.data=8"], "fsdp": ["mesh.fsdp=8"], "tensor": ["mesh.tensor=8"]}
+    meshes = {"one": [], "data": ["mesh.data=8"], "fsdp": ["mesh.fsdp=8"], "tensor": ["mesh.tensor=8"],
+              "context": ["mesh.context=8"]}  # fmt: skip
     programs = {}
     for name, mesh in meshes.items():
         devices = "1" if name == "one" else "8"
@@ -133,7 +138,11 @@ def test_shares_of_eight(plan, without):
         assert one["parts"]["weights"] / 8 <= programs[name]["parts"]["weights"] < one["parts"]["weights"] / 4, name
     # Rows [16 x 128 tokens, 256] in float32 are summed twice a layer, forward and backward.
     assert programs["tensor"]["sent"]["tensor"] == 2 * 7 / 8 * 2 * 2 * 2 * 16 * 128 * 256 * 4
+    # queries, keys, values and outputs change their split in each layer, forward and backward, on an eighth of the rows
     adapters = one["parts"]["adapters"]
+    heads = 2 * (8 + 8) * 32
+    exchanged = 7 / 8 * 2 * 2 * 16 * 128 * heads * 4 / 8
+    assert programs["context"]["sent"]["context"] == pytest.approx(exchanged + 2 * 7 / 8 * adapters, rel=0.01)
     assert programs["data"]["sent"]["data"] == pytest.approx(2 * 7 / 8 * adapters, rel=0.01)
 
 
@@ -208,14 +217,15 @@ def test_only_the_warnings_of_a_missing_driver_are_dropped(capfd):
 
 
 def test_links_take_the_slower_of_link_and_network():
-    card, sent = CARDS["h100"], {"data": 0.0, "fsdp": 0.0, "tensor": 8e9}
-    options = Options(8, card, 1.0)
-    assert links_seconds(sent, {"data": 1, "fsdp": 1, "tensor": 8}, options) == pytest.approx(8e9 / card.link)
-    along = {"data": 8e9, "fsdp": 0.0, "tensor": 0.0}
+    card, none = CARDS["h100"], {"data": 0.0, "fsdp": 0.0, "context": 0.0, "tensor": 0.0}
+    options, alone = Options(8, card, 1.0), {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+    sent = {**none, "tensor": 8e9}
+    assert links_seconds(sent, {**alone, "tensor": 8}, options) == pytest.approx(8e9 / card.link)
+    along = {**none, "data": 8e9}
     # each card of a group is on a host of its own
-    assert links_seconds(along, {"data": 2, "fsdp": 1, "tensor": 8}, options) == pytest.approx(8e9 / card.network)
+    assert links_seconds(along, {**alone, "data": 2, "tensor": 8}, options) == pytest.approx(8e9 / card.network)
     # the four cards of a host share what goes between hosts
-    wide = links_seconds({**along, "fsdp": 8e9, "data": 0.0}, {"data": 1, "fsdp": 16, "tensor": 2}, options)
+    wide = links_seconds({**none, "fsdp": 8e9}, {**alone, "fsdp": 16, "tensor": 2}, options)
     assert wide == pytest.approx(max(8e9 / card.link, 8e9 / 4 / card.network))
 
 

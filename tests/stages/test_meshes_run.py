@@ -1,4 +1,4 @@
-"""Whole runs of PPO on 1, 2, 4 and 8 virtual devices, split by rows, by weights, within layers and all at once.
+"""Whole runs of PPO on 1, 2, 4 and 8 virtual devices: rows, weights, positions and heads are split, alone and together.
 
 All must draw the same tokens and learn the same weights, and no device may hold more than its share of what is split.
 """
@@ -11,13 +11,13 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
 
-MESHES = {  # (data, fsdp, tensor)
-    1: [(1, 1, 1)],
-    2: [(2, 1, 1), (1, 1, 2)],
-    4: [(1, 2, 2)],
-    8: [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)],
+MESHES = {  # (data, fsdp, context, tensor)
+    1: [(1, 1, 1, 1)],
+    2: [(2, 1, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)],
+    4: [(1, 2, 1, 2)],
+    8: [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (2, 1, 2, 2)],
 }
-ALONE = (1, 1, 1)
+ALONE = (1, 1, 1, 1)
 
 # Run by each process for all its meshes; sizes are multiples of 8, so that every kernel can be split 8 times.
 RUNS = '''
@@ -28,10 +28,11 @@ from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.stages.ppo import stage as ppo
 from jaxrlhf.stages.run import run_stages
 
-def config(folder, data, fsdp, tensor):
+def config(folder, data, fsdp, context, tensor):
     few = {"rank": 8, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}
     return RunConfig.model_validate({
-        "run_dir": folder, "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor}, "stages": ["ppo"],
+        "run_dir": folder, "stages": ["ppo"],
+        "mesh": {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor},
         "model": {"new": {"hidden_size": 64, "layers": 1, "heads": 8, "kv_heads": 8, "intermediate_size": 64,
                           "max_positions": 64}},
         "ppo": {
@@ -71,7 +72,7 @@ for mesh in json.loads(sys.argv[2]):
 
 @pytest.fixture(scope="module")
 def folder(processes, tmp_path_factory):
-    """A run directory for each mesh, by its name such as 2x2x1."""
+    """A run directory for each mesh, by its name such as 2x2x1x1."""
     folder = tmp_path_factory.mktemp("meshes")
     for count, meshes in MESHES.items():
         processes.run("-c", RUNS, folder, json.dumps(meshes), devices=count)
@@ -117,7 +118,7 @@ def test_every_mesh_learns_what_one_device_does(folder, mesh):
 
 @pytest.mark.parametrize("mesh", OTHERS, ids=lambda mesh: "x".join(map(str, mesh)))
 def test_no_device_holds_more_than_its_share(folder, mesh):
-    data, fsdp, tensor = mesh
+    data, fsdp, context, tensor = mesh
 
     def parts(name, shape):
         """In how many parts an array must lie; of a LoRA pair's matrix, whose long side goes with its kernel's, any."""
@@ -134,7 +135,7 @@ def test_no_device_holds_more_than_its_share(folder, mesh):
     for name, found in held.items():
         wrong = [leaf for leaf in found["leaves"] if leaf[1] / leaf[2] not in parts(name, leaf[0])]
         assert not wrong, name
-        assert len(found["devices"]) == data * fsdp * tensor
+        assert len(found["devices"]) == data * fsdp * context * tensor
         assert {*found["devices"].values()} == {sum(share for *_, share in found["leaves"])}, "all hold as much"
     whole, share = (sum(leaf[i] for leaf in held["base"]["leaves"] if leaf[0][0] % tensor == 0) for i in (1, 2))
     assert share < 1.2 * whole / (fsdp * tensor), "nothing large is whole"
