@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import R
 
 from jaxrlhf.config import Sampling
 from jaxrlhf.models.config import LayerKind
 from jaxrlhf.records import Prompts
 from jaxrlhf.rollout.prefill import prefill
+
+R = 6  # response tokens
 
 
 @pytest.fixture(scope="module")
