@@ -21,12 +21,12 @@ run_stages(RunConfig.model_validate({
     "model": {"new": {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 64,
                       "max_positions": 2048}},
     "ppo": {
-        "data": {"path": sys.argv[3]}, "iterations": 1, "batch_size": 8, "max_prompt_tokens": 1024,
+        "data": {"path": sys.argv[3]}, "iterations": 1, "batch_size": 4, "max_prompt_tokens": 1024,
         "sampling": {"max_new_tokens": 1024, "prefill_chunk": 256}, "adapter": few, "value_adapter": few,
-        "reward": {"kind": "function", "function": "jaxrlhf.rewards.library:length", "options": {"target": 3}},
+        "reward": {"kind": "function", "function": "jaxrlhf.rewards.library:length", "options": {"target": 150}},
         "update": {"epochs": 1, "minibatches": 2, "microbatch_size": 2, "remat": "full",
                    "optimizer": {"learning_rate": 0.003}, "value_optimizer": {"learning_rate": 0.003}},
-        "evaluation": {"every": None, "prompts": 8}, "sample_every": 1,
+        "evaluation": {"every": None, "prompts": 4}, "sample_every": 1,
     },
 }))
 '''
@@ -34,7 +34,7 @@ run_stages(RunConfig.model_validate({
 
 def test_context_learns_what_one_device_does(processes, tmp_path):
     generator, words = np.random.default_rng(0), ("cat", "blue", "black", "capital")
-    lengths = generator.integers(300, 1000, 8)
+    lengths = generator.integers(300, 1000, 4)
     rows = [{"prompt": " ".join(generator.choice(words, length))} for length in lengths]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, mesh, devices in (("one", {}, 1), ("context", {"data": 2, "context": 4}, 8)):
