@@ -48,7 +48,7 @@ def test_completions_are_those_after_whole_prompts(programs, windowed, prompts, 
 
 
 def test_only_one_chunk_has_activations_at_a_time(make_decoder):
-    model = make_decoder(max_positions=2048)
+    model = make_decoder()
 
     def temporaries(length, chunk):
         shape = jax.ShapeDtypeStruct((2, length), jnp.int32), jax.ShapeDtypeStruct((2, length), bool)
