@@ -106,6 +106,7 @@ class PartMeshConfig(Settings):
 
     data: PositiveInt = Field(1, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
     fsdp: PositiveInt = Field(1, description="devices that share the batch and the weights", json_schema_extra=FREE)
+    context: PositiveInt = Field(1, description="devices that share the positions of each sequence in scoring and training; in sampling they share rows", json_schema_extra=FREE)
     tensor: PositiveInt = Field(1, description="devices that share each layer's heads and MLP width", json_schema_extra=FREE)
 
 

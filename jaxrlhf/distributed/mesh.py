@@ -10,6 +10,7 @@ axis `tensor` splits attention heads and the MLP width. A batch is split over `d
 """
 
 import contextlib
+import contextvars
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ BATCH_AXES = ("data", "fsdp")
 POSITION_AXIS = "context"
 HEAD_AXES = ("tensor", POSITION_AXIS)  # the heads inside attention over whole sequences
 
-_rows_take_context = False  # see `rows_over_context`
+_rows_take_context = contextvars.ContextVar("rows_take_context", default=False)  # see `rows_over_context`
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -100,12 +101,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 @contextlib.contextmanager
 def rows_over_context() -> Iterator[None]:
     """Traces a function in which `context` splits rows instead of positions. If it does not divide them, it copies."""
-    global _rows_take_context
-    before, _rows_take_context = _rows_take_context, True
+    token = _rows_take_context.set(True)
     try:
         yield
     finally:
-        _rows_take_context = before
+        _rows_take_context.reset(token)
 
 
 def sampling_axes(sizes: Mapping[str, int], *counts: int) -> tuple[str, ...]:
@@ -117,7 +117,7 @@ def sampling_axes(sizes: Mapping[str, int], *counts: int) -> tuple[str, ...]:
 
 def position_parts() -> int:
     """Returns the number of parts into which the function that is traced now splits the positions of a sequence."""
-    return 1 if _rows_take_context else traced_sizes().get(POSITION_AXIS, 1)
+    return 1 if _rows_take_context.get() else traced_sizes().get(POSITION_AXIS, 1)
 
 
 def traced_sizes() -> dict[str, int]:

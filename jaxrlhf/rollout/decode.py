@@ -130,7 +130,7 @@ def _decode(model: Decoder, prompts: Prompts, uniforms, temperature, sampling: S
     axes = sampling_axes(sizes, prompts.tokens.shape[0], sampling.slots or 0)
     schedule = Schedule.of(sampling, prompts.tokens.shape[0], math.prod(sizes.get(axis, 1) for axis in axes))
     copies = [axis for axis in axes if axis != "fsdp"]  # along these axes, each device has all weights
-    own_loops = schedule.shares > 1 and math.prod(sizes[axis] for axis in copies) == math.prod(sizes.values())
+    own_loops = schedule.shares > 1 and math.prod(sizes.get(axis, 1) for axis in copies) == math.prod(sizes.values())
     queues = 1 if own_loops else schedule.shares
 
     def run(*arrays) -> tuple[jax.Array, jax.Array]:

@@ -64,7 +64,7 @@ def check_one_mesh(config: RunConfig) -> None:
     if config.mesh.rollout is not None:
         raise UserError(
             "mesh.rollout: plan and bench are for one mesh; give mesh.rollout=null mesh.update=null, and the sizes of "
-            "one of the two as mesh.data, mesh.fsdp and mesh.tensor on its number of devices"
+            "one of the two as mesh.data, mesh.fsdp, mesh.context and mesh.tensor on its number of devices"
         )
 
 
