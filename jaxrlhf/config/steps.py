@@ -46,6 +46,7 @@ class Sampling(Settings):
     samples_per_prompt: PositiveInt = Field(1, description="completions per prompt (a group), sampled after one prefill")
     slots: PositiveInt | None = Field(None, description="number of completions that decode at the same time, on all devices together; a completion that ends is replaced by the next one, so the memory of the caches does not grow with the batch; null decodes the whole batch at the same time", json_schema_extra=ROUNDING)
     prefill_chunk: PositiveInt | None = Field(None, description="number of prompt tokens that are read at a time before decoding; bounds the memory of activations when prompts are long, such as 2048 for prompts of 16384 tokens; null reads whole prompts", json_schema_extra=ROUNDING)
+    merge_adapter: bool = Field(False, description="merges LoRA pairs of a 16-bit base into copies of its kernels for the time of a rollout; decoding is faster, because it has no products with pairs; the copies take as much memory as the kernels, and their rounding makes the sampled policy differ from the trained one (see gap/logprob_max); float32 kernels are always merged, quantized kernels never")
 
 
 class LearningRates(NamedTuple):

@@ -171,6 +171,15 @@ def take_positions(x: jax.Array, first: int, end: int | None) -> jax.Array:
     return constrain(constrain(taken, BATCH_AXES, None, POSITION_AXIS), BATCH_AXES, POSITION_AXIS)
 
 
+def automatic_axes() -> dict[str, int]:
+    """Returns the axes of more than one device over which XLA splits the program, with their sizes.
+
+    Inside `jax.shard_map` there are none: each device runs the traced code on its own part of the arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+
+
 def split_rows(batch: Any, parts: int) -> Any:
     """Reshapes each leaf [B, ...] of a tree to [parts, B / parts, ...].
 

@@ -15,7 +15,8 @@ from flax import nnx
 
 from jaxrlhf.config import AdapterConfig
 from jaxrlhf.errors import UserError
-from jaxrlhf.models.decoder import Attention, Decoder, find_module, linear_shapes, named_parameters, shallow_copy
+from jaxrlhf.models.decoder import Attention, Block, Decoder, find_module, linear_shapes, named_parameters, shallow_copy
+from jaxrlhf.models.joined import JoinedLinear
 from jaxrlhf.models.linear import Linear
 from jaxrlhf.models.quantize import dequantize_decoder, quantization
 from jaxrlhf.records import Adapter
@@ -170,23 +171,33 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
     return model
 
 
-def for_decoding(model: Decoder) -> Decoder:
+def for_decoding(model: Decoder, merge_rounded: bool = False) -> Decoder:
     """Returns an equivalent model that decodes faster, because it has fewer matrix products per layer.
 
-    A LoRA pair is merged into its kernel if `Linear.can_merge` is True. The query, key and value projections of
-    attention become one projection. The changed kernels are copies. The copies take memory while the program runs.
+    A LoRA pair is merged into its kernel if the kernel is float32. `merge_rounded` also merges pairs into 16-bit
+    kernels, which rounds the sum. Merged query, key and value projections of attention become one projection. The
+    changed kernels are copies. The copies take memory while the program runs. Pairs that are not merged are joined on a
+    GPU, see `JoinedLinear`. Kernels are not copied then.
     """
     model = shallow_copy(model)
+    dtype, target = model.embed_tokens.embedding.dtype, model.config.target
     for block in model.layers:
         for parent in (block.attention, block.mlp):
             for name, layer in vars(parent).items():
-                if isinstance(layer, Linear) and layer.can_merge and layer.lora_a is not None:
+                if isinstance(layer, Linear) and layer.merges(merge_rounded) and layer.lora_a is not None:
                     pair = {leaf: getattr(layer, leaf)[...] for leaf in LORA_LEAVES}
-                    update = lora_product(pair, model.config.target.precision)
-                    bias = None if layer.bias is None else layer.bias[...]
-                    setattr(parent, name, Linear(layer.kernel[...] + update, bias))
+                    update = lora_product(pair, target.precision)
+                    kernel = (layer.float32_kernel() + update).astype(layer.kernel.dtype)
+                    setattr(parent, name, Linear(kernel, None if layer.bias is None else layer.bias[...]))
         _fuse_qkv(block.attention)
+        if target.platform == "gpu":
+            _join_pairs(block, dtype, target.decode_kernels)
     return model
+
+
+def _outputs_split() -> bool:
+    """Returns True if the mesh splits the outputs of q, k, v, gate and up. Joining them would move them."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
 def _fuse_qkv(attention: Attention) -> None:
@@ -195,11 +206,28 @@ def _fuse_qkv(attention: Attention) -> None:
     Does nothing if one of the three is not float32, has a LoRA pair, or is split over the mesh axis `tensor`.
     """
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-    split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
-    if split or not all(part.can_merge and part.lora_a is None for part in parts):
+    if _outputs_split() or not all(part.can_merge and part.lora_a is None for part in parts):
         return
     bias = None if parts[0].bias is None else jnp.concatenate([part.bias[...] for part in parts])
     attention.qkv_proj = Linear(jnp.concatenate([part.kernel[...] for part in parts], axis=1), bias)
+
+
+def _join_pairs(block: Block, dtype: jax.typing.DTypeLike, use_kernel: bool) -> None:
+    """Joins the LoRA pairs of q, k and v, and of gate and up. Casts all pairs of the block to `dtype`."""
+    attention, mlp = block.attention, block.mlp
+    groups = []
+    if not _outputs_split():
+        groups.append((attention, "qkv_proj", [attention.q_proj, attention.k_proj, attention.v_proj]))
+        if mlp.gate_proj is not None:
+            groups.append((mlp, "gate_up_proj", [mlp.gate_proj, mlp.up_proj]))
+    grouped = [id(layer) for *_, layers in groups for layer in layers]
+    for parent in (attention, mlp):
+        for name, layer in vars(parent).items():
+            if isinstance(layer, Linear) and id(layer) not in grouped:
+                groups.append((parent, name, [layer]))
+    for parent, name, layers in groups:
+        if any(layer.lora_a is not None for layer in layers):
+            setattr(parent, name, JoinedLinear(layers, dtype, use_kernel))
 
 
 def merge(base: Decoder, adapter: Adapter | None) -> Decoder:

@@ -33,6 +33,7 @@ from jaxrlhf.models.block_attention import Visibility
 from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
 from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.context import heads_split, positions_split
+from jaxrlhf.models.decode_attention import attend_newest, supported
 from jaxrlhf.models.linear import PRODUCT, Linear
 from jaxrlhf.models.norms import NORMS
 from jaxrlhf.models.rope import frequencies
@@ -87,6 +88,12 @@ class Attention(nnx.Module):
             q_BTX, *projected = jnp.split(self.qkv_proj(x_BTD), [N * H, (N + K) * H], axis=-1)
             projected = q_BTX[:, first:], *projected
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, projected, (self.q_norm, self.k_norm, None))
+        scale = None if config.query_scalar is None else config.query_scalar**-0.5
+        if index is not None and supported(config, len(x_BTD)):
+            newest = q_BTNH[:, 0], k_BTKH[:, 0], v_BTKH[:, 0]
+            window, softcap = self.kind.window, config.attention_softcap
+            out_BTNH, *columns = attend_newest(*newest, rotary, index.filled, *cache, window, scale, softcap)
+            return self.o_proj(out_BTNH.reshape(len(x_BTD), 1, -1)), LayerCache(*columns)
         if rotary is not None:
             q_BTNH = rotate(q_BTNH, RotaryTables(*(x[:, first:] for x in rotary)))
             k_BTKH = rotate(k_BTKH, rotary)
@@ -100,7 +107,6 @@ class Attention(nnx.Module):
         else:
             cache = read = cache.with_newest(read, index.column)
         run = attend_causal if whole else attend
-        scale = None if config.query_scalar is None else config.query_scalar**-0.5
         how = scale, config.attention_softcap, config.target
         if mask_BTS is None:
             out_BTNH = attend_causal(q_BTNH, read.k, read.v, None, *how, self.kind.window)
@@ -124,12 +130,16 @@ class MLP(nnx.Module):
         self.gate_proj = nnx.data(make.linear(D, F, config.mlp_bias) if config.gated_mlp else None)
         self.up_proj = make.linear(D, F, config.mlp_bias)
         self.down_proj = make.linear(F, D, config.mlp_bias)
+        self.gate_up_proj = nnx.data(None)  # joins gate_proj and up_proj; `adapters.for_decoding` sets it
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         activate = ACTIVATIONS[self.activation]
         if self.gate_proj is None:
             return self.down_proj(activate(self.up_proj(x)))
+        if self.gate_up_proj is not None:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+            return self.down_proj(activate(gate) * up)
         return self.down_proj(activate(self.gate_proj(x)) * self.up_proj(x))
 
 

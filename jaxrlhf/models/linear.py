@@ -35,6 +35,10 @@ class Linear(nnx.Module):
         """True if a LoRA pair may be merged into the kernel. In bfloat16, rounding would lose the small update."""
         return self.kernel.dtype == jnp.float32
 
+    def merges(self, rounded: bool) -> bool:
+        """Returns True if decoding merges the LoRA pair. `rounded` also merges if the sum is rounded to 16 bits."""
+        return rounded or self.can_merge
+
     def float32_kernel(self) -> jax.Array:
         """Returns the kernel as f32[in, out]."""
         return self.kernel[...].astype(jnp.float32)

@@ -74,6 +74,9 @@ class QuantizedLinear(Linear):
     def can_merge(self) -> bool:
         return False
 
+    def merges(self, rounded: bool) -> bool:
+        return False
+
     def project(self, x: jax.Array) -> jax.Array:
         return _product(self.fan_in, ambient_precision(), x, *self._leaves())
 

@@ -25,6 +25,7 @@ class Target:
     # Whether scoring and updates run the layers in a loop over stacked weights (see `layer_scan`). None means on a GPU,
     # if the stacked copy is small.
     scan_layers: bool | None = None
+    decode_kernels: bool = True  # on a GPU, decoding uses kernels of its own (Pallas)
 
     @property
     def precision(self) -> str:
@@ -40,8 +41,12 @@ ON_CPU = Target()
 
 
 def target_of(
-    mesh: jax.sharding.Mesh | None = None, matmul_precision: str = "highest", scan_layers: bool | None = None
+    mesh: jax.sharding.Mesh | None = None,
+    matmul_precision: str = "highest",
+    scan_layers: bool | None = None,
+    decode_kernels: bool = True,
 ) -> Target:
     """Returns the target of programs on the mesh. If `mesh` is None, the programs run on jax's default device."""
     device = next(iter(jax.device_put(0.0).devices())) if mesh is None else mesh.devices.flat[0]
-    return Target(device.platform, matmul_precision=matmul_precision, scan_layers=scan_layers)
+    own = {"scan_layers": scan_layers, "decode_kernels": decode_kernels}
+    return Target(device.platform, matmul_precision=matmul_precision, **own)

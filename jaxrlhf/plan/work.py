@@ -119,7 +119,8 @@ def _one_phase(flops: float, weights: float, tokens: float, *sent: float) -> Wor
 class Role:
     """Counts the work of passes through the base with one adapter. The leaves of both may be arrays or shapes."""
 
-    def __init__(self, base: Decoder, adapter: Any):
+    def __init__(self, base: Decoder, adapter: Any, merge_rounded: bool = False):
+        """`merge_rounded` is as in `adapters.for_decoding`."""
         self.config, self.adapter, leaves = base.config, adapter or {}, named_parameters(base)
         self.dtype = leaves["embed_tokens/embedding"].dtype
         self.adapter_bytes, self.merged_bytes = _bytes(self.adapter), 0.0
@@ -129,7 +130,8 @@ class Role:
         for path, (fan_in, fan_out) in linear_shapes(base).items():
             own = self.adapter.get(path, {})
             down, up = (own[name].size if name in own else 0 for name in ("lora_a", "lora_b"))
-            merges = down > 0 and self.dtype == np.float32 and find_module(base, path).can_merge
+            exact = self.dtype == np.float32 and find_module(base, path).can_merge
+            merges = down > 0 and (exact or (merge_rounded and find_module(base, path).merges(True)))
             self.merged_bytes += _bytes(own) if merges else 0.0
             late = path.startswith(last) and path.removeprefix(last) not in _KEYS_VALUES
             first = not full and path.removeprefix("layers.0.") in first_inputs
@@ -229,15 +231,20 @@ def _bytes(tree: Any) -> float:
 
 
 def rollout(
-    base: Decoder, policy: Any, prompts: np.ndarray, completions: np.ndarray, slots: int | None = None
+    base: Decoder,
+    policy: Any,
+    prompts: np.ndarray,
+    completions: np.ndarray,
+    slots: int | None = None,
+    merge_rounded: bool = False,
 ) -> Work:
     """Returns the work of sampling, with one phase per step. `prompts` i[B] and `completions` i[B n] are lengths.
 
     The first phase reads each prompt once and samples the first tokens. Every other phase is a decode step: it reads
     the newest token of the active rows and samples the next token. If `slots` is not None, at most this number of rows
-    is active in a step.
+    is active in a step. `merge_rounded` is as in `adapters.for_decoding`.
     """
-    role, group, prompt_tokens = Role(base, policy), len(completions) // len(prompts), prompts.sum()
+    role, group, prompt_tokens = Role(base, policy, merge_rounded), len(completions) // len(prompts), prompts.sum()
     seen = role.seen(prompts, (prompts - 1, prompts))
     prefill = role.flops(prompt_tokens, seen, len(prompts), unread=prompt_tokens - len(prompts))
     starts = _starts(completions, slots)
@@ -342,7 +349,8 @@ def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config:
     settings = None if config.ppo is None else config.ppo.update
     match name.split()[0], args:
         case "rollout" | "greedy", (base, policy, prompts, _, sampling):
-            return rollout(base, policy, _lengths(prompts.mask), _lengths(result.response_mask), sampling.slots)
+            lengths = _lengths(prompts.mask), _lengths(result.response_mask)
+            return rollout(base, policy, *lengths, sampling.slots, sampling.merge_adapter)
         case "reward", (base, adapter, rows):
             return reward(base, adapter, _lengths(rows.mask), float(_lengths(rows.response_mask).sum()))
         case "reward", (base, head, _, mask):  # a reward model with another base

@@ -10,6 +10,7 @@ tokens, S = P + R columns of the caches, and V the vocabulary size.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
-from jaxrlhf.distributed.mesh import BATCH_AXES, constrain, rows_over_context, sampling_axes
+from jaxrlhf.distributed.mesh import BATCH_AXES, automatic_axes, constrain, rows_over_context, sampling_axes
 from jaxrlhf.models.adapters import bind, for_decoding
 from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
 from jaxrlhf.models.decoder import Decoder, named_parameters
@@ -104,7 +105,7 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     stop_tokens = base.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
     pad_token = (base.config.pad_token or 0) if sampling.pad_token is None else sampling.pad_token
     temperature = jnp.where(jnp.asarray(sampling.temperature) == 0, 1.0, sampling.temperature)
-    model = for_decoding(bind(base, adapter))
+    model = for_decoding(bind(base, adapter), sampling.merge_adapter)
     uniforms = constrain(row_uniforms(key, B, R), BATCH_AXES)
     tokens, logprobs = _decode(model, prompts, uniforms, temperature, sampling, stop_tokens)
     stops = jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
@@ -311,13 +312,18 @@ class _Decoding:
 
     def _sample(self, logits: jax.Array, rows: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """Samples token number `t` of the rows i32[b] from logits f32[b,V]. Returns (tokens, logprobs)."""
-        token = jax.lax.cond(
-            jnp.asarray(self.sampling.temperature) == 0,
-            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            lambda: draw(
-                truncate(logits / self.temperature, self.sampling), self.uniforms.at[rows, t].get(mode="clip")
-            ),
-        )
+        greedy, target = jnp.asarray(self.sampling.temperature) == 0, self.model.config.target
+        uniforms = self.uniforms.at[rows, t].get(mode="clip")
+
+        def sampled(temperature: jax.Array) -> jax.Array:
+            use_kernel = target.platform == "gpu" and target.decode_kernels and not automatic_axes()
+            return draw(truncate(logits / temperature, self.sampling), uniforms, use_kernel)
+
+        if target.platform == "cpu":
+            argmax = functools.partial(jnp.argmax, axis=-1)
+            token = jax.lax.cond(greedy, lambda: argmax(logits).astype(jnp.int32), lambda: sampled(self.temperature))
+        else:  # the host would wait for the condition; at this temperature only the largest logit has a probability
+            token = sampled(jnp.where(greedy, 1e-30, self.temperature))
         # Scoring and the update use this function too. Sums in another order would give other logprobs.
         return token, token_logprobs(logits[:, None], token[:, None], self.temperature)[0][:, 0]
 

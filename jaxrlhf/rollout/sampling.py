@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.config import Sampling
+from jaxrlhf.rollout.draw_kernel import draw_from_cube
 
 
 def truncates(sampling: Sampling) -> bool:
@@ -42,7 +43,7 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def draw(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
+def draw(logits: jax.Array, uniforms: jax.Array, use_kernel: bool = False) -> jax.Array:
     """Draws one token per row from softmax(logits f32[B,V]), and returns the tokens i32[B].
 
     The draw inverts the cumulative distribution. `uniforms` are numbers f32[B,3] in [0, 1) from `row_uniforms`. The
@@ -50,12 +51,15 @@ def draw(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
     and the third number a token in the line. `_pick` adds the least likely items first. So even a very unlikely token
     is drawn with its own probability, up to a relative error of about 1e-5. One sum over the whole vocabulary would
     have rounding errors of 2^-24. In a vocabulary of 152,000 tokens, most tokens have a probability below 2^-24.
+    `use_kernel` makes the three picks in one kernel, on a GPU.
     """
     B, V = logits.shape
     side = max(1, round(V ** (1 / 3)))
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     cube = jnp.pad(weights, ((0, 0), (0, -V % side**2))).reshape(B, -1, side, side)
     rows, lines = jnp.arange(B), jnp.sum(cube, axis=1)  # sums over the last axis would be slower
+    if use_kernel:
+        return draw_from_cube(weights, lines, uniforms)
     k = _pick(jnp.sum(lines, axis=1), uniforms[:, 0])
     j = _pick(lines[rows, :, k], uniforms[:, 1])
     i = _pick(cube[rows, :, j, k], uniforms[:, 2])

@@ -76,7 +76,7 @@ def load_roles(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Role
         )
     if model.tokenizer is not None:
         base, tokenizer = with_tokenizer(base, tokenizer)
-    base = with_target(base, target_of(mesh, model.matmul_precision, model.scan_layers))
+    base = with_target(base, target_of(mesh, model.matmul_precision, model.scan_layers, model.decode_kernels))
     own = {name: load_adapter(str(folder / name), base) for name in ADAPTERS if (folder / name).is_dir()}
     return Roles(base, tokenizer, inherited | own)
 
@@ -122,7 +122,8 @@ def _sealed(folder: Path) -> Iterator[None]:
 def load_origin(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
     """Loads the base from which the run started. The run's own stages have not changed this base."""
     model = config.model
-    return with_target(_load_model(config, mesh)[0], target_of(mesh, model.matmul_precision, model.scan_layers))
+    target = target_of(mesh, model.matmul_precision, model.scan_layers, model.decode_kernels)
+    return with_target(_load_model(config, mesh)[0], target)
 
 
 def load_run(

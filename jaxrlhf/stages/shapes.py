@@ -85,7 +85,7 @@ class Shapes:
     def for_mesh(self, model: DecoderConfig, attention: str = "xla") -> DecoderConfig:
         """Returns the decoder config for the mesh's devices. An abstract mesh stands for GPUs."""
         settings = self.config.model
-        own = {"matmul_precision": settings.matmul_precision, "scan_layers": settings.scan_layers}
+        own = {name: getattr(settings, name) for name in ("matmul_precision", "scan_layers", "decode_kernels")}
         abstract = isinstance(self.mesh, jax.sharding.AbstractMesh)
         target = Target("gpu", **own) if abstract else target_of(self.mesh, **own)
         return dataclasses.replace(model, target=dataclasses.replace(target, attention=attention))
