@@ -15,11 +15,13 @@ def draw_from_cube(weights_BV: jax.Array, lines_Bjk: jax.Array, uniforms_B3: jax
     `sampling.draw`, but sums may be in another order.
     """
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
 
     return pl.pallas_call(
         _kernel,
         out_shape=jax.ShapeDtypeStruct((weights_BV.shape[0],), jnp.int32),
         grid=(weights_BV.shape[0],),
+        compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="draw_from_cube",
     )(weights_BV, lines_Bjk, uniforms_B3)
