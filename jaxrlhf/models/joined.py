@@ -12,7 +12,7 @@ from flax import nnx
 from jaxrlhf.distributed.mesh import automatic_axes
 from jaxrlhf.models.linear import Linear
 
-_MOST_TOKENS = 512  # of a decode step; prefill has more, and is faster with plain products
+_MOST_TOKENS = 512  # of a decode step; more tokens, as in prefill, go through the layers themselves
 _PARTS = 16  # parts of the sum over D; lora_a has so few columns that one product would fill a few multiprocessors
 _TOKENS, _OUTPUTS = 64, 128  # of one program of the kernel
 
@@ -46,6 +46,10 @@ class JoinedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the outputs of the layers side by side, [..., F]."""
+        if x.size // x.shape[-1] > _MOST_TOKENS:
+            # XLA drops this concatenation where outputs are split again. If prefill computed joined outputs, queries
+            # would stay in memory with their keys and values until the caches are written.
+            return jnp.concatenate([layer(x) for layer in self.layers], axis=-1)
         y = jnp.concatenate([layer.project(x) for layer in self.layers], axis=-1) + self._pair_product(x)
         biases = [layer.bias for layer in self.layers if layer.bias is not None]  # all layers have one, or none
         return y + jnp.concatenate([bias[...] for bias in biases]).astype(x.dtype) if biases else y
@@ -54,8 +58,7 @@ class JoinedLinear(nnx.Module):
         a, b = self.lora_a[...], self.lora_b[...]
         # XLA joins products of the same input and dtype, and would copy the kernels to join them with lora_a. So the
         # products with lora_a are in float32, and rounded afterwards.
-        many = x.size // x.shape[-1] > _MOST_TOKENS
-        if many or not self.use_kernel or automatic_axes() or x.shape[-1] % (16 * _PARTS):
+        if not self.use_kernel or automatic_axes() or x.shape[-1] % (16 * _PARTS):
             return jnp.matmul(x, a, preferred_element_type=jnp.float32).astype(x.dtype) @ b
         x_TPX, a_PXr = x.reshape(-1, _PARTS, x.shape[-1] // _PARTS), a.reshape(_PARTS, -1, a.shape[1])
         narrow_PTr = jnp.einsum("TPX,PXr->PTr", x_TPX, a_PXr, preferred_element_type=jnp.float32)
