@@ -175,7 +175,7 @@ def for_decoding(model: Decoder, merge_rounded: bool = False) -> Decoder:
     """Returns an equivalent model that decodes faster, because it has fewer matrix products per layer.
 
     A LoRA pair is merged into its kernel if the kernel is float32. `merge_rounded` also merges pairs into 16-bit
-    kernels, which rounds the sum. Merged query, key and value projections of attention become one projection. The
+    kernels, which rounds the sum. Float32 query, key and value projections of attention become one projection. The
     changed kernels are copies. The copies take memory while the program runs. Pairs that are not merged are joined on a
     GPU, see `JoinedLinear`. Kernels are not copied then.
     """
