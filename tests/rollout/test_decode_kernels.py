@@ -46,12 +46,15 @@ def interpreted(monkeypatch):
     ids=str,
 )
 def test_a_rollout_with_kernels_equals_one_without(interpreted, make_decoder, make_adapter, prompts, settings):
-    """Prompts of several lengths, a sliding window, a layer without rotation, and a soft cap."""
+    """Prompts of several lengths, a sliding window, a layer without rotation, and a soft cap.
+
+    Each case is traced anew, so that no trace of another case is counted.
+    """
     kinds = LayerKind(window=3), LayerKind(rope=None)
     base = make_decoder(layers=2, layer_kinds=kinds, attention_softcap=3.0)
     policy, settings = make_adapter(base, 6), Sampling(max_new_tokens=6, **settings)
     plain, ours = (
-        jax.device_get(jax.jit(rollout)(with_target(base, target), policy, prompts, KEY, settings))
+        jax.jit(lambda *given: rollout(*given))(with_target(base, target), policy, prompts, KEY, settings)
         for target in (ON_CPU, Target("gpu"))
     )
     assert interpreted["attend_newest"] and interpreted["draw_from_cube"]
