@@ -10,7 +10,6 @@ tokens, S = P + R columns of the caches, and V the vocabulary size.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -314,16 +313,22 @@ class _Decoding:
         """Samples token number `t` of the rows i32[b] from logits f32[b,V]. Returns (tokens, logprobs)."""
         greedy, target = jnp.asarray(self.sampling.temperature) == 0, self.model.config.target
         uniforms = self.uniforms.at[rows, t].get(mode="clip")
+        use_kernel = target.platform == "gpu" and target.decode_kernels and not automatic_axes()
 
-        def sampled(temperature: jax.Array) -> jax.Array:
-            use_kernel = target.platform == "gpu" and target.decode_kernels and not automatic_axes()
+        def sampled(logits: jax.Array, temperature: jax.Array, uniforms: jax.Array) -> jax.Array:
             return draw(truncate(logits / temperature, self.sampling), uniforms, use_kernel)
 
         if target.platform == "cpu":
-            argmax = functools.partial(jnp.argmax, axis=-1)
-            token = jax.lax.cond(greedy, lambda: argmax(logits).astype(jnp.int32), lambda: sampled(self.temperature))
-        else:  # the host would wait for the condition; at this temperature only the largest logit has a probability
-            token = sampled(jnp.where(greedy, 1e-30, self.temperature))
+            token = jax.lax.cond(
+                greedy,
+                lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+                lambda: sampled(logits, self.temperature, uniforms),
+            )
+        else:
+            # The host would wait for the condition. At a tiny temperature only the largest logit has a probability. The
+            # largest logit is subtracted first: a product with 1e30 would round it differently in two places.
+            below = logits - jnp.max(logits, axis=-1, keepdims=True)
+            token = sampled(below, jnp.where(greedy, 1e-30, self.temperature), jnp.where(greedy, 0.0, uniforms))
         # Scoring and the update use this function too. Sums in another order would give other logprobs.
         return token, token_logprobs(logits[:, None], token[:, None], self.temperature)[0][:, 0]
 
