@@ -222,10 +222,11 @@ def choose(wanted, python, limits):
 
 def _probe(sandbox):
     """Returns None if the sandbox runs a program without root's rights, else the reason."""
-    uid = free_uids(1)[0]
+    uid, folder = free_uids(1)[0], new_folder()
     try:
-        process = sandbox.start("probe", "", uid, new_folder(), stdout=subprocess.PIPE)
+        process = sandbox.start("probe", "", uid, folder, stdout=subprocess.PIPE)
     except OSError as error:
+        os.rmdir(folder)
         return str(error)[:200]
     try:
         output, errors = process.communicate(timeout=START)
