@@ -118,7 +118,7 @@ def _perturbed(text: str, row: Row, methods: Methods, rng: random.Random) -> str
 
 
 def drop_words(text: str, share: float, rng: random.Random) -> str:
-    """Returns the text without a random share of its words. At least one word stays."""
+    """Returns the text without some of its words. Each word is dropped with probability `share`; at least one stays."""
     words = _BLANKS.split(text)  # words at even places, blanks between them
     kept = [i for i in range(0, len(words), 2) if rng.random() >= share or not words[i]]
     kept = kept if any(words[i] for i in kept) else [rng.randrange(0, len(words), 2)]
@@ -126,7 +126,7 @@ def drop_words(text: str, share: float, rng: random.Random) -> str:
 
 
 def swap_words(text: str, share: float, rng: random.Random) -> str:
-    """Returns the text in which a random share of the words has changed places with the next word."""
+    """Returns the text in which each word has changed places with the next word with probability `share`."""
     words = _BLANKS.split(text)
     i = 0
     while i + 2 < len(words):

@@ -56,7 +56,10 @@ class _Vocabulary(dict):
 
 
 class Sketches:
-    """The sketches of rows: at most `SAMPLE` hashes of 4 bytes per side. Rows are numbered from 0 as they are added."""
+    """The sketches of rows. A row has at most `SAMPLE` hashes of 4 bytes for each of its texts.
+
+    Rows are numbered from 0 as they are added.
+    """
 
     def __init__(self) -> None:
         self._vocabulary = _Vocabulary()

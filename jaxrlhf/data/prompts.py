@@ -109,7 +109,8 @@ def _load_source(
     `read_prompts` explains which field is read. A prompt from the text field is BOS and the first `text_tokens` tokens
     of the text. `overflow` decides about a prompt that is too long. "cut" removes the start of the prompt but
     keeps BOS, "drop" drops the prompt, and "stop" raises UserError. A row that cannot be used raises UserError with its
-    place. If the config drops unusable rows, the field that most rows have is read instead of the first row's field.
+    place. The first row decides which field is read. If the config drops unusable rows, the field that most rows have
+    is read.
     """
     drop = drops_unusable(config, overflow)
     rows = from_template(read_rows(config), config, drop)

@@ -60,7 +60,7 @@ def load_sequence_classifier(
     "bias" f32[1]. The tokenizer is None if the folder has none.
 
     `path` is the folder or hub id of a classifier with one label, or of a PEFT adapter. The base of a PEFT adapter may
-    be a classifier or any decoder. The adapter is merged into the base. The head and the tokenizer of the adapter
+    be a classifier or any decoder. The PEFT adapter's weights are merged into the base. Its head and its tokenizer
     replace those of the base. `dtype` and `mesh` are as in `load_pretrained`. The `lm_head` is tied to the embedding,
     so it takes no memory. In the config of the base, `pad_token` is the pad token of `config.json`, or None.
     transformers skips pad tokens at the end of a text.

@@ -50,7 +50,10 @@ class Schedule:
 
     @classmethod
     def of(cls, sampling: Sampling, prompts: int, shares: int) -> "Schedule":
-        """Returns the schedule for a number of prompts. If `shares` does not divide it, there is one queue."""
+        """Returns the schedule for a number of prompts.
+
+        It has `shares` queues, or one queue if the number of prompts is not divisible by `shares`.
+        """
         shares, n = 1 if prompts % shares else shares, sampling.samples_per_prompt
         rows = prompts // shares * n
         slots = rows if sampling.slots is None else min(max(sampling.slots // shares, 1), rows)

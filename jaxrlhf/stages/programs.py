@@ -75,7 +75,7 @@ def annotate_program(mesh: Mesh, base: Decoder, behind: bool = False) -> Program
 def experience_program(mesh: Mesh) -> Program:
     """Returns the program of `score_experience`.
 
-    It returns a replicated control, as its argument is, so it compiles once.
+    The control is replicated in the program's arguments and in its results, so the program compiles once.
     """
     sharding = (batch_sharding(mesh), replicated(mesh), None)
     return Program(score_experience, "experience", mesh, out_shardings=sharding)

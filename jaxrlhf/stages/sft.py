@@ -68,7 +68,7 @@ def load(run: Run, roles: Roles) -> SFTInputs:
 def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:
     """Runs the stage. Returns the roles, to which the SFT adapter is added.
 
-    After a full fine-tune their base is a new base instead.
+    A full fine-tune adds no adapter; the returned roles have a new base.
     """
     config, folder = run.config, run.config.run_dir
     adapter = init_adapter(roles.base, config.adapter_or(config.sft.adapter), key_for(config.seed, "sft", 0, "adapter"))
