@@ -4,6 +4,8 @@ XLA launches about a dozen kernels for them, although each row has only some tho
 never run on a card. It compiles for an H100, and Pallas' interpreter runs it on a CPU in the tests.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -17,8 +19,11 @@ def draw_from_cube(weights_BV: jax.Array, lines_Bjk: jax.Array, uniforms_B3: jax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
+    side = lines_Bjk.shape[1]
+    padding = (0, _power_of_2(side) - side)
+    lines_Bjk = jnp.pad(lines_Bjk, ((0, 0), padding, padding))  # Triton loads powers of 2
     return pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, side),
         out_shape=jax.ShapeDtypeStruct((weights_BV.shape[0],), jnp.int32),
         grid=(weights_BV.shape[0],),
         compiler_params=triton.CompilerParams(num_warps=4),
@@ -27,15 +32,13 @@ def draw_from_cube(weights_BV: jax.Array, lines_Bjk: jax.Array, uniforms_B3: jax
     )(weights_BV, lines_Bjk, uniforms_B3)
 
 
-def _kernel(weights_ref, lines_ref, uniforms_ref, token_ref) -> None:
+def _kernel(side: int, weights_ref, lines_ref, uniforms_ref, token_ref) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    V, side, row = weights_ref.shape[1], lines_ref.shape[1], pl.program_id(0)
-    n, items = _power_of_2(side), pl.cdiv(V, side**2)
-    index, number = jnp.arange(n), jnp.arange(_power_of_2(items))
-    inside = (index[:, None] < side) & (index[None] < side)
-    lines = triton.load(lines_ref.at[row, pl.ds(0, n), pl.ds(0, n)], mask=inside, other=0.0)
+    V, n, row = weights_ref.shape[1], lines_ref.shape[1], pl.program_id(0)
+    index, number = jnp.arange(n), jnp.arange(_power_of_2(pl.cdiv(V, side**2)))
+    lines = lines_ref[row]
     k = _pick(jnp.sum(lines, axis=0), uniforms_ref[row, 0])
     j = _pick(jnp.sum(jnp.where(index[None] == k, lines, 0.0), axis=1), uniforms_ref[row, 1])
     tokens = (number * side + j) * side + k
