@@ -22,7 +22,7 @@ def check(slots, data=1, **ppo):
         "ppo": {"data": {"path": "p.jsonl"}, "batch_size": 16, "max_prompt_tokens": 8, **ppo,
                 "sampling": {"max_new_tokens": 8, "samples_per_prompt": 2, "slots": slots}},
     })  # fmt: skip
-    mesh = AbstractMesh((data, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = AbstractMesh((data, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return check_stage(config, "ppo", MODEL, mesh)
 
 
