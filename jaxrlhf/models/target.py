@@ -25,7 +25,7 @@ class Target:
     # Whether scoring and updates run the layers in a loop over stacked weights (see `layer_scan`). None means on a GPU,
     # if the stacked copy is small.
     scan_layers: bool | None = None
-    decode_kernels: bool = True  # on a GPU, decoding uses kernels of its own (Pallas)
+    decode_kernels: bool = False  # on a GPU, decoding uses kernels of its own (Pallas)
 
     @property
     def precision(self) -> str:
@@ -44,7 +44,7 @@ def target_of(
     mesh: jax.sharding.Mesh | None = None,
     matmul_precision: str = "highest",
     scan_layers: bool | None = None,
-    decode_kernels: bool = True,
+    decode_kernels: bool = False,
 ) -> Target:
     """Returns the target of programs on the mesh. If `mesh` is None, the programs run on jax's default device."""
     device = next(iter(jax.device_put(0.0).devices())) if mesh is None else mesh.devices.flat[0]

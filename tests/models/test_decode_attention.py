@@ -75,7 +75,7 @@ def test_what_is_beyond_the_filled_columns_has_no_effect():
 
 
 def test_the_target_and_the_model_decide_who_computes_it():
-    model = DecoderConfig(12, 256, 24, 1, 4, 2, 64, 64, target=Target("gpu"))
+    model = DecoderConfig(12, 256, 24, 1, 4, 2, 64, 64, target=Target("gpu", decode_kernels=True))
     off = dataclasses.replace(model.target, decode_kernels=False)
     assert supported(model, 6)
     assert not supported(dataclasses.replace(model, target=Target()), 6)

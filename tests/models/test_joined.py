@@ -12,7 +12,7 @@ from jaxrlhf.models.joined import product_of_parts
 from jaxrlhf.models.quantize import quantize_decoder
 from jaxrlhf.models.target import Target
 
-GPU = Target("gpu", decode_kernels=False)
+GPU = Target("gpu")
 
 
 @pytest.mark.parametrize("tokens, outputs", [(64, 256), (3, 72), (70, 130)])

@@ -139,7 +139,7 @@ def test_float32_products_say_their_precision_in_every_program(monkeypatch, case
     """Forward and backward, whatever the caller's own default is; and nothing asks what the host has."""
     kind, adapter, named = CASES[case]
     # jax 0.12 lowers Triton kernels only for a card that it knows, so the kernels of decoding are off.
-    target = Target("gpu", matmul_precision=said, decode_kernels=False)
+    target = Target("gpu", matmul_precision=said)
     model = dataclasses.replace(SHAPE, tie_embeddings=kind == "nf4", target=target)
     base = abstract_decoder(model, "bfloat16" if kind == "bfloat16" else "float32")
     base = abstract_quantized(base, kind) if kind in ("int8", "nf4") else base

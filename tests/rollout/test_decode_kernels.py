@@ -55,7 +55,7 @@ def test_a_rollout_with_kernels_equals_one_without(interpreted, make_decoder, ma
     policy, settings = make_adapter(base, 6), Sampling(max_new_tokens=6, **settings)
     plain, ours = (
         jax.jit(lambda *given: rollout(*given))(with_target(base, target), policy, prompts, KEY, settings)
-        for target in (ON_CPU, Target("gpu"))
+        for target in (ON_CPU, Target("gpu", decode_kernels=True))
     )
     assert interpreted["attend_newest"] and interpreted["draw_from_cube"]
     for name in ("tokens", "mask", "response_mask", "ended"):
@@ -67,7 +67,7 @@ def test_joined_pairs_in_16_bits_sample_as_scoring_scores(interpreted, make_deco
     """The gap to scoring is that of a CPU, where pairs are not joined: some roundings of bfloat16."""
     base = make_decoder(dtype=jnp.bfloat16)
     policy = make_adapter(base, 1)
-    base = with_target(base, Target("gpu"))
+    base = with_target(base, Target("gpu", decode_kernels=True))
     answers = jax.jit(rollout)(base, policy, prompts, KEY, Sampling(max_new_tokens=6))
     assert all(interpreted.values())
     model, rows = bind(with_target(base, ON_CPU), policy), (answers.tokens, answers.mask, answers.response_mask)

@@ -48,7 +48,7 @@ def _with(path: str, value) -> RunConfig:
         (("model.attention", "absent", "xla"), {}, True),
         (("model.attention", "xla", "cudnn"), {}, True),
         (("model.matmul_precision", "highest", "tf32"), {}, True),
-        (("model.decode_kernels", True, False), {}, True),
+        (("model.decode_kernels", False, True), {}, True),
         (("ppo.sampling.merge_adapter", False, True), {}, False),
         (("compiler_options.update", "absent", {"xla_a": 1}), {}, True),
         (("compiler_options.update.xla_a", 1, 2), {}, True),
