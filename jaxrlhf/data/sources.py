@@ -24,7 +24,7 @@ Message = dict[str, Any]
 """One turn of a chat: `role`, `content`, and other keys that the chat template reads."""
 
 ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-BUILTIN_SPLITS, BUILTIN_LIMIT = ("train", "test"), 1_000_000
+BUILTIN_LIMIT = 1_000_000
 REASONS = 6  # number of reasons that a report lists; the rarest are counted together as "other reasons"
 T = TypeVar("T")
 Skip = Callable[[UserError], None]  # receives the error of a line that holds no row
@@ -374,20 +374,17 @@ def _saved(source: SourceConfig, path: str) -> Any:
 
 
 def _builtin(source: SourceConfig) -> list[Row]:
-    from jaxrlhf.toy.world import BUILTIN
+    from jaxrlhf.toy import builtin
 
     name = source.path.removeprefix(BUILTIN_PREFIX)
-    if name not in BUILTIN:
-        raise UserError(
-            f"{source.path}: no such builtin set; the builtin sets are {', '.join(BUILTIN_PREFIX + n for n in BUILTIN)}"
-        )
-    if source.split not in BUILTIN_SPLITS:
-        raise UserError(f"{source.path}: no split {source.split!r}; the splits are {', '.join(BUILTIN_SPLITS)}")
+    splits = builtin.splits(name)
+    if source.split not in splits:
+        raise UserError(f"{source.path}: no split {source.split!r}; the splits are {', '.join(splits)}")
     if (source.limit or 0) > BUILTIN_LIMIT:
         raise UserError(
             f"{source.path}: limit must be at most {BUILTIN_LIMIT:,} for a builtin set, not {source.limit}"
         )
-    rows = BUILTIN[name](source.split, source.limit)
+    rows = builtin.load(name, source.split, source.limit)
     return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(rows, 1)]
 
 

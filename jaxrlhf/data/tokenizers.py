@@ -322,11 +322,11 @@ def load_tokenizer(path: str) -> Tokenizer | None:
 
 def build_word_tokenizer(
     words: Sequence[str],
+    chat_template: str | None = None,
     pad: str = "<pad>",
     bos: str = "<bos>",
     eos: str = "<eos>",
     unk: str = "<unk>",
-    chat_template: str | None = None,
 ) -> Tokenizer:
     """Returns a tokenizer for words that are separated by blanks. It puts BOS before each text.
 

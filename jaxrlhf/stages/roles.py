@@ -286,9 +286,9 @@ def _load_model(
         return origin.base, origin.tokenizer, adapters
     if model.path is not None:
         return *load_pretrained(model.path, model.dtype, mesh, model.quantize), {}
-    from jaxrlhf.toy.world import VOCABULARY
+    from jaxrlhf.toy.builtin import vocabulary
 
-    tokenizer = build_word_tokenizer(VOCABULARY)
+    tokenizer = build_word_tokenizer(*vocabulary(model.new.vocabulary))
     dtype = jnp.dtype("float32" if model.dtype == AUTO else model.dtype)
     check_new_model(model.new, tokenizer.vocab_size, dtype.itemsize, mesh)
     shape = new_decoder_config(model.new, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)

@@ -28,7 +28,7 @@ from jaxrlhf.models.sharding import tree_shardings
 from jaxrlhf.models.target import Target, target_of
 from jaxrlhf.records import Adapter
 from jaxrlhf.steps.ppo import complete
-from jaxrlhf.toy.world import VOCABULARY
+from jaxrlhf.toy.builtin import vocabulary
 
 _LAYER = re.compile(r"layers\.\d+\.")
 
@@ -131,7 +131,7 @@ def bytes_per_device(tree: Any) -> int:
 def read_model(config: ModelConfig) -> DecoderConfig:
     """Reads the decoder config of a run's model, without weights. Raises `UserError` if there is no such model."""
     if config.new is not None:
-        tokenizer = build_word_tokenizer(VOCABULARY)
+        tokenizer = build_word_tokenizer(*vocabulary(config.new.vocabulary))
         return new_decoder_config(config.new, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     if config.run is not None:
         folder = Path(config.run)

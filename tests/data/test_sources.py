@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import sys
-import types
 
 import pytest
 
@@ -204,9 +202,8 @@ def test_the_copy_in_the_cache_is_used_where_the_hub_is_unreachable(hf, monkeypa
 
 
 def test_builtin_sets(monkeypatch):
-    world = types.ModuleType("jaxrlhf.toy.world")
-    world.BUILTIN = {"toys": lambda split, limit: [{"text": f"{split} {i}"} for i in range(limit or 3)]}
-    monkeypatch.setitem(sys.modules, "jaxrlhf.toy.world", world)
+    toys = {"toys": lambda split, limit: [{"text": f"{split} {i}"} for i in range(limit or 3)]}
+    monkeypatch.setattr("jaxrlhf.toy.world.BUILTIN", toys)
     assert [row.values["text"] for row in read("builtin:toys")] == ["train 0", "train 1", "train 2"]
     assert [row.values["text"] for row in read("toys", format="builtin", split="test", limit=1)] == ["test 0"]
     fails("builtin:none", "builtin:toys", path="builtin:none")

@@ -1,0 +1,65 @@
+"""Trains recipes and prints the scores of their SFT model and their policy on the test split, for several seeds.
+
+    python benchmarks/recipes.py NAME ... [--seeds 0,1,2] [--to runs/recipes] [--metric reward/score] [--best 1.0]
+
+NAME is a file of configs/recipes. Completions are sampled with the sampling settings of the run. `way` is the share of
+the way from the score of the SFT model to the best possible score. If interrupted, the same command resumes and skips
+finished runs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from algorithms import integers
+
+from jaxrlhf.config.reading import load_config
+
+RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
+
+
+def command(*arguments: object) -> None:
+    """Runs a jaxrlhf command and shows its output only if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrlhf", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        raise SystemExit(done.stdout.decode()[-4000:])
+
+
+def figures(recipe: Path, seed: int, to: Path, metric: str, best: float) -> dict[str, float]:
+    """Trains a recipe with a seed, evaluates its test split, and returns start, end, way and minutes."""
+    run_dir = to / f"{recipe.stem}-{seed}"
+    begin = time.monotonic()
+    command("train", "--config", recipe, f"seed={seed}", f"run_dir={run_dir}")
+    minutes = (time.monotonic() - begin) / 60
+    report = run_dir / "test.json"
+    data = load_config(recipe).ppo.data
+    command(
+        "evaluate", "--run", run_dir, "--roles", "sft,policy", "--data", data.path, "--split", "test", "--json", report
+    )  # fmt: skip
+    roles = json.loads(report.read_text())["roles"]
+    start, end = roles["sft"][metric]["value"], roles["policy"][metric]["value"]
+    return {"start": start, "end": end, "way": (end - start) / (best - start), "minutes": minutes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], metavar="N,...", help="default: 0,1,2")
+    parser.add_argument("--to", type=Path, default=Path("runs/recipes"), metavar="DIR", help="output folder")
+    parser.add_argument("--metric", default="reward/score", help="metric of jaxrlhf evaluate (default: reward/score)")
+    parser.add_argument("--best", type=float, default=1.0, help="best possible score (default: 1)")
+    given = parser.parse_args()
+    for name in given.names:
+        for seed in given.seeds:
+            found = figures(RECIPES / f"{name}.yaml", seed, given.to, given.metric, given.best)
+            numbers = "  ".join(f"{key} {value:.3f}" for key, value in found.items())
+            print(f"{name:22} seed {seed}  {numbers}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
