@@ -1,5 +1,7 @@
 """Sequences whose positions are split over `context`, on 8 devices that the host plays in one process of its own."""
 
+import pytest
+
 EIGHT = """
 import dataclasses, math, re
 import jax, jax.numpy as jnp, numpy as np
@@ -69,6 +71,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_scoring_and_gradients_equal_those_of_one_device_and_gather_no_activations(processes):
     """With repeated key heads, a window, a soft cap, packed segments, both kinds of attention and each `remat`."""
     result = processes.run("-c", EIGHT, devices=8)
