@@ -222,7 +222,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("run_dir=1e5", "run_dir must be text, not 100000.0; put a text that looks like a number in quotes"),
         ("sft=3", "sft must be a section with keys or null, not 3"),
         ("sft.optimizer=[1]", "sft.optimizer must be a section with keys, not the list [1]"),
-        ("sft.remat=1", "sft.remat must be none | dots | full, not 1"),
+        ("sft.remat=1", "sft.remat must be none | dots | full | offload, not 1"),
         ("sft.optimizer.warmup_steps=2.5", "sft.optimizer.warmup_steps must be int >= 0, not 2.5"),
         ("stages=sft", 'stages must be non-empty list of sft | reward_model | ppo, not the text "sft"'),
         ("stages=[]", "stages must be non-empty list of sft | reward_model | ppo, not the list []"),

@@ -25,9 +25,9 @@ CHOICE = {"on_resume": "choice"}  # may change if `checkpoints.result` is "last"
 LONGER = {"on_resume": "longer"}  # may grow if steps do not depend on the number of steps; may fall to the last checkpoint
 
 Remat = Annotated[
-    Literal["none", "dots", "full"],
+    Literal["none", "dots", "full", "offload"],
     Field(
-        description="what the backward pass recomputes to save memory: nothing (none), everything except products with weights (dots), or each layer from its input (full); has no effect on a CPU, because XLA removes the recomputation there (docs/plan.md)",
+        description="what the backward pass recomputes to save memory: nothing (none), everything except products with weights (dots), or each layer from its input (full), which offload keeps in the memory of the host; has no effect on a CPU, because XLA removes the recomputation there (docs/plan.md)",
         json_schema_extra=ROUNDING,
     ),
 ]

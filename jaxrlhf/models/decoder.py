@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.distributed.mesh import BATCH_AXES, POSITION_AXIS, constrain
 from jaxrlhf.models.activations import ACTIVATIONS
@@ -34,20 +35,12 @@ from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
 from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.context import heads_split, positions_split
 from jaxrlhf.models.decode_attention import attend_newest, supported
-from jaxrlhf.models.linear import PRODUCT, Linear
+from jaxrlhf.models.linear import Linear
 from jaxrlhf.models.norms import NORMS
+from jaxrlhf.models.remat import INPUT, rematerialised
 from jaxrlhf.models.rope import frequencies
 from jaxrlhf.models.sharding import leaf_name
 from jaxrlhf.models.target import Target
-
-# Values of the setting `remat` -> the policy that saves activations of a layer for the backward pass. The layer's input
-# is always saved. "dots" saves the outputs of linear layers by their name. jax's own policy for matrix products is not
-# used, for two reasons. That policy does not see products inside custom gradients (merged and quantised products). That
-# policy would save the output of a kernel and the output of its LoRA pair, and not their sum.
-REMAT = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Embedding(nnx.Module):
@@ -164,6 +157,7 @@ class Block(nnx.Module):
         first: int,
     ):
         """Returns (hidden states [B,T-first,D], cache). The hidden states start at position `first`."""
+        x_BTD = checkpoint_name(x_BTD, INPUT)
         attended, cache = self.attention(_normed(self.attention_norm, x_BTD), rotary, mask_BTS, cache, index, first)
         x_BTD = x_BTD[:, first:]
         middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
@@ -243,16 +237,14 @@ class Decoder(nnx.Module):
         """Returns (hidden states [B,T-first,D] of whole sequences after the final norm, their keys and values).
 
         The mask is an array or a `Visibility`, and causal (None: see `attend_causal`). The states start at position
-        `first`. The last layer skips
-        the queries before `first`, because their outputs are not needed. `remat` is "none" or a key of `REMAT`. `slots`
-        is the final length of the rows; None means T. The final length selects the factors of longrope.
+        `first`. The last layer skips the queries before `first`, because their outputs are not needed. `remat` is
+        "none" or a key of `remat.REMAT`. `slots` is the final length of the rows; None means T. The final length
+        selects the factors of longrope.
         """
         windows = {kind.window for kind in self.config.layer_kinds}
         plain = windows if mask_BTT is None else {None}
         masks = {w: mask_BTT if w in plain else within_window(mask_BTT, w) for w in windows}
-        run = Block.__call__
-        if remat != "none":
-            run = jax.checkpoint(run, policy=REMAT[remat], static_argnums=6)
+        run = rematerialised(Block.__call__, remat, static_argnums=6)
         # Weights are gathered, and activations stay on the devices of their rows and positions.
         S = tokens_BT.shape[1] if slots is None else slots
         return self._run(run, tokens_BT, positions_BT, masks, S, (BATCH_AXES, POSITION_AXIS), first=first)

@@ -11,8 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.distributed.mesh import position_parts
-
-PRODUCT = "weight_product"  # rematerialisation policies know the output of a linear layer by this name
+from jaxrlhf.models.remat import PRODUCT
 
 
 class Linear(nnx.Module):

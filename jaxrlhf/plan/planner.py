@@ -25,7 +25,8 @@ from jaxrlhf.stages.shapes import Shapes, bytes_per_device, read_model, resolved
 # matters less if the two numbers are far apart. Updates take the longest time to compile. They save much of each layer,
 # so that fewer layers are enough.
 DEPTHS, UPDATE_DEPTHS = (6, 12), (3, 8)
-POLICIES = ("none", "dots", "full")  # values of remat; each value saves fewer activations than the one before
+# Values of remat. Each value keeps fewer activations on the device than the one before.
+POLICIES = ("none", "dots", "full", "offload")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from jaxrlhf.config import AdapterConfig
 from jaxrlhf.models.adapters import bind, init_adapter
-from jaxrlhf.models.decoder import REMAT, named_parameters
+from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.quantize import quantize_decoder
+from jaxrlhf.models.remat import REMAT
 
 POLICIES = ("none", *REMAT)
 # (dtype, quantised, adapter, tokens of a row): each way in which a layer computes its product.
@@ -87,6 +88,8 @@ def test_gradients_are_those_without(way):
             np.testing.assert_allclose(gradients[remat][name], leaf, rtol, atol * largest, err_msg=name)
         # What jax.checkpoint leaves in a program; without it this would compare a function with itself.
         assert "optimization_barrier" in compiled[remat].as_text()
+        traced = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(adapter, remat))
+        assert ("Host" in traced) == (remat == "offload")
 
 
 def test_a_policy_that_is_none_of_them_is_an_error(small, batch):

@@ -62,7 +62,7 @@ def card(monkeypatch):
     def compiled(call, mesh):
         base = call.args[1]
         asked.append((base.config.layers, call.remat))
-        each = {"none": 40, "dots": 10, "full": 1}[call.remat]
+        each = {"none": 40, "dots": 10, "full": 1, "offload": 1}[call.remat]
         sent = {"all-reduce over tensor": Exchange(2.0 * base.config.layers, 28.0 * base.config.layers)}
         return Compiled(MIB, (1 + each * base.config.layers) * MIB, sent, 1.0)
 
@@ -184,9 +184,9 @@ def test_extrapolation_is_a_line_through_both_depths():
         ("none", 2000, ["none"], ""),
         ("none", 800, ["none", "dots"], "none 1.* GiB, too much; dots 0.* GiB$"),
         ("none", 300, ["none", "dots", "full"], "none .*, too much; dots .*, too much; full 0.* GiB$"),
-        ("none", 60, ["none", "dots", "full"], "none .*, too much; dots .*, too much; full .*, too much$"),
+        ("none", 60, ["none", "dots", "full", "offload"], "none .*; dots .*; full .*, too much; offload .*, too much$"),
         ("dots", 300, ["dots", "full"], "dots .*, too much; full 0.* GiB$"),
-        ("full", 60, ["full"], ""),
+        ("full", 60, ["full", "offload"], "full .*, too much; offload .*, too much$"),
     ],
 )
 def test_an_update_that_does_not_fit_is_tried_with_less_that_is_kept(plan, card, given, memory, compiled, said):
