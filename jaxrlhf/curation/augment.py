@@ -192,7 +192,7 @@ def _text(row: Row, source: Source) -> tuple[str, str]:
             return name, value
         if isinstance(value, list) and (turn := _last_user(value)) is not None:
             return name, content_text(value[turn])
-    raise UserError(f"{row.where}: the row has no prompt, no turn of the user and no text that could change")
+    raise UserError(f"{row.where}: the row has no text to augment; give it a prompt, a turn of the user, or a text")
 
 
 def _last_user(messages: list[dict[str, Any]]) -> int | None:

@@ -129,7 +129,7 @@ class Sketches:
 
 
 def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """Returns the first row of the cluster of each of `count` rows. Rows of a pair are in one cluster."""
+    """Returns, for each of `count` rows, the first row of its cluster. The two rows of a pair are in one cluster."""
     first = list(range(count))
 
     def root(i: int) -> int:

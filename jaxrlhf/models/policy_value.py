@@ -76,8 +76,8 @@ def can_stack(base: Decoder, policy: Adapter | None, value: Adapter) -> bool:
 def stack(policy: Adapter, value: Adapter) -> tuple[Adapter, dict[str, int]]:
     """Returns (LoRA pairs of both adapters, axes). The heads are left out.
 
-    The pairs are stacked along a new dimension, which `axes` has for each path: the first one. In stacked layers it is
-    the second one, because the loop over layers takes the first.
+    The pairs are stacked along a new dimension. `axes` has the index of this dimension for each path. The index is 0,
+    but 1 in stacked layers, because dimension 0 is that of the loop over layers.
     """
     axes = {path: int(path.startswith(STACKED)) for path in {**policy, **value} if path not in (SCORE, HEAD)}
     return {path: stack_pairs([policy.get(path), value.get(path)], axis) for path, axis in axes.items()}, axes

@@ -118,7 +118,7 @@ def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = 
 
 
 class _StagePlanner:
-    """Makes the plan of one stage. `depths` is the set of numbers of layers of the models that were compiled."""
+    """Makes the plan of one stage. `depths` has the number of layers of each model that was compiled for the plan."""
 
     def __init__(self, stage: str, shapes: Shapes, options: Options, compiles: bool, say: Callable[[str], None]):
         self.stage, self.shapes, self.options, self.compiles, self.say = stage, shapes, options, compiles, say

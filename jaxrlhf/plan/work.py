@@ -101,7 +101,8 @@ class Work:
     def least_seconds(self, rates: Rates) -> float:
         """Returns the least time in seconds.
 
-        For each phase, the longer of the times for arithmetic and for memory traffic counts. The result is the sum.
+        A phase takes the longer of two times: that of its arithmetic and that of its memory traffic. The result is the
+        sum over the phases.
         """
         return float(np.maximum(self.flops / rates.flops, self.bytes / rates.bytes).sum())
 

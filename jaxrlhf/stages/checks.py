@@ -63,8 +63,8 @@ def check_one_mesh(config: RunConfig) -> None:
     """Raises `UserError` if the run has two meshes. Plans and benchmarks call this: their programs are for one mesh."""
     if config.mesh.rollout is not None:
         raise UserError(
-            "mesh.rollout: plan and bench are for one mesh; give mesh.rollout=null mesh.update=null, and the sizes of "
-            "one of the two as mesh.data, mesh.fsdp, mesh.context and mesh.tensor on its number of devices"
+            "mesh.rollout: plan and bench work on one mesh only; give mesh.rollout=null mesh.update=null, and set "
+            "mesh.data, mesh.fsdp, mesh.context and mesh.tensor to the sizes of mesh.rollout or of mesh.update"
         )
 
 

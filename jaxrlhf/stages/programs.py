@@ -65,7 +65,7 @@ def merge_program(mesh: Mesh) -> Program:
 
 
 def annotate_program(mesh: Mesh, base: Decoder, behind: bool = False) -> Program:
-    """Returns the program of `annotate_for_update`: forward passes over a rollout that need no scores.
+    """Returns the program of `annotate_for_update`. It runs the forward passes over a rollout, without the scores.
 
     `behind` says whether an earlier policy sampled the rollout.
     """
@@ -75,7 +75,7 @@ def annotate_program(mesh: Mesh, base: Decoder, behind: bool = False) -> Program
 def experience_program(mesh: Mesh) -> Program:
     """Returns the program of `score_experience`.
 
-    The control is replicated in the program's arguments and in its results, so the program compiles once.
+    Each device has a copy of the `Control`, in the arguments and in the results. So the program compiles only once.
     """
     sharding = (batch_sharding(mesh), replicated(mesh), None)
     return Program(score_experience, "experience", mesh, out_shardings=sharding)

@@ -226,7 +226,7 @@ def ppo_loss(
     `total_tokens`, `total_rows` and `length` describe the minibatch. So the sum over its microbatches is the loss of
     the minibatch. `length` is the number of response tokens per row; None means that of the microbatch. `value` is
     empty if there is no value model. If `value_trunk` is "policy", the value loss also trains the policy's trunk.
-    `packed` selects the rows of `experience` that are in a pass, and None all rows.
+    `packed` selects the rows of `experience` for this pass. None selects all rows.
     """
     mask = experience.response_mask if packed is None else packed.mask
     inputs = (experience.tokens, experience.mask, mask)

@@ -137,8 +137,8 @@ class Sandbox:
 def _kill_user(uid):
     """Kills all processes of a user id.
 
-    Only a signal to all of them at once ends a fork bomb. It also gets a daemon that a list of processes would miss,
-    because its parent forked after the list was read and ended before its turn.
+    Only a signal to all of them at once ends a fork bomb. Killing the processes of a list could also miss a daemon: its
+    parent may fork after the list is read, and end by itself. The signal reaches this daemon too.
     """
     while True:
         pid = os.fork()

@@ -97,8 +97,9 @@ class Iteration:
         `log_samples` is called with the iteration's record for samples.jsonl. The metrics time/... are the wall-clock
         times of the phases, and add up to the time of the iteration. time/rollout ends when the completions are ready,
         time/reward when the scores are ready, time/annotate when the experience is ready, and time/update when the
-        update is done. time/samples is the rest. With `async`, these are the times that the host waits, time/update
-        ends when the update is given to the devices, and the update's metrics are arrays that may not be computed yet.
+        update is done. time/samples is the rest. With `async`, each of them is the time for which the
+        host waits. time/update then ends when the devices have the update in their queue. The metrics of the update are
+        arrays that may still be computed.
         """
         config, clock, ppo, draws = self.config, Clock(), state.ppo, int(state.draws)
         models = (ppo.policy, ppo.value, self.reference if state.reference is None else state.reference)

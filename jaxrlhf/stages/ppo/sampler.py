@@ -113,9 +113,10 @@ class Sampler:
     def draw(
         self, policy: Adapter, prompts: PromptSet, draws: int, dispatch: Callable[[Sampled], T], clock: Clock
     ) -> tuple[ScoredRollout, T]:
-        """Samples and scores the completions of an iteration, after `draws` earlier rollouts of the prompts.
+        """Samples and scores the completions of an iteration. Returns them, and the result of `dispatch`.
 
-        `dispatch` starts the device programs that need completions but no scores. Its result is returned too.
+        `draws` is the number of rollouts of these prompts so far. `dispatch` starts the device programs that need
+        completions but no scores.
         `dispatch` is called before the host reads the text. With `resample` it is called after scoring, because the
         scores decide which completions are kept. Completions that `begin` has begun to sample are not sampled again.
         """

@@ -123,9 +123,10 @@ def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:
 
 
 def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
-    """Runs the stage. Returns the roles, to which policy, value and average are added.
+    """Runs the stage. Returns the roles, with the policy, the value model and the average of the policy added.
 
-    With two meshes the base moves from the mesh of the run to both, so that no device holds it twice.
+    If rollout and update have meshes of their own, the base moves from the mesh of the run to these two meshes. So no
+    device holds the base twice.
     """
     config = run.config.ppo
     rollout_mesh, run = _on_meshes(run)
