@@ -15,7 +15,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "win rates, perplexity and task metrics, each with a bootstrap confidence interval. The defaults are the run's "
         "own settings.",
     )
-    add_origin(parser, "roles of a run to evaluate, such as base,sft,policy (default: all roles of the run)")
+    roles = "roles of a run to evaluate, such as base,sft,policy; DIR:ROLE is a role of another run with the same model"
+    add_origin(parser, f"{roles} (default: all roles of the run)")
     source = parser.add_argument_group("data")
     prompts = "held-out prompts (default: ppo.evaluation.data of the run)"
     source.add_argument("--data", type=model_path, metavar="FILE", help=prompts)

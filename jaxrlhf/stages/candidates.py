@@ -24,7 +24,8 @@ def load_candidates(
     """Returns (all roles, the config of the run or None, the chosen models by the name of their role).
 
     `arguments` has `run` or `model`, `step` and `roles`. Without `roles` the role trained last is chosen, or every role
-    of the run if `all_roles` is true. Raises `UserError` for a folder, step or role that does not exist.
+    of the run if `all_roles` is true. DIR:ROLE chooses a role of another run with the same tokenizer and model sizes.
+    Raises `UserError` for a folder, step or role that does not exist.
     """
     names = None if arguments.roles is None else [name.strip() for name in arguments.roles.split(",")]
     if arguments.run is not None:
@@ -57,14 +58,24 @@ def _chosen_roles(
     known |= {name: (roles.base, roles.adapters[name]) for name in ("average", "policy") if name in roles.adapters}
     if names is None:
         names = [*known] if all_roles else [[*known][-1]]
+    others = {name: _role_of_other(name, roles, mesh) for name in names if ":" in name}
     for name in names:
-        if name not in known:
+        if name not in known | others:
             scores = name in ("value", "reward")
             fault = f"the role {name} scores text and cannot write any" if scores else f"this run has no role {name!r}"
             raise UserError(f"--roles: {fault}; give roles that write text: {', '.join(known)}")
     if config.sft_trains_base and "base" in names:  # after a full fine-tune of sft the run's base is the SFT model
         known["base"] = (load_origin(config, mesh), None)
-    return {name: known[name] for name in names}
+    return {name: (known | others)[name] for name in names}
+
+
+def _role_of_other(name: str, roles: Roles, mesh: jax.sharding.Mesh | None) -> Model:
+    """Returns the role DIR:ROLE of another run, which is sampled with the programs and tokenizer of `roles`."""
+    run_dir, _, role = name.rpartition(":")
+    other = load_run(run_dir, mesh=mesh)
+    if other.base.config != roles.base.config or other.tokenizer.fast.get_vocab() != roles.tokenizer.fast.get_vocab():
+        raise UserError(f"--roles {name}: this run has another tokenizer or model size than --run; evaluate it alone")
+    return _chosen_roles(other, [role], False, load_config(f"{run_dir}/config.yaml"), mesh)[role]
 
 
 def sampling_of(arguments: argparse.Namespace, config: RunConfig | None, roles: Roles) -> Sampling:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -181,11 +182,29 @@ def test_a_model_has_a_table_and_samples_of_a_prompt_are_one_row(here, capsys):
     assert "11 prompts of" in shown and "(3 completions each)" in shown and not report["win_rates"]
 
 
+def test_a_role_of_another_run_is_evaluated_beside_those_of_the_run(here, capsys):
+    shutil.copytree("run", "other")
+    shutil.rmtree("other/roles/policy")
+    shutil.copytree("run/roles/sft", "other/roles/policy")
+    report = report_of(capsys, "--run", "run", "--roles", "sft,policy,other:policy")
+    sft, policy, other = (report["roles"][role] for role in ("sft", "policy", "other:policy"))
+    assert other == sft != policy and "other:policy - policy" in report["differences"]
+
+    tokenizer = build_word_tokenizer(WORDS[::-1])
+    base, _ = jaxrlhf.load_pretrained("model")
+    jaxrlhf.save_pretrained("reversed-model", base, tokenizer=tokenizer)
+    text = Path("other/config.yaml").read_text().replace(f"{here}/model", f"{here}/reversed-model")
+    Path("other/config.yaml").write_text(text)
+    assert evaluate.main(["--run", "run", "--roles", "sft,other:policy"]) == 2
+    assert "--roles other:policy: this run has another tokenizer" in capsys.readouterr().err
+
+
 BAD = {
     "no prompts": (["--model", "model"], r"nothing to evaluate on; give prompts with --data"),
     "no folder": (["--model", "absent", "--data", "prompts.jsonl"], r"absent"),
     "no run": (["--run", "model"], r"config\.yaml"),
     "role": (["--run", "run", "--roles", "sft,best"], r"--roles: this run has no role 'best'.*: base, sft, policy"),
+    "role of no run": (["--run", "run", "--roles", "sft,absent:sft"], r"absent: not a run directory"),
     "step of a model": (["--model", "model", "--step", "3", "--data", "prompts.jsonl"], r"--step '3'"),
     "row": (["--run", "run", "--data", "broken.jsonl"], r"broken\.jsonl:2"),
     "reward": (["--run", "run", "--reward", "functions.py:none"], r"--reward.*no function none"),
