@@ -24,7 +24,8 @@ from jaxrlhf.toy.world import VOCABULARY
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TASKS = sorted((ROOT / "docs" / "tasks").glob("*.md"))
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *TASKS]
 
 
 def blocks(page, language):
@@ -52,8 +53,8 @@ def flags():
     return set(re.findall(r"--[a-z-]+", text.getvalue())) | {"--serve", "--version"}
 
 
-def each(language):
-    found = [(page, block) for page in PAGES for block in blocks(page, language)]
+def each(language, pages=PAGES):
+    found = [(page, block) for page in pages for block in blocks(page, language)]
     return pytest.mark.parametrize(
         ("page", "block"), found, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(found)]
     )
@@ -118,7 +119,7 @@ def test_config_loads(page, block, tmp_path):
         check_algorithm(config.ppo)
 
 
-@each("sh")
+@each("sh", [page for page in PAGES if page not in TASKS])  # test_task_pages.py runs those of tasks
 def test_commands_parse(page, block, monkeypatch):
     """Modules and scripts are there, their flags are known, and configs load with the overrides as printed."""
     monkeypatch.chdir(ROOT)
@@ -161,6 +162,6 @@ def test_every_config_is_named():
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"configs/{path.name}" not in page] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_is_valid(path):
     assert load_config(path).stages
