@@ -8,7 +8,11 @@ from jaxrlhf.toy.language import SPLITS
 from jaxrlhf.toy.tasks import task
 
 # Each name is a module of jaxrlhf/toy/tasks with a constant TASK.
-TASKS = ("intent",)
+TASKS = (
+    "dialogue",
+    "intent",
+    "translation",
+)
 
 
 def _task(name: str) -> task.Task:

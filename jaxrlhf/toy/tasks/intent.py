@@ -4,7 +4,7 @@ A message is an opening, a phrase that shows its intent, and an ending. Test mes
 training message does.
 """
 
-from jaxrlhf.toy.tasks.task import Random, Row, Task, words_of
+from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, words_of
 
 INTENTS = {
     "balance": ("how much money do i have", "what is my balance", "show me my account total", "how much is left"),
@@ -18,13 +18,9 @@ OPENINGS = ("hello ,", "hi ,", "good morning ,", "excuse me ,", "please help ,",
 ENDINGS = (". thank you", ". it is urgent", "now", "today", ". i am in a hurry", "")
 
 
-def _pick(rng: Random, items):
-    return items[int(rng.integers(len(items)))]
-
-
 def draw(rng: Random) -> Row:
-    intent = _pick(rng, tuple(INTENTS))
-    parts = (_pick(rng, OPENINGS), _pick(rng, INTENTS[intent]), _pick(rng, ENDINGS))
+    intent = pick(rng, tuple(INTENTS))
+    parts = (pick(rng, OPENINGS), pick(rng, INTENTS[intent]), pick(rng, ENDINGS))
     return {"prompt": " ".join(part for part in parts if part) + " =>", "response": intent, "label": intent}
 
 

@@ -6,14 +6,15 @@ separated by single spaces, for the word-level tokenizer of `model.new`.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Random = np.random.Generator
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 SPLITS = ("train", "validation", "test")
 SEED = 20_261_127
@@ -61,6 +62,16 @@ def split_of(key: str) -> str:
     """Returns the split of a key. It depends on the key's text alone, so no key is in two splits."""
     place = zlib.crc32(key.encode()) / 2**32
     return "test" if place < HELD_OUT else "validation" if place < 2 * HELD_OUT else "train"
+
+
+def pick(rng: Random, items: Sequence[Item]) -> Item:
+    """Returns a uniformly random item."""
+    return items[int(rng.integers(len(items)))]
+
+
+def sample(rng: Random, items: Sequence[Item], count: int) -> list[Item]:
+    """Returns `count` different items in random order."""
+    return [items[i] for i in rng.permutation(len(items))[:count]]
 
 
 def words_of(*texts: str) -> tuple[str, ...]:

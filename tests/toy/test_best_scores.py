@@ -1,0 +1,47 @@
+"""Each task has the best score that its module states: its best completion reaches it under the reward of the recipe.
+
+Completions that a recipe must not end with score less: those of the demonstrations on average, and one wrong one each.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxrlhf.config.reading import load_config
+from jaxrlhf.rewards.load import load_rewards
+from jaxrlhf.toy import builtin
+
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+PACKAGES = {"summarisation": "rouge_score", "translation": "sacrebleu"}
+
+
+# Name -> (best completion of a row, a completion that looks right and is not)
+COMPLETIONS = {
+    "dialogue": (lambda row: " " + row["answer"], lambda row: " i do not know"),
+    "translation": (lambda row: " " + row["reference"], lambda row: " " + row["prompt"]),
+}
+
+
+def scores(name, rows, texts):
+    for package in [PACKAGES[name]] if name in PACKAGES else []:
+        pytest.importorskip(package)
+    prompts = [row.get("prompt", "") for row in rows]
+    rows = [{key: value for key, value in row.items() if key != "prompt"} for row in rows]
+    completions = SimpleNamespace(prompts=prompts, texts=texts, rows=rows)
+    rewards = load_rewards(load_config(RECIPES / f"{name}.yaml").ppo.reward, None, "ppo.reward")
+    return sum(weight * np.asarray(reward(completions)) for reward, weight in rewards.values())
+
+
+def demonstration(row):
+    return " " + (row["messages"][-1]["content"] if "messages" in row else row["response"])
+
+
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_the_best_completion_scores_one_and_demonstrations_leave_room(name):
+    rows = builtin.load(name, "test", 12 if name == "code" else 60)
+    best, wrong = COMPLETIONS[name]
+    np.testing.assert_allclose(scores(name, rows, [best(row) for row in rows]), 1.0, atol=1e-6)
+    assert (scores(name, rows, [wrong(row) for row in rows]) < 0.9).all()
+    assert 0.2 < scores(name, rows, [demonstration(row) for row in rows]).mean() < 0.85
