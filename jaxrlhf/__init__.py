@@ -20,6 +20,7 @@ _NAMES = {
     "jaxrlhf.hf.peft": ("load_peft", "save_peft"),
     "jaxrlhf.hf.weights": ("load_pretrained", "save_pretrained"),
     "jaxrlhf.models.adapters": ("bind", "init_adapter", "merge", "parameter_count", "value_head"),
+    "jaxrlhf.models.choices": ("Choices",),
     "jaxrlhf.models.precision": ("compiler_options",),
     "jaxrlhf.records": ("Annotated", "Experience", "PPOState", "Prompts", "Rollout"),
     "jaxrlhf.rollout.decode": ("rollout",),

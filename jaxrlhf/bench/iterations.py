@@ -52,12 +52,13 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, Stag
     base, reference = annotate.args[0], annotate.args[3]
     state, control = update.args[0], experience.args[4]
     run = Run(shapes.config, shapes.mesh, MetricsLog(None), MetricsLog(None))
-    sampler = Sampler(run, Roles(base, None), _RandomReward(shapes, timed), None)
+    choices = annotate.kwargs["choices"]
+    sampler = Sampler(run, Roles(base, None), _RandomReward(shapes, timed), None, choices=choices)
     sampler.rollout = timed["rollout"]
     sampler.greedy_rollout = timed.get("greedy", timed["rollout"])
-    iteration = Iteration(run, sampler.roles, sampler, update.args[-1], state, reference, None)
+    iteration = Iteration(run, sampler.roles, sampler, update.args[-1], state, reference, None, choices)
     iteration.annotate, iteration.experience = annotate, experience
-    iteration.update = lambda *args, mix: update(*args, **update.kwargs)  # each update gets the same rows for `mix`
+    iteration.update = lambda *args, **_: update(*args, **update.kwargs)  # each update gets the same rows for `mix`
     refreshed = reference if shapes.config.ppo.refresh_reference else None
     behind = iteration.copy(state.policy) if iteration.overlaps else None
     return iteration, StageState(state, control, iteration.count(0), refreshed, behind)

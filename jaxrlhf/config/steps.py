@@ -6,7 +6,7 @@ All other fields are static.
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jaxrlhf.config.base import (
     ROUNDING,
@@ -41,12 +41,25 @@ class Sampling(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = number(None, "samples from the most likely tokens that together have about this probability, see top_p_rule; null disables it")
     top_p_rule: Literal["reach", "within"] = Field("reach", description="reach keeps the smallest number of most likely tokens whose total probability is at least top_p, like Hugging Face and vLLM; within keeps the largest number whose total probability is at most top_p, but at least one token, like openai/lm-human-preferences")
     min_p: UnitFloat | None = number(None, "samples from tokens that have at least min_p times the probability of the most likely token; null disables it")
+    choices: tuple[str, ...] | None = Field(None, strict=False, min_length=2, description="restricts a completion to exactly one of these texts, such as labels; each is tokenized as a response in SFT, and a stop token follows; at each position the probabilities are those of the tokens that may follow, in sampling, scoring and training alike (docs/choices.md); top_k, top_p and min_p then remove some of these tokens; null allows every text")
     stop_tokens: tuple[int, ...] | None = Field(None, strict=False, description="token ids that end a completion; null means the stop tokens of the model, the tokenizer and the chat template")
     pad_token: NonNegativeInt | None = Field(None, description="token id that fills rows after the end of a completion; null means the model's pad token")
     samples_per_prompt: PositiveInt = Field(1, description="completions per prompt (a group), sampled after one prefill")
     slots: PositiveInt | None = Field(None, description="number of completions that decode at the same time, on all devices together; a completion that ends is replaced by the next one, so the memory of the caches does not grow with the batch; null decodes the whole batch at the same time", json_schema_extra=ROUNDING)
     prefill_chunk: PositiveInt | None = Field(None, description="number of prompt tokens that are read at a time before decoding; bounds the memory of activations when prompts are long, such as 2048 for prompts of 16384 tokens; null reads whole prompts", json_schema_extra=ROUNDING)
     merge_adapter: bool = Field(False, description="merges LoRA pairs of a 16-bit base into copies of its kernels for the time of a rollout; decoding is faster, because it has no products with pairs; the copies take as much memory as the kernels, and their rounding makes the sampled policy differ from the trained one (see gap/logprob_max); float32 kernels are always merged, quantized kernels never")
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _different_texts(cls, choices: Any) -> Any:
+        for choice in choices if isinstance(choices, list | tuple) else ():
+            if not isinstance(choice, str):
+                raise ValueError(f"{choice!r} is not text; put it in quotes, as in '{choice}'")
+            if not choice.strip():
+                raise ValueError(f"the choice {choice!r} is empty; give some text")
+            if choices.count(choice) > 1:
+                raise ValueError(f"the choice {choice!r} is there twice; give each choice once")
+        return choices
 
 
 class LearningRates(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 
 from jaxrlhf.models.adapters import HEAD, SCORE, bind, has_only_pairs, stack_pairs, without_head
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.layer_scan import STACKED
 from jaxrlhf.models.packing import PackedRows
@@ -37,26 +38,28 @@ def response_outputs(
     value_trunk: Literal["own", "policy"] = "own",
     remat: str = "none",
     packed: PackedRows | None = None,
+    choices: Choices | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Returns (logprobs of the policy, entropies, values), f32[B,R] each; 0 past the end of a completion.
 
     The values are None if `value` is None or empty. If `value_trunk` is "policy", `value` is a head on the policy's
-    trunk. Scoring and update both call this function, so that they compute the same logprobs.
+    trunk. `choices` are as in `response_logprobs`. Scoring and update both call this function, so that they compute the
+    same logprobs.
     """
     inputs = (tokens, mask, response_mask)
     if not value:
-        return *response_logprobs(bind(base, policy), *inputs, temperature, remat, packed), None
+        return *response_logprobs(bind(base, policy), *inputs, temperature, remat, packed, choices), None
     if value_trunk == "policy":
         model = bind(base, {**(policy or {}), **value})
-        return response_logprobs_and_values(model, *inputs, temperature, remat, packed)
+        return response_logprobs_and_values(model, *inputs, temperature, remat, packed, choices)
     if not can_stack(base, policy, value):
-        logprobs = response_logprobs(bind(base, policy), *inputs, temperature, remat, packed)
+        logprobs = response_logprobs(bind(base, policy), *inputs, temperature, remat, packed, choices)
         return *logprobs, response_values(bind(base, value), *inputs, remat, packed)
     trunks, axes = stack(policy, value)
     encode = jax.vmap(lambda trunk: hidden_before_tokens(bind(base, trunk), *inputs, remat, packed), in_axes=(axes,))
     hidden = encode(trunks)
     heads = {path: leaves for path, leaves in policy.items() if path == HEAD}
-    logprobs = logprobs_of_hidden(bind(base, heads), hidden[0], tokens, response_mask, temperature, packed)
+    logprobs = logprobs_of_hidden(bind(base, heads), hidden[0], tokens, response_mask, temperature, packed, choices)
     return *logprobs, values_of_hidden(bind(base, {SCORE: value[SCORE]}), hidden[1], response_mask, packed)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.distributed.mesh import BATCH_AXES, POSITION_AXIS, constrain, position_parts, take_positions
 from jaxrlhf.models.attention import needs_mask
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.packing import PackedRows, Places, moved
 
@@ -45,14 +46,16 @@ def response_logprobs(
     temperature: jax.Array,
     remat: str = "none",
     packed: PackedRows | None = None,
+    choices: Choices | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (logprobs, entropies) of the response tokens, f32[B,R] each; 0 past the end of a completion.
 
     The logits are divided by `temperature` f32[B]. Logits are computed only for the positions of the completion. If
-    `packed` is given, its sequences are computed in place of `tokens`, and the result is 0 outside `packed.mask`.
+    `packed` is given, its sequences are computed in place of `tokens`, and the result is 0 outside `packed.mask`. If
+    `choices` is given, the distributions are those of the tokens that the choices allow at each position.
     """
     hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat, packed)
-    return logprobs_of_hidden(model, hidden, tokens, response_mask, temperature, packed)
+    return logprobs_of_hidden(model, hidden, tokens, response_mask, temperature, packed, choices)
 
 
 def response_values(
@@ -76,10 +79,11 @@ def response_logprobs_and_values(
     temperature: jax.Array,
     remat: str = "none",
     packed: PackedRows | None = None,
+    choices: Choices | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (logprobs, entropies, values), f32[B,R] each, from one forward pass of a model with both heads."""
     hidden = hidden_before_tokens(model, tokens, mask, response_mask, remat, packed)
-    logprobs, entropies = logprobs_of_hidden(model, hidden, tokens, response_mask, temperature, packed)
+    logprobs, entropies = logprobs_of_hidden(model, hidden, tokens, response_mask, temperature, packed, choices)
     return logprobs, entropies, values_of_hidden(model, hidden, response_mask, packed)
 
 
@@ -124,7 +128,8 @@ def from_logits(
         max_logits = _MAX_LOGITS_ON_CPU if model.config.target.platform == "cpu" else _MAX_LOGITS
         max_logits *= max(1, jax.sharding.get_abstract_mesh().size)
     shares = position_parts() if R % position_parts() == 0 else 1
-    size = max(1, max_logits // (B * model.config.vocab_size) // shares)
+    tokens = model.config.vocab_size if model.lm_head is None else model.lm_head.shape[1]
+    size = max(1, max_logits // (B * tokens) // shares)
     R //= shares  # each part has `size` positions of each share
     if count is not None:
         size = min(size, max(_LEAST_POSITIONS, -(-R // _PARTS)))
@@ -159,8 +164,10 @@ def from_logits(
 
 
 def logprobs_of_hidden(
-    model: Decoder, hidden, tokens, response_mask, temperature, packed=None
+    model: Decoder, hidden, tokens, response_mask, temperature, packed=None, choices=None
 ) -> tuple[jax.Array, jax.Array]:
+    if choices is not None:
+        return _logprobs_of_choices(model, hidden, tokens, response_mask, temperature, packed, choices)
     if packed is not None:
         inputs = packed.targets, packed.temperature
         found = from_logits(model, hidden, inputs, lambda logits, x: token_logprobs(logits, *x), count=packed.count)
@@ -170,6 +177,35 @@ def logprobs_of_hidden(
         model, hidden, tokens[:, -R:], lambda logits, tokens: token_logprobs(logits, tokens, temperature)
     )
     return jnp.where(response_mask, logprobs, 0.0), jnp.where(response_mask, entropy, 0.0)
+
+
+def _logprobs_of_choices(
+    model: Decoder, hidden, tokens, response_mask, temperature, packed, choices: Choices
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the results of `logprobs_of_hidden` under the model that is masked to the choices.
+
+    A token that may not follow has logprob -inf. A token without an alternative has no gradient, not even of rounding.
+    """
+    response = tokens[:, -response_mask.shape[1] :]
+    index = choices.index_of(response)
+    nodes = choices.nodes(index)
+    inputs = index, nodes, jnp.broadcast_to(temperature[:, None], index.shape)
+    if packed is not None:
+        number = packed.response_of_state.index
+        index_and_nodes = (jnp.take_along_axis(x.reshape(len(number), -1), number, axis=1) for x in inputs[:2])
+        inputs = *index_and_nodes, packed.temperature
+
+    def reduce(logits: jax.Array, x: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        index, nodes, temperature = x
+        return token_logprobs(choices.masked(logits, nodes), index, temperature)
+
+    count = None if packed is None else packed.count
+    found = from_logits(choices.head_of(model), hidden, inputs, reduce, count=count)
+    logprobs, entropies = found if packed is None else map(packed.rows, found)
+    logprobs = jnp.where(choices.tokens[index] == response, logprobs, -jnp.inf)
+    forced = choices.forced(nodes)
+    logprobs, entropies = (jnp.where(forced, jax.lax.stop_gradient(x), x) for x in (logprobs, entropies))
+    return jnp.where(response_mask, logprobs, 0.0), jnp.where(response_mask, entropies, 0.0)
 
 
 def values_of_hidden(model: Decoder, hidden, response_mask, packed=None) -> jax.Array:

@@ -38,6 +38,7 @@ import numpy as np
 from jaxrlhf.config import PPOConfig, RunConfig
 from jaxrlhf.distributed.mesh import AXES
 from jaxrlhf.models.adapters import SCORE
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.decoder import Decoder, find_module, linear_shapes, named_parameters
 from jaxrlhf.steps.ppo import computed_steps, single_step
 
@@ -142,6 +143,7 @@ class Role:
         # gradient.
         maps, self.counts = np.unique(np.array(maps, float), axis=0, return_counts=True)
         self.kernel, self.trained, self.down, self.pair, self.product, self.merges, self.late, self.first = maps.T
+        self.head_tokens = self.config.vocab_size if base.lm_head is None else base.lm_head.shape[1]
         self.trains_head = any(name in self.adapter for name in ("lm_head", "embed_tokens"))
         self.tables = {name: leaf for name, leaf in leaves.items() if name.startswith(("embed_", "lm_head"))}
         self.blocks = _bytes([leaf for name, leaf in leaves.items() if name not in self.tables])
@@ -162,7 +164,7 @@ class Role:
             no_gradient = self.first * (self.kernel + ~merged * self.down)
             linear += (2 * self.kernel * (1 + self.trained) + 4 * self.pair - 2 * no_gradient) * tokens
         times = 3 if backward else 1
-        head = 2 * config.hidden_size * config.vocab_size * (times - (backward and not self.trains_head))
+        head = 2 * config.hidden_size * self.head_tokens * (times - (backward and not self.trains_head))
         other = 4 * config.heads * config.head_dim * seen + 2 * config.hidden_size * scalars
         return linear @ self.counts + times * other + head * logits
 
@@ -299,14 +301,21 @@ def annotate(
 
 
 def update(
-    base: Decoder, policy: Any, value: Any, lengths: np.ndarray, completions: np.ndarray, config: PPOConfig, mix=None
+    base: Decoder,
+    policy: Any,
+    value: Any,
+    lengths: np.ndarray,
+    completions: np.ndarray,
+    config: PPOConfig,
+    mix=None,
+    choices: Choices | None = None,
 ) -> Work:
     """Returns the work of PPO's update. Each epoch has forward and backward passes and a step for each minibatch.
 
-    `mix` is the batch of demonstrations that is added to the update, or None.
+    `mix` is the batch of demonstrations that is added to the update, or None. `choices` are those of the completions.
     """
     total, scored = float(lengths.sum()), float(completions.sum())
-    passes = _passes(base, policy, value, scored, config)
+    passes = _passes(_with_choices(base, choices), policy, value, scored, config)
     first, epochs, minibatches = passes[0][0], config.epochs, config.minibatches
     seen = first.seen(lengths, (lengths - completions - 1, lengths - 1))
     each = [role.flops(total, seen, *heads, total - scored, minibatches, backward=True) for role, *heads in passes]
@@ -347,23 +356,25 @@ def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config:
 
     If `args` and `result` hold arrays, the masks give the lengths of rows. If they hold shapes, rows have full length.
     """
-    settings = None if config.ppo is None else config.ppo.update
+    settings, choices = None if config.ppo is None else config.ppo.update, kwargs.get("choices")
     match name.split()[0], args:
         case "rollout" | "greedy", (base, policy, prompts, _, sampling):
             lengths = _lengths(prompts.mask), _lengths(result.response_mask)
-            return rollout(base, policy, *lengths, sampling.slots, sampling.merge_adapter)
+            return rollout(_with_choices(base, choices), policy, *lengths, sampling.slots, sampling.merge_adapter)
         case "reward", (base, adapter, rows):
             return reward(base, adapter, _lengths(rows.mask), float(_lengths(rows.response_mask).sum()))
         case "reward", (base, head, _, mask):  # a reward model with another base
             return reward(base, head, _lengths(mask), float(_lengths(mask).sum()))
         case "annotate", (base, *roles, rows, _):
-            return annotate(base, roles, _lengths(rows.mask), _lengths(rows.response_mask), settings)
+            lengths = _lengths(rows.mask), _lengths(rows.response_mask)
+            return annotate(_with_choices(base, choices), roles, *lengths, settings)
         case "experience", (rows, *more, _):  # has no matrix products, but reads its arguments and writes its results
             size = _bytes((rows, more)) + _bytes(result)
             return _one_phase(0.0, size, float(_lengths(rows.response_mask).sum()))
         case "update", (state, base, rows, *_):
             lengths, completions = _lengths(rows.mask), _lengths(rows.response_mask)
-            work = update(base, state.policy, state.value, lengths, completions, settings, kwargs.get("mix"))
+            more = kwargs.get("mix"), choices
+            work = update(base, state.policy, state.value, lengths, completions, settings, *more)
             if result is None:
                 return work
             share = computed_steps(result[1], settings) / (settings.epochs * settings.minibatches)
@@ -375,6 +386,11 @@ def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config:
             lengths = np.concatenate([_lengths(batch.chosen_mask), _lengths(batch.rejected_mask)])
             return train_step(base, state.adapter, lengths, 0.0, float(len(lengths)))
     raise ValueError(f"no formula for the program {name!r}")
+
+
+def _with_choices(base: Decoder, choices: Choices | None) -> Decoder:
+    """Returns the base. With choices, the result is shapes, and its head has only their tokens."""
+    return base if choices is None else jax.eval_shape(lambda base, choices: choices.head_of(base), base, choices)
 
 
 def _lengths(mask: Any) -> np.ndarray:

@@ -22,6 +22,7 @@ from jaxrlhf.config import Sampling
 from jaxrlhf.distributed.mesh import BATCH_AXES, automatic_axes, constrain, rows_over_context, sampling_axes
 from jaxrlhf.models.adapters import bind, for_decoding
 from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.decoder import Decoder, named_parameters
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rollout.prefill import prefill
@@ -86,6 +87,7 @@ class _State:
     length: jax.Array  # i32[N]; prompt tokens
     alive: jax.Array  # bool[N]; False if the row has all its tokens, or if there is no row
     token: jax.Array  # i32[N]; the newest token
+    node: jax.Array | None  # i32[N]; the node of `Choices` before the next token; None without choices
     new_tokens: jax.Array  # i32[R,N]
     new_logprobs: jax.Array  # f32[R,N]
     tokens: jax.Array  # i32[B,R]; arbitrary after a stop token
@@ -94,14 +96,27 @@ class _State:
 
 
 @rows_over_context()
-def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.Array, sampling: Sampling) -> Rollout:
+def rollout(
+    base: Decoder,
+    adapter: Adapter | None,
+    prompts: Prompts,
+    key: jax.Array,
+    sampling: Sampling,
+    choices: Choices | None = None,
+) -> Rollout:
     """Samples `samples_per_prompt` completions of each prompt, and returns the rollout.
 
     The completions of a prompt are in adjacent rows. A completion ends with a stop token, or after `max_new_tokens`
     tokens. Padding follows. The stop token is a real token. Top-k, top-p or min-p may truncate the distribution for
     sampling, but logprobs are those of the full distribution at `temperature`. If the temperature is 0, completions are
     greedy, and their logprobs are those at temperature 1. Completions do not depend on the number of slots.
+
+    If `choices` is given, each completion is one of the choices. Top-k, top-p and min-p then truncate the distribution
+    of the allowed tokens, and logprobs are those of all allowed tokens. Raises `ValueError` if `sampling` has choices,
+    but their tokens are not given.
     """
+    if sampling.choices is not None and choices is None:
+        raise ValueError("sampling.choices are texts; give their tokens too, as the argument `choices`")
     n, R = sampling.samples_per_prompt, sampling.max_new_tokens
     B = prompts.tokens.shape[0] * n
     stop_tokens = base.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
@@ -109,7 +124,9 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     temperature = jnp.where(jnp.asarray(sampling.temperature) == 0, 1.0, sampling.temperature)
     model = for_decoding(bind(base, adapter), sampling.merge_adapter)
     uniforms = constrain(row_uniforms(key, B, R), BATCH_AXES)
-    tokens, logprobs = _decode(model, prompts, uniforms, temperature, sampling, stop_tokens)
+    if choices is not None:
+        model = choices.head_of(model)
+    tokens, logprobs = _decode(model, prompts, uniforms, temperature, sampling, choices, stop_tokens)
     stops = jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
     real = jnp.cumsum(stops, axis=1) - stops == 0
     prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
@@ -123,7 +140,9 @@ def rollout(base: Decoder, adapter: Adapter | None, prompts: Prompts, key: jax.A
     )
 
 
-def _decode(model: Decoder, prompts: Prompts, uniforms, temperature, sampling: Sampling, stop_tokens: tuple[int, ...]):
+def _decode(
+    model: Decoder, prompts: Prompts, uniforms, temperature, sampling: Sampling, choices: Choices | None, stop_tokens
+):
     """Returns (tokens i32[B,R], logprobs f32[B,R]), arbitrary after a stop token.
 
     Each share of the rows, over the mesh axes of batches, has its own queue and slots. If each device has all weights,
@@ -141,9 +160,9 @@ def _decode(model: Decoder, prompts: Prompts, uniforms, temperature, sampling: S
 
     if own_loops:
         by_rows, copied = PartitionSpec(tuple(copies)), PartitionSpec()
-        specs = copied, by_rows, by_rows, copied, copied
+        specs = copied, by_rows, by_rows, copied, copied, copied
         run = jax.shard_map(run, in_specs=specs, out_specs=by_rows, check_vma=False)
-    return run(model, prompts, uniforms, temperature, sampling)
+    return run(model, prompts, uniforms, temperature, sampling, choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +174,7 @@ class _Decoding:
     uniforms: jax.Array  # f32[B,R,3]
     temperature: jax.Array  # f32[]
     sampling: Sampling
+    choices: Choices | None
     stop_tokens: tuple[int, ...]
     queues: int
     rows: int  # of each queue, as in `Schedule`
@@ -193,6 +213,7 @@ class _Decoding:
         tokens, logprobs = self._leave(state, jnp.arange(len(state.row)))
         kept = jnp.argsort(~state.alive, stable=True)[:slots]
         of_slots = {name: getattr(state, name)[kept] for name in ("row", "start", "length", "alive", "token")}
+        of_slots["node"] = None if state.node is None else state.node[kept]
         lines = {name: getattr(state, name)[:, kept] for name in ("new_tokens", "new_logprobs")}
         cache = jax.tree.map(lambda x: x[kept], state.cache)
         return state.replace(tokens=tokens, logprobs=logprobs, cache=cache, **of_slots, **lines)
@@ -224,6 +245,7 @@ class _Decoding:
             length=jnp.zeros(N, jnp.int32),
             alive=jnp.zeros(N, bool),
             token=jnp.zeros(N, jnp.int32),
+            node=None if self.choices is None else jnp.zeros(N, jnp.int32),
             new_tokens=jnp.zeros((R, N), jnp.int32),
             new_logprobs=jnp.zeros((R, N), jnp.float32),
             tokens=jnp.zeros((B, R), jnp.int32),
@@ -260,7 +282,9 @@ class _Decoding:
         chunk = self.sampling.prefill_chunk
         prompt_cache, hidden = prefill(self.model, prompts, self.columns, not self.ring, chunk)
         copies, lengths = k // groups, jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-        token, logprob = self._sample(jnp.repeat(self.model.logits(hidden)[:, 0], copies, axis=0), rows, 0)
+        logits = jnp.repeat(self.model.logits(hidden)[:, 0], copies, axis=0)
+        node = None if self.choices is None else jnp.zeros(len(rows), jnp.int32)
+        token, logprob, node = self._sample(logits, rows, 0, node)
 
         def put(old: jax.Array, new: jax.Array | int) -> jax.Array:
             return old.at[slots].set(new, mode="drop")
@@ -273,6 +297,7 @@ class _Decoding:
             length=put(state.length, jnp.repeat(lengths, copies)),
             alive=put(state.alive, self._continues(token, 0)),
             token=put(state.token, token),
+            node=jax.tree.map(put, state.node, node),
             new_tokens=state.new_tokens.at[line, slots].set(token, mode="drop"),
             new_logprobs=state.new_logprobs.at[line, slots].set(logprob, mode="drop"),
             tokens=tokens,
@@ -287,7 +312,7 @@ class _Decoding:
         column = self.prompts.tokens.shape[1] + state.step - 1
         index = CacheIndex.ring(column, filled, self.columns) if self.ring else CacheIndex.contiguous(filled)
         hidden, cache = self.model.decode(state.token, state.cache, index)
-        token, logprob = self._sample(self.model.logits(hidden)[:, 0], state.row, t)
+        token, logprob, node = self._sample(self.model.logits(hidden)[:, 0], state.row, t, state.node)
         line = state.step % self.sampling.max_new_tokens
 
         def with_line(lines: jax.Array, new: jax.Array) -> jax.Array:
@@ -297,6 +322,7 @@ class _Decoding:
             step=state.step + 1,
             alive=state.alive & self._continues(token, t),
             token=token,
+            node=node,
             new_tokens=with_line(state.new_tokens, token),
             new_logprobs=with_line(state.new_logprobs, logprob),
             cache=cache,
@@ -312,8 +338,15 @@ class _Decoding:
             for left, new in ((state.tokens, state.new_tokens), (state.logprobs, state.new_logprobs))
         )
 
-    def _sample(self, logits: jax.Array, rows: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Samples token number `t` of the rows i32[b] from logits f32[b,V]. Returns (tokens, logprobs)."""
+    def _sample(
+        self, logits: jax.Array, rows: jax.Array, t: jax.Array | int, node: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Samples token number `t` of the rows i32[b] from logits f32[b,V]. Returns (tokens, logprobs, next nodes).
+
+        With choices, the logits f32[b,U] are those of their tokens, and the node i32[b] says which of them may follow.
+        """
+        if self.choices is not None:
+            logits = self.choices.masked(logits, node)
         greedy, target = jnp.asarray(self.sampling.temperature) == 0, self.model.config.target
         uniforms = self.uniforms.at[rows, t].get(mode="clip")
         use_kernel = target.platform == "gpu" and target.decode_kernels and not automatic_axes()
@@ -333,7 +366,10 @@ class _Decoding:
             below = logits - jnp.max(logits, axis=-1, keepdims=True)
             token = sampled(below, jnp.where(greedy, 1e-30, self.temperature), jnp.where(greedy, 0.0, uniforms))
         # Scoring and the update use this function too. Sums in another order would give other logprobs.
-        return token, token_logprobs(logits[:, None], token[:, None], self.temperature)[0][:, 0]
+        logprob = token_logprobs(logits[:, None], token[:, None], self.temperature)[0][:, 0]
+        if self.choices is None:
+            return token, logprob, None
+        return self.choices.tokens[token], logprob, self.choices.after(node, token)
 
     def _continues(self, token: jax.Array, t: jax.Array | int) -> jax.Array:
         """Returns bool[b]: whether rows go on after `token`, their token number t."""

@@ -122,14 +122,15 @@ def _ppo(shapes: Shapes) -> list[Call]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts, rollout = shapes.rows((Prompts(tokens(B, P), mask(B, P)), _rollout(B * n, P, R)))
     sample = rollout_program(mesh, base)
-    inputs = (base, state.policy, prompts, key)
-    calls = [_decoding_call("rollout", sample, (*inputs, sampling), rollout, resident, mesh)]
+    inputs, choices = (base, state.policy, prompts, key), {"choices": shapes.choices}
+    calls = [_decoding_call("rollout", sample, (*inputs, sampling), choices, rollout, resident, mesh)]
     greedy = None
     if ADVANTAGES[config.advantage.estimator].needs_greedy:
         greedy_sampling = sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
         greedy = shapes.rows((_rollout(B, P, R), numbers(B)))
         program = greedy_program(mesh, base, sample, n)
-        calls.append(_decoding_call("greedy", program, (*inputs, greedy_sampling), greedy[0], resident, mesh))
+        args = (*inputs, greedy_sampling)
+        calls.append(_decoding_call("greedy", program, args, choices, greedy[0], resident, mesh))
     if scorer is not None:
         size = {"microbatch_size": update.microbatch_size}
         calls.append(Call("reward", score_program(mesh, base), (base, scorer, rollout), size, None, rollout, resident))
@@ -137,7 +138,7 @@ def _ppo(shapes: Shapes) -> list[Call]:
     annotated = shapes.rows(Annotated(*(numbers(B * n, R),) * 3))
     args = (base, state.policy, state.value, reference, rollout, update)
     program = annotate_program(mesh, base, config.async_ == 1)
-    calls.append(Call("annotate", program, args, {}, annotated, rollout, resident))
+    calls.append(Call("annotate", program, args, choices, annotated, rollout, resident))
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
     control = shapes.sharded(jax.eval_shape(lambda: Control.start(0.0)))
     rows = (rollout, annotated, shapes.rows(numbers(B * n)), greedy)
@@ -147,17 +148,20 @@ def _ppo(shapes: Shapes) -> list[Call]:
     rows = (experience, _mix(shapes, update))
     args = (state, base, experience, key, update)
     program = update_program(mesh, base, state)
-    calls.append(Call("update", program, args, {"mix": rows[1]}, None, rows, resident, remat=update.remat))
+    mix = {"mix": rows[1]}
+    calls.append(Call("update", program, args, mix | choices, None, rows, resident, remat=update.remat))
     return calls
 
 
-def _decoding_call(name: str, program: Program, args: tuple, result: Rollout, resident: dict, mesh: Mesh) -> Call:
+def _decoding_call(
+    name: str, program: Program, args: tuple, kwargs: dict, result: Rollout, resident: dict, mesh: Mesh
+) -> Call:
     """Returns the call of a rollout, whose loops run as often as completions of full length need."""
     _, _, prompts, _, sampling = args
     axes = sampling_axes(mesh.shape, prompts.tokens.shape[0], sampling.slots or 0)
     schedule = Schedule.of(sampling, prompts.tokens.shape[0], math.prod(mesh.shape[axis] for axis in axes))
     trips, slots = schedule.trips(sampling.max_new_tokens), schedule.shares * schedule.slots
-    return Call(name, program, args, {}, result, prompts, resident, trips=trips, slots=slots)
+    return Call(name, program, args, kwargs, result, prompts, resident, trips=trips, slots=slots)
 
 
 def _sft_batch(rows: int, length: int) -> SFTBatch:

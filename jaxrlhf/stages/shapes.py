@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxrlhf.config import AdapterConfig, ModelConfig, RunConfig
 from jaxrlhf.config.reading import load_config
 from jaxrlhf.data import hub
-from jaxrlhf.data.tokenizers import build_word_tokenizer
+from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
 from jaxrlhf.distributed.mesh import batch_sharding, replicated
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.families import read_config
 from jaxrlhf.hf.folders import AUTO, DTYPES, PEFT_INFO, find_model
 from jaxrlhf.hf.tensor_files import read_json
 from jaxrlhf.models.adapters import init_adapter, target_paths
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.config import DecoderConfig, new_decoder_config
 from jaxrlhf.models.decoder import Decoder, abstract_decoder
 from jaxrlhf.models.layer_scan import wants_stacked_layers
@@ -27,6 +28,7 @@ from jaxrlhf.models.quantize import abstract_quantized
 from jaxrlhf.models.sharding import tree_shardings
 from jaxrlhf.models.target import Target, target_of
 from jaxrlhf.records import Adapter
+from jaxrlhf.stages.choices import load_choices, on_mesh
 from jaxrlhf.steps.ppo import complete
 from jaxrlhf.toy.builtin import vocabulary
 
@@ -67,6 +69,22 @@ class Shapes:
         abstract = abstract_decoder(model, model_dtype(self.config.model))
         kind = self.config.model.quantize
         return self.sharded(abstract if kind is None else abstract_quantized(abstract, kind))
+
+    @functools.cached_property
+    def choices(self) -> Choices | None:
+        """Returns the choices of PPO's sampling: arrays on a mesh of devices, else shapes; None if there are none.
+
+        The prompts are not read. So the choices have the tokens that they have after a short text.
+        """
+        sampling = self.config.ppo.sampling
+        if sampling.choices is None:
+            return None
+        tokenizer = read_tokenizer(self.config.model).for_model(self.model.vocab_size, self.model.stop_tokens)
+        model = dataclasses.replace(self.model, stop_tokens=tokenizer.stop_ids)
+        choices = load_choices(sampling, model, tokenizer, ["a"], lambda text: None)
+        if isinstance(self.mesh, jax.sharding.AbstractMesh):
+            return jax.tree.map(lambda leaf: _shape(leaf, replicated(self.mesh)), choices)
+        return on_mesh(choices, self.mesh)
 
     def adapter(self, config: AdapterConfig, head: Literal["value", "reward"] | None = None) -> Adapter:
         """Returns the shapes of an adapter on the base.
@@ -141,6 +159,22 @@ def read_model(config: ModelConfig) -> DecoderConfig:
             raise UserError(f"{config.run}: not a run directory: it has no config.yaml")
         return read_model(load_config(folder / "config.yaml").model)
     return read_folder(config.path)
+
+
+def read_tokenizer(config: ModelConfig) -> Tokenizer:
+    """Loads the tokenizer of a run's model. Raises `UserError` if there is none."""
+    if config.new is not None and config.tokenizer is None:
+        return build_word_tokenizer(*vocabulary(config.new.vocabulary))
+    if config.run is not None and config.tokenizer is None:
+        base = Path(config.run) / "roles" / "base"
+        if not base.is_dir():
+            return read_tokenizer(load_config(Path(config.run) / "config.yaml").model)
+        path = str(base)
+    else:
+        path = config.tokenizer or config.path
+    if (tokenizer := load_tokenizer(path)) is None:
+        raise UserError(f"{path}: has no tokenizer files, which ppo.sampling.choices need; give model.tokenizer")
+    return tokenizer
 
 
 def model_dtype(config: ModelConfig) -> str:

@@ -16,6 +16,7 @@ from jaxrlhf.algorithms.running import RunningMoments, init_moments
 from jaxrlhf.config import AdvantageConfig, KLConfig, PPOConfig, ScoreConfig
 from jaxrlhf.distributed.mesh import split_rows
 from jaxrlhf.models.adapters import bind
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.layer_scan import with_stacked_layers
 from jaxrlhf.models.packing import PackedRows, pack_rows, take_pass
@@ -63,6 +64,7 @@ def annotate(
     recompute_policy: bool = True,
     value_trunk: Literal["own", "policy"] = "own",
     packed: bool = False,
+    choices: Choices | None = None,
 ) -> Annotated:
     """Computes logprobs, reference logprobs and values of the completions.
 
@@ -75,6 +77,7 @@ def annotate(
         updates that do not use old logprobs.
       value_trunk: "policy" means that `value` is a head on the policy's trunk.
       packed: see `PPOConfig`. A pass then has the size of a part.
+      choices: the choices of the rollout. Policy and reference are masked to them.
     """
     if temperature is not None:
         rollout = rollout.replace(temperature=jnp.full(rollout.temperature.shape, temperature, jnp.float32))
@@ -84,10 +87,11 @@ def annotate(
     def forward(rows: Rollout, of_pass: PackedRows | None = None) -> Annotated:
         mask = rows.response_mask if of_pass is None else of_pass.mask
         inputs, more = (rows.tokens, rows.mask, mask), {"packed": of_pass}
-        ref_logprobs, _ = response_logprobs(bind(base, reference), *inputs, rows.temperature, **more)
+        of_policy = more | {"choices": choices}
+        ref_logprobs, _ = response_logprobs(bind(base, reference), *inputs, rows.temperature, **of_policy)
         if recompute_policy or (value and value_trunk == "policy"):
             trees = base, policy, value
-            logprobs, _, values = response_outputs(*trees, *inputs, rows.temperature, value_trunk, **more)
+            logprobs, _, values = response_outputs(*trees, *inputs, rows.temperature, value_trunk, **of_policy)
         else:
             logprobs = jnp.where(mask, rows.sample_logprobs, 0.0)
             values = response_values(bind(base, value), *inputs, **more) if value else None
@@ -185,9 +189,10 @@ def annotate_experience(
     greedy: tuple[Rollout, jax.Array] | None,
     control: Control,
     settings: ExperienceSettings,
+    choices: Choices | None = None,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
     """Runs `annotate_for_update` and `score_experience` in one program. Returns (experience, next control, metrics)."""
-    annotated = annotate_for_update(base, policy, value, reference, rollout, settings.update)
+    annotated = annotate_for_update(base, policy, value, reference, rollout, settings.update, choices=choices)
     return score_experience(rollout, annotated, scores, greedy, control, settings)
 
 
@@ -199,6 +204,7 @@ def annotate_for_update(
     rollout: Rollout,
     update: PPOConfig,
     behind: bool = False,
+    choices: Choices | None = None,
 ) -> Annotated:
     """Runs `annotate` with the arguments that follow from the settings `update`.
 
@@ -218,6 +224,7 @@ def annotate_for_update(
         recompute_policy=behind or not single_step(update),
         value_trunk=update.value_trunk,
         packed=update.packed,
+        choices=choices,
     )
 
 

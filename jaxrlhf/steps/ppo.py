@@ -16,6 +16,7 @@ from jaxrlhf.algorithms.running import ema
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.distributed.mesh import split_rows
 from jaxrlhf.models.adapters import SCORE
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.layer_scan import stacked_adapter, unstacked_adapter, with_stacked_layers
 from jaxrlhf.models.packing import PackedRows, pack_rows, take_pass
@@ -80,6 +81,7 @@ def ppo_update(
     key: jax.Array,
     config: PPOConfig,
     mix: SFTBatch | None = None,
+    choices: Choices | None = None,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """Runs a PPO update, and returns (state, metrics).
 
@@ -87,8 +89,8 @@ def ppo_update(
     uses every row once, in a random order from `key`. `mix` holds rows for the language-model loss of PPO-ptx. Every
     step uses an equal part of `mix`. If the approximate KL of a minibatch exceeds `kl_stop`, the step of this minibatch
     is discarded and all later minibatches are skipped. If the config lacks a learning rate or the number of
-    minibatches, `with_rate` or `complete` gives the missing value. Raises `ValueError` if `minibatches` does not divide
-    the rows.
+    minibatches, `with_rate` or `complete` gives the missing value. `choices` are those of the rollout. Raises
+    `ValueError` if `minibatches` does not divide the rows.
     """
     rows = experience.tokens.shape[0]
     config = complete(config, rows)
@@ -106,7 +108,8 @@ def ppo_update(
 
     def step(state: PPOState, inputs: tuple[jax.Array, SFTBatch | None]):
         rows_of_step, mix_of_step = inputs
-        state, metrics = _minibatch_step(state, base, take_rows(experience, rows_of_step), config, mix_of_step)
+        minibatch = take_rows(experience, rows_of_step)
+        state, metrics = _minibatch_step(state, base, minibatch, config, mix_of_step, choices)
         return state, (metrics, jnp.float32(1.0))
 
     given = state
@@ -151,7 +154,12 @@ def _stopping(step: Callable, kl_stop: jax.Array | float) -> Callable:
 
 
 def _minibatch_step(
-    state: PPOState, base: Decoder, minibatch: Experience, config: PPOConfig, mix: SFTBatch | None
+    state: PPOState,
+    base: Decoder,
+    minibatch: Experience,
+    config: PPOConfig,
+    mix: SFTBatch | None,
+    choices: Choices | None,
 ) -> tuple[PPOState, Metrics]:
     rows = minibatch.tokens.shape[0]
     size = config.microbatch_size or rows
@@ -161,7 +169,7 @@ def _minibatch_step(
     trees = (state.policy, state.value)
 
     def loss(trees: tuple[Adapter, Adapter], part: Experience, packed: PackedRows | None = None):
-        return ppo_loss(*by_leaf(trees), base, part, config, tokens, rows, length, packed)
+        return ppo_loss(*by_leaf(trees), base, part, config, tokens, rows, length, packed, choices)
 
     if config.packed:
         packed = pack_rows(minibatch, size)
@@ -220,18 +228,19 @@ def ppo_loss(
     total_rows: int,
     length: int | None = None,
     packed: PackedRows | None = None,
+    choices: Choices | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Returns the parts that a microbatch adds to the loss and to the metrics of its minibatch.
 
     `total_tokens`, `total_rows` and `length` describe the minibatch. So the sum over its microbatches is the loss of
     the minibatch. `length` is the number of response tokens per row; None means that of the microbatch. `value` is
     empty if there is no value model. If `value_trunk` is "policy", the value loss also trains the policy's trunk.
-    `packed` selects the rows of `experience` for this pass. None selects all rows.
+    `packed` selects the rows of `experience` for this pass. None selects all rows. `choices` are those of the rollout.
     """
     mask = experience.response_mask if packed is None else packed.mask
     inputs = (experience.tokens, experience.mask, mask)
     logprobs, entropy, values = response_outputs(
-        base, policy, value, *inputs, experience.temperature, config.value_trunk, config.remat, packed
+        base, policy, value, *inputs, experience.temperature, config.value_trunk, config.remat, packed, choices
     )
     old = jax.lax.stop_gradient(logprobs) if single_step(config) else experience.logprobs
     bounds = (config.clip_low, config.clip_high, config.dual_clip, config.log_ratio_bound)

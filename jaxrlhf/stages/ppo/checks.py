@@ -80,6 +80,10 @@ def _check_combinations(config: PPOStageConfig) -> None:
         ("advantage.whiten_rewards", config.advantage.whiten_rewards and config.advantage.estimator != "gae",
          "would reward length, because the estimator sums the rewards of a completion; leave it out, or give "
          "ppo.score.normalise=batch"),
+        ("update.mask_truncated", update.mask_truncated and config.sampling.choices is not None,
+         "has no effect with ppo.sampling.choices, because every choice ends; leave it out"),
+        ("score.missing_eos_penalty", score.missing_eos_penalty and config.sampling.choices is not None,
+         "has no effect with ppo.sampling.choices, because every choice ends; leave it out"),
         ("value_adapter", shared and config.value_adapter is not None,
          "with ppo.update.value_trunk=policy the value model is only a head; leave one of these settings out"),
     )  # fmt: skip

@@ -25,9 +25,11 @@ from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
 from jaxrlhf.distributed.jit import peak_memory_bytes
 from jaxrlhf.distributed.mesh import fetch, shard_batch
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter, Annotated, Experience, PPOState, Rollout, SFTBatch
 from jaxrlhf.rewards.completions import Completions
+from jaxrlhf.stages.choices import on_mesh
 from jaxrlhf.stages.evaluation import Evaluation, row_metrics
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
@@ -63,10 +65,12 @@ class Iteration:
         state: PPOState,
         reference: Adapter | None,
         pretraining: SFTData | None,
+        choices: Choices | None = None,
     ):
         config = run.config.ppo
         self.run, self.roles, self.config, self.sampler = run, roles, config, sampler
         self.update_config, self.reference, self.pretraining = update_config, reference, pretraining
+        self.choices = on_mesh(choices, run.mesh)
         self.group = config.sampling.samples_per_prompt
         self.rows = config.batch_size * self.group
         self.settings = ExperienceSettings(config.kl, config.advantage, config.score, update_config, self.group)
@@ -123,7 +127,8 @@ class Iteration:
             key = key_for(self.run.config.seed, "ppo", step, "update")
             prefetched_step, mix = self._prefetched_mix
             mix = mix if prefetched_step == step else self._mix(step)
-            ppo, update_metrics = self.update(ppo, self.roles.base, experience, key, self.update_config, mix=mix)
+            inputs = (experience, key, self.update_config)
+            ppo, update_metrics = self.update(ppo, self.roles.base, *inputs, mix=mix, choices=self.choices)
         if log_samples is not None:
             samples = samples_of(scored.completions, scored.rows, experience)
             models = (ppo.policy, ppo.value, models[2])
@@ -185,7 +190,7 @@ class Iteration:
         return self.sampler.sample_greedily(policy, prompts, sampled.indices) if self.needs_greedy else None
 
     def _annotate(self, models: tuple[Adapter, Adapter, Adapter | None], rollout: Rollout) -> Annotated:
-        return self.annotate(self.roles.base, *models, rollout, self.update_config)
+        return self.annotate(self.roles.base, *models, rollout, self.update_config, choices=self.choices)
 
     def _experience(
         self, scored: ScoredRollout, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control

@@ -18,10 +18,12 @@ from jaxrlhf.algorithms.shaping import informative_groups
 from jaxrlhf.config import Sampling
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.distributed.mesh import fetch, shard_batch
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain
 from jaxrlhf.rewards.composed import ABSTAINED, ComposedReward
+from jaxrlhf.stages.choices import on_mesh
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.programs import greedy_program, merge_program, rollout_program
@@ -76,7 +78,13 @@ class Sampler:
     """Samples completions and scores them."""
 
     def __init__(
-        self, run: Run, roles: Roles, reward: Reward, gold: Reward | None, mesh: jax.sharding.Mesh | None = None
+        self,
+        run: Run,
+        roles: Roles,
+        reward: Reward,
+        gold: Reward | None,
+        mesh: jax.sharding.Mesh | None = None,
+        choices: Choices | None = None,
     ):
         """`mesh` is the mesh that samples. None means the mesh of the run, on which everything else runs."""
         config = run.config.ppo
@@ -85,6 +93,7 @@ class Sampler:
         self.run, self.roles, self.reward, self.gold, self.config = run, roles, reward, gold, config
         self.sampling = config.sampling
         self.greedy = self.sampling.model_copy(update={"temperature": 0.0, "samples_per_prompt": 1})
+        self.choices = on_mesh(choices, self.mesh)
         self.rollout = rollout_program(self.mesh, self.base)
         self.greedy_rollout = greedy_program(self.mesh, self.base, self.rollout, self.sampling.samples_per_prompt)
         self.merge = merge_program(run.mesh)
@@ -103,7 +112,8 @@ class Sampler:
         """Samples completions of the prompts at `indices`. Completions of one prompt are adjacent rows."""
         sampling = self.sampling if sampling is None else sampling
         program = self.greedy_rollout if sampling is self.greedy else self.rollout
-        rollout = program(self.base, self.sent(policy), self._tokens(prompts, indices), key, sampling)
+        tokens = self._tokens(prompts, indices)
+        rollout = program(self.base, self.sent(policy), tokens, key, sampling, choices=self.choices)
         return self._completions(self._received(rollout), prompts, indices, sampling.samples_per_prompt)
 
     def sample_greedily(self, policy: Adapter, prompts: PromptSet, indices: np.ndarray) -> Completions:
@@ -133,7 +143,7 @@ class Sampler:
             self.prefetch(prompts, draw)
         (_, _, indices, tokens), self._prefetched = self._prefetched, None
         key = key_for(self.run.config.seed, "ppo", draw, "rollout")
-        rollout = self.rollout(self.base, self.sent(policy), tokens, key, self.sampling)
+        rollout = self.rollout(self.base, self.sent(policy), tokens, key, self.sampling, choices=self.choices)
         self._begun = prompts, draw, indices, rollout
 
     def prefetch(self, prompts: PromptSet, draw: int) -> None:

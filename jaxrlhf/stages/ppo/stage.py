@@ -17,6 +17,7 @@ from jaxrlhf.distributed.mesh import check_batch, make_meshes
 from jaxrlhf.errors import UserError
 from jaxrlhf.hf.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_full, scaled_head, without_head
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.functions import FunctionReward
@@ -25,6 +26,7 @@ from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.checks import check_adapter, check_slots, rate_text, with_optimizers
+from jaxrlhf.stages.choices import load_choices, prompts_of
 from jaxrlhf.stages.evaluation import Evaluated, check_results, comparison
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
@@ -49,6 +51,7 @@ class PPOInputs:
     evaluation: PromptSet
     rewards: Rewards
     gold: FunctionReward | None
+    choices: Choices | None = None
     policy: Adapter | None = None  # the adapter of ppo.policy
     reference: Adapter | None = None  # the adapter of ppo.reference
     pretraining: SFTData | None = None
@@ -106,7 +109,9 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     if processes.is_first():
         tried = {f"ppo.reward.parts.{name}" if name else "ppo.reward": reward for name, (reward, _) in rewards.items()}
         try_rewards(tried | {"ppo.gold": gold}, prompts, roles.tokenizer)
-    inputs = PPOInputs(prompts, evaluation, rewards, gold, policy, reference, _load_pretraining(run, roles))
+    choices = load_choices(config.sampling, roles.base.config, roles.tokenizer, prompts_of(prompts), run.say)
+    pretraining = _load_pretraining(run, roles)
+    inputs = PPOInputs(prompts, evaluation, rewards, gold, choices, policy, reference, pretraining)
     _check_kinds(run, inputs)
     if "sft" not in run.config.stages:  # if sft runs first, its adapter does not exist yet
         jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
@@ -146,9 +151,9 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
         return ModelReward(roles.base, adapter, run.mesh, update_config.microbatch_size)
 
     reward = compose(inputs.rewards, model_reward)
-    sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold), rollout_mesh)
+    sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold), rollout_mesh, inputs.choices)
     ppo = init_ppo(start, value, update_config)
-    iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining)
+    iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining, inputs.choices)
     refreshed = reference if config.refresh_reference else None
     behind = start if iteration.overlaps else None
     state = StageState(ppo, Control.start(config.kl.coef), jnp.int32(0), refreshed, behind)
