@@ -101,4 +101,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     top_p = "sample from the most likely tokens, whose total probability is p (default: the run's, else off)"
     parser.add_argument("--top-p", type=finite, help=top_p)
+    choices = "allow only one of these texts: A,B,C or a YAML list; '' allows every text (default: the run's, else off)"
+    parser.add_argument("--choices", type=text, metavar="A,B,...", help=choices)
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of sampling (default: 0)")

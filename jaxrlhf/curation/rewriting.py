@@ -111,7 +111,7 @@ class LocalModel:
                     lines.write(json.dumps(row) + "\n")
             arguments = argparse.Namespace(
                 run=None, model=self.folder, step=None, roles=None, prompt=None, prompts=file, prompt_field=None,
-                max_new_tokens=self.max_tokens, temperature=self.temperature, top_k=None, top_p=None,
+                max_new_tokens=self.max_tokens, temperature=self.temperature, top_k=None, top_p=None, choices=None,
                 seed=seeds[0] if len(seeds) else 0,
             )  # fmt: skip
             return [next(iter(record["answers"].values())).strip() for record in complete_prompts(arguments)]

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from jaxrlhf.evaluation.bootstrap import Metrics, ratio
+from jaxrlhf.evaluation.bootstrap import Metrics, mean, ratio
+
+TEMPERATURES = 1e-2, 1e2  # range of the fitted temperature
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10, lowest: float = 0.5) -> Metrics:
@@ -40,6 +42,54 @@ def calibration_table(
 
 def _bins(confidence: np.ndarray, bins: int, lowest: float) -> np.ndarray:
     return np.clip(((confidence - lowest) / (1 - lowest) * bins).astype(np.int64), 0, bins - 1)
+
+
+def label_probabilities(logprobs: np.ndarray, labels: np.ndarray) -> list[Metrics]:
+    """Returns log loss, Brier score and calibration error of N predictions of one of C labels.
+
+    The Brier score is the sum over labels of (probability - 1 if it is the right label, else 0)^2, from 0 to 2 (Brier
+    1950). The calibration error is that of the most probable label, in ten bins from 0 to 1 (Guo et al. 2017).
+
+    Args:
+      logprobs: f64[N,C]; need not add up to 1, because they are renormalised.
+      labels: i64[N]; the right label.
+    """
+    probabilities = softmax(logprobs)
+    loss = _log_sum(logprobs) - logprobs[np.arange(len(labels)), labels]
+    wanted = np.eye(logprobs.shape[1])[labels]
+    right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
+    error = calibration(probabilities.max(axis=1), right, lowest=0.0)
+    only_error = Metrics(error.names[:1], error.rows, lambda sums: error.value(sums)[..., :1])
+    return [mean("log_loss", loss), mean("brier", ((probabilities - wanted) ** 2).sum(axis=1)), only_error]
+
+
+def fit_temperature(logprobs: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the temperature T with the least log loss of softmax(logprobs / T).
+
+    This is temperature scaling (Guo et al. 2017). The log loss is convex in 1 / T, so its slope has one zero, which
+    bisection finds. T stays in `TEMPERATURES`.
+
+    Args:
+      logprobs: f64[N,C].
+      labels: i64[N]; the right label.
+    """
+    right = logprobs[np.arange(len(labels)), labels]
+    low, high = (np.log(1 / bound) for bound in reversed(TEMPERATURES))
+    for _ in range(60):
+        middle = (low + high) / 2
+        rises = np.mean((softmax(logprobs * np.exp(middle)) * logprobs).sum(axis=1) - right) > 0
+        low, high = (low, middle) if rises else (middle, high)
+    return float(np.exp(-(low + high) / 2))
+
+
+def softmax(logprobs: np.ndarray) -> np.ndarray:
+    """Returns probabilities f64[...,C] that add up to 1."""
+    return np.exp(logprobs - _log_sum(logprobs)[..., None])
+
+
+def _log_sum(logprobs: np.ndarray) -> np.ndarray:
+    peak = logprobs.max(axis=-1)
+    return peak + np.log(np.exp(logprobs - peak[..., None]).sum(axis=-1))
 
 
 def perplexity(losses: np.ndarray, tokens: np.ndarray) -> Metrics:

@@ -20,6 +20,9 @@ def table(report: Mapping[str, Any]) -> str:
     """Returns the report as lines of text. Each role is a column, and each metric is a row."""
     lines = [f"{report['origin']}: {_measured_on(report)}", ""]
     lines += _block("", report["roles"])
+    if report["temperatures"]:
+        of_roles = ", ".join(f"{role} {_number(value, False)}" for role, value in report["temperatures"].items())
+        lines += ["", f"temperatures of the calibrated probabilities: {of_roles}"]
     if report["differences"]:
         lines += ["", "differences of the same rows", *_block("", report["differences"], signed=True)]
     if report["win_rates"]:

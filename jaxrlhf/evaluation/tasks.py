@@ -130,6 +130,23 @@ class Task:
         found = self.function([texts[i] for i in self.numbers], self.values, self.options)
         return found.of_some(self.numbers, self.count).named(self.name)
 
+    def labels_among(self, choices: Sequence[str]) -> np.ndarray:
+        """Returns the number of the choice that is the label of each row, i64[rows]; -1 for rows without a label.
+
+        For a classification task. Raises `UserError` if the label of a row is not among the choices.
+        """
+        labels, pick = self.options["labels"], self.options["pick"]
+        _, expected = read_labels([""] * len(self.values), self.values, labels, pick)
+        names, _ = read_labels(choices, self.values[:1] * len(choices), labels, pick)
+        if len({*names}) < len(names):
+            raise UserError(f"--task {self.name}: several choices name the same label: {', '.join(map(repr, names))}")
+        found = np.full(self.count, -1, np.int64)
+        for number, label in zip(self.numbers, expected):
+            if label not in names:
+                raise UserError(f"--task {self.name}: column {self.column}, row {number}: {label!r} is not a choice")
+            found[number] = names.index(label)
+        return found
+
     def confusion(self, texts: Sequence[str]) -> dict[str, Any] | None:
         """Returns the confusion matrix of a classification task, else None."""
         if self.name != "classification":

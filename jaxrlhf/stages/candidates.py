@@ -1,17 +1,20 @@
 """Loads the models from which a command samples, and the sampling settings of the command."""
 
 import argparse
+from collections.abc import Sequence
 
 import jax
 import pydantic
 
 from jaxrlhf.config import RunConfig, Sampling
-from jaxrlhf.config.reading import load_config
+from jaxrlhf.config.reading import load_config, parse_yaml
+from jaxrlhf.data.chats import Prompt
 from jaxrlhf.errors import UserError, short
 from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.checks import check_tokens
+from jaxrlhf.stages.choices import Answers, check_length, choice_tokens, longest
 from jaxrlhf.stages.roles import Roles, load_origin, load_run
 from jaxrlhf.tracking.notices import notice
 
@@ -78,16 +81,50 @@ def _role_of_other(name: str, roles: Roles, mesh: jax.sharding.Mesh | None) -> M
     return _chosen_roles(other, [role], False, load_config(f"{run_dir}/config.yaml"), mesh)[role]
 
 
+def _choices(text: str) -> list | None:
+    """Returns the texts of `--choices`: a YAML list, or texts between commas without blanks around them."""
+    if not text.strip():
+        return None
+    listed = text.lstrip().startswith("[")
+    return parse_yaml(text, "--choices") if listed else [choice.strip() for choice in text.split(",")]
+
+
+def choices_of(
+    arguments: argparse.Namespace, sampling: Sampling, roles: Roles, prompts: Sequence[Prompt], prompt_tokens: int
+) -> tuple[Sampling, Answers | None]:
+    """Returns (sampling settings, the tokens of each choice). Completions are as long as the longest choice.
+
+    Without choices, the settings are unchanged. `prompt_tokens` is the number of tokens of the longest prompt.
+    """
+    if sampling.choices is None:
+        return sampling, None
+    where = "ppo.sampling.choices of the run" if arguments.choices is None else "--choices"
+    answers = choice_tokens(sampling, roles.base.config, roles.tokenizer, prompts, where, notice)
+    if arguments.max_new_tokens is not None:
+        check_length(answers, arguments.max_new_tokens, "--max-new-tokens")
+    length, positions = longest(answers), roles.base.config.max_positions
+    if prompt_tokens + length > positions:
+        raise UserError(
+            f"{where}: a prompt has {prompt_tokens} tokens and a choice {length}, but the model has only {positions} "
+            "positions; give shorter ones"
+        )
+    return sampling.model_copy(update={"max_new_tokens": length}), answers
+
+
 def sampling_of(arguments: argparse.Namespace, config: RunConfig | None, roles: Roles) -> Sampling:
     """Returns the run's sampling settings, in which the options of the command line replace some values."""
     run = config.ppo.sampling if config is not None and config.ppo is not None else Sampling()
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     options = {name: value for name, value in options.items() if value is not None}
+    if arguments.choices is not None:
+        options["choices"] = _choices(arguments.choices)
     try:
         sampling = Sampling(**{**run.model_dump(), **options, "samples_per_prompt": 1})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option}: {first['msg']}, not {first['input']}") from None
+        raise UserError(f"--{option}: {first['msg'].removeprefix('Value error, ')}, not {first['input']}") from None
     check_tokens(roles.base.config, sampling, "ppo.sampling of the run")
-    return sampling
+    if sampling.choices is None:
+        return sampling
+    return sampling.model_copy(update={"max_new_tokens": 1})  # until `choices_of` knows the longest choice

@@ -15,42 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.checkpoint.compilation_cache import AUTO, cached_programs
 from jaxrlhf.checkpoint.files import atomic_write
-from jaxrlhf.config import MeshConfig, Sampling
-from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.config import MeshConfig
 from jaxrlhf.data.sft import SFTData
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import check_batch, fetch, make_mesh, shard_batch
 from jaxrlhf.errors import Fault, UserError, printable
 from jaxrlhf.evaluation.bootstrap import Metrics, difference, intervals, mean
 from jaxrlhf.evaluation.preference import win_rate, wins_by_judge, wins_by_score
-from jaxrlhf.evaluation.probabilities import perplexity
-from jaxrlhf.evaluation.tasks import Task
-from jaxrlhf.models.adapters import bind
-from jaxrlhf.models.decoder import Decoder
+from jaxrlhf.evaluation.probabilities import fit_temperature, label_probabilities, perplexity, softmax
 from jaxrlhf.models.precision import compiler_options
-from jaxrlhf.models.scoring import response_logprobs
 from jaxrlhf.models.sharding import shard
-from jaxrlhf.records import Adapter, Rollout
-from jaxrlhf.rewards.completions import Completions, abstained_rows
-from jaxrlhf.rewards.composed import ComposedReward
+from jaxrlhf.rewards.completions import abstained_rows
+from jaxrlhf.stages.answering import Answers, Chooser, Sampler
 from jaxrlhf.stages.candidates import Model, load_candidates, sampling_of
 from jaxrlhf.stages.evaluation_inputs import Inputs, Pairs, choices, load_inputs
-from jaxrlhf.stages.keys import key_for
-from jaxrlhf.stages.programs import rollout_program
 from jaxrlhf.steps.sft import sft_row_losses
 
-
-@dataclasses.dataclass
-class Answers:
-    """The N completions of a role, and the metrics of each completion."""
-
-    texts: list[str]
-    rows: dict[str, np.ndarray]  # metric name -> [N]; values are masked if a reward abstained
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")  # settings of sampling in the report
 
 
 def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -61,26 +46,31 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     mesh = _mesh(arguments)
     roles, config, chosen = load_candidates(arguments, mesh, all_roles=True)
     chosen = {role: (base, adapter and shard(mesh, adapter)) for role, (base, adapter) in chosen.items()}
-    sampling = sampling_of(arguments, config, roles)
     size = arguments.batch_size or (config.ppo.batch_size if config is not None and config.ppo is not None else 32)
     check_batch(mesh, size, "--batch-size" if arguments.batch_size else "--batch-size (default)")
-    inputs = load_inputs(arguments, config, roles, sampling, mesh, size)
+    inputs = load_inputs(arguments, config, roles, sampling_of(arguments, config, roles), mesh, size)
     answers: dict[str, Answers] = {}
+    temperatures: dict[str, float] = {}  # by role; fitted
     of_text: dict[str, Metrics] = {}
     cache = AUTO if config is None else config.compilation_cache
     with cached_programs(cache, lambda text: print(printable(text), file=sys.stderr)):
         if inputs.prompts is not None:
-            sampler = _Sampler(inputs, mesh, roles.base, roles.tokenizer, sampling, arguments.seed)
+            kind = Sampler if inputs.choices is None else Chooser
+            sampler = kind(inputs, mesh, roles.base, roles.tokenizer, arguments.seed)
             for role, model in chosen.items():
                 answers[role] = sampler.answers(*model)
+                if inputs.validation is not None:
+                    rows, labels = inputs.validation
+                    temperatures[role] = fit_temperature(sampler.logprobs_of(*model, rows), labels)
                 _progress(f"{role}: {len(inputs.prompts)} completions")
         if inputs.text is not None:
             program = Program(sft_row_losses, "sft_row_losses", mesh, compiler_options(roles.base))
             for role, model in chosen.items():
                 of_text[role] = _perplexity(program, mesh, model, inputs.text)
                 _progress(f"{role}: loss of {len(inputs.text.examples)} texts")
-        report = _report(arguments, inputs, sampling, answers, of_text)
-    return report, "" if arguments.samples is None else "".join(_sample_lines(inputs, answers))
+        report = _report(arguments, inputs, answers, of_text, temperatures)
+    lines = () if arguments.samples is None else _sample_lines(inputs, answers, temperatures)
+    return report, "".join(lines)
 
 
 def _mesh(arguments: argparse.Namespace) -> jax.sharding.Mesh:
@@ -99,67 +89,6 @@ def _progress(text: str) -> None:
     print(printable(f"evaluate: {text}"), file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------- answers
-
-
-def _logprob_sums(base: Decoder, adapter: Adapter | None, rollout: Rollout) -> jax.Array:
-    """Returns the logprob of each completion under a model, f32[B]: the sum over its tokens."""
-    inputs = (rollout.tokens, rollout.mask, rollout.response_mask, rollout.temperature)
-    return jnp.sum(response_logprobs(bind(base, adapter), *inputs)[0], axis=1)
-
-
-class _Sampler:
-    """Samples, scores and measures the completions of a model."""
-
-    def __init__(self, inputs: Inputs, mesh, base: Decoder, tokenizer, sampling: Sampling, seed: int):
-        self.inputs, self.mesh, self.tokenizer, self.sampling, self.seed = inputs, mesh, tokenizer, sampling, seed
-        self.rollout = rollout_program(mesh, base)
-        self.logprobs = Program(_logprob_sums, "logprob_sums", mesh, compiler_options(base))
-
-    def answers(self, base: Decoder, adapter: Adapter | None) -> Answers:
-        """Returns one completion of every prompt, with its metrics."""
-        texts: list[str] = []
-        rows: dict[str, list[np.ndarray]] = {}
-        prompts, size = self.inputs.prompts, self.inputs.batch_size
-        for start in range(0, len(prompts), size):
-            real = min(size, len(prompts) - start)
-            numbers = np.minimum(np.arange(start, start + size), len(prompts) - 1)
-            key = key_for(self.seed, "evaluate", start, "rollout")
-            tokens = shard_batch(self.mesh, prompts.padded(numbers))
-            rollout = self.rollout(base, adapter, tokens, key, self.sampling)
-            completions = _completions(prompts, numbers, rollout, self.tokenizer)
-            found = self._scores(completions)
-            mask, ended = fetch((rollout.response_mask, rollout.ended))
-            found |= {"length/mean": mask.sum(axis=1), "length/eos_share": ended}
-            if self.inputs.reference is not None:
-                sums = [self.logprobs(*model, rollout) for model in ((base, adapter), self.inputs.reference)]
-                found["kl/k1"] = np.subtract(*fetch(sums)).astype(np.float64)
-            for name, values in found.items():
-                rows.setdefault(name, []).append(values[:real])
-            texts += [text.strip() for text in completions.texts[:real]]
-        return Answers(texts, {name: np.ma.concatenate(parts) for name, parts in rows.items()})
-
-    def _scores(self, completions: Completions) -> dict[str, np.ndarray]:
-        """Returns the scores [B] of the reward, its parts and the gold function.
-
-        A score is masked if its function abstained.
-        """
-        found: dict[str, Any] = {}
-        if isinstance(self.inputs.reward, ComposedReward):
-            found["reward/score"], parts = self.inputs.reward.scores_and_parts(completions)
-            found |= {f"reward/{name}": values for name, values in parts.items()}
-        elif self.inputs.reward is not None:
-            found["reward/score"] = self.inputs.reward(completions)
-        if self.inputs.gold is not None:
-            found["reward/gold"] = self.inputs.gold(completions)
-        return {name: values if isinstance(values, np.ndarray) else fetch(values) for name, values in found.items()}
-
-
-def _completions(prompts: PromptSet, numbers: np.ndarray, rollout: Rollout, tokenizer) -> Completions:
-    texts, rows, chats = ([kind[i] for i in numbers] for kind in (prompts.texts, prompts.columns, prompts.chats))
-    return Completions(rollout, texts, rows, tokenizer, chats)
-
-
 # ---------------------------------------------------------------- metrics
 
 
@@ -170,15 +99,22 @@ def _perplexity(program: Program, mesh, model: Model, data: SFTData) -> Metrics:
     return perplexity(losses[tokens > 0], tokens[tokens > 0]).named("text")
 
 
-def _metrics(answers: Answers, tasks: list[Task]) -> list[Metrics]:
-    """Returns the metrics of a role's answers. Each metric has N rows."""
+def _metrics(answers: Answers, inputs: Inputs, temperature: float | None) -> list[Metrics]:
+    """Returns the metrics of a role's answers. Each metric has N rows. `temperature` calibrates probabilities."""
     found = []
     for name, values in answers.rows.items():
         abstained = abstained_rows(values)
         found.append(mean(name, np.ma.getdata(values), ~abstained))
         if abstained.any():
             found.append(mean(f"{name}_abstained", abstained))
-    return found + [task(answers.texts) for task in tasks]
+    found += [task(answers.texts) for task in inputs.tasks]
+    if inputs.labels is not None:
+        labelled = np.flatnonzero(inputs.labels >= 0)
+        logprobs, labels = answers.logprobs[labelled], inputs.labels[labelled]
+        for name, divisor in (("probability", 1.0), ("calibrated", temperature)):
+            metrics = [] if divisor is None else label_probabilities(logprobs / divisor, labels)
+            found += [one.of_some(labelled, len(inputs.labels)).named(name) for one in metrics]
+    return found
 
 
 def _wins(inputs: Inputs, answers: Answers, other: Answers) -> dict[str, Metrics]:
@@ -211,9 +147,9 @@ def _choices(inputs: Inputs, first: Answers, second: Answers) -> np.ndarray:
 def _report(
     arguments: argparse.Namespace,
     inputs: Inputs,
-    sampling: Sampling,
     answers: dict[str, Answers],
     of_text: dict[str, Metrics],
+    temperatures: dict[str, float],
 ) -> dict[str, Any]:
     """Returns all metrics with their intervals, and a description of the data that they were measured on."""
     bounds = functools.partial(
@@ -226,7 +162,9 @@ def _report(
     roles = list(answers or of_text)
     pairs = [(b, a) for a, b in itertools.combinations(roles, 2)]
     group = arguments.samples_per_prompt
-    found = {role: [_of_prompts(_metrics(answers[role], inputs.tasks), group)] if answers else [] for role in roles}
+    found: dict[str, list[list[Metrics]]] = {role: [] for role in roles}
+    for role, own in answers.items():
+        found[role].append(_of_prompts(_metrics(own, inputs, temperatures.get(role)), group))
     for role, metrics in of_text.items():
         found[role].append([metrics])
     by_role = {role: _bounded(bounds, groups) for role, groups in found.items()}
@@ -250,7 +188,9 @@ def _report(
         "prompts": inputs.prompts and {"path": inputs.prompts.report.path, "rows": len(inputs.prompts) // group},
         "samples_per_prompt": group,
         "text": inputs.text and {"path": inputs.text_path, "rows": len(inputs.text.examples)},
-        "sampling": {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")},
+        "sampling": {name: getattr(inputs.sampling, name) for name in SAMPLING},
+        "choices": inputs.choices and list(inputs.choices),
+        "temperatures": temperatures,
         "seed": arguments.seed,
         "interval": {name: getattr(arguments, name) for name in ("interval", "confidence", "resamples")},
         "roles": by_role,
@@ -312,11 +252,19 @@ def write_files(files: Mapping[str, tuple[str, str]]) -> None:
         raise Fault("; ".join(faults))
 
 
-def _sample_lines(inputs: Inputs, answers: dict[str, Answers]) -> Iterator[str]:
-    """Yields a line of JSON for each prompt. It has the completion of every role, and the completion's metrics."""
+def _sample_lines(
+    inputs: Inputs, answers: dict[str, Answers], temperatures: dict[str, float]
+) -> Iterator[str]:
+    """Yields a line of JSON for each prompt. It has the completion of every role, and the completion's metrics.
+
+    With choices it also has the probability of each choice, calibrated if there is a temperature.
+    """
     for i, prompt in enumerate(inputs.prompts.texts if inputs.prompts is not None else ()):
         of_roles = {}
         for role, own in answers.items():
             values = {n: None if row[i] is np.ma.masked else float(row[i]) for n, row in own.rows.items()}
             of_roles[role] = {"completion": own.texts[i], **values}
+            if own.logprobs is not None:
+                found = softmax(own.logprobs[i] / temperatures.get(role, 1.0))
+                of_roles[role]["probabilities"] = dict(zip(inputs.choices, found.tolist()))
         yield json.dumps({"prompt": prompt, "answers": of_roles}, ensure_ascii=True) + "\n"

@@ -29,7 +29,8 @@ from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 from jaxrlhf.rewards.load import check_prompts, compose, load_rewards, needs_own
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.trial import try_rewards
-from jaxrlhf.stages.candidates import Model
+from jaxrlhf.stages.candidates import Model, choices_of
+from jaxrlhf.stages.choices import Answers, prompts_of
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.tracking.notices import notice
 
@@ -50,6 +51,10 @@ class Inputs:
     judge: FunctionReward | None
     reference: Model | None  # reference of the KL
     tasks: list[Task]
+    sampling: Sampling
+    choices: Answers | None = None  # the tokens of each choice
+    labels: np.ndarray | None = None  # i64[N]; number of the right choice, -1 if unknown; None without classification
+    validation: tuple[PromptSet, np.ndarray] | None = None  # prompts and labels from which temperatures are fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +104,7 @@ def load_inputs(
     if prompts is None and text is None:
         raise UserError("there is nothing to evaluate on; give prompts with --data, or held-out text with --text")
     tasks: list[Task] = []
+    answers = labels = validation = None
     if prompts is not None:
         where = "--reward" if arguments.reward else "ppo.reward"
         reward = None if reward is None else _reward(reward, where, roles, mesh, prompts, config)
@@ -114,10 +120,50 @@ def load_inputs(
         options = {name: getattr(arguments, name) for name in ("pick", "ignore_case", "normalize", "tokenize")}
         options["labels"] = None if arguments.labels is None else [name.strip() for name in arguments.labels.split(",")]
         tasks = [Task(spec, prompts.columns, options) for spec in arguments.task or ()]
-    elif asked := [name for name in ("task", "judge", "reward", "gold") if getattr(arguments, name)]:
+        lengths = max(map(len, prompts.ids))
+        sampling, answers = choices_of(arguments, sampling, roles, prompts_of(prompts), lengths)
+        if answers is not None:
+            labels, validation = _labels(arguments, config, roles, sampling, tasks, answers)
+        elif arguments.calibrate is not None:
+            raise UserError("--calibrate: needs the probabilities of choices; give --choices")
+    elif asked := [name for name in ("task", "judge", "reward", "gold", "calibrate") if getattr(arguments, name)]:
         raise UserError(f"--{asked[0]}: needs prompts; give --data")
     reference = None if config is None or prompts is None else _reference(config, roles, mesh)
-    return Inputs(prompts, text, text_path, batch_size, reward, gold, judge, reference, tasks)
+    of_choices = (answers, labels, validation)
+    return Inputs(prompts, text, text_path, batch_size, reward, gold, judge, reference, tasks, sampling, *of_choices)
+
+
+def _labels(
+    arguments: argparse.Namespace,
+    config: RunConfig | None,
+    roles: Roles,
+    sampling: Sampling,
+    tasks: list[Task],
+    answers: Answers,
+) -> tuple[np.ndarray | None, tuple[PromptSet, np.ndarray] | None]:
+    """Returns (numbers of the right choices, labelled prompts of `--calibrate` with theirs); None for what is missing.
+
+    The labels are in the column of the first classification task.
+    """
+    if arguments.samples_per_prompt > 1:
+        raise UserError(
+            "--samples-per-prompt: with choices the completion is the most probable choice, so there is only one; "
+            "leave it out"
+        )
+    task = next((task for task in tasks if task.name == "classification"), None)
+    if task is None:
+        if arguments.calibrate is not None:
+            raise UserError("--calibrate: needs labels; give their column with --task classification:COLUMN")
+        return None, None
+    labels = task.labels_among(list(answers))
+    if arguments.calibrate is None:
+        return labels, None
+    file = _file(arguments.calibrate, arguments, config)
+    rows = _load_prompts(file, arguments, config, roles, sampling)
+    own = Task(f"{task.name}:{task.column}", rows.columns, task.options).labels_among(list(answers))
+    known = np.flatnonzero(own >= 0)
+    parts = {name: [getattr(rows, name)[i] for i in known] for name in ("ids", "texts", "chats", "columns")}
+    return labels, (dataclasses.replace(rows, **parts), own[known])
 
 
 def _prompts(
@@ -129,11 +175,7 @@ def _prompts(
     """
     ppo = None if config is None else config.ppo
     if arguments.data is not None:
-        source = {"path": arguments.data, "split": arguments.split, "limit": arguments.limit}
-        source |= {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
-        if (stage := config and (config.ppo or config.sft)) is not None:  # chats get the format of the run
-            source |= format_of(stage.data, arguments.prompt_field)
-        data = PromptsConfig(**{name: value for name, value in source.items() if value is not None})
+        data = _file(arguments.data, arguments, config)
     elif ppo is not None:
         if ppo.evaluation.data is None:
             notice(f"{arguments.run}: evaluated on the training prompts (ppo.data); --data sets other prompts")
@@ -141,7 +183,22 @@ def _prompts(
         data = data.model_copy(update={"limit": arguments.limit or data.limit})
     else:
         return None
-    positions = roles.base.config.max_positions
+    return _load_prompts(data, arguments, config, roles, sampling)
+
+
+def _file(path: str, arguments: argparse.Namespace, config: RunConfig | None) -> PromptsConfig:
+    """Returns the settings that read prompts of a file which the command line names."""
+    source = {"path": path, "split": arguments.split, "limit": arguments.limit}
+    source |= {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
+    if (stage := config and (config.ppo or config.sft)) is not None:  # chats get the format of the run
+        source |= format_of(stage.data, arguments.prompt_field)
+    return PromptsConfig(**{name: value for name, value in source.items() if value is not None})
+
+
+def _load_prompts(
+    data: PromptsConfig, arguments: argparse.Namespace, config: RunConfig | None, roles: Roles, sampling: Sampling
+) -> PromptSet:
+    ppo, positions = None if config is None else config.ppo, roles.base.config.max_positions
     limit = positions - sampling.max_new_tokens
     if limit < 1:
         most = f"must be below the model's {positions} positions"

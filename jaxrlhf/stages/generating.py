@@ -13,11 +13,13 @@ from jaxrlhf.data.prompts import left_pad, read_prompts
 from jaxrlhf.data.templates import format_of
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError, printable
+from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.records import Adapter
 from jaxrlhf.rollout.decode import rollout
-from jaxrlhf.stages.candidates import load_candidates, sampling_of
+from jaxrlhf.stages.candidates import choices_of, load_candidates, sampling_of
+from jaxrlhf.stages.choices import trie
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.roles import Roles
 
@@ -30,6 +32,8 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
     roles, config, chosen = load_candidates(arguments)
     sampling = sampling_of(arguments, config, roles)
     prompts, ids = _prompts(arguments, config, roles, sampling)
+    sampling, answers = choices_of(arguments, sampling, roles, prompts, max(map(len, ids)))
+    choices = None if answers is None else trie(answers, "--choices")
     program = jax.jit(rollout, compiler_options=compiler_options(roles.base))
     cache = AUTO if config is None else config.compilation_cache
     with cached_programs(cache, lambda text: print(printable(text), file=sys.stderr)):
@@ -38,7 +42,7 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
             if len(ids) > 1:  # fill up the last batch with its first prompt, so that all batches have one shape
                 batch = batch + [batch[0]] * (BATCH - len(batch))
             key = key_for(arguments.seed, "generate", start, "rollout")
-            inputs = (roles.tokenizer, batch, sampling, key)
+            inputs = (roles.tokenizer, batch, sampling, choices, key)
             texts = {role: _completions(program, *model, *inputs) for role, model in chosen.items()}
             for i, prompt in enumerate(prompts[start : start + BATCH]):
                 shown = prompt.messages if isinstance(prompt, Chat) else prompt
@@ -46,12 +50,20 @@ def complete_prompts(arguments: argparse.Namespace) -> Iterator[dict]:
 
 
 def _completions(
-    program, base: Decoder, adapter: Adapter | None, tokenizer: Tokenizer, ids: list, sampling: Sampling, key
+    program,
+    base: Decoder,
+    adapter: Adapter | None,
+    tokenizer: Tokenizer,
+    ids: list,
+    sampling: Sampling,
+    choices: Choices | None,
+    key: jax.Array,
 ) -> list[str]:
     """Returns the text of one completion for each prompt in `ids`."""
     limit = base.config.max_positions - sampling.max_new_tokens
     length = min(-(-max(map(len, ids)) // LENGTH_STEP) * LENGTH_STEP, limit)
-    rollout = jax.device_get(program(base, adapter, left_pad(ids, length, tokenizer.pad_id), key, sampling))
+    prompts = left_pad(ids, length, tokenizer.pad_id)
+    rollout = jax.device_get(program(base, adapter, prompts, key, sampling, choices))
     responses = zip(rollout.tokens[:, length:], rollout.response_mask)
     return [tokenizer.decode(row[mask].tolist()) for row, mask in responses]
 
