@@ -105,6 +105,13 @@ def test_evaluate_page_runs_as_printed():
     assert names["length"]["words"].value == 6
 
 
+def test_choices_page_runs_as_printed():
+    (block,) = blocks(ROOT / "docs" / "choices.md", "python")
+    names = {}
+    exec(compile(block, "choices", "exec"), names)
+    assert {tuple(row[:2].tolist()) for row in names["samples"].tokens[:, 2:]} <= {(5, 2), (6, 7), (6, 2)}
+
+
 @each("yaml")
 def test_config_loads(page, block, tmp_path):
     """Each block is a config, or a part of one that lacks only run_dir, model and data."""
