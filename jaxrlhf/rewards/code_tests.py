@@ -136,7 +136,9 @@ class CodeTestsReward:
         if prefix is not None and not isinstance(prefix, str):
             raise ValueError(f"the column {config.prefix} must hold text, not a {type(prefix).__name__}")
         tests = read_tests(row[config.column], config.column, entry_point)
-        return tests | {"code": (prefix or "") + code_of(text), "entry_point": entry_point}
+        # Completions of text prompts often begin with a blank, which would be an indentation error.
+        code = code_of(text).lstrip() if prefix is None else prefix + code_of(text)
+        return tests | {"code": code, "entry_point": entry_point}
 
 
 def code_of(completion: str) -> str:

@@ -61,6 +61,11 @@ def test_rows_without_tests_abstain_and_all_or_nothing(reward):
     assert reward(of([], [])).shape == (0,)
 
 
+def test_blanks_before_the_first_line_are_no_indentation(reward):
+    rows = [{"tests": ["assert one() == 1"]}] * 2
+    assert reward(of([" def one(): return 1", "\n  def one():\n    return 1"], rows)).tolist() == [1, 1]
+
+
 def test_head_of_a_function_and_check_as_in_humaneval():
     config = CodeTestsRewardConfig(column="test", prefix="prompt", entry_point="entry_point", seconds=30.0)
     row = {
