@@ -89,9 +89,13 @@ def test_library_page_runs_as_printed(run_folder, capsys):
 
 @pytest.mark.parametrize("name", ["your-own", "rewards"])
 def test_reward_functions_score_as_printed(name):
-    (block,) = blocks(ROOT / "docs" / f"{name}.md", "python")
+    block, *others = blocks(ROOT / "docs" / f"{name}.md", "python")
     names = {}
     exec(compile(block, name, "exec"), names)
+    for other in others:
+        exec(compile(other, name, "exec"), names)
+        steps = [["2 + 2 = 4\n", "so 4"], ["no"]]
+        assert names["score_steps"](prompts=["a", "b"], completions=["", ""], steps=steps) == [[1, 0], [0]]
     assert names["score"](prompts=["a", "b"], completions=["yes please", "no"], answer=["1", "2"]) == [1.0, 0.0]
 
 

@@ -114,6 +114,14 @@ class Advantage:
     returns of REINFORCE and REINFORCE++ are rewards-to-go. The other estimators treat a completion as one action. Their
     returns are the completion's summed reward, repeated on each token.
 
+    If rewards stand inside completions (process rewards), GAE, REINFORCE and REINFORCE++ give each token credit for the
+    rewards that follow. The estimators that treat a completion as one action sum its rewards, as their papers do.
+    GRPO has its own rule for steps:
+
+      by_step(rewards, mask, steps, group) -> (advantages, returns)
+
+    with `steps` bool[B,R], True at the last token of each step, and returns that are rewards-to-go.
+
     Means, deviations and group sizes do not count empty completions. If all compared completions have the same return,
     the advantages are exactly 0. If a completion is alone in its group, its advantage is 0.
     """
@@ -123,6 +131,7 @@ class Advantage:
     needs_value: bool = False  # needs a value model
     needs_group: bool = False  # needs several completions per prompt: group > 1
     needs_greedy: bool = False  # needs the return of a greedy completion per prompt
+    by_step: Callable[[Array, Array, Array, int], tuple[Array, Array]] | None = None  # replaces `compute` for steps
 
 
 def _mean(x: Array, real: Array, axis: Axis = None) -> Array:
@@ -161,6 +170,13 @@ def _group_advantages(rewards: Array, mask: Array, group: int) -> tuple[Array, A
     return centered.reshape(-1), count.reshape(-1), returns
 
 
+def _deviation(squares: Array, count: Array) -> Array:
+    """Returns the unbiased deviation of `count` numbers with this sum of squared deviations; 0 if `squares` is 0."""
+    variance = squares / jnp.maximum(count - 1.0, 1.0)
+    # The square root has no finite gradient at 0. So the inner `where` replaces 0 by 1.
+    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+
+
 def _gae(rewards, mask, values, group, greedy, gamma, lam):
     """Calls `gae` with the signature that all estimators share."""
     return gae(rewards, values, mask, gamma, lam)
@@ -185,10 +201,25 @@ def grpo(rewards, mask, values, group, greedy, gamma, lam):
     centered, count, returns = _group_advantages(rewards, mask, group)
     squares = jnp.sum(jnp.square(centered).reshape(-1, group), axis=1, keepdims=True)
     squares = jnp.broadcast_to(squares, (squares.shape[0], group)).reshape(-1)
-    variance = squares / jnp.maximum(count - 1.0, 1.0)
-    # The square root has no finite gradient at 0. So the inner `where` replaces 0 by 1.
-    deviation = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
-    return _on_tokens(centered / (deviation + 1e-4), mask), _on_tokens(returns, mask)
+    return _on_tokens(centered / (_deviation(squares, count) + 1e-4), mask), _on_tokens(returns, mask)
+
+
+def grpo_by_step(rewards: Array, mask: Array, steps: Array, group: int) -> tuple[Array, Array]:
+    """GRPO with process supervision (2402.03300, section 4.1.3).
+
+      r~_j = (r_j - mean) / (deviation + 1e-4)    mean and deviation of the rewards of all steps of the group
+      A_t  = sum of r~_j over the steps j that end at token t or later
+
+    The deviation is unbiased, as in `grpo`. Rewards that stand at no step's end, such as a KL penalty, are divided by
+    the same number. The arguments are those of `Advantage`.
+    """
+    chex.assert_rank([rewards, mask, steps], 2)
+    chex.assert_is_divisible(rewards.shape[0], group)
+    by_group, ends, real = (x.reshape(-1, group * x.shape[1]) for x in (rewards, steps & mask, mask))
+    centered = jnp.where(ends, by_group - _mean(by_group, ends, axis=1), 0.0)
+    deviation = _deviation(jnp.sum(jnp.square(centered), axis=1, keepdims=True), jnp.sum(ends, axis=1, keepdims=True))
+    normalised = jnp.where(ends, centered, jnp.where(real, by_group, 0.0)) / (deviation + 1e-4)
+    return _rewards_to_go(normalised.reshape(mask.shape), mask, 1.0), _rewards_to_go(rewards, mask, 1.0)
 
 
 def dr_grpo(rewards, mask, values, group, greedy, gamma, lam):
@@ -232,7 +263,7 @@ ADVANTAGES: dict[str, Advantage] = {
     "gae": Advantage(_gae, "1506.02438", needs_value=True),
     "reinforce": Advantage(reinforce, "Williams 1992"),
     "rloo": Advantage(rloo, "2402.14740", needs_group=True),
-    "grpo": Advantage(grpo, "2402.03300", needs_group=True),
+    "grpo": Advantage(grpo, "2402.03300", needs_group=True, by_step=grpo_by_step),
     "dr_grpo": Advantage(dr_grpo, "2503.20783", needs_group=True),
     "reinforce_plus_plus": Advantage(reinforce_plus_plus, "2501.03262"),
     "reinforce_plus_plus_baseline": Advantage(reinforce_plus_plus_baseline, "2501.03262", needs_group=True),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
-from jaxrlhf.algorithms.masked import zero_masked
+from jaxrlhf.algorithms.masked import at_last_token, zero_masked
 
 # The largest allowed slope of a token's KL estimate as a function of r (see `kl_estimate`). Other libraries limit the
 # estimate and not the slope: verl clips k3 at 10, OpenRLHF clips k2 and k3 at 10.
@@ -135,7 +135,7 @@ def shape_rewards(
     """Returns the rewards: -kl_coef * KL_t on every token, plus the score on the last real token (1909.08593).
 
     Args:
-      scores: f32[B]; one score per completion.
+      scores: f32[B]; one score per completion. Or f32[B,R]; rewards inside the completions, added at their tokens.
       logprobs: f32[B,R]; from the policy before the update.
       ref_logprobs: f32[B,R]; from the reference.
       mask: bool[B,R]; True on the completion's real tokens.
@@ -146,10 +146,8 @@ def shape_rewards(
     Returns:
       f32[B,R]; 0 where the mask is False. An empty completion has no token, so its score is lost.
     """
-    chex.assert_rank([scores, mask], [1, 2])
+    chex.assert_rank([scores, mask], [{1, 2}, 2])
     chex.assert_equal_shape_prefix([scores, mask], 1)
     kl = kl_estimate(*zero_masked(mask, logprobs, ref_logprobs), estimator, kl_bound)
-    position = jnp.arange(mask.shape[1])
-    last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1 if the completion is empty
-    score = jnp.where(position == last, jnp.asarray(scores, jnp.float32)[:, None], 0.0)
+    score = at_last_token(scores, mask) if scores.ndim == 1 else zero_masked(mask, scores)[0]
     return jnp.where(mask, -kl_coef * kl, 0.0) + score

@@ -31,6 +31,16 @@ def masked_sum(x: Array, mask: Array, axis: Axis = None) -> Array:
     return jnp.sum(x, axis=axis)
 
 
+def at_last_token(per_row: Array, mask: Array) -> Array:
+    """Returns f32[B,R] with the number of each row at its last real token, and 0 elsewhere. `per_row` is f32[B].
+
+    A row without a real token is 0.
+    """
+    position = jnp.arange(mask.shape[1])
+    last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1 if the row is empty
+    return jnp.where(position == last, jnp.asarray(per_row, jnp.float32)[:, None], 0.0)
+
+
 def masked_mean(x: Array, mask: Array, axis: Axis = None) -> Array:
     """Returns the mean of x[mask]; 0 if no position is real. The arguments are those of `masked_sum`."""
     count = jnp.sum(mask, axis=axis, dtype=jnp.float32)

@@ -70,19 +70,23 @@ def overlong_penalty(lengths: Array, limit: Array | float, buffer: Array | float
     return -jnp.clip(beyond / jnp.maximum(buffer, 1e-6), 0.0, 1.0)
 
 
-def informative_groups(scores: Array, group: int) -> Array:
+def informative_groups(scores: Array, group: int, steps: Array | None = None) -> Array:
     """Returns True for each prompt whose completions have different scores, else False.
 
     If all scores of a group are equal and the baseline is the group mean, the group has no gradient (2503.14476).
 
     Args:
-      scores: f32[B]; rows i*group to (i+1)*group - 1 are the completions of one prompt.
+      scores: f32[B]; rows i*group to (i+1)*group - 1 are the completions of one prompt. With `steps`, f32[B,R].
       group: completions per prompt; static; a divisor of B. The result is False for groups of one completion.
+      steps: bool[B,R]; True where `scores` holds the reward of a step. The group mean is then that of these rewards.
 
     Returns:
       bool[B/group].
     """
-    chex.assert_rank(scores, 1)
+    chex.assert_rank(scores, 1 if steps is None else 2)
     chex.assert_is_divisible(scores.shape[0], group)
-    by_group = jnp.asarray(scores, jnp.float32).reshape(-1, group)
-    return jnp.max(by_group, axis=1) > jnp.min(by_group, axis=1)
+    by_group = jnp.asarray(scores, jnp.float32).reshape(scores.shape[0] // group, -1)
+    real = True if steps is None else jnp.asarray(steps).reshape(by_group.shape)
+    return jnp.max(by_group, axis=1, where=real, initial=-jnp.inf) > jnp.min(
+        by_group, axis=1, where=real, initial=jnp.inf
+    )

@@ -11,6 +11,7 @@ from jaxrlhf.bench.timing import Timed
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sources import LoadReport
 from jaxrlhf.rewards.completions import Completions
+from jaxrlhf.rewards.load import gives_steps
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.ppo.iteration import Iteration, StageState
 from jaxrlhf.stages.ppo.sampler import Sampler
@@ -67,7 +68,8 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, Stag
 class _RandomReward:
     """A reward that runs the programs of the run's reward models.
 
-    If the run has the program `reward`, its scores are returned. Otherwise the scores are random.
+    If the run has the program `reward`, its scores are returned. Otherwise the scores are random. If the run's reward
+    scores inside completions, each token has a random reward.
     """
 
     name = "bench"
@@ -76,13 +78,18 @@ class _RandomReward:
         self.own = timed.get("reward")
         self.models = [program for name, program in timed.items() if name.startswith("reward ")]
         self.random = np.random.default_rng(shapes.config.seed)
+        self.by_step = gives_steps(shapes.config.ppo.reward)
 
     def __call__(self, completions: Completions) -> np.ndarray | jax.Array:
         for model in self.models:
             for _ in range(round(model.times)):
                 model.again()
-        if self.own is not None:
-            return self.own(*self.own.args[:2], completions.rollout)
+        own = None if self.own is None else self.own(*self.own.args[:2], completions.rollout)
+        if self.by_step:
+            mask = completions.response_mask
+            return np.ma.MaskedArray(self.random.standard_normal(mask.shape).astype(np.float32), ~mask)
+        if own is not None:
+            return own
         return self.random.standard_normal(completions.rollout.tokens.shape[0]).astype(np.float32)
 
 

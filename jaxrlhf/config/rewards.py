@@ -8,7 +8,19 @@ from jaxrlhf.config.base import FiniteFloat, NonNegativeFloat, PositiveInt, Seco
 from jaxrlhf.config.paths import CachePath, FolderPath, FunctionPath, SourcePath
 
 
-class FunctionRewardConfig(Settings):
+class _Inside(Settings):
+    """Settings of rewards that may score inside completions (process rewards)."""
+
+    step_separator: str = Field("\n", min_length=1, description="text that ends a step, for granularity: step")
+
+    @model_validator(mode="after")
+    def _check_separator(self) -> "_Inside":
+        if self.step_separator != "\n" and self.granularity != "step":
+            raise ValueError(f"step_separator has no effect with granularity: {self.granularity}; set granularity: step, or leave it out")
+        return self
+
+
+class FunctionRewardConfig(_Inside):
     """A Python function."""
 
     kind: Literal["function"] = Field("function", description="a Python function")
@@ -16,9 +28,10 @@ class FunctionRewardConfig(Settings):
     options: dict[str, Any] = Field({}, description="keyword arguments of every call, such as {pattern: '####'}")
     columns: dict[str, str] = Field({}, description="keyword of the function -> column of the data that this keyword receives, if the names differ")
     timeout: Seconds = Field(30.0, description="longest time of one call of an async function, in seconds")
+    granularity: Literal["completion", "step", "token", "offset"] = Field("completion", description="what the function returns for each completion: a number (completion), a list with one number per step or per token, or a list of (end, reward) pairs, where end is a number of characters of the completion (offset); with step or token the function also gets the keyword steps or tokens")
 
 
-class HTTPRewardConfig(Settings):
+class HTTPRewardConfig(_Inside):
     """An HTTP server."""
 
     kind: Literal["http"] = Field("http", description="an HTTP server")
@@ -27,6 +40,7 @@ class HTTPRewardConfig(Settings):
     retries: Annotated[int, Field(ge=0, le=1000)] = Field(4, description="number of retries of a request after a timeout, a lost connection, or a status 429 or 5xx")
     token_env: str | None = Field(None, description="name of the environment variable that holds a bearer token; null sends no token")
     batch_size: PositiveInt = Field(16, description="completions per request")
+    granularity: Literal["completion", "step", "token", "offset"] = Field("completion", description="what the server returns for each completion: a number (completion), a list with one number per step or per token, or a list of [end, reward] pairs, where end is a number of characters of the completion (offset); with step or token the request also has the list steps or tokens")
 
 
 class CodeTestsRewardConfig(Settings):
@@ -95,14 +109,24 @@ class _Reader(Settings):
         return self
 
 
-class ModelRewardConfig(_Reader):
+class ModelRewardConfig(_Inside, _Reader):
     """The run's reward adapter, or a reward model in a folder."""
 
     kind: Literal["model"] = Field("model", description="the run's reward adapter, or the reward model at path")
-    path: SourcePath | None = Field(None, description="folder or hub id of a *ForSequenceClassification decoder with one label and its own tokenizer; null uses the run's reward adapter")
+    path: SourcePath | None = Field(None, description="folder or hub id of a *ForSequenceClassification decoder with one label and its own tokenizer, or with granularity: step of a *ForTokenClassification decoder with two labels; null uses the run's reward adapter")
     input: Literal["auto", "text", "completion", "chat"] = Field("auto", description="input of the model at path: prompt and completion as one text (text), the completion only (completion), or a chat in its chat template (chat); auto is chat for chat prompts if the model has a chat template, else text")
     end_at_eos: bool | None = Field(None, description="whether an end token is appended to a completion that ended, as in the stage reward_model; the end token is the end-of-turn token of the reward model's chat template, else its EOS; null appends the end token to texts, and in chats only the chat template decides")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype in memory of the weights at path; auto keeps the dtype of the files")
+    granularity: Literal["completion", "step"] = Field("completion", description="where the score is read: at the last token of the completion (completion), or at the last token of each step (step)")
+    step_reward: Literal["score", "difference"] = Field("score", description="reward of a step: the score at its end, as a process reward model gives it, or the difference from the score at the end of the step before; differences add up to the score of the completion, so they suit a model of whole completions")
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "ModelRewardConfig":
+        if self.step_reward == "difference" and self.granularity != "step":
+            raise ValueError("step_reward has no effect without granularity: step; give both, or neither")
+        if self.granularity == "step" and self.end_at_eos:
+            raise ValueError("end_at_eos: true has no effect on steps; leave it out with granularity: step")
+        return self
 
 
 class ClassifierRewardConfig(_Reader):

@@ -4,7 +4,10 @@ The weight [1, D] of the head becomes an adapter that holds only `score`. transf
 both use the output of the head at the last token that is not padding. transformers' format has no bias for the head. So
 the bias of a value model is saved as the entry `score_bias` of `config.json`. transformers ignores this entry.
 
-Models with several labels are not supported. `rewards/classifier.py` runs classifiers that are not decoders.
+Process reward models are also read: `*ForTokenClassification` decoders with two labels, as TRL's PRMTrainer writes
+them. Their score is logit 1 - logit 0, so its sigmoid is the probability of label 1.
+
+Other models with several labels are not supported. `rewards/classifier.py` runs classifiers that are not decoders.
 """
 
 import dataclasses
@@ -46,9 +49,45 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.sharding import parameter_sharding
 from jaxrlhf.records import Adapter
 
-CLASSIFIER = "ForSequenceClassification"
+CLASSIFIER, TOKEN_CLASSIFIER = "ForSequenceClassification", "ForTokenClassification"
 LABEL = "LABEL_0"  # transformers' default name of a label
 BIAS = "score_bias"  # only jaxrlhf uses this entry of config.json
+
+
+def is_token_classifier(path: str | Path) -> bool:
+    """Whether the folder or hub id is a `*ForTokenClassification` model."""
+    folder, adapter = find_model(path)
+    architectures = read_json(folder / "config.json").get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    return adapter is None and any(str(name).endswith(TOKEN_CLASSIFIER) for name in names)
+
+
+def load_token_classifier(
+    path: str | Path, dtype: str = AUTO, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Decoder, Adapter, Tokenizer | None]:
+    """Loads a token classifier with two labels, and returns (base, adapter, tokenizer).
+
+    The output of the head is logit 1 - logit 0. Raises `UserError` as `load_sequence_classifier` does.
+    """
+    check_dtype(None if dtype == AUTO else dtype)
+    folder, _ = find_model(path)
+    document = read_json(folder / "config.json")
+    config = dataclasses.replace(read_config(document, str(folder / "config.json")), tie_embeddings=True)
+    tensors = plain_tensors(read_checkpoint(folder))
+    name = address_of(config, f"{SCORE}/kernel").tensor
+    bias = name.removesuffix("weight") + "bias"
+    if name not in tensors:
+        raise UserError(f"{folder}: tensor {name} is missing; this tensor is the head of a token classifier")
+    tensors[name].check_shape((2, config.hidden_size), "a process reward model (two labels)")
+    heads = {key: tensors.pop(key) for key in (name, bias) if key in tensors}
+    stored = match(config, tensors, folder)
+    base = read_decoder(config, stored, main_dtype(stored.values()) if dtype == AUTO else dtype, mesh)
+    differences = {key: np.diff(np.asarray(head.view(), np.float32), axis=0) for key, head in heads.items()}
+    check_finite({key: jnp.asarray(value) for key, value in differences.items()}, heads)
+    score = {"kernel": jnp.asarray(differences[name].T)}
+    if bias in differences:
+        score["bias"] = jnp.asarray(differences[bias])
+    return base, {SCORE: score}, load_tokenizer(str(folder))
 
 
 def load_sequence_classifier(

@@ -38,6 +38,19 @@ def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: s
     return model.scores(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
 
 
+def token_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, count: int, remat: str = "none") -> jax.Array:
+    """Returns the output of the scalar head at each of the last `count` positions, f32[B,count].
+
+    The output at a position has read the token there. Rows may be padded on the left or on the right.
+    """
+    if needs_mask(model.config.target, model.config.attention_softcap):
+        hidden = model.encode(tokens, mask.astype(jnp.int32), remat)
+    else:
+        start = jnp.argmax(mask, axis=1)
+        hidden = _rolled(model.encode(_rolled(tokens, start), None, remat), -start)
+    return model.scores(take_positions(hidden, tokens.shape[1] - count, None))
+
+
 def response_logprobs(
     model: Decoder,
     tokens: jax.Array,

@@ -26,7 +26,7 @@ class Completions:
 
     def gather(self) -> None:
         """Fetches the tokens to this host. All processes must call it. Then a single process can decode the tokens."""
-        _ = self._ids, self.ended
+        _ = self._ids, self.ended, self.response_mask
 
     @cached_property
     def texts(self) -> list[str]:
@@ -37,6 +37,15 @@ class Completions:
         """Returns the text of each token of the first `rows` completions. The texts of a row form its completion."""
         return [self.tokenizer.token_texts(*ids, text) for ids, text in zip(self._ids[:rows], self.texts)]
 
+    def token_ends(self, row: int) -> np.ndarray:
+        """Returns the number of characters of completion `row` up to the end of each of its tokens, i64[T]."""
+        return np.cumsum([len(text) for text in self.tokenizer.token_texts(*self._ids[row], self.texts[row])])
+
+    @cached_property
+    def response_mask(self) -> np.ndarray:
+        """The tokens of each completion, bool[B,R]."""
+        return fetch(self.rollout.response_mask)
+
     @cached_property
     def ended(self) -> list[bool]:
         """For each of the B completions, whether it ended with a stop token."""
@@ -45,7 +54,7 @@ class Completions:
     @cached_property
     def _ids(self) -> list[tuple[list[int], list[int]]]:
         """The real tokens of each prompt and the real tokens of its completion."""
-        tokens, mask, response_mask = fetch((self.rollout.tokens, self.rollout.mask, self.rollout.response_mask))
+        (tokens, mask), response_mask = fetch((self.rollout.tokens, self.rollout.mask)), self.response_mask
         P = tokens.shape[1] - response_mask.shape[1]
         rows = zip(tokens, mask[:, :P], response_mask)
         return [(row[:P][real].tolist(), row[P:][own].tolist()) for row, real, own in rows]
@@ -55,7 +64,8 @@ class Reward(Protocol):
     """Returns scores f32[B] of B completions. Higher scores are better.
 
     A reward that may leave completions without a score has the attribute `may_abstain` and returns a masked array, see
-    `with_abstained`.
+    `with_abstained`. A reward that scores inside completions has the attribute `by_step` and always returns a masked
+    array f32[B,R], see `rewards.steps`.
     """
 
     name: str
@@ -66,6 +76,11 @@ class Reward(Protocol):
 def may_abstain(reward: Reward) -> bool:
     """Whether the reward may leave completions without a score."""
     return getattr(reward, "may_abstain", False)
+
+
+def by_step(reward: Reward) -> bool:
+    """Whether the reward scores inside completions."""
+    return getattr(reward, "by_step", False)
 
 
 def with_abstained(scores: np.ndarray, abstained: np.ndarray) -> np.ndarray:
@@ -79,5 +94,13 @@ def with_abstained(scores: np.ndarray, abstained: np.ndarray) -> np.ndarray:
 
 
 def abstained_rows(scores: np.ndarray) -> np.ndarray:
-    """Returns bool[B]. An entry is True if the reward gave its row no score."""
-    return np.ma.getmaskarray(scores)
+    """Returns bool[B]. An entry is True if the reward gave its row no score. `scores` is f32[B] or f32[B,R]."""
+    masked = np.ma.getmaskarray(scores)
+    return masked if masked.ndim == 1 else masked.all(axis=1)
+
+
+def summed(scores: np.ndarray) -> np.ndarray:
+    """Returns the scores f32[B] of completions: the sums of the rewards if `scores` is f32[B,R]."""
+    if np.ndim(scores) == 1:
+        return scores
+    return with_abstained(np.ma.filled(scores, 0).sum(axis=1, dtype=np.float32), abstained_rows(scores))

@@ -4,7 +4,9 @@ A function is called once per batch, with keywords as in TRL. The keywords `prom
 Each other column of the data is a keyword with one list. A function without `**kwargs` receives only the keywords that
 it names. `options` are further keywords that every call receives, such as a target length. The function may be
 `async def`. It returns a list with one finite number per completion. The entry None means that the function gives this
-completion no score, and then the score is 0.
+completion no score, and then the score is 0. With a granularity other than completion, each entry is a list of numbers
+for the places inside a completion, see `steps.Granularity`. The function then also has the keyword `steps` or `tokens`:
+a list with the texts of the steps or tokens of each completion.
 
 Two rules hold only for the functions of `jaxrlhf.rewards.library`. Keyword-only parameters receive options, but never
 columns of the same name. Options are checked when the reward is built.
@@ -19,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +29,9 @@ from jaxrlhf.data.sources import one_line
 from jaxrlhf.errors import Fault, UserError
 from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.event_loop import run_async
+
+if TYPE_CHECKING:
+    from jaxrlhf.rewards.steps import Granularity
 
 
 class RewardFault(Fault):
@@ -45,7 +50,8 @@ class FunctionReward:
 
     `options` are keywords of every call. An option replaces a column of the same name. `columns` maps a keyword of the
     function to the column of the data that this keyword receives. An async function is stopped after `timeout` seconds.
-    Other functions cannot be stopped. `key_path` is the setting that names the function. Error messages contain it.
+    Other functions cannot be stopped. If there is a `granularity`, the function scores inside completions. `key_path`
+    is the setting that names the function. Error messages contain it.
     Raises UserError if the function does not exist or does not accept an option.
     """
 
@@ -58,8 +64,11 @@ class FunctionReward:
         options: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        granularity: "Granularity | None" = None,
     ):
         self.name, self.options, self.columns, self.timeout = spec, dict(options or {}), dict(columns or {}), timeout
+        self.granularity, self.by_step = granularity, granularity is not None
+        self.given = {"prompts", "completions"} | (granularity.keywords if granularity else set())
         self.function = load_function(spec, key_path)
         try:
             parameters = inspect.signature(self.function).parameters.values()
@@ -84,8 +93,8 @@ class FunctionReward:
     def _check_keywords(self, known: set[str], takes_all: bool, key_path: str) -> None:
         for kind, names in (("option", self.options), ("column", self.columns)):
             for name in names:
-                if name in ("prompts", "completions") or not (takes_all or name in known):
-                    others = ", ".join(sorted(known - {"prompts", "completions"})) or "none"
+                if name in self.given or not (takes_all or name in known):
+                    others = ", ".join(sorted(known - self.given)) or "none"
                     raise UserError(
                         f"{key_path}: {self.name} accepts no {kind} {name!r}; it accepts: {others}"
                     )
@@ -104,7 +113,7 @@ class FunctionReward:
         if absent := sorted(set(self.columns.values()) - columns):
             present = ", ".join(sorted(columns)) or "none"
             raise UserError(f"{key_path}: the data has no column {', '.join(absent)}; the columns are: {present}")
-        keywords = columns | {"prompts", "completions"} | set(self.columns)
+        keywords = columns | self.given | set(self.columns)
         if missing := sorted(self.required - keywords):
             names = ", ".join(sorted(keywords))
             raise UserError(
@@ -117,6 +126,8 @@ class FunctionReward:
         keywords = copy.deepcopy(columns_of(completions.rows))
         keywords |= {keyword: keywords[name] for keyword, name in self.columns.items() if name in keywords}
         keywords |= {"prompts": list(completions.prompts), "completions": list(completions.texts)}
+        parts = self.granularity.texts(completions) if self.granularity is not None else {}
+        keywords |= copy.deepcopy(parts)
         if self.accepted is not None:
             keywords = {name: value for name, value in keywords.items() if name in self.accepted}
         try:
@@ -128,7 +139,11 @@ class FunctionReward:
         except BaseException as error:  # otherwise sys.exit would end the run with status 0
             what = f"{type(error).__name__}: {one_line(error)}"
             raise RewardFault(f"reward function {self.name} raised {what}", user_error=error) from error
-        return checked_scores(scores, len(completions.prompts), f"reward function {self.name}")
+        source = f"reward function {self.name}"
+        if self.granularity is None:
+            return checked_scores(scores, len(completions.prompts), source)
+        placed = self.granularity.read(scores, completions.texts, *parts.values(), source=source)
+        return self.granularity.at_tokens(placed, completions)
 
 
 def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
@@ -137,7 +152,7 @@ def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
     Raises RewardFault unless the value is a list of `count` entries and each entry is a finite number or None.
     """
     try:
-        scores, abstained = _numbers(scores)
+        scores, abstained = numbers_of(scores)
     except Exception as error:  # torch raises RuntimeError for a tensor that requires grad
         raise RewardFault(f"{source} returned no list of numbers: {one_line(error)}") from error
     if scores.shape != (count,):
@@ -196,7 +211,7 @@ def _load_file(path: str, key_path: str) -> ModuleType:
     return module
 
 
-def _numbers(scores: Any) -> tuple[np.ndarray, np.ndarray]:
+def numbers_of(scores: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns (scores f32, a bool array that is True for each score that was None).
 
     Raises TypeError for text, because numpy would read a text such as "1" as a number.

@@ -21,7 +21,7 @@ from jaxrlhf.distributed.processes import alone, from_first
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.classifier import ClassifierReward
 from jaxrlhf.rewards.code_tests import CodeTestsReward
-from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, with_abstained
+from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, by_step, may_abstain, with_abstained
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 from jaxrlhf.rewards.judge import JudgeReward
@@ -29,10 +29,11 @@ from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.pretrained import PretrainedReward
 from jaxrlhf.rewards.reading import check_chats
 from jaxrlhf.rewards.remote import HTTPReward
+from jaxrlhf.rewards.steps import granularity_of
 
 Say = Callable[[str], None]
-Rewards = Mapping[str, tuple[Reward | None, float]]
-"""Name -> (reward, weight). None means the run's reward adapter. A reward that is not a sum has the name \"\"."""
+Rewards = Mapping[str, tuple[Reward | ModelRewardConfig, float]]
+"""Name -> (reward, weight). Settings mean the run's reward adapter. A reward that is not a sum has the name \"\"."""
 
 
 def load_rewards(
@@ -63,26 +64,38 @@ def load_rewards(
     return rewards
 
 
-def compose(rewards: Rewards, own: Callable[[], Reward]) -> Reward:
+def compose(rewards: Rewards, own: Callable[[ModelRewardConfig], Reward]) -> Reward:
     """Returns one reward, combined from the result of `load_rewards`.
 
-    `own` returns the reward that uses the run's reward adapter.
+    `own` returns the reward that uses the run's reward adapter with these settings.
     """
-    parts = {name: (own() if part is None else on_first(part), weight) for name, (part, weight) in rewards.items()}
+    parts = {
+        name: (own(part) if isinstance(part, ModelRewardConfig) else on_first(part), weight)
+        for name, (part, weight) in rewards.items()
+    }
     return parts[""][0] if "" in parts else ComposedReward(parts)
 
 
 def needs_own(config: RewardConfig) -> bool:
     """Whether the run's reward adapter is the reward or a part of the reward."""
-    return any(_is_own(part) for part in parts_of(config))
+    return any(is_own(part) for part in parts_of(config))
 
 
 def own_gain(config: RewardConfig) -> float | None:
-    """Returns the weight of the run's reward adapter if no other part has a weight, else None."""
-    if not isinstance(config, SumRewardConfig):
-        return 1.0 if _is_own(config) else None
-    weighted = [part for part in config.parts.values() if part.weight]
-    return weighted[0].weight if len(weighted) == 1 and _is_own(weighted[0]) else None
+    """Returns the weight of the run's reward adapter if no other part has a weight, else None.
+
+    The result is also None if the adapter scores steps, because the value model must then predict a sum of scores.
+    """
+    weighted = [part for part in parts_of(config) if getattr(part, "weight", 1.0)]
+    if len(weighted) != 1 or not is_own(weighted[0]) or gives_steps(config):
+        return None
+    return getattr(weighted[0], "weight", 1.0)
+
+
+def gives_steps(config: RewardConfig) -> bool:
+    """Whether the reward, or a part with a nonzero weight, scores inside completions."""
+    parts = (part for part in parts_of(config) if getattr(part, "weight", 1.0))
+    return any(granularity_of(part) is not None for part in parts)
 
 
 def parts_of(config: RewardConfig) -> list[RewardConfig]:
@@ -90,7 +103,8 @@ def parts_of(config: RewardConfig) -> list[RewardConfig]:
     return [*config.parts.values()] if isinstance(config, SumRewardConfig) else [config]
 
 
-def _is_own(config: RewardConfig) -> bool:
+def is_own(config: RewardConfig) -> bool:
+    """Whether the settings mean the run's reward adapter."""
     return isinstance(config, ModelRewardConfig) and config.path is None
 
 
@@ -115,16 +129,22 @@ class FirstProcessReward:
     """
 
     def __init__(self, reward: Reward):
-        self.reward, self.name, self.may_abstain = reward, reward.name, may_abstain(reward)
+        self.reward, self.name = reward, reward.name
+        self.may_abstain, self.by_step = may_abstain(reward), by_step(reward)
 
     def __call__(self, completions: Completions) -> np.ndarray:
         completions.gather()
 
         def score() -> bytes:
             scores = self.reward(completions)
-            return np.stack([np.asarray(scores, np.float32), abstained_rows(scores).astype(np.float32)]).tobytes()
+            masked = np.ma.getmaskarray(scores) if self.by_step else abstained_rows(scores)
+            return np.stack([np.asarray(scores, np.float32), masked.astype(np.float32)]).tobytes()
 
-        scores, abstained = np.frombuffer(from_first(score, RewardFault), np.float32).reshape(2, -1)
+        both = np.frombuffer(from_first(score, RewardFault), np.float32)
+        if self.by_step:
+            rewards, masked = both.reshape(2, *completions.response_mask.shape)
+            return np.ma.MaskedArray(rewards, masked > 0)
+        scores, abstained = both.reshape(2, -1)
         return with_abstained(scores, abstained > 0)
 
 
@@ -138,9 +158,9 @@ def on_first(reward: Reward) -> Reward:
 
 def _load(
     config: RewardConfig, mesh: jax.sharding.Mesh, key_path: str, say: Say | None, matmul_precision: str
-) -> Reward | None:
+) -> Reward | ModelRewardConfig:
     if isinstance(config, FunctionRewardConfig):
-        options = (config.options, config.columns, config.timeout)
+        options = (config.options, config.columns, config.timeout, granularity_of(config))
         return FunctionReward(config.function, f"{key_path}.function", *options)
     if isinstance(config, ClassifierRewardConfig):
         return ClassifierReward(config, key_path)
@@ -151,7 +171,8 @@ def _load(
     if isinstance(config, HTTPRewardConfig):
         settings = {"timeout": config.timeout, "retries": config.retries, "headers_env": config.token_env}
         try:
-            return HTTPReward(config.url, batch_size=config.batch_size, say=say, **settings)
+            granularity = granularity_of(config)
+            return HTTPReward(config.url, batch_size=config.batch_size, granularity=granularity, say=say, **settings)
         except UserError as error:
             raise UserError(f"{key_path}.url: {error}") from None
-    return None if config.path is None else PretrainedReward(config, mesh, key_path, matmul_precision)
+    return config if config.path is None else PretrainedReward(config, mesh, key_path, matmul_precision)

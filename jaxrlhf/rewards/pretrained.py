@@ -3,6 +3,9 @@
 It runs on the run's mesh. If the completion of a text ended, EOS is appended, as in the stage reward_model. For a chat,
 the chat template writes the whole text. The score is read at the last token that is not the pad token, as in
 transformers. So if the pad token is EOS, the score is read at the token before EOS.
+
+With granularity step, the score is read at the end of each step, in the same forward pass. Places in the completion are
+found in the input by the number of characters.
 """
 
 import jax
@@ -12,23 +15,31 @@ from jaxrlhf.config import ModelRewardConfig
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import check_batch, replicated, shard_batch
 from jaxrlhf.errors import UserError
-from jaxrlhf.hf.classifiers import load_sequence_classifier
+from jaxrlhf.hf.classifiers import is_token_classifier, load_sequence_classifier, load_token_classifier
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.decoder import Decoder, with_target
 from jaxrlhf.models.precision import compiler_options
-from jaxrlhf.models.scoring import sequence_scores
+from jaxrlhf.models.scoring import sequence_scores, token_scores
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.models.target import target_of
 from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.completions import Completions
+from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.reading import Reading, batches, check_tokenizer, finite, readings
+from jaxrlhf.rewards.steps import Placed, granularity_of
 
 BUCKETS = 4  # number of padded lengths; a length is half of the next, and is compiled when a text first needs it
 
 
-def score_tokens(base: Decoder, adapter: Adapter, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the scores f32[B] of right-padded tokens i32[B,L], read at the last real token."""
-    return sequence_scores(bind(base, adapter), tokens, mask)
+def score_tokens(
+    base: Decoder, adapter: Adapter, tokens: jax.Array, mask: jax.Array, by_token: bool = False
+) -> jax.Array:
+    """Returns the scores f32[B] of right-padded tokens i32[B,L], read at the last real token.
+
+    With `by_token`, returns the scores f32[B,L] at all tokens.
+    """
+    model = bind(base, adapter)
+    return token_scores(model, tokens, mask, tokens.shape[1]) if by_token else sequence_scores(model, tokens, mask)
 
 
 def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
@@ -36,11 +47,16 @@ def token_score_program(mesh: jax.sharding.Mesh, base: Decoder) -> Program:
 
     Plans and benchmarks use the same program.
     """
-    return Program(score_tokens, "reward", mesh, compiler_options(base), out_shardings=replicated(mesh))
+    options = {"out_shardings": replicated(mesh), "static_argnames": ("by_token",)}
+    return Program(score_tokens, "reward", mesh, compiler_options(base), **options)
 
 
 class PretrainedReward:
-    """A reward (see `completions.Reward`) from a folder or hub id that `load_sequence_classifier` reads."""
+    """A reward (see `completions.Reward`) from a folder or hub id that `load_sequence_classifier` reads.
+
+    With granularity step, the folder may also be one for `load_token_classifier`. The score of a step is then the
+    probability of label 1.
+    """
 
     def __init__(
         self, config: ModelRewardConfig, mesh: jax.sharding.Mesh, key_path: str, matmul_precision: str = "highest"
@@ -50,8 +66,12 @@ class PretrainedReward:
         `key_path` is the config section. Error messages contain it.
         """
         self.config, self.mesh, self.name = config, mesh, str(config.path)
+        self.granularity = granularity_of(config)
+        self.by_step = self.granularity is not None
         check_batch(mesh, config.batch_size, f"{key_path}.batch_size")
-        base, adapter, self.tokenizer = load_sequence_classifier(config.path, config.dtype, mesh)
+        self.probability = self.by_step and is_token_classifier(config.path)
+        load = load_token_classifier if self.probability else load_sequence_classifier
+        base, adapter, self.tokenizer = load(config.path, config.dtype, mesh)
         self.base = with_target(base, target_of(mesh, matmul_precision))
         self.adapter = shard(mesh, adapter)
         self.max_length = min(config.max_length, self.base.config.max_positions)
@@ -63,15 +83,70 @@ class PretrainedReward:
         self.program = token_score_program(mesh, self.base)
 
     def __call__(self, completions: Completions) -> np.ndarray:
-        ids = self.encode(readings(completions, self.config, self.tokenizer.has_chat_template), completions.ended)
+        read = readings(completions, self.config, self.tokenizer.has_chat_template)
+        if self.granularity is not None:
+            return self._score_steps(read, completions)
+        return finite(self.name, np.array(self._scores(self.encode(read, completions.ended)), np.float32))
+
+    def _scores(self, ids: list[list[int]]) -> list[np.ndarray]:
+        """Returns for each row its score f32[], or with granularity step the scores at its tokens f32[L]."""
         size = min(self.config.batch_size, len(ids))
         parts = batches([len(row) for row in ids], size)
         # All batches are sent to the devices before the first result is fetched.
-        results = [self.program(self.base, self.adapter, *self._pad([ids[i] for i in rows], size)) for rows in parts]
-        scores = np.empty(len(ids), np.float32)
+        padded = (self._pad([ids[i] for i in rows], size) for rows in parts)
+        results = [self.program(self.base, self.adapter, *batch, by_token=self.by_step) for batch in padded]
+        scores: list[np.ndarray] = [np.zeros(0)] * len(ids)
         for rows, result in zip(parts, results):
-            scores[rows] = np.asarray(result)[: len(rows)]
-        return finite(self.name, scores)
+            for i, score in zip(rows, np.asarray(result)):
+                scores[i] = score
+        return scores
+
+    def _score_steps(self, readings: list[Reading], completions: Completions) -> np.ma.MaskedArray:
+        """Returns the scores at the ends of steps as rewards f32[B,R].
+
+        If a long input loses its start, steps that end there have no reward.
+        """
+        (steps,) = self.granularity.texts(completions).values()
+        ends = [np.cumsum([len(step) for step in of_row]) for of_row in steps]
+        rows = [self._encode_steps(reading, completions, i, ends[i]) for i, reading in enumerate(readings)]
+        placed: list[Placed] = []
+        for (_, places), scores, of_row in zip(rows, self._scores([ids for ids, _ in rows]), ends):
+            values = scores[places[places >= 0]]
+            if self.probability:
+                values = 1 / (1 + np.exp(-values))
+            if self.config.step_reward == "difference":
+                values = np.diff(values, prepend=np.float32(0))
+            placed.append((of_row[places >= 0], values))
+        finite(self.name, np.array([values.sum() for _, values in placed], np.float32))
+        return self.granularity.at_tokens(placed, completions)
+
+    def _encode_steps(
+        self, reading: Reading, completions: Completions, row: int, ends: np.ndarray
+    ) -> tuple[list[int], np.ndarray]:
+        """Returns (token ids, numbers of the tokens that complete the steps); -1 for a step that was cut off.
+
+        `ends` are the ends of the steps in the text of the completion. The last step ends at the last token.
+        """
+        prompt, completion = reading
+        text = completion if prompt is None else self.chats.whole_text(prompt.followed_by(completion), "")
+        ids, starts = self.tokenizer.encode_with_starts(text, prefixed=prompt is None)
+        written = completions.texts[row].strip()  # a chat template may strip blanks
+        first, blanks = text.rfind(written), len(completions.texts[row]) - len(completions.texts[row].lstrip())
+        if first < 0:
+            raise RewardFault(
+                f"reward {self.name}: the chat template changes the text of completion {row}, so the ends of its steps "
+                "are unknown; set input: text"
+            )
+        places = np.searchsorted(starts, first + np.clip(ends - blanks, 0, len(written)), side="left") - 1
+        end = self.tokenizer.text_end_id if self.config.end_at_eos is None and prompt is None else None
+        ids = [*ids, end] if end is not None and completions.ended[row] else ids
+        known = np.array([token < self.base.config.vocab_size for token in ids])
+        cut = self._cut(ids)
+        lost = len(self._without_padding(ids)) - len(cut)  # tokens at the start
+        places = np.cumsum(known)[np.maximum(places, 0)] - 1 - lost
+        places = np.where((places < len(self.tokenizer.prefix_ids)) & (lost > 0), -1, np.minimum(places, len(cut) - 1))
+        places[-1] = len(cut) - 1
+        return cut, places
 
     def encode(self, readings: list[Reading], ended: list[bool]) -> list[list[int]]:
         """Returns the token ids of each reading. A reading has at least one and at most `max_length` tokens."""
@@ -91,14 +166,15 @@ class PretrainedReward:
         return [self._cut(ids) for ids in encoded]
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """Returns the ids without pad tokens at the end, because transformers does not read these tokens.
+        """Returns the ids `_without_padding`. If the text is too long, its start is cut off."""
+        ids = self._without_padding(ids)
+        return self.tokenizer.cut_start(ids, self.max_length) or ids[-self.max_length :]
 
-        If the text is too long, its start is cut off.
-        """
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """Returns the ids without pad tokens at the end, because transformers does not read these tokens."""
         ids = [token for token in ids if token < self.base.config.vocab_size]  # text may contain any added token
         padding = next((i for i, token in enumerate(ids[::-1]) if token != self.base.config.pad_token), len(ids) - 1)
-        ids = ids[: len(ids) - padding] or [self.tokenizer.text_end_id or 0]  # an empty text is read as EOS
-        return self.tokenizer.cut_start(ids, self.max_length) or ids[-self.max_length :]
+        return ids[: len(ids) - padding] or [self.tokenizer.text_end_id or 0]  # an empty text is read as EOS
 
     def _pad(self, rows: list[list[int]], size: int) -> tuple[jax.Array, jax.Array]:
         """Returns tokens i32[size,L] and mask bool[size,L] on the mesh. Copies of the first row fill a short batch."""

@@ -20,7 +20,7 @@ from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.scoring import response_logprobs
 from jaxrlhf.records import Adapter, Prompts, Rollout
-from jaxrlhf.rewards.completions import Completions
+from jaxrlhf.rewards.completions import Completions, summed
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.stages.choices import on_mesh, trie
 from jaxrlhf.stages.evaluation_inputs import Inputs
@@ -98,7 +98,8 @@ class Sampler:
             found["reward/score"] = self.inputs.reward(completions)
         if self.inputs.gold is not None:
             found["reward/gold"] = self.inputs.gold(completions)
-        return {name: values if isinstance(values, np.ndarray) else fetch(values) for name, values in found.items()}
+        found = {name: values if isinstance(values, np.ndarray) else fetch(values) for name, values in found.items()}
+        return {name: summed(values) for name, values in found.items()}
 
 
 class Chooser(Sampler):

@@ -19,9 +19,10 @@ from jaxrlhf.hf.folders import AUTO
 from jaxrlhf.models.adapters import bare, value_head
 from jaxrlhf.models.decoder import abstract_decoder
 from jaxrlhf.records import Annotated, Experience, PreferenceBatch, Prompts, Rollout, SFTBatch, TrainState
-from jaxrlhf.rewards.load import needs_own, parts_of
+from jaxrlhf.rewards.load import gives_steps, is_own, needs_own, parts_of
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
+from jaxrlhf.rewards.steps import granularity_of
 from jaxrlhf.rollout.decode import Schedule
 from jaxrlhf.stages.checks import Mesh, with_optimizers, with_total_steps
 from jaxrlhf.stages.programs import (
@@ -132,7 +133,8 @@ def _ppo(shapes: Shapes) -> list[Call]:
         args = (*inputs, greedy_sampling)
         calls.append(_decoding_call("greedy", program, args, choices, greedy[0], resident, mesh))
     if scorer is not None:
-        size = {"microbatch_size": update.microbatch_size}
+        by_token = any(is_own(part) and granularity_of(part) is not None for part in parts_of(config.reward))
+        size = {"microbatch_size": update.microbatch_size, "by_token": by_token}
         calls.append(Call("reward", score_program(mesh, base), (base, scorer, rollout), size, None, rollout, resident))
     calls += [dataclasses.replace(model, resident=resident) for model in models]
     annotated = shapes.rows(Annotated(*(numbers(B * n, R),) * 3))
@@ -141,10 +143,12 @@ def _ppo(shapes: Shapes) -> list[Call]:
     calls.append(Call("annotate", program, args, choices, annotated, rollout, resident))
     settings = ExperienceSettings(config.kl, config.advantage, config.score, update, n)
     control = shapes.sharded(jax.eval_shape(lambda: Control.start(0.0)))
-    rows = (rollout, annotated, shapes.rows(numbers(B * n)), greedy)
+    inside = gives_steps(config.reward)
+    rows = (rollout, annotated, shapes.rows(numbers(B * n, R) if inside else numbers(B * n)), greedy)
+    steps = {"steps": shapes.rows(mask(B * n, R))} if inside else {}
     experience = shapes.rows(_experience(rollout, annotated))
     args = (*rows, control, settings)
-    calls.append(Call("experience", experience_program(mesh), args, {}, (experience,), rows, resident))
+    calls.append(Call("experience", experience_program(mesh), args, steps, (experience,), rows, resident))
     rows = (experience, _mix(shapes, update))
     args = (state, base, experience, key, update)
     program = update_program(mesh, base, state)
@@ -227,7 +231,8 @@ def _reward_model_call(shapes: Shapes, part: ModelRewardConfig, rows: int) -> Ca
     size, length = min(part.batch_size, rows), min(part.max_length, model.max_positions)
     batch = shapes.rows((tokens(size, length), mask(size, length)))
     program = token_score_program(shapes.mesh, base)
-    return Call(f"reward {part.path}", program, (base, head, *batch), {}, None, batch, {}, -(-rows // size))
+    by_token = {"by_token": granularity_of(part) is not None}
+    return Call(f"reward {part.path}", program, (base, head, *batch), by_token, None, batch, {}, -(-rows // size))
 
 
 def _mix(shapes: Shapes, update: PPOConfig) -> SFTBatch | None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pydantic
 
-from jaxrlhf.config import DemonstrationsConfig, PromptsConfig, RewardConfig, RunConfig, Sampling
+from jaxrlhf.config import DemonstrationsConfig, ModelRewardConfig, PromptsConfig, RewardConfig, RunConfig, Sampling
 from jaxrlhf.config.faults import explain
 from jaxrlhf.config.paths import function_path
 from jaxrlhf.config.reading import parse_yaml
@@ -28,6 +28,7 @@ from jaxrlhf.rewards.completions import Reward, abstained_rows
 from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 from jaxrlhf.rewards.load import check_prompts, compose, load_rewards, needs_own
 from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rewards.steps import granularity_of
 from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.stages.candidates import Model, choices_of
 from jaxrlhf.stages.choices import Answers, prompts_of
@@ -270,7 +271,12 @@ def _reward(
     rewards = load_rewards(settings, mesh, where, notice, roles.tokenizer.chats.time, precision)
     check_prompts(rewards, prompts, where)
     try_rewards({f"{where}.parts.{n}" if n else where: r for n, (r, _) in rewards.items()}, prompts, roles.tokenizer)
-    return compose(rewards, lambda: ModelReward(roles.base, shard(mesh, roles.adapters["reward"]), mesh))
+
+    def own(part: ModelRewardConfig) -> ModelReward:
+        adapter, steps = shard(mesh, roles.adapters["reward"]), (granularity_of(part), part.step_reward)
+        return ModelReward(roles.base, adapter, mesh, None, *steps)
+
+    return compose(rewards, own)
 
 
 def _reference(config: RunConfig, roles: Roles, mesh: jax.sharding.Mesh) -> Model:

@@ -21,7 +21,8 @@ METRICS = {
         "policy/clip_low", "policy/entropy", "policy/first_ratio_error", "policy/importance_weight",
         "policy/kl_loss", "policy/loss", "policy/pretraining_loss", "policy/ratio_max", "policy/ratio_mean",
         "policy/steps", "value/clip", "value/explained_variance", "value/loss", "value/mean", "reward/score",
-        "reward/score_std", "reward/abstained", "reward/adjusted", "reward/shaped", "reward/drawn",
+        "reward/score_std", "reward/step", "length/steps", "reward/abstained", "reward/adjusted", "reward/shaped",
+        "reward/drawn",
         "groups/informative", "groups/draws", "groups/informative_drawn", "health/paused", "memory/peak_bytes",
         "time/rollout", "time/reward",
         "time/annotate", "time/update", "time/samples", "tokens_per_second/rollout", "tokens_per_second/update",
@@ -33,8 +34,10 @@ METRICS = {
 _EVALUATED = {
     "sft": {"sft/loss", "sft/perplexity"},
     "reward_model": {f"reward_model/{name}" for name in ("accuracy", "loss", "margin", "calibration_error")},
-    "ppo": {"kl/k1", "length/mean", "length/eos_share", "reward/score", "reward/abstained"},
-}
+    "ppo": {
+        "kl/k1", "length/mean", "length/eos_share", "length/steps", "reward/score", "reward/step", "reward/abstained",
+    },
+}  # fmt: skip
 
 
 def metrics_of(config: RunConfig, stage: str | None = None) -> set[str]:

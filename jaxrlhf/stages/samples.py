@@ -2,7 +2,8 @@
 
 A record has prompt, completion, score, and gold if there is a gold score. If there is an experience, the record also
 has tokens: T texts that join to the completion. It then has T numbers each of logprobs, ref_logprobs, values and
-advantages. In training it also has T numbers new_logprobs, measured after the update.
+advantages. In training it also has T numbers new_logprobs, measured after the update. If the reward scores inside
+completions, the record has steps: [text, reward] of each step, where a text ends at the token that has the reward.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 from jaxrlhf.distributed.mesh import fetch
 from jaxrlhf.records import Experience
 from jaxrlhf.rewards.completions import Completions
+from jaxrlhf.rewards.steps import step_texts
 
 SAMPLES = 8  # number of completions that are written for people to read
 DIGITS = 4
@@ -20,9 +22,14 @@ BY_TOKEN = ("logprobs", "ref_logprobs", "values", "advantages")
 
 
 def samples_of(
-    completions: Completions, rows: Mapping[str, np.ndarray], experience: Experience | None = None
+    completions: Completions,
+    rows: Mapping[str, np.ndarray],
+    experience: Experience | None = None,
+    step_rewards: np.ma.MaskedArray | None = None,
 ) -> list[dict]:
     """Returns the first `SAMPLES` completions as records. `rows` maps metric names to f32[B].
+
+    `step_rewards` are the rewards inside the completions, f32[B,R].
 
     All processes must call this function.
     """
@@ -36,6 +43,11 @@ def samples_of(
             record["tokens"] = texts
         for name in BY_TOKEN:
             add_by_token(records, name, completions, getattr(experience, name))
+        if step_rewards is not None:
+            for record, rewards, real in zip(records, step_rewards, completions.response_mask):
+                rewards = rewards[real]
+                texts = step_texts(record["tokens"], ~np.ma.getmaskarray(rewards))
+                record["steps"] = [list(pair) for pair in zip(texts, rounded(rewards.compressed()))]
     return records
 
 

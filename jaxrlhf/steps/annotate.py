@@ -24,7 +24,7 @@ from jaxrlhf.models.policy_value import response_outputs
 from jaxrlhf.models.scoring import response_logprobs, response_values
 from jaxrlhf.records import Adapter, Annotated, Experience, Rollout
 from jaxrlhf.steps.ppo import complete, single_step
-from jaxrlhf.steps.scores import adjust_scores, score_moments
+from jaxrlhf.steps.scores import adjust_scores, completion_scores, score_moments
 
 WHITENED = ("gae", "reinforce")  # estimators whose advantages are whitened by default
 
@@ -130,6 +130,7 @@ def build_experience(
     kl_in_loss: bool = False,
     kl_bound: jax.Array | float | None = BOUND,
     mask_truncated: bool = False,
+    steps: jax.Array | None = None,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Returns (experience, metrics). Adds the KL penalty to the rewards, and computes the advantages.
 
@@ -137,7 +138,8 @@ def build_experience(
     `WHITENED` and False for the others.
 
     Args:
-      scores: f32[B]; the scores after normalisation and penalties (see `steps.scores`).
+      scores: f32[B]; the scores after normalisation and penalties (see `steps.scores`). Or f32[B,R]; rewards inside
+        the completions, at their tokens. Rewards past the end of a completion count for nothing.
       kl_coef: f32[]; weight of the KL in the loss if `kl_in_loss` is True, else in the reward.
       gamma, lam, whiten_rewards: see `AdvantageConfig`.
       estimator: see `KLConfig`.
@@ -147,6 +149,8 @@ def build_experience(
       kl_bound: bound of k2 and k3 in rewards and metrics (see `algorithms.kl.kl_estimate`).
       mask_truncated: if True, completions without a stop token are removed from the experience's `response_mask` and
         from whitening. Estimators that compare completions still use the scores of these completions.
+      steps: bool[B,R]; with scores f32[B,R] and "grpo", True at the last token of each step. None means that every
+        token is a step.
     """
     mask = rollout.response_mask
     learned = mask & rollout.ended[:, None] if mask_truncated else mask
@@ -155,9 +159,13 @@ def build_experience(
     rewards = shape_rewards(scores, annotated.logprobs, annotated.ref_logprobs, mask, in_reward, estimator, kl_bound)
     if whiten_rewards:
         rewards = whiten(rewards, learned, shift_mean=False)
+    inside, scores = scores.ndim == 2, completion_scores(scores, rollout)
     greedy = jnp.zeros(scores.shape, jnp.float32) if greedy is None else greedy
-    compute = ADVANTAGES[advantage].compute
-    advantages, returns = compute(rewards, mask, annotated.values, group, greedy, gamma, lam)
+    compute, by_step = ADVANTAGES[advantage].compute, ADVANTAGES[advantage].by_step
+    if inside and by_step is not None:
+        advantages, returns = by_step(rewards, mask, mask if steps is None else steps, group)
+    else:
+        advantages, returns = compute(rewards, mask, annotated.values, group, greedy, gamma, lam)
     if whiten_advantages is None:
         whiten_advantages = advantage in WHITENED
     metrics = _experience_metrics(rollout, annotated, scores, rewards, advantages, returns, kl_bound)
@@ -190,10 +198,11 @@ def annotate_experience(
     control: Control,
     settings: ExperienceSettings,
     choices: Choices | None = None,
+    steps: jax.Array | None = None,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
     """Runs `annotate_for_update` and `score_experience` in one program. Returns (experience, next control, metrics)."""
     annotated = annotate_for_update(base, policy, value, reference, rollout, settings.update, choices=choices)
-    return score_experience(rollout, annotated, scores, greedy, control, settings)
+    return score_experience(rollout, annotated, scores, greedy, control, settings, steps)
 
 
 def annotate_for_update(
@@ -235,16 +244,19 @@ def score_experience(
     greedy: tuple[Rollout, jax.Array] | None,
     control: Control,
     settings: ExperienceSettings,
+    steps: jax.Array | None = None,
 ) -> tuple[Experience, Control, dict[str, jax.Array]]:
     """Runs `adjust_scores` and `build_experience`. Returns (experience, next control, metrics).
 
     Args:
-      scores: f32[B]; the scores of the reward, before normalisation and penalties.
+      scores: f32[B]; the scores of the reward, before normalisation and penalties. Or rewards f32[B,R].
       greedy: one greedy completion per prompt, and the scores of these completions. None if the estimator does not need
         them.
+      steps: see `build_experience`.
     """
     kl, advantage, update, group = settings.kl, settings.advantage, settings.update, settings.group
-    moments = score_moments(control.moments, scores, settings.score)
+    sums = completion_scores(scores, rollout)
+    moments = score_moments(control.moments, sums, settings.score)
     adjusted = adjust_scores(scores, rollout, moments, settings.score)
     baseline = None
     if greedy is not None:
@@ -265,6 +277,7 @@ def score_experience(
         kl_in_loss=update.kl_loss is not None,
         kl_bound=update.kl_bound,
         mask_truncated=update.mask_truncated,
+        steps=steps,
     )
     kl_coef = control.kl_coef
     if kl.target is not None:
@@ -272,8 +285,8 @@ def score_experience(
     metrics |= {
         "kl/coef": control.kl_coef,
         "reward/adjusted": metrics["reward/score"],
-        "reward/score": jnp.mean(scores),
-        "reward/score_std": jnp.std(scores),
+        "reward/score": jnp.mean(sums),
+        "reward/score_std": jnp.std(sums),
     }
     return experience, Control(kl_coef, moments), metrics
 

@@ -8,6 +8,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from jaxrlhf.config import MeshConfig, ModelRewardConfig, RewardConfig
+from jaxrlhf.config.rewards import ModelPart
 from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.code_tests import CodeTestsReward
@@ -83,10 +84,13 @@ def test_a_sum_may_hold_the_runs_own_reward():
     assert needs_own(REWARD.validate_python(config)) and not needs_own(REWARD.validate_python(LENGTH))
     assert needs_own(ModelRewardConfig()) and not needs_own(ModelRewardConfig(path="folder"))
     rewards = load(**config)
-    assert rewards["own"] == (None, 2.0)
+    assert rewards["own"] == (ModelPart(weight=2.0), 2.0)
 
     class Own:
         name = "own"
+
+        def __init__(self, config):
+            assert isinstance(config, ModelRewardConfig)
 
         def __call__(self, completions):
             return np.float32([1.0, 2.0])

@@ -125,6 +125,64 @@ def test_a_chat_goes_through_the_models_own_template(make, folder, answered):
     np.testing.assert_allclose(make(folder, input="text")(completions)[:2], read, atol=1e-4)
 
 
+def test_steps_are_read_in_one_pass_at_their_ends(make, folder, answered, rows):
+    """The score at a step's end is that of the text cut there, the last with the EOS of an answer that ended."""
+    completions, settings = answered(rows), {"granularity": "step", "step_separator": "."}
+    reward = make(folder, **settings)
+    rewards = reward(completions)
+    bos = "<bos> is it so very very bad"
+    ends = "it is so very very very bad .", "it is so very very very bad . so bad . <eos>"
+    long = [direct(folder, f"{bos} {text}") for text in ends]
+    assert reward.by_step and reward.program.compiles <= 2
+    np.testing.assert_allclose(rewards[4].compressed(), long, atol=1e-4)
+    assert np.flatnonzero(~np.ma.getmaskarray(rewards)[4]).tolist() == [7, 11]
+    whole = make(folder)(completions)
+    last = completions.response_mask.sum(axis=1) - 1
+    np.testing.assert_allclose(rewards[np.arange(6), last], whole, atol=1e-5)
+    progress = make(folder, step_reward="difference", **settings)(completions)
+    np.testing.assert_allclose(progress[4].compressed(), [long[0], long[1] - long[0]], atol=1e-4)
+    np.testing.assert_allclose(progress.filled(0).sum(axis=1), whole, atol=1e-5)
+    short = make(folder, max_length=5, **settings)(completions)[4]  # <bos> so bad . <eos>
+    assert short.compressed().tolist() == [pytest.approx(direct(folder, "<bos> so bad . <eos>"), abs=1e-4)]
+    template = make(folder, template="{completion} ? {prompt}", **settings)(completions)[4]
+    read = f"{ends[1].removesuffix('<eos>')} ? is it so very very bad <eos>"
+    read = [direct(folder, f"<bos> {ends[0]}"), direct(folder, f"<bos> {read}")]
+    np.testing.assert_allclose(template.compressed(), read, atol=1e-4)
+
+
+def test_steps_of_a_chat(make, folder, answered):
+    chat = Chat([{"role": "user", "content": "is it"}])
+    completions = answered([("is it", "so bad . not .", True), ("is it", "good", False)], chats=[chat, chat])
+    rewards = make(folder, granularity="step", step_separator=".")(completions)
+    texts = ["so bad .", "so bad . not . <eos>"], ["good <eos>"]
+    for row, prefixes in zip(rewards, texts):
+        scores = [direct(folder, f"<user> is it <eos> <assistant> {text}") for text in prefixes]
+        np.testing.assert_allclose(row.compressed(), scores, atol=1e-4)
+
+
+def test_a_token_classifier_gives_the_probability_of_label_1(make, folder, tmp_path, answered, rows):
+    """A process reward model as TRL writes it; without steps it is refused."""
+    torch = pytest.importorskip("torch", reason="torch is the reference")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(folder, num_labels=2)
+    model = transformers.AutoModelForTokenClassification.from_config(config).eval()
+    with torch.no_grad():
+        model.score.weight.normal_()
+        model.score.bias.normal_()
+    model.save_pretrained(tmp_path)
+    load_tokenizer(str(folder)).save(str(tmp_path))
+    rewards = make(tmp_path, granularity="step", step_separator=".")(answered(rows))
+    text = "<bos> is it so very very bad it is so very very very bad . so bad . <eos>"
+    ids = load_tokenizer(str(folder)).fast(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        probabilities = model(ids).logits.softmax(-1)[0, [14, -1], 1].numpy()
+    assert abs(probabilities - 0.5).min() > 0.05
+    np.testing.assert_allclose(rewards[4].compressed(), probabilities, atol=1e-5)
+    with pytest.raises(UserError, match=r"architectures must be .*ForSequenceClassification"):
+        make(tmp_path)
+
+
 def test_an_answer_that_goes_on_from_a_beginning_is_one_turn(make, folder, answered):
     chat = Chat([{"role": "user", "content": "is it"}, {"role": "assistant", "content": "it is "}], continued=True)
     completions = answered([("is it it is", "not bad", True)], chats=[chat])

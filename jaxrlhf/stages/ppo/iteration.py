@@ -130,7 +130,7 @@ class Iteration:
             inputs = (experience, key, self.update_config)
             ppo, update_metrics = self.update(ppo, self.roles.base, *inputs, mix=mix, choices=self.choices)
         if log_samples is not None:
-            samples = samples_of(scored.completions, scored.rows, experience)
+            samples = samples_of(scored.completions, scored.rows, experience, scored.step_rewards)
             models = (ppo.policy, ppo.value, models[2])
             new = self._annotate(models, scored.completions.rollout).logprobs if self.sees_update else None
         if step + 1 < config.iterations:
@@ -196,8 +196,10 @@ class Iteration:
         self, scored: ScoredRollout, annotated: Annotated, greedy: tuple[Rollout, jax.Array] | None, control: Control
     ) -> tuple[Experience, Control, dict[str, jax.Array]]:
         """Runs `score_experience`. Returns (experience, next control, metrics)."""
-        scores = shard_batch(self.run.mesh, scored.scores)
-        return self.experience(scored.completions.rollout, annotated, scores, greedy, control, self.settings)
+        scores, steps = scored.given()
+        inside = {} if steps is None else {"steps": shard_batch(self.run.mesh, steps)}
+        rows = scored.completions.rollout, annotated, shard_batch(self.run.mesh, scores)
+        return self.experience(*rows, greedy, control, self.settings, **inside)
 
     def with_initial_moments(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
         """Returns the control with the moments of scores before training, which `score.normalise` initial needs."""
@@ -206,7 +208,7 @@ class Iteration:
         for i in range(batches):
             indices = prompts.rows(self.run.config.seed, i, self.config.batch_size)
             key = key_for(self.run.config.seed, "ppo", i, "initial scores")
-            rows = self.sampler.reward_metrics(self.sampler.sample(policy, prompts, indices, key))
+            rows, _ = self.sampler.reward_metrics(self.sampler.sample(policy, prompts, indices, key))
             moments = update_moments(moments, jnp.asarray(rows["reward/score"]))
         return shard(self.run.mesh, control.replace(moments=moments))
 
@@ -222,13 +224,13 @@ class Iteration:
             completions = self.sampler.sample(policy, prompts, indices, key)
             greedy = self._greedy(policy, prompts, Sampled(completions, indices))
             annotated = self._annotate((policy, value, self.reference), completions.rollout)
-            scored = ScoredRollout(completions, indices, self.sampler.reward_metrics(completions))
+            scored = ScoredRollout(completions, indices, *self.sampler.reward_metrics(completions))
             greedy = None if greedy is None else self.sampler.with_scores(greedy)
             experience = self._experience(scored, annotated, greedy, control)[0]
             for name, values in (scored.rows | row_metrics(*fetch((experience, completions.rollout)))).items():
                 rows_of.setdefault(name, []).append(values[: (total - start) * self.group])
             if len(samples) < SAMPLES:
-                samples += samples_of(completions, scored.rows, experience)
+                samples += samples_of(completions, scored.rows, experience, scored.step_rewards)
         rows = {name: np.concatenate(values) for name, values in rows_of.items()}
         means = {name: float(np.mean(values)) for name, values in rows.items()}
         return Evaluation(means, samples[: min(SAMPLES, total * self.group)], rounded(rows["reward/score"]))

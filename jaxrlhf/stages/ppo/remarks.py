@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.config import PPOStageConfig, Settings
+from jaxrlhf.rewards.load import gives_steps
 
 # Estimators that treat a completion as one action, without discounting between its tokens.
 ONE_ACTION = ("rloo", "grpo", "dr_grpo", "reinforce_plus_plus_baseline", "remax")
@@ -40,6 +41,9 @@ def _unusual(config: PPOStageConfig) -> tuple[tuple[bool, str], ...]:
         (bool(advantage.whiten_advantages) and needs.needs_group,
          f"ppo.advantage.whiten_advantages divides the group-relative advantages of {estimator} by the standard "
          "deviation of the batch"),
+        (estimator in ONE_ACTION and needs.by_step is None and gives_steps(config.reward),
+         f"{estimator} treats a completion as one action, so it sums the rewards inside a completion; gae, reinforce, "
+         "reinforce_plus_plus and grpo give each step its own credit"),
         (bool(config.resample) and not needs.needs_group,
          f"ppo.resample replaces groups with equal scores, but {estimator} can learn from such groups; only estimators "
          "that compare the completions of a group cannot learn from them"),

@@ -14,6 +14,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.algorithms.shaping import informative_groups
 from jaxrlhf.config import Sampling
 from jaxrlhf.data.prompts import PromptSet
@@ -21,7 +22,7 @@ from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.records import Adapter, Prompts, Rollout
-from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain
+from jaxrlhf.rewards.completions import Completions, Reward, abstained_rows, may_abstain, summed
 from jaxrlhf.rewards.composed import ABSTAINED, ComposedReward
 from jaxrlhf.stages.choices import on_mesh
 from jaxrlhf.stages.keys import key_for
@@ -46,6 +47,7 @@ class ScoredRollout(Sampled):
     """Completions, their scores, and other reward metrics."""
 
     rows: dict[str, np.ndarray]  # f32[B] by metric name
+    step_rewards: np.ma.MaskedArray | None = None  # f32[B,R] if the reward scores inside completions, else None
     draws: int = 1  # number of rollouts that were sampled
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # metrics of dynamic sampling
 
@@ -53,6 +55,12 @@ class ScoredRollout(Sampled):
     def scores(self) -> np.ndarray:
         """Returns the scores f32[B] of the reward that is maximised."""
         return self.rows["reward/score"]
+
+    def given(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns (scores f32[B], None), or (rewards f32[B,R], bool[B,R] that is True at the ends of steps)."""
+        if self.step_rewards is None:
+            return self.scores, None
+        return self.step_rewards.filled(0), ~np.ma.getmaskarray(self.step_rewards)
 
     def means(self) -> dict[str, float]:
         """Returns the batch means of the reward metrics, without reward/score: `score_experience` logs that mean."""
@@ -151,11 +159,12 @@ class Sampler:
         indices = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
         self._prefetched = prompts, draw, indices, self._tokens(prompts, indices)
 
-    def reward_metrics(self, completions: Completions) -> dict[str, np.ndarray]:
-        """Scores completions with the reward, its parts and the gold reward. Returns metric name -> f32[B].
+    def reward_metrics(self, completions: Completions) -> tuple[dict[str, np.ndarray], np.ma.MaskedArray | None]:
+        """Scores completions with the reward, its parts and the gold reward.
 
-        If a reward abstains on a completion, the score is 0. A reward that may abstain has a second metric, which is 1
-        for these completions and 0 for others.
+        Returns (metric name -> f32[B], rewards inside the completions f32[B,R] or None). If a reward abstains on a
+        completion, the score is 0. A reward that may abstain has a second metric, which is 1 for these completions and
+        0 for others.
         """
         rows: dict[str, np.ndarray] = {}
         if self.gold is not None:
@@ -166,11 +175,19 @@ class Sampler:
                 rows |= self._metrics_of(f"reward/{name}", self.reward.parts[name][0], values)
         else:
             scores = self.reward(completions)
-        return rows | self._metrics_of("reward/score", self.reward, scores, f"reward/{ABSTAINED[1:]}")
+        inside = scores if isinstance(scores, np.ma.MaskedArray) and scores.ndim == 2 else None
+        if inside is not None:
+            given = ~np.ma.getmaskarray(inside)
+            scores, counts = summed(inside), given.sum(axis=1, dtype=np.float32)
+            rows["reward/step"] = np.asarray(scores) / np.maximum(counts, np.float32(1))
+            rows["length/steps"] = counts
+        return rows | self._metrics_of("reward/score", self.reward, scores, f"reward/{ABSTAINED[1:]}"), inside
 
     def with_scores(self, completions: Completions) -> tuple[Rollout, jax.Array]:
         """Returns (rollout, its scores f32[B]) without other metrics."""
-        return completions.rollout, shard_batch(self.run.mesh, np.asarray(fetch(self.reward(completions)), np.float32))
+        scores = self.reward(completions)
+        scores = scores if isinstance(scores, np.ndarray) else fetch(scores)
+        return completions.rollout, shard_batch(self.run.mesh, np.asarray(summed(scores), np.float32))
 
     def _metrics_of(self, metric: str, reward: Reward, scores, abstained: str | None = None) -> dict[str, np.ndarray]:
         """Returns the scores f32[B] under `name`, and under `abstained` whether the reward abstained."""
@@ -205,9 +222,16 @@ class Sampler:
 
     def _score(self, sampled: Sampled, clock: Clock) -> ScoredRollout:
         clock.lap("time/rollout", sampled.completions.rollout)
-        rows = self.reward_metrics(sampled.completions)
+        rows, step_rewards = self.reward_metrics(sampled.completions)
         clock.lap("time/reward", ())
-        return ScoredRollout(sampled.completions, sampled.indices, rows)
+        return ScoredRollout(sampled.completions, sampled.indices, rows, step_rewards)
+
+    def _informative(self, scored: ScoredRollout) -> np.ndarray:
+        """Returns bool[prompts]: whether the rewards that the estimator compares differ in a group."""
+        if ADVANTAGES[self.config.advantage.estimator].by_step is None:
+            return np.array(informative_groups(scored.scores, self.sampling.samples_per_prompt))
+        rewards, steps = scored.given()
+        return np.array(informative_groups(rewards, self.sampling.samples_per_prompt, steps))
 
     def _resample(
         self, scored: ScoredRollout, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
@@ -217,8 +241,8 @@ class Sampler:
         Replacements come from the next prompts, in at most `resample` further draws. Groups with equal scores that are
         left after these draws are kept.
         """
-        group, count, scores = self.sampling.samples_per_prompt, 1, [scored.scores]
-        informative = np.array(informative_groups(scored.scores, group))
+        count, scores = 1, [scored.scores]
+        informative = self._informative(scored)
         metrics = {"groups/informative_drawn": float(np.mean(informative))}
         keep = np.arange(len(informative))
         # Merge even if nothing is replaced, so that later programs always get one sharding and compile once.
@@ -227,7 +251,7 @@ class Sampler:
             more = self._score(self._sample_draw(policy, prompts, draws + count), clock)
             count += 1
             scores.append(more.scores)
-            replacements = np.flatnonzero(np.array(informative_groups(more.scores, group)))
+            replacements = np.flatnonzero(self._informative(more))
             slots = np.flatnonzero(~informative)[: len(replacements)]
             source = keep.copy()
             source[slots] = len(keep) + replacements[: len(slots)]
@@ -252,7 +276,10 @@ class Sampler:
         indices = np.concatenate([first.indices, second.indices])[source]
         rollout = self.merge(first.completions.rollout, second.completions.rollout, by_row.astype(np.int32))
         rows = {name: np.concatenate([values, second.rows[name]])[by_row] for name, values in first.rows.items()}
-        return ScoredRollout(self._completions(rollout, prompts, indices, group), indices, rows)
+        step_rewards = None
+        if first.step_rewards is not None:
+            step_rewards = np.ma.concatenate([first.step_rewards, second.step_rewards])[by_row]
+        return ScoredRollout(self._completions(rollout, prompts, indices, group), indices, rows, step_rewards)
 
     def _completions(self, rollout: Rollout, prompts: PromptSet, indices: np.ndarray, group: int) -> Completions:
         repeated = np.repeat(indices, group)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.algorithms.running import gain_and_bias
-from jaxrlhf.config import AdapterConfig, PPOConfig, PPOStageConfig
+from jaxrlhf.config import AdapterConfig, ModelRewardConfig, PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.distributed import processes
@@ -23,6 +23,7 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.load import Rewards, check_prompts, compose, load_rewards, needs_own, on_first
 from jaxrlhf.rewards.model import ModelReward
+from jaxrlhf.rewards.steps import granularity_of
 from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.checks import check_adapter, check_slots, rate_text, with_optimizers
@@ -146,9 +147,9 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     update_config = _with_defaults(config, start, value)
     run.say(f"ppo: {_update_text(update_config, start, value)}")
 
-    def model_reward() -> ModelReward:
-        adapter = shard(run.mesh, roles.adapters["reward"])
-        return ModelReward(roles.base, adapter, run.mesh, update_config.microbatch_size)
+    def model_reward(part: ModelRewardConfig) -> ModelReward:
+        adapter, steps = shard(run.mesh, roles.adapters["reward"]), (granularity_of(part), part.step_reward)
+        return ModelReward(roles.base, adapter, run.mesh, update_config.microbatch_size, *steps)
 
     reward = compose(inputs.rewards, model_reward)
     sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold), rollout_mesh, inputs.choices)

@@ -33,7 +33,8 @@ def sampler_of(reward, gold=None):
 
 def test_an_abstaining_reward_counts_0_and_its_share_is_a_metric():
     sampler, said = sampler_of(Given("half", 0.5, None, 2.0), gold=Given("gold", None, 1.0, 1.0))
-    rows = sampler.reward_metrics(COMPLETIONS)
+    rows, inside = sampler.reward_metrics(COMPLETIONS)
+    assert inside is None
     expected = {
         "reward/score": [0.5, 0, 2], "reward/abstained": [0, 1, 0],
         "reward/gold": [0, 1, 1], "reward/gold_abstained": [1, 0, 0],
@@ -46,7 +47,7 @@ def test_an_abstaining_reward_counts_0_and_its_share_is_a_metric():
 
 def test_each_part_of_a_sum_has_its_own_metrics():
     parts = {"a": (Given("first", 1.0, None, None), 1.0), "b": (Given("second", 2.0, 2.0, None), 0.5)}
-    rows = sampler_of(ComposedReward(parts))[0].reward_metrics(COMPLETIONS)
+    rows, _ = sampler_of(ComposedReward(parts))[0].reward_metrics(COMPLETIONS)
     np.testing.assert_array_equal(rows["reward/score"], np.float32([2, 1, 0]))
     np.testing.assert_array_equal(rows["reward/a_abstained"], [0, 1, 1])
     np.testing.assert_array_equal(rows["reward/b_abstained"], [0, 0, 1])
@@ -56,7 +57,7 @@ def test_each_part_of_a_sum_has_its_own_metrics():
 def test_a_reward_that_abstains_on_a_whole_batch_is_reported_once():
     sampler, said = sampler_of(Given("silent", None, None, None))
     for _ in range(2):
-        np.testing.assert_array_equal(sampler.reward_metrics(COMPLETIONS)["reward/score"], [0, 0, 0])
+        np.testing.assert_array_equal(sampler.reward_metrics(COMPLETIONS)[0]["reward/score"], [0, 0, 0])
     assert said == [
         "ppo: silent abstained on all 3 completions of a batch, so their scores are 0 (see the metric reward/abstained)"
     ]
