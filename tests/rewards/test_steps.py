@@ -286,10 +286,8 @@ def test_the_runs_reward_adapter_scores_the_end_of_each_step(tiny, make_adapter,
 
     completions = Completions(sampled, ["q"] * 8, [{}] * 8, Letters())
     adapter = make_adapter(tiny, 4, head="reward")
-    whole = np.asarray(ModelReward(tiny, adapter)(completions))
-    rewards = ModelReward(tiny, adapter, granularity=STEP)(completions)
-    parted = ModelReward(tiny, adapter, microbatch_size=4, granularity=STEP)(completions)
-    np.testing.assert_allclose(parted.filled(0), rewards.filled(0), atol=1e-5)
+    of_whole, of_steps = ModelReward(tiny, adapter), ModelReward(tiny, adapter, microbatch_size=4, granularity=STEP)
+    whole, rewards = np.asarray(of_whole(completions)), of_steps(completions)
     mask, steps = np.array(sampled.mask), 0
     for i in range(8):
         ends = np.flatnonzero(~np.ma.getmaskarray(rewards)[i])
@@ -297,12 +295,14 @@ def test_the_runs_reward_adapter_scores_the_end_of_each_step(tiny, make_adapter,
         for end in ends:
             cut = mask.copy()
             cut[i, 5 + end + 1 :] = False
-            scores = ModelReward(tiny, adapter)(Completions(sampled.replace(mask=cut), ["q"] * 8, [{}] * 8, Letters()))
+            scores = of_whole(Completions(sampled.replace(mask=cut), ["q"] * 8, [{}] * 8, Letters()))
             assert rewards[i, end] == pytest.approx(float(scores[i]), abs=1e-5)
     assert steps > 10
     last = mask[:, 5:].sum(axis=1) - 1
     np.testing.assert_allclose(rewards.filled(0)[np.arange(8), last], whole, atol=1e-5)
-    progress = ModelReward(tiny, adapter, granularity=STEP, step_reward="difference")(completions)
+    of_steps.step_reward = "difference"
+    progress = of_steps(completions)
+    assert of_steps.program.compiles == of_whole.program.compiles == 1
     np.testing.assert_allclose(summed(progress), whole, atol=1e-5)
 
 

@@ -2,27 +2,31 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from jaxrlhf.config import RunConfig
+from jaxrlhf.distributed.mesh import make_mesh
 from jaxrlhf.errors import UserError
 from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.stages.calls import calls_of
 from jaxrlhf.stages.ppo.checks import check_algorithm
 from jaxrlhf.stages.ppo.remarks import remarks
 from jaxrlhf.stages.run import run_stages
+from jaxrlhf.stages.shapes import Shapes, read_model, resolved
 
 FEW = {"rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 MODEL = {
     "new": {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 16, "max_positions": 64}
 }
-# Two words are right if the first begins with s and the second with w. A random answer has both in one of 200 cases.
+# Two words are right if the first begins with s and the second with c. A random answer has both in one of 100 cases.
 REWARDS = """
 from pathlib import Path
 here = Path(__file__).parent
 def right(word, first):
-    return float(word.strip().startswith("s" if first else "w"))
+    return float(word.strip().startswith("s" if first else "c"))
 def process(steps, **columns):
     return [[right(step, i == 0) for i, step in enumerate(row)] for row in steps]
 def outcome(completions, **columns):
@@ -89,13 +93,13 @@ GROUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [{}, GROUPS], ids=["gae", "groups"])
-def test_a_run_that_a_reward_ends_goes_on_to_the_same_bits(start, tmp_path, case):
+def test_a_run_that_a_reward_ends_goes_on_to_the_same_bits(start, tmp_path):
+    """With everything that keeps rewards between draws and iterations."""
     rate = {"learning_rate": 0.05}
     settings = {
         "iterations": 4, "batch_size": 4, "sampling": {"max_new_tokens": 4}, "evaluation": {"prompts": 4},
         "save_every": 2, "update": {"epochs": 1, "minibatches": 2, "optimizer": rate, "value_optimizer": rate},
-    } | case  # fmt: skip
+    } | GROUPS  # fmt: skip
     whole = start("whole", "lengths", **settings)
     (tmp_path / "calls").write_text("")
     (tmp_path / "down").touch()
@@ -110,6 +114,21 @@ def test_a_run_that_a_reward_ends_goes_on_to_the_same_bits(start, tmp_path, case
     again = [{k: v for k, v in line.items() if k.startswith(("reward", "kl", "groups"))} for line in lines(ended)]
     assert kept == again and len(kept) == 4
     assert {line["compiles/experience"] for line in lines(whole)} == {1}
+
+
+def test_plans_have_the_shapes_of_process_rewards():
+    section = {
+        "data": {"path": "p"}, "batch_size": 4, "sampling": {"max_new_tokens": 6, "samples_per_prompt": 2},
+        "reward": {"kind": "model", "granularity": "step"},
+    }  # fmt: skip
+    config = {"run_dir": "r", "model": MODEL, "stages": ["ppo"], "ppo": section}
+    config = resolved(RunConfig.model_validate(config))
+    shapes = Shapes(config, make_mesh(config.mesh, jax.devices()[:1]), read_model(config.model))
+    calls = {call.name: call for call in calls_of("ppo", shapes)}
+    reward, experience = calls["reward"], calls["experience"]
+    assert reward.program.lower(*reward.args, **reward.kwargs).out_info.shape == (8, 6)
+    assert experience.args[2].shape == experience.kwargs["steps"].shape == (8, 6)
+    experience.program.lower(*experience.args, **experience.kwargs)
 
 
 def test_a_wrong_number_of_steps_stops_before_the_run(start):
