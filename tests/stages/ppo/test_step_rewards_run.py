@@ -66,27 +66,6 @@ def lines(folder, name="metrics"):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_two_steps_are_learnt_in_few_iterations_from_a_process_reward_only(start):
-    rate = {"learning_rate": 0.03}
-    settings = {
-        "iterations": 16, "batch_size": 32, "sampling": {"max_new_tokens": 2}, "kl": {"coef": 0.0},
-        "evaluation": {"prompts": 32}, "save_every": 100,
-        "update": {"epochs": 4, "minibatches": 1, "optimizer": rate, "value_optimizer": rate},
-    }  # fmt: skip
-    process, outcome = (start(name, name, **settings) for name in ("process", "outcome"))
-    scores = {folder: [line["reward/score"] for line in lines(folder)] for folder in (process, outcome)}
-    assert np.mean(scores[process][-3:]) > 1.6 and scores[process][0] < 0.6, "of 2"
-    assert np.mean(scores[outcome][-3:]) < 0.4
-    last = lines(process)[-1]
-    assert last["length/steps"] == pytest.approx(2, abs=0.1)
-    assert last["reward/step"] == pytest.approx(last["reward/score"] / 2, abs=0.05)
-    assert "reward/step" not in lines(outcome)[-1]
-    for record in lines(process, "samples"):
-        for sample in record.get("samples", []):
-            assert "".join(text for text, _ in sample["steps"]) == sample["completion"]
-            assert sum(reward for _, reward in sample["steps"]) == sample["score"]
-
-
 GROUPS = {
     "resample": 2, "advantage": {"estimator": "grpo"}, "sampling": {"max_new_tokens": 4, "samples_per_prompt": 2},
     "score": {"normalise": "running", "missing_eos_penalty": 0.5}, "async": 1,
