@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrlhf.bench.timing import Timed
 from jaxrlhf.data.prompts import PromptSet
-from jaxrlhf.data.sources import LoadReport
+from jaxrlhf.data.report import LoadReport
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.load import gives_steps
 from jaxrlhf.stages.loop import Run

@@ -48,6 +48,7 @@ from jaxrlhf.config.run import (
     RewardModelConfig,
     RunConfig,
     SFTConfig,
+    SuccessCurriculumConfig,
 )
 from jaxrlhf.config.steps import (
     AdapterConfig,

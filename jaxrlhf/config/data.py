@@ -26,7 +26,7 @@ def check_template_arguments(names: Iterable[str]) -> None:
 class SourceConfig(Settings):
     """A data source."""
 
-    path: SourcePath = Field(description="file, folder, hub id, or builtin:NAME: assistant-demonstrations, assistant-preferences, assistant-prompts, or a task such as intent")
+    path: SourcePath = Field(description="file, pattern of files such as part-*.jsonl, folder, hub id, or builtin:NAME: assistant-demonstrations, assistant-preferences, assistant-prompts, or a task such as intent")
     format: Literal["auto", "json", "jsonl", "csv", "parquet", "datasets", "builtin"] = Field("auto", description="file format; auto decides by the ending of the path; csv is a table with a header, whose empty cells are null; datasets is for a folder or hub id that the datasets library loads")
     split: str = Field("train", description="split of a datasets folder or hub id; builtin data sets have the splits train and test, and builtin tasks also validation")
     subset: str | None = Field(None, description="name of a configuration of the hub data set")
@@ -114,9 +114,18 @@ MIX_WITH = "mix_with"
 _MIX = Field([], description="further sources that are mixed with this source; each is a section with the same settings as this one, such as {path: more.jsonl, weight: 0.5}; weight or epochs of each source say how much of it a pass has")
 
 
+_STREAMING = Field(False, description="reads the rows while the stage trains, window by window, so that a data set may be larger than memory; the files are JSON Lines, CSV or Parquet (also .gz), or a data set of the datasets library; false reads and checks all rows before training")
+_ROWS = 10_000
+_SHUFFLE_BUFFER = Field(_ROWS, description="with streaming, number of rows of a window: rows are shuffled and packed within a window, and two windows are in memory")
+
+
 def _check_mixture(config: Any) -> Any:
-    """Raises ValueError if weights and epochs of the sources do not fit each other."""
+    """Raises ValueError if weights, epochs and streaming of the sources do not fit each other."""
     sources = [config, *config.mix_with]
+    if config.streaming:
+        _check_streaming(sources)
+    elif config.shuffle_buffer != _ROWS:
+        raise ValueError("shuffle_buffer has no effect without streaming; give streaming: true, or leave it out")
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and any(source.epochs is not None for source in sources):
         raise ValueError("a mixture has either weight or epochs; give one of the two")
@@ -127,10 +136,32 @@ def _check_mixture(config: Any) -> Any:
     return config
 
 
+def _check_streaming(sources: list[Any]) -> None:
+    """Raises ValueError if a stream cannot have a setting, because its number of rows is not known."""
+    for source in sources:
+        if len(sources) > 1 and source.weight is None:
+            raise ValueError(
+                "a streamed mixture needs a weight for every source, because the numbers of rows are not known"
+            )
+        if source.epochs is not None:
+            raise ValueError("epochs of a source cannot be streamed; give weight")
+        if getattr(source, "curriculum", None) is not None:
+            raise ValueError("curriculum orders all rows, but a stream does not have them; leave one of the two out")
+
+
+def not_streamed(config: Any) -> Any:
+    """Raises ValueError if a source that is read as a whole has streaming. Returns the source."""
+    if config is not None and config.streaming:
+        raise ValueError("this data is read as a whole; leave streaming out")
+    return config
+
+
 class DemonstrationsConfig(DemonstrationsSourceConfig):
     """One source of demonstrations, or a mixture of several."""
 
     mix_with: list[DemonstrationsSourceConfig] = _MIX
+    streaming: bool = _STREAMING
+    shuffle_buffer: PositiveInt = _SHUFFLE_BUFFER
     _mixture = model_validator(mode="after")(_check_mixture)
 
 
@@ -138,6 +169,8 @@ class PreferencesConfig(PreferencesSourceConfig):
     """One source of preference pairs, or a mixture of several."""
 
     mix_with: list[PreferencesSourceConfig] = _MIX
+    streaming: bool = _STREAMING
+    shuffle_buffer: PositiveInt = _SHUFFLE_BUFFER
     _mixture = model_validator(mode="after")(_check_mixture)
 
 
@@ -145,4 +178,6 @@ class PromptsConfig(PromptsSourceConfig):
     """One source of prompts, or a mixture of several."""
 
     mix_with: list[PromptsSourceConfig] = _MIX
+    streaming: bool = _STREAMING
+    shuffle_buffer: PositiveInt = _SHUFFLE_BUFFER
     _mixture = model_validator(mode="after")(_check_mixture)

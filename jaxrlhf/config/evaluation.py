@@ -5,10 +5,10 @@ Evaluation changes no weights. Early stopping and the schedule plateau watch a m
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from jaxrlhf.config.base import EVALUATED, NonNegativeFloat, NonNegativeInt, PositiveInt, Settings
-from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig
+from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, not_streamed
 
 
 class ImprovementConfig(Settings):
@@ -36,7 +36,7 @@ class SFTEvaluationConfig(Settings):
     """Loss and perplexity on held-out rows."""
 
     every: PositiveInt | None = _every("optimizer steps")
-    data: DemonstrationsConfig | None = Field(None, description="demonstrations to measure the loss on; null holds out rows of sft.data")
+    data: Annotated[DemonstrationsConfig | None, AfterValidator(not_streamed)] = Field(None, description="demonstrations to measure the loss on; null holds out rows of sft.data")
     heldout: NonNegativeInt = Field(64, description="rows of sft.data held out if data is null; at most a tenth of all rows; 0 measures nothing")
 
 
@@ -44,7 +44,7 @@ class RewardModelEvaluationConfig(Settings):
     """Accuracy, loss, margin and calibration error on held-out pairs."""
 
     every: PositiveInt | None = _every("optimizer steps")
-    data: PreferencesConfig | None = Field(None, description="preference pairs to measure accuracy on; null holds out pairs of reward_model.data")
+    data: Annotated[PreferencesConfig | None, AfterValidator(not_streamed)] = Field(None, description="preference pairs to measure accuracy on; null holds out pairs of reward_model.data")
     heldout: PositiveInt = Field(128, description="pairs of reward_model.data held out if data is null; at most a tenth of all pairs")
 
 
@@ -52,5 +52,5 @@ class PPOEvaluationConfig(Settings):
     """Reward, gold score, KL and length on held-out prompts, the same prompts and random keys each time."""
 
     every: PositiveInt | None = _every("iterations")
-    data: PromptsConfig | None = Field(None, description="held-out prompts; null uses ppo.data")
+    data: Annotated[PromptsConfig | None, AfterValidator(not_streamed)] = Field(None, description="held-out prompts; null uses ppo.data")
     prompts: Annotated[int, Field(ge=1, le=1_000_000)] = Field(128, description="number of prompts; if the source has fewer prompts, they are repeated")

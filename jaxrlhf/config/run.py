@@ -3,7 +3,7 @@
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from jaxrlhf.config.alarms import Alarm
 from jaxrlhf.config.base import (
@@ -13,6 +13,7 @@ from jaxrlhf.config.base import (
     LONGER,
     MAX_LAYERS,
     ROUNDING,
+    FiniteFloat,
     NonNegativeFloat,
     Overflow,
     PositiveFloat,
@@ -20,8 +21,9 @@ from jaxrlhf.config.base import (
     Remat,
     Seconds,
     Settings,
+    UnitFloat,
 )
-from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig
+from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig, not_streamed
 from jaxrlhf.config.evaluation import (
     ImprovementConfig,
     PPOEvaluationConfig,
@@ -164,12 +166,30 @@ class _SupervisedConfig(Settings):
     data: SourceConfig
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer")
     epochs: PositiveInt = Field(1, description="passes over the data")
+    max_steps: PositiveInt | None = Field(None, description="largest number of optimizer steps; the stage ends earlier if all epochs are done; needed with data.streaming, where the number of rows is not known; null means no limit")
     batch_size: PositiveInt
     microbatch_size: PositiveInt | None = Field(None, description="rows per forward and backward pass; null is batch_size; smaller values save memory")
     max_length: PositiveInt = Field(512, description="longest sequence, in tokens")
     remat: Remat = "dots"
     save_every: PositiveInt = Field(100, description="optimizer steps between checkpoints", json_schema_extra=CHOICE)
     early_stopping: ImprovementConfig | None = Field(None, description="ends the stage when a metric stops improving; null runs all epochs")
+
+    @model_validator(mode="after")
+    def _stream(self) -> "_SupervisedConfig":
+        """Raises ValueError if the stage lacks a setting that a stream needs."""
+        if getattr(self.data, "streaming", False):
+            if self.max_steps is None:
+                raise ValueError(
+                    "data.streaming needs max_steps, because the number of rows is not known; learning rates and "
+                    "progress depend on the number of steps"
+                )
+            if self.data.shuffle_buffer < self.batch_size:
+                raise ValueError(
+                    f"data.shuffle_buffer ({self.data.shuffle_buffer}) must be at least batch_size ({self.batch_size})"
+                )
+            if self.evaluation.every is not None and self.evaluation.data is None:
+                raise ValueError("evaluation.every needs evaluation.data, because no rows of a stream are held out")
+        return self
 
 
 class SFTConfig(_SupervisedConfig):
@@ -202,15 +222,23 @@ class PretrainingConfig(Settings):
     The policy must not unlearn these data.
     """
 
-    data: DemonstrationsConfig = Field(description="rows to learn from")
+    data: Annotated[DemonstrationsConfig, AfterValidator(not_streamed)] = Field(description="rows to learn from")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer step")
     max_length: PositiveInt = Field(512, description="longest sequence, in tokens; longer rows are cut")
+
+
+class SuccessCurriculumConfig(Settings):
+    """A curriculum by the policy's own success: a draw is in proportion to p (1 - p), where p is the share of solved completions."""
+
+    solved_at: FiniteFloat = Field(1.0, description="a completion with at least this score solves its prompt")
+    decay: UnitFloat = Field(0.9, description="at each draw of a prompt, its earlier counts are multiplied by this, because the policy changes")
 
 
 class PPOStageConfig(Settings):
     """PPO: iterations of sampling, scoring and updating."""
 
     data: PromptsConfig = Field(description="prompts to sample completions for")
+    success_curriculum: SuccessCurriculumConfig | None = Field(None, description="draws prompts that the policy solves sometimes more often than those that it solves always or never (docs/data.md); null draws each prompt once in every pass")
     max_prompt_tokens: PositiveInt = Field(64, description="longest prompt, in tokens; shorter ones are padded on the left")
     overflow: Overflow = Field("stop", description="prompts longer than max_prompt_tokens lose their start (cut), are dropped (drop), or stop the run (stop)")
     iterations: PositiveInt = Field(100, description="number of iterations, each with one rollout and one update", json_schema_extra=LONGER)
@@ -235,6 +263,18 @@ class PPOStageConfig(Settings):
     sample_every: PositiveInt = Field(10, description="number of iterations between records of samples.jsonl; the first and the last iteration are always recorded", json_schema_extra=FREE)
     evaluation: PPOEvaluationConfig = Field(PPOEvaluationConfig(), description="evaluation on held-out prompts")
     early_stopping: ImprovementConfig | None = Field(None, description="ends the stage when a metric stops improving; null runs all iterations")
+
+    @model_validator(mode="after")
+    def _curriculum(self) -> "PPOStageConfig":
+        """Raises ValueError if the curriculum by success does not fit other settings."""
+        if self.success_curriculum is not None:
+            if self.data.streaming:
+                raise ValueError("success_curriculum needs all prompts in memory; leave data.streaming out")
+            if any(source.curriculum is not None for source in (self.data, *self.data.mix_with)):
+                raise ValueError("success_curriculum and data.curriculum both order the prompts; give one of them")
+            if self.async_:
+                raise ValueError("success_curriculum needs the scores before the next prompts are drawn; set async: 0")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,8 @@ from jaxrlhf.curation.characters import cleaned
 from jaxrlhf.curation.reading import Content, open_source
 from jaxrlhf.curation.similarity import THRESHOLD, Sketches
 from jaxrlhf.curation.writing import check_output, jsonl_writer
-from jaxrlhf.data.sources import LoadReport, Row
+from jaxrlhf.data.report import LoadReport
+from jaxrlhf.data.sources import Row
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 

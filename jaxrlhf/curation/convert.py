@@ -10,7 +10,8 @@ from typing import Any
 from jaxrlhf.curation.reading import parse_fields
 from jaxrlhf.curation.writing import check_output, jsonl_writer
 from jaxrlhf.data.fields import has_field, messages_field, text_field, text_or_messages_field
-from jaxrlhf.data.sources import LoadReport, Message, Row, describe, open_bytes, stream_rows
+from jaxrlhf.data.report import LoadReport
+from jaxrlhf.data.sources import Message, Row, describe, open_bytes, stream_rows
 from jaxrlhf.errors import UserError
 
 Values = dict[str, Any]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jaxrlhf.data.preludes import CLOCK, NULL_CONTENT, directives
 from jaxrlhf.data.sources import Message, one_line
 from jaxrlhf.data.time_limit import within
 from jaxrlhf.errors import SharedFault, UserError
@@ -204,7 +205,7 @@ class ChatTemplate:
         from jinja2 import TemplateSyntaxError
 
         if isinstance(error, TemplateSyntaxError):
-            line = error.lineno - (error.source or "").startswith(_CLOCK.rstrip())
+            line = error.lineno - (error.source or "").startswith(CLOCK.rstrip())
             raise SharedFault(
                 f"{self.name}: line {line} of the chat template does not compile: {one_line(error.message)}; "
                 "correct the template, or give prompt and response as text"
@@ -240,9 +241,9 @@ class ChatTemplate:
         names = [*chat.arguments, *(["tools"] if chat.tools else [])]
         self.unread.update(name for name in names if name not in original)
         if with_null:
-            template = _NULL_CONTENT + template
+            template = NULL_CONTENT + template
         if self.time is not None and "strftime_now" in original:
-            template, arguments["jaxrlhf_time"] = _CLOCK + template, _directives(self.time)
+            template, arguments["jaxrlhf_time"] = CLOCK + template, directives(self.time)
         if template is not original:
             arguments["chat_template"] = template
         return self._written(messages, tools=chat.tools, **arguments)
@@ -378,32 +379,3 @@ def _with_arguments(call: Any, as_text: bool) -> Any:
             return call
         arguments = parsed if isinstance(parsed, dict) else arguments
     return {**call, "function": {**function, "arguments": arguments}} if "arguments" in function else call
-
-
-# Texts that are put before a template. transformers compiles templates with `trim_blocks`, so the final newline is not
-# written.
-
-# Sets missing content to null. transformers removes null content, but DeepSeek's templates test it with `is none`.
-_NULL_CONTENT = (
-    "{% set filled = namespace(messages=[]) %}{% for message in messages %}"
-    "{% set filled.messages = filled.messages + [message if 'content' in message else dict(message, content=none)] %}"
-    "{% endfor %}{% set messages = filled.messages %}\n"
-)
-# Replaces transformers' function `strftime_now`, which reads the clock. transformers 5 passes a function to a template
-# as text, so the template receives the value of each strftime directive instead.
-_CLOCK = (
-    "{% macro strftime_now(format) %}{% set time = namespace(text=format) %}"
-    "{% for directive, text in jaxrlhf_time.items() %}{% set time.text = time.text.replace(directive, text) %}"
-    "{% endfor %}"
-    "{{ time.text }}{% endmacro %}\n"
-)
-
-
-def _directives(time: datetime.datetime) -> dict[str, str]:
-    """Returns the value of each strftime directive at this time.
-
-    Directives without leading zeros, such as %-d, are included.
-    """
-    bare = {f"%-{letter}": time.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dmyHIMSj"}
-    letters = "aAbBcdeDfFGhHIjmMnprRStTuUVwWxXyYzZ"
-    return bare | {f"%{letter}": time.strftime(f"%{letter}") for letter in letters} | {"%%": "%"}

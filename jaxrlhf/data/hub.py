@@ -44,7 +44,7 @@ def download_file(name: str, file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, file))
 
 
-def load_dataset(name: str, subset: str | None, split: str) -> Any:
+def load_dataset(name: str, subset: str | None, split: str, streaming: bool = False) -> Any:
     """Returns a data set of the hub. If the hub cannot be reached, the copy in the cache is returned.
 
     One request decides whether the hub can be reached, because `datasets` would try again for half a minute. Errors of
@@ -56,7 +56,7 @@ def load_dataset(name: str, subset: str | None, split: str) -> Any:
         reached = _reached(name)
         if not reached:
             stack.enter_context(_offline())
-        table = datasets.load_dataset(name, subset, split=split)
+        table = datasets.load_dataset(name, subset, split=split, streaming=streaming)
     if not reached:
         notice(f"{name}: the hub cannot be reached; the copy of the data set in the cache is used")
     return table

@@ -1,26 +1,39 @@
 """Mixtures of several sources: how often each row of each source appears in a pass over the data."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from jaxrlhf.config import ChatSourceConfig
 from jaxrlhf.data.order import epoch_order
-from jaxrlhf.data.sources import LoadReport
+from jaxrlhf.data.report import LoadReport
+from jaxrlhf.data.sources import Row, read_rows
 
 _STREAM = 100  # stream of `epoch_order` for the rows that appear once more than the others, + the number of the source
 T = TypeVar("T")
 
 
+class Reader(Protocol[T]):
+    """Checks and tokenizes rows of one source. The form of the first call's rows is the form of all rows."""
+
+    def __call__(self, rows: list[Row], first: int = 0) -> tuple[list[T], LoadReport]:
+        """Returns (items, report). `first` is the number of the first of these rows in the source."""
+
+
 def mixed(
-    sources: Sequence[ChatSourceConfig], load: Callable[[ChatSourceConfig], tuple[list[T], LoadReport]]
+    sources: Sequence[ChatSourceConfig], reader_of: Callable[[ChatSourceConfig], Reader[T]]
 ) -> tuple[list[T], LoadReport]:
-    """Loads each source, and returns (items of a pass over the mixture, report on all sources).
+    """Reads each source, and returns (items of a pass over the mixture, report on all sources).
 
     The items are source by source. The batches shuffle them. An item that appears several times is the same object.
+    Raises UserError if a source has no row that can be used.
     """
-    loaded = [load(source) for source in sources]
+    loaded = []
+    for source in sources:
+        items, report = reader_of(source)(read_rows(source))
+        report.check()
+        loaded.append((items, report))
     counts = [len(items) for items, _ in loaded]
     chosen = repeats([source.weight for source in sources], [source.epochs for source in sources], counts)
     items = [items[i] for (items, _), rows in zip(loaded, chosen) for i in rows]

@@ -16,9 +16,10 @@ from jaxrlhf.data.fields import (
     number_field,
     text_or_messages_field,
 )
-from jaxrlhf.data.mixture import mixed
+from jaxrlhf.data.mixture import Reader, mixed
 from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
-from jaxrlhf.data.sources import LoadReport, Message, Row, drops_unusable, read_rows
+from jaxrlhf.data.report import LoadReport, drops_unusable
+from jaxrlhf.data.sources import Message, Row
 from jaxrlhf.data.templates import from_template
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
@@ -46,13 +47,13 @@ def load_preferences(
 ) -> tuple[list[Pair], LoadReport]:
     """Reads, checks and tokenizes all pairs of the sources. Returns the pairs of a pass, and a report."""
     sources = [config, *config.mix_with]
-    return mixed(sources, lambda source: _load_source(source, tokenizer, max_length, overflow))
+    return mixed(sources, lambda source: preferences_reader(source, tokenizer, max_length, overflow))
 
 
-def _load_source(
+def preferences_reader(
     config: PreferencesSourceConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
-) -> tuple[list[Pair], LoadReport]:
-    """Reads, checks and tokenizes the pairs of a source. No sequence is longer than `max_length` tokens.
+) -> Reader[Pair]:
+    """Returns the reader of a source. It checks and tokenizes rows. No sequence is longer than `max_length` tokens.
 
     If a row has no prompt field, chosen and rejected are whole dialogues, either texts in hh-rlhf's form or chats. The
     prompt is then their common start up to an assistant turn. This also holds for chosen and rejected chats that
@@ -64,7 +65,17 @@ def _load_source(
     place, unless the config drops unusable rows.
     """
     drop = drops_unusable(config, overflow)
-    rows = from_template(read_rows(config), config, drop)
+
+    def read(rows: list[Row], first: int = 0) -> tuple[list[Pair], LoadReport]:
+        return _pairs(from_template(rows, config, drop, first), config, tokenizer, max_length, overflow)
+
+    return read
+
+
+def _pairs(
+    rows: list[Row], config: PreferencesSourceConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
+) -> tuple[list[Pair], LoadReport]:
+    drop = drops_unusable(config, overflow)
     report = LoadReport(config.path, len(rows))
     template = tokenizer.chats
 
@@ -104,7 +115,6 @@ def _load_source(
             chosen_ids, rejected_ids = (np.array(kept + response, np.int32) for response in (chosen, rejected))
             pairs.append(Pair(chosen_ids, rejected_ids, margin, row.where))
     report.past_stop = tokenizer.cut_responses
-    report.check()
     return pairs, report
 
 
@@ -210,12 +220,15 @@ class PreferenceData:
         seed: int,
         buckets: int = 4,
         pad_id: int | None = None,
+        bounds: np.ndarray | None = None,
     ):
+        """`bounds` are the padded lengths in ascending order. None means the quantiles of these pairs' lengths."""
         self.pairs, self.seed, self.pad_id, self.batch_size = pairs, seed, pad_id, batch_size
         lengths = np.array([len(pair) for pair in pairs], np.int64)
         # A bucket that is smaller than a batch would need one more compiled program, mostly for padding rows.
-        bounds = bucket_lengths(lengths, min(buckets, max(1, len(pairs) // batch_size)), max_length)
-        self.buckets = Buckets.of(lengths, bounds, batch_size)
+        if bounds is None:
+            bounds = bucket_lengths(lengths, min(buckets, max(1, len(pairs) // batch_size)), max_length)
+        self.bounds, self.buckets = bounds, Buckets.of(lengths, bounds, batch_size)
 
     def __len__(self) -> int:
         """The number of batches per epoch."""

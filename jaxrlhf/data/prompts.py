@@ -18,9 +18,11 @@ from jaxrlhf.data.fields import (
     text_field,
     text_or_messages_field,
 )
-from jaxrlhf.data.mixture import mixed
+from jaxrlhf.data.mixture import Reader, mixed
 from jaxrlhf.data.order import batch_rows, checksum
-from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
+from jaxrlhf.data.report import LoadReport, drops_unusable
+from jaxrlhf.data.sources import Row, read_rows
+from jaxrlhf.data.success import Success
 from jaxrlhf.data.templates import from_template
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
@@ -52,6 +54,7 @@ class PromptSet:
     pad_id: int | None
     report: LoadReport
     keys: np.ndarray | None = None  # f64[N]; if given, the first epoch is in ascending order of these numbers
+    success: Success | None = None  # if given, draws depend on the success so far, and there are no epochs
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,6 +69,8 @@ class PromptSet:
 
         Each epoch has each prompt once. With a curriculum, the first epoch goes from the lowest key to the highest.
         """
+        if self.success is not None:
+            return self.success.choose(seed, step, batch_size)
         return batch_rows(seed, step, batch_size, len(self), self.keys)
 
     def padded(self, rows: Sequence[int] | np.ndarray) -> Prompts:
@@ -91,20 +96,27 @@ def load_prompts(
 ) -> PromptSet:
     """Reads, checks and tokenizes all prompts of the sources. Returns the prompts of a pass."""
     sources = [config, *config.mix_with]
-    loaded, report = mixed(sources, lambda source: _load_source(source, tokenizer, max_prompt_tokens, overflow))
-    ids, texts, chats, columns, keys = map(list, zip(*loaded))
+    loaded, report = mixed(sources, lambda source: prompts_reader(source, tokenizer, max_prompt_tokens, overflow))
     has_curriculum = any(source.curriculum is not None for source in sources)
-    order = np.array(keys, np.float64) if has_curriculum else None
-    return PromptSet(ids, texts, chats, columns, max_prompt_tokens, tokenizer.pad_id, report, order)
+    return prompt_set(loaded, report, max_prompt_tokens, tokenizer.pad_id, has_curriculum)
 
 
 LoadedPrompt = tuple[np.ndarray, str, Chat | None, dict[str, Any], float]  # ids, text, chat, columns, key
 
 
-def _load_source(
+def prompt_set(
+    loaded: Sequence[LoadedPrompt], report: LoadReport, max_prompt_tokens: int, pad_id: int | None, by_key: bool = False
+) -> PromptSet:
+    """Returns loaded prompts as a set. If `by_key` is set, the first epoch is in ascending order of the keys."""
+    ids, texts, chats, columns, keys = map(list, zip(*loaded))
+    order = np.array(keys, np.float64) if by_key else None
+    return PromptSet(ids, texts, chats, columns, max_prompt_tokens, pad_id, report, order)
+
+
+def prompts_reader(
     config: PromptsSourceConfig, tokenizer: Tokenizer, max_prompt_tokens: int, overflow: Overflow
-) -> tuple[list[LoadedPrompt], LoadReport]:
-    """Reads, checks and tokenizes the prompts of a source. No prompt is longer than `max_prompt_tokens` tokens.
+) -> Reader[LoadedPrompt]:
+    """Returns the reader of a source. It checks and tokenizes rows. No prompt is longer than `max_prompt_tokens`.
 
     `read_prompts` explains which field is read. A prompt from the text field is BOS and the first `text_tokens` tokens
     of the text. `overflow` decides about a prompt that is too long. "cut" removes the start of the prompt but
@@ -112,14 +124,31 @@ def _load_source(
     place. The first row decides which field is read. If the config drops unusable rows, the field that most rows have
     is read.
     """
-    drop = drops_unusable(config, overflow)
-    rows = from_template(read_rows(config), config, drop)
-    key, read = form_of(config, rows if drop else rows[:1])
-    name = getattr(config, key)
+    drop, form = drops_unusable(config, overflow), None
+
+    def read(rows: list[Row], first: int = 0) -> tuple[list[LoadedPrompt], LoadReport]:
+        nonlocal form
+        rows = from_template(rows, config, drop, first)
+        form = form or form_of(config, rows if drop else rows[:1])
+        return _prompts(rows, *form, config, tokenizer, max_prompt_tokens, overflow)
+
+    return read
+
+
+def _prompts(
+    rows: list[Row],
+    key: str,
+    form: "Form",
+    config: PromptsSourceConfig,
+    tokenizer: Tokenizer,
+    max_prompt_tokens: int,
+    overflow: Overflow,
+) -> tuple[list[LoadedPrompt], LoadReport]:
+    drop, name = drops_unusable(config, overflow), getattr(config, key)
     report = LoadReport(config.path, len(rows))
 
     def rendered(row: Row) -> tuple[Prompt, Prompt, float]:
-        prompt = read(row, config)
+        prompt = form(row, config)
         report.beside_text |= columns_beside_text(row, config, prompt)
         key = 0.0 if config.curriculum is None else number_field(row, config.curriculum)
         return prompt, tokenizer.chats.rendered_prompt(prompt, f"{row.where}: "), key
@@ -151,11 +180,10 @@ def _load_source(
         columns = {k: v for k, v in row.values.items() if k != name or not isinstance(prompt, str)}
         chat = None if isinstance(prompt, str) else prompt
         loaded.append((np.array(kept, np.int32), text, chat, columns, order_key))
-    report.check()
     return loaded, report
 
 
-Reader = Callable[[Row, PromptsSourceConfig], Prompt]
+Form = Callable[[Row, PromptsSourceConfig], Prompt]
 
 
 def _prompt(row: Row, config: PromptsSourceConfig) -> Prompt:
@@ -177,7 +205,7 @@ def _text(row: Row, config: PromptsSourceConfig) -> Prompt:
     return text_field(row, config.text_field)
 
 
-def form_of(config: PromptsSourceConfig, rows: Sequence[Row]) -> tuple[str, Reader]:
+def form_of(config: PromptsSourceConfig, rows: Sequence[Row]) -> tuple[str, Form]:
     """Returns (config key of the field that holds the prompt in most of these rows, the reader of this field)."""
     forms = [("prompt_field", _prompt), ("messages_field", _chat), ("text_field", _text)]
     forms.sort(key=lambda form: form[0] not in config.model_fields_set)

@@ -1,7 +1,7 @@
 """Demonstrations for supervised fine-tuning. Rows become token ids, and token ids become batches of fixed shape.
 
-Rows are not streamed, on purpose. All rows are read and tokenized before anything is compiled, so that a bad row stops
-the run immediately and not after a day.
+Unless a set is streamed (`streams.py`), all rows are read and tokenized before anything is compiled, so that a bad row
+stops the run immediately and not after a day.
 """
 
 import itertools
@@ -22,9 +22,10 @@ from jaxrlhf.data.fields import (
     text_field,
     text_or_messages_field,
 )
-from jaxrlhf.data.mixture import mixed
+from jaxrlhf.data.mixture import Reader, mixed
 from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
-from jaxrlhf.data.sources import LoadReport, Row, drops_unusable, read_rows
+from jaxrlhf.data.report import LoadReport, drops_unusable
+from jaxrlhf.data.sources import Row
 from jaxrlhf.data.templates import from_template
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.data.turns import earlier_turns, learned_spans
@@ -61,13 +62,13 @@ def load_demonstrations(
 ) -> tuple[list[Example], LoadReport]:
     """Reads, checks and tokenizes all rows of the sources. Returns the examples of a pass, and a report."""
     sources = [config, *config.mix_with]
-    return mixed(sources, lambda source: _load_source(source, tokenizer, max_length, overflow))
+    return mixed(sources, lambda source: demonstrations_reader(source, tokenizer, max_length, overflow))
 
 
-def _load_source(
+def demonstrations_reader(
     config: DemonstrationsSourceConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
-) -> tuple[list[Example], LoadReport]:
-    """Reads, checks and tokenizes the rows of a source. No example is longer than `max_length` tokens.
+) -> Reader[Example]:
+    """Returns the reader of a source. It checks and tokenizes rows. No example is longer than `max_length` tokens.
 
     All rows have the same form: prompt and response, a chat, or plain text. The first row's fields decide which form
     this is. If the first row has the fields of several forms, the form with fields that the config names is read, else
@@ -78,14 +79,31 @@ def _load_source(
     turn to learn begins within `max_length` tokens, "cut" drops the row. "drop" drops the row, and "stop" raises
     UserError.
     """
+    drop, form = drops_unusable(config, overflow), None
+
+    def read(rows: list[Row], first: int = 0) -> tuple[list[Example], LoadReport]:
+        nonlocal form
+        rows = from_template(rows, config, drop, first)
+        form = form or form_of(config, rows if drop else rows[:1])
+        return _examples(rows, form, config, tokenizer, max_length, overflow)
+
+    return read
+
+
+def _examples(
+    rows: list[Row],
+    form: "Form",
+    config: DemonstrationsSourceConfig,
+    tokenizer: Tokenizer,
+    max_length: int,
+    overflow: Overflow,
+) -> tuple[list[Example], LoadReport]:
     drop = drops_unusable(config, overflow)
-    rows = from_template(read_rows(config), config, drop)
-    read = form_of(config, rows if drop else rows[:1])
     report = LoadReport(config.path, len(rows))
 
     def rendered(row: Row) -> list[tuple[Prompt, Response]]:
         """Returns the pair of prompt and response, after the pairs of the earlier turns to learn."""
-        prompt, response = read(row, config)
+        prompt, response = form(row, config)
         report.beside_text |= columns_beside_text(row, config, prompt)
         place = f"{row.where}: "
         earlier = earlier_turns(tokenizer.chats, prompt, place) if config.learn == "all" else []
@@ -127,7 +145,6 @@ def _load_source(
                 Example(np.array(prompt, np.int32), np.array(response, np.int32), row.where, tuple(spans))
             )
     report.past_stop = tokenizer.cut_responses
-    report.check()
     return examples, report
 
 
@@ -257,7 +274,9 @@ class SFTData:
         seed: int,
         packing: bool = True,
         pad_id: int | None = None,
+        bounds: np.ndarray | None = None,
     ):
+        """`bounds` are the padded lengths in ascending order. None means the quantiles of these examples' lengths."""
         self.examples, self.batch_size, self.seed, self.pad_id = examples, batch_size, seed, pad_id
         lengths = np.array([len(example) for example in examples], np.int64)
         if packing:
@@ -268,8 +287,8 @@ class SFTData:
             self.sequences = [[i] for i in range(len(examples))]
             totals = lengths
             buckets = min(LENGTH_BUCKETS, max(1, len(examples) // batch_size))
-            bounds = bucket_lengths(lengths, buckets, max_length)
-        self.buckets = Buckets.of(totals, bounds, batch_size)
+            bounds = bucket_lengths(lengths, buckets, max_length) if bounds is None else bounds
+        self.bounds, self.buckets = bounds, Buckets.of(totals, bounds, batch_size)
 
     def __len__(self) -> int:
         """The number of batches per epoch."""

@@ -1,33 +1,34 @@
 """Reads rows from files (JSON, JSON Lines, CSV, Parquet), from the datasets library and from the builtin data sets.
 
 `read_rows` returns each row with its place, so that later errors name file and line. A file that cannot be parsed
-always stops the run. A row that cannot be used may be dropped.
+always stops the run. A row that cannot be used may be dropped. `rows_from` reads a source from any row on.
 """
 
 import csv
+import glob
 import gzip
 import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from jaxrlhf.config import Overflow, SourceConfig
+from jaxrlhf.config import SourceConfig
 from jaxrlhf.config.paths import BUILTIN as BUILTIN_PREFIX
 from jaxrlhf.config.paths import HUB_ID
 from jaxrlhf.data import hub
-from jaxrlhf.errors import SharedFault, UserError
+from jaxrlhf.errors import UserError
 
 Message = dict[str, Any]
 """One turn of a chat: `role`, `content`, and other keys that the chat template reads."""
 
 ENDINGS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 BUILTIN_LIMIT = 1_000_000
-REASONS = 6  # number of reasons that a report lists; the rarest are counted together as "other reasons"
-T = TypeVar("T")
 Skip = Callable[[UserError], None]  # receives the error of a line that holds no row
+Position = Any
+"""Where the next row begins, as JSON values: [file, [bytes, lines]], [file, rows], or the state of a data set."""
 
 
 @dataclass(frozen=True)
@@ -39,120 +40,23 @@ class Row:
     fault: str | None = None  # why the row cannot be used, if this is known before its fields are read
 
 
-@dataclass
-class LoadReport:
-    """Counts how many rows of a source were read, cut to length and dropped, and for which reasons."""
-
-    path: str
-    rows: int
-    cut: int = 0
-    past_stop: int = 0  # text responses that were cut after a stop token inside them
-    dropped: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)  # reason -> place of the first row that was dropped, if known
-    unread: list[str] = field(default_factory=list)  # tools and template arguments that the chat template ignores
-    beside_text: set[str] = field(default_factory=set)  # columns of tools and arguments that text prompts do not use
-    in_pass: list[int] = field(default_factory=list)  # of a mixture: the rows of each source in a pass over the data
-
-    @classmethod
-    def joined(cls, reports: Sequence["LoadReport"], in_pass: Sequence[int]) -> "LoadReport":
-        """Returns the report on a mixture of sources. `in_pass` holds the rows of each source in a pass."""
-        if len(reports) == 1 and in_pass[0] == reports[0].kept:
-            return reports[0]
-        whole = cls(" + ".join(report.path for report in reports), sum(report.rows for report in reports))
-        for report in reports:
-            whole.cut += report.cut
-            whole.past_stop += report.past_stop
-            whole.unread = sorted({*whole.unread, *report.unread})
-            whole.beside_text |= report.beside_text
-            for reason, count in report.dropped.items():
-                whole.dropped[reason] = whole.dropped.get(reason, 0) + count
-            whole.first = report.first | whole.first
-        whole.in_pass = list(in_pass)
-        return whole
-
-    def drop(self, reason: str, where: str | None = None) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        if where is not None:
-            self.first.setdefault(reason, where)
-
-    def usable(self, rows: Sequence[Row], read: Callable[[Row], T], drop: bool) -> Iterator[tuple[Row, T]]:
-        """Yields (row, `read(row)`) for each row. If `read` raises UserError and `drop` is set, the row is dropped."""
-        for row in rows:
-            try:
-                if row.fault is not None:
-                    raise UserError(row.fault)
-                result = read(row)
-            except UserError as error:
-                if not drop or isinstance(error, SharedFault):
-                    raise
-                self.refuse(row, str(error))
-            else:
-                yield row, result
-
-    def refuses(self, row: Row, fault: str | None, drop: bool) -> bool:
-        """Returns whether the row has a fault.
-
-        If `drop` is set, a row with a fault is dropped. Otherwise UserError is raised.
-        """
-        if fault is None:
-            return False
-        if not drop:
-            raise UserError(f"{row.where}: {fault}")
-        self.refuse(row, fault)
-        return True
-
-    def refuse(self, row: Row, message: str) -> None:
-        """Drops a row. The reason is the error message without the place and without the advice after "; "."""
-        self.drop(message.removeprefix(f"{row.where}: ").split("; ")[0], row.where)
-
-    @property
-    def kept(self) -> int:
-        return self.rows - sum(self.dropped.values())
-
-    def check(self) -> None:
-        """Raises UserError if no row is left."""
-        if not self.kept:
-            reasons = "; ".join(self._reasons("{} {}"))
-            raise UserError(f"{self.path}: none of the {self.rows} rows can be used: {reasons}")
-
-    def __str__(self) -> str:
-        parts = [f"{self.path}: {self.kept} of {self.rows} rows"]
-        parts += [f"a pass has {' + '.join(map(str, self.in_pass))} rows"] if self.in_pass else []
-        parts += [f"{self.cut} cut to length"] if self.cut else []
-        parts += [f"{self.past_stop} responses cut after a stop token in their text"] if self.past_stop else []
-        parts += self._reasons("{} dropped ({})")
-        parts += [f"the chat template ignores {' and '.join(self.unread)}"] if self.unread else []
-        parts += [f"text prompts ignore {' and '.join(sorted(self.beside_text))}"] if self.beside_text else []
-        return ", ".join(parts)
-
-    def _reasons(self, form: str) -> list[str]:
-        """Returns a text for each reason with the number of dropped rows. The most frequent reason is first."""
-        ordered = sorted(self.dropped.items(), key=lambda item: -item[1])
-        first = {reason: f"; first {place}" for reason, place in self.first.items()}
-        texts = [form.format(count, reason + first.get(reason, "")) for reason, count in ordered]
-        if len(texts) > REASONS:
-            rest = ordered[REASONS - 1 :]
-            texts[REASONS - 1 :] = [form.format(sum(n for _, n in rest), f"{len(rest)} other reasons")]
-        return texts
-
-
-def drops_unusable(source: SourceConfig, overflow: Overflow) -> bool:
-    """Whether rows that cannot be used are dropped. The setting `unusable` decides.
-
-    Without this setting, unusable rows are dropped if `overflow` drops long rows.
-    """
-    return (source.unusable or ("drop" if overflow == "drop" else "stop")) == "drop"
-
-
 def check_source(source: SourceConfig) -> tuple[str, str]:
     """Returns (path, format) of a source without reading the source. Raises UserError if the source does not exist."""
     path = os.path.expanduser(source.path)
     form = _form(source, path)
-    if form not in ("builtin", "datasets") and not os.path.isfile(path):
+    if form not in ("builtin", "datasets") and not all(map(os.path.isfile, files_of(path) or [path])):
         is_folder = os.path.isdir(path)
         problem = "this is a folder; set format: datasets to read a folder" if is_folder else "no such file"
         raise UserError(f"{source.path}: {problem}")
     return path, form
+
+
+def files_of(path: str) -> list[str]:
+    """Returns the files that a path names, in the order of their names. A pattern such as `part-*.jsonl` names several.
+
+    A path without `*`, `?` and `[`, or of an existing file, names itself.
+    """
+    return [path] if os.path.exists(path) or not glob.has_magic(path) else sorted(glob.glob(path))
 
 
 def read_rows(source: SourceConfig) -> list[Row]:
@@ -169,8 +73,8 @@ def read_rows(source: SourceConfig) -> list[Row]:
 def stream_rows(source: SourceConfig, skip: Skip | None = None) -> Iterator[Row]:
     """Yields the rows of a source. Only JSON (not JSON Lines) and sets of the datasets library are read as a whole.
 
-    Raises UserError if the source is missing or broken. `skip` receives the error of a line or entry that holds no row,
-    and the rows after it are read. Without `skip` this error is raised.
+    Raises UserError if the source is missing or broken. `skip` receives the error of a line that holds no row, and the
+    rows after it are read. Without `skip` this error is raised.
     """
     path, form = check_source(source)
     if form == "builtin":
@@ -178,15 +82,41 @@ def stream_rows(source: SourceConfig, skip: Skip | None = None) -> Iterator[Row]
     elif form == "datasets":
         yield from _datasets(source, path)
     else:
-        reader = {"json": _json, "jsonl": _json_lines, "csv": _csv, "parquet": _parquet}[form]
-        try:
-            yield from itertools.islice(reader(path, source, skip or _stop), source.limit)
-        except (OSError, EOFError, zlib.error) as error:  # no permission, or a broken .gz
-            raise UserError(f"{source.path}: the file cannot be read: {one_line(error)}") from error
+        yield from itertools.islice((row for row, _ in _from_files(path, form, None, skip or _stop)), source.limit)
+
+
+def rows_from(source: SourceConfig, position: Position = None) -> Iterator[tuple[Row, Position]]:
+    """Yields (row, position after this row) from a position on. None is the position of the first row.
+
+    The bytes before the position are skipped; a .gz decompresses them. Raises UserError if the source has one part.
+    """
+    path, form = check_source(source)
+    if form == "datasets":
+        yield from _from_data_set(source, path, position)
+    elif form in ("jsonl", "csv", "parquet"):
+        yield from _from_files(path, form, position, _stop)
+    else:
+        kind = "a builtin set is made in memory" if form == "builtin" else "a JSON file is read as a whole"
+        raise UserError(
+            f"{source.path}: {kind}, so it cannot be streamed; leave streaming out, or give JSON Lines, CSV, Parquet "
+            "or a data set of the datasets library"
+        )
 
 
 def _stop(error: UserError) -> None:
     raise error
+
+
+def _from_files(path: str, form: str, position: Position, skip: Skip) -> Iterator[tuple[Row, Position]]:
+    reader = {"json": _json, "jsonl": _json_lines, "csv": _csv, "parquet": _parquet}[form]
+    files, (first, start) = files_of(path), position or (0, None)
+    for number, name in enumerate(files[first:], first):
+        try:
+            for row, after in reader(name, start, skip):
+                yield row, [number, after]
+        except (OSError, EOFError, zlib.error) as error:  # no permission, or a broken .gz
+            raise UserError(f"{name}: the file cannot be read: {one_line(error)}") from error
+        start = None
 
 
 def _form(source: SourceConfig, path: str) -> str:
@@ -195,6 +125,8 @@ def _form(source: SourceConfig, path: str) -> str:
         return source.format
     if path.startswith(BUILTIN_PREFIX):
         return "builtin"
+    if not files_of(path):
+        raise UserError(f"{source.path}: no file has a name of this pattern")
     ending = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if os.path.isdir(path) or (not os.path.exists(path) and ending not in ENDINGS and HUB_ID.fullmatch(path)):
         return "datasets"
@@ -216,78 +148,102 @@ def open_bytes(path: str):
     return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
 
 
-def _parse(data: bytes, source: SourceConfig, first_line: int, hint: str) -> Any:
+def _parse(data: bytes, name: str, first_line: int, hint: str) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))  # files from Windows may begin with a byte order mark
     except UnicodeDecodeError as error:
-        raise _not_utf8(data, error, source, first_line) from error
+        raise _not_utf8(data, error, name, first_line) from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise UserError(f"{source.path}:{line}: not JSON ({error.msg}, column {error.colno}); {hint}") from error
+        raise UserError(f"{name}:{line}: not JSON ({error.msg}, column {error.colno}); {hint}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or very deep nesting
-        raise UserError(f"{source.path}:{first_line}: not usable JSON ({one_line(error)})") from error
+        raise UserError(f"{name}:{first_line}: not usable JSON ({one_line(error)})") from error
 
 
-def _not_utf8(data: bytes, error: UnicodeDecodeError, source: SourceConfig, first_line: int) -> UserError:
+def _not_utf8(data: bytes, error: UnicodeDecodeError, name: str, first_line: int) -> UserError:
     line = first_line + data[: error.start].count(b"\n")
-    return UserError(f"{source.path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8")
+    return UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8")
 
 
 def _no_row(values: Any, where: str) -> UserError:
     return UserError(f"{where}: a row must be a JSON object with named fields, not {describe(values)}")
 
 
-def _json(path: str, source: SourceConfig, skip: Skip) -> Iterator[Row]:
-    with open_bytes(path) as file:
+def _json(name: str, start: None, skip: Skip) -> Iterator[tuple[Row, None]]:
+    with open_bytes(name) as file:
         data = file.read()
-    value = _parse(data, source, 1, "the file must be a list of rows; for JSON Lines, set format: jsonl")
+    value = _parse(data, name, 1, "the file must be a list of rows; for JSON Lines, set format: jsonl")
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):
-        raise UserError(f'{source.path}: the file must be a list of rows or {{"data": [...]}}, not {describe(value)}')
+        raise UserError(f'{name}: the file must be a list of rows or {{"data": [...]}}, not {describe(value)}')
     for number, values in enumerate(value, 1):
         if isinstance(values, dict):
-            yield Row(values, f"{source.path} row {number}")
+            yield Row(values, f"{name} row {number}"), None
         else:
-            skip(_no_row(values, f"{source.path} row {number}"))
+            skip(_no_row(values, f"{name} row {number}"))
 
 
-def _json_lines(path: str, source: SourceConfig, skip: Skip) -> Iterator[Row]:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
+class _Lines:
+    """The lines of a file from [bytes, lines] on, and how many bytes and lines were read so far."""
+
+    def __init__(self, file: Any, start: list[int] | None = None):
+        self.file, (self.bytes, self.lines) = file, start or (0, 0)
+        file.seek(self.bytes)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self.file:
+            self.bytes, self.lines = self.bytes + len(line), self.lines + 1
+            yield line
+
+    @property
+    def position(self) -> list[int]:
+        return [self.bytes, self.lines]
+
+
+def _json_lines(name: str, start: list[int] | None, skip: Skip) -> Iterator[tuple[Row, list[int]]]:
+    with open_bytes(name) as file:
+        lines = _Lines(file, start)
+        for line in lines:
             if not line.strip():
                 continue
+            where = f"{name}:{lines.lines}"
             try:
-                values = _parse(line.rstrip(b"\r\n"), source, number, "each line must be one JSON object")
+                values = _parse(line.rstrip(b"\r\n"), name, lines.lines, "each line must be one JSON object")
             except UserError as error:
                 skip(error)
                 continue
             if isinstance(values, dict):
-                yield Row(values, f"{source.path}:{number}")
+                yield Row(values, where), lines.position
             else:
-                skip(_no_row(values, f"{source.path}:{number}"))
+                skip(_no_row(values, where))
 
 
-def _csv(path: str, source: SourceConfig, skip: Skip) -> Iterator[Row]:
+def _csv(name: str, start: list[int] | None, skip: Skip) -> Iterator[tuple[Row, list[int]]]:
     """Yields the rows of a table with a header. An empty cell is null. Cells of .tsv files are separated by tabs."""
     csv.field_size_limit(2**31 - 1)
-    separator = "\t" if path.removesuffix(".gz").lower().endswith(".tsv") else ","
-    with open_bytes(path) as file:
-        reader = csv.reader(_text_lines(file, source, skip), delimiter=separator, strict=True)
-        line, names = 1, None
+    separator = "\t" if name.removesuffix(".gz").lower().endswith(".tsv") else ","
+    with open_bytes(name) as file:
+        lines, line, names = _Lines(file), 1, None
+        records = csv.reader(_texts(lines, name, skip), delimiter=separator, strict=True)
         try:
-            for cells in reader:
-                where, line = f"{source.path}:{line}", reader.line_num + 1
+            if start is not None:
+                names = next(filter(None, records))  # the header was checked when the first row was read
+                lines = _Lines(file, start)
+                records = csv.reader(_texts(lines, name, skip), delimiter=separator, strict=True)
+                line = lines.lines + 1
+            for cells in records:
+                where, line = f"{name}:{line}", lines.lines + 1
                 if not cells:
                     continue
                 if names is None:
                     names = _header(cells, where)
                 elif len(cells) == len(names):
-                    yield Row({name: cell or None for name, cell in zip(names, cells)}, where)
+                    yield Row({name: cell or None for name, cell in zip(names, cells)}, where), lines.position
                 else:
                     skip(UserError(f"{where}: the row has {len(cells)} cells, but the header has {len(names)}"))
         except csv.Error as error:
-            raise UserError(f"{source.path}:{line}: not CSV ({one_line(error)}); mend its quotes") from error
+            raise UserError(f"{name}:{line}: not CSV ({one_line(error)}); mend its quotes") from error
 
 
 def _header(cells: list[str], where: str) -> list[str]:
@@ -296,64 +252,90 @@ def _header(cells: list[str], where: str) -> list[str]:
     return cells
 
 
-def _text_lines(file: Any, source: SourceConfig, skip: Skip) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
+def _texts(lines: _Lines, name: str, skip: Skip) -> Iterator[str]:
+    for line in lines:
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield line.decode("utf-8-sig" if lines.lines == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            skip(_not_utf8(line, error, source, number))
+            skip(_not_utf8(line, error, name, lines.lines))
             yield line.decode(errors="replace")
 
 
-def _parquet(path: str, source: SourceConfig, skip: Skip) -> Iterator[Row]:
+def _parquet(name: str, start: int | None, skip: Skip) -> Iterator[tuple[Row, int]]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+        with pyarrow.parquet.ParquetFile(name) as file:
+            number = passed = start or 0  # rows before the next one: of the file, and of the row groups that are read
+            groups = list(range(file.num_row_groups))
+            while groups and passed >= (size := file.metadata.row_group(groups[0]).num_rows):
+                passed -= size
+                del groups[0]
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups):
+                for values in batch.slice(min(passed, len(batch))).to_pylist():
                     number += 1
-                    yield Row(values, f"{source.path} row {number}")
+                    yield Row(values, f"{name} row {number}"), number
+                passed = max(0, passed - len(batch))
     except pyarrow.ArrowException as error:
-        raise UserError(f"{source.path}: the file cannot be read as Parquet: {one_line(error)}") from error
+        raise UserError(f"{name}: the file cannot be read as Parquet: {one_line(error)}") from error
 
 
 # ---------------------------------------------------------------- datasets and builtin sets
 
 
 def _datasets(source: SourceConfig, path: str) -> list[Row]:
+    table = _data_set(source, path)
+    if source.limit:
+        table = table.select(range(min(source.limit, len(table))))
+    return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(table.to_list(), 1)]
+
+
+def _from_data_set(source: SourceConfig, path: str, position: Position) -> Iterator[tuple[Row, Position]]:
+    """Yields the rows of a data set from [rows, state of `datasets`] on."""
+    number, state = position or (0, None)
+    table = _data_set(source, path, streaming=True)
+    if state is not None:
+        table.load_state_dict(state)
+    rows = iter(table)
+    while True:
+        try:
+            values = next(rows, None)
+        except Exception as error:  # an error of datasets, pyarrow, fsspec or httpx
+            raise UserError(f"{source.path}: the row after row {number} cannot be read: {one_line(error)}") from error
+        if values is None:
+            return
+        number += 1
+        yield Row(values, f"{source.path} {source.split} row {number}"), [number, table.state_dict()]
+
+
+def _data_set(source: SourceConfig, path: str, streaming: bool = False) -> Any:
     """Loads a folder that `save_to_disk` wrote, a folder of data files, or a data set of the hub.
 
-    Version 4 and later of the datasets library run no remote code.
+    With `streaming`, rows are read when they are needed. Version 4 and later of the datasets library run no remote
+    code.
     """
     import datasets
 
     if os.path.exists(os.path.join(path, "dataset_dict.json")) or os.path.exists(os.path.join(path, "state.json")):
         table = _saved(source, path)
-    else:
-        local = os.path.isdir(path)
-        if not local and (os.path.exists(path) or not HUB_ID.fullmatch(path)):
-            raise UserError(
-                f"{source.path}: for format: datasets, the path must be a folder or a hub id such as owner/name"
-            )
-        try:
-            load = datasets.load_dataset if local else hub.load_dataset
-            table = load(path, source.subset, split=source.split)
-        except ConnectionError as error:  # also raised in offline mode, but not for an unknown hub id
-            raise UserError(
-                f"{source.path}: there is no such local folder, and the hub cannot be reached: {one_line(error)}"
-            ) from error
-        except Exception as error:  # an error of datasets, pyarrow, fsspec or httpx
-            cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-            raise UserError(
-                f"{source.path}: the data set {'cannot be loaded' if local else 'cannot be loaded from the hub'} "
-                f"(split {source.split}, subset {source.subset}): {one_line(cause or error)}"
-            ) from error
-    if source.limit:
-        table = table.select(range(min(source.limit, len(table))))
-    return [Row(values, f"{source.path} {source.split} row {n}") for n, values in enumerate(table.to_list(), 1)]
+        return table.to_iterable_dataset() if streaming else table
+    local = os.path.isdir(path)
+    if not local and (os.path.exists(path) or not HUB_ID.fullmatch(path)):
+        raise UserError(f"{source.path}: for format: datasets, the path must be a folder or a hub id (owner/name)")
+    try:
+        load = datasets.load_dataset if local else hub.load_dataset
+        return load(path, source.subset, split=source.split, streaming=streaming)
+    except ConnectionError as error:  # also raised in offline mode, but not for an unknown hub id
+        raise UserError(
+            f"{source.path}: there is no such local folder, and the hub cannot be reached: {one_line(error)}"
+        ) from error
+    except Exception as error:  # an error of datasets, pyarrow, fsspec or httpx
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise UserError(
+            f"{source.path}: the data set {'cannot be loaded' if local else 'cannot be loaded from the hub'} "
+            f"(split {source.split}, subset {source.subset}): {one_line(cause or error)}"
+        ) from error
 
 
 def _saved(source: SourceConfig, path: str) -> Any:

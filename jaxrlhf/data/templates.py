@@ -22,12 +22,13 @@ BLOCK, TIME_LIMIT = 256, 10.0  # rows that are written together, and the seconds
 Template = Callable[[dict[str, Any]], Any]
 
 
-def from_template(rows: list[Row], config: ChatSourceConfig, drop: bool = False) -> list[Row]:
+def from_template(rows: list[Row], config: ChatSourceConfig, drop: bool = False, first: int = 0) -> list[Row]:
     """Returns the rows with the fields that the config's templates write. Without a template, returns `rows`.
 
     `template` or `messages_template` writes the field `prompt_field`. `response_template` writes `response_field`. If a
     template fails on a row, for example because the row lacks a column, UserError is raised. If `drop` is set, the row
-    gets a `fault` instead. Raises UserError if a template is not valid jinja, or if every row has a fault.
+    gets a `fault` instead. Raises UserError if a template is not valid jinja, or if every row has a fault. `first` is
+    the number of the first of these rows in its source. If it is not 0, every row may have a fault.
     """
     templates = _templates(config)
     if not templates:
@@ -38,7 +39,7 @@ def from_template(rows: list[Row], config: ChatSourceConfig, drop: bool = False)
         return [_written(row, templates, shots(n, row), drop) for n, row in block]
 
     written: list[Row] = []
-    numbered = list(enumerate(rows))
+    numbered = list(enumerate(rows, first))
     for start in range(0, len(rows), BLOCK):
         block = numbered[start : start + BLOCK]
         try:
@@ -48,7 +49,7 @@ def from_template(rows: list[Row], config: ChatSourceConfig, drop: bool = False)
                 f"{block[0][1].where}: the template took more than {TIME_LIMIT:g} seconds for {len(block)} rows from "
                 "this row on; correct its loops"
             ) from None
-    if all(row.fault is not None for row in written):
+    if first == 0 and all(row.fault is not None for row in written):
         raise UserError(written[0].fault)
     return written
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxrlhf.checkpoint.checkpoints import stored_steps
 from jaxrlhf.config import RunConfig
+from jaxrlhf.stages.training import planned_steps
 
 
 def ending(config: RunConfig, stage: str, reached: dict[str, Any]) -> list[str]:
@@ -40,8 +41,7 @@ def planned(config: RunConfig, stage: str, inputs: Any) -> str:
     if stage == "ppo":
         work = f"{section.iterations:,} iterations of {section.batch_size} prompts"
     else:
-        steps = section.epochs * len(inputs.train)
-        work = f"{steps:,} optimizer steps (epochs x batches: {section.epochs} x {len(inputs.train):,})"
+        _, work = planned_steps(section, inputs.train)
     done = max(stored_steps(Path(config.run_dir, "checkpoints", stage)), default=0)
     return f"{stage}: would run {work}{f', from step {done} on' if done else ''}"
 

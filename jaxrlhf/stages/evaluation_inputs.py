@@ -181,6 +181,7 @@ def _prompts(
         if ppo.evaluation.data is None:
             notice(f"{arguments.run}: evaluated on the training prompts (ppo.data); --data sets other prompts")
         data = ppo.evaluation.data or ppo.data
+        data = _first_rows(data) if data.streaming else data
         data = data.model_copy(update={"limit": arguments.limit or data.limit})
     else:
         return None
@@ -216,6 +217,13 @@ def _load_prompts(
     return dataclasses.replace(prompts, max_prompt_tokens=min(longest, limit), **rows)
 
 
+def _first_rows(data: PromptsConfig) -> PromptsConfig:
+    """Returns a streamed source as one that reads only the first rows of its files, as many as a window has."""
+    most = data.shuffle_buffer
+    parts = [source.model_copy(update={"limit": min(source.limit or most, most)}) for source in (data, *data.mix_with)]
+    return parts[0].model_copy(update={"mix_with": parts[1:]})
+
+
 def _text(
     arguments: argparse.Namespace, config: RunConfig | None, roles: Roles, batch_size: int
 ) -> tuple[SFTData | None, str | None]:
@@ -227,7 +235,7 @@ def _text(
         source = {"path": arguments.text, "split": arguments.split, "limit": arguments.limit}
         data = DemonstrationsConfig(**{name: value for name, value in source.items() if value is not None})
         examples, report = load_demonstrations(data, roles.tokenizer, longest, overflow)
-    elif sft is not None and (sft.evaluation.data is not None or sft.evaluation.heldout):
+    elif sft is not None and (sft.evaluation.data is not None or (sft.evaluation.heldout and not sft.data.streaming)):
         try:
             examples, report = load_demonstrations(sft.evaluation.data or sft.data, roles.tokenizer, longest, overflow)
         except UserError as error:  # only a notice: the run is trained, and only its held-out rows are missing

@@ -12,6 +12,9 @@ import jax
 
 from jaxrlhf.checkpoint.checkpoints import Checkpoints
 from jaxrlhf.config import OptimizerConfig, RunConfig
+from jaxrlhf.data.streamed import StreamedBatches, StreamedPrompts
+from jaxrlhf.data.streams import StreamFault
+from jaxrlhf.data.success import Success
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.jit import watch_compiles
 from jaxrlhf.distributed.mesh import finite_leaves
@@ -29,6 +32,8 @@ from jaxrlhf.tracking.health import Health, stop_with_batch
 from jaxrlhf.tracking.metrics import MetricsLog
 from jaxrlhf.tracking.profiler import StepProfiler
 from jaxrlhf.tracking.progress import Progress
+
+KEPT = RewardFault | StreamFault  # faults after which the state is valid; they are raised on all processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +86,17 @@ class Loop:
         save_every: int,
         evaluate: Callable[[Any], Evaluated] | None = None,
         optimizers: Mapping[str, OptimizerConfig] | None = None,
+        rows: StreamedBatches | StreamedPrompts | Success | None = None,
+        position: Callable[[Any], int] | None = None,
     ):
+        """`rows` chooses the rows of the steps. Its notes are saved in checkpoints.
+
+        `position(state)` is the number of batches or draws so far. If it is None, this is the number of steps.
+        """
         section = getattr(run.config, stage)
         self.run, self.stage, self.total, self.save_every = run, stage, total, save_every
         self.planned, self._evaluate, self._every = total, evaluate, section.evaluation.every
+        self._rows, self._position = rows, position
         self.settings = run.config.checkpoints
         folder = run.folder / "checkpoints" / stage
         lowest = self.settings.best_is == "lowest"
@@ -96,6 +108,8 @@ class Loop:
             self.first, self.state, notes = latest.step, latest.tree, latest.notes
             run.say(f"{stage}: resumes after step {self.first} of {total}")
             self._compare_mesh(notes.get("mesh"))
+            if rows is not None:
+                rows.resume(notes["rows"])
         elif lost := run.metrics.stages()[stage]:
             run.say(f"{stage}: has no checkpoint, so it begins again; its {lost} lines of metrics.jsonl are removed")
         for name, log in run.logs.items():
@@ -236,6 +250,11 @@ class Loop:
             early = self.watch.early_stopping.text()
             self.run.say(f"{self.stage}: stops early, after step {self.total} of {self.planned}: {early}")
 
+    def ends_at(self, step: int | None) -> None:
+        """Sets the number of steps to `step`, unless `step` is None or later than the planned end."""
+        if step is not None and step < self.total:
+            self.total = self.planned = self.progress.total = step
+
     def stopped_early(self) -> dict[str, Any]:
         """Returns {"stopped_early": ...} for the stage's results, or {} if all steps were done."""
         if self.total == self.planned:
@@ -292,6 +311,9 @@ class Loop:
             log.sync()
         notes = {"lines": lines, "mesh": dict(self.run.mesh.shape), "unlearnt": self.health.in_a_row}
         notes |= self.watch.notes() | {"alarms": self.alarms.notes()}
+        if self._rows is not None:
+            position = self.reached if self._position is None else self._position(self.state)
+            notes |= {"rows": self._rows.notes(position)}
         self.checkpoints.save(self.reached, self.state, score, notes)
         self.run.report.refresh()
 
@@ -369,7 +391,7 @@ class Loop:
     def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
         """Closes progress and checkpoints.
 
-        Saves the state after a `RewardFault`, because that fault does not damage the state. Nothing is saved after a
+        Saves the state after a fault in `KEPT`, because that fault does not damage the state. Nothing is saved after a
         fault during an evaluation, because the step is not logged yet.
         """
         watch_compiles(None)
@@ -378,15 +400,15 @@ class Loop:
         self.progress.close()
         self.alarms.close(wait=kind is None)
         self.profiler.close()
-        if error is not None and not processes.alone() and not isinstance(error, RewardFault | Stopped):
+        if error is not None and not processes.alone() and not isinstance(error, KEPT | Stopped):
             return  # other processes may not have this error, and a save needs all processes
         try:
-            if isinstance(error, RewardFault) and not self._evaluating:
+            if isinstance(error, KEPT) and not self._evaluating:
                 self._read()  # the state already includes this step
                 if self.reached > self.first:
                     self._save()
             self.checkpoints.close()
-            if isinstance(error, RewardFault):  # this error is raised on all processes
+            if isinstance(error, KEPT):  # this error is raised on all processes
                 processes.barrier()
         except Fault as fault:
             if kind is None:

@@ -7,7 +7,7 @@ from jaxrlhf.errors import UserError
 
 _SHARED = (
     "compiles/update", "optimizer/grad_norm", "optimizer/learning_rate", "optimizer/skipped", "seconds",
-    "time/evaluation",
+    "stream/dropped", "stream/pass", "stream/rows", "time/evaluation",
 )  # fmt: skip
 PREFIX = "evaluation/"  # prefix of the metrics of evaluations while training
 METRICS = {
@@ -22,7 +22,7 @@ METRICS = {
         "policy/kl_loss", "policy/loss", "policy/pretraining_loss", "policy/ratio_max", "policy/ratio_mean",
         "policy/steps", "value/clip", "value/explained_variance", "value/loss", "value/mean", "reward/score",
         "reward/score_std", "reward/step", "length/steps", "reward/abstained", "reward/adjusted", "reward/shaped",
-        "reward/drawn",
+        "reward/drawn", "curriculum/seen", "curriculum/success", "curriculum/partly_solved",
         "groups/informative", "groups/draws", "groups/informative_drawn", "health/paused", "memory/peak_bytes",
         "time/rollout", "time/reward",
         "time/annotate", "time/update", "time/samples", "tokens_per_second/rollout", "tokens_per_second/update",

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxrlhf.data.order import hold_out
-from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences
+from jaxrlhf.data.preferences import Pair, PreferenceData, load_preferences, preferences_reader
+from jaxrlhf.data.streamed import StreamedBatches
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.evaluation.probabilities import calibration_table
@@ -20,7 +21,7 @@ from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
 from jaxrlhf.stages.samples import rounded
 from jaxrlhf.stages.sizes import check_total_steps
-from jaxrlhf.stages.training import check_settings, train_adapter
+from jaxrlhf.stages.training import check_settings, open_stream, train_adapter
 from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
 
 MARGINS = 1000  # score differences in a record of samples.jsonl
@@ -30,7 +31,7 @@ MARGINS = 1000  # score differences in a record of samples.jsonl
 class RewardModelInputs:
     """The stage's checked pairs."""
 
-    train: PreferenceData
+    train: PreferenceData | StreamedBatches
     heldout: PreferenceData
 
 
@@ -49,12 +50,23 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
         run.say(f"reward_model: {report}")
         return pairs
 
-    def data(pairs: list[Pair]) -> PreferenceData:
+    def data(pairs: list[Pair], bounds: np.ndarray | None = None) -> PreferenceData:
         sizes = (config.batch_size, config.max_length)
-        rows = PreferenceData(pairs, *sizes, run.config.seed, config.buckets, tokenizer.pad_id)
+        rows = PreferenceData(pairs, *sizes, run.config.seed, config.buckets, tokenizer.pad_id, bounds)
         check_total_steps(config.epochs * len(rows), "reward_model.epochs")
         return rows
 
+    if config.data.streaming:
+        limits = (tokenizer, config.max_length, config.overflow)
+        stream = open_stream(run, "reward_model", config.data, lambda source: preferences_reader(source, *limits))
+        train = StreamedBatches(stream, data, config.max_length, config.epochs)
+        if config.evaluation.data is not None:
+            return RewardModelInputs(train, data(read(config.evaluation.data)))
+        run.say(
+            "reward_model: no pairs of a stream are held out, so accuracy is measured on training pairs: the first "
+            f"{config.evaluation.heldout}; give reward_model.evaluation.data"
+        )
+        return RewardModelInputs(train, data(stream.first.items[: config.evaluation.heldout]))
     pairs = read(config.data)
     if config.evaluation.data is not None:
         return RewardModelInputs(data(pairs), data(read(config.evaluation.data)))

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxrlhf.data.order import hold_out
-from jaxrlhf.data.sft import Example, SFTData, load_demonstrations
+from jaxrlhf.data.sft import Example, SFTData, demonstrations_reader, load_demonstrations
+from jaxrlhf.data.streamed import StreamedBatches
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.errors import UserError
@@ -20,7 +21,7 @@ from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
 from jaxrlhf.stages.sizes import check_total_steps
-from jaxrlhf.stages.training import check_settings, train_adapter
+from jaxrlhf.stages.training import check_settings, open_stream, train_adapter
 from jaxrlhf.steps.sft import sft_evaluate, sft_update
 
 
@@ -28,7 +29,7 @@ from jaxrlhf.steps.sft import sft_evaluate, sft_update
 class SFTInputs:
     """The stage's checked rows."""
 
-    train: SFTData
+    train: SFTData | StreamedBatches
     heldout: SFTData | None
 
 
@@ -46,10 +47,13 @@ def load(run: Run, roles: Roles) -> SFTInputs:
         run.say(f"sft: {report}")
         return examples
 
-    def data(examples: list[Example]) -> SFTData:
+    def data(examples: list[Example], bounds: np.ndarray | None = None) -> SFTData:
         sizes = (config.batch_size, config.max_length)
-        return SFTData(examples, *sizes, run.config.seed, config.packing, tokenizer.pad_id)
+        return SFTData(examples, *sizes, run.config.seed, config.packing, tokenizer.pad_id, bounds)
 
+    if config.data.streaming:
+        heldout = None if config.evaluation.data is None else data(read(config.evaluation.data))
+        return SFTInputs(_stream(run, roles, data), heldout)
     examples = read(config.data)
     if config.evaluation.data is not None:
         inputs = SFTInputs(data(examples), data(read(config.evaluation.data)))
@@ -63,6 +67,14 @@ def load(run: Run, roles: Roles) -> SFTInputs:
         )
     check_total_steps(config.epochs * len(inputs.train), "sft.epochs")
     return inputs
+
+
+def _stream(run: Run, roles: Roles, data: Callable[..., SFTData]) -> StreamedBatches:
+    config, limits = run.config.sft, (roles.tokenizer, run.config.sft.max_length, run.config.sft.overflow)
+    if config.evaluation.data is None:
+        run.say("sft: no rows of a stream are held out, so no held-out loss is measured; give sft.evaluation.data")
+    stream = open_stream(run, "sft", config.data, lambda source: demonstrations_reader(source, *limits))
+    return StreamedBatches(stream, data, config.max_length, config.epochs)
 
 
 def train(run: Run, roles: Roles, inputs: SFTInputs) -> Roles:

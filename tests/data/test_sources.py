@@ -7,7 +7,8 @@ import pytest
 
 from jaxrlhf.config import SourceConfig
 from jaxrlhf.data import hub
-from jaxrlhf.data.sources import LoadReport, Row, read_rows, stream_rows
+from jaxrlhf.data.report import LoadReport
+from jaxrlhf.data.sources import Row, read_rows, stream_rows
 from jaxrlhf.errors import UserError
 
 ROWS = [{"prompt": f"p{i} ä\u2028", "chosen": "yes", "score": i} for i in range(5)]
@@ -149,7 +150,7 @@ def test_hub_ids_go_to_the_hub(hf, monkeypatch):
     monkeypatch.setattr(hf, "load_dataset", load)
     monkeypatch.setattr(hub, "_reached", lambda name: True)
     rows = read("owner/name", subset="small", split="test", limit=2)
-    assert calls == [(("owner/name", "small"), {"split": "test"})]
+    assert calls == [(("owner/name", "small"), {"split": "test", "streaming": False})]
     assert [row.values for row in rows] == ROWS[:2]
     assert rows[1].where == "owner/name test row 2"
 

@@ -10,6 +10,7 @@ n), annotate n, experience n, update n. The host scores the completions of n mea
 update: iteration n + 1 begins while update n runs.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxrlhf.algorithms.running import update_moments
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
+from jaxrlhf.data.streams import StreamFault
 from jaxrlhf.distributed.jit import peak_memory_bytes
 from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.models.choices import Choices
@@ -133,9 +135,13 @@ class Iteration:
             samples = samples_of(scored.completions, scored.rows, experience, scored.step_rewards)
             models = (ppo.policy, ppo.value, models[2])
             new = self._annotate(models, scored.completions.rollout).logprobs if self.sees_update else None
+        if prompts.success is not None:
+            for rows, scores in self.sampler.scored:
+                prompts.success.observe(rows, scores)
         if step + 1 < config.iterations:
             if step + 1 + self.overlaps < config.iterations:
-                self.sampler.prefetch(prompts, draws + self.overlaps)
+                with contextlib.suppress(StreamFault):  # the next draw raises it again, when the state is complete
+                    self.sampler.prefetch(prompts, draws + self.overlaps)
             self._prefetched_mix = (step + 1, self._mix(step + 1))
         clock.lap("time/update", () if self.overlaps else ppo)
         if log_samples is not None:
@@ -144,6 +150,7 @@ class Iteration:
             log_samples({"samples": samples, "scores": rounded(scored.scores)})
             clock.lap("time/samples", ())
         metrics = scored.metrics | scored.means() | _floats(experience_metrics) | paused
+        metrics |= {} if prompts.success is None else prompts.success.metrics()
         metrics["kl/per_token"] = metrics["kl/k1"] / max(metrics["length/mean"], 1.0)
         self._warn_truncated(metrics)
         metrics |= update_metrics if self.overlaps else _floats(update_metrics)

@@ -107,6 +107,7 @@ class Sampler:
         self.merge = merge_program(run.mesh)
         self._prefetched: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # prompts, draw, indices, tokens
         self._begun: tuple[PromptSet, int, np.ndarray, Rollout] | None = None  # prompts, draw, indices, completions
+        self.scored: list[tuple[np.ndarray, np.ndarray]] = []  # (prompts, scores) of all draws of the iteration
         self._warned: set[str] = set()  # metrics of rewards for which a warning was printed
 
     def sample(
@@ -138,6 +139,7 @@ class Sampler:
         `dispatch` is called before the host reads the text. With `resample` it is called after scoring, because the
         scores decide which completions are kept. Completions that `begin` has begun to sample are not sampled again.
         """
+        self.scored.clear()
         sampled = self._sample_draw(policy, prompts, draws)
         if not self.config.resample:
             dispatched = dispatch(sampled)
@@ -155,7 +157,7 @@ class Sampler:
         self._begun = prompts, draw, indices, rollout
 
     def prefetch(self, prompts: PromptSet, draw: int) -> None:
-        """Prepares the prompts of draw number `draw` while the devices are busy."""
+        """Prepares the prompts of draw number `draw`. Raises `StreamFault` if the next rows of a stream are bad."""
         indices = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
         self._prefetched = prompts, draw, indices, self._tokens(prompts, indices)
 
@@ -223,6 +225,7 @@ class Sampler:
     def _score(self, sampled: Sampled, clock: Clock) -> ScoredRollout:
         clock.lap("time/rollout", sampled.completions.rollout)
         rows, step_rewards = self.reward_metrics(sampled.completions)
+        self.scored.append((sampled.indices, rows["reward/score"]))
         clock.lap("time/reward", ())
         return ScoredRollout(sampled.completions, sampled.indices, rows, step_rewards)
 

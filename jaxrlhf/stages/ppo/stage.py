@@ -10,8 +10,10 @@ import numpy as np
 
 from jaxrlhf.algorithms.running import gain_and_bias
 from jaxrlhf.config import AdapterConfig, ModelRewardConfig, PPOConfig, PPOStageConfig
-from jaxrlhf.data.prompts import PromptSet, load_prompts
+from jaxrlhf.data.prompts import LoadedPrompt, PromptSet, load_prompts, prompt_set, prompts_reader
 from jaxrlhf.data.sft import SFTData, load_demonstrations
+from jaxrlhf.data.streamed import StreamedPrompts
+from jaxrlhf.data.success import Success
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.mesh import check_batch, make_meshes
 from jaxrlhf.errors import UserError
@@ -36,7 +38,7 @@ from jaxrlhf.stages.ppo.remarks import remarks
 from jaxrlhf.stages.ppo.sampler import Sampler
 from jaxrlhf.stages.ppo.value import starting_value
 from jaxrlhf.stages.roles import Roles, mark_finished, ppo_adapters, save_role
-from jaxrlhf.stages.training import check_settings
+from jaxrlhf.stages.training import check_settings, open_stream
 from jaxrlhf.steps.annotate import Control
 from jaxrlhf.steps.ppo import complete, init_ppo
 
@@ -48,7 +50,7 @@ SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 class PPOInputs:
     """The stage's checked prompts, rewards, adapters and pretraining rows."""
 
-    prompts: PromptSet
+    prompts: PromptSet | StreamedPrompts
     evaluation: PromptSet
     rewards: Rewards
     gold: FunctionReward | None
@@ -97,26 +99,52 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     products, time = run.config.model.matmul_precision, roles.tokenizer.chats.time
     rewards = load_rewards(config.reward, run.mesh, "ppo.reward", run.say, time, products)
     gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
-    prompts = load_prompts(config.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
-    run.say(f"ppo: {prompts.report}")
-    evaluation = prompts
+
+    def checked(prompts: PromptSet) -> PromptSet:
+        check_prompts(rewards, prompts, "ppo.reward")
+        if gold is not None:
+            gold.check_columns(set().union(*prompts.columns), "ppo.gold")
+        return prompts
+
+    prompts, first = _load_prompts(run, roles, checked)
+    evaluation = first
     if config.evaluation.data is not None:
         evaluation = load_prompts(config.evaluation.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
         run.say(f"ppo: evaluation: {evaluation.report}")
-    for prompt_set in (prompts, evaluation):
-        check_prompts(rewards, prompt_set, "ppo.reward")
-        if gold is not None:
-            gold.check_columns(set().union(*prompt_set.columns), "ppo.gold")
+        checked(evaluation)
     if processes.is_first():
         tried = {f"ppo.reward.parts.{name}" if name else "ppo.reward": reward for name, (reward, _) in rewards.items()}
-        try_rewards(tried | {"ppo.gold": gold}, prompts, roles.tokenizer)
-    choices = load_choices(config.sampling, roles.base.config, roles.tokenizer, prompts_of(prompts), run.say)
+        try_rewards(tried | {"ppo.gold": gold}, first, roles.tokenizer)
+    choices = load_choices(config.sampling, roles.base.config, roles.tokenizer, prompts_of(first), run.say)
     pretraining = _load_pretraining(run, roles)
     inputs = PPOInputs(prompts, evaluation, rewards, gold, choices, policy, reference, pretraining)
     _check_kinds(run, inputs)
     if "sft" not in run.config.stages:  # if sft runs first, its adapter does not exist yet
         jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
     return inputs
+
+
+def _load_prompts(
+    run: Run, roles: Roles, checked: Callable[[PromptSet], PromptSet]
+) -> tuple[PromptSet | StreamedPrompts, PromptSet]:
+    """Returns (the prompts, the same prompts or those of a stream's first window). Each window is checked."""
+    config, tokenizer = run.config.ppo, roles.tokenizer
+    limits = (config.max_prompt_tokens, config.overflow)
+    if not config.data.streaming:
+        prompts = load_prompts(config.data, tokenizer, *limits)
+        run.say(f"ppo: {prompts.report}")
+        if (rule := config.success_curriculum) is not None:
+            prompts = dataclasses.replace(prompts, success=Success(len(prompts), rule.solved_at, rule.decay))
+        return checked(prompts), prompts
+    stream = open_stream(run, "ppo", config.data, lambda source: prompts_reader(source, tokenizer, *limits))
+
+    def make(loaded: list[LoadedPrompt]) -> PromptSet:
+        return checked(prompt_set(loaded, stream.first.report, config.max_prompt_tokens, tokenizer.pad_id))
+
+    prompts = StreamedPrompts(stream, make, config.batch_size)
+    if config.evaluation.data is None:
+        run.say("ppo: evaluated on prompts of the first window of the stream; ppo.evaluation.data gives other prompts")
+    return prompts, prompts.first_window
 
 
 def _load_pretraining(run: Run, roles: Roles) -> SFTData | None:
@@ -164,7 +192,9 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
         evaluation = iteration.evaluate(state.ppo.policy, state.ppo.value, inputs.evaluation)
         return Evaluated(evaluation.means, evaluation.record, evaluation)
 
-    with Loop(run, "ppo", state, config.iterations, config.save_every, evaluate, optimizers) as loop:
+    stream = inputs.prompts if isinstance(inputs.prompts, StreamedPrompts) else None
+    rows, total, every = stream or inputs.prompts.success, config.iterations, config.save_every
+    with Loop(run, "ppo", state, total, every, evaluate, optimizers, rows, lambda state: int(state.draws)) as loop:
         if config.score.normalise == "initial" and not loop.first:
             control = iteration.with_initial_moments(start, inputs.prompts, loop.state.control)
             loop.state = loop.state.replace(control=control)
@@ -176,8 +206,11 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
             iteration.update_config = update_config.model_copy(update=loop.watch.optimizers)
             log_samples = _log_samples(run, step + 1)
             loop.state, metrics, experience = iteration(loop.state, step, inputs.prompts, log_samples)
+            metrics |= {} if stream is None else stream.metrics(int(loop.state.draws))
             finish = loop.submitted if iteration.overlaps else loop.done
             finish(step, metrics, SHOWN, int(metrics["length/mean"] * iteration.rows), experience)
+            if stream is not None:
+                stream.release(int(loop.state.draws))
         state = loop.result()
     ppo = state.ppo
     results = {"before": iteration.evaluate(start, ppo.value, inputs.evaluation)}
