@@ -31,10 +31,13 @@ ROOMS = {
     "data": "Data",
     "rollout": "Sampling",
     "steps": "Steps",
+    "stages": "PPO on control tasks",
+    "environments": "Environments",
     "algorithms": "Algorithms",
     "config": "Settings",
     "records": "Records",
 }
+WITH_METHODS = ("stages", "environments")  # rooms whose classes are shown with their methods
 
 
 def write_pages():
@@ -155,7 +158,7 @@ def api():
             elif room == "records":  # the shapes stand in comments
                 parts.append("    options: {members: false, show_source: true}\n")
             else:
-                parts.append("    options: {members: false}\n" if inspect.isclass(thing) else "")
+                parts.append("    options: {members: false}\n" if inspect.isclass(thing) and room not in WITH_METHODS else "")
     return "\n".join(parts)
 
 

@@ -16,6 +16,9 @@ _NAMES = {
         "AdapterConfig", "AdvantageConfig", "KLConfig", "OptimizerConfig", "PPOConfig", "Sampling", "ScoreConfig"
     ),
     "jaxrlhf.data.prompts": ("left_pad",),
+    "jaxrlhf.environments.check": ("check_env",),
+    "jaxrlhf.environments.statistics": ("Monitor",),
+    "jaxrlhf.environments.vector": ("VecEnv", "make_vec_env"),
     "jaxrlhf.hf.adapter_files": ("load_adapter", "save_adapter"),
     "jaxrlhf.hf.peft": ("load_peft", "save_peft"),
     "jaxrlhf.hf.weights": ("load_pretrained", "save_pretrained"),
@@ -24,6 +27,9 @@ _NAMES = {
     "jaxrlhf.models.precision": ("compiler_options",),
     "jaxrlhf.records": ("Annotated", "Experience", "PPOState", "Prompts", "Rollout"),
     "jaxrlhf.rollout.decode": ("rollout",),
+    "jaxrlhf.stages.control.callbacks": ("BaseCallback",),
+    "jaxrlhf.stages.control.evaluate": ("evaluate_policy",),
+    "jaxrlhf.stages.control.ppo": ("PPO",),
     "jaxrlhf.steps.annotate": ("Control", "ExperienceSettings", "annotate", "annotate_experience", "build_experience"),
     "jaxrlhf.steps.ppo": ("init_ppo", "ppo_update"),
 }  # fmt: skip

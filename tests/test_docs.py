@@ -116,6 +116,17 @@ def test_choices_page_runs_as_printed():
     assert {tuple(row[:2].tolist()) for row in names["samples"].tokens[:, 2:]} <= {(5, 2), (6, 7), (6, 2)}
 
 
+def test_control_page_runs_as_printed(tmp_path, monkeypatch):
+    """The second block needs no Gymnasium; the first trains for fewer timesteps here."""
+    monkeypatch.chdir(tmp_path)
+    first, second = blocks(ROOT / "docs" / "control.md", "python")
+    names = {}
+    exec(compile(second, "control", "exec"), names)
+    assert names["terminated"] and names["obs"][0] == 10  # the corridor is learnt
+    pytest.importorskip("gymnasium")
+    exec(compile(first.replace("100_000", "256"), "control", "exec"), names)
+
+
 @each("yaml")
 def test_config_loads(page, block, tmp_path):
     """Each block is a config, or a part of one that lacks only run_dir, model and data."""

@@ -1,7 +1,7 @@
 """Imports go down only: read from the source, also inside functions. The rules are in the package's layout.
 
-    cli > bench > plan, curation > stages > evaluation > steps > rollout, rewards > hf > models, data > algorithms, toy,
-    report > tracking > checkpoint > distributed > records, config, errors
+    cli > bench > plan, curation > stages > evaluation, environments > steps > rollout, rewards > hf > models, data >
+    algorithms, toy, report > tracking > checkpoint > distributed > records, config, errors
 
 Rooms of one rank do not import each other, so there are no cycles between rooms. `hf` stands above `data` because a
 pretrained model comes with its tokenizer. `report` reads files alone, and stages refresh it while they train. A file at
@@ -26,7 +26,7 @@ RANKS = {
     "hf": 6,
     "rollout": 7, "rewards": 7,
     "steps": 8,
-    "evaluation": 9,
+    "evaluation": 9, "environments": 9,
     "stages": 10,
     "plan": 11, "curation": 11,
     "bench": 12,  # with the plan's closed form

@@ -1,0 +1,80 @@
+"""Files of `PPO`: a zip with model.json and arrays.safetensors. No code is stored, so that reading one runs none."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from jaxrlhf.checkpoint.files import reason, sync
+from jaxrlhf.checkpoint.leaves import named_leaves
+from jaxrlhf.errors import Fault, UserError
+
+_JSON, _ARRAYS = "model.json", "arrays.safetensors"
+VERSION = 1
+
+
+def with_suffix(path: str | os.PathLike) -> Path:
+    """Returns the path with .zip, as Stable-Baselines3 names its files; a path with a suffix is kept."""
+    path = Path(path)
+    return path if path.suffix == ".zip" else path.with_name(f"{path.name}.zip")
+
+
+def write_model(path: str | os.PathLike, about: dict[str, Any], tree: Any) -> Path:
+    """Writes JSON and the arrays of a tree. The file appears complete or not at all. Raises `Fault` if it cannot."""
+    path = with_suffix(path)
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(tree).items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, data in (
+                (_JSON, json.dumps({"version": VERSION, **about}, indent=1)),
+                (_ARRAYS, safetensors.numpy.save(arrays)),
+            ):
+                archive.writestr(zipfile.ZipInfo(name), data)  # no date: equal models are equal files
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Fault(f"{path}: the model cannot be written: {reason(error)}") from error
+    return path
+
+
+def read_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the JSON and the arrays by name. Raises `UserError` if this is not a file of `PPO.save`."""
+    path = Path(path) if Path(path).is_file() else with_suffix(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a path that PPO.save wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            about = json.loads(archive.read(_JSON))
+            arrays = safetensors.numpy.load(archive.read(_ARRAYS))
+    except (zipfile.BadZipFile, KeyError, ValueError, safetensors.SafetensorError) as error:
+        hint = "; files of Stable-Baselines3 hold pickled code and are not read" if _is_theirs(path) else ""
+        raise UserError(f"{path}: this is not a file that PPO.save wrote: {error}{hint}") from None
+    if about.get("version") != VERSION:
+        raise UserError(f"{path}: version {about.get('version')!r} of the file is not known; it must be {VERSION}")
+    return about, arrays
+
+
+def filled(template: Any, arrays: dict[str, np.ndarray], path: str) -> Any:
+    """Returns the template's tree with the arrays of the file. Raises `UserError` if one is missing or differs."""
+    needed = named_leaves(template)
+    leaves = []
+    for name, leaf in needed.items():
+        found = arrays.get(name)
+        if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype:
+            form = "is missing" if found is None else f"has shape {list(found.shape)} and dtype {found.dtype}"
+            raise UserError(f"{path}: array {name} {form}; it must have {list(leaf.shape)} and {leaf.dtype}")
+        leaves.append(found)
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _is_theirs(path: Path) -> bool:
+    return zipfile.is_zipfile(path) and "policy.pth" in zipfile.ZipFile(path).namelist()
