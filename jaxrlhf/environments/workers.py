@@ -1,7 +1,7 @@
 """Where an environment runs: in the caller's thread, in a thread, or in a process of its own.
 
-A worker holds one environment. `wait` returns when the environment is there, `send` starts a call, `receive` returns its
-result, so that many environments work at the same time. A call that is not over at the deadline (of
+A worker holds one environment. `wait` returns when the environment is there, `send` starts a call, `receive` returns
+its result, so that many environments work at the same time. A call that is not over at the deadline (of
 `time.monotonic`; None means none) raises `TimeoutError`. The worker is then unusable.
 """
 
