@@ -1,8 +1,8 @@
 """All settings, with type, default, bounds and description. Does not import jax.
 
-`steps.py` has the settings of the step functions, `data.py` of data sources, `rewards.py` of rewards, and `run.py` of
-a run and its stages. `reading.py` reads files and overrides, `table.py` lists every setting, and `faults.py` explains
-errors.
+`steps.py` has the settings of the step functions, `control.py` of `jaxrlhf.PPO`, `data.py` of data sources, `rewards.py`
+of rewards, and `run.py` of a run and its stages. `reading.py` reads files and overrides, `table.py` lists every setting,
+and `faults.py` explains errors.
 """
 
 from jaxrlhf.config.alarms import AlarmConfig

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +91,11 @@ def reference_update(params, samples, order, config):
         grads = jax.grad(loss)(params, rows[rows >= 0])
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
         scale = jnp.minimum(1.0, config.max_grad_norm / norm)
-        grads = jax.tree.map(scale.__mul__, grads)
+        grads = jax.tree.map(partial(jnp.multiply, scale), grads)
         first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
         second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
         both = ((0.9, first), (0.999, second))
-        mean, square = (jax.tree.map((1 / (1 - decay**step)).__mul__, m) for decay, m in both)
+        mean, square = (jax.tree.map(partial(jnp.multiply, 1 / (1 - decay**step)), m) for decay, m in both)
         changes = jax.tree.map(lambda m, v: -config.learning_rate * m / (jnp.sqrt(v) + 1e-5), mean, square)
         params = jax.tree.map(jnp.add, params, changes)
     return params
