@@ -7,6 +7,7 @@ need Gymnasium; the peer's interpreter has stable-baselines3. Without --python o
 
   samples   timesteps until the mean return of the last 20 training episodes reaches the threshold
   seconds   from the construction of the model to the end of `learn`, compilation included, evaluation not
+  cpu       seconds of all cores in that time, which other work on the machine changes less
   return    mean return of 100 evaluation episodes after the training, with the likeliest actions
 """
 
@@ -98,12 +99,12 @@ def train(side: str, name: str, seed: int) -> dict[str, float]:
 
     reached = Reached()
     envs = make_envs(env_id, task.envs)
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     model = make("MlpPolicy", envs, seed=seed, **task.settings)
     model.learn(task.timesteps, callback=reached)
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     mean, _ = evaluate(model, make_envs(env_id, 10, seed=1000 + seed), EPISODES)
-    return {"samples": reached.samples, "seconds": seconds, "return": float(mean)}
+    return {"samples": reached.samples, "seconds": seconds, "cpu": cpu, "return": float(mean)}
 
 
 def _run(python: str, side: str, name: str, seed: int) -> dict[str, float]:
@@ -118,9 +119,9 @@ def _run(python: str, side: str, name: str, seed: int) -> dict[str, float]:
 
 def table(results: dict[tuple[str, str], list[dict[str, float]]]) -> str:
     """One row per task and side: the median over seeds (least to greatest)."""
-    lines = ["| task | side | samples to threshold | seconds | return |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| task | side | samples to threshold | seconds | cpu | return |", "| --- | --- | --- | --- | --- | --- |"]
     for (name, side), runs in results.items():
-        cells = [_spread([run[part] for run in runs]) for part in ("samples", "seconds", "return")]
+        cells = [_spread([run[part] for run in runs]) for part in ("samples", "seconds", "cpu", "return")]
         lines.append(f"| {name} | {side} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -87,8 +87,9 @@ def reference_update(params, samples, order, config):
         return policy + config.vf_coef * jnp.mean((target - value(params, x)) ** 2) - config.ent_coef * entropy
 
     first = second = jax.tree.map(jnp.zeros_like, params)
+    gradient = jax.jit(jax.grad(loss))
     for step, rows in enumerate(order, 1):
-        grads = jax.grad(loss)(params, rows[rows >= 0])
+        grads = gradient(params, rows[rows >= 0])
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
         scale = jnp.minimum(1.0, config.max_grad_norm / norm)
         grads = jax.tree.map(partial(jnp.multiply, scale), grads)
@@ -168,7 +169,7 @@ def test_logprobs_are_those_of_the_sampler():
         actions = actions_of(copies()[kind].action_space)
         outputs = np.linspace(-1, 1, actions.outputs, dtype=np.float32)[None].repeat(40_000, 0)
         chosen = choose(actions, outputs, None, noise(actions, np.random.default_rng(0), (40_000,)))
-        logprobs, entropies = logprobs_and_entropies(actions, jnp.asarray(outputs), None, jnp.asarray(chosen))
+        logprobs, entropies = jax.jit(partial(logprobs_and_entropies, actions, log_std=None))(outputs, chosen=chosen)
         found, counts = np.unique(chosen, axis=0, return_counts=True)
         first = [int(np.argmax((chosen == row).all(-1))) for row in found]
         np.testing.assert_allclose(counts / 40_000, np.exp(np.asarray(logprobs)[first]), atol=0.01)
