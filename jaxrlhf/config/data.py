@@ -74,7 +74,13 @@ class ChatSourceConfig(SourceConfig):
         writers = [name for name in ("template", "messages_template") if getattr(self, name) is not None]
         if self.shots is not None and not writers:
             raise ValueError("shots has no effect without template or messages_template, which write the list shots")
-        readers = [name for name in ("messages_field", "text_field") if name in self.model_fields_set]
+        # The config.yaml of a run gives every field, so a field with its default does not count.
+        fields = type(self).model_fields
+        readers = [
+            name
+            for name in ("messages_field", "text_field")
+            if name in fields and getattr(self, name) != fields[name].default
+        ]
         if len(writers + readers) > 1 and writers:
             raise ValueError(f"{' and '.join(writers + readers)} each give the prompt; give one of them")
         return self

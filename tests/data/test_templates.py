@@ -105,12 +105,20 @@ def test_an_endless_template_stops(jsonl, monkeypatch):
         written(jsonl(ROWS), template=loops)
 
 
+@pytest.mark.parametrize("writer", [{"template": "a"}, {"messages_template": [{"role": "user", "content": "a"}]}])
+@pytest.mark.parametrize("kind", [DemonstrationsConfig, PreferencesConfig, PromptsConfig])
+def test_settings_with_every_field_are_read_again(kind, writer):
+    """As `evaluate` and `generate` read the config.yaml of a run."""
+    source = kind(path="rows.jsonl", **writer)
+    assert kind.model_validate(source.model_dump()) == source
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"messages_template": [{"role": "user", "text": "a"}]}, r"message 1 must have exactly the keys role and"),
         ({"messages_template": []}, "at least 1 item"),
-        ({"template": "a", "text_field": "text"}, "template and text_field each give the prompt; give one of them"),
+        ({"template": "a", "text_field": "body"}, "template and text_field each give the prompt; give one of them"),
         ({"template": "a", "messages_template": [{"role": "user", "content": "a"}]}, "each give the prompt"),
         ({"shots": {"path": "x.jsonl"}}, "shots has no effect without template"),
     ],
