@@ -9,8 +9,14 @@ from jaxrlhf.toy.tasks import task
 
 # Each name is a module of jaxrlhf/toy/tasks with a constant TASK.
 TASKS = (
+    "arithmetic",
+    "detoxification",
     "dialogue",
     "intent",
+    "named_entities",
+    "news_sentiment",
+    "recommendation",
+    "text_classification",
     "translation",
 )
 

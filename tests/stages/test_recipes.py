@@ -1,5 +1,6 @@
 """Every recipe runs in a small size, with a reward that is defined on its rows."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ SMALL_REWARD_MODEL = ["reward_model.batch_size=8", "reward_model.epochs=1"]
 PACKAGES = {"summarisation": "rouge_score", "translation": "sacrebleu"}
 
 
+def small_classifier(folder):
+    """The settings of the recipe detoxification with a classifier that has hardly been trained."""
+    runpy.run_path(str(RECIPES[0].parent / "make_toxicity_classifier.py"))["make"](str(folder / "classifier"), steps=2)
+    return [f"ppo.reward.parts.clean.path={folder / 'classifier'}"]
+
+
 def sources(config):
     """The key path and the settings of every source of a config's stages."""
     for name in config.stages:
@@ -40,6 +47,8 @@ def test_a_recipe_runs_in_a_small_size(recipe, tmp_path):
     full = load_config(recipe)
     small = SMALL + (SMALL_REWARD_MODEL if "reward_model" in full.stages else [])
     small += [f"{key}.limit=16" for key, source in sources(full) if source.path.startswith("builtin:")]
+    if recipe.stem == "detoxification":
+        small += small_classifier(tmp_path)
     config = load_config(recipe, [*small, f"run_dir={tmp_path / 'run'}"])
     run_stages(config)
     assert (tmp_path / "run" / "roles" / "policy").is_dir()

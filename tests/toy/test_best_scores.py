@@ -23,6 +23,9 @@ COMPLETIONS = {
     "translation": (lambda row: " " + row["reference"], lambda row: " " + row["prompt"]),
 }
 
+# Tasks whose demonstrations are the best completions.
+DEMONSTRATED = ("news_sentiment",)
+
 
 def scores(name, rows, texts):
     for package in [PACKAGES[name]] if name in PACKAGES else []:
@@ -45,3 +48,11 @@ def test_the_best_completion_scores_one_and_demonstrations_leave_room(name):
     np.testing.assert_allclose(scores(name, rows, [best(row) for row in rows]), 1.0, atol=1e-6)
     assert (scores(name, rows, [wrong(row) for row in rows]) < 0.9).all()
     assert 0.2 < scores(name, rows, [demonstration(row) for row in rows]).mean() < 0.85
+
+
+@pytest.mark.parametrize("name", DEMONSTRATED)
+def test_demonstrations_score_one_and_those_of_other_rows_score_less(name):
+    rows = builtin.load(name, "test", 60)
+    texts = [demonstration(row) for row in rows]
+    np.testing.assert_allclose(scores(name, rows, texts), 1.0, atol=1e-6)
+    assert 0.0 <= scores(name, rows, texts[1:] + texts[:1]).mean() < 0.6

@@ -14,8 +14,8 @@ INTENTS = {
     "limit": ("raise my limit", "i need to spend more a day", "what is the most i can spend", "lower my limit"),
     "hours": ("when do you open", "are you open on sunday", "when does the office close", "what are your hours"),
 }  # fmt: skip
-OPENINGS = ("hello ,", "hi ,", "good morning ,", "excuse me ,", "please help ,", "")
-ENDINGS = (". thank you", ". it is urgent", "now", "today", ". i am in a hurry", "")
+OPENINGS = ("hello ,", "hi ,", "good morning ,", "good evening ,", "excuse me ,", "please help ,", "dear team ,", "")
+ENDINGS = (". thank you", ". it is urgent", "now", "today", "again", "as soon as possible", ". i am in a hurry", "")
 
 
 def draw(rng: Random) -> Row:
