@@ -24,7 +24,7 @@ COMPLETIONS = {
 }
 
 # Tasks whose demonstrations are the best completions.
-DEMONSTRATED = ("news_sentiment",)
+DEMONSTRATED = ("news_sentiment", "text_classification")
 
 
 def scores(name, rows, texts):
