@@ -17,7 +17,7 @@ SMALL = [
     "model.new.hidden_size=32", "model.new.layers=1", "model.new.heads=2", "model.new.kv_heads=1",
     "model.new.intermediate_size=32", "sft.epochs=1", "sft.data.limit=16", "sft.batch_size=8", "ppo.iterations=1",
     "ppo.batch_size=8", "ppo.adapter.rank=2", "ppo.update.epochs=1", "ppo.update.minibatches=1",
-    "ppo.evaluation.prompts=8", "report=false",
+    "ppo.evaluation.every=1", "ppo.evaluation.prompts=8", "ppo.update.value_warmup=0", "report=false",
 ]  # fmt: skip
 SMALL_REWARD_MODEL = ["reward_model.batch_size=8", "reward_model.epochs=1"]
 PACKAGES = {"summarisation": "rouge_score", "translation": "sacrebleu"}
