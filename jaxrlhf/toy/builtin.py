@@ -16,6 +16,7 @@ TASKS = (
     "named_entities",
     "news_sentiment",
     "recommendation",
+    "summarisation",
     "text_classification",
     "translation",
 )

@@ -20,6 +20,7 @@ PACKAGES = {"summarisation": "rouge_score", "translation": "sacrebleu"}
 # Name -> (best completion of a row, a completion that looks right and is not)
 COMPLETIONS = {
     "dialogue": (lambda row: " " + row["answer"], lambda row: " i do not know"),
+    "summarisation": (lambda row: " " + row["reference"], lambda row: row["prompt"]),
     "translation": (lambda row: " " + row["reference"], lambda row: " " + row["prompt"]),
 }
 
