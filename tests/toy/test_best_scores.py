@@ -25,7 +25,7 @@ COMPLETIONS = {
 }
 
 # Tasks whose demonstrations are the best completions.
-DEMONSTRATED = ("news_sentiment", "text_classification")
+DEMONSTRATED = ("intent", "news_sentiment", "text_classification")
 
 
 def scores(name, rows, texts):
