@@ -171,24 +171,34 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
     return model
 
 
-def for_decoding(model: Decoder, merge_rounded: bool = False) -> Decoder:
-    """Returns an equivalent model that decodes faster, because it has fewer matrix products per layer.
+def with_merged_pairs(model: Decoder, rounded: bool = False) -> Decoder:
+    """Returns an equivalent model in which the LoRA pairs of float32 kernels are merged into copies of the kernels.
 
-    A LoRA pair is merged into its kernel if the kernel is float32. `merge_rounded` also merges pairs into 16-bit
-    kernels, which rounds the sum. Float32 query, key and value projections of attention become one projection. The
-    changed kernels are copies. The copies take memory while the program runs. Pairs that are not merged are joined on a
-    GPU, see `JoinedLinear`. Kernels are not copied then.
+    `rounded` also merges pairs into 16-bit kernels, which rounds the sum. The copies take memory while the program
+    runs.
     """
     model = shallow_copy(model)
-    dtype, target = model.embed_tokens.embedding.dtype, model.config.target
     for block in model.layers:
         for parent in (block.attention, block.mlp):
             for name, layer in vars(parent).items():
-                if isinstance(layer, Linear) and layer.merges(merge_rounded) and layer.lora_a is not None:
+                if isinstance(layer, Linear) and layer.merges(rounded) and layer.lora_a is not None:
                     pair = {leaf: getattr(layer, leaf)[...] for leaf in LORA_LEAVES}
-                    update = lora_product(pair, target.precision)
+                    update = lora_product(pair, model.config.target.precision)
                     kernel = (layer.float32_kernel() + update).astype(layer.kernel.dtype)
                     setattr(parent, name, Linear(kernel, None if layer.bias is None else layer.bias[...]))
+    return model
+
+
+def for_decoding(model: Decoder, merge_rounded: bool = False) -> Decoder:
+    """Returns an equivalent model that decodes faster, because it has fewer matrix products per layer.
+
+    Pairs are merged as by `with_merged_pairs`. Float32 query, key and value projections of attention become one
+    projection, which is a copy. Pairs that are not merged are joined on a GPU, see `JoinedLinear`. Kernels are not
+    copied then.
+    """
+    model = with_merged_pairs(model, merge_rounded)
+    dtype, target = model.embed_tokens.embedding.dtype, model.config.target
+    for block in model.layers:
         _fuse_qkv(block.attention)
         if target.platform == "gpu":
             _join_pairs(block, dtype, target.decode_kernels)

@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
             positions_BT, mask_BTT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), None
         else:
             positions_BT, mask_BTT = positions_of(segments_BT), mask_of(segments_BT, self.config.target)
-        return self.hidden(tokens_BT, positions_BT, mask_BTT, remat, first, slots)[0]
+        return self.hidden(tokens_BT, positions_BT, mask_BTT, remat, first, slots, with_cache=False)[0]
 
     @_in_own_precision
     def hidden(
@@ -233,6 +233,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         first: int = 0,
         slots: int | None = None,
+        with_cache: bool = True,
     ) -> tuple[jax.Array, Cache]:
         """Returns (hidden states [B,T-first,D] of whole sequences after the final norm, their keys and values).
 
@@ -247,7 +248,8 @@ class Decoder(nnx.Module):
         run = rematerialised(Block.__call__, remat, static_argnums=6)
         # Weights are gathered, and activations stay on the devices of their rows and positions.
         S = tokens_BT.shape[1] if slots is None else slots
-        return self._run(run, tokens_BT, positions_BT, masks, S, (BATCH_AXES, POSITION_AXIS), first=first)
+        axes = (BATCH_AXES, POSITION_AXIS)
+        return self._run(run, tokens_BT, positions_BT, masks, S, axes, first=first, with_cache=with_cache)
 
     @_in_own_precision
     def extend(
@@ -275,7 +277,17 @@ class Decoder(nnx.Module):
         return self._run(Block.__call__, tokens_B1, positions_B1, masks, S, axes, cache, index)
 
     def _run(
-        self, run, tokens_BT, positions_BT, masks, length: int, axes: tuple, cache=None, index=None, first: int = 0
+        self,
+        run,
+        tokens_BT,
+        positions_BT,
+        masks,
+        length: int,
+        axes: tuple,
+        cache=None,
+        index=None,
+        first: int = 0,
+        with_cache: bool = True,
     ) -> tuple[jax.Array, Cache]:
         """Runs the embedding, all blocks and the final norm. `masks` has the mask of each window.
 
@@ -289,18 +301,23 @@ class Decoder(nnx.Module):
             x_BTD += self.embed_positions(positions_BT)
         ropes, H = {kind.rope for kind in self.config.layer_kinds} - {None}, self.config.head_dim
         tables = {r: rotary_tables(positions_BT, length, *frequencies(r, H, length)) for r in ropes}
+        caches = []
         if self.stacked is not None:
 
-            def run_period(x_BTD: jax.Array, blocks: list[Block]) -> tuple[jax.Array, None]:
+            def run_period(x_BTD: jax.Array, blocks: list[Block]) -> tuple[jax.Array, Cache | None]:
+                made = []
                 for block in blocks:
                     kind = block.attention.kind
-                    x_BTD, _ = run(block, x_BTD, tables.get(kind.rope), masks[kind.window], None, None, 0)
+                    x_BTD, new_cache = run(block, x_BTD, tables.get(kind.rope), masks[kind.window], None, None, 0)
                     x_BTD = constrain(x_BTD, *axes)
-                return x_BTD, None
+                    made.append(new_cache)
+                return x_BTD, made if with_cache else None
 
-            x_BTD, _ = jax.lax.scan(run_period, x_BTD, self.stacked)
+            x_BTD, made = jax.lax.scan(run_period, x_BTD, self.stacked)
             x_BTD = x_BTD if len(self.layers) else x_BTD[:, first:]
-        caches = []
+            if with_cache:
+                steps = len(made[0].k)
+                caches = [LayerCache(of_period.k[i], of_period.v[i]) for i in range(steps) for of_period in made]
         for number, block in enumerate(self.layers):
             kind, old_cache = block.attention.kind, None if cache is None else cache[number]
             skipped = first if number == len(self.layers) - 1 else 0

@@ -1,8 +1,8 @@
 """Stacks the weights of equal layers, so that a program runs the layers in a loop and compiles only one of them.
 
 The time to compile a program then does not grow with the number of layers. The stacked weights are a second copy of
-the layers of the base. The copy takes memory while the program runs. Decoding does not use it, because a loop over
-layers inside the loop over tokens would copy each weight for each token.
+the layers of the base. The copy takes memory while the program runs. Decode steps do not use it, because a loop over
+layers inside the loop over tokens would copy each weight for each token. A rollout's pass over prompts does.
 
 Layers may repeat with a period, for example if every second layer has a window. The loop then runs one period per step,
 and the layers after the last whole period follow one by one. A last layer inside the loop computes the prompt's

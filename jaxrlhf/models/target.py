@@ -22,8 +22,8 @@ class Target:
     platform: str = "cpu"  # cpu, gpu or tpu, as in jax
     attention: str = "xla"  # xla or cudnn computes attention over whole sequences
     matmul_precision: str = "highest"  # precision of float32 matrix products; a key of PRECISIONS
-    # Whether scoring and updates run the layers in a loop over stacked weights (see `layer_scan`). None means on a GPU,
-    # if the stacked copy is small.
+    # Whether scoring, updates and the pass over prompts run the layers in a loop over stacked weights (see
+    # `layer_scan`). None means on a GPU, if the stacked copy is small.
     scan_layers: bool | None = None
     decode_kernels: bool = False  # on a GPU, decoding uses kernels of its own (Pallas)
 

@@ -20,10 +20,11 @@ from jax.sharding import PartitionSpec
 from jaxrlhf.algorithms.losses import token_logprobs
 from jaxrlhf.config import Sampling
 from jaxrlhf.distributed.mesh import BATCH_AXES, automatic_axes, constrain, rows_over_context, sampling_axes
-from jaxrlhf.models.adapters import bind, for_decoding
+from jaxrlhf.models.adapters import bind, for_decoding, with_merged_pairs
 from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
 from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.decoder import Decoder, named_parameters
+from jaxrlhf.models.layer_scan import with_stacked_layers
 from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rollout.prefill import prefill
 from jaxrlhf.rollout.sampling import draw, row_uniforms, truncate
@@ -122,8 +123,8 @@ def rollout(
     stop_tokens = base.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
     pad_token = (base.config.pad_token or 0) if sampling.pad_token is None else sampling.pad_token
     temperature = jnp.where(jnp.asarray(sampling.temperature) == 0, 1.0, sampling.temperature)
-    model = for_decoding(bind(base, adapter), sampling.merge_adapter)
     uniforms = constrain(row_uniforms(key, B, R), BATCH_AXES)
+    model = bind(base, adapter)
     if choices is not None:
         model = choices.head_of(model)
     tokens, logprobs = _decode(model, prompts, uniforms, temperature, sampling, choices, stop_tokens)
@@ -160,9 +161,23 @@ def _decode(
 
     if own_loops:
         by_rows, copied = PartitionSpec(tuple(copies)), PartitionSpec()
-        specs = copied, by_rows, by_rows, copied, copied, copied
+        specs = copied, copied, by_rows, by_rows, copied, copied, copied
         run = jax.shard_map(run, in_specs=specs, out_specs=by_rows, check_vma=False)
-    return run(model, prompts, uniforms, temperature, sampling, choices)
+    decoder = for_decoding(model, sampling.merge_adapter)
+    reader = _reader(model, decoder, schedule, sampling)
+    return run(decoder, reader, prompts, uniforms, temperature, sampling, choices)
+
+
+def _reader(model: Decoder, decoder: Decoder, schedule: Schedule, sampling: Sampling) -> Decoder:
+    """Returns the model that reads prompts: `decoder`, or the same weights with stacked layers; see `layer_scan`.
+
+    The stacked weights take memory until prompts are read. If rows enter later, that is while rows decode, so layers
+    are not stacked then.
+    """
+    if schedule.slots < schedule.rows or sampling.prefill_chunk is not None:
+        return decoder
+    (reader,) = with_stacked_layers(with_merged_pairs(model, sampling.merge_adapter))
+    return decoder if reader.stacked is None else reader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +185,7 @@ class _Decoding:
     """Decodes the rows of all queues. The queues share the steps, and each queue has its own slots."""
 
     model: Decoder
+    reader: Decoder  # the same model for the pass over prompts
     prompts: Prompts
     uniforms: jax.Array  # f32[B,R,3]
     temperature: jax.Array  # f32[]
@@ -280,7 +296,7 @@ class _Decoding:
         chosen = (queue * (self.rows // n) + first).ravel()
         prompts = jax.tree.map(lambda x: constrain(jnp.asarray(x)[chosen], BATCH_AXES), self.prompts)
         chunk = self.sampling.prefill_chunk
-        prompt_cache, hidden = prefill(self.model, prompts, self.columns, not self.ring, chunk)
+        prompt_cache, hidden = prefill(self.reader, prompts, self.columns, not self.ring, chunk)
         copies, lengths = k // groups, jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
         logits = jnp.repeat(self.model.logits(hidden)[:, 0], copies, axis=0)
         node = None if self.choices is None else jnp.zeros(len(rows), jnp.int32)

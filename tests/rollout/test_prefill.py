@@ -1,4 +1,6 @@
-"""Prompts that are read in chunks give the same caches, states and completions."""
+"""Prompts that are read in chunks, or by stacked layers, give the same caches, states and completions."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -6,6 +8,10 @@ import pytest
 
 from jaxrlhf.config import Sampling
 from jaxrlhf.models.config import LayerKind
+from jaxrlhf.models.decoder import with_target
+from jaxrlhf.models.layer_scan import with_stacked_layers
+from jaxrlhf.models.target import Target
+from jaxrlhf.rollout.decode import rollout
 from jaxrlhf.rollout.prefill import prefill
 
 R = 6  # response tokens
@@ -43,3 +49,48 @@ def test_completions_are_those_after_whole_prompts(programs, windowed, prompts, 
     np.testing.assert_array_equal(chunked.tokens, whole.tokens)
     np.testing.assert_array_equal(chunked.response_mask, whole.response_mask)
     np.testing.assert_allclose(chunked.sample_logprobs, whole.sample_logprobs, atol=1e-5)
+
+
+LOOP = Target("gpu", scan_layers=True)
+SINGLE = dataclasses.replace(LOOP, scan_layers=False)
+
+
+@pytest.fixture(scope="module")
+def deep(make_decoder):
+    """Five layers, every second one with a sliding window: two periods in the loop, and a layer after it."""
+    return make_decoder(layers=5, scale=0.2, layer_kinds=(LayerKind(), LayerKind(window=3)))
+
+
+@pytest.mark.parametrize("left_aligned", [False, True])
+@pytest.mark.parametrize("layers", [4, 5])
+def test_stacked_layers_give_the_caches_in_order(make_decoder, prompts, left_aligned, layers):
+    base = make_decoder(layers=layers, scale=0.2, layer_kinds=(LayerKind(), LayerKind(window=3)))
+    (stacked,) = with_stacked_layers(with_target(base, LOOP))
+    assert stacked.stacked is not None
+    single, loop = (
+        jax.jit(lambda prompts, model=model: prefill(model, prompts, 11, left_aligned))(prompts)
+        for model in (with_target(base, SINGLE), stacked)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), single, loop)
+
+
+@pytest.mark.parametrize("more", [{}, {"samples_per_prompt": 2}, {"merge_adapter": True}])
+def test_completions_are_those_of_layers_one_by_one(deep, make_adapter, prompts, more):
+    adapter, sampling = make_adapter(deep, 1, targets=("q_proj", "down_proj")), Sampling(max_new_tokens=R, **more)
+    single, loop = (
+        jax.jit(lambda model: rollout(model, adapter, prompts, jax.random.key(5), sampling))(with_target(deep, target))
+        for target in (SINGLE, LOOP)
+    )
+    np.testing.assert_array_equal(loop.tokens, single.tokens)
+    np.testing.assert_allclose(loop.sample_logprobs, single.sample_logprobs, atol=1e-5)
+
+
+def test_layers_are_stacked_only_if_all_rows_enter_at_once(deep, prompts):
+    def products(target, **more):
+        sampling = Sampling(max_new_tokens=R, **more)
+        run = jax.jit(lambda model: rollout(model, None, prompts, jax.random.key(5), sampling))
+        return run.lower(with_target(deep, target)).as_text().count("stablehlo.dot_general")
+
+    assert products(LOOP) < products(SINGLE)
+    for more in ({"slots": 2}, {"prefill_chunk": 2}):
+        assert products(LOOP, **more) == products(SINGLE, **more)
