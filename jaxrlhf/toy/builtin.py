@@ -15,6 +15,7 @@ TASKS = (
     "intent",
     "named_entities",
     "news_sentiment",
+    "question_answering",
     "recommendation",
     "summarisation",
     "text_classification",

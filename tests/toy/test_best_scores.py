@@ -16,10 +16,10 @@ from jaxrlhf.toy import builtin
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 PACKAGES = {"summarisation": "rouge_score", "translation": "sacrebleu"}
 
-
 # Name -> (best completion of a row, a completion that looks right and is not)
 COMPLETIONS = {
     "dialogue": (lambda row: " " + row["answer"], lambda row: " i do not know"),
+    "question_answering": (lambda row: f" a {row['answer']} .", lambda row: f" so it is {row['answer']} ."),
     "summarisation": (lambda row: " " + row["reference"], lambda row: row["prompt"]),
     "translation": (lambda row: " " + row["reference"], lambda row: " " + row["prompt"]),
 }
@@ -44,7 +44,7 @@ def demonstration(row):
 
 @pytest.mark.parametrize("name", COMPLETIONS)
 def test_the_best_completion_scores_one_and_demonstrations_leave_room(name):
-    rows = builtin.load(name, "test", 12 if name == "code" else 60)
+    rows = builtin.load(name, "test", 60)
     best, wrong = COMPLETIONS[name]
     np.testing.assert_allclose(scores(name, rows, [best(row) for row in rows]), 1.0, atol=1e-6)
     assert (scores(name, rows, [wrong(row) for row in rows]) < 0.9).all()
