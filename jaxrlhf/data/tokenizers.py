@@ -123,11 +123,18 @@ class Tokenizer:
             for prompt, encoding in zip(part, self._encode(texts)):
                 yield self._with_prefix(encoding.ids) if isinstance(prompt, str) else encoding.ids
 
-    def encode_with_starts(self, text: str, prefixed: bool) -> tuple[list[int], list[int]]:
-        """Returns (ids, number of characters of the text before each token). `prefixed` puts BOS before the ids."""
+    def encode_with_ends(self, text: str, prefixed: bool) -> tuple[list[int], list[int]]:
+        """Returns (ids, number of characters of the text up to the end of each token).
+
+        `prefixed` puts BOS before the ids. If several tokens form one character, the last of them has it.
+        """
         (encoding,) = self._encode([text])
         ids = self._with_prefix(encoding.ids) if prefixed else encoding.ids
-        return ids, [0] * (len(ids) - len(encoding.ids)) + [start for start, _ in encoding.offsets]
+        ends = [end for _, end in encoding.offsets]
+        for i in range(len(ends) - 2, -1, -1):
+            if encoding.offsets[i] == encoding.offsets[i + 1]:
+                ends[i] = encoding.offsets[i][0]
+        return ids, [0] * (len(ids) - len(ends)) + ends
 
     def encode_chats(self, chats: Sequence[list[Message] | Chat]) -> Iterator[list[int]]:
         """Yields the ids of each finished chat. The chat template writes a chat as text, which is then tokenized."""

@@ -26,7 +26,7 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.reading import Reading, batches, check_tokenizer, finite, readings
-from jaxrlhf.rewards.steps import Placed, granularity_of
+from jaxrlhf.rewards.steps import Placed, granularity_of, step_ends, tokens_at
 
 BUCKETS = 4  # number of padded lengths; a length is half of the next, and is compiled when a text first needs it
 
@@ -107,7 +107,7 @@ class PretrainedReward:
         If a long input loses its start, steps that end there have no reward.
         """
         (steps,) = self.granularity.texts(completions).values()
-        ends = [np.cumsum([len(step) for step in of_row]) for of_row in steps]
+        ends = [step_ends(of_row, self.granularity.separator) for of_row in steps]
         rows = [self._encode_steps(reading, completions, i, ends[i]) for i, reading in enumerate(readings)]
         placed: list[Placed] = []
         for (_, places), scores, of_row in zip(rows, self._scores([ids for ids, _ in rows]), ends):
@@ -125,11 +125,11 @@ class PretrainedReward:
     ) -> tuple[list[int], np.ndarray]:
         """Returns (token ids, numbers of the tokens that complete the steps); -1 for a step that was cut off.
 
-        `ends` are the ends of the steps in the text of the completion. The last step ends at the last token.
+        `ends` are those of `step_ends` in the text of the completion. The last step ends at the last token.
         """
         prompt, completion = reading
         text = completion if prompt is None else self.chats.whole_text(prompt.followed_by(completion), "")
-        ids, starts = self.tokenizer.encode_with_starts(text, prefixed=prompt is None)
+        ids, token_ends = self.tokenizer.encode_with_ends(text, prefixed=prompt is None)
         written = completions.texts[row].strip()  # a chat template may strip blanks
         first, blanks = text.rfind(written), len(completions.texts[row]) - len(completions.texts[row].lstrip())
         if first < 0:
@@ -137,13 +137,13 @@ class PretrainedReward:
                 f"reward {self.name}: the chat template changes the text of completion {row}, so the ends of its steps "
                 "are unknown; set input: text"
             )
-        places = np.searchsorted(starts, first + np.clip(ends - blanks, 0, len(written)), side="left") - 1
+        places = tokens_at(first + np.clip(ends - blanks, 0, len(written)), np.array(token_ends or [0]))
         end = self.tokenizer.text_end_id if self.config.end_at_eos is None and prompt is None else None
         ids = [*ids, end] if end is not None and completions.ended[row] else ids
         known = np.array([token < self.base.config.vocab_size for token in ids])
         cut = self._cut(ids)
         lost = len(self._without_padding(ids)) - len(cut)  # tokens at the start
-        places = np.cumsum(known)[np.maximum(places, 0)] - 1 - lost
+        places = np.cumsum(known)[places] - 1 - lost if ids else np.zeros(len(ends), int)
         places = np.where((places < len(self.tokenizer.prefix_ids)) & (lost > 0), -1, np.minimum(places, len(cut) - 1))
         places[-1] = len(cut) - 1
         return cut, places

@@ -5,13 +5,16 @@ The last token of a scored completion always ends a step, with the reward 0 if n
 entries are all masked has no score.
 
 The tokens of a completion are those that the policy sampled, with their share of the completion's text as
-`Tokenizer.token_texts` divides it. The reward of a place in the text stands at the first token with which the text up
-to this place is complete:
+`Tokenizer.token_texts` divides it. If several tokens form one character, the last of them has it. The reward of a step
+stands at the last token that ends within the step and after all of its words:
 
-  - A token that reaches over the end of a step has the reward of this step. If several steps end inside one token,
-    their rewards are added.
-  - If several tokens form one character, the last of them completes it.
+  - Blanks and separators after the words may be the beginning of the next step's first token, such as " next". The
+    reward then stands at the token before.
+  - A token with words of two steps has the reward of the first. If several steps end inside one token, their rewards
+    are added.
   - The end of the text is the last token of the completion. This is the stop token if the completion ended.
+
+An end that a function returns has no blanks after it: the first token that reaches it has the reward.
 """
 
 import dataclasses
@@ -27,8 +30,8 @@ from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault, numbers_of
 
 Placed = tuple[np.ndarray, np.ndarray] | None
-"""(places i64[n], rewards f32[n]) of one completion, or None without a score. A place is the number of a token or an
-end in characters, as `Granularity.at_tokens` says."""
+"""(places, rewards f32[n]) of one completion, or None without a score. Places are numbers of tokens i64[n], or ends in
+the text i64[n,2], see `step_ends`."""
 
 
 def split_steps(text: str, separator: str) -> list[str]:
@@ -47,6 +50,22 @@ def split_steps(text: str, separator: str) -> list[str]:
         else:
             steps.append(piece)
     return steps
+
+
+def step_ends(steps: Sequence[str], separator: str) -> np.ndarray:
+    """Returns i64[n,2]: the ends of each step without and with the blanks and separators after its words.
+
+    Ends are numbers of characters from the start of the text.
+    """
+    lengths = np.array([(_words(step, separator), len(step)) for step in steps], np.int64)
+    return lengths + (np.cumsum(lengths[:, 1:], axis=0) - lengths[:, 1:])
+
+
+def _words(step: str, separator: str) -> int:
+    """Returns the number of characters of a step without the blanks and separators at its end."""
+    while step != (shorter := step.rstrip().removesuffix(separator)):
+        step = shorter
+    return len(step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +135,7 @@ class Granularity:
         _check_finite(values, self.kind, source, where)
         if absent.all() and len(parts):
             return None
-        places = np.arange(len(parts)) if self.kind == "token" else np.cumsum([len(part) for part in parts])
+        places = np.arange(len(parts)) if self.kind == "token" else step_ends(parts, self.separator)
         return places[~absent], values[~absent]
 
     def at_tokens(self, placed: Sequence[Placed], completions: Completions) -> np.ma.MaskedArray:
@@ -138,7 +157,7 @@ class Granularity:
     def take(self, scores: np.ndarray, completions: Completions) -> np.ma.MaskedArray:
         """Returns the scores f32[B,R] of all tokens as rewards: those at the last token of each step."""
         (steps,) = self.texts(completions).values()
-        ends = [np.cumsum([len(step) for step in of_row]) for of_row in steps]
+        ends = [step_ends(of_row, self.separator) for of_row in steps]
         mask = np.ma.getmaskarray(self.at_tokens([(row, np.zeros(len(row), np.float32)) for row in ends], completions))
         return np.ma.MaskedArray(np.where(mask, np.float32(0), scores), mask)
 
@@ -158,12 +177,17 @@ def differences(rewards: np.ma.MaskedArray) -> np.ma.MaskedArray:
     return np.ma.MaskedArray(result, ~given)
 
 
-def tokens_at(ends: np.ndarray, token_ends: np.ndarray) -> np.ndarray:
-    """Returns the number of the token at which the text up to each end is complete.
+def tokens_at(places: np.ndarray, token_ends: np.ndarray) -> np.ndarray:
+    """Returns the number of the token at which each step ends, i64[n]; the module docstring has the rules.
 
-    `ends` i64[n] and `token_ends` i64[T] count characters. The end of the text is the last token.
+    `places` i64[n,2] are those of `step_ends`. `token_ends` i64[T] are the ends of the tokens in the same text. Of
+    tokens with equal ends, the first one counts, because the others have no text yet.
     """
-    return np.where(ends == token_ends[-1], len(token_ends) - 1, np.searchsorted(token_ends, ends, side="left"))
+    words, ends = places.T
+    within = np.searchsorted(token_ends, ends, side="right")  # number of tokens that end within the step or before
+    last = np.where(within > 0, token_ends[np.maximum(within - 1, 0)], -1)
+    tokens = np.searchsorted(token_ends, np.where(last >= words, last, ends), side="left")
+    return np.where(ends == token_ends[-1], len(token_ends) - 1, tokens)
 
 
 def _pairs(row: Any, text: str, source: str, where: str) -> Placed:
@@ -181,7 +205,8 @@ def _pairs(row: Any, text: str, source: str, where: str) -> Placed:
     _check_finite(values, "pair", source, where)
     if absent.all() and row:
         return None
-    return np.array(ends, np.int64)[~absent], values[~absent]
+    places = np.array(ends, np.int64)[~absent]
+    return np.stack([places, places], axis=1), values[~absent]
 
 
 def _checked(row: Any, form: str, source: str, where: str) -> tuple[np.ndarray, np.ndarray]:

@@ -72,9 +72,10 @@ def placed(granularity, returned, completions):
 
 
 def by_characters(granularity, returned, completions):
-    """The plain reference: the reward of an end stands at the first token whose prefix has decoded so many characters.
+    """The plain reference: every prefix of the tokens is decoded. A prefix that ends within a character lacks it.
 
-    The prefixes are decoded one by one; a prefix that ends within a character does not have this character.
+    The reward stands at the longest prefix that ends between the words and the end of the step, else at the first that
+    reaches the end.
     """
     steps = granularity.texts(completions).get("steps")
     found = np.full(completions.response_mask.shape, np.nan)
@@ -82,16 +83,16 @@ def by_characters(granularity, returned, completions):
         if row is None:
             continue
         prompt, ids = completions._ids[i]
-        text, pairs = completions.texts[i], row
+        text, triples = completions.texts[i], [(pair[0], *pair) for pair in row if steps is None]
         if steps is not None:
-            pairs = [(sum(map(len, steps[i][: k + 1])), reward) for k, reward in enumerate(row)]
+            ends = [sum(map(len, steps[i][: k + 1])) for k in range(len(row))]
+            triples = [(len(text[:end].rstrip("\n ")), end, reward) for end, reward in zip(ends, row)]
+        lengths = [len(TOKENIZER.decode_after(prompt, ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
         found[i, len(ids) - 1] = 0
-        for end, reward in pairs:
-            at = next(
-                n for n in range(len(ids))
-                if (before := TOKENIZER.decode_after(prompt, ids[: n + 1]).rstrip("\ufffd")) == text[: len(before)]
-                and len(before) >= end
-            )  # fmt: skip
+        for words, end, reward in triples:
+            fits = [n for n in range(len(ids)) if words <= lengths[n] <= end]
+            reach = [n for n in range(len(ids)) if lengths[n] >= end]
+            at = max(fits, key=lambda n: (lengths[n], -n)) if fits else reach[0]
             at = len(ids) - 1 if end == len(text) else at
             found[i, at] = np.nan_to_num(found[i, at]) + reward
     return np.ma.masked_invalid(np.float32(found))
@@ -116,14 +117,14 @@ def test_steps_of_a_text(text, separator, steps):
     assert split_steps(text, separator) == steps and "".join(steps) == text
 
 
-def test_a_reward_stands_at_the_token_that_completes_its_step():
-    """One\\n|two\\n|three: the second line end is in a token that begins the third step."""
+def test_a_reward_stands_at_the_last_token_of_its_step():
+    """One\\n|two\\n|three: the second line end is in a token that begins the third step, so its step ends before."""
     completions = completions_of(ids_of("one\n", "t", "wo", "\nth", "ree"))
     assert STEP.texts(completions) == {"steps": [["one\n", "two\n", "three"]]}
     rewards = placed(STEP, [[1, 2, 3]], completions)
-    assert rewards.tolist() == [[1, None, None, 2, None, 3, None]]  # the last step ends with the stop token
+    assert rewards.tolist() == [[1, None, 2, None, None, 3, None]]  # the last step ends with the stop token
     cut = completions_of(ids_of("one\n", "t", "wo", "\nth", "ree"), ended=False)
-    assert placed(STEP, [[1, 2, 3]], cut).tolist() == [[1, None, None, 2, 3, None]]
+    assert placed(STEP, [[1, 2, 3]], cut).tolist() == [[1, None, 2, None, 3, None]]
 
 
 def test_several_steps_in_one_token_add_up():
