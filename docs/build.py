@@ -158,7 +158,8 @@ def api():
             elif room == "records":  # the shapes stand in comments
                 parts.append("    options: {members: false, show_source: true}\n")
             else:
-                parts.append("    options: {members: false}\n" if inspect.isclass(thing) and room not in WITH_METHODS else "")
+                without_members = inspect.isclass(thing) and room not in WITH_METHODS
+                parts.append("    options: {members: false}\n" if without_members else "")
     return "\n".join(parts)
 
 

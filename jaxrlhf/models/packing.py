@@ -109,9 +109,10 @@ def pack(lengths: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array, jax.A
 def pack_rows(rows: Rollout | Experience, size: int) -> Layout:
     """Packs rows [B,S] for passes of at most `size` x S slots. The rows of a device stay on it.
 
-    Two padded rows make a sequence: T = 2 S, if possible, because fewer slots then stay empty at the ends of sequences.
-    A pass has a quarter of the `size` rows, if possible, because the last pass is partly empty.
-    A row takes its real tokens before its last learned token. Nothing that is learned depends on later ones.
+    A packed sequence has the length of two padded rows (T = 2 S), if possible, because fewer slots then stay empty at
+    the ends of sequences. A pass has the slots of `size` / 4 padded rows, if possible, because only the last pass is
+    partly empty. Of each row, the tokens before the last learned token are packed. The rest does not affect
+    the loss.
     """
     B, S = rows.tokens.shape
     G = batch_groups(size)
