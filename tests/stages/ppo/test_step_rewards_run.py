@@ -21,12 +21,12 @@ FEW = {"rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 MODEL = {
     "new": {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 16, "max_positions": 64}
 }
-# Two words are right if the first begins with s and the second with c. A random answer has both in one of 100 cases.
+# Two words are right if the first begins with s and the second with w. A random answer has both in one of 200 cases.
 REWARDS = """
 from pathlib import Path
 here = Path(__file__).parent
 def right(word, first):
-    return float(word.strip().startswith("s" if first else "c"))
+    return float(word.strip().startswith("s" if first else "w"))
 def process(steps, **columns):
     return [[right(step, i == 0) for i, step in enumerate(row)] for row in steps]
 def outcome(completions, **columns):
@@ -64,6 +64,28 @@ def start(tmp_path):
 
 def lines(folder, name="metrics"):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_two_steps_are_learnt_in_few_iterations_from_a_process_reward_only(start):
+    rate = {"learning_rate": 0.02}
+    settings = {
+        "iterations": 9, "batch_size": 64, "adapter": {"kind": "full"}, "value_adapter": {"kind": "full"},
+        "sampling": {"max_new_tokens": 2}, "kl": {"coef": 0.0},
+        "evaluation": {"prompts": 64}, "save_every": 100,
+        "update": {"epochs": 4, "minibatches": 1, "optimizer": rate, "value_optimizer": rate},
+    }  # fmt: skip
+    process, outcome = (start(name, name, **settings) for name in ("process", "outcome"))
+    scores = {folder: [line["reward/score"] for line in lines(folder)] for folder in (process, outcome)}
+    assert scores[process][-1] > 1 and scores[process][0] < 0.3, "of 2"
+    assert max(scores[outcome]) < 0.5
+    last = lines(process)[-1]
+    assert last["length/steps"] == pytest.approx(2, abs=0.1)
+    assert last["reward/step"] == pytest.approx(last["reward/score"] / 2, abs=0.05)
+    assert "reward/step" not in lines(outcome)[-1]
+    for record in lines(process, "samples"):
+        for sample in record.get("samples", []):
+            assert "".join(text for text, _ in sample["steps"]) == sample["completion"]
+            assert sum(reward for _, reward in sample["steps"]) == sample["score"]
 
 
 GROUPS = {
