@@ -1,6 +1,6 @@
 """Calls rewards once before training, so that a broken server or a wrong shape is found in seconds, not after SFT."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,13 +19,21 @@ ROWS, TOKENS = 2, 8
 CALLED = FunctionReward | HTTPReward | ClassifierReward | CodeTestsReward | JudgeReward
 
 
-def try_rewards(rewards: Mapping[str, Reward | None], prompts: PromptSet, tokenizer: Tokenizer) -> None:
+def try_rewards(
+    rewards: Mapping[str, Reward | None],
+    prompts: PromptSet,
+    tokenizer: Tokenizer,
+    choices: Sequence[str] | None = None,
+) -> None:
     """Scores two completions with each function, server, classifier, sandbox and judge.
+
+    The completions are the first two of `choices`, if completions are limited to these. Otherwise the completion of a
+    prompt is a copy of the prompt's last tokens.
 
     If a reward fails, `UserError` is raised with the key path of this reward. Rewards that are decoders are not called,
     because they were checked when they were loaded, and a call would compile a program.
     """
-    completions = _completions(prompts, tokenizer)
+    completions = _completions(prompts, tokenizer, choices)
     for key_path, reward in rewards.items():
         if isinstance(reward, CALLED):
             try:
@@ -34,14 +42,18 @@ def try_rewards(rewards: Mapping[str, Reward | None], prompts: PromptSet, tokeni
                 raise UserError(f"{key_path}: the reward failed on the first {ROWS} rows: {fault}") from fault
 
 
-def _completions(prompts: PromptSet, tokenizer: Tokenizer) -> Completions:
-    """Returns two prompts of the data. The completion of each prompt is a copy of the prompt's last tokens."""
+def _completions(prompts: PromptSet, tokenizer: Tokenizer, choices: Sequence[str] | None) -> Completions:
+    """Returns two prompts of the data with a completion each."""
     rows = [0, min(1, len(prompts) - 1)]
     padded = prompts.padded(rows)
-    response = np.zeros((ROWS, TOKENS), np.int32)
-    response_mask = np.zeros((ROWS, TOKENS), bool)
-    for row, index in enumerate(rows):
-        ids = prompts.ids[index][-TOKENS:]
+    if choices is None:
+        answers = [prompts.ids[index][-TOKENS:] for index in rows]
+    else:
+        pairs = [(prompts.chats[index] or prompts.texts[index], choice) for index, choice in zip(rows, choices)]
+        answers = [answer for _, answer in tokenizer.encode_pairs(pairs)]
+    response = np.zeros((ROWS, max(map(len, answers))), np.int32)
+    response_mask = np.zeros(response.shape, bool)
+    for row, ids in enumerate(answers):
         response[row, : len(ids)], response_mask[row, : len(ids)] = ids, True
     rollout = Rollout(
         tokens=np.concatenate([padded.tokens, response], axis=1),

@@ -5,6 +5,7 @@ All are checked before sampling.
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -108,10 +109,11 @@ def load_inputs(
     answers = labels = validation = None
     if prompts is not None:
         where = "--reward" if arguments.reward else "ppo.reward"
-        reward = None if reward is None else _reward(reward, where, roles, mesh, prompts, config)
+        reward = None if reward is None else _reward(reward, where, roles, mesh, prompts, config, sampling.choices)
         if gold is not None:
             gold.check_columns(set().union(*prompts.columns), "--gold" if arguments.gold else "ppo.gold")
-            try_rewards({"--gold" if arguments.gold else "ppo.gold": gold}, prompts, roles.tokenizer)
+            named = {"--gold" if arguments.gold else "ppo.gold": gold}
+            try_rewards(named, prompts, roles.tokenizer, sampling.choices)
         if judge is not None:
             judge.check_columns(set().union(*prompts.columns), "--judge")
             try:
@@ -273,12 +275,14 @@ def _reward(
     mesh: jax.sharding.Mesh,
     prompts: PromptSet,
     config: RunConfig | None,
+    choices: Sequence[str] | None,
 ) -> Reward:
     """Returns the reward. As a test, the reward first scores two rows, unless scoring must compile a program."""
     precision = "highest" if config is None else config.model.matmul_precision
     rewards = load_rewards(settings, mesh, where, notice, roles.tokenizer.chats.time, precision)
     check_prompts(rewards, prompts, where)
-    try_rewards({f"{where}.parts.{n}" if n else where: r for n, (r, _) in rewards.items()}, prompts, roles.tokenizer)
+    named = {f"{where}.parts.{name}" if name else where: part for name, (part, _) in rewards.items()}
+    try_rewards(named, prompts, roles.tokenizer, choices)
 
     def own(part: ModelRewardConfig) -> ModelReward:
         adapter, steps = shard(mesh, roles.adapters["reward"]), (granularity_of(part), part.step_reward)

@@ -145,6 +145,12 @@ def test_rows_model_and_reward_of_a_config_fit(file, tiny_run, capsys):
     assert not Path("run").exists() and f"{len(CITIES)} of {len(CITIES)} rows" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_config_with_three_stages_runs(tiny_run):
+    assert train.main(tiny_run(ROOT / "configs" / "real" / "llama-3.2-1b-tldr.yaml")) == 0
+    assert {"sft", "reward_model", "ppo"} <= set(json.loads(Path("run/roles/finished.json").read_text()))
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_a_header_gives_the_command_and_the_cards(file):
     """Its plan names the config, as many cards as the mesh needs, and a folder of configs/plans."""

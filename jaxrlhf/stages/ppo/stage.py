@@ -112,10 +112,10 @@ def load(run: Run, roles: Roles) -> PPOInputs:
         evaluation = load_prompts(config.evaluation.data, roles.tokenizer, config.max_prompt_tokens, config.overflow)
         run.say(f"ppo: evaluation: {evaluation.report}")
         checked(evaluation)
+    choices = load_choices(config.sampling, roles.base.config, roles.tokenizer, prompts_of(first), run.say)
     if processes.is_first():
         tried = {f"ppo.reward.parts.{name}" if name else "ppo.reward": reward for name, (reward, _) in rewards.items()}
-        try_rewards(tried | {"ppo.gold": gold}, first, roles.tokenizer)
-    choices = load_choices(config.sampling, roles.base.config, roles.tokenizer, prompts_of(first), run.say)
+        try_rewards(tried | {"ppo.gold": gold}, first, roles.tokenizer, config.sampling.choices)
     pretraining = _load_pretraining(run, roles)
     inputs = PPOInputs(prompts, evaluation, rewards, gold, choices, policy, reference, pretraining)
     _check_kinds(run, inputs)

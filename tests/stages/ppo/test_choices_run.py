@@ -29,6 +29,7 @@ def score(completions, label, **rest):
     if (here / 'down').exists() and len(calls.read_text()) >= 7:
         raise ConnectionError('no answer')
     calls.open('a').write('x')
+    assert {text.strip() for text in completions} <= {'moo', 'woof', 'meow', 'quack', 'quack quack'}, completions
     return [float(text.strip() == wanted) for text, wanted in zip(completions, label)]
 """
 
