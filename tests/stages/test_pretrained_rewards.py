@@ -121,7 +121,7 @@ def test_the_reward_reads_the_chat_and_not_what_the_policy_made_of_it(tmp_path):
     completions = Sampler(run, run_roles, reward, None).sample(policy, inputs.prompts, np.arange(8), jax.random.key(5))
     scorer = reward.tokenizer
     seen = []
-    reward.program = lambda base, adapter, tokens, mask: (seen.append((tokens, mask)), np.zeros(len(tokens)))[1]
+    reward.program = lambda base, adapter, tokens, mask, **_: (seen.append((tokens, mask)), np.zeros(len(tokens)))[1]
     reward(completions)
     read = {scorer.fast.decode(np.asarray(row)[np.asarray(real)]) for t, m in seen for row, real in zip(t, m)}
     spoken = [f"user {text} <eos> assistant {said} <eos>" for text, said in zip(texts, completions.texts)]
