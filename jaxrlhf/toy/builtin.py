@@ -10,6 +10,7 @@ from jaxrlhf.toy.tasks import task
 # Each name is a module of jaxrlhf/toy/tasks with a constant TASK.
 TASKS = (
     "arithmetic",
+    "customer_service",
     "detoxification",
     "dialogue",
     "intent",

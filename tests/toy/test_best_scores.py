@@ -18,6 +18,10 @@ PACKAGES = {"summarisation": "rouge_score", "translation": "sacrebleu"}
 
 # Name -> (best completion of a row, a completion that looks right and is not)
 COMPLETIONS = {
+    "customer_service": (
+        lambda row: f" it is {row['label']} . happy to help !",
+        lambda row: " happy to help !",
+    ),
     "dialogue": (lambda row: " " + row["answer"], lambda row: " i do not know"),
     "question_answering": (lambda row: f" a {row['answer']} .", lambda row: f" so it is {row['answer']} ."),
     "summarisation": (lambda row: " " + row["reference"], lambda row: row["prompt"]),
