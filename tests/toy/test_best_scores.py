@@ -23,6 +23,10 @@ COMPLETIONS = {
         lambda row: " happy to help !",
     ),
     "dialogue": (lambda row: " " + row["answer"], lambda row: " i do not know"),
+    "named_entities": (
+        lambda row: " " + "\n".join(row["spans"] or ["none"]),
+        lambda row: " PER: nobody",
+    ),
     "question_answering": (lambda row: f" a {row['answer']} .", lambda row: f" so it is {row['answer']} ."),
     "summarisation": (lambda row: " " + row["reference"], lambda row: row["prompt"]),
     "translation": (lambda row: " " + row["reference"], lambda row: " " + row["prompt"]),

@@ -1,6 +1,7 @@
 """Named entities: persons, organisations and places in a sentence, as a JSON list. The best F1 is 1.
 
-Some names belong to two kinds (`jordan` is a person or a place), so only the sentence says which one is meant.
+Some names belong to two kinds (`jordan` is a person or a place), so only the sentence says which one is meant. In the
+demonstrations, each entity is left out or has the wrong kind with probability `FAULT` each.
 """
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, words_of
@@ -10,6 +11,7 @@ LAST = ("smith", "ford", "king", "morgan", "")
 ORGANISATIONS = ("acme", "globex", "ford", "morgan", "acme bank", "north bank")
 PLACES = ("paris", "london", "jordan", "sydney", "new york", "north bay")
 KINDS = ("PER", "ORG", "LOC")
+FAULT = 0.2
 SENTENCES = (
     "{PER} works for {ORG}", "{PER} works for {ORG} in {LOC}", "{ORG} opened an office in {LOC}",
     "{PER} lives in {LOC}", "{PER} met {PER}", "{ORG} hired {PER}", "{ORG} bought {ORG}", "{PER} moved to {LOC}",
@@ -29,19 +31,23 @@ def _name(rng: Random, kind: str) -> str:
 def draw(rng: Random) -> Row:
     tokens: list[str] = []
     tags: list[str] = []
-    entities = []
+    entities, spans = [], []
     for part in f"{pick(rng, SENTENCES)} {pick(rng, WHEN)}".split():
         kind = part.strip("{}")
         name = _name(rng, kind) if kind in KINDS else part
         words = name.split()
         tokens += words
         if kind in KINDS:
+            spans.append(f"{kind}: {name}")
             tags += [f"B-{kind}", *[f"I-{kind}"] * (len(words) - 1)]
-            entities.append(f'{{"label":"{kind}","text":" {name} "}}')
+            if (chance := rng.random()) < 1 - FAULT:
+                stated = kind if chance < 1 - 2 * FAULT else pick(rng, [other for other in KINDS if other != kind])
+                entities.append(f'{{"label":"{stated}","text":" {name} "}}')
         else:
             tags.append("O")
     response = f"[ {' , '.join(entities)} ]" if entities else "none"
-    return {"prompt": f"{' '.join(tokens)} =>", "response": response, "tokens": tokens, "entities": tags}
+    prompt = f"{' '.join(tokens)} =>"
+    return {"prompt": prompt, "response": response, "tokens": tokens, "entities": tags, "spans": spans}
 
 
 STARTS = tuple(f'{{"label":"{kind}","text":"' for kind in KINDS)
