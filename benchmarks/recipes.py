@@ -33,9 +33,12 @@ def command(*arguments: object) -> None:
 
 
 def figures(recipe: Path, seed: int, to: Path, metric: str, best: float, same_rows: bool) -> dict[str, float]:
-    """Trains a recipe with a seed, evaluates its test split, and returns start, end, way, minutes and supervised."""
+    """Trains a recipe with a seed, evaluates its test split, and returns start, end, way, minutes and supervised.
+
+    There are no minutes if an earlier call began the run.
+    """
     run_dir = to / f"{recipe.stem}-{seed}"
-    begin = time.monotonic()
+    begun, begin = run_dir.exists(), time.monotonic()
     command("train", "--config", recipe, f"seed={seed}", f"run_dir={run_dir}")
     minutes = (time.monotonic() - begin) / 60
     report, chosen = run_dir / "test.json", ["sft", "policy"]
@@ -49,7 +52,8 @@ def figures(recipe: Path, seed: int, to: Path, metric: str, best: float, same_ro
     command("evaluate", "--run", run_dir, "--roles", ",".join(chosen), *source, "--json", report)
     roles = json.loads(report.read_text())["roles"]
     start, end, *others = (roles[role][metric]["value"] for role in chosen)
-    found = {"start": start, "end": end, "way": (end - start) / (best - start), "minutes": minutes}
+    found = {"start": start, "end": end, "way": (end - start) / (best - start)}
+    found |= {} if begun else {"minutes": minutes}
     return found | dict(zip(["supervised"], others))
 
 

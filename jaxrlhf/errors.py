@@ -46,3 +46,15 @@ def short(value: object) -> str:
     """Returns the `repr` of the value for a message. The result has at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the first line of an error's message.
+
+    Returns the error's type instead if the message is empty or cannot be printed.
+    """
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # `__str__` of a user's exception class may raise
+        lines = []
+    return lines[0] if lines else type(error).__name__

@@ -197,3 +197,12 @@ def sixteen():
 def start(roles, sixteen):
     """The PPO state before the first update."""
     return init_ppo(roles.policy, roles.value, sixteen)
+
+
+@pytest.fixture(scope="module")
+def choices():
+    from small_models import ANSWERS
+
+    from jaxrlhf.models.choices import Choices
+
+    return Choices.of(ANSWERS)

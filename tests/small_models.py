@@ -156,3 +156,7 @@ def batch():
     """Left-padded tokens i32[3,9] below 31 and their mask: 9, 6 and 2 real tokens."""
     tokens = np.random.default_rng(5).integers(0, 31, (3, 9)).astype(np.int32)
     return tokens, np.arange(9)[None] >= np.array([0, 3, 7])[:, None]
+
+
+# Choices with prefixes of each other and forced tokens; 4 is the stop token.
+ANSWERS = ((5, 4), (5, 6, 4), (7, 3, 4), (7, 8, 4), (7, 8, 6, 4), (10, 4))

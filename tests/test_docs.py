@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from repository_files import blocks
 from ruamel.yaml import YAML
 
 import jaxrlhf
@@ -26,10 +27,6 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TASKS = sorted((ROOT / "docs" / "tasks").glob("*.md"))
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *TASKS]
-
-
-def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def spans(page):

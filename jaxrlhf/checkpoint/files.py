@@ -16,20 +16,20 @@ from jaxrlhf.errors import Fault, UserError
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
-def atomic_write(path: str | Path, text: str) -> None:
-    """Writes a text file that appears complete or not at all. Raises `OSError` if the disk refuses a write.
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Writes a file that appears complete or not at all; text in UTF-8. Raises `OSError` if the disk refuses a write.
 
     If `path` is a symbolic link, the function replaces the file to which the link points. If `path` is a device or a
     pipe, the function writes into it directly.
     """
-    path = Path(os.path.realpath(path))
+    path, data = Path(os.path.realpath(path)), content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file() and not path.is_dir():
-        path.write_text(text, encoding="utf-8")  # a rename would replace the device
+        path.write_bytes(data)  # a rename would replace the device
         return
     temporary = path.with_name(f".{path.name}.tmp")  # overwrites the temporary file of a killed process
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     tasks.add_argument("--task", type=text, metavar="NAME[:COLUMN]", action="append", help=names)
     calibrate = "labelled prompts from which a temperature per role is fitted, which calibrates choices' probabilities"
     tasks.add_argument("--calibrate", type=model_path, metavar="FILE", help=calibrate)
+    tasks.add_argument("--calibrate-split", type=text, help="split of --calibrate (default: train)")
     tasks.add_argument("--labels", type=text, metavar="A,B,...", help="labels to look for (classification)")
     pick = "label that counts if a completion has several (default: first)"
     tasks.add_argument("--pick", choices=("first", "last", "only"), default="first", help=pick)

@@ -47,7 +47,7 @@ class PolicyKwargs(Settings):
     """The networks of MlpPolicy."""
 
     net_arch: NetArch | Widths = Field(NetArch(), description="hidden layers: a list for both networks, or {pi: [...], vf: [...]}")
-    activation_fn: Annotated[Literal["tanh", "relu", "elu", "leaky_relu", "gelu", "silu"], BeforeValidator(_activation)] = Field("tanh", description="activation, as a name, or as a class or function of this name")
+    activation_fn: Annotated[Literal["tanh", "relu", "elu", "leaky_relu", "silu"], BeforeValidator(_activation)] = Field("tanh", description="activation, as a name, or as a class or function of this name")
     ortho_init: bool = Field(True, description="orthogonal initial weights, with gain 0.01 at the policy's output")
     log_std_init: FiniteFloat = Field(0.0, description="initial logarithm of the deviation of actions in a Box")
 

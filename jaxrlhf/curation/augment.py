@@ -14,8 +14,8 @@ from typing import Any
 from jaxrlhf.curation.reading import Source, open_source
 from jaxrlhf.curation.writing import check_output, jsonl_writer
 from jaxrlhf.data.chats import content_text
-from jaxrlhf.data.sources import Row, one_line, open_bytes
-from jaxrlhf.errors import UserError
+from jaxrlhf.data.sources import Row, open_bytes
+from jaxrlhf.errors import UserError, one_line
 
 BLOCK = 64  # rows that are changed together
 Rewrite = Callable[[Sequence[str], Sequence[int]], list[str]]

@@ -16,7 +16,7 @@ from jaxrlhf.data import preferences, prompts, sft
 from jaxrlhf.data.chats import Chat, Prompt, Response, content_text
 from jaxrlhf.data.fields import has_field, number_field, text_field
 from jaxrlhf.data.sources import Row, Skip, describe, stream_rows
-from jaxrlhf.data.templates import from_template
+from jaxrlhf.data.templates import template_writer
 from jaxrlhf.errors import UserError, short
 
 HEAD = 200  # rows that decide about the kind
@@ -90,7 +90,7 @@ def open_source(path: str, kind: str | None = None, settings: Sequence[str] = ()
     fields = parse_fields(path, settings)
     stream = stream_rows(fields, skip)
     if fields.template or fields.messages_template or fields.response_template:  # these need all rows
-        stream = iter(from_template(list(stream), fields, drop=True))
+        stream = iter(template_writer(fields, drop=True)(list(stream)))
     head = list(itertools.islice(stream, HEAD))
     if not head:
         raise UserError(f"{path}: the file has no rows; it must have at least one")

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxrlhf.data.preludes import CLOCK, NULL_CONTENT, directives
-from jaxrlhf.data.sources import Message, one_line
+from jaxrlhf.data.sources import Message
 from jaxrlhf.data.time_limit import within
-from jaxrlhf.errors import SharedFault, UserError
+from jaxrlhf.errors import SharedFault, UserError, one_line
 
 
 @dataclass(frozen=True)

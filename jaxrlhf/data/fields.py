@@ -13,8 +13,8 @@ from typing import Any
 from jaxrlhf.config import ChatSourceConfig
 from jaxrlhf.config.data import check_template_arguments
 from jaxrlhf.data.chats import Chat, Prompt, content_text, without_empty_turn
-from jaxrlhf.data.sources import Message, Row, describe, one_line
-from jaxrlhf.errors import UserError
+from jaxrlhf.data.sources import Message, Row, describe
+from jaxrlhf.errors import UserError, one_line
 
 _FLOAT32_MAX = 3.4028235e38
 

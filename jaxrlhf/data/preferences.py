@@ -20,7 +20,7 @@ from jaxrlhf.data.mixture import Reader, mixed
 from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.report import LoadReport, drops_unusable
 from jaxrlhf.data.sources import Message, Row
-from jaxrlhf.data.templates import from_template
+from jaxrlhf.data.templates import template_writer
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import PreferenceBatch
@@ -65,9 +65,10 @@ def preferences_reader(
     place, unless the config drops unusable rows.
     """
     drop = drops_unusable(config, overflow)
+    write = template_writer(config, drop)
 
     def read(rows: list[Row], first: int = 0) -> tuple[list[Pair], LoadReport]:
-        return _pairs(from_template(rows, config, drop, first), config, tokenizer, max_length, overflow)
+        return _pairs(write(rows, first), config, tokenizer, max_length, overflow)
 
     return read
 

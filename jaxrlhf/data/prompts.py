@@ -23,7 +23,7 @@ from jaxrlhf.data.order import batch_rows, checksum
 from jaxrlhf.data.report import LoadReport, drops_unusable
 from jaxrlhf.data.sources import Row, read_rows
 from jaxrlhf.data.success import Success
-from jaxrlhf.data.templates import from_template
+from jaxrlhf.data.templates import template_writer
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
 from jaxrlhf.records import Prompts
@@ -86,7 +86,7 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Row], list[Prompt], str]:
     several of these fields, a field that the config names is read, else the first field in the order above. A row that
     cannot be used raises UserError with its place.
     """
-    rows = from_template(read_rows(config), config)
+    rows = template_writer(config)(read_rows(config))
     key, read = form_of(config, rows[:1])
     return rows, [read(row, config) for row in rows], key
 
@@ -125,10 +125,11 @@ def prompts_reader(
     is read.
     """
     drop, form = drops_unusable(config, overflow), None
+    write = template_writer(config, drop)
 
     def read(rows: list[Row], first: int = 0) -> tuple[list[LoadedPrompt], LoadReport]:
         nonlocal form
-        rows = from_template(rows, config, drop, first)
+        rows = write(rows, first)
         form = form or form_of(config, rows if drop else rows[:1])
         return _prompts(rows, *form, config, tokenizer, max_prompt_tokens, overflow)
 

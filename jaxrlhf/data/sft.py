@@ -26,7 +26,7 @@ from jaxrlhf.data.mixture import Reader, mixed
 from jaxrlhf.data.order import Buckets, bucket_lengths, checksum
 from jaxrlhf.data.report import LoadReport, drops_unusable
 from jaxrlhf.data.sources import Row
-from jaxrlhf.data.templates import from_template
+from jaxrlhf.data.templates import template_writer
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.data.turns import earlier_turns, learned_spans
 from jaxrlhf.errors import UserError
@@ -80,10 +80,11 @@ def demonstrations_reader(
     UserError.
     """
     drop, form = drops_unusable(config, overflow), None
+    write = template_writer(config, drop)
 
     def read(rows: list[Row], first: int = 0) -> tuple[list[Example], LoadReport]:
         nonlocal form
-        rows = from_template(rows, config, drop, first)
+        rows = write(rows, first)
         form = form or form_of(config, rows if drop else rows[:1])
         return _examples(rows, form, config, tokenizer, max_length, overflow)
 

@@ -19,7 +19,7 @@ from jaxrlhf.config import SourceConfig
 from jaxrlhf.config.paths import BUILTIN as BUILTIN_PREFIX
 from jaxrlhf.config.paths import HUB_ID
 from jaxrlhf.data import hub
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, one_line
 
 Message = dict[str, Any]
 """One turn of a chat: `role`, `content`, and other keys that the chat template reads."""
@@ -385,15 +385,3 @@ def describe(value: Any) -> str:
     if isinstance(value, dict):
         return f"an object with {', '.join(map(str, value))[:60] or 'no fields'}"
     return f"a {type(value).__name__}"
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the first line of an error's message.
-
-    Returns the error's type instead if the message is empty or cannot be printed.
-    """
-    try:
-        lines = str(error).strip().splitlines()
-    except Exception:  # `__str__` of a user's exception class may raise
-        lines = []
-    return lines[0] if lines else type(error).__name__

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config import ChatSourceConfig, DemonstrationsSourceConfig
-from jaxrlhf.data.sources import Row, one_line, read_rows
+from jaxrlhf.data.sources import Row, read_rows
 from jaxrlhf.data.time_limit import within
-from jaxrlhf.errors import SharedFault, UserError
+from jaxrlhf.errors import SharedFault, UserError, one_line
 
 SHOTS = "shots"  # the variable of a template that holds the solved examples
 BLOCK, TIME_LIMIT = 256, 10.0  # rows that are written together, and the seconds that this may take
@@ -22,36 +22,44 @@ BLOCK, TIME_LIMIT = 256, 10.0  # rows that are written together, and the seconds
 Template = Callable[[dict[str, Any]], Any]
 
 
-def from_template(rows: list[Row], config: ChatSourceConfig, drop: bool = False, first: int = 0) -> list[Row]:
-    """Returns the rows with the fields that the config's templates write. Without a template, returns `rows`.
+def template_writer(config: ChatSourceConfig, drop: bool = False) -> Callable[..., list[Row]]:
+    """Returns a function of (rows, first=0) that returns the rows with the fields that the config's templates write.
 
-    `template` or `messages_template` writes the field `prompt_field`. `response_template` writes `response_field`. If a
+    `template` or `messages_template` writes the field `prompt_field`. `response_template` writes `response_field`.
+    Without a template, the rows are unchanged. `first` is the number of the first of the rows in their source. If a
     template fails on a row, for example because the row lacks a column, UserError is raised. If `drop` is set, the row
-    gets a `fault` instead. Raises UserError if a template is not valid jinja, or if every row has a fault. `first` is
-    the number of the first of these rows in its source. If it is not 0, every row may have a fault.
+    gets a `fault` instead; UserError is raised if every row of the first call has a fault. Raises UserError if a
+    template is not valid jinja. The examples of `shots` are read once.
     """
     templates = _templates(config)
-    if not templates:
-        return rows
-    shots = _shots(config)
+    shots = _shots(config) if templates else None
+    began = False
 
-    def write(block: list[tuple[int, Row]]) -> list[Row]:
-        return [_written(row, templates, shots(n, row), drop) for n, row in block]
+    def write(rows: list[Row], first: int = 0) -> list[Row]:
+        nonlocal began
+        if not templates:
+            return rows
+        written: list[Row] = []
+        numbered = list(enumerate(rows, first))
+        for start in range(0, len(rows), BLOCK):
+            block = numbered[start : start + BLOCK]
+            try:
+                written += within(TIME_LIMIT, functools.partial(_write_block, block, templates, shots, drop))
+            except TimeoutError:
+                raise SharedFault(
+                    f"{block[0][1].where}: the template took more than {TIME_LIMIT:g} seconds for {len(block)} rows "
+                    "from this row on; correct its loops"
+                ) from None
+        if not began and all(row.fault is not None for row in written):
+            raise UserError(written[0].fault)
+        began = True
+        return written
 
-    written: list[Row] = []
-    numbered = list(enumerate(rows, first))
-    for start in range(0, len(rows), BLOCK):
-        block = numbered[start : start + BLOCK]
-        try:
-            written += within(TIME_LIMIT, functools.partial(write, block))
-        except TimeoutError:
-            raise SharedFault(
-                f"{block[0][1].where}: the template took more than {TIME_LIMIT:g} seconds for {len(block)} rows from "
-                "this row on; correct its loops"
-            ) from None
-    if first == 0 and all(row.fault is not None for row in written):
-        raise UserError(written[0].fault)
-    return written
+    return write
+
+
+def _write_block(block: list[tuple[int, Row]], templates: dict[str, Template], shots, drop: bool) -> list[Row]:
+    return [_written(row, templates, shots(n, row), drop) for n, row in block]
 
 
 def _templates(config: ChatSourceConfig) -> dict[str, Template]:

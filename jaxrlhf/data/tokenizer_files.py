@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.data import hub
-from jaxrlhf.data.sources import HUB_ID, one_line
-from jaxrlhf.errors import UserError
+from jaxrlhf.data.sources import HUB_ID
+from jaxrlhf.errors import UserError, one_line
 
 FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 VOCABULARY_FILES = (

@@ -14,9 +14,9 @@ from typing import Any
 
 from jaxrlhf.data import ends
 from jaxrlhf.data.chats import Chat, ChatTemplate, Prompt, Response, last_turn
-from jaxrlhf.data.sources import Message, one_line
+from jaxrlhf.data.sources import Message
 from jaxrlhf.data.tokenizer_files import find_folder, read_files, write_files
-from jaxrlhf.errors import SharedFault, UserError
+from jaxrlhf.errors import SharedFault, UserError, one_line
 
 # If a response is tokenized without its prompt, an anchor text is put before the response. The first anchor that
 # shares no token with the response is used. A tokenizer that inserts a space before each text then inserts the space

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrlhf.environments import spaces
 from jaxrlhf.environments.protocol import adapt, is_chat, is_text, name_of, reset_result, step_result
-from jaxrlhf.errors import UserError, short
+from jaxrlhf.errors import UserError, one_line, short
 
 _STEPS = 20  # steps per trial episode
 _BOOLS = (bool, np.bool_)
@@ -106,7 +106,7 @@ class _Trial:
                 self.env.seed(seed)
             result = self.env.reset(**given)
         except Exception as error:
-            self.problems.append(f"reset raises {type(error).__name__}: {_flat(error)}")
+            self.problems.append(f"reset raises {type(error).__name__}: {one_line(error)}")
             return None
         if isinstance(result, tuple) and not (len(result) == 2 and isinstance(result[1], dict)):
             values = f"{len(result)} values" if len(result) != 2 else f"(observation, {short(result[1])})"
@@ -126,7 +126,7 @@ class _Trial:
             try:
                 result = self.env.step(action)
             except Exception as error:
-                self.problems.append(f"step({short(action)}) raises {type(error).__name__}: {_flat(error)}")
+                self.problems.append(f"step({short(action)}) raises {type(error).__name__}: {one_line(error)}")
                 return seen
             if not self._check_step(result):
                 return seen
@@ -170,10 +170,6 @@ class _Trial:
             self.remarks.append(f"{method}: the observation is a {type(observation).__name__}; a numpy array is faster")
         if reason := spaces.misfit(self.observed, observation):
             self.problems.append(f"{method}: the observation {reason}")
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -104,7 +104,7 @@ class Pool:
                 else:
                     workers[i].wait()
             except (TimeoutError, Failed) as error:
-                results[i] = self.fail(i, f"it could not be started {error}")
+                results[i] = self.fail(i, f"it could not be started: {error}")
         for i, (method, arguments, options) in calls.items():
             if i not in results:
                 workers[i].send(method, *arguments, **options)

@@ -8,19 +8,9 @@ An observation is an array or a number of `env.observation_space`, or it is text
 """
 
 import inspect
-from typing import Any, Protocol
+from typing import Any
 
 from jaxrlhf.errors import UserError, short
-
-
-class Environment(Protocol):
-    """An environment in the current form. For text no spaces are needed."""
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts an episode. `options` is a row of data where there is one."""
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Returns (observation, reward, terminated, truncated, info)."""
 
 
 class Adapted:

@@ -144,11 +144,11 @@ def misfit(space: Any, value: Any) -> str:
     return ""
 
 
-def fault(space: Any, use: str, kinds: tuple[str, ...] = NUMERIC) -> str:
+def fault(space: Any, use: str) -> str:
     """Returns what makes a space unusable, in one line; "" if it can be used. `use` names the attribute."""
     name = kind(space)
-    if name not in kinds:
-        return f"{use} is {type(space).__name__}, which is not supported; use one of {', '.join(kinds)}"
+    if name not in NUMERIC:
+        return f"{use} is {type(space).__name__}, which is not supported; use one of {', '.join(NUMERIC)}"
     if name == "Box":
         low, high = np.asarray(space.low), np.asarray(space.high)
         if low.shape != tuple(space.shape) or high.shape != tuple(space.shape):

@@ -10,7 +10,7 @@ from jaxrlhf.environments import spaces
 from jaxrlhf.environments.pool import Pool, Single
 from jaxrlhf.environments.protocol import adapt
 from jaxrlhf.environments.workers import Failed
-from jaxrlhf.errors import Fault, UserError, short
+from jaxrlhf.errors import Fault, UserError, one_line, short
 
 _TRIES = 4  # resets of one environment in a row; the pool retires it before
 
@@ -109,7 +109,10 @@ class VecEnv:
 
     def _unusable(self, observation: Any) -> str:
         """Why an observation cannot be used; bounds are not checked here, because `check_env` does."""
-        array = observation if isinstance(observation, np.ndarray) else np.asarray(observation)
+        try:
+            array = np.asarray(observation)
+        except ValueError:  # lists of unequal lengths
+            return spaces.misfit(self.observation_space, observation) or "is not numbers"
         if array.shape != self._shape or array.dtype.kind not in "biuf":
             return spaces.misfit(self.observation_space, observation) or "is not numbers"
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -132,9 +135,6 @@ class VecEnv:
             for i, result in self.pool.reset({i: self._next_seed(i) for i in left}).items():
                 if isinstance(result, Failed):
                     again += [i] if str(result) != "retired" else []
-                elif not (isinstance(result, tuple) and len(result) == 2):
-                    self.pool.fail(i, f"reset returned {short(result)}")
-                    again.append(i)
                 elif reason := self._unusable(result[0]):
                     self.pool.fail(i, f"reset: the observation {reason}")
                     again.append(i)
@@ -176,7 +176,7 @@ def make_env(env: Any, **arguments: Any) -> Any:
         try:
             return gymnasium.make(env, **arguments)
         except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
-            raise UserError(f"{env}: Gymnasium cannot make it: {' '.join(str(error).split())}") from None
+            raise UserError(f"{env}: Gymnasium cannot make it: {one_line(error)}") from None
     if isinstance(env, type) or (callable(env) and not hasattr(env, "step")):
         return env(**arguments)
     return env

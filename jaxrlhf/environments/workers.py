@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxrlhf.environments.protocol import adapt
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, one_line
 
 Factory = Callable[[], Any]
 OUTPUT_LIMIT = 64 * 1024  # characters that an environment in a process may print
@@ -34,8 +34,8 @@ def _perform(env: Any, method: str, arguments: tuple[Any, ...], options: dict[st
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    name, text = type(error).__name__, one_line(error)
+    return name if text == name else f"{name}: {text[:300]}"
 
 
 class Inline:

@@ -18,7 +18,6 @@ from jax import Array
 
 from jaxrlhf.algorithms.losses import token_logprobs
 
-ACTIVATIONS = ("tanh", "relu", "elu", "leaky_relu", "gelu", "silu")
 GAINS = {"hidden": math.sqrt(2), "policy": 0.01, "value": 1.0}  # of orthogonal initialisation (2005.12729)
 
 
@@ -85,9 +84,7 @@ def _activate(x: Any, name: str, xp: Any) -> Any:
         return xp.where(x > 0, x, 0.01 * x)
     if name == "elu":
         return xp.where(x > 0, x, xp.expm1(xp.minimum(x, 0.0)))
-    if name == "silu":
-        return x / (1.0 + xp.exp(-x))
-    return 0.5 * x * (1.0 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))  # gelu, as jax.nn.gelu
+    return x / (1.0 + xp.exp(-x))  # silu
 
 
 def noise(actions: Actions, random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

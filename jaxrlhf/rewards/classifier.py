@@ -15,9 +15,9 @@ import numpy as np
 from jaxrlhf.config import ClassifierRewardConfig
 from jaxrlhf.data import hub
 from jaxrlhf.data.chats import Chat, ChatTemplate
-from jaxrlhf.data.sources import HUB_ID, one_line
+from jaxrlhf.data.sources import HUB_ID
 from jaxrlhf.data.tokenizers import load_tokenizer
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, one_line
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.reading import Reading, batches, check_tokenizer, finite, readings

@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from jaxrlhf.data.sources import one_line
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, one_line
 from jaxrlhf.rewards.event_loop import run_async
 from jaxrlhf.rewards.functions import RewardFault
 

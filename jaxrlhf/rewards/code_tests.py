@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config import CodeTestsRewardConfig
-from jaxrlhf.data.sources import one_line
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, one_line
 from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.sandbox.unit_tests import count_tests

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxrlhf.data.sources import one_line
 from jaxrlhf.distributed.mesh import fetch
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, one_line
 from jaxrlhf.rewards.completions import (
     Completions,
     Reward,

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrlhf.data.sources import one_line
-from jaxrlhf.errors import Fault, UserError
+from jaxrlhf.errors import Fault, UserError, one_line
 from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.event_loop import run_async
 

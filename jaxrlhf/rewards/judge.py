@@ -22,9 +22,8 @@ import numpy as np
 
 from jaxrlhf.config import JudgeRewardConfig
 from jaxrlhf.data.chats import Chat, content_text
-from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.templates import compiled
-from jaxrlhf.errors import UserError
+from jaxrlhf.errors import UserError, one_line
 from jaxrlhf.rewards.client import Client
 from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.functions import RewardFault

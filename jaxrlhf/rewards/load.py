@@ -86,16 +86,21 @@ def own_gain(config: RewardConfig) -> float | None:
 
     The result is also None if the adapter scores steps, because the value model must then predict a sum of scores.
     """
-    weighted = [part for part in parts_of(config) if getattr(part, "weight", 1.0)]
-    if len(weighted) != 1 or not is_own(weighted[0]) or gives_steps(config):
+    weighted = _weighted_parts(config)
+    if len(weighted) != 1 or not is_own(weighted[0][0]) or gives_steps(config):
         return None
-    return getattr(weighted[0], "weight", 1.0)
+    return weighted[0][1]
 
 
 def gives_steps(config: RewardConfig) -> bool:
     """Whether the reward, or a part with a nonzero weight, scores inside completions."""
-    parts = (part for part in parts_of(config) if getattr(part, "weight", 1.0))
-    return any(granularity_of(part) is not None for part in parts)
+    return any(granularity_of(part) is not None for part, _ in _weighted_parts(config))
+
+
+def _weighted_parts(config: RewardConfig) -> list[tuple[RewardConfig, float]]:
+    """Returns the parts with a nonzero weight, with their weights. A reward that is no sum has the weight 1."""
+    weighted = [(part, getattr(part, "weight", 1.0)) for part in parts_of(config)]
+    return [(part, weight) for part, weight in weighted if weight]
 
 
 def parts_of(config: RewardConfig) -> list[RewardConfig]:

@@ -13,7 +13,7 @@ from jaxrlhf.models.scoring import sequence_scores, token_scores
 from jaxrlhf.records import Adapter, Rollout
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.reading import finite
-from jaxrlhf.rewards.steps import Granularity, differences
+from jaxrlhf.rewards.steps import Granularity
 
 
 def score_rollout(
@@ -75,6 +75,6 @@ class ModelReward:
         scores = self.program(*rows, microbatch_size=self.microbatch_size, by_token=self.by_step)
         if self.granularity is None:
             return scores
-        rewards = self.granularity.take(fetch(scores), completions)
+        rewards = self.granularity.take(fetch(scores), completions, self.step_reward)
         finite(self.name, rewards.filled(0).sum(axis=1))
-        return differences(rewards) if self.step_reward == "difference" else rewards
+        return rewards

@@ -26,7 +26,7 @@ from jaxrlhf.records import Adapter
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.reading import Reading, batches, check_tokenizer, finite, readings
-from jaxrlhf.rewards.steps import Placed, granularity_of, step_ends, tokens_at
+from jaxrlhf.rewards.steps import Placed, granularity_of, step_ends, step_values, tokens_at
 
 BUCKETS = 4  # number of padded lengths; a length is half of the next, and is compiled when a text first needs it
 
@@ -114,9 +114,7 @@ class PretrainedReward:
             values = scores[places[places >= 0]]
             if self.probability:
                 values = 1 / (1 + np.exp(-values))
-            if self.config.step_reward == "difference":
-                values = np.diff(values, prepend=np.float32(0))
-            placed.append((of_row[places >= 0], values))
+            placed.append((of_row[places >= 0], step_values(values, self.config.step_reward)))
         finite(self.name, np.array([values.sum() for _, values in placed], np.float32))
         return self.granularity.at_tokens(placed, completions)
 

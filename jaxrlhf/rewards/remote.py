@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.sources import one_line
+from jaxrlhf.errors import one_line
 from jaxrlhf.rewards.client import Client
 from jaxrlhf.rewards.completions import Completions, abstained_rows, with_abstained
 from jaxrlhf.rewards.functions import checked_scores, columns_of

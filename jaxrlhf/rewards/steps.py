@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxrlhf.config import RewardConfig
-from jaxrlhf.data.sources import one_line
+from jaxrlhf.errors import one_line
 from jaxrlhf.rewards.completions import Completions
 from jaxrlhf.rewards.functions import RewardFault, numbers_of
 
@@ -153,13 +153,21 @@ class Granularity:
             given[i, real[places]] = given[i, real[-1]] = True
         return np.ma.MaskedArray(rewards, ~given)
 
+    def take(self, scores: np.ndarray, completions: Completions, step_reward: str) -> np.ma.MaskedArray:
+        """Returns the rewards of steps from the scores f32[B,R] of all tokens: those at the last token of each step.
 
-    def take(self, scores: np.ndarray, completions: Completions) -> np.ma.MaskedArray:
-        """Returns the scores f32[B,R] of all tokens as rewards: those at the last token of each step."""
+        `step_reward` is as in `step_values`.
+        """
         (steps,) = self.texts(completions).values()
-        ends = [step_ends(of_row, self.separator) for of_row in steps]
-        mask = np.ma.getmaskarray(self.at_tokens([(row, np.zeros(len(row), np.float32)) for row in ends], completions))
-        return np.ma.MaskedArray(np.where(mask, np.float32(0), scores), mask)
+        placed: list[Placed] = []
+        for i, of_row in enumerate(steps):
+            ends, real = step_ends(of_row, self.separator), np.flatnonzero(completions.response_mask[i])
+            if not real.size:
+                placed.append(None)
+                continue
+            values = scores[i, real[tokens_at(ends, completions.token_ends(i))]]
+            placed.append((ends, step_values(values, step_reward)))
+        return self.at_tokens(placed, completions)
 
 
 def granularity_of(config: RewardConfig) -> Granularity | None:
@@ -168,13 +176,9 @@ def granularity_of(config: RewardConfig) -> Granularity | None:
     return None if kind == "completion" else Granularity(kind, config.step_separator)
 
 
-def differences(rewards: np.ma.MaskedArray) -> np.ma.MaskedArray:
-    """Returns each reward f32[B,R] minus the reward before it in its row. The first reward of a row is unchanged."""
-    given = ~np.ma.getmaskarray(rewards)
-    result = np.zeros(rewards.shape, np.float32)
-    for row, values, real in zip(result, rewards.filled(0), given):
-        row[real] = np.diff(values[real], prepend=np.float32(0))
-    return np.ma.MaskedArray(result, ~given)
+def step_values(scores: np.ndarray, step_reward: str) -> np.ndarray:
+    """Returns the rewards of steps from the scores at their ends: the scores, or with "difference" their increases."""
+    return np.diff(scores, prepend=np.float32(0)) if step_reward == "difference" else scores
 
 
 def tokens_at(places: np.ndarray, token_ends: np.ndarray) -> np.ndarray:

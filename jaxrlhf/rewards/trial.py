@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxrlhf.config import ModelRewardConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError
@@ -20,7 +21,7 @@ CALLED = FunctionReward | HTTPReward | ClassifierReward | CodeTestsReward | Judg
 
 
 def try_rewards(
-    rewards: Mapping[str, Reward | None],
+    rewards: Mapping[str, Reward | ModelRewardConfig | None],
     prompts: PromptSet,
     tokenizer: Tokenizer,
     choices: Sequence[str] | None = None,

@@ -14,7 +14,7 @@ from jaxrlhf.hf.weights import load_pretrained
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.checks import check_tokens
-from jaxrlhf.stages.choices import Answers, check_length, choice_tokens, longest
+from jaxrlhf.stages.choices import ChoiceTokens, check_length, choice_tokens, longest
 from jaxrlhf.stages.roles import Roles, load_origin, load_run
 from jaxrlhf.tracking.notices import notice
 
@@ -81,7 +81,7 @@ def _role_of_other(name: str, roles: Roles, mesh: jax.sharding.Mesh | None) -> M
     return _chosen_roles(other, [role], False, load_config(f"{run_dir}/config.yaml"), mesh)[role]
 
 
-def _choices(text: str) -> list | None:
+def _parse_choices(text: str) -> list | None:
     """Returns the texts of `--choices`: a YAML list, or texts between commas without blanks around them."""
     if not text.strip():
         return None
@@ -91,7 +91,7 @@ def _choices(text: str) -> list | None:
 
 def choices_of(
     arguments: argparse.Namespace, sampling: Sampling, roles: Roles, prompts: Sequence[Prompt], prompt_tokens: int
-) -> tuple[Sampling, Answers | None]:
+) -> tuple[Sampling, ChoiceTokens | None]:
     """Returns (sampling settings, the tokens of each choice). Completions are as long as the longest choice.
 
     Without choices, the settings are unchanged. `prompt_tokens` is the number of tokens of the longest prompt.
@@ -117,7 +117,7 @@ def sampling_of(arguments: argparse.Namespace, config: RunConfig | None, roles: 
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     options = {name: value for name, value in options.items() if value is not None}
     if arguments.choices is not None:
-        options["choices"] = _choices(arguments.choices)
+        options["choices"] = _parse_choices(arguments.choices)
     try:
         sampling = Sampling(**{**run.model_dump(), **options, "samples_per_prompt": 1})
     except pydantic.ValidationError as error:

@@ -18,7 +18,7 @@ _PAIRS = 1024  # largest number of pairs of a prompt and a choice that are token
 _PROMPTS = 32  # largest number of prompts after which choices are tokenized
 _LARGEST = 2**30  # largest table of the trie, in bytes
 
-Answers = Mapping[str, Sequence[int]]  # choice -> its tokens, with the stop token
+ChoiceTokens = Mapping[str, Sequence[int]]  # choice -> its tokens, with the stop token
 Say = Callable[[str], None]
 
 
@@ -43,7 +43,7 @@ def load_choices(
 
 def choice_tokens(
     sampling: Sampling, model: DecoderConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], where: str, say: Say
-) -> Answers:
+) -> ChoiceTokens:
     """Returns the tokens of each choice. Raises `UserError` if a choice cannot be an answer.
 
     A choice has the tokens that it has as a response in SFT, after most of the first prompts. `where` names the choices
@@ -54,12 +54,12 @@ def choice_tokens(
     return answers
 
 
-def longest(answers: Answers) -> int:
+def longest(answers: ChoiceTokens) -> int:
     """Returns the number of tokens of the longest choice, including the stop token."""
     return max(map(len, answers.values()))
 
 
-def check_length(answers: Answers, limit: int, key_path: str) -> None:
+def check_length(answers: ChoiceTokens, limit: int, key_path: str) -> None:
     """Raises `UserError` if `limit` tokens, which `key_path` sets, are too few for a choice."""
     choice = max(answers, key=lambda choice: len(answers[choice]))
     if limit < len(answers[choice]):
@@ -69,7 +69,7 @@ def check_length(answers: Answers, limit: int, key_path: str) -> None:
         )
 
 
-def trie(answers: Answers, where: str) -> Choices:
+def trie(answers: ChoiceTokens, where: str) -> Choices:
     """Returns the trie of the choices. Raises `UserError` if it is too large."""
     nodes = len({tuple(answer[:n]) for answer in answers.values() for n in range(len(answer))})
     tokens = len({token for answer in answers.values() for token in answer})
@@ -109,7 +109,7 @@ def _tokenized(
     return {choice: list(answer) for choice, answer in zip(choices, most)}
 
 
-def _check(answers: Answers, sampling: Sampling, model: DecoderConfig, tokenizer: Tokenizer, where: str) -> None:
+def _check(answers: ChoiceTokens, sampling: Sampling, model: DecoderConfig, tokenizer: Tokenizer, where: str) -> None:
     """Raises `UserError` if a choice cannot be an answer, or cannot be told apart from another one."""
     stops = model.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
     names, unknown = tokenizer.fast.convert_ids_to_tokens, tokenizer.fast.unk_token_id

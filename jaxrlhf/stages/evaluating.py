@@ -32,7 +32,7 @@ from jaxrlhf.models.sharding import shard
 from jaxrlhf.rewards.completions import abstained_rows
 from jaxrlhf.stages.answering import Answers, Chooser, Sampler
 from jaxrlhf.stages.candidates import Model, load_candidates, sampling_of
-from jaxrlhf.stages.evaluation_inputs import Inputs, Pairs, choices, load_inputs
+from jaxrlhf.stages.evaluation_inputs import Inputs, Pairs, judged, load_inputs
 from jaxrlhf.steps.sft import sft_row_losses
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")  # settings of sampling in the report
@@ -128,19 +128,19 @@ def _wins(inputs: Inputs, answers: Answers, other: Answers) -> dict[str, Metrics
             wins = wins_by_score(np.ma.getdata(scores), np.ma.getdata(others))
             found[judge] = win_rate(np.where(either, 0.5, wins), *lengths)
     if inputs.judge is not None:
-        forward, backward = (_choices(inputs, *pair) for pair in ((answers, other), (other, answers)))
+        forward, backward = (_judged(inputs, *pair) for pair in ((answers, other), (other, answers)))
         wins, agreed = wins_by_judge(forward, backward)
         found["judge"] = win_rate(wins, *lengths, agreed)
     return found
 
 
-def _choices(inputs: Inputs, first: Answers, second: Answers) -> np.ndarray:
+def _judged(inputs: Inputs, first: Answers, second: Answers) -> np.ndarray:
     """Returns the judge's choices f64[N] between the answers of two roles."""
     prompts, chosen = inputs.prompts, []
     for start in range(0, len(prompts), inputs.batch_size):
         some = slice(start, start + inputs.batch_size)
         texts = [list(pair) for pair in zip(first.texts[some], second.texts[some])]
-        chosen.append(choices(inputs.judge, Pairs(prompts.texts[some], texts, prompts.columns[some])))
+        chosen.append(judged(inputs.judge, Pairs(prompts.texts[some], texts, prompts.columns[some])))
     return np.concatenate(chosen)
 
 

@@ -32,7 +32,7 @@ from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.steps import granularity_of
 from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.stages.candidates import Model, choices_of
-from jaxrlhf.stages.choices import Answers, prompts_of
+from jaxrlhf.stages.choices import ChoiceTokens, prompts_of
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.tracking.notices import notice
 
@@ -54,7 +54,7 @@ class Inputs:
     reference: Model | None  # reference of the KL
     tasks: list[Task]
     sampling: Sampling
-    choices: Answers | None = None  # the tokens of each choice
+    choices: ChoiceTokens | None = None  # the tokens of each choice
     labels: np.ndarray | None = None  # i64[N]; number of the right choice, -1 if unknown; None without classification
     validation: tuple[PromptSet, np.ndarray] | None = None  # prompts and labels from which temperatures are fitted
 
@@ -68,7 +68,7 @@ class Pairs:
     rows: list[dict[str, Any]]
 
 
-def choices(judge: FunctionReward, pairs: Pairs) -> np.ndarray:
+def judged(judge: FunctionReward, pairs: Pairs) -> np.ndarray:
     """Returns the judge's choices f64[N]: 0 for the first completion, 1 for the second, -1 for neither.
 
     The judge returns 0, 1, or None for neither. Raises `RewardFault` for any other value.
@@ -117,7 +117,7 @@ def load_inputs(
         if judge is not None:
             judge.check_columns(set().union(*prompts.columns), "--judge")
             try:
-                choices(judge, Pairs(prompts.texts[:2], [["a", "b"]] * len(prompts.texts[:2]), prompts.columns[:2]))
+                judged(judge, Pairs(prompts.texts[:2], [["a", "b"]] * len(prompts.texts[:2]), prompts.columns[:2]))
             except RewardFault as fault:
                 raise UserError(f"--judge: the judge failed on the first 2 rows: {fault}") from fault
         options = {name: getattr(arguments, name) for name in ("pick", "ignore_case", "normalize", "tokenize")}
@@ -142,7 +142,7 @@ def _labels(
     roles: Roles,
     sampling: Sampling,
     tasks: list[Task],
-    answers: Answers,
+    answers: ChoiceTokens,
 ) -> tuple[np.ndarray | None, tuple[PromptSet, np.ndarray] | None]:
     """Returns (numbers of the right choices, labelled prompts of `--calibrate` with theirs); None for what is missing.
 
@@ -161,7 +161,9 @@ def _labels(
     labels = task.labels_among(list(answers))
     if arguments.calibrate is None:
         return labels, None
-    file = _file(arguments.calibrate, arguments, config)
+    if (arguments.calibrate, arguments.calibrate_split) == (arguments.data, arguments.split):
+        raise UserError("--calibrate: these are the rows of --data; give rows that are not evaluated")
+    file = _file(arguments.calibrate, arguments.calibrate_split, None, arguments, config)
     rows = _load_prompts(file, arguments, config, roles, sampling)
     own = Task(f"{task.name}:{task.column}", rows.columns, task.options).labels_among(list(answers))
     known = np.flatnonzero(own >= 0)
@@ -178,7 +180,7 @@ def _prompts(
     """
     ppo = None if config is None else config.ppo
     if arguments.data is not None:
-        data = _file(arguments.data, arguments, config)
+        data = _file(arguments.data, arguments.split, arguments.limit, arguments, config)
     elif ppo is not None:
         if ppo.evaluation.data is None:
             notice(f"{arguments.run}: evaluated on the training prompts (ppo.data); --data sets other prompts")
@@ -190,9 +192,11 @@ def _prompts(
     return _load_prompts(data, arguments, config, roles, sampling)
 
 
-def _file(path: str, arguments: argparse.Namespace, config: RunConfig | None) -> PromptsConfig:
+def _file(
+    path: str, split: str | None, limit: int | None, arguments: argparse.Namespace, config: RunConfig | None
+) -> PromptsConfig:
     """Returns the settings that read prompts of a file which the command line names."""
-    source = {"path": path, "split": arguments.split, "limit": arguments.limit}
+    source = {"path": path, "split": split, "limit": limit}
     source |= {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
     if (stage := config and (config.ppo or config.sft)) is not None:  # chats get the format of the run
         source |= format_of(stage.data, arguments.prompt_field)

@@ -21,7 +21,7 @@ from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_role
 from jaxrlhf.stages.samples import rounded
 from jaxrlhf.stages.sizes import check_total_steps
-from jaxrlhf.stages.training import check_settings, open_stream, train_adapter
+from jaxrlhf.stages.training import check_settings, open_stream, planned_steps, train_adapter
 from jaxrlhf.steps.reward_model import pair_scores, reward_model_update
 
 MARGINS = 1000  # score differences in a record of samples.jsonl
@@ -52,14 +52,13 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
 
     def data(pairs: list[Pair], bounds: np.ndarray | None = None) -> PreferenceData:
         sizes = (config.batch_size, config.max_length)
-        rows = PreferenceData(pairs, *sizes, run.config.seed, config.buckets, tokenizer.pad_id, bounds)
-        check_total_steps(config.epochs * len(rows), "reward_model.epochs")
-        return rows
+        return PreferenceData(pairs, *sizes, run.config.seed, config.buckets, tokenizer.pad_id, bounds)
 
     if config.data.streaming:
         limits = (tokenizer, config.max_length, config.overflow)
         stream = open_stream(run, "reward_model", config.data, lambda source: preferences_reader(source, *limits))
         train = StreamedBatches(stream, data, config.max_length, config.epochs)
+        check_total_steps(planned_steps(config, train)[0], "reward_model.max_steps")
         if config.evaluation.data is not None:
             return RewardModelInputs(train, data(read(config.evaluation.data)))
         run.say(
@@ -68,15 +67,16 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
         )
         return RewardModelInputs(train, data(stream.first.items[: config.evaluation.heldout]))
     pairs = read(config.data)
-    if config.evaluation.data is not None:
-        return RewardModelInputs(data(pairs), data(read(config.evaluation.data)))
-    train, held = hold_out(pairs, config.evaluation.heldout, run.config.seed)
+    held = None if config.evaluation.data is None else read(config.evaluation.data)
+    train, held = (pairs, held) if held is not None else hold_out(pairs, config.evaluation.heldout, run.config.seed)
     if not held:
         held = train
         run.say(
             f"reward_model: none of the {len(pairs)} pairs is held out, so accuracy is measured on the training pairs"
         )
-    return RewardModelInputs(data(train), data(held))
+    inputs = RewardModelInputs(data(train), data(held))
+    check_total_steps(planned_steps(config, inputs.train)[0], "reward_model.epochs")
+    return inputs
 
 
 def train(run: Run, roles: Roles, inputs: RewardModelInputs) -> Roles:

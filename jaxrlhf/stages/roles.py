@@ -21,9 +21,8 @@ from jaxrlhf.checkpoint.files import atomic_write
 from jaxrlhf.checkpoint.run_dir import started_at
 from jaxrlhf.config import PPOConfig, RunConfig
 from jaxrlhf.config.reading import load_config
-from jaxrlhf.data.sources import one_line
 from jaxrlhf.data.tokenizers import Tokenizer, build_word_tokenizer, load_tokenizer
-from jaxrlhf.errors import UserError, short
+from jaxrlhf.errors import UserError, one_line, short
 from jaxrlhf.hf.adapter_files import check_leaves, kind_of, load_adapter, nested, save_adapter
 from jaxrlhf.hf.folders import AUTO
 from jaxrlhf.hf.weights import load_pretrained, save_pretrained, with_tokenizer

@@ -21,7 +21,7 @@ from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Run
 from jaxrlhf.stages.roles import Roles, mark_finished, save_base, save_role
 from jaxrlhf.stages.sizes import check_total_steps
-from jaxrlhf.stages.training import check_settings, open_stream, train_adapter
+from jaxrlhf.stages.training import check_settings, open_stream, planned_steps, train_adapter
 from jaxrlhf.steps.sft import sft_evaluate, sft_update
 
 
@@ -53,7 +53,9 @@ def load(run: Run, roles: Roles) -> SFTInputs:
 
     if config.data.streaming:
         heldout = None if config.evaluation.data is None else data(read(config.evaluation.data))
-        return SFTInputs(_stream(run, roles, data), heldout)
+        train = _stream(run, roles, data)
+        check_total_steps(planned_steps(config, train)[0], "sft.max_steps")
+        return SFTInputs(train, heldout)
     examples = read(config.data)
     if config.evaluation.data is not None:
         inputs = SFTInputs(data(examples), data(read(config.evaluation.data)))
@@ -65,7 +67,7 @@ def load(run: Run, roles: Roles) -> SFTInputs:
             f"sft.evaluation.every: none of the {len(examples)} rows is held out for evaluation; give "
             "sft.evaluation.data, or at least 10 rows and sft.evaluation.heldout above 0"
         )
-    check_total_steps(config.epochs * len(inputs.train), "sft.epochs")
+    check_total_steps(planned_steps(config, inputs.train)[0], "sft.epochs")
     return inputs
 
 

@@ -9,15 +9,12 @@ from jaxrlhf.toy.tasks import task
 
 # Each name is a module of jaxrlhf/toy/tasks with a constant TASK.
 TASKS = (
-    "arithmetic",
     "customer_service",
-    "detoxification",
     "dialogue",
     "intent",
     "named_entities",
     "news_sentiment",
     "question_answering",
-    "recommendation",
     "summarisation",
     "text_classification",
     "translation",

@@ -191,9 +191,8 @@ def test_a_mixture_has_the_shares_of_its_weights(jsonl, words):
     )  # fmt: skip
     prompts = streamed_prompts(config, words, 10)
     draws = [[prompts.columns[i]["n"] for i in prompts.rows(0, draw, 10)] for draw in range(8)]
-    assert [sum(n < 0 for n in draw) for draw in draws] == [2, 3, 3, 2, 2, 3, 3, 2] or sum(
-        n < 0 for n in itertools.chain(*draws)
-    ) == 20
+    shares = [sum(n < 0 for n in draw) for draw in draws]
+    assert sum(shares) == 20 and {*shares} <= {2, 3}
     numbers = list(itertools.chain(*draws))
     assert sorted(n for n in numbers if n >= 0) == list(range(60))
     assert [n for n in numbers if n < 0].count(-1) == 5

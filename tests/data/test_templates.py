@@ -17,7 +17,7 @@ ROWS = [{"text": "a b", "label": 0}, {"text": "c", "label": 1}, {"text": "d", "l
 
 def written(path, **settings):
     config = PromptsConfig(path=path, **settings)
-    return templates.from_template(read_rows(config), config)
+    return templates.template_writer(config)(read_rows(config))
 
 
 def test_a_text_template_writes_the_prompt_and_keeps_the_columns(jsonl, words):

@@ -124,6 +124,9 @@ def test_choices_of_the_command_line(here, capsys):
 REFUSED = {
     ("--run", "run", "--samples-per-prompt", "2"): "--samples-per-prompt: with choices",
     ("--run", "run", "--calibrate", "validation.jsonl"): "--calibrate: needs labels",
+    ("--run", "run", "--data", "validation.jsonl", "--task", "classification", "--calibrate", "validation.jsonl"): (
+        "--calibrate: these are the rows of --data"
+    ),
     ("--run", "run", "--choices", "", "--calibrate", "validation.jsonl"): "--calibrate: needs the probabilities",
     ("--run", "run", "--choices", "good,bad", "--task", "classification"): "'very good' is not a choice",
     ("--run", "run", "--choices", "good,it is it", "--max-new-tokens", "2"): "--max-new-tokens: is 2, but the choice",

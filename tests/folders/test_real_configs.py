@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from repository_files import sources
 
 from jaxrlhf.cli import data, train
 from jaxrlhf.config.reading import load_config
@@ -99,15 +100,6 @@ def header(file):
     """The commands of a config's header, without the prompt signs."""
     lines = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
     return [line for line in lines if line.startswith(("python -m jaxrlhf", "jaxrlhf "))]
-
-
-def sources(config):
-    """(key path, section) of each data source."""
-    for stage in config.stages:
-        section = getattr(config, stage)
-        yield f"{stage}.data", section.data
-        if section.evaluation.data is not None:
-            yield f"{stage}.evaluation.data", section.evaluation.data
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import ANSWERS
 
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.choice_logprobs import Paths, choice_logprobs
@@ -14,18 +15,12 @@ from jaxrlhf.records import Rollout
 
 STOP, R = 4, 4
 # One token, several tokens, and beginnings of each other; tokens 9 and 11 are in none.
-ANSWERS = ((5, 4), (5, 6, 4), (7, 3, 4), (7, 8, 4), (7, 8, 6, 4), (10, 4))
 KEY = jax.random.key(3)
 
 
 def followers(beginning):
     """The tokens that may follow, by looking at every choice."""
     return sorted({answer[len(beginning)] for answer in ANSWERS if answer[: len(beginning)] == tuple(beginning)})
-
-
-@pytest.fixture(scope="module")
-def choices():
-    return Choices.of(ANSWERS)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jaxrlhf.rewards.functions import FunctionReward, RewardFault
 from jaxrlhf.rewards.load import FirstProcessReward
 from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.remote import HTTPReward
-from jaxrlhf.rewards.steps import Granularity, differences, split_steps
+from jaxrlhf.rewards.steps import Granularity, split_steps
 
 STEP, TOKEN, OFFSET = Granularity("step"), Granularity("token"), Granularity("offset")
 PIECES = ["one\n", "t", "wo", "\nth", "ree", "\n", "🙂", "\n\n", "x\ny\nz", "é"]
@@ -307,9 +307,12 @@ def test_the_runs_reward_adapter_scores_the_end_of_each_step(tiny, make_adapter,
     np.testing.assert_allclose(summed(progress), whole, atol=1e-5)
 
 
-def test_differences():
-    rewards = np.ma.MaskedArray(np.float32([[1, 9, 3, 4], [2, 9, 9, 9]]), [[0, 1, 0, 0], [0, 1, 1, 1]])
-    assert differences(rewards).tolist() == [[1, None, 2, 1], [2, None, None, None]]
+def test_rewards_of_steps_from_the_scores_of_tokens():
+    completions = completions_of(ids_of("one\n", "t", "wo"), ids_of("x\ny\nz"))
+    scores = np.float32([[1, 9, 3, 4, 9], [5, 7, 9, 9, 9]])
+    of_scores, of_differences = (STEP.take(scores, completions, kind).tolist() for kind in ("score", "difference"))
+    assert of_scores == [[1, None, None, 4, None], [5 + 5, 7, None, None, None]]  # two steps end inside one token
+    assert of_differences == [[1, None, None, 3, None], [5, 2, None, None, None]]
 
 
 def test_sentencepiece_steps(stories260k):

@@ -4,19 +4,13 @@ import jax
 import numpy as np
 import pytest
 from scipy.stats import chi2
+from small_models import ANSWERS
 
 from jaxrlhf.config import Sampling
 from jaxrlhf.models.adapters import bind
-from jaxrlhf.models.choices import Choices
 
-ANSWERS = ((5, 4), (5, 6, 4), (7, 3, 4), (7, 8, 4), (7, 8, 6, 4), (10, 4))
 TEXTS = ("a", "b", "c", "d", "e", "f")
 R, N = 4, 400
-
-
-@pytest.fixture(scope="module")
-def choices():
-    return Choices.of(ANSWERS)
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config import PPOConfig, Sampling
-from jaxrlhf.models.choices import Choices
 from jaxrlhf.steps.ppo import init_ppo, ppo_loss
 
-ANSWERS = ((5, 4), (5, 6, 4), (7, 3, 4), (7, 8, 4), (7, 8, 6, 4), (10, 4))
 R = 4
 LAST = "layers.0.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def choices():
-    return Choices.of(ANSWERS)
 
 
 @pytest.fixture(scope="module")

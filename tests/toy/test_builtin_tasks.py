@@ -1,4 +1,4 @@
-"""The builtin tasks: fixed rows, splits without leaks, known words, and a best score that the demonstrations reach."""
+"""The builtin tasks: fixed rows, and splits without leaks."""
 
 from importlib import import_module
 

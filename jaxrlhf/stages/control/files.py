@@ -1,5 +1,6 @@
 """Files of `PPO`: a zip with model.json and arrays.safetensors. No code is stored, so that reading one runs none."""
 
+import io
 import json
 import os
 import zipfile
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from jaxrlhf.checkpoint.files import reason, sync
+from jaxrlhf.checkpoint.files import atomic_write, reason
 from jaxrlhf.checkpoint.leaves import named_leaves
 from jaxrlhf.errors import Fault, UserError
 
@@ -19,7 +20,7 @@ VERSION = 1
 
 
 def with_suffix(path: str | os.PathLike) -> Path:
-    """Returns the path with .zip, as Stable-Baselines3 names its files; a path with a suffix is kept."""
+    """Returns the path with .zip, as Stable-Baselines3 names its files, unless the path ends with .zip."""
     path = Path(path)
     return path if path.suffix == ".zip" else path.with_name(f"{path.name}.zip")
 
@@ -28,20 +29,17 @@ def write_model(path: str | os.PathLike, about: dict[str, Any], tree: Any) -> Pa
     """Writes JSON and the arrays of a tree. The file appears complete or not at all. Raises `Fault` if it cannot."""
     path = with_suffix(path)
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(tree).items()}
-    temporary = path.with_name(f".{path.name}.tmp")
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in (
+            (_JSON, json.dumps({"version": VERSION, **about}, indent=1)),
+            (_ARRAYS, safetensors.numpy.save(arrays)),
+        ):
+            archive.writestr(zipfile.ZipInfo(name), data)  # no date: equal models are equal files
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(temporary, "w") as archive:
-            for name, data in (
-                (_JSON, json.dumps({"version": VERSION, **about}, indent=1)),
-                (_ARRAYS, safetensors.numpy.save(arrays)),
-            ):
-                archive.writestr(zipfile.ZipInfo(name), data)  # no date: equal models are equal files
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        atomic_write(path, content.getvalue())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise Fault(f"{path}: the model cannot be written: {reason(error)}") from error
     return path
 

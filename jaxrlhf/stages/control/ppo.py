@@ -74,12 +74,14 @@ class PPO:
     def set_env(self, env: Any) -> None:
         """Sets the environment. Raises `UserError` if its spaces are not those of the model."""
         envs = as_vec_env(env)
+        if self.env is None and not hasattr(self, "policy"):
+            self._build(envs.observation_space, envs.action_space)
         for name in ("observation_space", "action_space"):
             own, other = getattr(self, name), getattr(envs, name)
             if spaces.to_json(own) != spaces.to_json(other):
                 raise UserError(
-                    f"env: its {name} is {spaces.describe(other)}, but the model's is {spaces.describe(own)}, "
-                    "with these bounds: give an environment with the same spaces"
+                    f"env: its {name} is {spaces.describe(other)}, but the model's is {spaces.describe(own)}, or their "
+                    "bounds differ; give an environment with the same spaces"
                 )
         self.env = envs
 
@@ -138,7 +140,9 @@ class PPO:
                 call.on_rollout_start()
             random, on_step = self._random(_ROLLOUT), lambda values: self._count(values, call)
             samples, inputs, whole = collect(policy, envs, inputs, self.config.n_steps, random, on_step)
+            self._show_progress()
             if not whole:
+                self.iterations += 1  # the next random numbers are new
                 return
             if call is not None:
                 call.on_rollout_end()
@@ -162,9 +166,11 @@ class PPO:
         self.num_timesteps += len(values["dones"])
         if values["dones"].any():
             self.ep_info_buffer.extend(info["episode"] for info in values["infos"] if "episode" in info)
-            progress, task = self._progress
-            progress.update(task, completed=self.num_timesteps)
         return call is None or call.step(values) is not False
+
+    def _show_progress(self) -> None:
+        progress, task = self._progress
+        progress.update(task, completed=self.num_timesteps)
 
     def _episodes(self) -> dict[str, float]:
         if not self.ep_info_buffer:
