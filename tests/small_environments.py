@@ -78,17 +78,28 @@ def copies():
     }
 
 
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 class Faulty(CartPole):
     """Misbehaves at its third step, as `how` says."""
 
     def __init__(self, how):
         self.how = how
 
+    def reset(self, **options):
+        observation, info = super().reset(**options)
+        return ([[1.0], [1.0, 2.0]] if self.how == "ragged reset" else observation), info
+
     def step(self, action):
         if self.steps < 2:
             return super().step(action)
         if self.how == "raises":
             raise RuntimeError("no more")
+        if self.how == "raises what cannot be printed":
+            raise Unprintable
         if self.how == "hangs":
             while True:
                 time.sleep(0.01)

@@ -152,3 +152,7 @@ class _ByNumber:
     def __getitem__(self, number: int) -> Any:
         first, _, prompts = self._prompts.find(number)
         return getattr(prompts, self._name)[number - first]
+
+
+PromptSource = PromptSet | StreamedPrompts
+"""The prompts of the ppo stage, in memory or streamed."""

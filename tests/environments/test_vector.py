@@ -85,6 +85,24 @@ def test_a_failure_costs_its_own_episode_only(how, line, capfd):
     assert "it is replaced" in lines[0] and "retired" in lines[-1]
 
 
+@pytest.mark.parametrize("mode", ["sequential", "threads"])
+def test_an_exception_without_a_text_costs_its_own_episode(mode, capfd):
+    makers = [CartPole, lambda: Faulty("raises what cannot be printed")]
+    envs = VecEnv(makers, mode, step_timeout=None if mode == "sequential" else 30.0, seed=0, names=["a", "b"])
+    envs.reset()
+    infos = [envs.step([0, 1])[3] for _ in range(3)][-1]
+    envs.close()
+    assert "failed" in infos[1] and "failed" not in infos[0]
+    assert "b: step raised Unprintable" in capfd.readouterr().err
+
+
+def test_a_ragged_observation_of_reset_costs_its_own_episode(capfd):
+    envs = VecEnv([CartPole, lambda: Faulty("ragged reset")], seed=0, names=["a", "b"])
+    envs.reset()
+    assert "b: reset: the observation" in capfd.readouterr().err
+    envs.step([0, 1])
+
+
 def test_hanging_exiting_and_printing_in_processes(capfd):
     makers = [CartPole, make_hanging, make_exiting, make_printing, make_raising]
     envs = VecEnv(makers, "processes", step_timeout=3.0, seed=0, names=[f.__name__ for f in makers])

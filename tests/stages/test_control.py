@@ -332,3 +332,11 @@ def test_gymnasium_ids(tmp_path):
     assert env.step(model.predict(env.reset())[0])[0].shape == (1, 3)
     with pytest.raises(UserError, match="NoSuch-v1: Gymnasium cannot make it"):
         jaxrlhf.PPO("MlpPolicy", "NoSuch-v1")
+
+
+def test_a_model_without_an_environment_gets_its_spaces_from_set_env():
+    model = PPO("MlpPolicy", None, seed=0)
+    with pytest.raises(UserError, match="learn: the model has no environment"):
+        model.learn(1)
+    model.set_env(CartPole())
+    assert model.predict(np.zeros(4, np.float32))[0] in (0, 1)

@@ -24,6 +24,7 @@ from jaxrlhf.algorithms.running import update_moments
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.data.sft import SFTData
+from jaxrlhf.data.streamed import PromptSource
 from jaxrlhf.data.streams import StreamFault
 from jaxrlhf.distributed.jit import peak_memory_bytes
 from jaxrlhf.distributed.mesh import fetch, shard_batch
@@ -95,7 +96,7 @@ class Iteration:
         self,
         state: StageState,
         step: int,
-        prompts: PromptSet,
+        prompts: PromptSource,
         log_samples: Callable[[dict], None] | None = None,
     ) -> tuple[StageState, dict[str, Any], Experience]:
         """Runs iteration `step`, counted from 0; returns (state, metrics, experience).
@@ -192,7 +193,7 @@ class Iteration:
         """Returns a number as a replicated i32[], for `StageState`."""
         return shard_batch(self.run.mesh, np.int32(number))
 
-    def _greedy(self, policy: Adapter, prompts: PromptSet, sampled: Sampled) -> Completions | None:
+    def _greedy(self, policy: Adapter, prompts: PromptSource, sampled: Sampled) -> Completions | None:
         """Starts to decode the greedy completions of the prompts. Returns None if the estimator needs none."""
         return self.sampler.sample_greedily(policy, prompts, sampled.indices) if self.needs_greedy else None
 
@@ -208,7 +209,7 @@ class Iteration:
         rows = scored.completions.rollout, annotated, shard_batch(self.run.mesh, scores)
         return self.experience(*rows, greedy, control, self.settings, **inside)
 
-    def with_initial_moments(self, policy: Adapter, prompts: PromptSet, control: Control) -> Control:
+    def with_initial_moments(self, policy: Adapter, prompts: PromptSource, control: Control) -> Control:
         """Returns the control with the moments of scores before training, which `score.normalise` initial needs."""
         batches = -(-self.config.score.initial_completions // self.rows)
         moments = control.moments

@@ -17,7 +17,7 @@ import numpy as np
 from jaxrlhf.algorithms.advantages import ADVANTAGES
 from jaxrlhf.algorithms.shaping import informative_groups
 from jaxrlhf.config import Sampling
-from jaxrlhf.data.prompts import PromptSet
+from jaxrlhf.data.streamed import PromptSource
 from jaxrlhf.distributed.mesh import fetch, shard_batch
 from jaxrlhf.models.choices import Choices
 from jaxrlhf.models.sharding import shard
@@ -105,15 +105,15 @@ class Sampler:
         self.rollout = rollout_program(self.mesh, self.base)
         self.greedy_rollout = greedy_program(self.mesh, self.base, self.rollout, self.sampling.samples_per_prompt)
         self.merge = merge_program(run.mesh)
-        self._prefetched: tuple[PromptSet, int, np.ndarray, Prompts] | None = None  # prompts, draw, indices, tokens
-        self._begun: tuple[PromptSet, int, np.ndarray, Rollout] | None = None  # prompts, draw, indices, completions
+        self._prefetched: tuple[PromptSource, int, np.ndarray, Prompts] | None = None  # prompts, draw, indices, tokens
+        self._begun: tuple[PromptSource, int, np.ndarray, Rollout] | None = None  # prompts, draw, indices, completions
         self.scored: list[tuple[np.ndarray, np.ndarray]] = []  # (prompts, scores) of all draws of the iteration
         self._warned: set[str] = set()  # metrics of rewards for which a warning was printed
 
     def sample(
         self,
         policy: Adapter,
-        prompts: PromptSet,
+        prompts: PromptSource,
         indices: np.ndarray,
         key: jax.Array,
         sampling: Sampling | None = None,
@@ -125,12 +125,12 @@ class Sampler:
         rollout = program(self.base, self.sent(policy), tokens, key, sampling, choices=self.choices)
         return self._completions(self._received(rollout), prompts, indices, sampling.samples_per_prompt)
 
-    def sample_greedily(self, policy: Adapter, prompts: PromptSet, indices: np.ndarray) -> Completions:
+    def sample_greedily(self, policy: Adapter, prompts: PromptSource, indices: np.ndarray) -> Completions:
         """Decodes one greedy completion of each prompt at `indices`."""
         return self.sample(policy, prompts, indices, jax.random.key(0), self.greedy)
 
     def draw(
-        self, policy: Adapter, prompts: PromptSet, draws: int, dispatch: Callable[[Sampled], T], clock: Clock
+        self, policy: Adapter, prompts: PromptSource, draws: int, dispatch: Callable[[Sampled], T], clock: Clock
     ) -> tuple[ScoredRollout, T]:
         """Samples and scores the completions of an iteration. Returns them, and the result of `dispatch`.
 
@@ -147,7 +147,7 @@ class Sampler:
         scored = self._resample(self._score(sampled, clock), policy, prompts, draws, clock)
         return scored, dispatch(scored)
 
-    def begin(self, policy: Adapter, prompts: PromptSet, draw: int) -> None:
+    def begin(self, policy: Adapter, prompts: PromptSource, draw: int) -> None:
         """Begins to sample draw number `draw`. The next call of `draw` uses its completions."""
         if self._prefetched is None or self._prefetched[0] is not prompts or self._prefetched[1] != draw:
             self.prefetch(prompts, draw)
@@ -156,7 +156,7 @@ class Sampler:
         rollout = self.rollout(self.base, self.sent(policy), tokens, key, self.sampling, choices=self.choices)
         self._begun = prompts, draw, indices, rollout
 
-    def prefetch(self, prompts: PromptSet, draw: int) -> None:
+    def prefetch(self, prompts: PromptSource, draw: int) -> None:
         """Prepares the prompts of draw number `draw`. Raises `StreamFault` if the next rows of a stream are bad."""
         indices = prompts.rows(self.run.config.seed, draw, self.config.batch_size)
         self._prefetched = prompts, draw, indices, self._tokens(prompts, indices)
@@ -204,10 +204,10 @@ class Sampler:
             )
         return {metric: np.asarray(scores, np.float32), abstained: rows.astype(np.float32)}
 
-    def _tokens(self, prompts: PromptSet, indices: np.ndarray) -> Prompts:
+    def _tokens(self, prompts: PromptSource, indices: np.ndarray) -> Prompts:
         return shard_batch(self.mesh, prompts.padded(indices))
 
-    def _sample_draw(self, policy: Adapter, prompts: PromptSet, draw: int) -> Sampled:
+    def _sample_draw(self, policy: Adapter, prompts: PromptSource, draw: int) -> Sampled:
         if self._begun is None or self._begun[0] is not prompts or self._begun[1] != draw:
             self.begin(policy, prompts, draw)
         (_, _, indices, rollout), self._begun = self._begun, None
@@ -237,7 +237,7 @@ class Sampler:
         return np.array(informative_groups(rewards, self.sampling.samples_per_prompt, steps))
 
     def _resample(
-        self, scored: ScoredRollout, policy: Adapter, prompts: PromptSet, draws: int, clock: Clock
+        self, scored: ScoredRollout, policy: Adapter, prompts: PromptSource, draws: int, clock: Clock
     ) -> ScoredRollout:
         """Dynamic sampling (2503.14476): replaces groups with equal scores, because their advantages are 0.
 
@@ -268,7 +268,7 @@ class Sampler:
         return dataclasses.replace(scored, draws=count, metrics=metrics)
 
     def _merged(
-        self, first: ScoredRollout, second: ScoredRollout, source: np.ndarray, prompts: PromptSet
+        self, first: ScoredRollout, second: ScoredRollout, source: np.ndarray, prompts: PromptSource
     ) -> ScoredRollout:
         """Selects the groups `source` of two rollouts.
 
@@ -284,7 +284,7 @@ class Sampler:
             step_rewards = np.ma.concatenate([first.step_rewards, second.step_rewards])[by_row]
         return ScoredRollout(self._completions(rollout, prompts, indices, group), indices, rows, step_rewards)
 
-    def _completions(self, rollout: Rollout, prompts: PromptSet, indices: np.ndarray, group: int) -> Completions:
+    def _completions(self, rollout: Rollout, prompts: PromptSource, indices: np.ndarray, group: int) -> Completions:
         repeated = np.repeat(indices, group)
         texts, rows, chats = ([kind[i] for i in repeated] for kind in (prompts.texts, prompts.columns, prompts.chats))
         return Completions(rollout, texts, rows, self.roles.tokenizer, chats)

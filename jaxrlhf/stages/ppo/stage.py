@@ -12,7 +12,7 @@ from jaxrlhf.algorithms.running import gain_and_bias
 from jaxrlhf.config import AdapterConfig, ModelRewardConfig, PPOConfig, PPOStageConfig
 from jaxrlhf.data.prompts import LoadedPrompt, PromptSet, load_prompts, prompt_set, prompts_reader
 from jaxrlhf.data.sft import SFTData, load_demonstrations
-from jaxrlhf.data.streamed import StreamedPrompts
+from jaxrlhf.data.streamed import PromptSource, StreamedPrompts
 from jaxrlhf.data.success import Success
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.mesh import check_batch, make_meshes
@@ -50,7 +50,7 @@ SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 class PPOInputs:
     """The stage's checked prompts, rewards, adapters and pretraining rows."""
 
-    prompts: PromptSet | StreamedPrompts
+    prompts: PromptSource
     evaluation: PromptSet
     rewards: Rewards
     gold: FunctionReward | None
@@ -126,7 +126,7 @@ def load(run: Run, roles: Roles) -> PPOInputs:
 
 def _load_prompts(
     run: Run, roles: Roles, checked: Callable[[PromptSet], PromptSet]
-) -> tuple[PromptSet | StreamedPrompts, PromptSet]:
+) -> tuple[PromptSource, PromptSet]:
     """Returns (the prompts, the same prompts or those of a stream's first window). Each window is checked."""
     config, tokenizer = run.config.ppo, roles.tokenizer
     limits = (config.max_prompt_tokens, config.overflow)
