@@ -335,7 +335,7 @@ def test_gymnasium_ids(tmp_path):
 
 
 def test_a_model_without_an_environment_gets_its_spaces_from_set_env():
-    model = PPO("MlpPolicy", None, seed=0)
+    model = jaxrlhf.PPO("MlpPolicy", None, seed=0)
     with pytest.raises(UserError, match="learn: the model has no environment"):
         model.learn(1)
     model.set_env(CartPole())
