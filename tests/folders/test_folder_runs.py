@@ -46,7 +46,7 @@ def config_of(folder, tokenizer, rows):
         "adapter": {"rank": 2, "target_modules": ["q_proj", "down_proj"]},
         "compiler_options": QUICK,
         "sft": {
-            "data": {"path": rows("sft", taught)}, "evaluation": {"heldout": 0}, "epochs": 60, "batch_size": 4,
+            "data": {"path": rows("sft", taught)}, "evaluation": {"heldout": 0}, "epochs": 150, "batch_size": 4,
             "max_length": LENGTH, "packing": False, "adapter": {"kind": "full"},
             "optimizer": {"learning_rate": 0.01, "schedule": "cosine"},
         },
@@ -56,7 +56,7 @@ def config_of(folder, tokenizer, rows):
         },
         "ppo": {
             "data": {"path": rows("prompts", [{"prompt": prompt[asked]} for asked in TAUGHT])}, "iterations": 2,
-            "max_prompt_tokens": PROMPT, "batch_size": 4, "sampling": {"max_new_tokens": NEW},
+            "max_prompt_tokens": PROMPT, "batch_size": 4, "sampling": {"max_new_tokens": NEW, "temperature": 0.5},
             "evaluation": {"prompts": 4}, "update": {"epochs": 1, "minibatches": 2},
         },
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_run_from_files_to_files(finished, capsys):
     roles = load_roles(config)
     tokenizer, stops = roles.tokenizer, {*roles.base.config.stop_tokens}
 
-    # Answers end, with what SFT has taught (behind an empty thought, where the template writes one), at temperature 1.
+    # Answers end, with what SFT has taught (behind an empty thought, where the template writes one).
     before = finished.samples["before"]
     taught = [sample for sample in before if sample["completion"].endswith(TAUGHT[asked(sample)])]
     reached = json.loads((Path(config.run_dir) / "roles" / "finished.json").read_text())
