@@ -15,7 +15,8 @@ from decimal import Context, Decimal
 from typing import Any
 
 from jaxrlhf.rewards.columns import abstains_without, check_choice, check_number, check_texts, reference, references
-from jaxrlhf.rewards.spans import entity_f1, relation_f1
+from jaxrlhf.rewards.entities import entity_f1
+from jaxrlhf.rewards.relations import relation_f1
 from jaxrlhf.rewards.structured import json_validity, span_f1
 from jaxrlhf.rewards.text_overlap import bleu, chrf, rouge
 

@@ -321,16 +321,14 @@ def _run_example(sandbox, code, example, uid, deadline):
         written, ended = _read_until(output, deadline, sandbox.limits["output_mb"] * 2**20)
         if not ended or process.wait(max(deadline - time.monotonic(), 0.01)) != 0:
             return False
-        return _lines(written.decode(errors="replace")) == _lines(example["output"])
+        texts = written.decode(errors="replace"), example["output"]
+        found, wanted = ([line.rstrip() for line in text.rstrip().splitlines()] for text in texts)
+        return found == wanted
     except subprocess.TimeoutExpired:
         return False
     finally:
         os.close(output)
         sandbox.end(process)
-
-
-def _lines(text):
-    return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
 def _read_until(fd, deadline, limit):

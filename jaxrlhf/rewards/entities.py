@@ -1,27 +1,21 @@
-"""F1 of entities by their place in a text, and of relations. `library` lists these rewards.
+"""F1 of entities by their place in a text. `library` lists this reward.
 
 `structured.span_f1` compares lists of entity texts and has no places.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxrlhf.rewards.columns import check_choice, check_texts
+from jaxrlhf.rewards.matching import ITEM, MATCHES, NONE, Unreadable, bare, f1, is_list, normal_label
 from jaxrlhf.rewards.structured import parse_json
 
 FORMATS = ("auto", "json", "lines", "bio", "inline")
-NONE = re.compile(r"\W*(none|no entities|no relations)\W*", re.IGNORECASE)
-ITEM = re.compile(r"^\s*(?:[-*•]\s+|\d+[.)]\s+)?")
 TAG = re.compile(r"O|[BI]-\S+")
 INLINE = re.compile(r"\[([^\[\]]+)\]\(([^()\s][^()]*)\)")
 MARKS = re.compile(r"(\[[^\[\]]+\]\([^()\s][^()]*\))")  # INLINE as one group, for `re.split`
-
-
-class Unreadable(ValueError):
-    """An answer or a value of a column has none of the formats."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Source:
         """Returns the entity at a place of the text."""
         if self.text is not None and not 0 <= start < end <= len(self.text):
             raise Unreadable(f"the place {start} to {end} is not in the text of {len(self.text)} characters")
-        return Entity(_name(label), _bare("" if self.text is None else self.text[start:end]), start, end)
+        return Entity(normal_label(label), bare("" if self.text is None else self.text[start:end]), start, end)
 
 
 def entity_f1(
@@ -96,47 +90,7 @@ def entity_f1(
         except Unreadable:
             scores.append(0.0)
         else:
-            scores.append(_f1(*_comparable(found, wanted, ignore_case), MATCHES[match]))
-    return scores
-
-
-def relation_f1(
-    completions: Sequence[str],
-    relations: Sequence[Any],
-    *,
-    match: str = "strict",
-    ignore_case: bool = False,
-    symmetric: Sequence[str] = (),
-) -> list[float | None]:
-    """Returns the F1 of the relations of the completion and those of the column `relations`.
-
-    Both are JSON lists of {"head": ..., "relation": ..., "tail": ...} or [head, relation, tail], or lines
-    "head | relation | tail". The column may also hold such a list instead of JSON text. A head or tail is a text, or an
-    object with `text` and `label`; then the label must match too. `none` or `[]` means no relation. A completion with
-    another form scores 0. A repeated relation lowers precision.
-
-    `match` "strict": a relation is right if head, relation and tail match. "partial": a pair with the same relation
-    counts the mean over head and tail of common words divided by all words. `symmetric` names relations in which head
-    and tail may be swapped. Case is ignored in relations and labels, with `ignore_case` also in texts.
-    """
-    check_choice("match", match, tuple(MATCHES))
-    check_texts("symmetric", symmetric)
-    both_ways = {_name(name) for name in symmetric}
-    scores: list[float | None] = []
-    for i, (answer, gold) in enumerate(zip(completions, relations)):
-        if gold is None:
-            scores.append(None)
-            continue
-        try:
-            wanted = _relations(gold, ignore_case, both_ways)
-        except Unreadable as error:
-            raise ValueError(f"column relations, row {i} cannot be used: {error}") from None
-        try:
-            found = _relations(answer, ignore_case, both_ways)
-        except Unreadable:
-            scores.append(0.0)
-        else:
-            scores.append(_f1(found, wanted, MATCHES[match]))
+            scores.append(f1(*_comparable(found, wanted, ignore_case), MATCHES[match]))
     return scores
 
 
@@ -148,7 +102,7 @@ def _source(tokens: Any, text: Any) -> Source:
         raise Unreadable(f"the column text must hold text, not a {type(text).__name__}")
     if tokens is None:
         return Source(text)
-    if not _is_list(tokens) or not all(isinstance(token, str) and token for token in tokens):
+    if not is_list(tokens) or not all(isinstance(token, str) and token for token in tokens):
         raise Unreadable("the column tokens must hold a list of texts")
     text = " ".join(tokens) if text is None else text
     places, at = [], 0
@@ -167,11 +121,11 @@ def _gold(value: Any, source: Source, names: Sequence[str]) -> list[Entity]:
             value = parse_json(value)
         except ValueError:
             return _lines(value)
-    if _is_list(value) and value and all(type(tag) is int for tag in value):
+    if is_list(value) and value and all(type(tag) is int for tag in value):
         if not all(0 <= tag < len(names) for tag in value):
             raise Unreadable("it holds numbers of tags; the option tags must list the names, such as [O, B-PER, I-PER]")
         value = [names[tag] for tag in value]
-    if _is_list(value) and value and all(isinstance(tag, str) for tag in value):
+    if is_list(value) and value and all(isinstance(tag, str) for tag in value):
         if not all(TAG.fullmatch(tag) for tag in value):
             return _lines("\n".join(value))
         for before, tag in zip(["O", *value], value):
@@ -208,12 +162,12 @@ def _read_json(answer: str, source: Source) -> list[Entity]:
 
 def _from_json(value: Any, source: Source) -> list[Entity]:
     if isinstance(value, dict) and not {"label", "type"} & set(value):
-        if not all(_is_list(texts) for texts in value.values()):
+        if not all(is_list(texts) for texts in value.values()):
             raise Unreadable('an object must have the form {"LABEL": ["text", ...]}')
         value = [{"label": label, "text": text} for label, texts in value.items() for text in texts]
     elif isinstance(value, dict):
         value = [value]
-    if not _is_list(value):
+    if not is_list(value):
         raise Unreadable(f"it must be a list of entities, not a {type(value).__name__}")
     return [_entity(item, source) for item in value]
 
@@ -228,10 +182,10 @@ def _entity(item: Any, source: Source) -> Entity:
         entity = source.entity(label, item["start"], item["end"])
         if entity.text or not isinstance(text, str):
             return entity
-        return Entity(entity.label, _bare(text), entity.start, entity.end)
+        return Entity(entity.label, bare(text), entity.start, entity.end)
     if not isinstance(text, str) or not text.strip():
         raise Unreadable(f"the entity {item!r:.60} has neither text nor start and end")
-    return Entity(_name(label), _bare(text))
+    return Entity(normal_label(label), bare(text))
 
 
 def _lines(answer: str, source: Source | None = None) -> list[Entity]:
@@ -242,7 +196,7 @@ def _lines(answer: str, source: Source | None = None) -> list[Entity]:
         label, colon, text = ITEM.sub("", line).partition(":")
         if not colon or not label.strip() or not text.strip():
             raise Unreadable(f"the line {line[:40]!r} has not the form LABEL: text")
-        found.append(Entity(_name(label), _bare(text)))
+        found.append(Entity(normal_label(label), bare(text)))
     return found
 
 
@@ -280,7 +234,7 @@ def _read_inline(answer: str, source: Source) -> list[Entity]:
         marks = INLINE.findall(answer)
         if not marks:
             raise Unreadable("there is no [text](LABEL)")
-        return [Entity(_name(label), _bare(text)) for text, label in marks]
+        return [Entity(normal_label(label), bare(text)) for text, label in marks]
     # Blanks of the text and of the answer may differ, so places are counted without blanks.
     places = [i for i, character in enumerate(source.text) if not character.isspace()]
     found, at, plain = [], 0, ""
@@ -302,52 +256,6 @@ READERS: Mapping[str, Callable[[str, Source], list[Entity]]] = {
     "lines": _lines,
 }
 
-# ---------------------------------------------------------------- relations
-
-
-def _relations(value: Any, ignore_case: bool, both_ways: set[str]) -> list[tuple]:
-    """Returns relations as (relation, (head label, head words), (tail label, tail words))."""
-    if isinstance(value, str):
-        if NONE.fullmatch(value):
-            return []
-        try:
-            value = parse_json(value, fenced=True)
-        except ValueError:
-            value = [ITEM.sub("", line).split("|") for line in value.splitlines() if line.strip()]
-            if not value:
-                raise Unreadable("it is empty; no relation is written as none or []") from None
-    value = [value] if isinstance(value, dict) else value
-    if not _is_list(value):
-        raise Unreadable(f"it must be a list of relations, not a {type(value).__name__}")
-    return [_relation(item, ignore_case, both_ways) for item in value]
-
-
-def _relation(item: Any, ignore_case: bool, both_ways: set[str]) -> tuple:
-    shown = f"{item!r:.60}"
-    if isinstance(item, str):
-        item = item.split("|")
-    if isinstance(item, dict):
-        item = (item.get("head"), item.get("relation", item.get("label", item.get("type"))), item.get("tail"))
-    if not _is_list(item) or len(item) != 3 or not isinstance(item[1], str) or not item[1].strip():
-        raise Unreadable(f"the relation {shown} has not the form head | relation | tail")
-    ends = []
-    for end in (item[0], item[2]):
-        text, label = (end.get("text"), end.get("label", end.get("type", ""))) if isinstance(end, dict) else (end, "")
-        if not isinstance(text, str) or not text.strip() or not isinstance(label, str):
-            raise Unreadable(f"a head or tail of the relation {shown} has no text")
-        ends.append((_name(label), tuple((text.casefold() if ignore_case else text).split())))
-    name = _name(item[1])
-    return (name, *(sorted(ends) if name in both_ways else ends))
-
-
-def _words(left: tuple, right: tuple) -> float:
-    """Returns the share of common words, 0 if the labels differ."""
-    if left[0] != right[0]:
-        return 0.0
-    one, other = Counter(left[1]), Counter(right[1])
-    return (one & other).total() / (one | other).total()
-
-
 # ---------------------------------------------------------------- the score
 
 
@@ -361,45 +269,3 @@ def _comparable(found: list[Entity], wanted: list[Entity], ignore_case: bool) ->
         raise ValueError("entities have places but no text; the data needs the column text or tokens")
     keys = [(e.label, ("", tuple(text.split()))) for e, text in zip(both, texts)]
     return keys[: len(found)], keys[len(found) :]
-
-
-def _f1(found: Sequence[Hashable], wanted: Sequence[Hashable], match: Callable) -> float:
-    return 2 * match(found, wanted) / (len(found) + len(wanted)) if found or wanted else 1.0
-
-
-def _strict(found: Sequence[Hashable], wanted: Sequence[Hashable]) -> float:
-    return (Counter(found) & Counter(wanted)).total()
-
-
-def _partial(found: Sequence[tuple], wanted: Sequence[tuple]) -> float:
-    """Returns the sum of the overlaps of pairs. The pairs with the largest overlap are formed first."""
-    overlaps = [(_overlap(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(wanted) if a[0] == b[0]]
-    total, left, right = 0.0, set(), set()
-    for share, i, j in sorted(overlaps, key=lambda pair: (-pair[0], *pair[1:])):
-        if share > 0 and i not in left and j not in right:
-            total += share
-            left.add(i)
-            right.add(j)
-    return total
-
-
-def _overlap(a: tuple, b: tuple) -> float:
-    if isinstance(a[1], int):
-        common = min(a[2], b[2]) - max(a[1], b[1])
-        return max(common, 0) / (max(a[2], b[2]) - min(a[1], b[1]))
-    return sum(map(_words, a[1:], b[1:])) / len(a[1:])
-
-
-MATCHES: Mapping[str, Callable] = {"strict": _strict, "partial": _partial}
-
-
-def _name(label: str) -> str:
-    return " ".join(label.casefold().split())
-
-
-def _bare(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
