@@ -17,9 +17,8 @@ from jaxrlhf.data.streams import StreamFault
 from jaxrlhf.data.success import Success
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.jit import watch_compiles
-from jaxrlhf.distributed.mesh import finite_leaves
 from jaxrlhf.distributed.stopping import Stopped, StopSignals
-from jaxrlhf.errors import Diverged, Fault, printable
+from jaxrlhf.errors import Fault, printable
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.report.refresh import ReportFile
 from jaxrlhf.rewards.functions import RewardFault
@@ -28,7 +27,7 @@ from jaxrlhf.stages.evaluation import Evaluated
 from jaxrlhf.stages.improvement import Watch
 from jaxrlhf.stages.metric_names import PREFIX, metrics_of
 from jaxrlhf.tracking.alarms import StoppedByAlarm
-from jaxrlhf.tracking.health import Health, stop_with_batch
+from jaxrlhf.tracking.health import Health, check_finite, never_updated, stop_with_batch
 from jaxrlhf.tracking.metrics import MetricsLog
 from jaxrlhf.tracking.profiler import StepProfiler
 from jaxrlhf.tracking.progress import Progress
@@ -279,32 +278,16 @@ class Loop:
         steps after that checkpoint, with the same result. Raises `Diverged` at the end of a stage without any update.
         """
         if self.reached == self.total <= self.health.in_a_row:
-            raise Diverged(
-                f"{self.stage}: all {self.total} steps skipped their updates, because a loss or gradient was not "
-                f"finite, or KL or length was above its limit (see {self.run.folder / 'metrics.jsonl'}); correct data "
-                "or settings, and start a new run in another run_dir"
-            )
+            raise never_updated(self.stage, self.total, self.run.folder)
         if self.reached == self.total or not self.health.in_a_row:
             self._save(score)
-
-    def _check_finite(self) -> None:
-        """Raises `Diverged` if the state has NaN or infinite values. Earlier checkpoints are kept."""
-        bad = [path for path, finite in jax.tree_util.tree_leaves_with_path(finite_leaves(self.state)) if not finite]
-        if bad:
-            name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
-            saved = self.checkpoints.on_disk
-            kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint before it"
-            raise Diverged(
-                f"{self.stage}: {name} is not finite after step {self.reached}; {kept}; start a new run in another "
-                "run_dir, with a lower learning rate or max_grad_norm"
-            )
 
     def _save(self, score: float | None = None) -> None:
         """Saves a checkpoint.
 
         Only regular checkpoints have a score, so that an interruption does not change which one is best.
         """
-        self._check_finite()
+        check_finite(self.state, self.stage, self.reached, self.checkpoints.on_disk)
         lines = {}
         for name, log in self.run.logs.items():
             lines[name] = log.lines()

@@ -13,7 +13,7 @@ import jax
 from safetensors.numpy import save_file
 
 from jaxrlhf.checkpoint.files import atomic_directory
-from jaxrlhf.distributed.mesh import fetch
+from jaxrlhf.distributed.mesh import fetch, finite_leaves
 from jaxrlhf.errors import Diverged
 
 SKIPPED, PAUSED = "skipped", "health/paused"
@@ -53,4 +53,25 @@ def stop_with_batch(folder: Path, stage: str, step: int, batch: Any, reason: str
         f"{stage}: {steps} made no update, because {reason}; the batch of step {step} is in {target}/batch.safetensors "
         "(health.patience limits the number of these steps; to change another setting, start a new run in another "
         "run_dir)"
+    )
+
+
+def check_finite(state: Any, stage: str, step: int, saved: int | None) -> None:
+    """Raises `Diverged` if a state has NaN or infinite values. `saved` is the step of the last checkpoint."""
+    bad = [path for path, finite in jax.tree_util.tree_leaves_with_path(finite_leaves(state)) if not finite]
+    if bad:
+        name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
+        kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint before it"
+        raise Diverged(
+            f"{stage}: {name} is not finite after step {step}; {kept}; start a new run in another run_dir, with a "
+            "lower learning rate or max_grad_norm"
+        )
+
+
+def never_updated(stage: str, steps: int, run_dir: Path) -> Diverged:
+    """Returns the error of a stage in which no step made an update."""
+    return Diverged(
+        f"{stage}: all {steps} steps skipped their updates, because a loss or gradient was not finite, or KL or length "
+        f"was above its limit (see {run_dir / 'metrics.jsonl'}); correct data or settings, and start a new run in "
+        "another run_dir"
     )
