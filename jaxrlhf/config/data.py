@@ -26,9 +26,9 @@ def check_template_arguments(names: Iterable[str]) -> None:
 class SourceConfig(Settings):
     """A data source."""
 
-    path: SourcePath = Field(description="file, pattern of files such as part-*.jsonl, folder, hub id, or builtin:NAME: assistant-demonstrations, assistant-preferences, assistant-prompts, or a task such as intent")
+    path: SourcePath = Field(description="file, pattern of files such as part-*.jsonl, folder, hub id, or builtin:NAME: assistant-demonstrations, assistant-preferences, assistant-prompts, a task such as intent, or a game such as number_guessing")
     format: Literal["auto", "json", "jsonl", "csv", "parquet", "datasets", "builtin"] = Field("auto", description="file format; auto decides by the ending of the path; csv is a table with a header, whose empty cells are null; datasets is for a folder or hub id that the datasets library loads")
-    split: str = Field("train", description="split of a datasets folder or hub id; builtin data sets have the splits train and test, and builtin tasks also validation")
+    split: str = Field("train", description="split of a datasets folder or hub id; builtin data sets have the splits train and test, and builtin tasks and games also validation")
     subset: str | None = Field(None, description="name of a configuration of the hub data set")
     limit: PositiveInt | None = Field(None, description="largest number of rows; the first rows are used; a builtin data set generates this number of rows; null uses all rows")
     unusable: Literal["stop", "drop"] | None = Field(None, description="what happens with a row that cannot be used (an empty completion, a wrong type, a chat that the template rejects): stop ends the run, drop drops and counts the row; null means drop if overflow is drop, else stop, because an error in every row should not look like a small data set")

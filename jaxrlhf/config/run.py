@@ -57,7 +57,7 @@ ASYNC_CAP = 2.0
 class NewModelConfig(Settings):
     """A decoder with random weights."""
 
-    vocabulary: str = Field("assistant", description="words of the tokenizer: assistant (the builtin assistant world) or the name of a builtin task, such as intent")
+    vocabulary: str = Field("assistant", description="words of the tokenizer: assistant (the builtin assistant world) or the name of a builtin task or game, such as intent")
     hidden_size: PositiveInt = Field(128, description="width of the residual stream")
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = Field(3, description="number of layers")
     heads: PositiveInt = Field(4, description="number of query heads")

@@ -9,6 +9,7 @@ from jaxrlhf.toy.tasks import task
 
 # Each name is a module of jaxrlhf/toy/tasks with a constant TASK.
 TASKS = (
+    "calculator",
     "customer_service",
     "dialogue",
     "intent",
@@ -19,38 +20,48 @@ TASKS = (
     "text_classification",
     "translation",
 )
+# Each name is a module of jaxrlhf/toy/games with a constant TASK: demonstrations of a text environment.
+GAMES = (
+    "connect_four",
+    "grid_world",
+    "number_guessing",
+    "table_booking",
+    "tic_tac_toe",
+    "translation_feedback",
+    "twenty_questions",
+)
 
 
 def _task(name: str) -> task.Task:
-    return import_module(f"jaxrlhf.toy.tasks.{name}").TASK
+    return import_module(f"jaxrlhf.toy.{'games' if name in GAMES else 'tasks'}.{name}").TASK
 
 
 def splits(name: str) -> tuple[str, ...]:
     """Returns the names of a set's splits. Raises `UserError` if there is no such set."""
-    if name in TASKS:
+    if name in TASKS + GAMES:
         return task.SPLITS
     if name in world.BUILTIN:
         return SPLITS
     raise UserError(
         f"builtin:{name}: no such builtin set; the builtin sets are "
-        + ", ".join(f"builtin:{known}" for known in (*world.BUILTIN, *TASKS))
+        + ", ".join(f"builtin:{known}" for known in (*world.BUILTIN, *TASKS, *GAMES))
     )
 
 
 def load(name: str, split: str, limit: int | None) -> list[dict]:
     """Returns the first rows of a split; `limit` null returns the usual number. Every call returns the same rows."""
-    return _task(name).load(split, limit) if name in TASKS else world.BUILTIN[name](split, limit)
+    return _task(name).load(split, limit) if name in TASKS + GAMES else world.BUILTIN[name](split, limit)
 
 
 def vocabulary(name: str) -> tuple[tuple[str, ...], str | None]:
-    """Returns (words, chat template or None) of a vocabulary: `assistant` or the name of a task.
+    """Returns (words, chat template or None) of a vocabulary: `assistant`, or the name of a task or game.
 
     Raises `UserError` if there is no such vocabulary.
     """
     if name == "assistant":
         return world.VOCABULARY, None
-    if name in TASKS:
+    if name in TASKS + GAMES:
         found = _task(name)
         return found.words, found.chat_template
-    known = ", ".join(("assistant", *TASKS))
+    known = ", ".join(("assistant", *TASKS, *GAMES))
     raise UserError(f"model.new.vocabulary: no vocabulary {name!r}; the vocabularies are {known}")

@@ -1,0 +1,105 @@
+"""The form of the text games: an environment, an expert that plays it, and demonstrations as builtin data.
+
+A game is an environment of the text form (see `jaxrlhf/environments/protocol.py`). An episode depends only on the seed
+of `reset` and on the actions. Its last step has `info["success"]`. All texts are lower case words that are separated
+by single spaces, for the word-level tokenizer of `model.new`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.toy.tasks.task import Random, Row, Task, words_of
+
+Step = tuple[str, float, bool, bool, dict[str, Any]]
+
+# The chat template of the games' tokenizer. A turn of the assistant ends with <eos>, and no turn depends on later ones.
+CHAT_TEMPLATE = (
+    "<bos>{% for message in messages %} {{ message.role }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %} <eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} assistant:{% endif %}"
+)
+ROLES = "user: assistant: tool: system:"
+MAX_STEPS = 1000  # of an episode that an expert plays
+
+
+class Game:
+    """Base of the games. A subclass has `start` and `play`, and draws from `self.random` only.
+
+    `start(options)` returns the first text. `play(action)` returns (text, outcome): the text after an action, and None
+    while the game goes on, or (reward, success) at its end. The action has single spaces and is lower case.
+    """
+
+    random: Random | None = None
+    _over = True
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Starts an episode. Without a seed, the episode goes on with the random numbers of the last one."""
+        if seed is not None or self.random is None:
+            self.random = np.random.default_rng(seed)
+        self._over = False
+        return self.start(options or {}), {}
+
+    def step(self, action: str) -> Step:
+        """Plays an action. Raises RuntimeError if the episode is over."""
+        if self._over:
+            raise RuntimeError("the episode is over; call reset")
+        text, outcome = self.play(" ".join(action.lower().split()))
+        self._over = outcome is not None
+        reward, success = outcome or (0.0, False)
+        return text, float(reward), self._over, False, {"success": bool(success)} if self._over else {}
+
+    def start(self, options: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def play(self, action: str) -> tuple[str, tuple[float, bool] | None]:
+        raise NotImplementedError
+
+
+def play_episode(
+    env: Any, policy: Callable[[Any], str], seed: int | None = None, options: dict[str, Any] | None = None
+) -> tuple[list[dict[str, str]], float, dict[str, Any]]:
+    """Plays an episode and returns (messages, sum of rewards, info of the last step).
+
+    `policy` takes the environment and returns the next action. The messages begin with the first observation and end
+    with the last one, which is empty text or what the environment says at the end.
+    """
+    observation, info = env.reset(seed=seed, options=options)
+    messages, total = _messages(observation), 0.0
+    for _ in range(MAX_STEPS):
+        action = policy(env)
+        observation, reward, terminated, truncated, info = env.step(action)
+        messages += [{"role": "assistant", "content": action}, *_messages(observation)]
+        total += reward
+        if terminated or truncated:
+            break
+    return messages, total, info
+
+
+def _messages(observation: Any) -> list[dict[str, str]]:
+    return [{"role": "user", "content": observation}] if isinstance(observation, str) else list(observation)
+
+
+def demonstrations(
+    make: Callable[[], Any], policy: Callable[[Any, Random], str], words: tuple[str, ...], rows: dict[str, int],
+    draw_options: Callable[[Random], Row] | None = None,
+) -> Task:  # fmt: skip
+    """Returns the builtin data of a game: chats of episodes that a policy plays.
+
+    A row has `messages`, which end with the last action, and `success`. `policy` takes the environment and random
+    numbers. Rows with equal messages are in the same split.
+    """
+
+    def draw(rng: Random) -> Row:
+        options = None if draw_options is None else draw_options(rng)
+        seed = int(rng.integers(2**31))
+        messages, _, info = play_episode(make(), lambda env: policy(env, rng), seed, options)
+        while messages[-1]["role"] != "assistant":
+            messages.pop()
+        return {"messages": messages, "success": info["success"]}
+
+    def key(row: Row) -> str:
+        return " / ".join(message["content"] for message in row["messages"])
+
+    return Task(draw, words_of(ROLES, *words), rows, key, CHAT_TEMPLATE)
