@@ -43,7 +43,7 @@ class Actions:
 
 
 def init_mlp_policy(
-    key: Array,
+    random: np.random.Generator,
     inputs: int,
     policy: tuple[int, ...],
     value: tuple[int, ...],
@@ -51,21 +51,36 @@ def init_mlp_policy(
     orthogonal: bool = True,
     log_std: float = 0.0,
 ) -> dict[str, Any]:
-    """Returns the params of a policy and a value network with hidden layers of the given widths."""
+    """Returns the params of a policy and a value network with hidden layers of the given widths.
+
+    numpy computes them: to compile jax's initialisers takes longer than some hundred updates.
+    """
+    initialise = _orthogonal if orthogonal else _uniform
     params: dict[str, Any] = {}
-    for number, (name, widths, outputs) in enumerate((("policy", policy, actions.outputs), ("value", value, 1))):
-        sizes, layers = (inputs, *widths, outputs), []
-        for i, shape in enumerate(itertools.pairwise(sizes)):
-            gain = GAINS["hidden"] if i < len(widths) else GAINS[name]
-            initialise = jax.nn.initializers.orthogonal(gain)
-            if not orthogonal:  # as in PyTorch: uniform with the bound 1 / sqrt(inputs)
-                initialise = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-            kernel = initialise(jax.random.fold_in(jax.random.fold_in(key, number), i), shape, jnp.float32)
-            layers.append({"kernel": kernel, "bias": jnp.zeros(shape[1], jnp.float32)})
-        params[name] = layers
+    for name, widths, outputs in (("policy", policy, actions.outputs), ("value", value, 1)):
+        shapes = list(itertools.pairwise((inputs, *widths, outputs)))
+        gains = [GAINS["hidden"]] * len(widths) + [GAINS[name]]
+        params[name] = [
+            {"kernel": initialise(random, shape, gain), "bias": np.zeros(shape[1], np.float32)}
+            for shape, gain in zip(shapes, gains)
+        ]
     if actions.kind == "Box":
-        params["log_std"] = jnp.full(actions.outputs, log_std, jnp.float32)
-    return params
+        params["log_std"] = np.full(actions.outputs, log_std, np.float32)
+    return jax.device_put(params)
+
+
+def _orthogonal(random: np.random.Generator, shape: tuple[int, int], gain: float) -> np.ndarray:
+    """Returns f32[I,O] with orthonormal rows or columns times `gain`, uniformly distributed (1312.6120)."""
+    rows, columns = max(shape), min(shape)
+    q, r = np.linalg.qr(random.standard_normal((rows, columns)))
+    q *= np.sign(np.diag(r))
+    return (gain * (q if shape[0] == rows else q.T)).astype(np.float32)
+
+
+def _uniform(random: np.random.Generator, shape: tuple[int, int], gain: float) -> np.ndarray:
+    """Returns f32[I,O] between -1 / sqrt(I) and 1 / sqrt(I), as PyTorch's linear layers start. The gain is unused."""
+    bound = shape[0] ** -0.5
+    return random.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def mlp(layers: list[dict[str, Any]], x: Any, activation: str, xp: Any = jnp) -> Any:

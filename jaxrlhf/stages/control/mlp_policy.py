@@ -34,7 +34,7 @@ class MlpPolicy:
         pi, vf = (arch.pi, arch.vf) if isinstance(arch, NetArch) else (arch, arch)
         self.activation = config.policy_kwargs.activation_fn
         params = init_mlp_policy(
-            jax.random.key(seed), inputs, tuple(pi), tuple(vf), self.actions,
+            np.random.default_rng(seed), inputs, tuple(pi), tuple(vf), self.actions,
             config.policy_kwargs.ortho_init, config.policy_kwargs.log_std_init,
         )  # fmt: skip
         self.inputs = inputs
