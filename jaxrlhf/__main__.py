@@ -1,4 +1,4 @@
-"""jaxrlhf COMMAND, or python -m jaxrlhf COMMAND: runs a command. Without a command: lists all."""
+"""jaxrlhf COMMAND, or python -m jaxrlhf COMMAND: runs a command. Without COMMAND, lists all commands."""
 
 import importlib
 import sys

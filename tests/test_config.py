@@ -290,7 +290,7 @@ def test_help_lists_every_setting_with_type_default_and_description():
         ("alarms=[{metric: a, above: x}]", 'alarms[0].above must be float or null, not the text "x"'),
         ("alarms=[{metric: a, falls_by: -1}]", "alarms[0].falls_by: must be a number above 0, or a percentage such as"),
         ("alarms=[{metric: a, above: 1, for: 0}]", "alarms[0].for must be int >= 1, not 0"),
-        ("alarms=[{metric: a, above: 1, do: run}]", "alarms[0]: do: run and command need each other; give both, or"),
+        ("alarms=[{metric: a, above: 1, do: run}]", "alarms[0]: do: run needs command, and command needs do: run;"),
         ("alarms=[{metric: a, above: 1, against: b}]", "alarms[0]: against needs rises_by or falls_by"),
         ("alarms.0.do=stop", "alarms must be list of ppo | a section with keys, not a section"),
         # the value

@@ -114,13 +114,13 @@ class Advantage:
     returns of REINFORCE and REINFORCE++ are rewards-to-go. The other estimators treat a completion as one action. Their
     returns are the completion's summed reward, repeated on each token.
 
-    If rewards stand inside completions (process rewards), GAE, REINFORCE and REINFORCE++ give each token credit for the
-    rewards that follow. The estimators that treat a completion as one action sum its rewards, as their papers do.
-    GRPO has its own rule for steps:
+    If there are rewards inside completions (process rewards), GAE, REINFORCE and REINFORCE++ give each token credit
+    for the rewards that follow. The estimators that treat a completion as one action sum its rewards, as their papers
+    do. GRPO has its own rule for steps:
 
       by_step(rewards, mask, steps, group) -> (advantages, returns)
 
-    with `steps` bool[B,R], True at the last token of each step, and returns that are rewards-to-go.
+    `steps` is bool[B,R] and True at the last token of each step. The returns are rewards-to-go.
 
     Means, deviations and group sizes do not count empty completions. If all compared completions have the same return,
     the advantages are exactly 0. If a completion is alone in its group, its advantage is 0.
@@ -171,7 +171,10 @@ def _group_advantages(rewards: Array, mask: Array, group: int) -> tuple[Array, A
 
 
 def _deviation(squares: Array, count: Array) -> Array:
-    """Returns the unbiased deviation of `count` numbers with this sum of squared deviations; 0 if `squares` is 0."""
+    """Returns the unbiased standard deviation of `count` numbers; 0 if `squares` is 0.
+
+    `squares` is the sum of their squared deviations from the mean.
+    """
     variance = squares / jnp.maximum(count - 1.0, 1.0)
     # The square root has no finite gradient at 0. So the inner `where` replaces 0 by 1.
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
@@ -210,8 +213,8 @@ def grpo_by_step(rewards: Array, mask: Array, steps: Array, group: int) -> tuple
       r~_j = (r_j - mean) / (deviation + 1e-4)    mean and deviation of the rewards of all steps of the group
       A_t  = sum of r~_j over the steps j that end at token t or later
 
-    The deviation is unbiased, as in `grpo`. Rewards that stand at no step's end, such as a KL penalty, are divided by
-    the same number. The arguments are those of `Advantage`.
+    The deviation is unbiased, as in `grpo`. Rewards at other tokens, such as a KL penalty, are also divided by
+    deviation + 1e-4, but no mean is subtracted. The arguments are those of `Advantage`.
     """
     chex.assert_rank([rewards, mask, steps], 2)
     chex.assert_is_divisible(rewards.shape[0], group)

@@ -74,8 +74,8 @@ def kl_loss(logprobs: Array, ref_logprobs: Array, mask: Array, estimator: str, b
     from the policy, the gradients are (2510.01555):
 
       k1  grad logprob                  The expectation is 0, so k1 is useless as a loss.
-      k2  -r * grad logprob             The expectation is the gradient of KL(policy || ref). k1 as a part of the
-                                        reward has the same expectation. k2 is recommended.
+      k2  -r * grad logprob             The expectation is the gradient of KL(policy || ref). k1 in the reward gives
+                                        the same expected gradient. k2 is recommended.
       k3  (1 - exp(r)) * grad logprob   The expectation is the gradient of KL(ref || policy). So k3 is biased. Its
                                         gradient equals that of k2 only to first order in r. GRPO uses k3
                                         (2402.03300).
@@ -135,7 +135,7 @@ def shape_rewards(
     """Returns the rewards: -kl_coef * KL_t on every token, plus the score on the last real token (1909.08593).
 
     Args:
-      scores: f32[B]; one score per completion. Or f32[B,R]; rewards inside the completions, added at their tokens.
+      scores: f32[B], one score per completion; or f32[B,R], a reward for each token, which is added at this token.
       logprobs: f32[B,R]; from the policy before the update.
       ref_logprobs: f32[B,R]; from the reference.
       mask: bool[B,R]; True on the completion's real tokens.

@@ -1,6 +1,6 @@
 """Value, cross-entropy and pairwise losses; log-probabilities and entropies from logits.
 
-Policy losses are in `policy_losses`. This module does not reduce losses per token (see `masked.aggregate`), so that
+Policy losses are in `policy_losses`. Losses per token are returned unreduced (see `masked.aggregate`), so that
 accumulation over microbatches is exact. All arithmetic is float32. Where the mask is False, the loss and its gradient
 are 0, even if the inputs there are NaN.
 """

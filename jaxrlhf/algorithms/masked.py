@@ -32,9 +32,9 @@ def masked_sum(x: Array, mask: Array, axis: Axis = None) -> Array:
 
 
 def at_last_token(per_row: Array, mask: Array) -> Array:
-    """Returns f32[B,R] with the number of each row at its last real token, and 0 elsewhere. `per_row` is f32[B].
+    """Puts the numbers `per_row`, f32[B], at the last real token of each row, and 0 elsewhere: f32[B,R].
 
-    A row without a real token is 0.
+    A row without a real token is 0 everywhere.
     """
     position = jnp.arange(mask.shape[1])
     last = jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)  # -1 if the row is empty
@@ -67,12 +67,12 @@ def _variance(deviations: Array, mask: Array, unbiased: bool = True) -> Array:
 
 
 def _deviations(x: Array, mask: Array) -> tuple[Array, Array]:
-    """Returns (mean f32[], x - mean f32 of x's shape); the difference is 0 where the mask is False.
+    """Returns (mean, deviations). The mean is f32[]. The deviations are x - mean, f32 of x's shape, 0 outside the mask.
 
     The mean of many equal numbers may differ from these numbers by rounding. So the mean is clipped to the range of x,
     and a second pass subtracts the mean of the deviations. If the range is at most `ROUNDING` * the largest magnitude,
     x varies by rounding only, and the deviations are set to exactly 0. Without this rule, whitening would scale the
-    rounding errors to a deviation of 1.
+    rounding errors to a standard deviation of 1.
     """
     (x,) = zero_masked(mask, x)
     lowest = stop_gradient(jnp.min(jnp.where(mask, x, jnp.inf)))

@@ -1,7 +1,7 @@
 """Policy losses per token, such as PPO's clipped surrogate, and importance weights.
 
 `policy_loss` computes any loss of the table `POLICY_LOSSES`. To add a loss, write a function and add the function to
-this table. This module does not reduce losses per token (see `masked.aggregate`). All arithmetic is float32. Where the
+this table. Losses per token are returned unreduced (see `masked.aggregate`). All arithmetic is float32. Where the
 mask is False, the loss and its gradient are 0, even if the inputs there are NaN.
 """
 
@@ -200,10 +200,10 @@ def importance_weights(
 
     The caller multiplies the loss per token by the weights. `logprobs_train` are those of the policy before the
     update, from the training forward pass. `logprobs_sample` are those of the policy that sampled the tokens, from the
-    sampler. These are the same policy, or the second is some updates behind. The ratio to the policy in training is
-    part of the loss, and not of the weights. Token weights have a bias and a low variance. Sequence
-    weights have no bias and a high variance. Sources: F. Yao et al., "Your Efficient RL Framework Secretly Brings You
-    Off-Policy RL Training" (2025); for the truncation, Ionides (2008).
+    sampler. Both are the same policy, or the policy that sampled is some updates behind. The ratio of the policy in
+    training to the policy before the update is part of the loss, not of the weights. Token weights have a bias and a
+    low variance. Sequence weights have no bias and a high variance. Sources: F. Yao et al., "Your Efficient RL
+    Framework Secretly Brings You Off-Policy RL Training" (2025); for the truncation, Ionides (2008).
 
     Args:
       logprobs_train: f32[B,R]; old logprobs, computed by the training forward pass.

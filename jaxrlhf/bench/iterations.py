@@ -1,4 +1,4 @@
-"""Times PPO's iterations. The code of the stage runs the timed programs, with random prompts and scores."""
+"""Times PPO iterations. The PPO stage's own code runs the timed programs, on random prompts and scores."""
 
 import statistics
 import time
@@ -68,8 +68,8 @@ def _iteration(shapes: Shapes, timed: dict[str, Timed]) -> tuple[Iteration, Stag
 class _RandomReward:
     """A reward that runs the programs of the run's reward models.
 
-    If the run has the program `reward`, its scores are returned. Otherwise the scores are random. If the run's reward
-    scores inside completions, each token has a random reward.
+    If the run has process rewards (rewards inside completions), each token gets a random reward. Otherwise the scores
+    are those of the program `reward`, or random if the run does not have this program.
     """
 
     name = "bench"

@@ -1,4 +1,4 @@
-"""Measures two rates of this machine with XLA: operations of matrix products, and bytes from and to memory.
+"""Measures two rates of this machine with XLA: operations per second of matrix products, and memory bandwidth.
 
 The host starts many calls before it waits for the last call, because a device that waits for its host is slower. All
 data are random. Matrix products of zeros need less power and run faster on some cards.
@@ -79,7 +79,7 @@ def _product_rate(size: int, dtype: jnp.dtype) -> float:
 
 
 def _memory_rate(length: int) -> float:
-    """Returns the bytes per second from and to memory. The step y <- a x + y reads two arrays and writes one array."""
+    """Returns the memory bandwidth in bytes per second. The step y <- a x + y reads two arrays and writes one array."""
     x, y = (jax.random.normal(jax.random.key(i), (length // 4,), jnp.float32) for i in range(2))
     axpy = jax.jit(lambda y, x: 1e-3 * x + y, donate_argnums=0)
     return 3.0 * length / _seconds(lambda y: axpy(y, x), y)

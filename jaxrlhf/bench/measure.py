@@ -42,7 +42,8 @@ def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> 
     """Measures on all devices. After each measurement, yields (all results so far as JSON values, new results as text).
 
     The rates of the machine are measured first. Then, for each stage, each program and the whole stage are measured.
-    `say` prints progress messages. If `options.only` leaves out a program, the inputs that it would compute are random.
+    `say` prints progress messages. If `options.only` leaves out a program, programs that need its results get random
+    arrays instead.
     Raises `UserError` if the settings do not fit the devices or the model.
     """
     check_one_mesh(config)
@@ -125,7 +126,10 @@ def _sums(programs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def with_lengths(config: RunConfig, kind: str, vocabulary: int) -> RunConfig:
-    """Returns the settings with stop tokens for `kind`: completions of full length, or of geometric lengths.
+    """Returns the settings with other stop tokens, which make completions as long as `kind` says.
+
+    If `kind` is "full", there are no stop tokens, and all completions have full length. If it is "geometric", a share
+    of the vocabulary are stop tokens.
 
     Random weights give every token about the same probability. If a share p of the vocabulary are stop tokens, each
     sampled token ends its completion with probability p. The lengths then have a geometric distribution with mean

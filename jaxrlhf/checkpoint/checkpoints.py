@@ -371,7 +371,7 @@ def _undamaged_record(folder: Path) -> dict[str, Any]:
         return _checked_record(folder)
     except Damaged as damage:
         if not folder.exists():
-            raise UserError(f"{folder}: the run has just removed this checkpoint; give the command again") from None
+            raise UserError(f"{folder}: the run has just removed this checkpoint; run the command again") from None
         raise _spoilt(folder, damage) from None
 
 

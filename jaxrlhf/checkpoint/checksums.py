@@ -2,8 +2,8 @@
 
 There is a checksum for each file, not for each array. So checksums also protect metadata and indices, they do not
 depend on devices and processes, and several processes can share the work. CRC-32 (from zlib) finds every change of up
-to 32 neighbouring bits, and misses one in 4e9 of other random changes. CRC-32 is several times faster than a
-cryptographic hash.
+to 32 neighbouring bits. Of all other random changes, CRC-32 misses about one in 4e9. CRC-32 is several times faster
+than a cryptographic hash.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def _size_and_crc(path: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Replaces an `OSError` that the block raises by `Damaged` if the error means lost data."""
+    """If the block raises an `OSError` that means lost data, raises `Damaged` instead."""
     try:
         yield
     except OSError as error:

@@ -101,9 +101,10 @@ def _user_folder() -> Path:
 
 
 def _remove_incomplete(folder: Path) -> None:
-    """Removes incomplete entries, because jax never writes them again.
+    """Removes incomplete entries. Without this, jax would never complete them, because it writes no entry twice.
 
-    jax writes the file with the time of last use last, so an incomplete entry lacks this file.
+    An entry has two files. jax first writes the program, then the time of last use. An incomplete entry lacks the
+    second file.
     """
     with filelock.FileLock(folder / ".lockfile", timeout=10):  # jax's own lock
         for entry in folder.glob("*-cache"):

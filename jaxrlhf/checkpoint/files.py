@@ -17,10 +17,10 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO,
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:
-    """Writes a file that appears complete or not at all; text in UTF-8. Raises `OSError` if the disk refuses a write.
+    """Writes a file that appears complete or not at all. Raises `OSError` if the disk refuses a write.
 
-    If `path` is a symbolic link, the function replaces the file to which the link points. If `path` is a device or a
-    pipe, the function writes into it directly.
+    Text is written as UTF-8. If `path` is a symbolic link, the function replaces the file to which the link points. If
+    `path` is a device or a pipe, the function writes into it directly.
     """
     path, data = Path(os.path.realpath(path)), content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -85,7 +85,7 @@ def atomic_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Returns when the contents of a file or folder are on disk. Callers rename a file or folder only after this."""
+    """Waits until the contents of a file or folder are on disk. Callers call this function before they rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -24,7 +24,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """The lock of a run directory. Every process of a run calls `take`, but only the process with `takes` sets it."""
+    """The lock of a run directory. Every process of a run calls `take`, but only the one with `takes=True` locks."""
 
     def __init__(self, folder: str | Path, takes: bool = True, say: Callable[[str], None] = print):
         self._folder, self._takes, self._say = Path(folder).absolute(), takes, say
@@ -38,7 +38,7 @@ class RunLock:
             return
         refusal = self._acquire() if self._takes else ""
         if largest(int(bool(refusal))):
-            raise UserError(refusal or f"{self._folder}: another run uses this folder; process 0 names this run")
+            raise UserError(refusal or f"{self._folder}: another run uses this folder; process 0 reports which run")
         self.held = True
 
     def _acquire(self) -> str:

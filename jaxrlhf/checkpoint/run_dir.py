@@ -22,8 +22,8 @@ def open_run(
 ) -> Path:
     """Creates the directory with its `config.yaml`, or opens a directory with the same settings. Returns the path.
 
-    `config_text` is YAML. On several hosts, all processes compare the settings, and the process with `writes` writes
-    them. If a setting differs and `may_change` is true for it, the file gets the new value. If any other setting
+    `config_text` is YAML. On several hosts, all processes compare the settings, and only the process with `writes=True`
+    writes them. If a setting differs and `may_change` is true for it, the file gets the new value. If any other setting
     differs, raises `UserError` with the name of the first one. Also raises `UserError` if the directory cannot be
     written.
     """

@@ -84,7 +84,7 @@ def _status(command: Callable[[StopSignals], None], stop: StopSignals) -> int:
 def _print_user_frames(error: BaseException | None) -> None:
     """Prints the stack frames of the user's reward function if the function raised the error.
 
-    They name the faulty line.
+    These frames name the faulty line.
     """
     while error is not None and getattr(error, "user_error", None) is None:
         error = error.__cause__

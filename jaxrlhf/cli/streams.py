@@ -1,7 +1,7 @@
-"""Standard output and standard error of a command, even if they are closed, full, or cannot show a character.
+"""Standard output and standard error of a command, which may be closed or full, or unable to show a character.
 
-Characters that the encoding does not have are replaced. Output that cannot be written raises `OutputLost`. Messages on
-standard error that cannot be written are dropped: they must not stop a run.
+Characters that the encoding of the stream does not have are replaced. Output that cannot be written raises
+`OutputLost`. Messages on standard error that cannot be written are dropped: they must not stop a run.
 """
 
 import contextlib

@@ -51,7 +51,7 @@ class AlarmConfig(Settings):
         if self.against is not None and not self.whole.changes:
             raise ValueError("against needs rises_by or falls_by")
         if (self.do == "run") != (self.command is not None):
-            raise ValueError("do: run and command need each other; give both, or neither")
+            raise ValueError("do: run needs command, and command needs do: run; give both, or neither")
         return self
 
     @property

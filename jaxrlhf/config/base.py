@@ -40,7 +40,7 @@ class Settings(BaseModel):
 
 
 def number(default: float | None, description: str, **bounds: Any) -> Any:
-    """Returns a traced field. Its value enters compiled steps as an array, so a change compiles nothing again."""
+    """Returns a traced field. Its value is an array argument of compiled steps, so a new value needs no recompilation."""
     return Field(default, description=description, json_schema_extra={"traced": True}, **bounds)
 
 

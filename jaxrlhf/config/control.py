@@ -22,11 +22,11 @@ def _schedule(value: Any) -> Any:
         return value
     if isinstance(value, str) and re.fullmatch(r"lin_\d+(\.\d+)?(e-?\d+)?", value):
         return value
-    raise ValueError("must be a number of at least 0, a text such as lin_0.001, which falls to 0 along a line, or a function of the share of timesteps that is left")
+    raise ValueError("must be a number of at least 0, a text such as lin_0.001 (falls linearly from 0.001 to 0), or a function of the remaining share of timesteps")
 
 
 def _activation(value: Any) -> Any:
-    """Takes a name, or a class or function with the name of an activation, such as torch.nn.ReLU or jax.nn.relu."""
+    """Returns the name of an activation, which is given as text, class or function, such as torch.nn.ReLU."""
     name = value if isinstance(value, str) else getattr(value, "__name__", repr(value))
     name = name.lower()
     return {"leakyrelu": "leaky_relu", "swish": "silu"}.get(name, name)
@@ -77,7 +77,7 @@ class ControlConfig(Settings):
 
 
 def at(schedule: Any, left: float) -> float:
-    """Returns the value of a schedule when the share `left` of the timesteps is left: 1 at the start, 0 at the end."""
+    """Returns the value of a schedule. `left` is the remaining share of timesteps: 1 at the start, 0 at the end."""
     if isinstance(schedule, str):
         return float(schedule.removeprefix("lin_")) * left
     return float(schedule(left)) if callable(schedule) else float(schedule)

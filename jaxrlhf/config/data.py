@@ -35,7 +35,7 @@ class SourceConfig(Settings):
 
 
 class ShotsConfig(SourceConfig):
-    """Solved examples (few-shot) that the template of each row may write, as the variable `shots`."""
+    """Solved examples (few-shot). The template of each row can read them as the list `shots`."""
 
     count: PositiveInt = Field(4, description="number of examples for each row")
     choose: Literal["first", "random"] = Field("first", description="first gives every row the first examples of the source; random draws examples for each row; an example that equals the row is never used, because it would tell the answer")
@@ -73,7 +73,7 @@ class ChatSourceConfig(SourceConfig):
     def _writers_of_the_prompt(self) -> "ChatSourceConfig":
         writers = [name for name in ("template", "messages_template") if getattr(self, name) is not None]
         if self.shots is not None and not writers:
-            raise ValueError("shots has no effect without template or messages_template, which write the list shots")
+            raise ValueError("shots has no effect without a template that reads it; give template or messages_template, or leave shots out")
         # The config.yaml of a run gives every field, so a field with its default does not count.
         fields = type(self).model_fields
         readers = [
@@ -131,7 +131,7 @@ def _check_mixture(config: Any) -> Any:
     if config.streaming:
         _check_streaming(sources)
     elif config.shuffle_buffer != _ROWS:
-        raise ValueError("shuffle_buffer has no effect without streaming; give streaming: true, or leave it out")
+        raise ValueError("shuffle_buffer has no effect without streaming; give streaming: true, or leave shuffle_buffer out")
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and any(source.epochs is not None for source in sources):
         raise ValueError("a mixture has either weight or epochs; give one of the two")
@@ -143,20 +143,20 @@ def _check_mixture(config: Any) -> Any:
 
 
 def _check_streaming(sources: list[Any]) -> None:
-    """Raises ValueError if a stream cannot have a setting, because its number of rows is not known."""
+    """Raises ValueError if a stream cannot obey the settings, because it does not know all its rows in advance."""
     for source in sources:
         if len(sources) > 1 and source.weight is None:
             raise ValueError(
                 "a streamed mixture needs a weight for every source, because the numbers of rows are not known"
             )
         if source.epochs is not None:
-            raise ValueError("epochs of a source cannot be streamed; give weight")
+            raise ValueError("a streamed source cannot have epochs, because its number of rows is not known; leave epochs out")
         if getattr(source, "curriculum", None) is not None:
-            raise ValueError("curriculum orders all rows, but a stream does not have them; leave one of the two out")
+            raise ValueError("curriculum sorts all rows, but a stream reads only some at a time; leave out curriculum or streaming")
 
 
 def not_streamed(config: Any) -> Any:
-    """Raises ValueError if a source that is read as a whole has streaming. Returns the source."""
+    """Returns the source, which is read as a whole. Raises ValueError if its setting `streaming` is true."""
     if config is not None and config.streaming:
         raise ValueError("this data is read as a whole; leave streaming out")
     return config

@@ -9,7 +9,7 @@ Change = tuple[str, Any, Any]  # key path, old value, new value
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], above: str = "") -> list[Change]:
-    """(key path, old value, new value) of every difference, in the order of `new`.
+    """Returns (key path, old value, new value) of every difference, in the order of `new`.
 
     If one side lacks a key, its value there is "absent". If one side lacks a section, the section is one difference.
     """

@@ -1,6 +1,7 @@
-"""Evaluation on held-out rows, one section for each stage, and what ends a stage or lowers its learning rate.
+"""Settings of evaluation on held-out rows (one section for each stage), early stopping and the plateau schedule.
 
-Evaluation changes no weights. Early stopping and the schedule plateau watch a metric for improvement.
+Evaluation changes no weights. If a metric stops improving, early stopping ends the stage, and the plateau schedule
+lowers the learning rate.
 """
 
 from typing import Annotated, Any, Literal
@@ -49,7 +50,7 @@ class RewardModelEvaluationConfig(Settings):
 
 
 class PPOEvaluationConfig(Settings):
-    """Reward, gold score, KL and length on held-out prompts, the same prompts and random keys each time."""
+    """Reward, gold score, KL and length on held-out prompts. Prompts and random keys are the same each time."""
 
     every: PositiveInt | None = _every("iterations")
     data: Annotated[PromptsConfig | None, AfterValidator(not_streamed)] = Field(None, description="held-out prompts; null uses ppo.data")

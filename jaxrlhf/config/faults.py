@@ -27,7 +27,7 @@ def explain(error: ValidationError, path: str, origins: Origins) -> str:
 
 
 def _place(location: tuple[str | int, ...]) -> SettingPath:
-    """The place of a fault. An entry of a list of sections is `[2]`; the number of a plain entry is left out."""
+    """Returns the place of a fault. Entries of lists are numbered, such as `[2]`, only if the entries are sections."""
     place: list[str] = []
     for part in location:
         if isinstance(part, str):

@@ -52,7 +52,7 @@ def check_characters(text: str) -> None:
 
 
 def not_utf8(text: str) -> str:
-    """Why text cannot be written as UTF-8: its bytes are not, or Python has read them in another encoding."""
+    """Returns why a text cannot be written as UTF-8: its bytes are invalid, or were decoded with another encoding."""
     try:
         os.fsencode(text).decode()
     except UnicodeError:

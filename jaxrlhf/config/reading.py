@@ -196,9 +196,9 @@ def _override(data: dict[str, Any], origins: dict[KeyPath, str], text: str) -> N
 
 
 def _drop_empty_sections(data: dict[str, Any], path: KeyPath) -> None:
-    """Removes sections without keys. They then have their defaults. Where null is a value, it stays.
+    """Removes sections without keys from `data`, in place. These sections then have their defaults.
 
-    `data` is changed in place.
+    A null is kept if null is a valid value of the section.
     """
     for name, value in list(data.items()):
         setting = find_setting((*path, name))

@@ -16,7 +16,7 @@ class _Inside(Settings):
     @model_validator(mode="after")
     def _check_separator(self) -> "_Inside":
         if self.step_separator != "\n" and self.granularity != "step":
-            raise ValueError(f"step_separator has no effect with granularity: {self.granularity}; set granularity: step, or leave it out")
+            raise ValueError(f"step_separator has no effect with granularity: {self.granularity}; set granularity: step, or leave step_separator out")
         return self
 
 
@@ -90,7 +90,7 @@ class JudgeRewardConfig(Settings):
             raise ValueError("low must be less than high")
         whole = self.low == int(self.low) and self.high == int(self.high)
         if self.read == "logprobs" and self.against is None and not (whole and self.low >= 0 and self.high <= 9):
-            raise ValueError("read: logprobs needs whole low and high from 0 to 9, because a score must be one token")
+            raise ValueError("read: logprobs needs whole numbers from 0 to 9 as low and high, because a score must be one token")
         return self
 
 
@@ -125,7 +125,7 @@ class ModelRewardConfig(_Inside, _Reader):
         if self.step_reward == "difference" and self.granularity != "step":
             raise ValueError("step_reward has no effect without granularity: step; give both, or neither")
         if self.granularity == "step" and self.end_at_eos:
-            raise ValueError("end_at_eos: true has no effect on steps; leave it out with granularity: step")
+            raise ValueError("end_at_eos: true has no effect with granularity: step; leave end_at_eos out")
         return self
 
 
@@ -147,33 +147,33 @@ def _tag(section: Any) -> str | None:
 
 
 class _Weighted(Settings):
-    """The additional setting of a reward that is a part of a sum."""
+    """The additional setting of a reward that is one part of a weighted sum."""
 
     weight: FiniteFloat = Field(1.0, description="factor of this part's scores in the sum; a part with weight 0 is only logged")
 
 
 class FunctionPart(_Weighted, FunctionRewardConfig):
-    """A function in a sum."""
+    """A Python function as one part of a weighted sum."""
 
 
 class HTTPPart(_Weighted, HTTPRewardConfig):
-    """A server in a sum."""
+    """An HTTP server as one part of a weighted sum."""
 
 
 class ModelPart(_Weighted, ModelRewardConfig):
-    """A reward model in a sum."""
+    """A reward model as one part of a weighted sum."""
 
 
 class CodeTestsPart(_Weighted, CodeTestsRewardConfig):
-    """Unit tests in a sum."""
+    """Unit tests as one part of a weighted sum."""
 
 
 class JudgePart(_Weighted, JudgeRewardConfig):
-    """A judge in a sum."""
+    """A judge as one part of a weighted sum."""
 
 
 class ClassifierPart(_Weighted, ClassifierRewardConfig):
-    """A classifier in a sum."""
+    """A classifier as one part of a weighted sum."""
 
 
 RewardPart = Annotated[

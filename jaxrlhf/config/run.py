@@ -70,7 +70,7 @@ class NewModelConfig(Settings):
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of twice heads ({self.heads})")
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of 2 * heads ({2 * self.heads})")
         return self
 
 
@@ -105,7 +105,7 @@ class ModelConfig(Settings):
 
 
 class PartMeshConfig(Settings):
-    """Number of devices along each axis of a mesh that has some of the devices."""
+    """Number of devices along each axis of one of PPO's two meshes, each of which has a part of the devices."""
 
     data: PositiveInt = Field(1, description="devices that each hold a copy of the base and a share of the batch", json_schema_extra=FREE)
     fsdp: PositiveInt = Field(1, description="devices that share the batch and the weights", json_schema_extra=FREE)
@@ -219,7 +219,7 @@ class RewardModelConfig(_SupervisedConfig):
 class PretrainingConfig(Settings):
     """Data for the language-model loss of PPO-ptx: texts, or prompts with responses.
 
-    The policy must not unlearn these data.
+    This loss keeps the policy from unlearning these data.
     """
 
     data: Annotated[DemonstrationsConfig, AfterValidator(not_streamed)] = Field(description="rows to learn from")
@@ -228,7 +228,7 @@ class PretrainingConfig(Settings):
 
 
 class SuccessCurriculumConfig(Settings):
-    """A curriculum by the policy's own success: a draw is in proportion to p (1 - p), where p is the share of solved completions."""
+    """A curriculum by the policy's own success: prompts are drawn with weights p (1 - p), where p is the estimated probability that the policy solves the prompt."""
 
     solved_at: FiniteFloat = Field(1.0, description="a completion with at least this score solves its prompt")
     decay: UnitFloat = Field(0.9, description="at each draw of a prompt, its earlier counts are multiplied by this, because the policy changes")

@@ -58,7 +58,7 @@ class Sampling(Settings):
             if not choice.strip():
                 raise ValueError(f"the choice {choice!r} is empty; give some text")
             if choices.count(choice) > 1:
-                raise ValueError(f"the choice {choice!r} is there twice; give each choice once")
+                raise ValueError(f"the choice {choice!r} is given more than once; give each choice once")
         return choices
 
 

@@ -83,8 +83,8 @@ def _prefixes() -> frozenset[SettingPath]:
 def path_of(names: Sequence[str]) -> SettingPath | None:
     """Returns the first place that matches a key path, or None. A key path may omit kinds.
 
-    It has a name of the mapping instead of `*`, and the number of an entry, such as `[2]`, instead of `[]`. The entries
-    of `mix_with` have the settings of the section that holds them.
+    Where the place has `*`, the key path has a name of the mapping. Where the place has `[]`, the key path has the
+    number of an entry, such as `[2]`. An entry of `mix_with` has the same settings as the section with `mix_with`.
     """
     text = re.sub(rf"\n{MIX_WITH}\n\[\d*\]", "", "\n".join(["", *names]))
     names = text.split("\n")[1:]
@@ -117,8 +117,8 @@ def without_kinds(place: Sequence[str]) -> SettingPath:
 def settings_help(above: str | None = None) -> str:
     """Returns one line per setting: key path, type and bounds, default, description.
 
-    With `above` the lines are only of that setting, or of that section and its settings. Raises `ValueError`, with the
-    nearest names, if `above` is unknown.
+    If `above` is given, only the lines of this setting, or of this section and its settings, are returned. Raises
+    `ValueError`, with the nearest names, if `above` is unknown.
     """
     names, lines = () if above is None else tuple(above.replace(ENTRY, f".{ENTRY}").split(".")), []
     for place, setting in settings().items():

@@ -50,11 +50,11 @@ def augment(
 ) -> tuple[int, int]:
     """Writes each row and its changed copies. Returns (number of rows, number of copies).
 
-    The prompt changes; of a chat its last turn of the user; of other rows the text. A copy that equals its row or
-    another copy is left out.
+    The prompt is changed, or the text of a row without a prompt. In a chat only the last user turn is changed. A copy
+    that equals its row or another copy is left out.
 
     copies    copies per row
-    column    the column that names the row from which a copy was made; a value that is there stays
+    column    column that holds the row's number in a row and its copies; a value that a row already has is kept
     kind, settings  as in `check`
 
     Raises UserError for a row that no stage can use.
@@ -138,7 +138,7 @@ def swap_words(text: str, share: float, rng: random.Random) -> str:
 
 
 def replace_synonyms(text: str, synonyms: dict[str, list[str]], share: float, rng: random.Random) -> str:
-    """Returns the text in which a random share of the words with synonyms has one of them. Capitals stay."""
+    """Returns the text. Each word is replaced by a synonym, if it has any, with probability `share`; capitals stay."""
 
     def replaced(match: re.Match) -> str:
         others = synonyms.get(match[0].lower())
@@ -171,7 +171,7 @@ def read_synonyms(path: str) -> dict[str, list[str]]:
 
 
 def compiled_template(text: str) -> Callable[[dict[str, Any]], str]:
-    """Returns the jinja template. It runs in a sandbox, reads the columns of a row and `text`, and must have `text`."""
+    """Returns the jinja template. It runs in a sandbox and may use a row's columns. It must use `text`, its text."""
     from jaxrlhf.data.templates import compiled
 
     if not re.search(r"\btext\b", text):
@@ -183,7 +183,7 @@ def compiled_template(text: str) -> Callable[[dict[str, Any]], str]:
 
 
 def _text(row: Row, source: Source) -> tuple[str, str]:
-    """Returns (the field that holds the text that changes, this text)."""
+    """Returns (name of the field to change, the text to change in this field)."""
     fields = source.fields
     names = (fields.prompt_field, fields.messages_field, fields.text_field)
     for name in names[1:2] if source.kind == "chats" else names:

@@ -1,6 +1,6 @@
 """Checks a data file: what it holds, and which rows are faulty. This is the command `jaxrlhf data check`.
 
-The file is read once, row by row. Hashes of its texts are kept, which take about 8 kB for a row of 220 words at most.
+The file is read once, row by row. Hashes of its texts are kept, about 8 kB for a row of 220 words.
 `FAULTS` lists what is a fault; the thresholds are the constants below and those of `similarity`.
 """
 
@@ -121,11 +121,11 @@ def check(
 ) -> Report:
     """Returns the faults of a file and what it holds.
 
-    kind        of `reading.KINDS`; None: the kind whose fields the first rows have
-    settings    of the source, such as "response_field=answer"
+    kind        a key of `reading.KINDS`; None means the kind whose fields the first rows have
+    settings    settings of the source, such as "response_field=answer"
     tokenizer   counts tokens as the stages do; rows of more than `max_tokens` are faults
     against     other files, such as the test set; a prompt that is in both is a fault
-    similarity  Jaccard similarity of word triples from which on texts are near-duplicates
+    similarity  texts with at least this Jaccard similarity of word triples are near-duplicates
 
     Raises UserError if a file cannot be read, or if its rows have the fields of no kind of data.
     """
@@ -157,7 +157,7 @@ def check(
 
 
 class _Rows:
-    """What all usable rows have in common or contradict. Texts are kept as hashes."""
+    """Collects the usable rows and compares them with each other. Texts are kept as hashes."""
 
     def __init__(self, report: Report, keep_prompts: bool):
         self.report = report
@@ -228,7 +228,7 @@ class _Rows:
             self.conflicts.append((number, f"{short(label)}, but {short(known)} in {self.places[row]}"))
 
     def finish(self, similarity: float) -> None:
-        """Adds the faults that only all rows together show."""
+        """Adds the faults that can be found only after the last row."""
         report, count = self.report, len(self.places)
         if self.unix:
             for number in self.crlf:
@@ -268,7 +268,7 @@ class _Rows:
                     report.add("label_balance", f"label {label!r}", f"{rows} of {total:,} rows")
 
     def compare(self, path: str, settings: Sequence[str], similarity: float) -> None:
-        """Adds the rows of another file whose prompt is in this file. Rows that cannot be read are passed over."""
+        """Adds the rows of another file whose prompt is in this file. Rows that cannot be read are skipped."""
         other = open_source(path, None, settings, lambda error: None)
         both, places = self.prompt_sketches, []
         assert both is not None
@@ -338,7 +338,7 @@ class _Lengths:
 
 
 def _check_bytes(report: Report, source: Source) -> None:
-    """Adds faults of the file's bytes that parsing hides. Only text formats have them."""
+    """Adds faults that can be seen only in the bytes of a text file: byte order mark, mixed line endings."""
     path = os.path.expanduser(source.path)
     ending = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if not os.path.isfile(path) or ENDINGS.get(ending) not in ("json", "jsonl", "csv"):

@@ -1,6 +1,7 @@
 """Removes faulty rows and odd characters from a data file. This is the command `jaxrlhf data clean`.
 
-Rows are written in their order as they are read. Of equal rows the first is kept. `near` reads the file twice.
+Rows are written one by one as they are read, so they keep their order. Of equal rows the first is kept. `near` reads
+the file twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def clean(
 ) -> Cleaned:
     """Writes the usable rows to `out` as JSON Lines and returns what was done.
 
-    Every text of a row, at any depth, gets Unicode's form NFC and the line end \\n, and loses control characters. Rows
+    Every text of a row, at any depth, gets Unicode's form NFC and the line end \\n, and loses control characters. Lines
     that hold no row, rows that no stage can use, duplicates, and pairs with equal responses are dropped.
 
     near    also drops near-duplicates of earlier rows

@@ -36,10 +36,10 @@ def convert(
 ) -> LoadReport:
     """Writes the rows of a file to `out` as JSON Lines and returns the counts.
 
-    form      of `FORMATS`
+    form      a key of `FORMATS`
     columns   for csv: new name -> name in the file; other columns keep their names
     drop      drops rows that cannot be converted; without it the first of them raises UserError
-    settings  of the source, such as "split=test"
+    settings  settings of the source, such as "split=test"
     """
     check_output(out, overwrite)
     report = LoadReport(path, 0)
@@ -71,7 +71,7 @@ def convert(
 
 
 def hh_rlhf(row: Row) -> Values:
-    """Two dialogues in one text each, with turns "\\n\\nHuman: " and "\\n\\nAssistant: ", as in Anthropic/hh-rlhf."""
+    """Two dialogues. Each is one text, with turns "\\n\\nHuman: " and "\\n\\nAssistant: ", as in Anthropic/hh-rlhf."""
     chosen, rejected = (_dialogue(row, name) for name in ("chosen", "rejected"))
     common = 0
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
@@ -108,7 +108,7 @@ def ultrafeedback(row: Row) -> Values:
 
 
 def scored(row: Row) -> Values:
-    """`data sample` with scores: `prompt` and `completions` of {"response", "score"}. The best and the worst remain."""
+    """Scored output of `data sample`: `prompt` and `completions` of {"response", "score"}. Keeps the best and worst."""
     return _best_and_worst(row, text_or_messages_field(row, "prompt"), ("score",))
 
 
@@ -158,9 +158,12 @@ def sharegpt(row: Row) -> Values:
     for number, turn in enumerate(turns, 1):
         role = _SHAREGPT_ROLES.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
+            found = f"the turn is {describe(turn)}"
+            if isinstance(turn, dict):
+                found = f"`from` is {describe(turn.get('from'))}, and `value` is {describe(turn.get('value'))}"
             raise UserError(
                 f"{row.where}: turn {number} must have a text `value`, and `from` must be one of "
-                f"{', '.join(_SHAREGPT_ROLES)}, not {describe(turn.get('from') if isinstance(turn, dict) else turn)}"
+                f"{', '.join(_SHAREGPT_ROLES)}; {found}"
             )
         messages.append({"role": role, "content": turn["value"]})
     if isinstance(system := row.values.get("system"), str) and system.strip():
@@ -208,7 +211,10 @@ def _conll(path: str) -> Iterator[Row]:
 
 
 def conll(row: Row) -> Values:
-    """CoNLL-2003 and other files of one token and tag a line: BIO, BIOES or BILOU. Becomes lines "type: text"."""
+    """CoNLL-2003 and other files with a token and its tag per line. The tags are BIO, BIOES or BILOU.
+
+    The response has a line "type: text" for each entity.
+    """
     tokens, tags = row.values["tokens"], row.values["tags"]
     spans: list[tuple[str, list[str]]] = []
     inside = ""  # the type that an I tag continues
@@ -226,7 +232,7 @@ def conll(row: Row) -> Values:
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Values:
-    """A table, whose columns get new names. An empty cell is left out."""
+    """Returns a row of a table, with new column names and without empty cells."""
     for name in columns.values():
         if name not in row.values:
             raise UserError(f"{row.where}: there is no column {name!r}; the columns are: {', '.join(row.values)}")

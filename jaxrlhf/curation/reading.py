@@ -31,7 +31,7 @@ class Fields(DemonstrationsSourceConfig, PreferencesSourceConfig, PromptsSourceC
 
 @dataclass(frozen=True)
 class Content:
-    """What a row says. Chats are flat texts here; `pairs` holds them as the tokenizer reads them."""
+    """The content of a row. Only `pairs` holds chats as chats; the other fields hold them as plain text."""
 
     prompt: str  # "" if the row has no prompt
     responses: tuple[str, ...]  # the response; or chosen and rejected; or nothing
@@ -45,7 +45,7 @@ class Content:
 
     @property
     def key(self) -> int:
-        """The same number for equal rows."""
+        """A hash that is the same for equal rows."""
         return digest(*self.texts, repr(self.label), self.others)
 
     @property
@@ -106,7 +106,7 @@ def open_source(path: str, kind: str | None = None, settings: Sequence[str] = ()
 
 
 def _kind_of(rows: Sequence[Row], fields: Fields) -> str:
-    """Returns the first kind in this order whose fields half of the rows have, else the kind that most rows have."""
+    """Returns the first kind of `needed` whose fields half of the rows have, else the kind that fits most rows."""
     prompt, text, label = fields.prompt_field, fields.text_field, fields.label_field
     needed = {
         "preferences": [{fields.chosen_field, fields.rejected_field}],
@@ -182,7 +182,7 @@ def _prompts(fields: Fields, head: Sequence[Row]) -> Reader:
 
 
 def _other_columns(row: Row, fields: Fields) -> str:
-    """Returns the columns beside the prompt, but not names and numbers of rows."""
+    """Returns the columns beside the prompt, as one text. Columns that identify a row, such as id, are left out."""
     prompt = (fields.prompt_field, fields.messages_field, fields.text_field)
     others = {name: value for name, value in row.values.items() if name not in prompt and not _IS_ID.fullmatch(name)}
     return repr(sorted(item for item in others.items() if item[1] is not None)) if others else ""

@@ -1,4 +1,4 @@
-"""Has a language model rewrite texts: paraphrases, and translations and back. The model is a server or a folder.
+"""Lets a language model rewrite texts, by paraphrase or back-translation. The model is on a server or in a folder.
 
 A server has the interface of OpenAI's chat completions. Each text is one request:
 
@@ -28,7 +28,7 @@ TRANSLATE = "Translate this text into {}. Answer with the translation alone.\n\n
 
 
 def paraphrase(ask: Ask) -> Rewrite:
-    """Returns a function that asks the model for each text in other words."""
+    """Returns a function that asks the model for a paraphrase of each text."""
     return lambda texts, seeds: ask([PARAPHRASE + text for text in texts], seeds)
 
 
@@ -90,8 +90,8 @@ class ChatServer:
 class LocalModel:
     """Asks a model folder or hub id on this machine, through the code of `jaxrlhf generate`.
 
-    Each call loads the model, so all texts belong into one call. If the tokenizer has a chat template, an instruction
-    is a turn of the user.
+    Each call loads the model, so pass all texts in one call. If the tokenizer has a chat template, an instruction is
+    sent as a user turn.
     """
 
     def __init__(self, folder: str, *, temperature: float = 1.0, max_tokens: int = 512):

@@ -46,7 +46,7 @@ def digest(*texts: str) -> int:
 
 
 class _Vocabulary(dict):
-    """The 32-bit hash of each word, kept for the next row."""
+    """A cache of the 32-bit hashes of words."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= 1_000_000:
@@ -90,7 +90,8 @@ class Sketches:
         del self._hashes[count:], self._sides[count:], self._numbers[count:], self._texts[count:]
 
     def pairs(self, threshold: float = THRESHOLD, equal: bool = False) -> list[tuple[int, int]]:
-        """Returns pairs (i, j), i < j, of near-duplicates. Of a cluster, enough pairs to connect its rows.
+        """Returns pairs (i, j), i < j, of near-duplicates. Not all pairs of a cluster are returned, but enough
+        to connect its rows.
 
         Pairs of equal texts are left out unless `equal` is set.
         """
@@ -145,7 +146,7 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _sample(ids: np.ndarray, side: int) -> np.ndarray:
-    """Returns the smallest hashes of a side's word triples, u32[at most SAMPLE], sorted and each once."""
+    """Returns the smallest hashes of a side's word triples, u32[at most SAMPLE], sorted, without repeats."""
     if len(ids) < 3:
         return np.zeros(0, np.uint32)
     hashes = _mix(_mix(_mix(ids[:-2]) + ids[1:-1]) + ids[2:])
@@ -180,7 +181,7 @@ def _candidates(rows: Sequence[np.ndarray]) -> Iterator[tuple[int, int]]:
 
 
 def _equal(keys: Sequence[int] | np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields pairs (i, j), i < j, with equal keys: each row with the one before it and with the first of its key."""
+    """Yields pairs (i, j), i < j, with equal keys. i is the last row before j with this key, or the first of all."""
     keys = np.asarray(keys)
     order = np.argsort(keys, kind="stable")
     same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1

@@ -1,9 +1,10 @@
 """Splits a data file into parts, such as training, validation and test. This is the command `jaxrlhf data split`.
 
-The file is read twice: once to decide, once to write. Rows of a group go to one part. Groups are placed one after the
-other, the largest first and rare labels first, each into the part that lacks its labels most (iterative
-stratification, Sechidis et al. 2011). What a part lacks of a finished label is carried over to the next, so that many
-rare labels do not all end in the largest part. Groups of one size are shuffled with the seed.
+The file is read twice: once to decide, once to write. Rows of a group go to one part. Groups are placed one by one:
+large groups first, and among groups of one size those with rare labels first. Each goes to the part that lacks most
+rows of its labels (iterative stratification, Sechidis et al. 2011). When all rows of a label are placed, the number
+that a part still lacks counts for the other labels too. Otherwise many rare labels would all end in the largest part.
+The seed shuffles groups of one size and label.
 """
 
 import contextlib
@@ -51,10 +52,10 @@ def split(
     """Writes the rows to `out`/NAME.jsonl for each part, in their order, and returns the parts.
 
     parts     share of the rows of each part; the shares are positive and their sum is 1
-    stratify  column whose values have in each part the same share as in the file
+    stratify  column whose values have the same shares in each part as in the file
     group     column; rows with the same value go to one part
     near      rows with equal or nearly equal prompts go to one part, so that no part knows the prompts of another
-    kind, settings  as in `check`; needed for `near` alone
+    kind, settings  as in `check`; `kind` is used only with `near`
 
     Raises UserError, and writes nothing, if a part would be empty or a row has no value in a column.
     """
@@ -140,7 +141,9 @@ def parse_parts(text: str) -> dict[str, float]:
                 raise ValueError
             parts[name] = float(share)
         except ValueError:
-            raise UserError(f"--parts: must be NAME=SHARE,NAME=SHARE with names of their own, not {text!r}") from None
+            raise UserError(
+                f"--parts: must be NAME=SHARE,NAME=SHARE with different names and numbers as shares, not {text!r}"
+            ) from None
     check_parts(parts)
     return parts
 

@@ -1,7 +1,7 @@
 """Chats, and how a tokenizer's chat template writes them as text.
 
-A chat is the input of transformers' `apply_chat_template`: messages, tools and further arguments of the template. This
-function returns the text. Templates accept different forms of messages, so messages are converted:
+A chat is the input of transformers' `apply_chat_template`: messages, tools and further arguments of the template.
+`apply_chat_template` returns the text. Templates accept different forms of messages, so messages are converted:
 
 - If the template reads only text, content in parts (`[{"type": "text", "text": ...}]`) becomes one text.
 - If the template reads only parts, text becomes one part.
@@ -287,7 +287,7 @@ class ChatTemplate:
         return self._read
 
     def _writes(self, content: Callable[[list[str]], Any]) -> bool:
-        """Whether the template writes every word of messages with the contents that `content` makes.
+        """Whether the template writes every word of test messages. `content` makes the content of a message from words.
 
         The result is False if the template writes a list of parts as Python or JSON text.
         """

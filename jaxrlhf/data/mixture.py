@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Reader(Protocol[T]):
-    """Checks and tokenizes rows of one source. The form of the first call's rows is the form of all rows."""
+    """Checks and tokenizes rows of one source. The first call decides which fields are read in all calls."""
 
     def __call__(self, rows: list[Row], first: int = 0) -> tuple[list[T], LoadReport]:
         """Returns (items, report). `first` is the number of the first of these rows in the source."""
@@ -26,8 +26,8 @@ def mixed(
 ) -> tuple[list[T], LoadReport]:
     """Reads each source, and returns (items of a pass over the mixture, report on all sources).
 
-    The items are source by source. The batches shuffle them. An item that appears several times is the same object.
-    Raises UserError if a source has no row that can be used.
+    The items are in the order of the sources, and batches shuffle them later. An item that appears several times is the
+    same object. Raises UserError if a source has no row that can be used.
     """
     loaded = []
     for source in sources:

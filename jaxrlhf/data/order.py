@@ -52,8 +52,8 @@ def batch_rows(
 def hold_out(items: Sequence[T], size: int, seed: int) -> tuple[list[T], list[T]]:
     """Splits the items at random and returns (training items, held-out items), each in the order of `items`.
 
-    There are `size` held-out items, but at most a tenth of all distinct items. An object that appears several times in
-    `items`, as in a mixture of sources, is held out with all its appearances, and is then held out once.
+    There are `size` held-out items, but at most a tenth of all distinct items. An object may appear several times in
+    `items`, as in a mixture of sources. If it is held out, it is once in the held-out items, and not in the others.
     """
     distinct = list({id(item): item for item in items}.values())
     order = epoch_order(seed, 0, len(distinct), stream=2)
@@ -102,7 +102,7 @@ class Buckets:
         """
         bucket = np.searchsorted(bounds, row_lengths)
         if len(bucket) and bucket.max() >= len(bounds):
-            raise ValueError(f"a row of {row_lengths.max()} tokens is longer than all lengths {bounds.tolist()}")
+            raise ValueError(f"a row must have at most {max(bounds, default=0)} tokens, not {row_lengths.max()}")
         used = np.unique(bucket)
         return cls(tuple(np.flatnonzero(bucket == i) for i in used), tuple(int(bounds[i]) for i in used), batch_size)
 

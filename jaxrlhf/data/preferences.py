@@ -209,8 +209,8 @@ def _split_chats(row: Row, chosen: list[Message], rejected: list[Message]) -> tu
 class PreferenceData:
     """An endless sequence of batches of pairs. `batch(step)` returns a batch; `len` is the number of batches per epoch.
 
-    A batch has pairs of similar length and is padded to one of a few lengths; `buckets` is how many there are. A short
-    batch is filled with copies of its first pair, because a score needs real tokens. These copies have weight 0.
+    A batch has pairs of similar length and is padded to one of at most `buckets` lengths. A short batch is
+    filled with copies of its first pair, because a score needs real tokens. These copies have weight 0.
     """
 
     def __init__(

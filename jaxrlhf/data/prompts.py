@@ -121,8 +121,8 @@ def prompts_reader(
     `read_prompts` explains which field is read. A prompt from the text field is BOS and the first `text_tokens` tokens
     of the text. `overflow` decides about a prompt that is too long. "cut" removes the start of the prompt but
     keeps BOS, "drop" drops the prompt, and "stop" raises UserError. A row that cannot be used raises UserError with its
-    place. The first row decides which field is read. If the config drops unusable rows, the field that most rows have
-    is read.
+    place. The first row decides which field is read. But if the config drops unusable rows, the field that most rows
+    have is read.
     """
     drop, form = drops_unusable(config, overflow), None
     write = template_writer(config, drop)

@@ -51,7 +51,7 @@ class LoadReport:
         self.first = other.first | self.first
 
     def notes(self) -> dict[str, Any]:
-        """Returns the report as JSON values. `of_notes` makes the report of them again."""
+        """Returns the report as JSON values, from which `of_notes` rebuilds the report."""
         return dataclasses.asdict(self) | {"beside_text": sorted(self.beside_text)}
 
     @classmethod

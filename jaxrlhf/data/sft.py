@@ -52,7 +52,7 @@ class Example:
         return len(self.prompt_ids) + len(self.response_ids)
 
     def arrays(self) -> list[np.ndarray]:
-        """Returns all that training reads of this example."""
+        """Returns the arrays of this example that training reads."""
         spans = [np.array(self.earlier, np.int32).reshape(-1)] if self.earlier else []
         return [self.prompt_ids, self.response_ids, *spans]
 
@@ -60,7 +60,7 @@ class Example:
 def load_demonstrations(
     config: DemonstrationsConfig, tokenizer: Tokenizer, max_length: int, overflow: Overflow
 ) -> tuple[list[Example], LoadReport]:
-    """Reads, checks and tokenizes all rows of the sources. Returns the examples of a pass, and a report."""
+    """Reads, checks and tokenizes all rows of the sources. Returns the examples of one pass, and a report."""
     sources = [config, *config.mix_with]
     return mixed(sources, lambda source: demonstrations_reader(source, tokenizer, max_length, overflow))
 
@@ -71,11 +71,11 @@ def demonstrations_reader(
     """Returns the reader of a source. It checks and tokenizes rows. No example is longer than `max_length` tokens.
 
     All rows have the same form: prompt and response, a chat, or plain text. The first row's fields decide which form
-    this is. If the first row has the fields of several forms, the form with fields that the config names is read, else
-    the first form in the order above. A row that cannot be used raises UserError with its place. If the config drops
-    unusable rows, the form that most rows have is read instead of the first row's form.
+    this is. If the first row has the fields of several forms, a form whose fields the config sets is preferred, and
+    then the first form in the order above. A row that cannot be used raises UserError with its place. If the config
+    drops unusable rows, the form that most rows have is read instead of the first row's form.
 
-    `overflow` decides about a row that is longer than `max_length`. "cut" removes the end of the row. If no assistant
+    `overflow` says what happens to a row longer than `max_length`. "cut" removes the end of the row. If no assistant
     turn to learn begins within `max_length` tokens, "cut" drops the row. "drop" drops the row, and "stop" raises
     UserError.
     """
@@ -103,7 +103,7 @@ def _examples(
     report = LoadReport(config.path, len(rows))
 
     def rendered(row: Row) -> list[tuple[Prompt, Response]]:
-        """Returns the pair of prompt and response, after the pairs of the earlier turns to learn."""
+        """Returns (text before the turn, turn) of each earlier turn to learn, and then (prompt, response)."""
         prompt, response = form(row, config)
         report.beside_text |= columns_beside_text(row, config, prompt)
         place = f"{row.where}: "
@@ -168,7 +168,7 @@ def read_chat(row: Row, config: DemonstrationsSourceConfig) -> tuple[Prompt, Res
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or not turns[-1]:
         raise UserError(
-            f"{row.where}: field {config.messages_field!r} has no assistant turn after another message; "
+            f"{row.where}: field {config.messages_field!r} must have an assistant turn after the first message; "
             f"the roles of the messages are {', '.join(m['role'] for m in messages)}"
         )
     check_answer(row, config.messages_field, messages[turns[-1]])

@@ -1,7 +1,7 @@
 """Reads rows from files (JSON, JSON Lines, CSV, Parquet), from the datasets library and from the builtin data sets.
 
 `read_rows` returns each row with its place, so that later errors name file and line. A file that cannot be parsed
-always stops the run. A row that cannot be used may be dropped. `rows_from` reads a source from any row on.
+always stops the run. A row that cannot be used may be dropped. `rows_from` can begin at any row of a source.
 """
 
 import csv
@@ -54,7 +54,7 @@ def check_source(source: SourceConfig) -> tuple[str, str]:
 def files_of(path: str) -> list[str]:
     """Returns the files that a path names, in the order of their names. A pattern such as `part-*.jsonl` names several.
 
-    A path without `*`, `?` and `[`, or of an existing file, names itself.
+    A path that exists, or that contains none of `*`, `?` and `[`, is not a pattern and names only itself.
     """
     return [path] if os.path.exists(path) or not glob.has_magic(path) else sorted(glob.glob(path))
 
@@ -73,8 +73,8 @@ def read_rows(source: SourceConfig) -> list[Row]:
 def stream_rows(source: SourceConfig, skip: Skip | None = None) -> Iterator[Row]:
     """Yields the rows of a source. Only JSON (not JSON Lines) and sets of the datasets library are read as a whole.
 
-    Raises UserError if the source is missing or broken. `skip` receives the error of a line that holds no row, and the
-    rows after it are read. Without `skip` this error is raised.
+    Raises UserError if the source is missing or broken. If a line holds no row, `skip` is called with the error, and
+    reading continues after this line. Without `skip` the error is raised.
     """
     path, form = check_source(source)
     if form == "builtin":
@@ -86,9 +86,10 @@ def stream_rows(source: SourceConfig, skip: Skip | None = None) -> Iterator[Row]
 
 
 def rows_from(source: SourceConfig, position: Position = None) -> Iterator[tuple[Row, Position]]:
-    """Yields (row, position after this row) from a position on. None is the position of the first row.
+    """Yields each row that follows `position`, and the position after this row. None is the start of the source.
 
-    The bytes before the position are skipped; a .gz decompresses them. Raises UserError if the source has one part.
+    What comes before the position is skipped; in a .gz file it must still be decompressed. Raises UserError if the
+    source can only be read as a whole (a JSON file or a builtin set).
     """
     path, form = check_source(source)
     if form == "datasets":
@@ -126,7 +127,7 @@ def _form(source: SourceConfig, path: str) -> str:
     if path.startswith(BUILTIN_PREFIX):
         return "builtin"
     if not files_of(path):
-        raise UserError(f"{source.path}: no file has a name of this pattern")
+        raise UserError(f"{source.path}: no file matches this pattern")
     ending = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if os.path.isdir(path) or (not os.path.exists(path) and ending not in ENDINGS and HUB_ID.fullmatch(path)):
         return "datasets"
@@ -185,7 +186,7 @@ def _json(name: str, start: None, skip: Skip) -> Iterator[tuple[Row, None]]:
 
 
 class _Lines:
-    """The lines of a file from [bytes, lines] on, and how many bytes and lines were read so far."""
+    """The lines of a file after the position `start` [bytes, lines], and the position reached so far."""
 
     def __init__(self, file: Any, start: list[int] | None = None):
         self.file, (self.bytes, self.lines) = file, start or (0, 0)
@@ -243,12 +244,13 @@ def _csv(name: str, start: list[int] | None, skip: Skip) -> Iterator[tuple[Row, 
                 else:
                     skip(UserError(f"{where}: the row has {len(cells)} cells, but the header has {len(names)}"))
         except csv.Error as error:
-            raise UserError(f"{name}:{line}: not CSV ({one_line(error)}); mend its quotes") from error
+            raise UserError(f"{name}:{line}: not CSV ({one_line(error)}); correct the quotes") from error
 
 
 def _header(cells: list[str], where: str) -> list[str]:
     if "" in cells or len(set(cells)) < len(cells):
-        raise UserError(f"{where}: the header must give each column a name of its own, not {', '.join(cells)[:60]!r}")
+        names = ", ".join(cells)[:60]
+        raise UserError(f"{where}: the header must give each column a different name; its names are {names!r}")
     return cells
 
 
@@ -292,7 +294,7 @@ def _datasets(source: SourceConfig, path: str) -> list[Row]:
 
 
 def _from_data_set(source: SourceConfig, path: str, position: Position) -> Iterator[tuple[Row, Position]]:
-    """Yields the rows of a data set from [rows, state of `datasets`] on."""
+    """Yields the rows of a data set after a position: [number of rows before it, state of the `datasets` iterator]."""
     number, state = position or (0, None)
     table = _data_set(source, path, streaming=True)
     if state is not None:

@@ -1,4 +1,4 @@
-"""Batches and prompts of streams, with the methods of the data sets in memory, and their positions in checkpoints."""
+"""Batches and prompts of streams. They have the methods of data sets in memory, and also save their position."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -19,12 +19,12 @@ Batches = SFTData | PreferenceData
 class StreamedBatches(Generic[T]):
     """The batches of a stream, in order: those of the first window, of the second one, and so on.
 
-    The next window is read when a window begins, so that it is known which window is the last. Two windows are thus in
-    memory. Padded lengths are the same in all windows, so that no window compiles a program again.
+    When a window begins, the next one is read too, because it must be known which window is the last. So two
+    windows are in memory. Padded lengths are the same in all windows, so that a new window needs no new compilation.
     """
 
     def __init__(self, stream: Stream[T], make: Callable[[list[T], Any], Batches], max_length: int, passes: int):
-        """`make(items, bounds)` returns the batches of a window; bounds None means the lengths of these items."""
+        """`make(items, bounds)` returns the batches of a window. If bounds is None, the items set the lengths."""
         bounds = make(stream.first.items, None).bounds
         if not stream.first.ends_pass:  # later windows may have longer rows
             bounds = np.unique(np.append(bounds, max_length))
@@ -36,7 +36,7 @@ class StreamedBatches(Generic[T]):
         self._looked = False  # whether `_next` was read
 
     def batch(self, step: int) -> SFTBatch | PreferenceBatch:
-        """Returns the batch at a step, as numpy arrays. Steps may not go back before the current window."""
+        """Returns the batch at a step, as numpy arrays. The step must not be before the current window."""
         self._reach(step)
         if step >= self._first + len(self._data):
             raise IndexError(f"the stream has {self._first + len(self._data)} batches, but step {step} is requested")
@@ -79,7 +79,7 @@ class StreamedBatches(Generic[T]):
 
 
 class StreamedPrompts:
-    """An endless sequence of prompts. The number of a prompt counts all prompts of earlier windows.
+    """An endless sequence of prompts. Prompts are numbered consecutively over all windows.
 
     Windows are kept until `release`, because an iteration may draw prompts from several windows.
     """
@@ -112,7 +112,7 @@ class StreamedPrompts:
         return next(entry for entry in reversed(self._windows) if entry[0] <= number)
 
     def release(self, draw: int) -> None:
-        """Forgets the windows that no draw from `draw` on reads."""
+        """Forgets the windows that draw number `draw` and later draws do not need."""
         while len(self._windows) > 1 and self._windows[1][0] <= draw * self._batch_size:
             del self._windows[0]
 
@@ -121,7 +121,7 @@ class StreamedPrompts:
         return self.stream.checksum()
 
     def metrics(self, draw: int) -> dict[str, float]:
-        """Returns the metrics of the window with the last prompt of the draws before `draw`."""
+        """Returns the metrics of the window that holds the last prompt before draw number `draw`."""
         return self.find(draw * self._batch_size - 1)[1].metrics()
 
     def notes(self, draw: int) -> dict[str, Any]:

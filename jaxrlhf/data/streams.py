@@ -1,7 +1,7 @@
 """Streams: data sets that are larger than memory. Rows are read, checked and tokenized window by window.
 
 A window has the next `shuffle_buffer` rows. It is a small data set in memory, so packing, length buckets and shuffles
-are those of data that is not streamed. If one window holds the whole set, the batches are the same.
+work as without streaming. If one window holds the whole set, the batches are the same.
 
 A place says where a window begins, as JSON values: the position in each source, and the counts of the pass so far.
 Reading from a place gives the same window each time, so a checkpoint holds a place and no rows. Each source keeps a
@@ -47,7 +47,7 @@ class Window(Generic[T]):
         return self.end["pass"] > self.start["pass"]
 
     def metrics(self) -> dict[str, float]:
-        """Returns the number of the pass, from 1, and its rows read and dropped up to the end of this window."""
+        """Returns the number of the pass, from 1, and how many of its rows were read and dropped up to this window."""
         rows = self.report.rows
         found = {"pass": self.start["pass"] + 1, "rows": rows, "dropped": rows - self.report.kept}
         return {f"stream/{name}": float(value) for name, value in found.items()}
@@ -100,7 +100,7 @@ class _Source:
         if place["whole"] not in (None, place["hash"]):
             raise UserError(
                 f"{self.config.path}: pass {place['pass'] + 1} has other rows than the first pass, because the data "
-                "changed during the run; restore the earlier state, or start a new run in another run_dir"
+                "changed during the run; restore the earlier data, or start a new run in another run_dir"
             )
         self.seek({**_START, "pass": place["pass"] + 1, "whole": place["hash"]})
 
@@ -108,9 +108,9 @@ class _Source:
 class Stream(Generic[T]):
     """Windows of one source, or of several that are mixed by weight.
 
-    A window of a mixture has rows of each source in proportion to the weights. A source that ends begins again. A pass
-    over the mixture ends with the window in which the last source ends, so a pass has every row at least once. Without
-    other sources, a window ends at the end of the pass.
+    A window of a mixture has rows of each source in proportion to the weights. After its last row, a source starts
+    again at its first row. A pass over the mixture ends with the window in which the slowest source ends, so a pass
+    has every row at least once. If there is only one source, a window also ends where the pass ends.
     """
 
     def __init__(self, config: Any, reader_of: Callable[[ChatSourceConfig], Reader[T]], say: Say):
@@ -131,7 +131,7 @@ class Stream(Generic[T]):
         self.first.report.check()
 
     def read(self, start: Place) -> Window[T]:
-        """Reads the window that begins at a place. A window may have no items, because no row of it can be used."""
+        """Reads the window that begins at a place. A window has no items if none of its rows can be used."""
         reports, items = [LoadReport.of_notes(notes) for notes in start["reports"]], []
         try:
             for number, (source, reader) in enumerate(zip(self._sources, self._readers)):
@@ -166,14 +166,14 @@ class Stream(Generic[T]):
         return Window(start["window"], start, end, items, report)
 
     def _quota(self, number: int, window: int) -> int:
-        """Returns the number of rows of a source in a window. Over many windows, the rows have exactly its share."""
+        """Returns the number of rows of a source in a window. Rounding errors do not add up over the windows."""
         share = self._shares[number] * self.rows
         return round((window + 1) * share) - round(window * share)
 
     def following(
         self, place: Place, make: Callable[[list[T]], Made], passes: int | None = None
     ) -> tuple[Window[T], Made] | None:
-        """Returns (the next window with items, `make(items)`), or None if no such window is left in `passes` passes.
+        """Returns (the next window with items, `make(items)`), or None if the first `passes` passes have none left.
 
         All processes must call this method. Raises `StreamFault` on all of them if a row stops the run, and UserError
         if they have read different rows.
@@ -206,7 +206,7 @@ class Stream(Generic[T]):
                 if before != after:
                     path, row = self._sources[number].config.path, notes["start"]["sources"][number]["rows"] + 1
                     raise UserError(
-                        f"{path}: rows from row {row} on changed since the run read them; restore the earlier state, "
+                        f"{path}: rows from row {row} on changed since the run read them; restore the earlier data, "
                         "or give another run_dir"
                     )
             return window

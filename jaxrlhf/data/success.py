@@ -18,11 +18,11 @@ class Success:
     """Discounted counts of the completions of each prompt, and the draws that depend on them.
 
     p is estimated as (solved + 1/2) / (tried + 1), the mean of a Beta distribution with Jeffreys' prior. A prompt that
-    was never drawn has p = 1/2 and is preferred to all others. No prompt has weight 0, so each is tried again.
+    was never drawn has p = 1/2, and so the largest weight. No prompt has weight 0, so each is tried again.
     """
 
     def __init__(self, count: int, solved_at: float, decay: float):
-        """`count` is the number of prompts. Scores from `solved_at` on solve a prompt.
+        """`count` is the number of prompts. A completion solves its prompt if its score is at least `solved_at`.
 
         At each draw of a prompt, `decay` multiplies its earlier counts, because the policy changes.
         """
@@ -36,8 +36,9 @@ class Success:
     def choose(self, seed: int, draw: int, batch_size: int) -> np.ndarray:
         """Returns the prompt numbers, i64[batch_size], of a draw. They are distinct if there are enough prompts.
 
-        A weighted draw without replacement has the smallest of E / weight, where E is exponential (Efraimidis and
-        Spirakis 2006). The draw is a function of seed, number of the draw and counts.
+        The draw is weighted and without replacement: it takes the prompts with the smallest E / weight, where each E
+        is drawn from an exponential distribution (Efraimidis and Spirakis 2006). It depends only on `seed`, `draw` and
+        the counts.
         """
         success, count = self.estimates(), len(self.tried)
         uniform = (1 + np.argsort(epoch_order(seed, draw, count, stream=_STREAM))) / (count + 1)
@@ -53,7 +54,7 @@ class Success:
             np.add.at(counts, rows, new)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the share of prompts that were drawn, their mean success, and the share that is partly solved."""
+        """Returns the share of prompts that were drawn, and of those the mean success and the share partly solved."""
         seen, success = self.tried > 0, self.estimates()
         partly = (success > 0.1) & (success < 0.9)
         return {

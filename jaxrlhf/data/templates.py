@@ -124,7 +124,10 @@ def _shots(config: ChatSourceConfig) -> Callable[[int, Row], dict[str, Any]]:
 
     def of_row(n: int, row: Row) -> dict[str, Any]:
         if SHOTS in row.values:
-            raise UserError(f"{row.where}: the column {SHOTS!r} has the name of the solved examples; rename the column")
+            raise UserError(
+                f"{row.where}: the column {SHOTS!r} has the name that templates use for the solved examples; "
+                "rename the column"
+            )
         order = range(len(examples))
         if shots.choose == "random":
             order = np.random.default_rng([shots.seed, n]).permutation(len(examples))
@@ -141,7 +144,7 @@ def _shots(config: ChatSourceConfig) -> Callable[[int, Row], dict[str, Any]]:
 
 
 def format_of(source: ChatSourceConfig, prompt_field: str | None) -> dict[str, Any]:
-    """Returns the settings of a source that say how prompts are written, for other rows of the same kind.
+    """Returns the settings that decide how prompts are written, so that rows of another source are written alike.
 
     If `prompt_field` is given, the rows have finished prompts in this field, and the source's templates are left out.
     """

@@ -9,7 +9,7 @@ from typing import Any
 def within(seconds: float, call: Callable[[], Any]) -> Any:
     """Runs `call` in a new thread and returns its result.
 
-    If the call takes longer than `seconds`, the thread is ended and TimeoutError is raised.
+    If the call takes longer than `seconds`, TimeoutError is raised, and the thread ends at its next bytecode.
     """
     results: list[Any] = []
     errors: list[BaseException] = []

@@ -78,7 +78,7 @@ class Tokenizer:
         return self.turn_end_id if self.turn_end_id in self.stop_ids else self.text_end_id
 
     def for_model(self, rows: int, stop_tokens: Sequence[int], foreign: bool = False) -> "Tokenizer":
-        """Returns a copy for a model that has `rows` embeddings and files with these stop tokens.
+        """Returns a copy for a model that has `rows` embeddings, and whose files name these stop tokens.
 
         `stop_ids` of the copy is the union of the stop tokens of tokenizer and model. `ends.union` explains `foreign`.
         `fault` of the copy reports tokens without an embedding.
@@ -126,7 +126,7 @@ class Tokenizer:
     def encode_with_ends(self, text: str, prefixed: bool) -> tuple[list[int], list[int]]:
         """Returns (ids, number of characters of the text up to the end of each token).
 
-        `prefixed` puts BOS before the ids. If several tokens form one character, the last of them has it.
+        `prefixed` puts BOS before the ids. A character that several tokens form counts only for the last of them.
         """
         (encoding,) = self._encode([text])
         ids = self._with_prefix(encoding.ids) if prefixed else encoding.ids

@@ -34,7 +34,7 @@ def earlier_turns(template: ChatTemplate, prompt: Prompt, place: str) -> list[tu
             if not text.startswith(part):
                 raise UserError(
                     f"{place}the chat template of {template.name} writes message {number + 1} differently when later "
-                    f"messages follow: {_difference(part, text)}; a chat like this needs learn: last"
+                    f"messages follow: {_difference(part, text)}; for such chats, set learn: last"
                 )
         turns.append((Rendered(before), Rendered(after[len(before) :])))
     return turns
@@ -53,8 +53,8 @@ def learned_spans(
 ) -> tuple[tuple[int, int], ...]:
     """Returns (start, end) of each earlier turn in the ids `context` of the whole prompt.
 
-    `earlier` holds the ids before each turn, and the ids of the turn with its stop token. Raises UserError if the
-    tokenizer cuts the text before a turn or the turn into other tokens when more text follows.
+    `earlier` holds the ids before each turn, and the ids of the turn with its stop token. Raises UserError if later
+    text changes the tokens of a turn, or of the text before the turn.
     """
     spans = []
     for number, (before, turn) in enumerate(earlier, 1):
@@ -65,7 +65,7 @@ def learned_spans(
                 break
         else:
             raise UserError(
-                f"{place}the tokenizer {name} writes assistant turn {number} with other tokens when later messages "
-                "follow; a chat like this needs learn: last"
+                f"{place}the tokenizer {name} gives assistant turn {number} other tokens when later messages follow; "
+                "for such chats, set learn: last"
             )
     return tuple(spans)

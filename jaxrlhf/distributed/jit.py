@@ -86,7 +86,7 @@ jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 
 def watch_compiles(watch: Callable[[str | None], None] | None) -> None:
-    """Calls `watch` with the name of each program that a call begins to compile, and with None when it is compiled."""
+    """Calls `watch` with the name of each program whose compilation starts, and with None when it is over."""
     global _watch
     _watch = watch
 

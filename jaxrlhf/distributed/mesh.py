@@ -100,7 +100,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 @contextlib.contextmanager
 def rows_over_context() -> Iterator[None]:
-    """Traces a function in which `context` splits rows instead of positions. If it does not divide them, it copies."""
+    """Makes `context` split rows instead of positions in the code that is traced inside the block.
+
+    If the rows cannot be split evenly, `context` copies them.
+    """
     token = _rows_take_context.set(True)
     try:
         yield
@@ -109,7 +112,10 @@ def rows_over_context() -> Iterator[None]:
 
 
 def sampling_axes(sizes: Mapping[str, int], *counts: int) -> tuple[str, ...]:
-    """Returns the mesh axes that split the rows of a rollout: `BATCH_AXES`, and `context` if all counts divide."""
+    """Returns the mesh axes that split the rows of a rollout: `BATCH_AXES` and, if possible, `context`.
+
+    `context` is among them if each of `counts` is a multiple of the number of devices along all these axes.
+    """
     axes = (*BATCH_AXES, POSITION_AXIS)
     shares = math.prod(sizes.get(axis, 1) for axis in axes)
     return BATCH_AXES if any(count % shares for count in counts) else axes
@@ -121,7 +127,7 @@ def position_parts() -> int:
 
 
 def traced_sizes() -> dict[str, int]:
-    """Returns the sizes of the mesh axes over which `constrain` splits. Empty if it splits nothing."""
+    """Returns the sizes of the mesh axes over which `constrain` may split arrays, or {} if it splits no array."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
         return {}
@@ -144,7 +150,7 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def _dividing(sizes: Mapping[str, int], size: int, names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the axes of the mesh among `names`, without the last ones if they do not divide `size`."""
+    """Returns the mesh axes among `names`. The last ones are left out until the product of the sizes divides `size`."""
     names = (names,) if isinstance(names, str) else names or ()
     if _rows_take_context.get():
         names = tuple(axis for axis in names if axis != POSITION_AXIS)
@@ -163,7 +169,7 @@ def batch_groups(rows: int) -> int:
 def take_positions(x: jax.Array, first: int, end: int | None) -> jax.Array:
     """Returns x[:, first:end] of an array [B,T,D] whose positions are split over `context`.
 
-    D is split in between, so that no device holds all positions of all dimensions.
+    To cut positions, D is split over `context` for a moment, so that no device holds the whole [T,D] of a row.
     """
     if position_parts() == 1:
         return x[:, first:end]
@@ -172,9 +178,9 @@ def take_positions(x: jax.Array, first: int, end: int | None) -> jax.Array:
 
 
 def automatic_axes() -> dict[str, int]:
-    """Returns the axes of more than one device over which XLA splits the program, with their sizes.
+    """Returns the sizes of the mesh axes that have more than one device and over which XLA splits the program.
 
-    Inside `jax.shard_map` there are none: each device runs the traced code on its own part of the arrays.
+    Inside `jax.shard_map` there are no such axes: each device runs the traced code on its own part of the arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}

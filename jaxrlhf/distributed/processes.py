@@ -1,8 +1,8 @@
 """Runs of several processes on one or many hosts. Finds process numbers, starts jax, and makes processes agree.
 
 The number of a process and the address of the coordinator come from flags. If flags are missing, the environment is
-read (JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS). If it is empty too, jax detects the cluster (SLURM, Open
-MPI, TPU hosts, indexed Kubernetes jobs). In a run of one process, no function here communicates.
+read (JAXRLHF_COORDINATOR, JAXRLHF_PROCESSES, JAXRLHF_PROCESS). Without these variables, jax detects the cluster (SLURM,
+Open MPI, TPU hosts, indexed Kubernetes jobs). In a run of one process, no function here communicates.
 
 A process that fails ends immediately. Its launcher then ends the other processes. Without a launcher, jax's
 coordination service ends them, because the failed process sends no heartbeats. Data from a disk, a clock or a server
@@ -233,9 +233,9 @@ def _broadcast(data: bytes, source: int = 0) -> bytes:
 def agreed(make: Callable[[], T], error: type[Exception] = UserError) -> T:
     """Returns `make()` of this process. If `make` raises `error` on one process, all processes raise `error`.
 
-    `make` must not communicate. If several processes fail, the error of the process with the lowest number counts. This
-    process raises its own exception, and the other processes raise a copy with the number of this process. If `make`
-    raises an exception of another type, only its process raises this exception, and the run ends.
+    `make` must not communicate. If several processes fail, the error of the failed process with the lowest number
+    counts. That process raises its own exception, and the others raise a copy that names that process. If `make` raises
+    an exception of another type on a process, only this process raises it, and the run ends.
     """
     if alone():
         return make()

@@ -1,4 +1,4 @@
-"""`check_env`: says what is wrong with an environment, in one line each."""
+"""`check_env` tries an environment out and reports everything that is wrong with it."""
 
 from typing import Any
 
@@ -13,19 +13,19 @@ _BOOLS = (bool, np.bool_)
 
 
 def check_env(env: Any, warn: bool = True, skip_render_check: bool = True) -> list[str]:
-    """Tries an environment out and says what is wrong with it, one line for each problem.
+    """Tries an environment out. Returns remarks if it can be used, else raises an error that lists all problems.
 
-    Checked are methods, spaces, what reset and step return (number of values, types, shapes, bounds, NaN), chat
-    messages where observations are text, and whether a seed gives the same episode twice. The environment is reset
-    several times and not closed.
+    It checks the methods, the spaces, what reset and step return (number of values, types, shapes, bounds, NaN), the
+    form of chat messages, and whether the same seed gives the same episode twice. The environment is reset several
+    times and not closed.
 
     Args:
       env: an environment in the current or the older form.
-      warn: print the remarks that are returned.
-      skip_render_check: render is never called; the argument is for code that was written for Stable-Baselines3.
+      warn: whether to print the remarks that are returned.
+      skip_render_check: ignored, because render is never called. Code for Stable-Baselines3 may give this argument.
 
     Returns:
-      Remarks: what works and could be better, one line each.
+      A list of remarks: lines about things that work but could be better.
 
     Raises:
       UserError: something is wrong. The message has one line for each problem.
@@ -54,7 +54,7 @@ def find_problems(env: Any) -> tuple[list[str], list[str]]:
 
 
 class _Trial:
-    """Problems and remarks of an environment, found by some episodes."""
+    """Runs some episodes of an environment, and collects problems and remarks."""
 
     def __init__(self, env: Any) -> None:
         self.env, self.problems, self.remarks = env, [], []
@@ -115,7 +115,7 @@ class _Trial:
         return reset_result(result)
 
     def _episode(self, seed: int) -> list[Any]:
-        """Some steps with actions that follow from the seed. Returns all observations and rewards."""
+        """Runs some steps of an episode with random actions from the seed. Returns the results without the infos."""
         started = self._reset(seed)
         if started is None:
             return []
@@ -148,7 +148,7 @@ class _Trial:
         if isinstance(reward, _BOOLS) or not isinstance(reward, int | float | np.integer | np.floating):
             self.problems.append(f"step: the reward must be a number, not {short(reward)}")
         elif not np.isfinite(reward):
-            self.problems.append(f"step: the reward is {reward}, not a finite number")
+            self.problems.append(f"step: the reward must be a finite number, not {reward}")
         for end, name in zip(ends, ("terminated", "truncated") if len(ends) == 2 else ("done",)):
             if not isinstance(end, _BOOLS):
                 self.problems.append(f"step: {name} must be True or False, not {short(end)}")

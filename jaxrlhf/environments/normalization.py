@@ -22,10 +22,10 @@ class Moments:
 
 
 class Normalization:
-    """Normalises observations f32[N,I] and rewards f32[N]; a part that is switched off returns its input.
+    """Normalises observations f32[N,I] and rewards f32[N]. If one of the two is switched off, it stays unchanged.
 
     An observation becomes (x - mean) / deviation, and a reward r / deviation of the discounted returns. Both are
-    clipped to [-10, 10]. Statistics change only in `see`.
+    clipped to [-10, 10]. `see` updates the statistics of observations, and `reward` those of rewards.
     """
 
     def __init__(self, inputs: int, envs: int, observations: bool, rewards: bool, gamma: float) -> None:
@@ -34,7 +34,7 @@ class Normalization:
         self.returns, self._gamma = np.zeros(envs), gamma
 
     def start(self, envs: int) -> None:
-        """Says that an episode starts in each environment."""
+        """Sets the discounted returns to zero, because an episode starts in each environment."""
         self.returns = np.zeros(envs)
 
     def observe(self, observations: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ class Normalization:
             self.observations.update(observations)
 
     def reward(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
-        """Adds rewards to the statistics and returns them normalised. `dones` says where an episode has ended."""
+        """Adds rewards to the statistics and returns normalised rewards. `dones` is True where an episode has ended."""
         if self.rewards is None:
             return rewards
         self.returns = self.returns * self._gamma + rewards

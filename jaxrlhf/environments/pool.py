@@ -1,4 +1,4 @@
-"""Many environments at once. One that raises or hangs loses its own episode only, and is replaced."""
+"""Many environments at once. If one raises or hangs, it is replaced, and only its own episode is lost."""
 
 import sys
 import time
@@ -13,18 +13,18 @@ MAX_FAILURES = 3  # failures of one environment without a whole episode between 
 
 
 class Pool:
-    """Environments in the current form, of any kind of observation, stepped together.
+    """Environments that are stepped together. They are adapted to the current form, and may have any observations.
 
     A result is what the environment returned, or a `Failed` with the reason. After a failure the environment is
-    replaced: the factory is called again, and the caller resets the new environment. After `MAX_FAILURES` failures
-    without a whole episode between them the environment is retired, and each call of it returns `Failed`. Each failure
-    is printed on stderr with the environment's name. If all environments are retired, a `Fault` is raised.
+    replaced: the factory is called again, and the caller resets the new environment. If an environment fails
+    `MAX_FAILURES` times before it finishes an episode, it is retired, and each call of it returns `Failed`. Each
+    failure is printed on stderr with the environment's name. If all environments are retired, a `Fault` is raised.
 
     Args:
-      factories: functions that return an environment, one for each.
+      factories: one function for each environment. The function returns the environment.
       mode: "sequential", "threads" or "processes".
       step_timeout: seconds per call of reset or step; None means no limit. A limit needs threads or processes.
-        To start a thread or process and to make its environment may take a minute.
+        Another limit, one minute, holds for starting a thread or process together with its environment.
       names: for messages; by default "environment 0", ...
     """
 
@@ -63,14 +63,17 @@ class Pool:
         return self._call({i: ("step", (action,), {}) for i, action in actions.items()})
 
     def get(self, i: int, *names: str) -> tuple[Any, ...]:
-        """Returns attributes of environment i, None where missing. Raises `UserError` if it cannot be made."""
+        """Returns attributes of environment i. Attributes that it does not have are None.
+
+        Raises `UserError` if the environment cannot be made.
+        """
         (result,) = self._call({i: ("get", names, {})}).values()
         if isinstance(result, Failed):
             raise UserError(f"{self.names[i]}: the environment cannot be made: {result}")
         return result
 
     def finished(self, i: int) -> None:
-        """Says that environment i finished an episode, which makes up for its earlier failures."""
+        """Forgets the failures of environment i, because it finished an episode."""
         self.failures[i] = 0
 
     def fail(self, i: int, reason: str) -> Failed:
@@ -139,7 +142,7 @@ class Pool:
 
 
 class Single:
-    """One environment that exists already. What it raises goes through to the caller, with its traceback."""
+    """One environment that exists already. The caller gets its exceptions unchanged, with their tracebacks."""
 
     def __init__(self, env: Any) -> None:
         self.env, self.names = env, [name_of(env)]
@@ -157,10 +160,10 @@ class Single:
         return tuple(getattr(self.env, name, None) for name in names)
 
     def finished(self, i: int) -> None:
-        """Nothing to count."""
+        """Does nothing, because no failures are counted."""
 
     def fail(self, i: int, reason: str) -> Failed:
-        raise UserError(f"{self.names[0]}: {reason}; jaxrlhf.check_env says what the contract is")
+        raise UserError(f"{self.names[0]}: {reason}; jaxrlhf.check_env lists all problems")
 
     def close(self) -> None:
         close = getattr(self.env, "close", None)

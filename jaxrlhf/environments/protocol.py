@@ -1,10 +1,10 @@
-"""The environment contract: Gymnasium's two methods, known by their form alone. The older form of gym works as well.
+"""The environment contract: the two methods of Gymnasium, on an object of any class. gym's older form works as well.
 
     reset(seed=None, options=None) -> (observation, info)            older: observation
     step(action) -> (observation, reward, terminated, truncated, info)   older: (observation, reward, done, info)
 
 An observation is an array or a number of `env.observation_space`, or it is text: a str, or chat messages, a list of
-{"role", "content"}. The action is then a str. Nothing here needs Gymnasium to be installed.
+{"role", "content"}. If observations are text, an action is a str. Nothing here needs Gymnasium to be installed.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from jaxrlhf.errors import UserError, short
 
 
 class Adapted:
-    """An environment of either form, in the current form. Other attributes are those of the environment."""
+    """Gives an environment of either form the current form. Other attributes are read from the environment."""
 
     def __init__(self, env: Any) -> None:
         missing = [name for name in ("reset", "step") if not callable(getattr(env, name, None))]

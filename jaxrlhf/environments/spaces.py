@@ -1,4 +1,4 @@
-"""Spaces of observations and actions. Gymnasium's spaces work as well: spaces are known by class name and attributes.
+"""Spaces of observations and actions. Gymnasium's spaces work too, because the name of the class decides the kind.
 
 The classes here have Gymnasium's arguments, for environments that are written without Gymnasium.
 """
@@ -96,7 +96,7 @@ def describe(space: Any) -> str:
 
 
 def sample(space: Any, random: np.random.Generator) -> Any:
-    """Returns a random element of a numeric space; without bounds, elements of a Box are normal."""
+    """Returns a random element of a numeric space. Numbers of a Box without two bounds have a normal distribution."""
     name = kind(space)
     if name == "Discrete":
         return np.int64(random.integers(space.n) + getattr(space, "start", 0))
@@ -114,27 +114,27 @@ def sample(space: Any, random: np.random.Generator) -> Any:
 
 
 def misfit(space: Any, value: Any) -> str:
-    """Returns why a value is not an element of the space, as the end of a sentence; "" if it is one."""
+    """Returns why a value is not an element of the space, such as "has NaN"; "" if it is one."""
     name = kind(space)
     if name == "Text":
-        return "" if isinstance(value, str) else f"is {short(value)}, not a str"
+        return "" if isinstance(value, str) else f"must be a str, not {short(value)}"
     try:
         array = np.asarray(value)
     except ValueError:
-        return "is a sequence of unequal lengths, not an array"
+        return "must be an array, not nested lists of unequal lengths"
     if array.dtype.kind not in "biuf":
-        return f"is {short(value)}, not numbers"
+        return f"must be numbers, not {short(value)}"
     if array.shape != tuple(space.shape):
-        return f"has shape {list(array.shape)}, not {list(space.shape)}"
+        return f"must have shape {list(space.shape)}, not {list(array.shape)}"
     if array.dtype.kind == "f" and np.isnan(array).any():
         return "has NaN"
     if name == "Box":
         if not np.can_cast(array.dtype, space.dtype, "same_kind"):
-            return f"has dtype {array.dtype.name}, not {np.dtype(space.dtype).name}"
+            return f"must have dtype {np.dtype(space.dtype).name}, not {array.dtype.name}"
         low, high = np.asarray(space.low), np.asarray(space.high)
     else:
         if array.dtype.kind == "f":
-            return f"has dtype {array.dtype.name}, not an integer"
+            return f"must have an integer dtype, not {array.dtype.name}"
         low = getattr(space, "start", 0) if name == "Discrete" else 0
         high = {"Discrete": lambda: low + space.n, "MultiDiscrete": lambda: space.nvec, "MultiBinary": lambda: 2}
         high = np.asarray(high[name]()) - 1

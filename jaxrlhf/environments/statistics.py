@@ -10,14 +10,15 @@ from jaxrlhf.errors import UserError
 
 
 class Monitor:
-    """An environment that adds info["episode"] at the end of each episode, and can write a line of CSV for it.
+    """Wraps an environment. Adds info["episode"] at the end of each episode, and can write it to a CSV file.
 
-    info["episode"] has the return "r", the length "l" and the seconds since the start "t". Other attributes are those
-    of the environment. `VecEnv` adds the same statistics to environments without a Monitor.
+    info["episode"] has the return "r", the length "l", and "t", the seconds since the Monitor was made. Other
+    attributes are read from the environment. `VecEnv` adds the same statistics to environments without a Monitor.
 
     Args:
-      env: an environment of either form; the Monitor has the current form.
-      filename: a CSV file, which gets the suffix .monitor.csv; None writes no file. It is overwritten.
+      env: an environment in the current or the older form; `reset` and `step` of the Monitor have the current form.
+      filename: a CSV file, overwritten if it exists; None writes no file. The name gets the suffix .monitor.csv if it
+        does not end with monitor.csv.
       info_keywords: keys of info at the last step that become columns and entries of info["episode"].
     """
 

@@ -1,4 +1,4 @@
-"""Several environments as one, in the form of Stable-Baselines3's VecEnv: arrays in, arrays out, episodes restart."""
+"""Several environments as one, in the form of Stable-Baselines3's VecEnv, with arrays of actions and results."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,11 @@ class VecEnv:
     """N environments with the same numeric spaces. When an episode ends, the environment is reset at once.
 
     An environment that raises, hangs or returns something that is not in its space loses its own episode and is
-    replaced (see `Pool`). Its row has then done = True and info["failed"], the reason, and its reward is 0.
+    replaced (see `Pool`). In the result of this step, its done is True, its reward is 0, and info["failed"] is the
+    reason.
 
     Args:
-      factories: functions that return an environment, or one environment, whose exceptions go through to the caller.
+      factories: functions that each return an environment; or a single environment, whose exceptions are not caught.
       mode, step_timeout, names: see `Pool`.
       seed: seed of all resets; None means that environments are reset without a seed.
     """
@@ -66,8 +67,9 @@ class VecEnv:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Steps each environment, and returns (observations [N, ...], rewards f32[N], dones bool[N], infos).
 
-        Where done is True, the observation is the first of the next episode. The info then has "terminal_observation",
-        "TimeLimit.truncated" (cut off, not ended) and "episode" (return "r", length "l", seconds since the start "t").
+        Where done is True, the observation is the first of the next episode. The info of an episode that did not fail
+        then has "terminal_observation", "TimeLimit.truncated" (True if the episode was cut off before its end) and
+        "episode" (return "r", length "l", and "t", the seconds since the VecEnv was made).
         """
         results = self.pool.step(dict(enumerate(actions)))
         rewards, dones = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
@@ -99,7 +101,7 @@ class VecEnv:
                 return self.pool.fail(i, f"step: the observation {reason}")
             rewards[i] = reward
             if not np.isfinite(rewards[i]):
-                return self.pool.fail(i, f"step: the reward is {reward}, not a finite number")
+                return self.pool.fail(i, f"step: the reward must be a finite number, not {reward}")
             terminated, truncated, info = bool(terminated), bool(truncated), dict(info)
         except (TypeError, ValueError) as error:
             return self.pool.fail(i, f"step returned {short(result)}: {error}")
@@ -108,7 +110,7 @@ class VecEnv:
         return terminated, truncated, info
 
     def _unusable(self, observation: Any) -> str:
-        """Why an observation cannot be used; bounds are not checked here, because `check_env` does."""
+        """Returns why an observation cannot be used, or "". Bounds are checked only in `check_env`."""
         try:
             array = np.asarray(observation)
         except ValueError:  # lists of unequal lengths
@@ -167,12 +169,14 @@ class VecEnv:
 
 
 def make_env(env: Any, **arguments: Any) -> Any:
-    """Returns an environment from one, from a function that makes one, or from an id registered with Gymnasium."""
+    """Returns an environment. `env` is the environment, a class or function that makes it, or its id in Gymnasium."""
     if isinstance(env, str):
         try:
             import gymnasium
         except ImportError:
-            raise UserError(f"{env}: ids need Gymnasium: pip install 'jaxrlhf[gym]'; or give an environment") from None
+            raise UserError(
+                f"{env}: an id needs the package Gymnasium; run pip install 'jaxrlhf[gym]', or give an environment"
+            ) from None
         try:
             return gymnasium.make(env, **arguments)
         except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
@@ -207,7 +211,8 @@ def make_vec_env(
       n_envs: number of environments.
       seed: seed of all resets; `PPO` sets its own.
       env_kwargs: arguments for the environment.
-      mode: "sequential" (fast environments), "threads" (environments that wait) or "processes" (that compute).
+      mode: "sequential" for fast environments, "threads" for environments that wait, for example for a server, or
+        "processes" for environments that compute much.
       step_timeout: seconds per reset or step, after which an environment is replaced; needs threads or processes.
     """
     if not (isinstance(env_id, str) or callable(env_id)):
@@ -220,7 +225,7 @@ def make_vec_env(
 
 
 def as_vec_env(env: Any) -> VecEnv:
-    """Returns a `VecEnv` of one environment, an id, or a class or function that makes one; a `VecEnv` as it is."""
+    """Returns a `VecEnv` unchanged. Makes one from an environment, an id, or a class or function that makes one."""
     if isinstance(env, VecEnv):
         return env
     if env is None:

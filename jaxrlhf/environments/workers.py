@@ -1,8 +1,8 @@
 """Where an environment runs: in the caller's thread, in a thread, or in a process of its own.
 
-A worker holds one environment. `wait` returns when the environment is there, `send` starts a call, `receive` returns
-its result, so that many environments work at the same time. A call that is not over at the deadline (of
-`time.monotonic`; None means none) raises `TimeoutError`. The worker is then unusable.
+A worker holds one environment. `wait` waits until the environment has been made, `send` starts a call, and `receive`
+returns the result of the call, so that many environments work at the same time. If a call is not over at its deadline
+(a time of `time.monotonic`; None means no deadline), `receive` raises `TimeoutError`. The worker is then unusable.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _START_LIMIT = 60.0  # seconds to start a thread or process and to make the envi
 
 
 class Failed(Exception):
-    """An environment raised. The message has the type and text of its exception."""
+    """An environment failed. If it raised an exception, the message has the type and text of the exception."""
 
 
 def _perform(env: Any, method: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -45,7 +45,7 @@ class Inline:
         self.env = adapt(factory())
 
     def wait(self) -> None:
-        """The environment is there."""
+        """Does nothing, because the environment has already been made."""
 
     def send(self, method: str, *arguments: Any, **options: Any) -> None:
         self._call = (method, arguments, options)
@@ -119,8 +119,8 @@ class Thread:
 class Process:
     """Runs calls in a process of its own, for environments that compute much or that must not share memory.
 
-    The factory is sent to the process, so it must be a function of a module. What the environment prints after
-    `OUTPUT_LIMIT` characters is dropped.
+    The factory is pickled and sent to the process, so a function must be defined at the top level of a module. Output
+    of the environment after the first `OUTPUT_LIMIT` characters is dropped.
     """
 
     def __init__(self, factory: Factory, name: str) -> None:
@@ -132,7 +132,7 @@ class Process:
         except Exception as error:  # pickle's errors have several types
             raise UserError(
                 f"{name}: the function that makes the environment cannot be sent to a process ({_line(error)}); "
-                'use a function of a module, or mode="threads"'
+                'use a function that is defined at the top level of a module, or mode="threads"'
             ) from None
         other.close()
         self._started = False

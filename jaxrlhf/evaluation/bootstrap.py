@@ -35,7 +35,7 @@ class Metrics:
     def of_some(self, numbers: np.ndarray, count: int) -> "Metrics":
         """Returns the same metrics with `count` rows.
 
-        These rows get the numbers i64[N], and the sums of other rows are 0.
+        The N rows of these metrics become the rows `numbers` i64[N]. In all other rows the sums are 0.
         """
         rows = np.zeros((count, self.rows.shape[1]))
         rows[numbers] = self.rows

@@ -51,7 +51,7 @@ def label_probabilities(logprobs: np.ndarray, labels: np.ndarray) -> list[Metric
     1950). The calibration error is that of the most probable label, in ten bins from 0 to 1 (Guo et al. 2017).
 
     Args:
-      logprobs: f64[N,C]; need not add up to 1, because they are renormalised.
+      logprobs: f64[N,C]; the probabilities need not add up to 1, because they are renormalised.
       labels: i64[N]; the right label.
     """
     probabilities = softmax(logprobs)
@@ -67,7 +67,7 @@ def fit_temperature(logprobs: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature T with the least log loss of softmax(logprobs / T).
 
     This is temperature scaling (Guo et al. 2017). The log loss is convex in 1 / T, so its slope has one zero, which
-    bisection finds. T stays in `TEMPERATURES`.
+    bisection finds. T is limited to the range `TEMPERATURES`.
 
     Args:
       logprobs: f64[N,C].

@@ -98,7 +98,7 @@ TASKS: dict[str, tuple[str, Callable[[Texts, Column, Options], Metrics]]] = {
 
 
 class Task:
-    """A task with its column and options, on the rows of the data."""
+    """A task with its column and options, for given rows of data."""
 
     def __init__(self, spec: str, rows: Sequence[Mapping[str, Any]], options: Options):
         """`spec` is NAME or NAME:COLUMN. Raises `UserError` for a name, column, value or option that cannot be used.
@@ -131,9 +131,9 @@ class Task:
         return found.of_some(self.numbers, self.count).named(self.name)
 
     def labels_among(self, choices: Sequence[str]) -> np.ndarray:
-        """Returns the number of the choice that is the label of each row, i64[rows]; -1 for rows without a label.
+        """Returns the index in `choices` of the label of each row, i64[rows]; -1 for rows without a label.
 
-        For a classification task. Raises `UserError` if the label of a row is not among the choices.
+        The task must be a classification task. Raises `UserError` if the label of a row is not among the choices.
         """
         labels, pick = self.options["labels"], self.options["pick"]
         _, expected = read_labels([""] * len(self.values), self.values, labels, pick)

@@ -19,7 +19,7 @@ ORDER = 4  # largest n of BLEU's n-grams
 def rouge(texts: Sequence[str], references: Sequence[Sequence[str]], stem: bool = False) -> Metrics:
     """Returns the mean F1 of ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (Lin 2004), from 0 to 1.
 
-    The best reference counts.
+    If a completion has several references, the best one counts for each metric.
     """
     scorer = optional_package("rouge_score.rouge_scorer").RougeScorer(list(ROUGE), use_stemmer=stem)
     scores = [scorer.score_multi(several, text) for text, several in zip(texts, references)]
@@ -60,7 +60,7 @@ def chrf(
     scorer = optional_package("sacrebleu.metrics").CHRF(word_order=word_order, beta=beta)
 
     def value(sums: np.ndarray) -> np.ndarray:
-        """Returns chrF f64[...,1]: F of the mean precision and recall over the orders that both sides have."""
+        """Returns chrF f64[...,1]: the F score of mean precision and recall, over the n-gram orders in both texts."""
         found, wanted, right = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
         both = (found > 0) & (wanted > 0)
         orders = both.sum(axis=-1)

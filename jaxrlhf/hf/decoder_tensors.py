@@ -132,7 +132,7 @@ def read_decoder(
 ) -> Decoder:
     """Returns the decoder that holds the tensors from `match`. Its arrays are sharded on the mesh.
 
-    The decoder's config has the target of the mesh's devices.
+    The `target` in the decoder's config is set to that of the mesh's devices (see `models/target.py`).
     """
     config = dataclasses.replace(config, target=target_of(mesh))
     abstract, values = abstract_decoder(config, dtype), {}

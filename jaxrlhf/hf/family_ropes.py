@@ -34,7 +34,7 @@ class Ropes:
 
 
 def read_ropes(ropes: Ropes, document: dict[str, Any], read: dict[str, Any], local: bool, where: str) -> Rope:
-    """Returns the rotary positions of the layers with a window if `local`, else of the layers without a window.
+    """Returns the rotary positions of one kind of layer: with a sliding window if `local` is True, else without.
 
     `read` holds the values of `DecoderConfig` that were read before. Entries that the rope type does not use are
     ignored, and a notice is printed. transformers prints a warning in this case. Raises `UserError` if an entry is

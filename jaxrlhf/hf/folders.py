@@ -83,8 +83,8 @@ def written_once(target: Path) -> Iterator[tuple[Path, bool]]:
 def check_replaceable(target: Path, *of_kinds: str) -> None:
     """Raises `UserError` if the folder `target` holds files that jaxrlhf may not replace.
 
-    The marker file `MARK` lists the files that jaxrlhf may replace. `of_kinds` are names of files. The list must have
-    one of them. For example, an adapter does not replace an exported model.
+    The marker file `MARK` lists the files that jaxrlhf may replace. If the list has none of the file names `of_kinds`,
+    no file may be replaced. So, for example, an adapter does not replace an exported model.
     """
     if not target.is_dir():
         return

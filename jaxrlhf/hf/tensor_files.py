@@ -219,7 +219,8 @@ def _check_cover(file: Path, tensors: list[StoredTensor], start: int, size: int)
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.end)):
         if tensor.offset != at:
             raise UserError(
-                f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, not {at}; the file is corrupt"
+                f"{file}: tensor {tensor.name} begins at byte {tensor.offset}, but must begin at byte {at}; "
+                "the file is corrupt"
             )
         at = tensor.end
     if at != size:

@@ -33,9 +33,9 @@ def load_pretrained(
     tokenizer, this tokenizer is returned. Weights in the files are float32, bfloat16 or float16, and are cast to
     `dtype`. "auto" means the dtype of most weights. `models.sharding.parameter_sharding` shards each parameter on the
     mesh, and each process reads only its own slices. If `quantize` is "int8" or "nf4", the linear layers of the blocks
-    are quantised on the host, one part after another (see `quantize.py`). The model's config has the target of the
-    mesh's devices, or of jax's default device. Float32 matrix products have full precision. `decoder.with_target` sets
-    another target.
+    are quantised on the host, one part after another (see `quantize.py`). The `target` in the model's config is set
+    to that of the mesh's devices, or of jax's default device, with full precision for float32 matrix products.
+    `decoder.with_target` sets another target.
 
     Raises `UserError` if the folder cannot be used. The error names the file, and the entry or tensor.
     """

@@ -163,8 +163,8 @@ def bind(base: Decoder, adapter: Adapter | None) -> Decoder:
             if name not in LORA_LEAVES:
                 if not hasattr(module, name):
                     raise UserError(
-                        f"the adapter holds the full weight {path}/{name}, but this base lacks or quantises this "
-                        "weight; give the base of the adapter, not quantised"
+                        f"the adapter holds the full weight {path}/{name}, but this base has no such weight, or "
+                        "has it quantised; give the base of the adapter, and do not quantise it"
                     )
                 value = value.astype(getattr(module, name)[...].dtype)
             setattr(module, name, nnx.Param(value))
@@ -193,8 +193,8 @@ def for_decoding(model: Decoder, merge_rounded: bool = False) -> Decoder:
     """Returns an equivalent model that decodes faster, because it has fewer matrix products per layer.
 
     Pairs are merged as by `with_merged_pairs`. Float32 query, key and value projections of attention become one
-    projection, which is a copy. Pairs that are not merged are joined on a GPU, see `JoinedLinear`. Kernels are not
-    copied then.
+    projection, which is a copy. On a GPU, the pairs that are not merged are joined, and their kernels are not copied
+    (see `JoinedLinear`).
     """
     model = with_merged_pairs(model, merge_rounded)
     dtype, target = model.embed_tokens.embedding.dtype, model.config.target
@@ -206,7 +206,10 @@ def for_decoding(model: Decoder, merge_rounded: bool = False) -> Decoder:
 
 
 def _outputs_split() -> bool:
-    """Returns True if the mesh splits the outputs of q, k, v, gate and up. Joining them would move them."""
+    """Returns True if the mesh splits the outputs of q, k, v, gate and up.
+
+    Joined outputs would then have to move between devices.
+    """
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
@@ -267,7 +270,7 @@ def merge(base: Decoder, adapter: Adapter | None) -> Decoder:
 
 
 def has_only_pairs(adapter: Adapter) -> bool:
-    """Returns True if the adapter holds LoRA pairs, and no other leaves but those of heads."""
+    """Returns True if all leaves of the adapter, except those of the scalar head and `lm_head`, are LoRA pairs."""
     trunk = {path: leaves for path, leaves in adapter.items() if path not in (SCORE, HEAD)}
     return all(set(leaves) == set(LORA_LEAVES) for leaves in trunk.values())
 

@@ -48,14 +48,14 @@ def causal_mask(segments_BT: jax.Array) -> jax.Array:
 
 
 def needs_mask(target: Target, softcap: float | None) -> bool:
-    """Returns False if causal attention over whole sequences needs no mask, given rows without padding on the left."""
+    """Returns True if causal attention over whole sequences needs a mask even if rows have no padding on the left."""
     return target.attention != "cudnn" or softcap is not None
 
 
 def mask_of(segments_BT: jax.Array, target: Target) -> jax.Array | Visibility:
-    """Returns the causal mask. Above `LONGEST_WHOLE` tokens, this is a `Visibility` without an array [B,T,T].
+    """Returns the causal mask, as an array bool[B,T,T] or as a `Visibility`, which needs no such array.
 
-    cuDNN reads an array, if it needs a mask.
+    The mask is a `Visibility` above `LONGEST_WHOLE` tokens, except for cuDNN, which can read only an array.
     """
     segments_BT = positions_whole(segments_BT)
     if segments_BT.shape[1] <= LONGEST_WHOLE or target.attention == "cudnn":
@@ -172,8 +172,8 @@ def attend_causal(
 
     The target chooses XLA or cuDNN. If there is a soft cap, XLA computes the attention, because cuDNN has no soft cap.
     On a CPU the queries are computed in blocks. Each block reads only the keys up to its end. This skips most of the
-    masked scores above the diagonal. If the mask is None, T = S, and a query sees all earlier slots, or those within
-    `window`. Only cuDNN computes this.
+    masked scores above the diagonal. The mask may be None only for cuDNN and T = S. A query then sees its own and all
+    earlier slots, or only those within `window`.
     """
     if mask_BTS is None:
         return attend_fused_causal(q_BTNH, k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3), scale, window)

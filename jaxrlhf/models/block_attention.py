@@ -149,7 +149,10 @@ def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _by_heads(x: jax.Array, axis: int = 0) -> jax.Array:
-    """Returns x with rows (dimension `axis`) and heads (the next one) split. XLA would gather what a loop carries."""
+    """Returns x with rows (dimension `axis`) and heads (the next one) split.
+
+    Without this constraint, XLA would gather the arrays that a loop carries.
+    """
     return constrain(x, *(None,) * axis, BATCH_AXES, HEAD_AXES)
 
 
@@ -196,7 +199,10 @@ class _Blocks:
         return jax.lax.dynamic_slice_in_dim(self.v if of is None else of, j * C, C, axis=2)
 
     def pairs(self) -> tuple[jax.Array, ...]:
-        """Returns the pairs of blocks to compute: query block, key block, first pair of its query block, seen or not.
+        """Returns the pairs of blocks to compute, as four arrays with one entry for each pair.
+
+        The entries are the query block, the key block, whether the pair is the first one of its query block, and
+        whether a query of the pair may see one of its keys.
 
         If the slot of the first query is static, pairs above the diagonal or outside the window are left out.
         """

@@ -32,7 +32,7 @@ class CacheIndex:
 
     @classmethod
     def contiguous(cls, filled: jax.Array) -> "CacheIndex":
-        """Returns the index in which each row's tokens start at column 0: a kernel reads only filled columns."""
+        """Returns the index in which each row's tokens start at column 0. So a kernel can read only filled columns."""
         return cls(jnp.maximum(filled - 1, 0), filled, jnp.zeros_like(filled))
 
     @property
@@ -99,7 +99,7 @@ class LayerCache(NamedTuple):
         return LayerCache(*(jax.vmap(put)(old, x, slots).reshape(-1, *old.shape[2:]) for old, x in by_queue))
 
     def widened(self, columns: int) -> "LayerCache":
-        """Returns the cache with empty columns at the end, S in all."""
+        """Returns the cache with empty columns added at the end, so that it has S = `columns` columns."""
         more = columns - self.k.shape[3]
         return LayerCache(
             jnp.pad(self.k, ((0, 0),) * 3 + ((0, more),)), jnp.pad(self.v, ((0, 0),) * 2 + ((0, more), (0, 0)))

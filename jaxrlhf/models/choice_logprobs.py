@@ -1,8 +1,8 @@
 """The exact logprob of every choice after each prompt, from one pass.
 
 Only nodes with several children matter, because a token without an alternative has logprob 0. A row of the pass is a
-prompt with the beginning of a choice, and the states along the row belong to the nodes on its path. If labels differ in
-their first token, the pass has only the prompts.
+prompt followed by the beginning of a choice, and gives the distributions of all nodes on the path of this beginning. If
+no two choices have the same first token, the rows hold only the prompts.
 
 Sizes: B prompts of P tokens, C choices of at most R tokens, K beginnings, T tokens of the longest one.
 """
@@ -22,7 +22,7 @@ from jaxrlhf.records import Prompts
 
 @struct.dataclass
 class Paths:
-    """The beginnings of choices, and where the distribution of each token of a choice is."""
+    """The beginnings of choices, and which of them gives the distribution of each token of each choice."""
 
     beginnings: jax.Array  # i32[K,T]; 0 after the end
     mask: jax.Array  # bool[K,T]
@@ -33,7 +33,7 @@ class Paths:
 
     @classmethod
     def of(cls, answers: Sequence[Sequence[int]]) -> "Paths":
-        """Returns the paths of the answers of `Choices.of`."""
+        """Returns the paths of `answers`, which are the answers that `Choices.of` was given."""
         answers = [tuple(answer) for answer in answers]
         followers: dict[tuple[int, ...], set[int]] = {}
         for answer in answers:
@@ -70,7 +70,10 @@ def choice_logprobs(
     (B, _), (K, T) = prompts.tokens.shape, paths.beginnings.shape
 
     def rows(of_prompts: jax.Array, of_beginnings: jax.Array) -> jax.Array:
-        """Returns [B K, P + T + 1]: each prompt with each beginning, and a last token whose predecessor is read."""
+        """Returns [B K, P + T + 1]: each prompt with each beginning, and a dummy token after it.
+
+        The dummy token makes `hidden_before_tokens` also return the state of the last token of a beginning.
+        """
         tail = jnp.pad(of_beginnings, ((0, 0), (0, 1)))
         return jnp.concatenate([jnp.repeat(of_prompts, K, axis=0), jnp.tile(tail, (B, 1))], axis=1)
 

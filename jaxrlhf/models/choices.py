@@ -1,4 +1,4 @@
-"""Answers that must be one of some strings: a trie over their tokens, and the logits that it allows.
+"""Answers that must be one of a list of strings: a trie over their tokens, which masks the logits.
 
 The policy is the model with its logits masked to the tokens that may follow, at every position of an answer. Sampling,
 scoring and the update use the same masks, so they compute the same distribution. The head computes only the tokens that
@@ -36,7 +36,10 @@ class Choices:
         """Returns the trie of different answers. Each of them ends with the same stop token."""
         stop = answers[0][-1]
         if any(stop in answer[:-1] or answer[-1] != stop for answer in answers) or len({*map(tuple, answers)}) < 2:
-            raise ValueError("there must be two or more answers, and each must end with the one stop token")
+            raise ValueError(
+                "there must be two or more different answers, and each must have the same stop token at its end and "
+                "nowhere else"
+            )
         tokens = [*sorted({*np.concatenate(answers).tolist()} - {stop}), stop]
         place = {token: i for i, token in enumerate(tokens)}
         indices = [tuple(place[token] for token in answer) for answer in answers]
@@ -63,7 +66,7 @@ class Choices:
         return jnp.where(goes_on, self.first[node] + before, 0)
 
     def nodes(self, index: jax.Array) -> jax.Array:
-        """Returns the node before each token of answers, i32[B,R]. It depends only on the tokens before it."""
+        """Returns the node before each token of answers, i32[B,R]. A node depends only on the tokens before it."""
 
         def step(node: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self.after(node, index), node

@@ -1,7 +1,7 @@
-"""Ulysses attention (2309.14509): the mesh axis `context` splits positions, and heads inside attention.
+"""Ulysses attention (2309.14509): the mesh axis `context` splits heads inside attention, and positions elsewhere.
 
 The functions only constrain shardings. XLA moves the arrays between the two shardings by all-to-alls. If the function
-that is traced now does not split positions, arrays stay as they are.
+that is being traced does not split positions, the arrays are returned unchanged.
 
 Sizes: B rows, T positions, N query heads, K key-value heads, and H the head dimension.
 """
@@ -19,8 +19,8 @@ def heads_split(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns queries, keys and values with all positions, and with heads split over `tensor` and `context`.
 
-    If there are fewer key-value heads than parts, they are repeated until the parts divide them. `always` means that
-    heads are split over `tensor` even if positions are not split.
+    If the number of parts, `tensor` x `context`, divides N but not K, the key-value heads are repeated until it divides
+    their number. `always` means that heads are split over `tensor` even if positions are not split.
     """
     if position_parts() == 1 and not always:
         return q_BTNH, k_BTKH, v_BTKH
@@ -40,5 +40,5 @@ def positions_split(x_BTNH: jax.Array) -> jax.Array:
 
 
 def positions_whole(x: jax.Array) -> jax.Array:
-    """Returns an array [B,T,...] that each device has for all positions of its rows: masks and segments."""
+    """Returns an array [B,T,...], such as a mask, of which each device holds all positions of its rows."""
     return x if position_parts() == 1 else constrain(x, BATCH_AXES)

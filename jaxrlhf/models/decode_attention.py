@@ -1,9 +1,9 @@
 """Attention of one new token per row on a GPU, in one kernel: rotation, cache write, and attention over filled columns.
 
-XLA's attention reads every column of the cache, and needs kernels of their own for rotation, cache write, scores,
-softmax and weighted sum. This kernel (Pallas, lowered by Triton) reads only the filled columns of each row, and of a
-sliding window only the columns inside the window. It computes the softmax block by block (2205.14135), and splits the
-columns over programs if rows and heads are too few to fill the card (flash-decoding).
+XLA's attention reads every column of the cache, and launches separate kernels for rotation, cache write, scores,
+softmax and weighted sum. This kernel (Pallas, lowered by Triton) reads only the filled columns of each row. If there is
+a sliding window, it reads only the columns inside the window. It computes the softmax block by block (2205.14135), and
+splits the columns over programs if rows and heads are too few to fill the card (flash-decoding).
 
 The tokens of a row are in the first columns of its cache, without gaps. The kernel has never run on a card. It compiles
 for an H100, and Pallas' interpreter runs it on a CPU in the tests.
@@ -32,8 +32,8 @@ _LOWEST = -1e30
 def supported(config: DecoderConfig, rows: int) -> bool:
     """Returns True if the kernel computes attention of one new token per row for this model, mesh and target.
 
-    Otherwise XLA's attention does: on other platforms than a GPU, if the setting is off, if the head dimension is not
-    a power of 2 from 32 to 256, and if the mesh does not divide rows and key-value heads evenly.
+    XLA computes it instead if any of these holds: the platform is not a GPU, `Target.decode_kernels` is False, the head
+    dimension is not a power of 2 from 32 to 256, or the mesh does not divide rows and key-value heads evenly.
     """
     H, (batch, tensor) = config.head_dim, _shards()
     return (
@@ -66,8 +66,8 @@ def attend_newest(
     positions; None means no rotation. `scale` and `softcap` are as in `attention.attend`. `interpret` runs the kernel
     without a GPU.
 
-    Returns (outputs [B,N,H], keys [B,K,H,S], values [B,K,S,H]). The caches are changed in place inside a program that
-    does not use them again.
+    Returns (outputs [B,N,H], keys [B,K,H,S], values [B,K,S,H]). If the program does not use the
+    old caches again, they are changed in place.
     """
     if rotary is not None and 2 * rotary.cos_BT1F.shape[-1] < q_BNH.shape[-1]:  # the kernel rotates only whole heads
         q_BNH, k_BKH = (rotate(x[:, None], rotary)[:, 0] for x in (q_BNH, k_BKH))
@@ -128,7 +128,7 @@ def _attend_local(window, scale, softcap, interpret, q_BNH, k_BKH, v_BKH, rotary
 
 
 def _kernel(N, K, window, scale, softcap, block, splits, rotates, filled_ref, new_ref, *refs):
-    """One row, one key-value head and its G query heads, and every splits-th block of columns.
+    """Attends in one row, from the G query heads of one key-value head, to every splits-th block of columns.
 
     `new_ref` [B,N+2K,H] holds queries, keys and values of the newest tokens. With one split, outputs are divided by
     the sum of the weights. Otherwise the caller combines outputs, largest scores and sums of the splits.
@@ -164,7 +164,10 @@ def _kernel(N, K, window, scale, softcap, block, splits, rotates, filled_ref, ne
     v = new_ref[row, N + K + head, :].astype(v_ref.dtype)
 
     def start() -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The newest token: (largest score f32[X], sum of weights f32[X], weighted values f32[X,H])."""
+        """Returns the first carry: (largest score f32[X], sum of weights f32[X], weighted values f32[X,H]).
+
+        In split 0 it has the newest token, in other splits no token.
+        """
         score = sum(jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1) for q, k in zip(qs, ks))
         first = split == 0
         peak = jnp.where(first, capped(score), _LOWEST)

@@ -237,7 +237,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Returns (hidden states [B,T-first,D] of whole sequences after the final norm, their keys and values).
 
-        The mask is an array or a `Visibility`, and causal (None: see `attend_causal`). The states start at position
+        The mask is causal: an array, a `Visibility`, or None (see `attend_causal`). The states start at position
         `first`. The last layer skips the queries before `first`, because their outputs are not needed. `remat` is
         "none" or a key of `remat.REMAT`. `slots` is the final length of the rows; None means T. The final length
         selects the factors of longrope.

@@ -7,7 +7,7 @@ and uses XLA instead of cuDNN.
 
 Every layer reads the bias [B,1,T,S]. In jax 0.10.2 cuDNN also writes the gradient of the bias, although nothing uses
 this gradient. In jax 0.12 cuDNN does not write it. Rows without padding on their left need no bias: attention is then
-causal and nothing else (`attend_fused_causal`). `models.scoring` aligns rows so. Packed rows keep the bias.
+causal and nothing else (`attend_fused_causal`). `models.scoring` aligns rows this way. Packed rows keep the bias.
 """
 
 import jax

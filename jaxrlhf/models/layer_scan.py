@@ -1,12 +1,13 @@
 """Stacks the weights of equal layers, so that a program runs the layers in a loop and compiles only one of them.
 
 The time to compile a program then does not grow with the number of layers. The stacked weights are a second copy of
-the layers of the base. The copy takes memory while the program runs. Decode steps do not use it, because a loop over
-layers inside the loop over tokens would copy each weight for each token. A rollout's pass over prompts does.
+the layers of the base. The copy takes memory while the program runs. A rollout uses the stacked weights only in its
+pass over prompts. In decode steps, a loop over layers inside the loop over tokens would copy each weight for each
+token.
 
 Layers may repeat with a period, for example if every second layer has a window. The loop then runs one period per step,
-and the layers after the last whole period follow one by one. A last layer inside the loop computes the prompt's
-positions too. Layers one by one skip these positions in the last layer, because their outputs are not needed.
+and the layers after the last whole period follow one by one. If the last layer is inside the loop, it also computes
+the positions of the prompt. Outside the loop, the last layer skips them, because their outputs are not needed.
 """
 
 import math
@@ -66,9 +67,10 @@ def stacked_adapter(model: Decoder, adapter: Adapter) -> Adapter:
 
 
 def unstacked_adapter(model: Decoder, stacked: Adapter, like: Adapter) -> Adapter:
-    """Returns the adapter with the structure of `like` for which `stacked_adapter` returned `stacked`.
+    """Inverts `stacked_adapter`: returns the adapter whose stacked form is `stacked`, with the structure of `like`.
 
-    The scales of LoRA pairs are those of `like`, because no step changes them. Slicing them would launch a kernel each.
+    The scales of LoRA pairs are those of `like`, because no step changes them. Slicing `stacked` would launch a kernel
+    for each scale.
     """
     if model.stacked is None:
         return stacked
@@ -102,7 +104,11 @@ def _place(model: Decoder, path: str) -> tuple[str, int | None]:
 
 
 def wants_stacked_layers(base: Decoder, mesh: Mapping[str, int]) -> bool:
-    """Returns `Target.scan_layers`, or what it means if it is None. `mesh` has the sizes of the mesh axes."""
+    """Returns whether layers are stacked. `mesh` has the sizes of the mesh axes.
+
+    `Target.scan_layers` decides. If it is None, layers are stacked unless the platform is a CPU, or the copy takes more
+    than `MOST_BYTES` on each device.
+    """
     target = base.config.target
     if target.scan_layers is not None or target.platform == "cpu":
         return bool(target.scan_layers)

@@ -35,7 +35,7 @@ class Linear(nnx.Module):
         return self.kernel.dtype == jnp.float32
 
     def merges(self, rounded: bool) -> bool:
-        """Returns True if decoding merges the LoRA pair. `rounded` also merges if the sum is rounded to 16 bits."""
+        """Returns True if decoding merges the LoRA pair. `rounded` allows a sum that is rounded to 16 bits."""
         return rounded or self.can_merge
 
     def float32_kernel(self) -> jax.Array:
@@ -111,7 +111,7 @@ def _backward(precision, saved, dy):
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """Returns x as [rows,D]. If the positions of sequences are split, joining them with rows would gather them."""
+    """Returns x as [rows,D], or unchanged if its positions are split, because a reshape would gather them."""
     return x if position_parts() > 1 else x.reshape(-1, x.shape[-1])
 
 

@@ -1,7 +1,7 @@
 """The small networks of control tasks: a policy and a value network, separate, and the distributions of actions.
 
-Functions that take `xp` compute with numpy or jax.numpy: actions are sampled on the host, where a call of a compiled
-program takes longer than these networks do, and updates are compiled.
+Functions that take `xp` compute with numpy or jax.numpy. Actions are sampled on the host with numpy, because the call
+of a compiled program would take longer than these networks. Updates are compiled, with jax.numpy.
 
     params = {"policy": layers, "value": layers, "log_std": f32[A]}     layers: a list of {"kernel" [I,O], "bias" [O]}
 """
@@ -34,7 +34,7 @@ class Actions:
 
     @property
     def width(self) -> int:
-        """K, the numbers that describe an action."""
+        """K: how many numbers describe an action."""
         return len(self.sizes) if self.kind in ("Discrete", "MultiDiscrete") else self.sizes[0]
 
     @property

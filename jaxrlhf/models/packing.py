@@ -18,7 +18,7 @@ from jaxrlhf.records import Experience, Rollout
 
 
 class Places(NamedTuple):
-    """Where numbers come from: result[g, i] = x[g, index[g, i]] where the mask is True, else 0."""
+    """Where each number of a result is taken from: result[g, i] = x[g, index[g, i]] if the mask is True, else 0."""
 
     index: jax.Array  # i32[G,n]
     mask: jax.Array  # bool[G,n]
@@ -45,7 +45,7 @@ class Layout:
 
 @struct.dataclass
 class PackedRows:
-    """The sequences of one pass. Only states of slots that predict a learned token are needed: the needed states.
+    """The sequences of one pass. The states of slots that predict a learned token are called the needed states.
 
     States and slots are numbered from 0 to C T - 1, and response tokens from 0 to N R - 1.
     """
@@ -67,7 +67,7 @@ class PackedRows:
         return moved(grouped, self.slot_of_state, self.state_of_slot)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """Returns numbers f32[G,C T] of the needed states as numbers of response tokens f32[B,R]; 0 outside `mask`."""
+        """Maps x f32[G,C T], a number per needed state, to f32[B,R], a number per response token; 0 outside `mask`."""
         found = moved(x, self.state_of_response, self.response_of_state)
         return constrain(found.reshape(self.mask.shape), BATCH_AXES)
 

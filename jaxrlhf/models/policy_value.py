@@ -67,8 +67,8 @@ def can_stack(base: Decoder, policy: Adapter | None, value: Adapter) -> bool:
     """Returns True if one pass computes both models.
 
     Each adapter must have LoRA pairs in the layers, and no other weights there. On a CPU the models are computed one
-    after another, because two small products are as fast as a large one. With cuDNN too, because its attention takes no
-    mask that several models share.
+    after another, because two small products are as fast as a large one. The same holds with
+    cuDNN, because its attention does not accept a mask that several models share.
     """
     target = base.config.target
     if target.platform == "cpu" or target.attention != "xla":

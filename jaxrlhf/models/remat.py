@@ -23,5 +23,5 @@ REMAT = {
 
 
 def rematerialised(run: Callable, remat: str, static_argnums: int) -> Callable:
-    """Returns `run`, or `run` with the policy of `REMAT` unless `remat` is "none"."""
+    """Returns `run` with the policy `REMAT[remat]`, or `run` itself if `remat` is "none"."""
     return run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat], static_argnums=static_argnums)

@@ -41,7 +41,8 @@ def sequence_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, remat: s
 def token_scores(model: Decoder, tokens: jax.Array, mask: jax.Array, count: int, remat: str = "none") -> jax.Array:
     """Returns the output of the scalar head at each of the last `count` positions, f32[B,count].
 
-    The output at a position has read the token there. Rows may be padded on the left or on the right.
+    The output at a position depends on the token there and on those before it. Rows may be padded on the left or on
+    the right.
     """
     if needs_mask(model.config.target, model.config.attention_softcap):
         hidden = model.encode(tokens, mask.astype(jnp.int32), remat)
@@ -101,7 +102,10 @@ def response_logprobs_and_values(
 
 
 def hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str, packed=None) -> jax.Array:
-    """Returns the hidden state at the position before each response token, [B,R,D]; of `packed`, the needed states."""
+    """Returns the hidden state at the position before each response token, [B,R,D].
+
+    If `packed` is given, returns its needed states instead, [G,C T,D] (see `PackedRows`).
+    """
     if packed is not None:
         return packed.states(model.encode(packed.tokens, packed.segments, remat, slots=tokens.shape[1]))
     R = response_mask.shape[1]
@@ -197,7 +201,7 @@ def _logprobs_of_choices(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the results of `logprobs_of_hidden` under the model that is masked to the choices.
 
-    A token that may not follow has logprob -inf. A token without an alternative has no gradient, not even of rounding.
+    A token that may not follow has logprob -inf. A token without an alternative has a gradient of exactly 0.
     """
     response = tokens[:, -response_mask.shape[1] :]
     index = choices.index_of(response)

@@ -29,14 +29,14 @@ def collectives_of(text: str, mesh: Mapping[str, int], unknown_trips: Sequence[f
     """Returns the collectives of a compiled module, the largest first.
 
     A key is a kind with its mesh axes, such as "all-reduce over tensor". The body of a loop counts once per iteration.
-    If the text does not give the number of iterations, `unknown_trips` gives it: first for outer loops, then for loops
-    inside of them, and 1 for loops further inside. Each branch of a conditional counts once.
+    If the text does not give the number of iterations of a loop, it is assumed to be `unknown_trips[i]`, where i is the
+    number of such loops around it, or 1 if `unknown_trips` is too short. Each branch of a conditional counts once.
     """
     bodies = {name: (bool(entry), body.splitlines()) for entry, name, body in _COMPUTATION.findall(text)}
     totals: dict[tuple[str, int], dict[str, np.ndarray]] = {}
 
     def count(name: str, depth: int) -> dict[str, np.ndarray]:
-        """Counts in a computation inside of `depth` loops whose iterations the text does not give."""
+        """Returns the counts of a computation inside of `depth` loops without a number of iterations."""
         if (name, depth) not in totals:
             total = totals[name, depth] = collections.defaultdict(lambda: np.zeros(2))
             for line in bodies.get(name, (False, ()))[1]:

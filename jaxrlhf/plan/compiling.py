@@ -35,7 +35,7 @@ class Compiled:
 
 
 def missing() -> str | None:
-    """Returns a line that tells the user how to install XLA's compiler for cards. None if it is installed."""
+    """Returns a line that tells the user how to install XLA's compiler for cards, or None if it is installed."""
     own = importlib.metadata.version("jaxlib")
     for cuda in ("cuda13", "cuda12"):
         wheels = f"jax-{cuda}-plugin", f"jax-{cuda}-pjrt"

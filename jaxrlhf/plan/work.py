@@ -17,10 +17,10 @@ weights in the LoRA pairs of these layers. D x V is the shape of the head, and L
                in each pass forward and in each pass backward. data x fsdp x context (n cards): 2 (n - 1) / n of the
                gradients in each optimizer step
 
-Work that no result needs is not counted. With LoRA, this is the gradient of the first layer's input. In the last layer,
-prompt tokens before the last prompt token need only keys and values. (The reward model counts in full.) Elementwise
-operations, reads and writes of activations that do not fit in caches, and work that `remat` repeats are not counted
-either.
+Work that no result needs is not counted. With LoRA, no result needs the gradient of the first layer's input. In the
+last layer, prompt tokens before the last prompt token need only keys and values. (For the reward model, the last layer
+is counted in full.) Elementwise operations, reads and writes of activations that do not fit in caches, and work that
+`remat` repeats are not counted either.
 
 In float32 a LoRA pair may be merged into its kernel (`models.linear`). A merge takes 2 x rank x in x out operations,
 once for each value that the adapter has during the pass. Without the merge, the pair takes 2 A operations per token.
@@ -389,7 +389,7 @@ def work_of(name: str, args: tuple, kwargs: dict[str, Any], result: Any, config:
 
 
 def _with_choices(base: Decoder, choices: Choices | None) -> Decoder:
-    """Returns the base. With choices, the result is shapes, and its head has only their tokens."""
+    """Returns the base. With choices, returns its shapes, with a head for only the tokens of choices."""
     return base if choices is None else jax.eval_shape(lambda base, choices: choices.head_of(base), base, choices)
 
 

@@ -28,7 +28,7 @@ def _of_stage(name: str, stage: dict[str, Any]) -> list[str]:
 
 
 def _alarm(stage: str, step: int, alarm: dict[str, Any]) -> str:
-    """Describes an alarm of a run, whose limit is known if the alarm is a shipped one."""
+    """Describes an alarm of a run. The text has the metric and limit only for alarms that jaxrlhf ships."""
     name, times = alarm["name"], alarm["times"]
     end = "still holds" if alarm["last"] == step else f"ended after step {alarm['last']}"
     again = f", {times} times" if times > 1 else ""

@@ -30,7 +30,7 @@ NAMED = 3  # largest number of settings in the name of a group of runs
 def write_report(folders: Sequence[Path], path: Path) -> list[str]:
     """Writes the report of one or several runs. Returns a warning for each run whose logs have invalid lines.
 
-    Raises `UserError` if a run cannot be read or `path` is of no use, and `Fault` if the disk refuses the report.
+    Raises `UserError` if a run cannot be read or `path` cannot be used, and `Fault` if the report cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
     _check_target(path)
@@ -44,13 +44,13 @@ def write_report(folders: Sequence[Path], path: Path) -> list[str]:
 
 
 def _check_target(path: Path) -> None:
-    """Raises `UserError` if `path` is a folder, is in a folder that does not exist, or is a file but no report."""
+    """Raises `UserError` if `path` is a folder, its folder does not exist, or it is a file that is not a report."""
     if not path.parent.is_dir():
-        raise UserError(f"{path}: cannot be written: {path.parent} is no folder")
+        raise UserError(f"{path}: cannot be written: there is no folder {path.parent}")
     if path.is_dir():
         raise UserError(f"{path}: this is a folder; give a file")
     if path.is_file() and path.stat().st_size and MARK not in path.read_bytes()[:4000].decode("utf-8", "replace"):
-        raise UserError(f"{path}: this file is no report; remove it, or give another file")
+        raise UserError(f"{path}: this file is not a report; remove it, or give another file")
 
 
 def build(runs: list[dict[str, Any]]) -> str:

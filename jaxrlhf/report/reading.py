@@ -139,7 +139,7 @@ def _number(value: Any) -> bool:
 
 
 def _curve(lines: list[dict], name: str) -> dict[str, Any]:
-    """Returns steps and values of a metric. A long curve holds means over equal parts of "every" values."""
+    """Returns steps and values of a metric. A value of a long curve is the mean of "every" logged values."""
     found = [(line["step"], line[name]) for line in lines if _number(line.get(name))]
     every = -(-len(found) // POINTS)
     parts = [found[i : i + every] for i in range(0, len(found), every)] if found else []

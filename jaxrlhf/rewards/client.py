@@ -2,7 +2,7 @@
 
 After a failed connection, a timeout or a status 429 or 5xx, a request is sent again. The pause before it grows with
 each retry. A Retry-After header can make the pause longer, up to `max_wait` seconds. Other failures raise `RewardFault`
-immediately: any other status, and a body of more than `max_bytes` or that is not JSON. A redirect also raises
+immediately: any other status, a body of more than `max_bytes`, and a body that is not JSON. A redirect also raises
 `RewardFault`, because the data must go only to the configured host.
 """
 

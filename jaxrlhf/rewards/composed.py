@@ -72,7 +72,10 @@ class ComposedReward:
         return with_abstained(total.astype(np.float32), abstained), scores
 
     def _sum_inside(self, scores: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ma.MaskedArray:
-        """Returns the sum f32[B,R] of rewards inside completions of `mask` bool[B,R], and of scores at their ends."""
+        """Returns the weighted sum f32[B,R]. Scores of whole completions are added at the last token.
+
+        `mask` bool[B,R] marks the tokens of completions.
+        """
         total, given = np.zeros(mask.shape), np.zeros(mask.shape, bool)
         for name, (_, weight) in self.parts.items():
             if weight:

@@ -20,7 +20,7 @@ MARKS = re.compile(r"(\[[^\[\]]+\]\([^()\s][^()]*\))")  # INLINE as one group, f
 
 @dataclass(frozen=True)
 class Entity:
-    """One entity. An entity of an answer that names only a text has no place."""
+    """One entity. It has no place if only its text is given."""
 
     label: str
     text: str  # with single blanks
@@ -56,7 +56,7 @@ def entity_f1(
     """Returns the F1 of the entities of the completion and those of the column `entities`.
 
     The column holds one of these forms, or its JSON:
-    - BIO tags (IOB2), one per entry of the column `tokens`; the numbers of tags are indices of the option `tags`
+    - BIO tags (IOB2), one per entry of the column `tokens`; a tag is text, or an index in the option `tags`
     - objects with `start`, `end` and `label`; places are characters of the column `text`, `end` is exclusive
     - objects with `text` and `label`, or lines "LABEL: text"
     If the data has no column `text`, the text is the tokens with blanks between them.
@@ -67,10 +67,11 @@ def entity_f1(
     bio, inline and lines that fits. `none` or `[]` means no entity. A completion with another form scores 0, also if
     the row has no entity.
 
-    `match` "strict": an entity is right if label and both ends match, as in seqeval's strict mode. An entity with no
-    place is right if label and text match; each entity of the column counts for one of them, so a repeated entity
-    lowers precision. "partial": a pair with the same label and overlapping places counts the overlap divided by the
-    union, in characters (in words without places). Case is ignored in labels, with `ignore_case` also in texts.
+    `match` "strict": an entity is right if label and both ends match, as in seqeval's strict mode. If any entity of
+    the row has no place, entities are right if label and text match. An entity of the column matches only one of the
+    completion, so a repeated entity lowers precision. "partial": a pair with the same label counts the overlap of its
+    places divided by their union, in characters. If any entity of the row has no place, the words of the texts are
+    compared instead. Case is ignored in labels, and with `ignore_case` also in texts.
     """
     check_choice("format", format, FORMATS)
     check_choice("match", match, tuple(MATCHES))
@@ -123,7 +124,7 @@ def _gold(value: Any, source: Source, names: Sequence[str]) -> list[Entity]:
             return _lines(value)
     if is_list(value) and value and all(type(tag) is int for tag in value):
         if not all(0 <= tag < len(names) for tag in value):
-            raise Unreadable("it holds numbers of tags; the option tags must list the names, such as [O, B-PER, I-PER]")
+            raise Unreadable("its tags are numbers; the option tags must list the names, such as [O, B-PER, I-PER]")
         value = [names[tag] for tag in value]
     if is_list(value) and value and all(isinstance(tag, str) for tag in value):
         if not all(TAG.fullmatch(tag) for tag in value):
@@ -190,12 +191,12 @@ def _entity(item: Any, source: Source) -> Entity:
 
 def _lines(answer: str, source: Source | None = None) -> list[Entity]:
     if not answer.strip():
-        raise Unreadable("it is empty; no entity is written as none or []")
+        raise Unreadable("it is empty; write none or [] if there is no entity")
     found = []
     for line in filter(str.strip, answer.splitlines()):
         label, colon, text = ITEM.sub("", line).partition(":")
         if not colon or not label.strip() or not text.strip():
-            raise Unreadable(f"the line {line[:40]!r} has not the form LABEL: text")
+            raise Unreadable(f"the line {line[:40]!r} does not have the form LABEL: text")
         found.append(Entity(normal_label(label), bare(text)))
     return found
 
@@ -209,12 +210,12 @@ def _read_tags(answer: str, source: Source) -> list[Entity]:
     if not words or len(tags) != len(words) or not all(map(TAG.fullmatch, tags)):
         raise Unreadable(f"there must be one BIO tag for each of the {len(words)} tokens")
     if any(len(row) == 2 and row[0] != word for row, word in zip(rows, words)):
-        raise Unreadable("a word before a tag is not the token of the row")
+        raise Unreadable("a word before a tag differs from the token of the row")
     return _from_tags(tags, source)
 
 
 def _from_tags(tags: Sequence[str], source: Source) -> list[Entity]:
-    """Returns the entities of IOB2 tags. An I- without a B- of the same label before it starts no entity."""
+    """Returns the entities of IOB2 tags. An I- tag that continues no entity of its label is ignored."""
     if len(tags) != len(source.tokens):
         raise Unreadable(f"there are {len(tags)} tags for {len(source.tokens)} entries of the column tokens")
     found: list[tuple[str, int, int]] = []

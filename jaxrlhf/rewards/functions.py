@@ -160,7 +160,7 @@ def checked_scores(scores: Any, count: int, source: str) -> np.ndarray:
         )
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
-        hint = "; return None to give no score" if np.isnan(scores[bad[0]]) else ""
+        hint = "; return None to give no score" if np.isnan(scores[bad[0]]) else "; a score must be finite"
         raise RewardFault(f"{source} returned {scores[bad[0]]} for completion {bad[0]} of {count}{hint}")
     return with_abstained(scores, abstained)
 

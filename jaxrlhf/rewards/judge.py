@@ -3,7 +3,8 @@
 Each completion is one POST request to URL/chat/completions with the rubric as the user's message. The rubric is a jinja
 template that a sandbox renders. Its variables are `prompt`, `completion` and the row's columns. If the completion is
 compared with a reference (setting `against`), the variables are `prompt`, `first`, `second` and the columns. Then there
-are two requests, in both orders, because judges prefer a place (Wang et al. 2023, arXiv:2305.17926).
+are two requests, one for each order, because a judge may prefer the text in one place, such as the first (Wang et al.
+2023, arXiv:2305.17926).
 
 Every reply is saved in a cache folder. The key of a reply is a hash of the request: model, rubric with prompt and
 completion, and sampling settings. So a resumed run gets the same scores, also from another server of the same model.
@@ -60,7 +61,7 @@ class JudgeReward:
         self.cache = None if config.cache is None else Cache(cache_folder(config.cache), f"{key_path}.cache")
 
     def check_rows(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]], key_path: str) -> None:
-        """Raises `UserError` if the rubric cannot be rendered for a row, or if there is no column `against`."""
+        """Raises `UserError` if the rubric cannot be rendered for a row, or if no row has the column of `against`."""
         against = self.config.against
         if against is not None and not any(against in row for row in rows):
             present = ", ".join(sorted(set().union(*rows))) or "none"
@@ -142,7 +143,10 @@ class JudgeReward:
         return {"content": content, "logprobs": logprobs if self.config.read == "logprobs" else None}
 
     def _score(self, replies: Sequence[Reply]) -> float | None:
-        """Returns the score of the replies of a row: one, or one of each order. None if one cannot be read."""
+        """Returns the score of a row from its reply, or from its replies in both orders.
+
+        Returns None if a reply is missing or cannot be read, or if the score is not from `low` to `high`.
+        """
         config = self.config
         read: Callable[[Reply], float | None]
         if config.against is None:
@@ -178,20 +182,20 @@ class JudgeReward:
         return WINS.get(str(self._field(reply)).strip().upper())
 
     def _expected_number(self, reply: Reply) -> float | None:
-        """Returns the mean of the scores at the last token that is a score, weighted by their probabilities."""
+        """Returns the mean of all scores, weighted by their probabilities at the last token that is a score."""
         values = {str(score): float(score) for score in range(int(self.config.low), int(self.config.high) + 1)}
         return _expected(reply, values)
 
 
 def _last_number(reply: Reply) -> float | None:
-    """Returns the last number. In 7/10 and "7 out of 10", this is the 7."""
+    """Returns the last number. The 10 in 7/10 and in "7 out of 10" is skipped."""
     text = re.sub(r"([\d*_])\s*(?:/|out of)\s*[*_]*\d+(?:\.\d+)?", r"\1", reply["content"])
     numbers = NUMBER.findall(text)
     return float(numbers[-1]) if numbers else None
 
 
 def _last_choice(reply: Reply) -> float | None:
-    """Returns the win of the last A, B or tie: [[A]], "Answer: B" or "tie"."""
+    """Returns the value in `WINS` of the last A, B or tie, such as in [[A]] or "Answer: B"."""
     found = [name for name in CHOICE.findall(reply["content"]) if name != "a"]  # not the article
     return WINS[found[-1].upper()] if found else None
 
@@ -201,7 +205,7 @@ def _expected_choice(reply: Reply) -> float | None:
 
 
 def _expected(reply: Reply, values: Mapping[str, float]) -> float | None:
-    """Returns the mean of the values at the last token that is one, weighted by the tokens' probabilities."""
+    """Returns the mean of `values`, weighted by their probabilities at the last token that is a key of `values`."""
     try:
         tokens = [token for token in reply["logprobs"] if token["token"].strip(" *_[]\n\"") in values]
         pairs = [(values.get(t["token"].strip()), float(t["logprob"])) for t in tokens[-1]["top_logprobs"]]

@@ -1,11 +1,11 @@
 """A pretrained reward model as a reward. The model is a decoder with its own base, head and tokenizer.
 
-It runs on the run's mesh. If the completion of a text ended, EOS is appended, as in the stage reward_model. For a chat,
+It runs on the run's mesh. A text whose completion ended gets EOS at its end, as in the stage reward_model. For a chat,
 the chat template writes the whole text. The score is read at the last token that is not the pad token, as in
 transformers. So if the pad token is EOS, the score is read at the token before EOS.
 
-With granularity step, the score is read at the end of each step, in the same forward pass. Places in the completion are
-found in the input by the number of characters.
+With granularity step, the score is read at the end of each step, in the same forward pass. The end of a step
+is found in the input by counting characters from the start of the completion.
 """
 
 import jax
@@ -164,7 +164,7 @@ class PretrainedReward:
         return [self._cut(ids) for ids in encoded]
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """Returns the ids `_without_padding`. If the text is too long, its start is cut off."""
+        """Returns the ids without pad tokens at the end. If the text is too long, its start is cut off."""
         ids = self._without_padding(ids)
         return self.tokenizer.cut_start(ids, self.max_length) or ids[-self.max_length :]
 

@@ -94,5 +94,6 @@ def finite(name: str, scores: np.ndarray) -> np.ndarray:
     """Returns the scores f32[B] unchanged. Raises `RewardFault` if a score is not finite."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
-        raise RewardFault(f"reward {name} returned {scores[bad[0]]} for completion {bad[0]} of {len(scores)}")
+        where = f"completion {bad[0]} of {len(scores)}"
+        raise RewardFault(f"reward {name} returned {scores[bad[0]]} for {where}; a score must be finite")
     return scores

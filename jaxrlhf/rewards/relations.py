@@ -24,8 +24,9 @@ def relation_f1(
     another form scores 0. A repeated relation lowers precision.
 
     `match` "strict": a relation is right if head, relation and tail match. "partial": a pair with the same relation
-    counts the mean over head and tail of common words divided by all words. `symmetric` names relations in which head
-    and tail may be swapped. Case is ignored in relations and labels, with `ignore_case` also in texts.
+    counts as a fraction, common words divided by all words, averaged over head and tail. `symmetric` names relations
+    in which head and tail may be swapped. Case is ignored in relations and labels, and with `ignore_case` also in
+    texts.
     """
     check_choice("match", match, tuple(MATCHES))
     check_texts("symmetric", symmetric)
@@ -58,7 +59,7 @@ def _relations(value: Any, ignore_case: bool, both_ways: set[str]) -> list[tuple
         except ValueError:
             value = [ITEM.sub("", line).split("|") for line in value.splitlines() if line.strip()]
             if not value:
-                raise Unreadable("it is empty; no relation is written as none or []") from None
+                raise Unreadable("it is empty; write none or [] if there is no relation") from None
     value = [value] if isinstance(value, dict) else value
     if not is_list(value):
         raise Unreadable(f"it must be a list of relations, not a {type(value).__name__}")
@@ -72,7 +73,7 @@ def _relation(item: Any, ignore_case: bool, both_ways: set[str]) -> tuple:
     if isinstance(item, dict):
         item = (item.get("head"), item.get("relation", item.get("label", item.get("type"))), item.get("tail"))
     if not is_list(item) or len(item) != 3 or not isinstance(item[1], str) or not item[1].strip():
-        raise Unreadable(f"the relation {shown} has not the form head | relation | tail")
+        raise Unreadable(f"the relation {shown} does not have the form head | relation | tail")
     ends = []
     for end in (item[0], item[2]):
         text, label = (end.get("text"), end.get("label", end.get("type", ""))) if isinstance(end, dict) else (end, "")

@@ -4,17 +4,18 @@ A reward that scores inside completions returns a masked array f32[B,R]. An entr
 The last token of a scored completion always ends a step, with the reward 0 if none was given for it. A row whose
 entries are all masked has no score.
 
-The tokens of a completion are those that the policy sampled, with their share of the completion's text as
-`Tokenizer.token_texts` divides it. If several tokens form one character, the last of them has it. The reward of a step
+The tokens of a completion are those that the policy sampled. `Tokenizer.token_texts` says which part of the
+completion's text each token has. If several tokens form one character, the last of them has it. The reward of a step
 stands at the last token that ends within the step and after all of its words:
 
   - Blanks and separators after the words may be the beginning of the next step's first token, such as " next". The
     reward then stands at the token before.
-  - A token with words of two steps has the reward of the first. If several steps end inside one token, their rewards
-    are added.
+  - If a token has words of two steps, the reward of the first step stands at it. If several steps end inside one
+    token, their rewards are added.
   - The end of the text is the last token of the completion. This is the stop token if the completion ended.
 
-An end that a function returns has no blanks after it: the first token that reaches it has the reward.
+If a function returns the end itself, blanks after the end do not matter: the reward stands at the first token that
+reaches the end.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ the text i64[n,2], see `step_ends`."""
 def split_steps(text: str, separator: str) -> list[str]:
     """Returns the steps of a text. Together they are the text. There is at least one step.
 
-    A step ends after a separator. Blanks are no step: they belong to the step before, at the start of the text to the
-    step after.
+    A step ends after a separator. A piece that has only blanks is not a step. It belongs to the step before it, or at
+    the start of the text to the step after it.
     """
     parts = text.split(separator)
     steps, blank = [""], True  # blank says whether the last step has only separators and blanks
@@ -177,7 +178,10 @@ def granularity_of(config: RewardConfig) -> Granularity | None:
 
 
 def step_values(scores: np.ndarray, step_reward: str) -> np.ndarray:
-    """Returns the rewards of steps from the scores at their ends: the scores, or with "difference" their increases."""
+    """Returns the rewards of steps from the scores at their ends.
+
+    A reward is the score. With "difference", it is the increase since the step before (since 0 in the first step).
+    """
     return np.diff(scores, prepend=np.float32(0)) if step_reward == "difference" else scores
 
 
@@ -185,7 +189,7 @@ def tokens_at(places: np.ndarray, token_ends: np.ndarray) -> np.ndarray:
     """Returns the number of the token at which each step ends, i64[n]; the module docstring has the rules.
 
     `places` i64[n,2] are those of `step_ends`. `token_ends` i64[T] are the ends of the tokens in the same text. Of
-    tokens with equal ends, the first one counts, because the others have no text yet.
+    tokens with equal ends, the first one counts, because the others have no text.
     """
     words, ends = places.T
     within = np.searchsorted(token_ends, ends, side="right")  # number of tokens that end within the step or before
@@ -197,7 +201,7 @@ def tokens_at(places: np.ndarray, token_ends: np.ndarray) -> np.ndarray:
 def _pairs(row: Any, text: str, source: str, where: str) -> Placed:
     sequence = (list, tuple)
     if not isinstance(row, sequence) or not all(isinstance(pair, sequence) and len(pair) == 2 for pair in row):
-        raise RewardFault(f"{source} returned no list of (end, reward) pairs for {where}")
+        raise RewardFault(f"{source} must return a list of (end, reward) pairs for {where}, not {_shown(row)}")
     ends = [end for end, _ in row]
     for end in ends:
         if isinstance(end, bool) or not isinstance(end, (int, np.integer)) or not 0 <= end <= len(text):
@@ -217,10 +221,14 @@ def _checked(row: Any, form: str, source: str, where: str) -> tuple[np.ndarray, 
     try:
         values, absent = numbers_of(row)
     except Exception as error:
-        raise RewardFault(f"{source} returned no list of {form} for {where}: {one_line(error)}") from error
+        raise RewardFault(f"{source} must return a list of {form} for {where}: {one_line(error)}") from error
     if values.ndim != 1:
-        raise RewardFault(f"{source} returned no list of {form} for {where}, but {one_line(repr(row))[:40]}")
+        raise RewardFault(f"{source} must return a list of {form} for {where}, not {_shown(row)}")
     return values, absent
+
+
+def _shown(row: Any) -> str:
+    return one_line(repr(row))[:40]
 
 
 def _count(number: int, noun: str) -> str:
@@ -230,7 +238,7 @@ def _count(number: int, noun: str) -> str:
 def _check_finite(values: np.ndarray, kind: str, source: str, where: str) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
-        raise RewardFault(f"{source} returned {values[bad[0]]} for {kind} {bad[0]} of {where}")
+        raise RewardFault(f"{source} returned {values[bad[0]]} for {kind} {bad[0]} of {where}; a reward must be finite")
 
 
 def at_end(scores: np.ndarray, abstained: np.ndarray, mask: np.ndarray) -> np.ma.MaskedArray:

@@ -40,7 +40,7 @@ _LAST_DIVISORS = (2, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The numbers of rows of each queue that a rollout decodes, or reads the prompts of, at the same time.
+    """How many rows each queue has, how many of them decode at the same time, and how many enter at a time.
 
     The rows are split into `shares` queues: one for each share of the batch over the mesh.
     """
@@ -171,8 +171,8 @@ def _decode(
 def _reader(model: Decoder, decoder: Decoder, schedule: Schedule, sampling: Sampling) -> Decoder:
     """Returns the model that reads prompts: `decoder`, or the same weights with stacked layers; see `layer_scan`.
 
-    The stacked weights take memory until prompts are read. If rows enter later, that is while rows decode, so layers
-    are not stacked then.
+    The stacked weights take memory until all prompts are read. If some rows enter later, other rows already decode
+    during this time, so layers are not stacked then.
     """
     if schedule.slots < schedule.rows or sampling.prefill_chunk is not None:
         return decoder

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 def draw_from_cube(weights_BV: jax.Array, lines_Bjk: jax.Array, uniforms_B3: jax.Array, interpret: bool = False):
     """Returns the drawn tokens i32[B]. `weights_BV` has the weight of each token, not necessarily of sum 1.
 
-    `lines_Bjk` has the sums of the weights of the tokens (i * side + j) * side + k over i. The arithmetic is that of
-    `sampling.draw`, but sums may be in another order.
+    `lines_Bjk` has, for each j and k, the sum over i of the weights of the tokens (i * side + j) * side + k. The
+    arithmetic is that of `sampling.draw`, but sums may be in another order.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton

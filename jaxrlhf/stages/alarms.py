@@ -23,7 +23,7 @@ def stage_alarms(config: RunConfig, stage: str, saved: Mapping[str, Any], say: C
     """Returns the alarms of a stage. `saved` holds their notes from the checkpoint at which the stage resumes.
 
     A shipped alarm is left out if `health` has a limit for the same fault. With `ppo.async` the policy that samples is
-    meant to differ from the policy that is trained, so the shipped limit of this gap is higher.
+    meant to differ from the policy that is trained, so the shipped alarm `sampling_gap` has a higher limit.
     """
     alarms = alarms_of(config.alarms, stage)
     if stage == "ppo" and config.ppo.async_ and alarms.get("sampling_gap") == SHIPPED["sampling_gap"]:
@@ -56,7 +56,7 @@ def check_alarms(config: RunConfig) -> None:
 def wait_for_user(folder: Path, signal: Callable[[], int]) -> int:
     """Waits on all processes until the run directory has the file `continue`, and then removes the file.
 
-    A file from before the wait is removed first. Returns 0, or the number of a signal that came before the file.
+    An older file is removed first. Returns 0 once the file exists, or the number of a signal if one comes first.
     """
     path, first = folder / CONTINUE, processes.is_first()
     if first:

@@ -1,4 +1,4 @@
-"""The completions of a role in the evaluate command, with their metrics: sampled, or the most probable choice.
+"""The completions of a role in the evaluate command (sampled, or the most probable choices), and their metrics.
 
 Shapes: N prompts, B rows per batch, C choices.
 """
@@ -76,7 +76,10 @@ class Sampler:
     def _complete(
         self, base: Decoder, adapter: Adapter | None, prompts: PromptSet, numbers: np.ndarray, start: int
     ) -> tuple[Rollout, dict[str, np.ndarray], np.ndarray | None]:
-        """Returns (completions of the prompts `numbers`, the metric KL [B], logprobs f64[B,C] of choices or None)."""
+        """Returns the completions of the prompts with the indices `numbers`, with KL and logprobs.
+
+        The result is (completions, KL [B] by metric name, logprobs of the choices f64[B,C] or None).
+        """
         key = key_for(self.seed, "evaluate", start, "rollout")
         tokens = shard_batch(self.mesh, prompts.padded(numbers))
         rollout = self.rollout(base, adapter, tokens, key, self.inputs.sampling)
@@ -136,7 +139,7 @@ class Chooser(Sampler):
 
 
 def _as_rollout(prompts: Prompts, paths: Paths, chosen: np.ndarray, temperature: np.float32) -> Rollout:
-    """Returns the prompts with the chosen answers i[B]. Their sampling logprobs are 0, because nothing was sampled."""
+    """Returns a rollout of the prompts and the chosen answers i[B]. Sampling logprobs are 0, as nothing was sampled."""
     answers, real = fetch((paths.tokens, paths.real))
     answers, real = answers[chosen], real[chosen]
     return Rollout(
@@ -150,7 +153,10 @@ def _as_rollout(prompts: Prompts, paths: Paths, chosen: np.ndarray, temperature:
 
 
 def batches(prompts: PromptSet, size: int):
-    """Yields (first prompt, prompts i[size], number of prompts that count). The last prompt fills up the last batch."""
+    """Yields (index of the first prompt, indices i[size], number of real prompts).
+
+    The last batch is filled up with copies of the last prompt.
+    """
     for start in range(0, len(prompts), size):
         numbers = np.minimum(np.arange(start, start + size), len(prompts) - 1)
         yield start, numbers, min(size, len(prompts) - start)

@@ -160,7 +160,7 @@ def _ppo(shapes: Shapes) -> list[Call]:
 def _decoding_call(
     name: str, program: Program, args: tuple, kwargs: dict, result: Rollout, resident: dict, mesh: Mesh
 ) -> Call:
-    """Returns the call of a rollout, whose loops run as often as completions of full length need."""
+    """Returns the call of a rollout. The loop counts are those for completions of full length."""
     _, _, prompts, _, sampling = args
     axes = sampling_axes(mesh.shape, prompts.tokens.shape[0], sampling.slots or 0)
     schedule = Schedule.of(sampling, prompts.tokens.shape[0], math.prod(mesh.shape[axis] for axis in axes))

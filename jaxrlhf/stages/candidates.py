@@ -41,7 +41,7 @@ def load_candidates(
     if arguments.step is not None:
         raise UserError(f"--step {short(arguments.step)}: a model folder has no checkpoints; give --run")
     if names not in (None, ["base"]):
-        raise UserError(f"--roles {arguments.roles}: a model folder has only the role base; give --run")
+        raise UserError(f"--roles {arguments.roles}: a model folder has only one role, base; give --run")
     base, tokenizer = load_pretrained(arguments.model, mesh=mesh)
     if tokenizer is None:
         raise UserError(f"{arguments.model}: has no tokenizer files; give a model folder with a tokenizer")
@@ -51,9 +51,9 @@ def load_candidates(
 def _chosen_roles(
     roles: Roles, names: list[str] | None, all_roles: bool, config: RunConfig, mesh: jax.sharding.Mesh | None
 ) -> dict[str, Model]:
-    """Returns (base, adapter) by role.
+    """Returns (base, adapter) by role, for the roles `names`.
 
-    If `names` is None, this is the role trained last, or every role if `all_roles` is true.
+    If `names` is None, the role trained last is returned, or every role if `all_roles` is true.
     """
     known: dict[str, Model] = {"base": (roles.base, None)}
     if config.sft_trains_base or "sft" in roles.adapters:
@@ -77,7 +77,10 @@ def _role_of_other(name: str, roles: Roles, mesh: jax.sharding.Mesh | None) -> M
     run_dir, _, role = name.rpartition(":")
     other = load_run(run_dir, mesh=mesh)
     if other.base.config != roles.base.config or other.tokenizer.fast.get_vocab() != roles.tokenizer.fast.get_vocab():
-        raise UserError(f"--roles {name}: this run has another tokenizer or model size than --run; evaluate it alone")
+        raise UserError(
+            f"--roles {name}: the tokenizer or the model size of {run_dir} differs from that of --run; evaluate "
+            f"{run_dir} alone"
+        )
     return _chosen_roles(other, [role], False, load_config(f"{run_dir}/config.yaml"), mesh)[role]
 
 
@@ -106,7 +109,7 @@ def choices_of(
     if prompt_tokens + length > positions:
         raise UserError(
             f"{where}: a prompt has {prompt_tokens} tokens and a choice {length}, but the model has only {positions} "
-            "positions; give shorter ones"
+            "positions; give shorter prompts or choices"
         )
     return sampling.model_copy(update={"max_new_tokens": length}), answers
 

@@ -94,7 +94,7 @@ def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None
 
 
 def _check_context(config: RunConfig, stage: str, model: DecoderConfig, mesh: Mesh) -> None:
-    """Raises `UserError` if `mesh.context` does not divide the heads, which attention splits, or the lengths."""
+    """Raises `UserError` if `mesh.tensor` x `mesh.context` does not divide the heads, or `mesh.context` the lengths."""
     section, parts = getattr(config, stage), mesh.shape[POSITION_AXIS]
     heads = math.prod(mesh.shape[axis] for axis in HEAD_AXES)
     if parts > 1 and model.heads % heads:
@@ -132,7 +132,10 @@ def _update_rows(config: RunConfig, stage: str, batch: int) -> tuple[int, int | 
 
 
 def valid_batches(config: RunConfig, stage: str, shares: int, most: int) -> int | None:
-    """Returns the largest batch size up to `most` that divides over the mesh and into minibatches, or None."""
+    """Returns the largest valid batch size up to `most`, or None.
+
+    A valid batch can be split over the mesh (`shares` parts), into minibatches, and these into microbatches.
+    """
     for batch in range(most - most % shares, 0, -shares):
         rows, size, _ = _update_rows(config, stage, batch)
         if rows and (size is None or rows % size == 0):
@@ -164,12 +167,12 @@ def rate_text(config: OptimizerConfig, tree: Adapter) -> str:
 
 
 def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
-    """Returns the optimizer settings. `steps` replaces `total_steps` if that is None."""
+    """Returns the optimizer settings, with `total_steps` set to `steps` if it is None."""
     return config if config.total_steps is not None else config.model_copy(update={"total_steps": steps})
 
 
 def check_length(model: DecoderConfig, length: int, key_path: str) -> None:
-    """Raises `UserError` if sequences of `length` tokens would have more tokens than the model has positions."""
+    """Raises `UserError` if the model has fewer than `length` positions."""
     if length > model.max_positions:
         raise UserError(
             f"{key_path}: is {length} tokens, but the model has only {model.max_positions} positions; give less"

@@ -46,8 +46,8 @@ def choice_tokens(
 ) -> ChoiceTokens:
     """Returns the tokens of each choice. Raises `UserError` if a choice cannot be an answer.
 
-    A choice has the tokens that it has as a response in SFT, after most of the first prompts. `where` names the choices
-    in errors and warnings.
+    A choice is tokenized like a response in SFT. If its tokens depend on the prompt, those after most of the first
+    prompts are used. `where` names the choices in errors and warnings.
     """
     answers = _tokenized(sampling.choices, tokenizer, prompts, where, say)
     _check(answers, sampling, model, tokenizer, where)
@@ -75,8 +75,8 @@ def trie(answers: ChoiceTokens, where: str) -> Choices:
     tokens = len({token for answer in answers.values() for token in answer})
     if nodes * tokens > _LARGEST:
         raise UserError(
-            f"{where}: {len(answers)} choices have {nodes} beginnings and {tokens} tokens, which takes a table of "
-            f"{nodes * tokens / 2**30:.1f} GiB; give fewer choices"
+            f"{where}: {len(answers)} choices have {nodes} distinct prefixes and {tokens} distinct tokens; their "
+            f"table would take {nodes * tokens / 2**30:.1f} GiB; give fewer choices"
         )
     return Choices.of(list(answers.values()))
 
@@ -103,8 +103,8 @@ def _tokenized(
         other = next(of_prompt for of_prompt in by_prompt if of_prompt != most)
         choice = next(choice for choice, a, b in zip(choices, most, other) if a != b)
         say(
-            f"{where}: after {len(by_prompt) - count} of the first {len(by_prompt)} prompts, choices such as "
-            f"{choice!r} have other tokens than after the rest, whose tokens are used; let all prompts end alike"
+            f"{where}: choices such as {choice!r} have other tokens after {len(by_prompt) - count} of the first "
+            f"{len(by_prompt)} prompts than after the rest; those after the rest are used; let all prompts end alike"
         )
     return {choice: list(answer) for choice, answer in zip(choices, most)}
 
@@ -136,4 +136,4 @@ def _check(answers: ChoiceTokens, sampling: Sampling, model: DecoderConfig, toke
                 "out"
             )
     if len(ends := {answer[-1] for answer in answers.values()}) > 1:
-        raise UserError(f"{where}: end with several stop tokens, {sorted(ends)}; give texts that end alike")
+        raise UserError(f"{where}: they end with different stop tokens, {sorted(ends)}; give texts that end alike")

@@ -39,9 +39,9 @@ SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")  # settings of sa
 
 
 def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Returns the report of `jaxrlhf evaluate`, in the form of the file of `--json`, and the text of `--samples`.
+    """Returns (the report of `jaxrlhf evaluate`, the text for the file of `--samples`).
 
-    `arguments` are the command's options.
+    The report has the form in which `--json` writes it. `arguments` are the command's options.
     """
     mesh = _mesh(arguments)
     roles, config, chosen = load_candidates(arguments, mesh, all_roles=True)
@@ -233,7 +233,7 @@ def _bounded(bounds, groups: list[list[Metrics]]) -> dict[str, dict[str, float |
 
 
 def check_files(arguments: argparse.Namespace) -> None:
-    """Raises `UserError` if a file to write has no folder, before anything is computed."""
+    """Raises `UserError`, before anything is computed, if the folder of an output file does not exist."""
     for option, path in (("--json", arguments.json), ("--samples", arguments.samples)):
         if path not in (None, "-") and (not Path(path).parent.is_dir() or Path(path).is_dir()):
             problem = "is a folder" if Path(path).is_dir() else f"there is no folder {Path(path).parent}"
@@ -241,7 +241,10 @@ def check_files(arguments: argparse.Namespace) -> None:
 
 
 def write_files(files: Mapping[str, tuple[str, str]]) -> None:
-    """Writes text files: option -> (path, text). Raises `Fault`, after all were tried, if one fails."""
+    """Writes text files. `files` maps an option to (path, text).
+
+    If a file cannot be written, the other files are still written, and then `Fault` is raised.
+    """
     faults = []
     for option, (path, text) in files.items():
         try:

@@ -144,9 +144,10 @@ def _labels(
     tasks: list[Task],
     answers: ChoiceTokens,
 ) -> tuple[np.ndarray | None, tuple[PromptSet, np.ndarray] | None]:
-    """Returns (numbers of the right choices, labelled prompts of `--calibrate` with theirs); None for what is missing.
+    """Returns (indices of the right choices, (labelled prompts of `--calibrate`, indices of their right choices)).
 
-    The labels are in the column of the first classification task.
+    The labels are in the column of the first classification task. Both results are None if there is no such task. The
+    second is None if `--calibrate` is not given.
     """
     if arguments.samples_per_prompt > 1:
         raise UserError(
@@ -162,7 +163,7 @@ def _labels(
     if arguments.calibrate is None:
         return labels, None
     if (arguments.calibrate, arguments.calibrate_split) == (arguments.data, arguments.split):
-        raise UserError("--calibrate: these are the rows of --data; give rows that are not evaluated")
+        raise UserError("--calibrate: has the same rows as --data; give rows that are not evaluated")
     file = _file(arguments.calibrate, arguments.calibrate_split, None, arguments, config)
     rows = _load_prompts(file, arguments, config, roles, sampling)
     own = Task(f"{task.name}:{task.column}", rows.columns, task.options).labels_among(list(answers))
@@ -195,7 +196,7 @@ def _prompts(
 def _file(
     path: str, split: str | None, limit: int | None, arguments: argparse.Namespace, config: RunConfig | None
 ) -> PromptsConfig:
-    """Returns the settings that read prompts of a file which the command line names."""
+    """Returns the settings for reading prompts from a file that is named on the command line."""
     source = {"path": path, "split": split, "limit": limit}
     source |= {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
     if (stage := config and (config.ppo or config.sft)) is not None:  # chats get the format of the run
@@ -224,7 +225,7 @@ def _load_prompts(
 
 
 def _first_rows(data: PromptsConfig) -> PromptsConfig:
-    """Returns a streamed source as one that reads only the first rows of its files, as many as a window has."""
+    """Returns the settings of streamed prompts with each source limited to its first rows, as many as a window has."""
     most = data.shuffle_buffer
     parts = [source.model_copy(update={"limit": min(source.limit or most, most)}) for source in (data, *data.mix_with)]
     return parts[0].model_copy(update={"mix_with": parts[1:]})

@@ -84,7 +84,7 @@ def _check_target(target: str, config: RunConfig, base_path: str) -> None:
 
 
 def _role(roles: Roles, config: RunConfig, name: str | None, format: str) -> tuple[str, Adapter | None]:
-    """Returns (name, adapter) of the requested role, else of the first default role of the format that exists.
+    """Returns (name, adapter) of the requested role, else of the first of the format's default roles that exists.
 
     Raises `UserError`, with the roles that exist, if there is no such role or the format cannot represent it.
     """

@@ -11,7 +11,7 @@ from jaxrlhf.stages.metric_names import PREFIX
 
 @dataclasses.dataclass
 class Improvement:
-    """The best value of a metric so far, and the number of values since then, all of which were not better."""
+    """The best value of a metric so far, and the number of values since then, none of which was better."""
 
     config: ImprovementConfig
     best: float | None = None
@@ -19,10 +19,9 @@ class Improvement:
     waited: int = 0
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Takes the value of a step, if the step has one.
+        """Takes the value of a step, if the step has one. Returns `over`.
 
-        Returns whether the last `patience` values were not better than the best. A value that is not finite is never
-        better.
+        A value that is not finite is never better.
         """
         value = metrics.get(self.config.metric)
         if value is None:
@@ -36,7 +35,7 @@ class Improvement:
 
     @property
     def over(self) -> bool:
-        """Whether the last `patience` values were not better than the best value before them."""
+        """Whether none of the last `patience` values was better than the best value before them."""
         return self.waited >= self.config.patience
 
     def text(self) -> str:

@@ -72,8 +72,8 @@ class Loop:
         adapter = loop.result().adapter
 
     `submitted` reads the metrics one step later, so that the devices are never idle. A stage that reads the metrics
-    itself calls `done` instead. A step must write its other log lines before this call. The call may save a checkpoint,
-    and lines that are written after the checkpoint are lost on resume.
+    itself calls `done` instead. A step must write its other log lines before it calls `submitted` or `done`: the call
+    may save a checkpoint, and lines that are written after the checkpoint are lost on resume.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class Loop:
     ):
         """`rows` chooses the rows of the steps. Its notes are saved in checkpoints.
 
-        `position(state)` is the number of batches or draws so far. If it is None, this is the number of steps.
+        `position(state)` returns the number of batches or draws so far. If `position` is None, the number of steps is
+        used.
         """
         section = getattr(run.config, stage)
         self.run, self.stage, self.total, self.save_every = run, stage, total, save_every

@@ -62,8 +62,8 @@ def load(run: Run, roles: Roles) -> RewardModelInputs:
         if config.evaluation.data is not None:
             return RewardModelInputs(train, data(read(config.evaluation.data)))
         run.say(
-            "reward_model: no pairs of a stream are held out, so accuracy is measured on training pairs: the first "
-            f"{config.evaluation.heldout}; give reward_model.evaluation.data"
+            "reward_model: no pairs of a stream are held out, so accuracy is measured on the first "
+            f"{config.evaluation.heldout} training pairs; give reward_model.evaluation.data"
         )
         return RewardModelInputs(train, data(stream.first.items[: config.evaluation.heldout]))
     pairs = read(config.data)

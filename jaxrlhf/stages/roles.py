@@ -135,8 +135,8 @@ def load_run(
     """Loads the roles that a run has saved. `dtype` and `quantize` default to the settings of the run.
 
     If `step` is "latest", "best" or a number, the roles of the unfinished stage come from that checkpoint. Raises
-    `UserError` if `run_dir` is not a run directory or has no such checkpoint. Without `step`, raises it also if no
-    stage has finished.
+    `UserError` if `run_dir` is not a run directory, if it has no such checkpoint, or if `step` is None and no stage has
+    finished.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():

@@ -59,7 +59,7 @@ def check_rollout(config: PPOStageConfig, model: DecoderConfig, mesh: jax.shardi
 
 
 def check_packed(rows: int, length: int, model: DecoderConfig, mesh: jax.sharding.Mesh, key_path: str) -> None:
-    """Raises `UserError` if the hidden states of one layer, with numbers of 16 bits, do not fit in memory."""
+    """Raises `UserError` if the hidden states of one layer, at 16 bits per number, do not fit in memory."""
     _check(2 * rows * length * model.hidden_size, mesh, key_path, f"a step of {rows} rows of {length} tokens")
 
 
@@ -74,8 +74,8 @@ def _check(needed: float, mesh: jax.sharding.Mesh | None, key_path: str, what: s
 def memory(mesh: jax.sharding.Mesh | None) -> float:
     """Returns the bytes of memory of all devices of the mesh.
 
-    Without a mesh these are the devices of this host. CPUs report no memory of their own, so the result is then the
-    memory of all hosts, if all have as much as this host.
+    Without a mesh, returns the memory of this host's devices. CPUs report no memory of their own. For CPUs the result
+    is the memory of this host times the number of processes: the memory of all hosts, if each has as much as this host.
     """
     devices = jax.local_devices() if mesh is None else mesh.local_devices
     stats = devices[0].memory_stats() or {}

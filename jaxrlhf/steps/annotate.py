@@ -139,7 +139,7 @@ def build_experience(
 
     Args:
       scores: f32[B]; the scores after normalisation and penalties (see `steps.scores`). Or f32[B,R]; rewards inside
-        the completions, at their tokens. Rewards past the end of a completion count for nothing.
+        the completions, at their tokens. Rewards after the end of a completion are ignored.
       kl_coef: f32[]; weight of the KL in the loss if `kl_in_loss` is True, else in the reward.
       gamma, lam, whiten_rewards: see `AdvantageConfig`.
       estimator: see `KLConfig`.

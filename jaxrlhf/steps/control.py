@@ -24,7 +24,7 @@ ADAM_EPSILON = 1e-5  # Stable-Baselines3's
 
 @struct.dataclass
 class Transitions:
-    """What one iteration has sampled. A failed transition has no result: its action is not learnt from."""
+    """What one iteration has sampled. A failed transition has no result, and is left out of the losses."""
 
     observations: Array  # f32[T,N,I]; as the network reads them
     next_observations: Array  # f32[T,N,I]; at the end of an episode its last observation
@@ -37,7 +37,7 @@ class Transitions:
 
 @struct.dataclass
 class Numbers:
-    """Traced settings, f32[] each: a change compiles nothing."""
+    """Traced settings, f32[] each. A new value needs no compilation."""
 
     learning_rate: Array | float
     clip_range: Array | float
@@ -97,8 +97,8 @@ def control_update(
 ) -> tuple[ControlState, dict[str, Array]]:
     """Runs all epochs and minibatches of one iteration, and returns (state, metrics).
 
-    Old logprobs and values are computed here, by the function of the update. If the approximate KL of a minibatch is
-    above 1.5 * target_kl, its step and all later ones are skipped, as in Stable-Baselines3.
+    Old logprobs and values are computed here, with the functions that the loss uses. If the approximate KL of a
+    minibatch is above 1.5 * target_kl, its step and all later steps are skipped, as in Stable-Baselines3.
 
     Args:
       state, samples, numbers: see their classes.

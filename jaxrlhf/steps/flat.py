@@ -43,8 +43,8 @@ class Flat:
 def joined(state: Any) -> Any:
     """Returns the state with a `Flat` in place of each dict. The dicts are adapters and their optimizer moments.
 
-    Leaves that the mesh shards are not joined, because every device would hold the whole joined array. So on a mesh
-    with `fsdp` or `tensor`, only replicated leaves are joined. In a full fine-tune these are norms and biases.
+    Leaves that are sharded over the mesh are not joined, because every device would hold the whole joined array. So on
+    a mesh with `fsdp` or `tensor`, only replicated leaves are joined. In a full fine-tune these are norms and biases.
     """
     return jax.tree.map(_join, state, is_leaf=_is_dict)
 

@@ -11,7 +11,7 @@ from jaxrlhf.steps.metrics import Metrics, merged
 
 
 def take_rows(tree: Any, order: jax.Array) -> Any:
-    """Returns the rows with the numbers `order` i32[N] from each leaf [B, ...]. The result is sharded as a batch."""
+    """Returns the rows with the indices `order` i32[N] of each leaf [B, ...]. The result is sharded as a batch."""
     return jax.tree.map(lambda x: constrain(x[order], BATCH_AXES), tree)
 
 

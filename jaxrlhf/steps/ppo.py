@@ -88,9 +88,9 @@ def ppo_update(
     The update makes `epochs` passes over the experience, with `minibatches` optimizer steps in each pass. Each pass
     uses every row once, in a random order from `key`. `mix` holds rows for the language-model loss of PPO-ptx. Every
     step uses an equal part of `mix`. If the approximate KL of a minibatch exceeds `kl_stop`, the step of this minibatch
-    is discarded and all later minibatches are skipped. If the config lacks a learning rate or the number of
-    minibatches, `with_rate` or `complete` gives the missing value. `choices` are those of the rollout. Raises
-    `ValueError` if `minibatches` does not divide the rows.
+    is discarded and all later minibatches are skipped. If the config has no learning rate, `with_rate` sets it; if the
+    config has no number of minibatches, `complete` sets it. `choices` are those of the rollout. Raises `ValueError` if
+    `minibatches` does not divide the rows.
     """
     rows = experience.tokens.shape[0]
     config = complete(config, rows)
@@ -125,7 +125,7 @@ def ppo_update(
 
 
 def _each_adapter(change: Callable, state: PPOState, *others: PPOState) -> PPOState:
-    """Applies `change` to each adapter of the state, and to each tree of the optimizer that has its structure."""
+    """Applies `change` to each adapter of the state, and to each tree of optimizer moments (same structure)."""
 
     def changed(part, *others):
         return change(part, *others) if isinstance(part, dict) and part else part
@@ -232,9 +232,9 @@ def ppo_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Returns the parts that a microbatch adds to the loss and to the metrics of its minibatch.
 
-    `total_tokens`, `total_rows` and `length` describe the minibatch. So the sum over its microbatches is the loss of
-    the minibatch. `length` is the number of response tokens per row; None means that of the microbatch. `value` is
-    empty if there is no value model. If `value_trunk` is "policy", the value loss also trains the policy's trunk.
+    `total_tokens`, `total_rows` and `length` describe the minibatch, so that the parts of its microbatches sum to its
+    loss. `length` is the number of response tokens per row; None means the number in this microbatch. `value` is empty
+    if there is no value model. If `value_trunk` is "policy", the value loss also trains the policy's trunk.
     `packed` selects the rows of `experience` for this pass. None selects all rows. `choices` are those of the rollout.
     """
     mask = experience.response_mask if packed is None else packed.mask

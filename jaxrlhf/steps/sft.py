@@ -23,7 +23,7 @@ def sft_loss(base: Decoder, adapter: Adapter | None, batch: SFTBatch, remat: str
 
 
 def sft_row_losses(base: Decoder, adapter: Adapter | None, batch: SFTBatch) -> tuple[jax.Array, jax.Array]:
-    """Returns (the cross-entropy f32[B] in nats, summed over the tokens to learn; their number i32[B]) of each row."""
+    """Returns, for each row, (cross-entropy f32[B] in nats summed over the tokens to learn, number of these i32[B])."""
     return jnp.sum(_token_losses(base, adapter, batch), axis=1), jnp.sum(learned_tokens(batch), axis=1)
 
 

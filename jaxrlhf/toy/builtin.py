@@ -49,7 +49,7 @@ def splits(name: str) -> tuple[str, ...]:
 
 
 def load(name: str, split: str, limit: int | None) -> list[dict]:
-    """Returns the first rows of a split; `limit` null returns the usual number. Every call returns the same rows."""
+    """Returns the first `limit` rows of a split (None: the usual number). Every call returns the same rows."""
     return _task(name).load(split, limit) if name in TASKS + GAMES else world.BUILTIN[name](split, limit)
 
 

@@ -107,7 +107,7 @@ def bar(share: float, width: int, unicode: bool) -> Text:
 def sparkline(values: Sequence[float], width: int, unicode: bool) -> str:
     """Returns the history of a figure as at most `width` characters.
 
-    Each shows the mean of an equal part of the values.
+    Each character shows the mean of an equal part of the values.
     """
     values = [value for value in values if math.isfinite(value)]
     if len(values) < 2:

@@ -28,7 +28,7 @@ class Health:
     def observe(self, metrics: Mapping[str, float]) -> str | None:
         """Takes the metrics of one step.
 
-        Once `patience` steps in a row made no update, returns the reason, else None.
+        Returns the reason if the last `patience` steps made no update, else None.
         """
         skipped = any(value for name, value in metrics.items() if name.endswith(SKIPPED))
         self.in_a_row = self.in_a_row + 1 if skipped or metrics.get(PAUSED) else 0

@@ -69,7 +69,7 @@ with RunLock(folder, takes=rank == 0) as lock:
     try:
         RunLock(folder, takes=rank == 0).take()
     except UserError as error:
-        assert ("is running there" if rank == 0 else "process 0 names this run") in str(error)
+        assert ("is running there" if rank == 0 else "process 0 reports which run") in str(error)
     else:
         raise AssertionError("the lock was given twice")
 print("ok")

@@ -42,7 +42,7 @@ def test_a_folder_without_checkpoints_has_none_and_stays_as_it_is(folder, tmp_pa
 
 
 def test_damage_is_named(folder):
-    with pytest.raises(UserError, match=r"ppo/1: the run has just removed this checkpoint; give the command again"):
+    with pytest.raises(UserError, match=r"ppo/1: the run has just removed this checkpoint; run the command again"):
         stored_arrays(folder, 1, "policy")
     data = next(path for path in (folder / "3" / "state" / "d").iterdir())
     whole = data.read_bytes()

@@ -90,5 +90,5 @@ def test_buckets_hold_every_row_once_an_epoch_and_reshuffle():
 
 
 def test_a_row_that_fits_no_bucket():
-    with pytest.raises(ValueError, match="65 tokens"):
+    with pytest.raises(ValueError, match="at most 64 tokens, not 65"):
         Buckets.of(np.array([3, 65]), np.array([8, 64]), 2)

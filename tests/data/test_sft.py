@@ -51,7 +51,7 @@ def test_chat_learns_the_last_assistant_turn(jsonl, chat):
     examples, _ = load(jsonl([{"messages": turns}, {"messages": turns[:4]}]), chat)
     assert whole(examples[0]) == whole(examples[1]) == chat.encode_pair(turns[:3], turns[3])
     for wrong in (turns[:1], turns[1:2]):
-        with pytest.raises(UserError, match=r"rows.jsonl:1: .*no assistant turn"):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: .*must have an assistant turn after the first message"):
             load(jsonl([{"messages": wrong}]), chat)
 
 

@@ -236,7 +236,7 @@ def test_builtin_sets(monkeypatch):
         ("a.jsonl.gz", ZIPPED[:-9], ("cannot be read",)),
         ("a.txt", "a,b", ("is no known format", ".jsonl")),
         ("a.csv", "a,b\n", ("has no rows",)),
-        ("a.csv", "a,a\n1,2\n", (":1: the header must give each column a name of its own",)),
+        ("a.csv", "a,a\n1,2\n", (":1: the header must give each column a different name",)),
         ("a.csv", 'a,b\n"1\n2",3\n4\n', (":4: the row has 1 cells, but the header has 2",)),
         ("a.csv", 'a,b\n1,"2\n', (":2: not CSV",)),
         ("a.csv", b"a,b\n1,\xe4\n", (":2: not UTF-8", "0xe4")),

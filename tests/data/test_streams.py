@@ -80,7 +80,7 @@ def test_a_pattern_names_shards_in_order(tmp_path):
     assert found[20][0].where == f"{tmp_path}/part-1.jsonl:1"
     for number in (0, 18, 19, 20, 40):
         assert list(rows_from(source, found[number][1])) == found[number + 1 :]
-    with pytest.raises(UserError, match=r"none-\*.jsonl: no file has a name of this pattern"):
+    with pytest.raises(UserError, match=r"none-\*.jsonl: no file matches this pattern"):
         read_rows(SourceConfig(path=str(tmp_path / "none-*.jsonl")))
 
 
@@ -342,8 +342,8 @@ def test_the_rows_of_two_windows_are_in_memory(jsonl, words):
     [
         ({"shuffle_buffer": 5}, "shuffle_buffer has no effect without streaming"),
         ({"streaming": True, "mix_with": [{"path": "b"}]}, "a streamed mixture needs a weight for every source"),
-        ({"streaming": True, "epochs": 2.0}, "epochs of a source cannot be streamed"),
-        ({"streaming": True, "curriculum": "level"}, "curriculum orders all rows, but a stream does not have them"),
+        ({"streaming": True, "epochs": 2.0}, "a streamed source cannot have epochs"),
+        ({"streaming": True, "curriculum": "level"}, "curriculum sorts all rows, but a stream reads only some"),
     ],
 )
 def test_settings_that_a_stream_cannot_have(settings, message):

@@ -120,7 +120,7 @@ def test_settings_with_every_field_are_read_again(kind, writer):
         ({"messages_template": []}, "at least 1 item"),
         ({"template": "a", "text_field": "body"}, "template and text_field each give the prompt; give one of them"),
         ({"template": "a", "messages_template": [{"role": "user", "content": "a"}]}, "each give the prompt"),
-        ({"shots": {"path": "x.jsonl"}}, "shots has no effect without template"),
+        ({"shots": {"path": "x.jsonl"}}, "shots has no effect without a template"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

@@ -71,7 +71,7 @@ def test_templates_that_rewrite_earlier_turns_are_refused(jsonl):
     path = jsonl([{"messages": chat(("user", "a"), ("assistant", "<think> b"), *TURNS[4:])}])
     message = (
         r"rows.jsonl:1: the chat template of word tokenizer writes message 2 differently when later messages follow: "
-        r"after '<user> a <eos>\\n<assistant> ' comes 'b <eos>.*' instead of '<think> b.*'; .* needs learn: last"
+        r"after '<user> a <eos>\\n<assistant> ' comes 'b <eos>.*' instead of '<think> b.*'; .* set learn: last"
     )
     with pytest.raises(UserError, match=message):
         load(path, forgets)

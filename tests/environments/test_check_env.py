@@ -51,7 +51,7 @@ FAULTS = {
     "observation_space: low must be below high": with_methods(observation_space=Box(1, 1, (4,))),
     "reset raises ZeroDivisionError: ": with_methods(reset=lambda self, seed=None: 1 / 0),
     "reset must return (observation, info) with a dict as info": with_methods(reset=lambda self, seed=None: (1, 2)),
-    "reset: the observation has shape [3], not [4]": with_methods(
+    "reset: the observation must have shape [4], not [3]": with_methods(
         reset=lambda self, seed=None: (np.zeros(3, np.float32), {})
     ),
     "reset: one seed gives two episodes that differ": with_methods(step=now_and_then),
@@ -59,11 +59,11 @@ FAULTS = {
         step=lambda self, action: (0, 0, {})
     ),
     "step: the reward must be a number, not 'x'": with_methods(step=step_with(reward="x")),
-    "step: the reward is nan, not a finite number": with_methods(step=step_with(reward=float("nan"))),
+    "step: the reward must be a finite number, not nan": with_methods(step=step_with(reward=float("nan"))),
     "step: truncated must be True or False, not None": with_methods(step=step_with(truncated=None)),
     "step: info must be a dict, not []": with_methods(step=step_with(info=[])),
     "step: the observation has NaN": with_methods(step=step_with(observation=np.full(4, np.nan, np.float32))),
-    "step: the observation has dtype float64, not an integer": with_methods(
+    "step: the observation must have an integer dtype, not float64": with_methods(
         observation_space=Discrete(3),
         reset=lambda self, seed=None: (len(CartPole.reset(self, seed)), {}),
         step=step_with(observation=1.0),

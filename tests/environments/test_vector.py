@@ -68,7 +68,7 @@ def test_truncation_is_told_from_an_end():
 
 @pytest.mark.parametrize(
     ("how", "line"),
-    [("raises", "step raised RuntimeError: no more"), ("shape", "observation has shape [2], not [4]"),
+    [("raises", "step raised RuntimeError: no more"), ("shape", "observation must have shape [4], not [2]"),
      ("nan", "observation has NaN"), ("reward", "could not convert string"), ("none", "step must return")],
 )  # fmt: skip
 def test_a_failure_costs_its_own_episode_only(how, line, capfd):

@@ -196,7 +196,7 @@ def test_a_role_of_another_run_is_evaluated_beside_those_of_the_run(here, capsys
     text = Path("other/config.yaml").read_text().replace(f"{here}/model", f"{here}/reversed-model")
     Path("other/config.yaml").write_text(text)
     assert evaluate.main(["--run", "run", "--roles", "sft,other:policy"]) == 2
-    assert "--roles other:policy: this run has another tokenizer" in capsys.readouterr().err
+    assert "--roles other:policy: the tokenizer or the model size of other differs" in capsys.readouterr().err
 
 
 BAD = {

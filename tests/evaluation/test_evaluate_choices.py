@@ -125,12 +125,12 @@ REFUSED = {
     ("--run", "run", "--samples-per-prompt", "2"): "--samples-per-prompt: with choices",
     ("--run", "run", "--calibrate", "validation.jsonl"): "--calibrate: needs labels",
     ("--run", "run", "--data", "validation.jsonl", "--task", "classification", "--calibrate", "validation.jsonl"): (
-        "--calibrate: these are the rows of --data"
+        "--calibrate: has the same rows as --data"
     ),
     ("--run", "run", "--choices", "", "--calibrate", "validation.jsonl"): "--calibrate: needs the probabilities",
     ("--run", "run", "--choices", "good,bad", "--task", "classification"): "'very good' is not a choice",
     ("--run", "run", "--choices", "good,it is it", "--max-new-tokens", "2"): "--max-new-tokens: is 2, but the choice",
-    ("--run", "run", "--choices", "good,good"): "--choices: the choice 'good' is there twice",
+    ("--run", "run", "--choices", "good,good"): "--choices: the choice 'good' is given more than once",
     ("--run", "run", "--choices", "good,zebra"): "--choices: the tokenizer has no tokens for 'zebra'",
 }
 

@@ -88,7 +88,7 @@ def test_names_of_runs_are_distinct(write_run):
 
 
 def test_the_file_of_a_report_that_cannot_be_written(write_run, tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="there is no folder"):
         write_report([write_run()], tmp_path / "missing" / "report.html")
 
 
@@ -96,7 +96,7 @@ def test_only_reports_are_replaced(write_run, tmp_path):
     run = write_run()
     (tmp_path / "notes.md").write_text("mine")
     (tmp_path / "link.html").symlink_to(tmp_path / "there.html")
-    with pytest.raises(UserError, match="this file is no report; remove it, or give another file"):
+    with pytest.raises(UserError, match="this file is not a report; remove it, or give another file"):
         write_report([run], tmp_path / "notes.md")
     with pytest.raises(UserError, match="this is a folder"):
         write_report([run], tmp_path)

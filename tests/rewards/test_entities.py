@@ -147,7 +147,7 @@ def test_numbers_of_tags_and_case():
         ([{"text": "a"}], ["a"], "has no label"),
         (["a"], "a", "the column tokens must hold a list of texts"),
         (3, ["a"], "it must be a list of entities, not a int"),
-        ("what", ["a"], "has not the form LABEL: text"),
+        ("what", ["a"], "does not have the form LABEL: text"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(gold, tokens, words):

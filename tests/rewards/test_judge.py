@@ -292,7 +292,7 @@ def test_what_is_wrong_is_named(server, tmp_path, monkeypatch):
     [
         ({}, r"kind=judge\.url\n.*required"),
         ({"low": 5.0, "high": 5.0}, "low must be less than high"),
-        ({"read": "logprobs"}, "needs whole low and high from 0 to 9"),
+        ({"read": "logprobs"}, "needs whole numbers from 0 to 9 as low and high"),
         ({"read": "words"}, r"kind=judge\.read"),
     ],
 )

@@ -299,7 +299,7 @@ def test_input_errors(trained, tmp_path):
     scheduled.save(tmp_path / "scheduled")
     make = lambda **changes: jaxrlhf.PPO("MlpPolicy", CartPole(), **changes)  # noqa: E731
     for call, message in [
-        (lambda: jaxrlhf.PPO("LMPolicy", CartPole()), "policy: 'LMPolicy' is not there; the policies are MlpPolicy$"),
+        (lambda: jaxrlhf.PPO("LMPolicy", CartPole()), "policy: must be MlpPolicy, not 'LMPolicy'$"),
         (lambda: make(n_step=3), "n_step: unknown setting; the settings are learning_rate, n_steps"),
         (lambda: make(n_steps=0), "n_steps: .*greater than or equal to 1, not 0"),
         (lambda: make(learning_rate="fast"), "learning_rate: must be a number .* not 'fast'"),
@@ -307,7 +307,7 @@ def test_input_errors(trained, tmp_path):
         (lambda: make(policy_kwargs={"activation_fn": "cos"}), "policy_kwargs.activation_fn: .*'tanh'.*, not 'cos'"),
         (lambda: make(device="tpu"), "device: must be"),
         (lambda: make().learn(0), "total_timesteps: must be at least 1"),
-        (lambda: make(n_steps=1).learn(10), "n_steps: an iteration needs at least two timesteps"),
+        (lambda: make(n_steps=1).learn(10), "n_steps: must be at least 2 with one environment, not 1"),
         (lambda: trained.predict(np.zeros(3)), r"predict: the observation must have shape \[4\].* not \[3\]"),
         (lambda: trained.predict("left"), "predict: the observation must have shape"),
         (lambda: trained.set_env(copies()["Box"]), r"its observation_space is Box\(shape \[2\], float32\), but"),

@@ -78,8 +78,8 @@ def test_prompts_that_change_the_tokens_are_told():
     found = load(("blue", "red green"), odd, ["the sky", "sky", "the"], says, limit=3)
     assert beginnings(found) == beginnings(load(("blue", "red green"), limit=3))
     assert says == [
-        "ppo.sampling.choices: after 1 of the first 3 prompts, choices such as 'red green' have other tokens than "
-        "after the rest, whose tokens are used; let all prompts end alike"
+        "ppo.sampling.choices: choices such as 'red green' have other tokens after 1 of the first 3 prompts than after "
+        "the rest; those after the rest are used; let all prompts end alike"
     ]
 
 
@@ -107,7 +107,7 @@ def test_choices_that_cannot_be_answers_are_refused(case):
     ("choices", "message"),
     [
         (["yes", " "], "the choice ' ' is empty"),
-        (["yes", "no", "yes"], "the choice 'yes' is there twice"),
+        (["yes", "no", "yes"], "the choice 'yes' is given more than once"),
         ([True, False], "True is not text; put it in quotes"),
         ([1, 2], "1 is not text; put it in quotes, as in '1'"),
         (["yes"], "at least 2 items"),

@@ -2,8 +2,8 @@
 
 There are three roles. "script" runs the code as a program with standard input and output. "code" and "judge" are two
 processes that run unit tests: "code" holds the tested code, "judge" holds the tests. The judge calls the tested code
-through a socket and compares the results, see `remote_objects`. So the tested code never has an expected value, and no
-object of it takes part in a comparison with one. Only the judge can write verdicts.
+through a socket and compares the results, see `remote_objects`. So the tested code never gets an expected value, and
+none of its objects decides a comparison with one. Only the judge can write verdicts.
 """
 
 import json
@@ -17,7 +17,7 @@ from jaxrlhf.rewards.sandbox.unit_tests import run_tests
 
 
 def confine(task):
-    """Gives up root and applies the limits. After this, nothing that the process starts can get more."""
+    """Gives up root and applies the limits. After this, the process and its children cannot get more rights."""
     import ctypes
     import resource
 

@@ -1,15 +1,15 @@
-"""Runs a batch of jobs in sandboxes. This file is a program of its own, with the standard library only.
+"""Runs a batch of jobs in sandboxes. This file is a program of its own that imports only the standard library.
 
-The training process starts it once per batch and writes one JSON object to its input. It writes one JSON line per job.
-It is small, so that starting many processes does not copy the page tables of a training process. It starts each
-sandboxed process, kills it and all that it left, and is itself killed if the training process ends.
+The training process starts the pool once per batch and writes one JSON object to its input. The pool writes one JSON
+line per job. It is small, so that starting many processes does not copy the page tables of a training process. It
+starts each sandboxed process, kills it and all that it left, and is itself killed if the training process ends.
 
 A sandbox is the first of these that works:
 
-bubblewrap  no network; a root that holds only the interpreter and libraries, read-only; own processes, users of IPC and
-            host name; a tmpfs of bounded size at /tmp
-process     a process of another user id with limits, in an empty folder, that can write no file. With `unshare`, also
-            no network, own processes and own IPC.
+bubblewrap  no network; a read-only root folder that holds only the interpreter and libraries; namespaces of its own for
+            processes, IPC and host name; a tmpfs of bounded size at /tmp
+namespaces  as `process`, and by `unshare` also no network, and namespaces of its own for processes and IPC
+process     a process with limits, in an empty folder. It cannot write to files.
 
 Each tested code and each judge has a user id of its own if the pool runs as root. Else they have the user id of the
 pool, and without namespaces nothing protects the files and processes of this user.
@@ -84,7 +84,7 @@ class Sandbox:
         return int(self.limits["seconds"]) + 2
 
     def _others(self):
-        """The processes and threads of this user that count towards the limit, besides those of the code."""
+        """Returns how many processes and threads count towards the limit besides those of the tested code."""
         if self.root or self.kind != "process":
             return 1
         return sum(_threads(pid) for pid in _processes(os.getuid()))
@@ -206,7 +206,7 @@ def _read(pid, name):
 
 
 def choose(wanted, python, limits):
-    """Returns (sandbox, why not a stronger one). Raises RuntimeError if none works."""
+    """Returns (first sandbox that works, problems of those tried before). Raises RuntimeError if none works."""
     root, problems = os.geteuid() == 0, []
     pythons = [python] if python else [sys.executable, "/usr/bin/python3"]
     kinds = ["bubblewrap", "namespaces", "process"]
@@ -243,7 +243,7 @@ def _probe(sandbox):
 
 
 def new_folder():
-    """Returns a new, empty folder that others can enter and not write."""
+    """Returns a new, empty folder that others can enter but not write to."""
     folder = tempfile.mkdtemp(prefix="jaxrlhf-code-")
     os.chmod(folder, 0o555)
     return folder
@@ -332,7 +332,7 @@ def _run_example(sandbox, code, example, uid, deadline):
 
 
 def _read_until(fd, deadline, limit):
-    """Returns (bytes, whether the writers closed the pipe before the deadline and the limit)."""
+    """Returns (bytes, whether the writers closed the pipe before the deadline and within `limit` bytes)."""
     data = bytearray()
     while (left := deadline - time.monotonic()) > 0 and len(data) <= limit:
         if select.select([fd], [], [], left)[0]:

@@ -59,7 +59,7 @@ class Peer:
             self.send(["reply", names, str(error)[:1000], []])
 
     def write(self, value):
-        """Returns the value as JSON. What is no plain data stays here, and the other end gets its number."""
+        """Returns the value as JSON. An object that is not plain data stays here, and the other end gets its number."""
         if type(value) in DATA:
             return value if type(value) is not int or abs(value) < 2**53 else {"int": hex(value)}
         for cls, name in ((list, "list"), (tuple, "tuple"), (set, "set"), (frozenset, "frozenset")):
@@ -106,7 +106,10 @@ class Peer:
         return self.objects[key]
 
     def answer(self, key, method, args, kwargs):
-        """Calls an object of this end. Returns [result, lists, dicts and sets among the arguments after the call]."""
+        """Calls an object of this end. Returns (result, positional arguments after the call).
+
+        Arguments that are not lists, dicts or sets are None in the result.
+        """
         args = [self.read(arg) for arg in args]
         kwargs = {name: self.read(arg) for name, arg in kwargs.items()}
         result = self.apply(self.named(key), method, args, kwargs)
@@ -114,9 +117,10 @@ class Peer:
         return self.write(result), changed
 
     def apply(self, target, method, args, kwargs):
-        """Applies a method to an object of this end. This end is the judge, so only the tests' own objects can be used.
+        """Applies a method to an object of this end, which is the judge.
 
-        Attributes of a function or a generator would lead to the names of the judge.
+        Attributes can be used only on objects whose class the tests define. Attributes of a function or a generator
+        would give access to the judge's own names.
         """
         own = type(target).__module__ == "tests" and isinstance(args[0] if args else None, str)
         if method == "call":
@@ -169,7 +173,7 @@ def _send(remote, method, args=(), kwargs=None):
 
 
 def _error(names, message):
-    """Returns an exception like that of the other process. Its class is the first builtin one of the names."""
+    """Returns an exception like that of the other process. Its class is the first builtin exception in `names`."""
     known = [getattr(builtins, name, None) for name in names if isinstance(name, str)]
     known = [cls for cls in known if inspect.isclass(cls) and issubclass(cls, Exception)]
     cls = known[0] if known else RuntimeError
@@ -208,7 +212,7 @@ for _name, _otherwise in COMPARISONS.items():
 
 
 class CodeEnd(Peer):
-    """The end of the tested code. The judge also refers to the names of the code's module."""
+    """The end of the tested code. The judge can also use an object by its name in the code's module."""
 
     def __init__(self, fd, limit, names):
         super().__init__(fd, limit)

@@ -28,7 +28,7 @@ def raises(expected, match=None):
 
 
 class approx:
-    """Equal to numbers, and to lists and dicts of numbers, within a tolerance."""
+    """An object that equals numbers, lists and dicts within a tolerance."""
 
     def __init__(self, expected, rel=1e-6, abs=1e-12):
         self.expected, self.rel, self.abs = expected, rel, abs

@@ -114,8 +114,8 @@ def _passes(test):
 def _bind(names, trees, peer, entry_point):
     """Binds the names that the tests use and do not define to objects of the tested code.
 
-    Builtins stay those of Python, so the tested code cannot replace `abs`. A name of a module of the standard library
-    is this module where an attribute of it is used, as in `math.isclose`.
+    Builtins stay those of Python, so the tested code cannot replace `abs`. The name of a module of the standard
+    library is bound to this module if the tests use an attribute of it, as in `math.isclose`.
     """
     module = types.ModuleType("solution")
     module.__getattr__ = lambda name: Remote(peer, name) if not name.startswith("__") else _missing(name)

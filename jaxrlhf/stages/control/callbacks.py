@@ -49,7 +49,7 @@ class BaseCallback:
         """Called before an iteration samples."""
 
     def _on_step(self) -> bool:
-        """Called after each step of all environments. False ends the training."""
+        """Called after each step of all environments. If it returns False, the training ends."""
         return True
 
     def _on_rollout_end(self) -> None:
@@ -60,7 +60,7 @@ class BaseCallback:
 
 
 class Functions(BaseCallback):
-    """Functions of (locals, globals), each called after every step; False ends the training."""
+    """Functions of (locals, globals), each called after every step. If one returns False, the training ends."""
 
     def __init__(self, functions: list[Callable[[dict[str, Any], dict[str, Any]], Any]]) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class CallbackList(BaseCallback):
 
 
 def as_callback(callback: Any) -> BaseCallback | None:
-    """Returns a callback from one, from a function of (locals, globals), or from a list of these."""
+    """Returns a callback made from a callback, a function of (locals, globals), or a list of these; None for None."""
     if callback is None or isinstance(callback, BaseCallback):
         return callback
     several = list(callback) if isinstance(callback, list | tuple) else [callback]

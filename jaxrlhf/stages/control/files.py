@@ -1,4 +1,4 @@
-"""Files of `PPO`: a zip with model.json and arrays.safetensors. No code is stored, so that reading one runs none."""
+"""Files of `PPO`: a zip with model.json and arrays.safetensors. A file contains no code, so reading it runs none."""
 
 import io
 import json
@@ -26,7 +26,10 @@ def with_suffix(path: str | os.PathLike) -> Path:
 
 
 def write_model(path: str | os.PathLike, about: dict[str, Any], tree: Any) -> Path:
-    """Writes JSON and the arrays of a tree. The file appears complete or not at all. Raises `Fault` if it cannot."""
+    """Writes JSON and the arrays of a tree. The file appears complete or not at all.
+
+    Raises `Fault` if writing fails.
+    """
     path = with_suffix(path)
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(tree).items()}
     content = io.BytesIO()
@@ -57,19 +60,23 @@ def read_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.nd
         hint = "; files of Stable-Baselines3 hold pickled code and are not read" if _is_theirs(path) else ""
         raise UserError(f"{path}: this is not a file that PPO.save wrote: {error}{hint}") from None
     if about.get("version") != VERSION:
-        raise UserError(f"{path}: version {about.get('version')!r} of the file is not known; it must be {VERSION}")
+        raise UserError(f"{path}: the version of the file must be {VERSION}, not {about.get('version')!r}")
     return about, arrays
 
 
 def filled(template: Any, arrays: dict[str, np.ndarray], path: str) -> Any:
-    """Returns the template's tree with the arrays of the file. Raises `UserError` if one is missing or differs."""
+    """Returns the template's tree with the arrays of the file.
+
+    Raises `UserError` if an array is missing or has another shape or dtype than in the template.
+    """
     needed = named_leaves(template)
     leaves = []
     for name, leaf in needed.items():
         found = arrays.get(name)
         if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype:
             form = "is missing" if found is None else f"has shape {list(found.shape)} and dtype {found.dtype}"
-            raise UserError(f"{path}: array {name} {form}; it must have {list(leaf.shape)} and {leaf.dtype}")
+            needs = f"shape {list(leaf.shape)} and dtype {leaf.dtype}"
+            raise UserError(f"{path}: array {name} {form}; it must have {needs}")
         leaves.append(found)
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 

@@ -49,11 +49,14 @@ class MlpPolicy:
         self._host = jax.tree.map(np.asarray, state.params)
 
     def read(self, observations: np.ndarray) -> np.ndarray:
-        """Returns what the networks read for observations [N, ...]: f32[N,I]."""
+        """Returns the input f32[N,I] of the networks for observations [N, ...]."""
         return self.normalization.observe(self.features(observations))
 
     def act(self, inputs: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
-        """Returns actions [N,K]. `draws` f32[N,outputs] comes from `draws`; None takes the likeliest actions."""
+        """Returns actions [N,K].
+
+        `draws` f32[N,outputs] comes from the method `draws`. If it is None, the likeliest actions are taken.
+        """
         outputs = mlp(self._host["policy"], inputs, self.activation, np)
         return choose(self.actions, outputs, self._host.get("log_std"), draws)
 
@@ -70,7 +73,7 @@ class MlpPolicy:
         return actions.astype(self.acted.dtype)
 
     def update(self, samples: Samples, left: float, random: np.random.Generator) -> dict[str, float]:
-        """Runs the update of an iteration and returns its metrics. `left` is the share of the timesteps to come."""
+        """Runs the update of an iteration and returns its metrics. `left` is the remaining share of the timesteps."""
         config, infinity = self.config, float("inf")
         numbers = Numbers(
             at(config.learning_rate, left), at(config.clip_range, left),

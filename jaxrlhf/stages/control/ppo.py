@@ -35,7 +35,7 @@ _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
 class PPO:
     """Proximal policy optimization (1707.06347) with Stable-Baselines3's arguments, defaults and methods.
 
-    A timestep is one step of one environment: an iteration has n_steps times the number of environments.
+    A timestep is one step of one environment. An iteration has n_steps timesteps per environment.
 
     Args:
       policy: "MlpPolicy".
@@ -51,7 +51,7 @@ class PPO:
 
     def __init__(self, policy: str, env: Any, **settings: Any) -> None:
         if policy not in POLICIES:
-            raise UserError(f"policy: {short(policy)} is not there; the policies are {', '.join(POLICIES)}")
+            raise UserError(f"policy: must be {' or '.join(POLICIES)}, not {short(policy)}")
         self.policy_name, self.config = policy, _settings(settings)
         self.seed = secrets.randbits(31) if self.config.seed is None else self.config.seed
         self.env: VecEnv | None = None if env is None else as_vec_env(env)
@@ -80,8 +80,8 @@ class PPO:
             own, other = getattr(self, name), getattr(envs, name)
             if spaces.to_json(own) != spaces.to_json(other):
                 raise UserError(
-                    f"env: its {name} is {spaces.describe(other)}, but the model's is {spaces.describe(own)}, or their "
-                    "bounds differ; give an environment with the same spaces"
+                    f"env: its {name} is {spaces.describe(other)}, but the model's is {spaces.describe(own)}; shape, "
+                    "dtype and bounds must be the same; give an environment with the same spaces"
                 )
         self.env = envs
 
@@ -104,17 +104,17 @@ class PPO:
         Args:
           total_timesteps: number of timesteps.
           callback: a `BaseCallback`, a function of (locals, globals) that returns False to stop, or a list of these.
-          log_interval: with verbose=1, a table is printed every so many iterations.
+          log_interval: with verbose=1, a table is printed after every `log_interval` iterations.
           tb_log_name: not used; for code that was written for Stable-Baselines3.
-          reset_num_timesteps: False counts on from `num_timesteps`.
-          progress_bar: show one.
+          reset_num_timesteps: if False, the count of timesteps continues from `num_timesteps`.
+          progress_bar: if True, shows a progress bar.
         """
         if total_timesteps < 1:
             raise UserError(f"total_timesteps: must be at least 1, not {total_timesteps}")
         if self.env is None:
             raise UserError("learn: the model has no environment; give one with set_env, or PPO.load(path, env=env)")
         if self.config.n_steps * self.env.num_envs < 2:
-            raise UserError("n_steps: an iteration needs at least two timesteps")
+            raise UserError(f"n_steps: must be at least 2 with one environment, not {self.config.n_steps}")
         total = total_timesteps if reset_num_timesteps else total_timesteps + self.num_timesteps
         self.num_timesteps = 0 if reset_num_timesteps else self.num_timesteps
         call = as_callback(callback)
@@ -162,7 +162,7 @@ class PPO:
                 print(_table(self.metrics), flush=True)
 
     def _count(self, values: dict[str, Any], call: BaseCallback | None) -> bool:
-        """Counts a step of all environments and their episodes. Returns whether the training goes on."""
+        """Counts a step of all environments, and the episodes that it ends. Returns whether the training goes on."""
         self.num_timesteps += len(values["dones"])
         if values["dones"].any():
             self.ep_info_buffer.extend(info["episode"] for info in values["infos"] if "episode" in info)
@@ -179,7 +179,7 @@ class PPO:
         return {"rollout/ep_len_mean": length, "rollout/ep_rew_mean": total}
 
     def _random(self, purpose: int) -> np.random.Generator:
-        """Returns the random numbers of (seed, purpose, iteration); of predictions, of their number so far."""
+        """Returns a generator seeded by seed, purpose, and the number of iterations (or of predictions) so far."""
         index = self._predictions if purpose == _PREDICT else self.iterations
         return np.random.Generator(np.random.Philox(key=[self.seed, purpose], counter=[0, 0, index, 0]))
 
@@ -194,8 +194,8 @@ class PPO:
     ) -> tuple[Any, Any]:
         """Returns (action, state) for one observation, or for several [N, ...].
 
-        `state` is returned as it is: MlpPolicy has none. What reset of a current environment returns, (observation,
-        info), is accepted too. Raises `UserError` if the shape is not that of the model's observations.
+        `state` is returned unchanged, because MlpPolicy has no state. The pair (observation, info), which Gymnasium's
+        `reset` returns, is also accepted. Raises `UserError` if the shape is not that of the model's observations.
         """
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
             observation = observation[0]
@@ -242,9 +242,10 @@ class PPO:
 
     @classmethod
     def load(cls, path: str | os.PathLike, env: Any = None, device: str = "auto", **settings: Any) -> "PPO":
-        """Returns the model of a file that `save` wrote. `settings` replace stored ones; without `env` it can predict.
+        """Returns the model of a file that `save` wrote. `settings` replace stored settings.
 
-        Raises `UserError` if the file is not such a file, or if `env` has other spaces.
+        Without `env` the model can predict, but it cannot learn before `set_env`. Raises `UserError` if `save` did not
+        write the file, or if `env` has other spaces.
         """
         about, arrays = read_model(path)
         stored = dict(about["settings"])
@@ -265,7 +266,7 @@ class PPO:
 
 
 def _settings(given: dict[str, Any]) -> ControlConfig:
-    """Checks settings. Raises `UserError` with the first that is wrong."""
+    """Checks and returns the settings. Raises `UserError` for the first invalid setting."""
     device = given.pop("device", "auto")
     if device not in ("auto", "cpu"):
         raise UserError(f'device: must be "auto" or "cpu", not {device!r}; JAX_PLATFORMS sets the device of jax')

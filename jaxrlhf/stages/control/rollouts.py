@@ -11,7 +11,7 @@ from jaxrlhf.environments.vector import VecEnv
 
 @dataclasses.dataclass
 class Samples:
-    """What `Transitions` holds, as numpy arrays: see there."""
+    """The fields of `steps.control.Transitions`, as numpy arrays."""
 
     observations: np.ndarray
     next_observations: np.ndarray
@@ -32,8 +32,8 @@ def collect(
 ) -> tuple[Samples, np.ndarray, bool]:
     """Samples `steps` steps of each environment.
 
-    `inputs` f32[N,I] is what the networks read first. `on_step` is called after each step with its results; False ends
-    the sampling.
+    `inputs` f32[N,I] is the input of the networks at the first step. `on_step` is called after each step with its
+    results. If it returns False, the sampling ends.
 
     Returns:
       (samples, inputs of the next step, whether all steps were sampled).

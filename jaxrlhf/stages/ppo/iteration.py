@@ -169,7 +169,7 @@ class Iteration:
         return self.copy(policy) if self.sampler.mesh is self.run.mesh else self.sampler.sent(policy)
 
     def _rates(self, metrics: dict[str, float], draws: int, laps: dict[str, float]) -> dict[str, float]:
-        """Returns the tokens per second of phases whose times are those of the devices."""
+        """Returns the tokens per second of the rollout and of the update, from the times of these phases."""
         tokens = metrics["length/mean"] * self.rows
         computed = computed_steps(metrics, self.update_config)
         passes = 0 if metrics.get(PAUSED) else computed / self.update_config.minibatches

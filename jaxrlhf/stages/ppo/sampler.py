@@ -57,7 +57,10 @@ class ScoredRollout(Sampled):
         return self.rows["reward/score"]
 
     def given(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns (scores f32[B], None), or (rewards f32[B,R], bool[B,R] that is True at the ends of steps)."""
+        """Returns (scores f32[B], None).
+
+        If the reward scores inside completions, returns (rewards f32[B,R], bool[B,R]: True at the ends of steps).
+        """
         if self.step_rewards is None:
             return self.scores, None
         return self.step_rewards.filled(0), ~np.ma.getmaskarray(self.step_rewards)

@@ -127,7 +127,10 @@ def load(run: Run, roles: Roles) -> PPOInputs:
 def _load_prompts(
     run: Run, roles: Roles, checked: Callable[[PromptSet], PromptSet]
 ) -> tuple[PromptSource, PromptSet]:
-    """Returns (the prompts, the same prompts or those of a stream's first window). Each window is checked."""
+    """Returns (the source of training prompts, a prompt set: all prompts, or the first window of a stream).
+
+    Each window is checked when it is read.
+    """
     config, tokenizer = run.config.ppo, roles.tokenizer
     limits = (config.max_prompt_tokens, config.overflow)
     if not config.data.streaming:

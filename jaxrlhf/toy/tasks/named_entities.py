@@ -1,7 +1,7 @@
 """Named entities: persons, organisations and places in a sentence, as a JSON list. The best F1 is 1.
 
 Some names belong to two kinds (`jordan` is a person or a place), so only the sentence says which one is meant. In the
-demonstrations, each entity is left out or has the wrong kind with probability `FAULT` each.
+demonstrations, an entity is left out with probability `FAULT`, and has the wrong kind with probability `FAULT`.
 """
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, words_of

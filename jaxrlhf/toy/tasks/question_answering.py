@@ -1,7 +1,8 @@
 """Question answering: a paragraph about a person, and a question whose answer is a span of it. The best exact match: 1.
 
 A paragraph has three of four facts, in sentences in random order. Test paragraphs are in no other split, so a model
-must read them. Of the responses, 45% are the span, 50% have more words, and 5% are the span of another sentence.
+must read them. Of the responses, 45% are the right span, 50% have words around it, and 5% are a span
+of another sentence.
 """
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, sample, words_of

@@ -38,7 +38,7 @@ LATER = "the same command sends the rest when the run resumes"
 class State:
     """The file trackers.json.
 
-    It holds, for each tracker, the ids of its run and how many lines of samples.jsonl it has.
+    It holds, for each tracker, the ids of the run in the service, and how many lines of samples.jsonl the tracker has.
     """
 
     def __init__(self, path: Path):
@@ -158,7 +158,7 @@ def _take_output() -> Callable[[str], None]:
 def _start(folder: Path, names: list[str], parent: int, say: Callable[[str], None]) -> list[Follower]:
     """Starts the followers.
 
-    If the run was killed before, waits first until the tracker process of that start has ended.
+    First waits for the tracker process of an earlier start of the run, which may still run if that start was killed.
     """
     if not names:
         return []
@@ -189,7 +189,7 @@ def _wait_for_end(followers: list[Follower], run: int) -> bool:
     """Waits for a line on standard input, or until the process `run` ends. Returns whether the run has finished.
 
     If the run is killed, standard input may stay open, because a process that a reward function has forked may hold it.
-    So the function also looks whether the process of the run still exists.
+    So the function also checks whether the process of the run still exists.
     """
     while os.getppid() == run:
         if select.select([0], [], [], INTERVAL)[0]:

@@ -61,9 +61,9 @@ class LogReader:
 class Feed:
     """The lines of a run for one tracker. The tracker already has the first `last` lines.
 
-    `samples` is the number of lines of samples.jsonl that the tracker has. Only samples of line `last` depend on this
-    number. A tracker stores a line together with the samples that were written before the line. But a stage may write
-    more samples after its last line.
+    `samples` is the number of lines of samples.jsonl that the tracker has. A tracker stores a line together with the
+    samples that were written before it, so it has all samples of the lines before `last`. Of the samples of line `last`
+    some may be missing, because a stage may write samples after its last line: `samples` tells which.
     """
 
     def __init__(self, folder: Path, last: int, samples: int):
@@ -98,9 +98,9 @@ class Feed:
             yield Line(number, seconds, {}, tables)
 
     def _tables(self, wanted: Any) -> dict[str, list[dict[str, Any]]]:
-        """Removes the samples up to the current line from the waiting ones.
+        """Removes the samples up to the current line from the waiting samples.
 
-        Returns the tables of samples that are `wanted`.
+        Returns the tables of those removed samples for which `wanted` is true.
         """
         tables: dict[str, list[dict[str, Any]]] = {}
         _, stage, step, _ = self._place

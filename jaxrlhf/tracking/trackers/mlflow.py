@@ -16,7 +16,7 @@ _LENGTH = 6000  # longest value of a parameter, in characters
 class MLflow:
     """Sends one batch of metrics for each line.
 
-    A file store writes the metrics of a batch in order: the stage's step is last.
+    A file store writes the metrics of a batch in order. The stage's step comes last: it marks a line as complete.
     """
 
     def open(self, run: RunInfo, ids: dict[str, Any]) -> int:

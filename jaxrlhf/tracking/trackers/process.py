@@ -1,4 +1,4 @@
-"""Starts the process of the trackers beside a run, and ends this process with the run."""
+"""Starts the process of the trackers beside a run, and stops it when the run ends."""
 
 import contextlib
 import importlib.util

@@ -48,7 +48,7 @@ class Tracker(Protocol):
     def open(self, run: RunInfo, ids: dict[str, Any]) -> int:
         """Creates a run in the service, or continues the run of `ids`.
 
-        Returns the number of the last line that the run has.
+        Returns the number of the last line that the service already has.
         """
 
     def log(self, line: Line) -> None:
