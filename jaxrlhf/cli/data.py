@@ -240,7 +240,7 @@ def _rewrite(arguments: argparse.Namespace):
     from jaxrlhf.curation import rewriting
 
     if arguments.model is None:
-        raise UserError("--rewrite: needs --model: a folder, a hub id, or with --server the model's name on the server")
+        raise UserError("--rewrite: needs --model; give a folder or a hub id, or with --server the model's name there")
     sampling = {"temperature": arguments.temperature, "max_tokens": arguments.max_new_tokens}
     if arguments.server is None:
         ask = rewriting.LocalModel(arguments.model, **sampling)

@@ -113,7 +113,7 @@ def scored(row: Row) -> Values:
 
 
 def _best_and_worst(row: Row, prompt: str | list[Message], keys: Sequence[str]) -> Values:
-    """Returns a preference pair. The key of a score is the first of `keys` that a completion has."""
+    """Returns a preference pair. A completion's score is read from the first of `keys` that it has."""
     completions, found = row.values.get("completions"), []
     for number, answer in enumerate(completions if isinstance(completions, list) else [], 1):
         answer = answer if isinstance(answer, dict) else {}

@@ -144,7 +144,7 @@ class StreamedPrompts:
 
 
 class _ByNumber:
-    """A list of `PromptSet` over all windows, indexed by prompt number."""
+    """One of the lists in `PromptSet`, over all windows. Its index is the prompt number."""
 
     def __init__(self, prompts: StreamedPrompts, name: str):
         self._prompts, self._name = prompts, name

@@ -51,7 +51,7 @@ def entities(texts: Texts, column: Column, options: Options) -> Metrics:
 def tags(texts: Texts, column: Column, options: Options) -> Metrics:
     """Returns precision, recall and F1 of the spans in a row of tags such as `O B-PER I-PER`, separated by blanks.
 
-    If a completion has too few tags, tags O are added. If it has too many tags, the last ones are cut.
+    A completion with too few tags is padded with `O`. If it has too many, the last ones are cut.
     """
     wanted = [_tags(value, i) for i, value in enumerate(column)]
     found = [(text.split() + ["O"] * len(row))[: len(row)] for text, row in zip(texts, wanted)]

@@ -94,7 +94,7 @@ def write_json(file: Path, document: dict[str, Any]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a safetensors file by name. Reads only the header.
+    """Returns name -> `StoredTensor` for a safetensors file. Reads only the header; the data is read later.
 
     Raises `UserError` if the file is truncated or its header is inconsistent. The error names the file and the tensor.
     This function does not check dtypes; `StoredTensor.check_dtype` does.

@@ -246,7 +246,7 @@ def _read_inline(answer: str, source: Source) -> list[Entity]:
             found.append((mark[2], places[at], places[at + len(letters) - 1] + 1))
         plain, at = plain + letters, at + len(letters)
     if plain != "".join(source.text.split()):
-        raise Unreadable("without its marks, the answer is not the text of the row")
+        raise Unreadable("the answer, with its entity marks removed, must be the text of the row")
     return [source.entity(*place) for place in found]
 
 

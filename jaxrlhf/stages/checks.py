@@ -161,7 +161,7 @@ def with_optimizers(update: PPOConfig, trained: Mapping[str, tuple[str, Any]], s
 
 
 def rate_text(config: OptimizerConfig, tree: Adapter) -> str:
-    """Returns a learning rate and the kind of tree that it trains, as text."""
+    """Returns a text that names a learning rate and what is trained with it: full weights, a head or an adapter."""
     kind = "a full fine-tune" if is_full(tree) else "a head" if set(tree) == {SCORE} else "a LoRA adapter"
     return f"{config.learning_rate:g} for {kind}"
 

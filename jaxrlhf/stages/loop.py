@@ -26,6 +26,7 @@ from jaxrlhf.stages.alarms import CONTINUE, stage_alarms, wait_for_user
 from jaxrlhf.stages.evaluation import Evaluated
 from jaxrlhf.stages.improvement import Watch
 from jaxrlhf.stages.metric_names import PREFIX, metrics_of
+from jaxrlhf.stages.resuming import mesh_note
 from jaxrlhf.tracking.alarms import StoppedByAlarm
 from jaxrlhf.tracking.health import Health, check_finite, never_updated, stop_with_batch
 from jaxrlhf.tracking.metrics import MetricsLog
@@ -107,7 +108,8 @@ class Loop:
         if latest is not None:
             self.first, self.state, notes = latest.step, latest.tree, latest.notes
             run.say(f"{stage}: resumes after step {self.first} of {total}")
-            self._compare_mesh(notes.get("mesh"))
+            if note := mesh_note(notes.get("mesh"), dict(run.mesh.shape)):
+                run.say(f"{stage}: {note}")
             if rows is not None:
                 rows.resume(notes["rows"])
         elif lost := run.metrics.stages()[stage]:
@@ -129,14 +131,6 @@ class Loop:
         self._evaluating = False
         self._evaluated: tuple[int, Evaluated] | None = None  # the last evaluation and its step
         self._end_if_stopped()
-
-    def _compare_mesh(self, before: dict[str, int] | None) -> None:
-        now = dict(self.run.mesh.shape)
-        if before not in (None, now):
-            self.run.say(
-                f"{self.stage}: the checkpoint was made on the mesh {_sizes(before)}, but the mesh is now "
-                f"{_sizes(now)}; sums may round differently, so the run may not continue bit for bit"
-            )
 
     def steps(self) -> Iterator[int]:
         """Yields the remaining step numbers; the first step of a stage is 0.
@@ -304,8 +298,8 @@ class Loop:
     def _check_interruption(self) -> None:
         """Raises `Fault` if a save has failed.
 
-        After a signal, saves and raises `Stopped`. After an alarm with `do` stop or pause, saves, and then ends the run
-        or waits for the file that continues it.
+        After a signal, saves and raises `Stopped`. After an alarm, saves first. If its `do` is stop, the run then ends. If
+        it is pause, this method waits for the file that continues the run.
         """
         if processes.alone() and self.checkpoints.failed:  # several processes check it at the next save
             self._read()
@@ -403,7 +397,3 @@ class Loop:
                 self.run.stop.at_work = None
         if kind is None and (signal := self._signal()):
             raise self._stopped(signal)
-
-
-def _sizes(mesh: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis}={size}" for axis, size in mesh.items())

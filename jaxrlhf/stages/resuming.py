@@ -84,3 +84,14 @@ def _same_steps_in_longer_runs(config: RunConfig) -> bool:
     update, checkpoints = config.ppo.update, config.checkpoints
     rates = [rate for rate in (update.optimizer, update.value_optimizer) if rate.total_steps is None]
     return checkpoints.result == "last" and all(rate.schedule in ("constant", "plateau") for rate in rates)
+
+
+def mesh_note(before: dict[str, int] | None, now: dict[str, int]) -> str:
+    """Returns a note for the user if the mesh of a checkpoint is not the mesh of now, else "". None is unknown."""
+    if before in (None, now):
+        return ""
+    then, here = (" x ".join(f"{axis}={size}" for axis, size in mesh.items()) for mesh in (before, now))
+    return (
+        f"the checkpoint was made on the mesh {then}, but the mesh is now {here}; sums may round differently, so the "
+        "run may not continue bit for bit"
+    )

@@ -76,7 +76,7 @@ def annotate(
       recompute_policy: if False, the sampling logprobs are returned as the policy's logprobs. Use False only for
         updates that do not use old logprobs.
       value_trunk: "policy" means that `value` is a head on the policy's trunk.
-      packed: see `PPOConfig`. A pass then has the size of a part.
+      packed: see `PPOConfig`. If True, each forward pass has the size of a part.
       choices: the choices of the rollout. Policy and reference are masked to them.
     """
     if temperature is not None:
