@@ -35,7 +35,7 @@ class Linear(nnx.Module):
         return self.kernel.dtype == jnp.float32
 
     def merges(self, rounded: bool) -> bool:
-        """Returns True if decoding merges the LoRA pair, with `rounded` also where this rounds the weights to 16 bits."""
+        """Returns True if decoding merges the LoRA pair; with `rounded` also if this rounds weights to 16 bits."""
         return rounded or self.can_merge
 
     def float32_kernel(self) -> jax.Array:

@@ -298,8 +298,8 @@ class Loop:
     def _check_interruption(self) -> None:
         """Raises `Fault` if a save has failed.
 
-        After a signal, saves and raises `Stopped`. After an alarm, saves first. If its `do` is stop, the run then ends. If
-        it is pause, this method waits for the file that continues the run.
+        After a signal, saves and raises `Stopped`. After an alarm, saves first. If its `do` is stop, the run then
+        ends. If it is pause, this method waits for the file that continues the run.
         """
         if processes.alone() and self.checkpoints.failed:  # several processes check it at the next save
             self._read()
