@@ -21,6 +21,13 @@ from jaxrlhf.toy.games.twenty_questions import SUBJECTS, TwentyQuestions
 GAMES = {name: (0.02 if name == "connect_four" else 0.1, 0.35) for name in builtin.GAMES}
 
 
+def act(env, action):
+    """Steps, and returns (text, reward, whether the episode is over, info)."""
+    (message,), reward, terminated, truncated, info = env.step(action)
+    assert message["role"] == "user" and truncated is False
+    return message["content"], reward, terminated, info
+
+
 def module_of(name):
     return import_module(f"jaxrlhf.toy.games.{name}")
 
@@ -61,8 +68,8 @@ def test_an_episode_follows_from_seed_and_actions(name):
     episodes = []
     for played in (env, other, env):
         rng = np.random.default_rng(5)
-        act = a_legal_move if isinstance(played, BoardGame) else module_of(name).demonstrator
-        episodes.append(play_episode(played, lambda env, act=act, rng=rng: act(env, rng), seed=11))
+        choose = a_legal_move if isinstance(played, BoardGame) else module_of(name).demonstrator
+        episodes.append(play_episode(played, lambda env, choose=choose, rng=rng: choose(env, rng), seed=11))
     assert episodes[0] == episodes[1] == episodes[2]
     assert "success" in episodes[0][2]
     with pytest.raises(RuntimeError, match="call reset"):
@@ -80,7 +87,7 @@ def test_bisection_finds_every_number_and_one_guess_less_does_not(numbers, guess
             env.reset(seed=0)
             env.secret, done = secret, False
             while not done:
-                _, reward, done, _, info = env.step(number_guessing.best_action(env))
+                _, reward, done, info = act(env, number_guessing.best_action(env))
             assert reward == float(info["success"])
             found.append(info["success"])
         return np.mean(found)
@@ -92,8 +99,8 @@ def test_bisection_finds_every_number_and_one_guess_less_does_not(numbers, guess
 def test_an_action_that_is_no_number_costs_a_guess():
     env = NumberGuessing(10, 2)
     env.reset(seed=0)
-    assert env.step("seven")[:3] == ("say a number", 0.0, False)
-    assert env.step("9" * 5000)[:3] == ("say a number", 0.0, True)
+    assert act(env, "seven")[:3] == ("say a number", 0.0, False)
+    assert act(env, "9" * 5000)[:3] == ("say a number", 0.0, True)
 
 
 # ---------------------------------------------------------------- twenty questions
@@ -106,7 +113,7 @@ def test_eight_questions_suffice_and_are_needed():
         env.reset(seed=0)
         env.secret = secret
         while not done:
-            _, reward, done, _, info = env.step(twenty_questions.best_question(env.possible))
+            _, reward, done, info = act(env, twenty_questions.best_question(env.possible))
         assert info["success"] and reward == 1
 
 
@@ -131,10 +138,10 @@ def test_questions_are_read_with_and_without_the_mark():
     env = TwentyQuestions()
     env.reset(seed=0)
     env.secret = SUBJECTS.index("a dog")
-    assert env.step("is it an animal")[0] == "yes"
-    assert env.step("is it a bird ?")[0] == "no"
-    assert env.step("what is it ?")[0] == "i do not understand"
-    assert env.step("is it a dog")[:3] == ("yes that is it", 1.0, True)
+    assert act(env, "is it an animal")[0] == "yes"
+    assert act(env, "is it a bird ?")[0] == "no"
+    assert act(env, "what is it ?")[0] == "i do not understand"
+    assert act(env, "is it a dog")[:3] == ("yes that is it", 1.0, True)
 
 
 # ---------------------------------------------------------------- grid world
@@ -148,13 +155,13 @@ def test_the_shortest_path_is_walked_and_walls_hold():
         blocked = [move for move in grid_world.MOVES if move not in env.free()]
         if blocked:
             before = env.at
-            assert env.step(blocked[0])[0].startswith("no way") and env.at == before
+            assert act(env, blocked[0])[0].startswith("no way") and env.at == before
             env.left += 1
         assert env.steps == 12
         steps, done = env.shortest, False
         for _ in range(steps):
             assert not done
-            _, reward, done, _, info = env.step(env.best_action())
+            _, reward, done, info = act(env, env.best_action())
         assert done and reward == 1 and info["success"]
 
 
@@ -218,16 +225,16 @@ def test_a_function_plays_and_sees_the_board_from_its_own_side():
         return next(word for word in text.split() if word.isdigit())
 
     env = TicTacToe(lowest, first="agent")
-    assert env.reset(seed=0)[0] == "you are x board 1 2 3 / 4 5 6 / 7 8 9"
-    assert env.step("5")[0] == "you are x board o 2 3 / 4 x 6 / 7 8 9"
+    assert env.reset(seed=0)[0][0]["content"] == "you are x board 1 2 3 / 4 5 6 / 7 8 9"
+    assert act(env, "5")[0] == "you are x board o 2 3 / 4 x 6 / 7 8 9"
     assert seen == ["you are o board 1 2 3 / 4 x 6 / 7 8 9"]
-    assert env.step("3")[0] == "you are x board o o x / 4 x 6 / 7 8 9"
-    text, reward, done, _, info = env.step("7")
+    assert act(env, "3")[0] == "you are x board o o x / 4 x 6 / 7 8 9"
+    text, reward, done, info = act(env, "7")
     assert (text, reward, done) == ("you win o o x / 4 x 6 / x 8 9", 1.0, True)
     assert info == {"success": True, "outcome": "win"}
 
     env = TicTacToe(lambda text: "nonsense", first="opponent")
-    text, *_ = env.reset(seed=0)
+    env.reset(seed=0)
     assert env.outcome == "win"
 
 
@@ -235,7 +242,7 @@ def test_illegal_moves_lose():
     env = TicTacToe("random", first="opponent")
     env.reset(seed=2)
     taken = next(str(cell + 1) for cell in range(9) if env.position[1] >> cell & 1)
-    assert env.step(taken)[1:] == (-1.0, True, False, {"success": False, "outcome": "illegal"})
+    assert act(env, taken)[1:] == (-1.0, True, {"success": False, "outcome": "illegal"})
 
 
 def test_lines_of_connect_four_are_those_of_the_grid():
@@ -296,8 +303,8 @@ def test_deeper_minimax_beats_random_moves():
 
 
 def test_a_booking_that_listens_always_succeeds_and_one_that_misses_corrections_does_not():
-    def share(act):
-        return np.mean([play_episode(table_booking.TableBooking(), act, seed)[1] for seed in range(80)])
+    def share(policy):
+        return np.mean([play_episode(table_booking.TableBooking(), policy, seed)[1] for seed in range(80)])
 
     def misses(env):
         unknown = [slot for slot in table_booking.SLOTS if slot not in env.said]
@@ -313,19 +320,19 @@ def test_the_customer_leaves_after_needless_questions():
     env = table_booking.TableBooking(changes=0, patience=1)
     env.reset(seed=0)
     env.said, env.goal = {}, dict.fromkeys(table_booking.SLOTS, "x")
-    assert env.step("which day ?")[:3] == ("x please", 0.0, False)
-    assert env.step("which day")[:3] == ("i said that", 0.0, False)
-    assert env.step("what ?")[:3] == ("i go elsewhere", 0.0, True)
+    assert act(env, "which day ?")[:3] == ("x please", 0.0, False)
+    assert act(env, "which day")[:3] == ("i said that", 0.0, False)
+    assert act(env, "what ?")[:3] == ("i go elsewhere", 0.0, True)
 
 
 def test_feedback_names_the_right_words_of_a_row():
     env = TranslationFeedback()
     row = {"prompt": "the big dog =>", "reference": "lo kano grano"}
-    assert env.reset(options=row)[0] == "translate the big dog"
-    assert env.step("lo grano kano vide")[:3] == ("wrong 3 words lo ? ?", 0.0, False)
-    assert env.step("lo kano")[1:3] == (pytest.approx(2 / 3), True)
+    assert env.reset(options=row)[0][0]["content"] == "translate the big dog"
+    assert act(env, "lo grano kano vide")[:3] == ("wrong 3 words lo ? ?", 0.0, False)
+    assert act(env, "lo kano")[1:3] == (pytest.approx(2 / 3), True)
     env.reset(options=row)
-    assert env.step("lo kano grano")[1:] == (1.0, True, False, {"success": True})
+    assert act(env, "lo kano grano")[1:] == (1.0, True, {"success": True})
 
 
 def test_every_pair_of_games_has_other_demonstrations():

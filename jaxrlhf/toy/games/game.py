@@ -1,8 +1,9 @@
 """The form of the text games: an environment, an expert that plays it, and demonstrations as builtin data.
 
 A game is an environment of the text form (see `jaxrlhf/environments/protocol.py`). An episode depends only on the seed
-of `reset` and on the actions. Its last step has `info["success"]`. All texts are lower case words that are separated
-by single spaces, for the word-level tokenizer of `model.new`.
+of `reset` and on the actions. An observation is one chat message of the role user. The last step of an episode has
+`info["success"]`. All texts are lower case words that are separated by single spaces, for the word-level tokenizer of
+`model.new`.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import numpy as np
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, words_of
 
-Step = tuple[str, float, bool, bool, dict[str, Any]]
+Messages = list[dict[str, str]]
+Step = tuple[Messages, float, bool, bool, dict[str, Any]]
 
 # The chat template of the games' tokenizer. A turn of the assistant ends with <eos>, and no turn depends on later ones.
 CHAT_TEMPLATE = (
@@ -34,12 +36,14 @@ class Game:
     random: Random | None = None
     _over = True
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Messages, dict[str, Any]]:
         """Starts an episode. Without a seed, the episode goes on with the random numbers of the last one."""
         if seed is not None or self.random is None:
             self.random = np.random.default_rng(seed)
         self._over = False
-        return self.start(options or {}), {}
+        return said(self.start(options or {})), {}
 
     def step(self, action: str) -> Step:
         """Plays an action. Raises RuntimeError if the episode is over."""
@@ -48,7 +52,7 @@ class Game:
         text, outcome = self.play(" ".join(action.lower().split()))
         self._over = outcome is not None
         reward, success = outcome or (0.0, False)
-        return text, float(reward), self._over, False, {"success": bool(success)} if self._over else {}
+        return said(text), float(reward), self._over, False, {"success": bool(success)} if self._over else {}
 
     def start(self, options: dict[str, Any]) -> str:
         raise NotImplementedError
@@ -57,28 +61,29 @@ class Game:
         raise NotImplementedError
 
 
+def said(text: str) -> Messages:
+    """Returns a text as an observation."""
+    return [{"role": "user", "content": text}]
+
+
 def play_episode(
     env: Any, policy: Callable[[Any], str], seed: int | None = None, options: dict[str, Any] | None = None
-) -> tuple[list[dict[str, str]], float, dict[str, Any]]:
+) -> tuple[Messages, float, dict[str, Any]]:
     """Plays an episode and returns (messages, sum of rewards, info of the last step).
 
     `policy` takes the environment and returns the next action. The messages begin with the first observation and end
-    with the last one, which is empty text or what the environment says at the end.
+    with the last one.
     """
     observation, info = env.reset(seed=seed, options=options)
-    messages, total = _messages(observation), 0.0
+    messages, total = list(observation), 0.0
     for _ in range(MAX_STEPS):
         action = policy(env)
         observation, reward, terminated, truncated, info = env.step(action)
-        messages += [{"role": "assistant", "content": action}, *_messages(observation)]
+        messages += [{"role": "assistant", "content": action}, *observation]
         total += reward
         if terminated or truncated:
             break
     return messages, total, info
-
-
-def _messages(observation: Any) -> list[dict[str, str]]:
-    return [{"role": "user", "content": observation}] if isinstance(observation, str) else list(observation)
 
 
 def demonstrations(
