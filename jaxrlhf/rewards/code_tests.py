@@ -4,10 +4,7 @@ import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +13,10 @@ from jaxrlhf.config import CodeTestsRewardConfig
 from jaxrlhf.errors import UserError, one_line
 from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.functions import RewardFault
+from jaxrlhf.rewards.sandbox.running import PATIENCE, SandboxPool
 from jaxrlhf.rewards.sandbox.unit_tests import count_tests
 
-POOL = Path(__file__).with_name("sandbox") / "pool.py"
-LIMITS = ("seconds", "memory_mb", "disk_mb", "output_mb", "processes")
 FENCED = re.compile(r"```[^\S\n]*(?:python|py|python3)?[^\S\n]*\n(.*?)(?:\n[^\S\n]*```|\Z)", re.DOTALL | re.IGNORECASE)
-PATIENCE = 60.0  # seconds that the pool may take in addition to its limit
-WEAKER = "{}: code runs in the weaker sandbox: {}; bubblewrap is stronger, because it hides all files ({})"
-WEAK = {  # by kind and by whether the run has the rights of root
-    ("namespaces", True): "another user id, no network, its own processes; but it reads what every user can read",
-    ("namespaces", False): "no network, its own processes; but it reads the files of your user",
-    ("process", True): "another user id; but it reads what every user can read",
-    ("process", False): "your user id, so it reads and changes your files and can end your processes",
-}
 
 
 class CodeTestsReward:
@@ -42,19 +30,8 @@ class CodeTestsReward:
     name, may_abstain = "code_tests", True
 
     def __init__(self, config: CodeTestsRewardConfig, key_path: str, say: Callable[[str], None] | None = None):
-        if not sys.platform.startswith("linux"):
-            raise UserError(f"{key_path}: code_tests needs Linux, but this system is {sys.platform}")
         self.config = config
-        self._task = {"limits": {name: getattr(config, name) for name in LIMITS}}
-        request = {"kind": None, "sandbox": config.sandbox, "python": config.python}
-        (found,) = self._pool(request, 10 * PATIENCE)
-        if "error" in found:
-            raise UserError(f"{key_path}.sandbox: no sandbox works: {found['error']}; install bubblewrap")
-        self._task |= {"kind": found["kind"], "python": found["python"]}
-        self.kind = found["kind"]
-        if self.kind != "bubblewrap" and say is not None:
-            why = found["problems"][0] if found["problems"] else "set sandbox: bubblewrap"
-            say(WEAKER.format(key_path, WEAK[self.kind, found["root"]], why))
+        self.sandbox = SandboxPool(config, key_path, say)
 
     def check_rows(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]], key_path: str) -> None:
         """Raises `UserError` if the tests of a row cannot be used."""
@@ -94,34 +71,12 @@ class CodeTestsReward:
         limit = self.config.batch_seconds
         request = {"jobs": jobs, "workers": workers, "batch_seconds": limit}
         scores: list[float | None] = [None] * len(jobs)
-        for line in self._pool(request, limit + self.config.seconds + PATIENCE):
+        for line in self.sandbox.run(request, limit + self.config.seconds + PATIENCE):
             if "error" in line:
                 raise RewardFault(f"reward code_tests: {line['error']}")
             share = line["passed"] / line["total"] if line["total"] else 0.0
             scores[line["job"]] = float(share == 1) if self.config.score == "all" else share
         return scores
-
-    def _pool(self, request: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
-        """Runs the pool once. Returns the lines of its output."""
-        pool = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(POOL)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        try:
-            output, errors = pool.communicate(json.dumps(self._task | request).encode(), timeout=seconds)
-        except BaseException as error:  # also Ctrl-C
-            pool.terminate()  # the pool then ends what it started
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                pool.wait(PATIENCE)
-            pool.kill()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise RewardFault(f"reward code_tests: the tests did not end within {seconds:g} s") from None
-            raise
-        if pool.returncode != 0:
-            last = errors.decode(errors="replace").strip().splitlines() or ["no message"]
-            what = f"the sandbox ended with status {pool.returncode}: {last[-1]}"
-            raise RewardFault(f"reward code_tests: {what}")
-        return [json.loads(line) for line in output.splitlines()]
 
     def _job(self, text: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """Returns the job of a completion, None if the row has no tests. Raises ValueError if they cannot be used."""

@@ -47,10 +47,11 @@ class RewardFault(Fault):
 class FunctionReward:
     """A reward (see `completions.Reward`) that calls a Python function on text.
 
-    `options` are keywords of every call. An option replaces a column of the same name. `columns` maps a keyword of the
-    function to the column of the data that this keyword receives. An async function is stopped after `timeout` seconds.
-    Other functions cannot be stopped. If there is a `granularity`, the function scores inside completions. `key_path`
-    is the setting that names the function. Error messages contain it.
+    `spec` is the name of the function, or the function. `options` are keywords of every call. An option replaces a
+    column of the same name. `columns` maps a keyword of the function to the column of the data that this keyword
+    receives. An async function is stopped after `timeout` seconds. Other functions cannot be stopped. If there is a
+    `granularity`, the function scores inside completions. `key_path` is the setting that names the function. Error
+    messages contain it.
     Raises UserError if the function does not exist or does not accept an option.
     """
 
@@ -58,26 +59,28 @@ class FunctionReward:
 
     def __init__(
         self,
-        spec: str,
+        spec: Any,
         key_path: str,
         options: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
         timeout: float | None = None,
         granularity: "Granularity | None" = None,
     ):
-        self.name, self.options, self.columns, self.timeout = spec, dict(options or {}), dict(columns or {}), timeout
+        self.options, self.columns, self.timeout = dict(options or {}), dict(columns or {}), timeout
+        self.name = spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)
         self.granularity, self.by_step = granularity, granularity is not None
         self.given = {"prompts", "completions"} | (granularity.keywords if granularity else set())
-        self.function = load_function(spec, key_path)
+        self.function = load_function(spec, key_path) if isinstance(spec, str) else spec
         try:
             parameters = inspect.signature(self.function).parameters.values()
         except ValueError:  # some builtins have no signature
             raise UserError(
-                f"{key_path}: {spec} has no signature; write a function (prompts, completions, **columns) that calls it"
+                f"{key_path}: {self.name} has no signature; write a function (prompts, completions, **columns) that "
+                "calls it"
             ) from None
         if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
             raise UserError(
-                f"{key_path}: {spec} has positional-only parameters; a reward function must accept keywords"
+                f"{key_path}: {self.name} has positional-only parameters; a reward function must accept keywords"
             )
         of_library = (getattr(self.function, "__module__", None) or "").startswith("jaxrlhf.rewards.")
         fields = [p for p in parameters if not (of_library and p.kind is p.KEYWORD_ONLY)]

@@ -90,11 +90,11 @@ def test_the_weaker_sandbox_says_so_once():
     reward = CodeTestsReward(CodeTestsRewardConfig(sandbox="process"), "ppo.reward", said.append)
     assert len(said) == 1 and "\n" not in said[0]
     assert re.match(r"ppo\.reward: code runs in the weaker sandbox: .*; bubblewrap is stronger", said[0])
-    assert reward.kind != "bubblewrap"
+    assert reward.sandbox.kind != "bubblewrap"
 
 
 def test_only_bubblewrap_says_nothing(reward, said):
-    assert (reward.kind == "bubblewrap") == (said == [])
+    assert (reward.sandbox.kind == "bubblewrap") == (said == [])
 
 
 def test_an_interpreter_that_does_not_exist():

@@ -12,8 +12,9 @@ import pytest
 
 from jaxrlhf.config import CodeTestsRewardConfig
 from jaxrlhf.errors import UserError
-from jaxrlhf.rewards.code_tests import POOL, CodeTestsReward
+from jaxrlhf.rewards.code_tests import CodeTestsReward
 from jaxrlhf.rewards.completions import Completions
+from jaxrlhf.rewards.sandbox.running import POOL
 
 LIMITS = {"memory_mb": 256, "disk_mb": 4, "output_mb": 1, "processes": 6, "workers": 4}
 KINDS = ["bubblewrap", "namespaces", "process"]
@@ -30,14 +31,14 @@ def sandbox_of(kind):
         reward = CodeTestsReward(config, "ppo.reward")
     except UserError as error:
         pytest.skip(str(error))
-    if KINDS.index(reward.kind) > KINDS.index(kind):
+    if KINDS.index(reward.sandbox.kind) > KINDS.index(kind):
         pytest.skip(f"{kind} does not work here")
-    reward._task["kind"] = reward.kind = kind
+    reward.sandbox.task["kind"] = reward.sandbox.kind = kind
     return reward
 
 
 def scores(reward, codes, tests, seconds):
-    reward._task["limits"]["seconds"] = seconds
+    reward.sandbox.task["limits"]["seconds"] = seconds
     completions = Completions(None, ["p"] * len(codes), [{"tests": one} for one in tests], None)
     completions.__dict__["texts"] = codes
     return reward(completions).tolist()
@@ -257,9 +258,9 @@ def test_nothing_is_left(outcome):
 def test_a_killed_run_leaves_nothing(outcome):
     """The pool ends what it started when the process that started it is killed."""
     reward, mark = sandbox_of(outcome["kind"]), f"b{os.getpid()}{KINDS.index(outcome['kind'])}"
-    reward._task["limits"]["seconds"] = 100.0
+    reward.sandbox.task["limits"]["seconds"] = 100.0
     job = {"code": marked(mark) + WAIT, "sources": TEST, "entry_point": None}
-    request = reward._task | {"jobs": [job], "workers": 1, "batch_seconds": 200.0}
+    request = reward.sandbox.task | {"jobs": [job], "workers": 1, "batch_seconds": 200.0}
     program = "import subprocess as s, sys; s.run([sys.executable, '-IS', sys.argv[1]], input=sys.argv[2].encode())"
     run = subprocess.Popen([sys.executable, "-S", "-c", program, str(POOL), json.dumps(request)])
     deadline = time.monotonic() + 60

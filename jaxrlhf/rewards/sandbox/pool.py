@@ -278,16 +278,20 @@ def _has_account(uid):
 
 
 def run_job(sandbox, job, uids):
-    """Returns (passed, total) of one completion."""
+    """Returns {"passed", "total"} of one completion, or {"output", "status"} of a job with a `program`."""
     deadline = time.monotonic() + sandbox.limits["seconds"]
+    if job.get("program") is not None:
+        output, status = run_program(sandbox, job["program"], "", uids[0], deadline)
+        return {"output": output.decode(errors="replace"), "status": status}
     if job.get("examples") is None:
-        return _run_tests(sandbox, job, uids, deadline)
+        passed, total = _run_tests(sandbox, job, uids, deadline)
+        return {"passed": passed, "total": total}
     passed = 0
     for example in job["examples"]:
         if time.monotonic() >= deadline:
             break
         passed += _run_example(sandbox, job["code"], example, uids[0], deadline)
-    return passed, len(job["examples"])
+    return {"passed": passed, "total": len(job["examples"])}
 
 
 def _run_tests(sandbox, job, uids, deadline):
@@ -312,20 +316,29 @@ def _run_tests(sandbox, job, uids, deadline):
 
 def _run_example(sandbox, code, example, uid, deadline):
     """Whether the code, run as a program, ends with status 0 and writes the expected output."""
+    written, status = run_program(sandbox, code, example["input"], uid, deadline)
+    if status != 0:
+        return False
+    texts = written.decode(errors="replace"), example["output"]
+    found, wanted = ([line.rstrip() for line in text.rstrip().splitlines()] for text in texts)
+    return found == wanted
+
+
+def run_program(sandbox, code, text, uid, deadline):
+    """Runs the code as a program with the text as its input. Returns (output, exit status).
+
+    The status is None if the program did not end before the deadline, or wrote more than the limit.
+    """
     output, theirs = os.pipe()
     with os.fdopen(theirs, "wb"), tempfile.TemporaryFile() as given:
-        given.write(example["input"].encode(errors="replace"))
+        given.write(text.encode(errors="replace"))
         given.seek(0)
         process = sandbox.start("script", code, uid, new_folder(), stdin=given, stdout=theirs)
     try:
         written, ended = _read_until(output, deadline, sandbox.limits["output_mb"] * 2**20)
-        if not ended or process.wait(max(deadline - time.monotonic(), 0.01)) != 0:
-            return False
-        texts = written.decode(errors="replace"), example["output"]
-        found, wanted = ([line.rstrip() for line in text.rstrip().splitlines()] for text in texts)
-        return found == wanted
+        return written, process.wait(max(deadline - time.monotonic(), 0.01)) if ended else None
     except subprocess.TimeoutExpired:
-        return False
+        return written, None
     finally:
         os.close(output)
         sandbox.end(process)
@@ -355,9 +368,9 @@ def run_batch(sandbox, jobs, workers, seconds, write):
             pair = pairs.pop()
         try:
             if time.monotonic() + sandbox.limits["seconds"] <= stop:
-                passed, total = run_job(sandbox, jobs[number], pair)
+                result = run_job(sandbox, jobs[number], pair)
                 with lock:
-                    write({"job": number, "passed": passed, "total": total})
+                    write({"job": number} | result)
         finally:
             with lock:
                 pairs.append(pair)
