@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from jaxrlhf.config import RunConfig
 from jaxrlhf.stages.run import run_stages
+from jaxrlhf.toy.world import BUILTIN
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +59,9 @@ def score(prompts, completions):
 
 def settings(folder, name):
     reward = {"kind": "function", "function": f"{folder / 'letters.py'}:score"}
-    behind = {"async": 1} if name.startswith("behind") else {}
+    behind = {}
+    if name.startswith("behind"):
+        behind = {"async": 1, "data": {"path": str(folder / "rows.jsonl"), "streaming": True, "shuffle_buffer": 7}}
     return CONFIG | {"run_dir": str(folder / name), "ppo": CONFIG["ppo"] | {"reward": reward} | behind}
 
 
@@ -125,6 +128,8 @@ def texts(run_dir):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     (folder / "letters.py").write_text(REWARD)
+    rows = BUILTIN["assistant-prompts"]("train", 15)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -167,7 +172,7 @@ def test_several_processes_learn_what_one_does(runs, name):
         assert {together[f"compiles/{program}"] for program in ("rollout", "annotate", "experience", "update")} == {1}
 
 
-def test_two_processes_that_sample_while_they_learn_do_what_one_does(folder, launched):
+def test_two_processes_that_sample_from_a_stream_while_they_learn_do_what_one_does(folder, launched):
     status, said = launched(folder, "behind-two", 2).end()
     assert status == 0, said
     run_stages(RunConfig.model_validate(settings(folder, "behind-one")))

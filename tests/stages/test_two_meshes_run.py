@@ -8,11 +8,13 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
 
+CHOICES = {"choices": ["a cow", "a dog", "a duck", "a"], "max_new_tokens": 3}
 MESHES = {
     "one": {},
     "two": {"rollout": {"fsdp": 2, "tensor": 2}, "update": {"data": 4}},
     "uneven": {"rollout": {"tensor": 2}, "update": {"data": 2, "fsdp": 3}},
 }
+MESHES |= {f"{name}, choices": MESHES[name] for name in ("one", "two")}
 
 RUNS = '''
 import json, sys
@@ -42,7 +44,8 @@ def run(name, mesh):
                           "max_positions": 64}},
         "ppo": {
             "data": {"path": "builtin:assistant-prompts", "limit": 40}, "iterations": 4, "batch_size": 24, "async": 1,
-            "max_prompt_tokens": 16, "sampling": {"max_new_tokens": 6}, "adapter": few, "value_adapter": few,
+            "max_prompt_tokens": 16, "adapter": few,
+            "sampling": CHOICES if "choices" in name else {"max_new_tokens": 6}, "value_adapter": few,
             "reward": {"kind": "function", "function": f"{folder}/reward.py:score"},
             "update": {"epochs": 1, "minibatches": 2, "optimizer": {"learning_rate": 0.003},
                        "value_optimizer": {"learning_rate": 0.003}},
@@ -60,7 +63,7 @@ class Watched(ppo.Iteration):
         return result
 ppo.Iteration = Watched
 
-meshes = json.loads(sys.argv[2])
+meshes, CHOICES = map(json.loads, sys.argv[2:])
 for name, mesh in meshes.items():
     run(name, mesh)
     (folder / name / "devices.json").write_text(json.dumps(devices))
@@ -76,7 +79,7 @@ run("broken", meshes["two"])
 @pytest.fixture(scope="module")
 def folder(processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    done = processes.run("-c", RUNS, folder, json.dumps(MESHES), devices=8)
+    done = processes.run("-c", RUNS, folder, json.dumps(MESHES), json.dumps(CHOICES), devices=8)
     assert "resumes after step" in done.errors
     return folder
 
@@ -96,10 +99,12 @@ def weights(run):
     return {role: load_file(run / "roles" / role / "adapter.safetensors") for role in ("policy", "value")}
 
 
-@pytest.mark.parametrize("name", ["two", "uneven"])
+@pytest.mark.parametrize("name", ["two", "uneven", "two, choices"])
 def test_two_meshes_learn_what_one_does(folder, name):
-    one, two = folder / "one", folder / name
+    one, two = folder / name.replace("two", "one").replace("uneven", "one"), folder / name
     assert texts(one) == texts(two), "tokens and scores"
+    if "choices" in name:
+        assert {text.strip() for text, *_ in texts(two)} <= {*CHOICES["choices"]}
     for role, leaves in weights(one).items():
         for leaf, values in leaves.items():
             np.testing.assert_allclose(weights(two)[role][leaf], values, atol=1e-5, rtol=0, err_msg=f"{role} {leaf}")
@@ -107,7 +112,7 @@ def test_two_meshes_learn_what_one_does(folder, name):
     for record in lines(two, "metrics.jsonl"):
         assert {record[f"compiles/{program}"] for program in ("rollout", "annotate", "experience", "update")} == {1}
     assert json.loads((one / "devices.json").read_text()) == {"rollout": [*range(8)], "update": [*range(8)]}
-    first = {"two": 4, "uneven": 2}[name]
+    first = 2 if name == "uneven" else 4
     assert json.loads((two / "devices.json").read_text()) == {"rollout": [*range(first)], "update": [*range(first, 8)]}
 
 
