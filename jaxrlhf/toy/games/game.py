@@ -20,7 +20,7 @@ Step = tuple[Messages, float, bool, bool, dict[str, Any]]
 CHAT_TEMPLATE = (
     "<bos>{% for message in messages %} {{ message.role }}: {{ message.content }}"
     "{% if message.role == 'assistant' %} <eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %} assistant:{% endif %}"
+    "{% if add_generation_prompt %} assistant: {% endif %}"
 )
 ROLES = "user: assistant: tool: system:"
 MAX_STEPS = 1000  # of an episode that an expert plays

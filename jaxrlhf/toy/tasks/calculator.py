@@ -15,7 +15,7 @@ CALLS = 0.25  # share of the demonstrations that call the tool
 CHAT_TEMPLATE = (
     "<bos>{% for message in messages %} {{ message.role }}: {{ message.content }}"
     "{% if message.role == 'assistant' %} <eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %} assistant:{% endif %}"
+    "{% if add_generation_prompt %} assistant: {% endif %}"
 )
 
 
