@@ -63,9 +63,27 @@ def mask_of(segments_BT: jax.Array, target: Target) -> jax.Array | Visibility:
     return visibility(segments_BT)
 
 
-def of_last_queries(mask: jax.Array | Visibility, first: int) -> jax.Array | Visibility:
-    """Returns the mask of the queries from `first` on. The last query must be in the last column."""
-    return mask if isinstance(mask, Visibility) else mask[:, first:]
+def queries_from(x_BT: jax.Array, first: int | jax.Array) -> jax.Array:
+    """Returns the positions of x [B,T,...] from `first` on. If `first` is i32[B], only one of each row, [B,1,...]."""
+    if isinstance(first, int):
+        return x_BT[:, first:]
+    return jnp.take_along_axis(x_BT, first.reshape(-1, *(1,) * (x_BT.ndim - 1)), axis=1)
+
+
+def of_queries(mask: jax.Array | Visibility, first: int | jax.Array) -> jax.Array | Visibility:
+    """Returns the mask of the queries that `queries_from` returns.
+
+    If `first` is an integer, the last query must be in the last column. If not, the first one of a `Visibility` must be
+    in column 0 or in its `start`, and the result is an array [B,1,S].
+    """
+    if not isinstance(mask, Visibility):
+        return queries_from(mask, first)
+    if isinstance(first, int):
+        return mask
+    slot = first + (0 if mask.start is None else mask.start)
+    age = slot[:, None] - jnp.arange(mask.segments_BS.shape[1])
+    seen = (age >= 0) & (mask.segments_BS == queries_from(mask.segments_BS, slot)) & (mask.segments_BS > 0)
+    return (seen if mask.window is None else seen & (age < mask.window))[:, None]
 
 
 def within_window(mask: jax.Array | Visibility, window: int) -> jax.Array | Visibility:

@@ -24,8 +24,9 @@ from jaxrlhf.models.attention import (
     attend,
     attend_causal,
     mask_of,
-    of_last_queries,
+    of_queries,
     positions_of,
+    queries_from,
     rotary_tables,
     rotate,
     within_window,
@@ -71,15 +72,15 @@ class Attention(nnx.Module):
         mask_BTS,
         cache: LayerCache | None,
         index: CacheIndex | None,
-        first: int,
+        first: int | jax.Array,
     ):
         config = self.config
         if self.qkv_proj is None:
-            projected = self.q_proj(x_BTD[:, first:]), self.k_proj(x_BTD), self.v_proj(x_BTD)
+            projected = self.q_proj(queries_from(x_BTD, first)), self.k_proj(x_BTD), self.v_proj(x_BTD)
         else:
             N, K, H = config.heads, config.kv_heads, config.head_dim
             q_BTX, *projected = jnp.split(self.qkv_proj(x_BTD), [N * H, (N + K) * H], axis=-1)
-            projected = q_BTX[:, first:], *projected
+            projected = queries_from(q_BTX, first), *projected
         q_BTNH, k_BTKH, v_BTKH = map(self._heads, projected, (self.q_norm, self.k_norm, None))
         scale = None if config.query_scalar is None else config.query_scalar**-0.5
         if index is not None and supported(config, len(x_BTD)):
@@ -88,7 +89,7 @@ class Attention(nnx.Module):
             out_BTNH, *columns = attend_newest(*newest, rotary, index.filled, *cache, window, scale, softcap)
             return self.o_proj(out_BTNH.reshape(len(x_BTD), 1, -1)), LayerCache(*columns)
         if rotary is not None:
-            q_BTNH = rotate(q_BTNH, RotaryTables(*(x[:, first:] for x in rotary)))
+            q_BTNH = rotate(q_BTNH, RotaryTables(*(queries_from(x, first) for x in rotary)))
             k_BTKH = rotate(k_BTKH, rotary)
         read = LayerCache.of(k_BTKH, v_BTKH)
         if whole := cache is None:
@@ -104,7 +105,7 @@ class Attention(nnx.Module):
         if mask_BTS is None:
             out_BTNH = attend_causal(q_BTNH, read.k, read.v, None, *how, self.kind.window)
         else:
-            out_BTNH = run(q_BTNH, read.k, read.v, of_last_queries(mask_BTS, first), *how)
+            out_BTNH = run(q_BTNH, read.k, read.v, of_queries(mask_BTS, first), *how)
         if whole:
             out_BTNH = positions_split(out_BTNH)
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1)), cache
@@ -154,12 +155,15 @@ class Block(nnx.Module):
         mask_BTS,
         cache: LayerCache | None,
         index: CacheIndex | None,
-        first: int,
+        first: int | jax.Array,
     ):
-        """Returns (hidden states [B,T-first,D], cache). The hidden states start at position `first`."""
+        """Returns (hidden states [B,T-first,D], cache). The hidden states start at position `first`.
+
+        If `first` is i32[B], the result has only the state at this position of each row, [B,1,D].
+        """
         x_BTD = checkpoint_name(x_BTD, INPUT)
         attended, cache = self.attention(_normed(self.attention_norm, x_BTD), rotary, mask_BTS, cache, index, first)
-        x_BTD = x_BTD[:, first:]
+        x_BTD = queries_from(x_BTD, first)
         middle_BTD = x_BTD + _normed(self.attention_post_norm, attended)
         read_BTD = x_BTD if self.parallel else middle_BTD
         mlp_BTD = self.mlp(_normed(self.mlp_norm, read_BTD))
@@ -231,16 +235,17 @@ class Decoder(nnx.Module):
         positions_BT,
         mask_BTT,
         remat: str = "none",
-        first: int = 0,
+        first: int | jax.Array = 0,
         slots: int | None = None,
         with_cache: bool = True,
     ) -> tuple[jax.Array, Cache]:
         """Returns (hidden states [B,T-first,D] of whole sequences after the final norm, their keys and values).
 
         The mask is causal: an array, a `Visibility`, or None (see `attend_causal`). The states start at position
-        `first`. The last layer skips the queries before `first`, because their outputs are not needed. `remat` is
-        "none" or a key of `remat.REMAT`. `slots` is the final length of the rows; None means T. The final length
-        selects the factors of longrope.
+        `first`. The last layer skips the queries before `first`, because their outputs are not needed. If `first` is
+        i32[B], only the state at this position of each row is returned, [B,1,D]. `remat` is "none", or a key of
+        `remat.REMAT` if `first` is an integer. `slots` is the final length of the rows; None means T. The final
+        length selects the factors of longrope.
         """
         windows = {kind.window for kind in self.config.layer_kinds}
         plain = windows if mask_BTT is None else {None}
@@ -253,15 +258,22 @@ class Decoder(nnx.Module):
 
     @_in_own_precision
     def extend(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, visible: Visibility, cache: Cache, slots: int
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        visible: Visibility,
+        cache: Cache,
+        slots: int,
+        first: int | jax.Array = 0,
     ) -> tuple[jax.Array, Cache]:
-        """Returns (hidden states [B,T,D] of the next T tokens of each row, the cache with these tokens).
+        """Returns (hidden states of the next T tokens of each row, the cache with these tokens).
 
-        The tokens are written to T columns from `visible.start` on. `slots` is the final length of the rows.
+        The tokens are written to T columns from `visible.start` on. `slots` is the final length of the rows. The states
+        are those of the positions 0 to T - 1 that `first` selects, as in `hidden`.
         """
         masks = {kind.window: visible.replace(window=kind.window) for kind in self.config.layer_kinds}
         axes = (BATCH_AXES, POSITION_AXIS)
-        return self._run(Block.__call__, tokens_BT, positions_BT, masks, slots, axes, cache)
+        return self._run(Block.__call__, tokens_BT, positions_BT, masks, slots, axes, cache, first=first)
 
     @_in_own_precision
     def decode(self, tokens_B: jax.Array, cache: Cache, index: CacheIndex) -> tuple[jax.Array, Cache]:
@@ -286,7 +298,7 @@ class Decoder(nnx.Module):
         axes: tuple,
         cache=None,
         index=None,
-        first: int = 0,
+        first: int | jax.Array = 0,
         with_cache: bool = True,
     ) -> tuple[jax.Array, Cache]:
         """Runs the embedding, all blocks and the final norm. `masks` has the mask of each window.
@@ -314,7 +326,7 @@ class Decoder(nnx.Module):
                 return x_BTD, made if with_cache else None
 
             x_BTD, made = jax.lax.scan(run_period, x_BTD, self.stacked)
-            x_BTD = x_BTD if len(self.layers) else x_BTD[:, first:]
+            x_BTD = x_BTD if len(self.layers) else queries_from(x_BTD, first)
             if with_cache:
                 steps = len(made[0].k)
                 caches = [LayerCache(of_period.k[i], of_period.v[i]) for i in range(steps) for of_period in made]

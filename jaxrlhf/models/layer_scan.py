@@ -6,8 +6,9 @@ pass over prompts. In decode steps, a loop over layers inside the loop over toke
 token.
 
 Layers may repeat with a period, for example if every second layer has a window. The loop then runs one period per step,
-and the layers after the last whole period follow one by one. If the last layer is inside the loop, it also computes
-the positions of the prompt. Outside the loop, the last layer skips them, because their outputs are not needed.
+and the layers after the last whole period follow one by one. If the last layer is inside the loop, it computes all
+positions of a sequence. Outside the loop, the last layer skips positions whose outputs are not needed. In a rollout's
+pass over prompts these are all positions but one, so the last layer stays outside there.
 """
 
 import math
@@ -29,15 +30,15 @@ STACKED = "stacked."  # start of the module paths of stacked layers
 _LONGEST_PERIOD = 8
 
 
-def with_stacked_layers(base: Decoder, *adapters: Adapter | None) -> tuple[Any, ...]:
+def with_stacked_layers(base: Decoder, *adapters: Adapter | None, last_apart: bool = False) -> tuple[Any, ...]:
     """Returns (base, *adapters) with stacked layers, if the target of the base asks for them, else the arguments.
 
     A base with stacked layers has the layers after the last whole period in `layers`, and the others in `stacked`. The
     arguments are returned unchanged if the loop would have one step, or if an adapter holds more than LoRA pairs and
-    heads. See `Target.scan_layers`.
+    heads. `last_apart` keeps the last layer out of the loop. See `Target.scan_layers`.
     """
     wanted = wants_stacked_layers(base, jax.sharding.get_abstract_mesh().shape)
-    period, steps = _period(base) if wanted else (1, 1)
+    period, steps = _period(list(base.layers)[: len(base.layers) - last_apart]) if wanted else (1, 1)
     if steps < 2 or not all(has_only_pairs(adapter or {}) for adapter in adapters):
         return base, *adapters
     model, blocks = shallow_copy(base), list(base.layers)
@@ -116,13 +117,13 @@ def wants_stacked_layers(base: Decoder, mesh: Mapping[str, int]) -> bool:
     return size <= MOST_BYTES * mesh.get("fsdp", 1) * mesh.get("tensor", 1)
 
 
-def _period(base: Decoder) -> tuple[int, int]:
-    """Returns (period, steps) of a loop over the first period * steps layers.
+def _period(blocks: list[Any]) -> tuple[int, int]:
+    """Returns (period, steps) of a loop over the first period * steps blocks.
 
-    Layers i and i + period differ only in their weights.
+    Blocks i and i + period differ only in their weights.
     """
-    layers = len(base.layers)
-    forms = [(jax.tree.structure(b), [(x.shape, x.dtype) for x in jax.tree.leaves(b)]) for b in base.layers]
+    layers = len(blocks)
+    forms = [(jax.tree.structure(b), [(x.shape, x.dtype) for x in jax.tree.leaves(b)]) for b in blocks]
     for period in range(1, min(_LONGEST_PERIOD, layers) + 1):
         steps = layers // period
         if all(forms[i] == forms[i % period] for i in range(period * steps)):

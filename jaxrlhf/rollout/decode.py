@@ -176,7 +176,7 @@ def _reader(model: Decoder, decoder: Decoder, schedule: Schedule, sampling: Samp
     """
     if schedule.slots < schedule.rows or sampling.prefill_chunk is not None:
         return decoder
-    (reader,) = with_stacked_layers(with_merged_pairs(model, sampling.merge_adapter))
+    (reader,) = with_stacked_layers(with_merged_pairs(model, sampling.merge_adapter), last_apart=True)
     return decoder if reader.stacked is None else reader
 
 

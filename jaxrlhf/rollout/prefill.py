@@ -31,11 +31,8 @@ def prefill(
     last = jnp.maximum(lengths - 1, 0) if left_aligned else jnp.full_like(lengths, P - 1)
     if chunk is not None and chunk < P:
         return _in_chunks(model, tokens, segments, last, columns, chunk)
-    first = 0 if left_aligned else P - 1
-    mask = mask_of(segments, model.config.target)
+    mask, first = mask_of(segments, model.config.target), last if left_aligned else P - 1
     hidden, cache = model.hidden(tokens, positions_of(segments), mask, first=first, slots=columns)
-    if left_aligned:
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return cache, hidden
 
 
@@ -57,10 +54,10 @@ def _in_chunks(
     def step(carry: tuple[Cache, jax.Array], start: jax.Array):
         cache, state = carry
         inputs = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (tokens, positions))
-        hidden, cache = model.extend(*inputs, visible.replace(start=start), cache, columns)
         place = last - start
-        found = jnp.take_along_axis(hidden, jnp.clip(place, 0, chunk - 1)[:, None, None], axis=1)
-        return (cache, jnp.where(((place >= 0) & (place < chunk))[:, None, None], found, state)), None
+        only = jnp.clip(place, 0, chunk - 1)
+        found, cache = model.extend(*inputs, visible.replace(start=start), cache, columns, only)
+        return (cache, jnp.where((place == only)[:, None, None], found, state)), None
 
     state = jnp.zeros((B, 1, config.hidden_size), dtype)
     (cache, state), _ = jax.lax.scan(step, ([empty] * config.layers, state), jnp.arange(0, length, chunk))

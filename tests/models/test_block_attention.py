@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.models import attention, block_attention
-from jaxrlhf.models.attention import attend, causal_mask, mask_of, of_last_queries, within_window
+from jaxrlhf.models.attention import attend, causal_mask, mask_of, of_queries, within_window
 from jaxrlhf.models.block_attention import Visibility, attend_blocks, visibility
 from jaxrlhf.models.target import ON_CPU, Target
 
@@ -93,4 +93,4 @@ def test_short_sequences_and_cudnn_keep_a_mask(monkeypatch):
     monkeypatch.setattr(attention, "LONGEST_WHOLE", 8)
     assert isinstance(mask_of(segments, Target("gpu", "cudnn")), jax.Array)
     long = mask_of(segments, ON_CPU)
-    assert isinstance(long, Visibility) and of_last_queries(long, 3) is long and within_window(long, 4).window == 4
+    assert isinstance(long, Visibility) and of_queries(long, 3) is long and within_window(long, 4).window == 4

@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.config import Sampling
+from jaxrlhf.models import attention
 from jaxrlhf.models.config import LayerKind
 from jaxrlhf.models.decoder import with_target
 from jaxrlhf.models.layer_scan import with_stacked_layers
@@ -51,6 +53,35 @@ def test_completions_are_those_after_whole_prompts(programs, windowed, prompts, 
     np.testing.assert_allclose(chunked.sample_logprobs, whole.sample_logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("longest_whole", [0, 4096])
+def test_the_last_layer_computes_one_position_of_each_prompt(windowed, prompts, longest_whole, monkeypatch):
+    """Masks are arrays, or `Visibility`s of which the last layer makes the row of its query."""
+    monkeypatch.setattr(attention, "LONGEST_WHOLE", longest_whole)
+
+    def all_positions(prompts):
+        tokens, segments, last = first_in_column_0(prompts)
+        mask = attention.mask_of(segments, windowed.config.target)
+        hidden, cache = windowed.hidden(tokens, attention.positions_of(segments), mask, slots=11)
+        return cache, jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+
+    whole, one = (
+        jax.jit(run).lower(prompts).compile()
+        for run in (all_positions, lambda prompts: prefill(windowed, prompts, 11, True))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one(prompts), whole(prompts))
+    P, (D, F) = prompts.tokens.shape[1], (windowed.config.hidden_size, windowed.config.intermediate_size)
+    skipped = len(prompts.tokens) * (P - 1) * 2 * (2 * D * D + 3 * D * F)  # q, o, gate, up and down of the last layer
+    assert whole.cost_analysis()["flops"] - one.cost_analysis()["flops"] > 0.9 * skipped
+
+
+def first_in_column_0(prompts):
+    """Tokens and segments, each row moved to its start, and the column of its last token."""
+    P, lengths = prompts.tokens.shape[1], jnp.sum(prompts.mask, axis=1)
+    columns = (jnp.arange(P) + P - lengths[:, None]) % P
+    tokens, mask = (jnp.take_along_axis(jnp.asarray(x), columns, axis=1) for x in (prompts.tokens, prompts.mask))
+    return tokens, mask.astype(jnp.int32), lengths - 1
+
+
 LOOP = Target("gpu", scan_layers=True)
 SINGLE = dataclasses.replace(LOOP, scan_layers=False)
 
@@ -62,11 +93,11 @@ def deep(make_decoder):
 
 
 @pytest.mark.parametrize("left_aligned", [False, True])
-@pytest.mark.parametrize("layers", [4, 5])
+@pytest.mark.parametrize("layers", [5, 6])
 def test_stacked_layers_give_the_caches_in_order(make_decoder, prompts, left_aligned, layers):
     base = make_decoder(layers=layers, scale=0.2, layer_kinds=(LayerKind(), LayerKind(window=3)))
-    (stacked,) = with_stacked_layers(with_target(base, LOOP))
-    assert stacked.stacked is not None
+    (stacked,) = with_stacked_layers(with_target(base, LOOP), last_apart=True)
+    assert stacked.stacked is not None and len(stacked.layers) == layers - 4
     single, loop = (
         jax.jit(lambda prompts, model=model: prefill(model, prompts, 11, left_aligned))(prompts)
         for model in (with_target(base, SINGLE), stacked)
