@@ -3,8 +3,8 @@
 `pack` chooses places, `pack_rows` writes the tokens of rows to their places, and `take_pass` takes the sequences of one
 pass. All shapes are static: the number of sequences in use is known on the devices only.
 
-Sizes: B rows of S tokens in G groups of devices, N = B / G rows per group, R response tokens per row. A group has M
-sequences of T slots, and C sequences per pass.
+Sizes: B rows of S tokens in G groups of devices, N = B / G rows per group, R response tokens per row. A group has N
+sequences of S slots, of which the last may be empty, and C sequences per pass.
 """
 
 from typing import NamedTuple
@@ -26,17 +26,17 @@ class Places(NamedTuple):
 
 @struct.dataclass
 class Layout:
-    """Rows side by side. Slot s of sequence m has the number m T + s in its group.
+    """Rows side by side. Slot s of sequence m has the number m S + s in its group.
 
     A slot predicts a learned token if this token follows the slot's token in its row.
     """
 
-    tokens: jax.Array  # i32[G,M,T]
-    segments: jax.Array  # i32[G,M,T]; number of the row in its group, from 1 on; 0 on empty slots
-    predicts: jax.Array  # bool[G,M,T]; True on slots that predict a learned token
-    targets: jax.Array  # i32[G,M,T]; the learned token
-    temperature: jax.Array  # f32[G,M,T]; the temperature of its row
-    response: jax.Array  # i32[G,M,T]; the number n R + t of the learned token in its group
+    tokens: jax.Array  # i32[G,N,S]
+    segments: jax.Array  # i32[G,N,S]; number of the row in its group, from 1 on; 0 on empty slots
+    predicts: jax.Array  # bool[G,N,S]; True on slots that predict a learned token
+    targets: jax.Array  # i32[G,N,S]; the learned token
+    temperature: jax.Array  # f32[G,N,S]; the temperature of its row
+    response: jax.Array  # i32[G,N,S]; the number n R + t of the learned token in its group
     before: jax.Array  # i32[G,N,R]; the slot before each response token
     learned: jax.Array  # bool[G,N,R]; `response_mask` in groups
     passes: jax.Array  # i32[]; number of passes that hold all rows
@@ -47,27 +47,27 @@ class Layout:
 class PackedRows:
     """The sequences of one pass. The states of slots that predict a learned token are called the needed states.
 
-    States and slots are numbered from 0 to C T - 1, and response tokens from 0 to N R - 1.
+    States and slots are numbered from 0 to C S - 1, and response tokens from 0 to N R - 1.
     """
 
-    tokens: jax.Array  # i32[G C,T]
-    segments: jax.Array  # i32[G C,T]
+    tokens: jax.Array  # i32[G C,S]
+    segments: jax.Array  # i32[G C,S]
     slot_of_state: Places  # for each needed state the slot, in ascending order
     state_of_slot: Places
     state_of_response: Places
     response_of_state: Places
-    targets: jax.Array  # i32[G,C T]; the learned token that each needed state predicts
-    temperature: jax.Array  # f32[G,C T]
+    targets: jax.Array  # i32[G,C S]; the learned token that each needed state predicts
+    temperature: jax.Array  # f32[G,C S]
     count: jax.Array  # i32[]; number of needed states, of the group that has most
     mask: jax.Array  # bool[B,R]; True on the learned tokens of the pass
 
     def states(self, hidden: jax.Array) -> jax.Array:
-        """Returns the needed states [G,C T,D], given all hidden states [G C,T,D]. The rest is 0."""
+        """Returns the needed states [G,C S,D], given all hidden states [G C,S,D]. The rest is 0."""
         grouped = hidden.reshape(*self.targets.shape, hidden.shape[-1])
         return moved(grouped, self.slot_of_state, self.state_of_slot)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """Maps x f32[G,C T], a number per needed state, to f32[B,R], a number per response token; 0 outside `mask`."""
+        """Maps x f32[G,C S], a number per needed state, to f32[B,R], a number per response token; 0 outside `mask`."""
         found = moved(x, self.state_of_response, self.response_of_state)
         return constrain(found.reshape(self.mask.shape), BATCH_AXES)
 
@@ -107,32 +107,27 @@ def pack(lengths: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array, jax.A
 
 
 def pack_rows(rows: Rollout | Experience, size: int) -> Layout:
-    """Packs rows [B,S] for passes of at most `size` x S slots. The rows of a device stay on it.
+    """Packs rows [B,S] for passes of `size` x S slots. The rows of a device stay on it.
 
-    A packed sequence has the length of two padded rows (T = 2 S), if possible, because fewer slots then stay empty at
-    the ends of sequences. A pass has the slots of `size` / 4 padded rows, if possible, because only the last pass is
-    partly empty. Of each row, the tokens before the last learned token are packed. The rest does not affect
-    the loss.
+    A packed sequence has the length of a padded row. Sequences of twice this length would need hardly fewer passes, and
+    attention over them would take twice the time per slot. Of each row, the tokens before the last learned token are
+    packed. The rest does not affect the loss.
     """
     B, S = rows.tokens.shape
     G = batch_groups(size)
-    most = size // G  # rows in a pass of a group
-    rows_of_pass = next((most // n for n in (4, 2, 1) if most % (2 * n) == 0), most)
-    joined = 1 + (rows_of_pass % 2 == 0)
-    T, C = joined * S, rows_of_pass // joined
+    C = size // G
 
     def of_group(tokens, mask, response_mask, temperature):
         N, R = response_mask.shape
-        M = N // joined
         first = jnp.argmax(mask, axis=1)  # column of the first real token; the real tokens are contiguous
         end = S - R + jnp.max(jnp.where(response_mask, jnp.arange(R), 0), axis=1)  # column of the last learned token
         length = jnp.where(jnp.any(response_mask, axis=1), end - first, 0)
-        sequence, start, used = pack(length, T)
-        start += sequence * T
+        sequence, start, used = pack(length, S)
+        start += sequence * S
         # The row of a slot is the one that starts last, up to this slot.
-        begins = jnp.where(length > 0, start, M * T)
-        row_of_start = jnp.zeros(M * T, jnp.int32).at[begins].set(jnp.arange(N), mode="drop")
-        slot = jnp.arange(M * T)
+        begins = jnp.where(length > 0, start, N * S)
+        row_of_start = jnp.zeros(N * S, jnp.int32).at[begins].set(jnp.arange(N), mode="drop")
+        slot = jnp.arange(N * S)
         row = row_of_start[jax.lax.cummax(jnp.zeros_like(slot).at[begins].set(begins, mode="drop"))]
         column = first[row] + slot - start[row]
         real = (column >= first[row]) & (column < first[row] + length[row])
@@ -144,7 +139,7 @@ def pack_rows(rows: Rollout | Experience, size: int) -> Layout:
             temperature[row], response,
         )  # fmt: skip
         before = start[:, None] + jnp.arange(S - R, S) - first[:, None] - 1
-        by_slot = (x.reshape(M, T) for x in by_slot)
+        by_slot = (x.reshape(N, S) for x in by_slot)
         return Layout(*by_slot, before, response_mask, -(-used // C), C)
 
     arrays = (rows.tokens, rows.mask, rows.response_mask, rows.temperature)
@@ -154,16 +149,16 @@ def pack_rows(rows: Rollout | Experience, size: int) -> Layout:
 
 def take_pass(packed: Layout, number: jax.Array) -> PackedRows:
     """Returns the sequences of a pass."""
-    (G, _, T), C = packed.tokens.shape, packed.sequences
+    (G, _, S), C = packed.tokens.shape, packed.sequences
     names = ("tokens", "segments", "predicts", "targets", "temperature", "response")
     part = {name: jax.lax.dynamic_slice_in_dim(getattr(packed, name), number * C, C, axis=1) for name in names}
-    tokens, segments = (constrain(part[name].reshape(G * C, T), BATCH_AXES) for name in names[:2])
-    predicts, targets, temperature, response = (part[name].reshape(G, C * T) for name in names[2:])
+    tokens, segments = (constrain(part[name].reshape(G * C, S), BATCH_AXES) for name in names[:2])
+    predicts, targets, temperature, response = (part[name].reshape(G, C * S) for name in names[2:])
     slots, state = jnp.argsort(~predicts, axis=1, stable=True), jnp.cumsum(predicts, axis=1) - 1
     needed = jnp.take_along_axis(predicts, slots, axis=1)
-    before = packed.before.reshape(G, -1) - number * C * T
-    inside = packed.learned.reshape(G, -1) & (before >= 0) & (before < C * T)
-    before = jnp.clip(before, 0, C * T - 1)
+    before = packed.before.reshape(G, -1) - number * C * S
+    inside = packed.learned.reshape(G, -1) & (before >= 0) & (before < C * S)
+    before = jnp.clip(before, 0, C * S - 1)
     targets, temperature, response = (jnp.take_along_axis(x, slots, axis=1) for x in (targets, temperature, response))
     return PackedRows(
         tokens, segments, Places(slots, needed), Places(state, predicts),

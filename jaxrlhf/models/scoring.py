@@ -167,17 +167,51 @@ def from_logits(
         x = x.reshape(B, shares, parts * size, *x.shape[4:])[:, :, :R]
         return x.reshape(B, shares * R, *x.shape[3:])
 
-    run_part = jax.checkpoint(lambda x: reduce(model.logits(x[0], kernel), x[1]))
     xs = jax.tree.map(split, (hidden, inputs))
+
+    def run_part(x: tuple[jax.Array, Any]) -> Any:
+        return reduce(model.logits(x[0], kernel), x[1])
+
     if count is None:
-        return jax.tree.map(join, jax.lax.map(run_part, xs))
-    shapes = jax.eval_shape(run_part, jax.tree.map(lambda x: x[0], xs))
+        return jax.tree.map(join, jax.lax.map(jax.checkpoint(run_part), xs))
+    needed = (jnp.minimum(count, R) + size - 1) // size
+    return jax.tree.map(join, _first_parts(run_part, xs, needed))
 
-    def run_or_skip(x):
-        needed, x = x
-        return jax.lax.cond(needed, run_part, lambda x: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), x)
 
-    return jax.tree.map(join, jax.lax.map(run_or_skip, (jnp.arange(parts) * size < count, xs)))
+def _first_parts(run_part: Callable[[Any], Any], xs: tuple[jax.Array, Any], needed: jax.Array) -> Any:
+    """Returns run_part((hidden[i], inputs[i])) for each of the first `needed` i32[] parts, and 0 for the others.
+
+    `xs` is (hidden, inputs). The inputs get no gradient. The backward pass computes each part again. A loop of static
+    length with a condition inside would keep a copy of the head's kernel for each of its parts.
+    """
+
+    def at(tree: Any, i: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+    def put(tree: Any, part: Any, i: jax.Array) -> Any:
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), tree, part)
+
+    hidden, inputs = xs
+    first = jax.tree.map(lambda x: x[0], xs)
+    shapes = jax.eval_shape(run_part, first)
+    run, read = jax.closure_convert(lambda hidden, inputs: run_part((hidden, inputs)), *first)
+
+    @jax.custom_vjp
+    def all_parts(hidden: jax.Array, read: list[jax.Array], inputs: Any, needed: jax.Array) -> Any:
+        zeros = jax.tree.map(lambda s: jnp.zeros((len(hidden), *s.shape), s.dtype), shapes)
+        return jax.lax.fori_loop(0, needed, lambda i, found: put(found, run(*at((hidden, inputs), i), *read), i), zeros)
+
+    def backward(saved: tuple, d: Any) -> tuple:
+        hidden, read, inputs, needed = saved
+
+        def add(i: jax.Array, total: tuple) -> tuple:
+            found = jax.vjp(lambda hidden, read: run(hidden, at(inputs, i), *read), at(hidden, i), read)[1](at(d, i))
+            return put(total[0], found[0], i), jax.tree.map(jnp.add, total[1], found[1])
+
+        return *jax.lax.fori_loop(0, needed, add, jax.tree.map(jnp.zeros_like, (hidden, read))), None, None
+
+    all_parts.defvjp(lambda *args: (all_parts(*args), args), backward)
+    return all_parts(hidden, read, inputs, needed)
 
 
 def logprobs_of_hidden(
