@@ -104,7 +104,7 @@ def response_logprobs_and_values(
 def hidden_before_tokens(model: Decoder, tokens, mask, response_mask, remat: str, packed=None) -> jax.Array:
     """Returns the hidden state at the position before each response token, [B,R,D].
 
-    If `packed` is given, returns its needed states instead, [G,C T,D] (see `PackedRows`).
+    If `packed` is given, returns its needed states instead, [G,C S,D] (see `PackedRows`).
     """
     if packed is not None:
         return packed.states(model.encode(packed.tokens, packed.segments, remat, slots=tokens.shape[1]))
