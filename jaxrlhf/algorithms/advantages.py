@@ -4,6 +4,9 @@ Index convention: at response position t the policy sees state s_t, samples toke
 the value of s_t, before token a_t. The discount is 0 at the last token of a completion, so the code needs no branch
 for the end of a completion.
 
+An episode with an environment has the environment's tokens between the policy's turns. The mask is False there. All
+estimators pass over these tokens: the token that follows the last token of a turn is the first token of the next turn.
+
 The table `ADVANTAGES` holds all estimators. They have the same signature. To add an estimator, write a function and add
 the function to `ADVANTAGES`.
 """
@@ -39,7 +42,7 @@ def truncated_gae(rewards: Array, values: Array, discounts: Array, lam: Array | 
       rewards: f32[T].
       values: f32[T+1]; the last value is that of the state after the last step (bootstrap).
       discounts: f32[T]; 0 at each step that ends an episode.
-      lam: lambda, f32[].
+      lam: lambda, f32[] or f32[T].
 
     Returns:
       f32[T]. Gradients flow through all arguments.
@@ -55,10 +58,27 @@ def truncated_gae(rewards: Array, values: Array, discounts: Array, lam: Array | 
 
 
 def _gae_row(rewards: Array, values: Array, mask: Array, gamma: Array, lam: Array) -> tuple[Array, Array]:
-    """Returns the result of `gae` for one row. All arrays have shape [R] and are 0 past the end of the completion."""
-    discounts = jnp.where(jnp.append(mask[1:], False), gamma, 0.0)
-    advantages = truncated_gae(rewards, jnp.append(values, 0.0), discounts, lam)
+    """Returns the result of `gae` for one row. All arrays have shape [R]; rewards and values are 0 off the mask.
+
+    A position off the mask gets the value of the next token, the discount 1 and lambda 1. Its TD error is then exactly
+    0, and the recursion passes over it.
+    """
+    position = jnp.arange(mask.shape[0])
+    following = jax.lax.cummin(jnp.where(mask, position, mask.shape[0]), reverse=True)  # the position itself, if real
+    next_values = jnp.append(values, 0.0)[jnp.append(following, mask.shape[0])]
+    has_next = jnp.append(following[1:], mask.shape[0]) < mask.shape[0]
+    discounts = jnp.where(mask, jnp.where(has_next, gamma, 0.0), 1.0)
+    advantages = truncated_gae(rewards, next_values, discounts, jnp.where(mask, lam, 1.0))
+    advantages = jnp.where(mask, advantages, 0.0)
     return advantages, advantages + values
+
+
+def turn_discounts(gamma: Array | float, mask: Array) -> Array:
+    """Returns the discount of each token, f32[B,R], if `gamma` is a discount per turn: gamma at the last token of a
+    turn, 1 elsewhere. A turn is a run of tokens in `mask` bool[B,R].
+    """
+    last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    return jnp.where(last, jnp.asarray(gamma, jnp.float32), 1.0)
 
 
 def gae(
@@ -72,8 +92,9 @@ def gae(
     Args:
       rewards: f32[B,R].
       values: f32[B,R].
-      mask: bool[B,R]; True on real tokens. A gap in the mask ends one episode and starts another.
-      gamma: discount, f32[].
+      mask: bool[B,R]; True on the policy's tokens. A gap in the mask, such as the tokens of an environment, is passed
+        over: V_{t+1} and A_{t+1} are then those of the next token in the mask.
+      gamma: discount, f32[], or one for each token, f32[B,R].
       lam: lambda, f32[]. If lambda is 1, the advantages are discounted rewards-to-go minus values. If lambda is 0, the
         advantages are one-step TD errors.
 
@@ -83,8 +104,8 @@ def gae(
     """
     chex.assert_rank(mask, 2)
     rewards, values = zero_masked(mask, rewards, values)
-    gamma, lam = jnp.asarray(gamma, jnp.float32), jnp.asarray(lam, jnp.float32)
-    return jax.vmap(_gae_row, in_axes=(0, 0, 0, None, None))(rewards, values, mask, gamma, lam)
+    gamma, lam = jnp.broadcast_to(jnp.asarray(gamma, jnp.float32), mask.shape), jnp.asarray(lam, jnp.float32)
+    return jax.vmap(_gae_row, in_axes=(0, 0, 0, 0, None))(rewards, values, mask, gamma, lam)
 
 
 # ---------------------------------------------------------------- one signature for all
@@ -103,11 +124,11 @@ class Advantage:
 
     Args of `compute`:
       rewards: f32[B,R]; rewards per token. If the KL penalty is part of the reward, these rewards include the penalty.
-      mask: bool[B,R]; True on real tokens.
+      mask: bool[B,R]; True on the policy's tokens. It may have gaps.
       values: f32[B,R]; 0 if there is no value model.
       group: int, static; completions per prompt, a divisor of B. Rows i*group to (i+1)*group - 1 have the same prompt.
       greedy: f32[B]; return of the greedy completion of the same prompt; 0 if no greedy completion was sampled.
-      gamma: f32[]; discount. Estimators that treat a completion as one action ignore the discount.
+      gamma: f32[] or f32[B,R]; discount. Estimators that treat a completion as one action ignore the discount.
       lam: f32[]; lambda. Only GAE uses lambda.
 
     Both results are f32[B,R] and 0 where the mask is False. The returns of GAE are the targets of the value model. The
@@ -188,7 +209,8 @@ def _gae(rewards, mask, values, group, greedy, gamma, lam):
 def reinforce(rewards, mask, values, group, greedy, gamma, lam):
     """REINFORCE with a constant baseline (Williams 1992): A_t = G_t - mean of G_0 over the batch."""
     to_go = _rewards_to_go(rewards, mask, gamma)
-    baseline = _mean(to_go[:, :1], jnp.any(mask, axis=1)[:, None])
+    first = jnp.take_along_axis(to_go, jnp.argmax(mask, axis=1)[:, None], axis=1)
+    baseline = _mean(first, jnp.any(mask, axis=1)[:, None])
     return jnp.where(mask, to_go - baseline, 0.0), to_go
 
 

@@ -189,7 +189,8 @@ class AdvantageConfig(Settings):
     estimator: Literal[
         "gae", "reinforce", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax"
     ] = Field("gae", description="advantage estimator; rloo, grpo, dr_grpo and reinforce_plus_plus_baseline compare the completions of a prompt, see sampling.samples_per_prompt; only gae has a value model")
-    gamma: UnitFloat = number(1.0, "discount per token")
+    gamma: UnitFloat = number(1.0, "discount, see gamma_per")
+    gamma_per: Literal["token", "turn"] = Field("token", description="whether gamma discounts at each token, or at the last token of each turn of an episode with ppo.environment")
     lam: UnitFloat = number(1.0, "lambda of generalised advantage estimation; if lambda is below 1, a final score reaches the first tokens of a long completion only through the value model, because 0.95^320 is 7e-8")
     whiten_rewards: bool = Field(False, description="with gae, scales rewards to deviation 1 over the global batch before estimation")
     whiten_advantages: bool | None = Field(None, description="scales advantages to mean 0 and deviation 1 over the global batch; null means true for gae and reinforce, else false")

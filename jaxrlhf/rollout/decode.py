@@ -115,6 +115,9 @@ def rollout(
     If `choices` is given, each completion is one of the choices. Top-k, top-p and min-p then truncate the distribution
     of the allowed tokens, and logprobs are those of all allowed tokens. Raises `ValueError` if `sampling` has choices,
     but their tokens are not given.
+
+    A prompt without tokens gets an empty completion, and its row is not decoded. The completions of other rows do not
+    depend on it.
     """
     if sampling.choices is not None and choices is None:
         raise ValueError("sampling.choices are texts; give their tokens too, as the argument `choices`")
@@ -129,14 +132,15 @@ def rollout(
         model = choices.head_of(model)
     tokens, logprobs = _decode(model, prompts, uniforms, temperature, sampling, choices, stop_tokens)
     stops = jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
-    real = jnp.cumsum(stops, axis=1) - stops == 0
     prompt_tokens, prompt_mask = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.mask, n, axis=0)
+    has_prompt = jnp.any(prompt_mask, axis=1)
+    real = (jnp.cumsum(stops, axis=1) - stops == 0) & has_prompt[:, None]
     return Rollout(
         tokens=jnp.concatenate([prompt_tokens, jnp.where(real, tokens, pad_token)], axis=1),
         mask=jnp.concatenate([prompt_mask, real], axis=1),
         response_mask=real,
         sample_logprobs=jnp.where(real, logprobs, 0.0),
-        ended=jnp.any(stops, axis=1),
+        ended=jnp.any(stops, axis=1) & has_prompt,
         temperature=jnp.full((B,), temperature, jnp.float32),
     )
 
@@ -297,7 +301,8 @@ class _Decoding:
         prompts = jax.tree.map(lambda x: constrain(jnp.asarray(x)[chosen], BATCH_AXES), self.prompts)
         chunk = self.sampling.prefill_chunk
         prompt_cache, hidden = prefill(self.reader, prompts, self.columns, not self.ring, chunk)
-        copies, lengths = k // groups, jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+        copies = k // groups
+        lengths = jnp.repeat(jnp.sum(prompts.mask, axis=1, dtype=jnp.int32), copies)
         logits = jnp.repeat(self.model.logits(hidden)[:, 0], copies, axis=0)
         node = None if self.choices is None else jnp.zeros(len(rows), jnp.int32)
         token, logprob, node = self._sample(logits, rows, 0, node)
@@ -310,8 +315,8 @@ class _Decoding:
             taken=state.taken + jnp.sum(enters_Qk, axis=1),
             row=put(state.row, rows),
             start=put(state.start, state.step - 1),
-            length=put(state.length, jnp.repeat(lengths, copies)),
-            alive=put(state.alive, self._continues(token, 0)),
+            length=put(state.length, lengths),
+            alive=put(state.alive, self._continues(token, 0) & (lengths > 0)),
             token=put(state.token, token),
             node=jax.tree.map(put, state.node, node),
             new_tokens=state.new_tokens.at[line, slots].set(token, mode="drop"),

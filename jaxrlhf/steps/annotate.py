@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxrlhf.algorithms.advantages import ADVANTAGES
+from jaxrlhf.algorithms.advantages import ADVANTAGES, turn_discounts
 from jaxrlhf.algorithms.kl import BOUND, adapt_kl_coef, kl_estimate, shape_rewards
 from jaxrlhf.algorithms.masked import explained_variance, masked_mean, masked_sum, masked_variance, whiten
 from jaxrlhf.algorithms.running import RunningMoments, init_moments
@@ -131,6 +131,7 @@ def build_experience(
     kl_bound: jax.Array | float | None = BOUND,
     mask_truncated: bool = False,
     steps: jax.Array | None = None,
+    gamma_per: Literal["token", "turn"] = "token",
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Returns (experience, metrics). Adds the KL penalty to the rewards, and computes the advantages.
 
@@ -141,7 +142,7 @@ def build_experience(
       scores: f32[B]; the scores after normalisation and penalties (see `steps.scores`). Or f32[B,R]; rewards inside
         the completions, at their tokens. Rewards after the end of a completion are ignored.
       kl_coef: f32[]; weight of the KL in the loss if `kl_in_loss` is True, else in the reward.
-      gamma, lam, whiten_rewards: see `AdvantageConfig`.
+      gamma, lam, whiten_rewards, gamma_per: see `AdvantageConfig`.
       estimator: see `KLConfig`.
       advantage: a name in `algorithms.advantages.ADVANTAGES`.
       group: number of completions per prompt.
@@ -153,6 +154,7 @@ def build_experience(
         token is a step.
     """
     mask = rollout.response_mask
+    gamma = turn_discounts(gamma, mask) if gamma_per == "turn" else gamma
     learned = mask & rollout.ended[:, None] if mask_truncated else mask
     scores = scores.astype(jnp.float32)
     in_reward, in_loss = (0.0, kl_coef) if kl_in_loss else (kl_coef, 0.0)
@@ -278,6 +280,7 @@ def score_experience(
         kl_bound=update.kl_bound,
         mask_truncated=update.mask_truncated,
         steps=steps,
+        gamma_per=advantage.gamma_per,
     )
     kl_coef = control.kl_coef
     if kl.target is not None:
