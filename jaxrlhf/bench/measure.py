@@ -21,7 +21,7 @@ from jaxrlhf.models.decoder import named_parameters
 from jaxrlhf.models.fused_attention import check_device
 from jaxrlhf.plan.work import work_of
 from jaxrlhf.stages.calls import Call, calls_of
-from jaxrlhf.stages.checks import check_one_mesh, check_stage
+from jaxrlhf.stages.checks import check_no_environment, check_one_mesh, check_stage
 from jaxrlhf.stages.shapes import Shapes, read_model, resolved
 
 _MEAN_SHARE = 4  # the mean of geometric lengths is the limit divided by this number, before lengths are cut
@@ -47,6 +47,7 @@ def measure(config: RunConfig, options: Options, say: Callable[[str], None]) -> 
     Raises `UserError` if the settings do not fit the devices or the model.
     """
     check_one_mesh(config)
+    check_no_environment(config)
     mesh, model = make_mesh(config.mesh), read_model(config.model)
     config = resolved(with_lengths(config, options.lengths, model.vocab_size))
     shapes, filler, began = Shapes(config, mesh, model), Filler(model, config.seed), time.perf_counter()

@@ -18,6 +18,7 @@ from jaxrlhf.config.data import (
     ShotsConfig,
     SourceConfig,
 )
+from jaxrlhf.config.environment import EnvironmentConfig
 from jaxrlhf.config.evaluation import (
     ImprovementConfig,
     PlateauConfig,

@@ -24,6 +24,7 @@ from jaxrlhf.config.base import (
     UnitFloat,
 )
 from jaxrlhf.config.data import DemonstrationsConfig, PreferencesConfig, PromptsConfig, SourceConfig, not_streamed
+from jaxrlhf.config.environment import EnvironmentConfig
 from jaxrlhf.config.evaluation import (
     ImprovementConfig,
     PPOEvaluationConfig,
@@ -237,7 +238,8 @@ class SuccessCurriculumConfig(Settings):
 class PPOStageConfig(Settings):
     """PPO: iterations of sampling, scoring and updating."""
 
-    data: PromptsConfig = Field(description="prompts to sample completions for")
+    data: PromptsConfig | None = Field(None, description="prompts to sample completions for; with environment, the rows that reach its reset as options; null needs an environment, whose episodes then differ by their seeds alone")
+    environment: EnvironmentConfig | None = Field(None, description="environment that answers the policy over several turns and gives the rewards (docs/environments.md); also module:function or path.py:function; null samples one completion per prompt")
     success_curriculum: SuccessCurriculumConfig | None = Field(None, description="draws prompts that the policy solves sometimes more often than those that it solves always or never (docs/data.md); null draws each prompt once in every pass")
     max_prompt_tokens: PositiveInt = Field(64, description="longest prompt, in tokens; shorter ones are padded on the left")
     overflow: Overflow = Field("stop", description="prompts longer than max_prompt_tokens lose their start (cut), are dropped (drop), or stop the run (stop)")
@@ -247,7 +249,7 @@ class PPOStageConfig(Settings):
     async_: Annotated[int, Field(ge=0, le=1)] = Field(0, alias="async", description="number of updates by which the policy that samples is behind: 1 samples the next iteration while an iteration is scored and learnt; importance weights correct the difference (update.importance_cap, by default 2 then); 0 samples with the latest policy (docs/overlap.md)")
     policy: FolderPath | None = Field(None, description="adapter folder (written by jaxrlhf or PEFT) from which the policy starts; null starts from the reference")
     reference: FolderPath | None = Field(None, description="adapter folder of the reference; null uses the SFT adapter, or the base if there is none")
-    reward: RewardConfig = Field(ModelRewardConfig(), description="the reward to maximise")
+    reward: RewardConfig | None = Field(ModelRewardConfig(), description="the reward to maximise; null if there is an environment, which gives the rewards")
     gold: FunctionPath | None = Field(None, description="function whose score is logged but never trained on, as module:function or path.py:function")
     score: ScoreConfig = Field(ScoreConfig(), description="how scores become rewards")
     resample: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="largest number of additional rollouts per iteration; their groups replace groups with equal scores (dynamic sampling, 2503.14476); metrics are about the kept groups, except reward/drawn, which is about all groups")
@@ -264,10 +266,48 @@ class PPOStageConfig(Settings):
     evaluation: PPOEvaluationConfig = Field(PPOEvaluationConfig(), description="evaluation on held-out prompts")
     early_stopping: ImprovementConfig | None = Field(None, description="ends the stage when a metric stops improving; null runs all iterations")
 
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _factory_alone(cls, environment: Any) -> Any:
+        return {"factory": environment} if isinstance(environment, str) else environment
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rewards_of_environment(cls, section: Any) -> Any:
+        """Sets `reward` to None if there is an environment and no reward is given."""
+        if isinstance(section, dict) and section.get("environment") is not None and "reward" not in section:
+            return section | {"reward": None}
+        return section
+
+    @model_validator(mode="after")
+    def _origin_of_prompts_and_rewards(self) -> "PPOStageConfig":
+        """Raises ValueError if prompts or rewards are missing, or come from two places."""
+        if self.environment is None:
+            if self.data is None:
+                raise ValueError("data is missing; give prompts (data: {path: FILE}), or an environment")
+            if self.reward is None:
+                raise ValueError("reward is null, but only an environment gives rewards without it; give a reward")
+        elif self.reward is not None:
+            raise ValueError("reward and environment both give the rewards; leave reward out")
+        elif self.data is None and self.evaluation.data is not None:
+            raise ValueError("evaluation.data gives rows to the environment, but data is missing; give both, or neither")
+        return self
+
+    @property
+    def response_tokens(self) -> int:
+        """R: the largest number of tokens of a completion, or of an episode after its first observation."""
+        environment, turn = self.environment, self.sampling.max_new_tokens
+        if environment is None:
+            return turn
+        default = turn if environment.max_turns == 1 else 2 * environment.max_turns * turn
+        return environment.max_episode_tokens or default
+
     @model_validator(mode="after")
     def _curriculum(self) -> "PPOStageConfig":
         """Raises ValueError if the curriculum by success does not fit other settings."""
         if self.success_curriculum is not None:
+            if self.environment is not None:
+                raise ValueError("success_curriculum orders prompts, but an environment makes its own; leave it out")
             if self.data.streaming:
                 raise ValueError("success_curriculum needs all prompts in memory; leave data.streaming out")
             if any(source.curriculum is not None for source in (self.data, *self.data.mix_with)):

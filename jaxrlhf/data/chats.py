@@ -60,7 +60,7 @@ Response = str | Message | list[Message] | Rendered
 
 _BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # keys of a turn without content
 _NOT_ASSISTANT = ("system", "developer", "user", "tool", "function")
-_MARK = "jaxrlhf-mark"  # the text of a probe response, which is then searched in the output of the template
+MARK = "jaxrlhf-mark"  # the text of a probe response, which is then searched in the output of the template
 TIME_LIMIT = 10.0  # seconds for one chat; templates take milliseconds
 _ABSENT, _NULL, _EMPTY = "absent", "null", "empty"  # forms of null content
 
@@ -140,7 +140,7 @@ class ChatTemplate:
         """
         if chat.continued:
             return text
-        header = self._render(chat.followed_by(_MARK), "", whole=True).partition(_MARK)[0]
+        header = self._render(chat.followed_by(MARK), "", whole=True).partition(MARK)[0]
         tag = before[len(header) :].strip() if before.startswith(header) else ""
         is_tag = tag and not tag[-1].isalnum()
         return text[len(tag) :].lstrip("\n") if is_tag and text.startswith(tag) else text

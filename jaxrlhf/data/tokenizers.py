@@ -136,6 +136,10 @@ class Tokenizer:
                 ends[i] = encoding.offsets[i][0]
         return ids, [0] * (len(ids) - len(ends)) + ends
 
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text as if it were in the middle of a longer text: without BOS."""
+        return list(self._encode_alone(list(texts)))
+
     def encode_chats(self, chats: Sequence[list[Message] | Chat]) -> Iterator[list[int]]:
         """Yields the ids of each finished chat. The chat template writes a chat as text, which is then tokenized."""
         for start in range(0, len(chats), CHUNK):

@@ -1,4 +1,4 @@
-"""The earlier assistant turns of a chat, so that training learns every assistant turn and not only the last.
+"""The turns of a chat: the earlier assistant turns, which training may learn, and the text between two turns.
 
 The turns are found in the text that the chat template writes for the whole prompt. So the model learns each turn after
 exactly the text that it reads in sampling.
@@ -8,7 +8,8 @@ import itertools
 import operator
 from dataclasses import replace
 
-from jaxrlhf.data.chats import Chat, ChatTemplate, Prompt, Rendered
+from jaxrlhf.data.chats import MARK, Chat, ChatTemplate, Prompt, Rendered
+from jaxrlhf.data.sources import Message
 from jaxrlhf.errors import UserError
 
 _SHOWN = 30  # characters around the place where two texts differ
@@ -38,6 +39,23 @@ def earlier_turns(template: ChatTemplate, prompt: Prompt, place: str) -> list[tu
                 )
         turns.append((Rendered(before), Rendered(after[len(before) :])))
     return turns
+
+
+def text_between_turns(template: ChatTemplate, chat: Chat, messages: list[Message], place: str) -> str:
+    """Returns the text that the template writes between the assistant's turn after `chat` and its next turn.
+
+    This is the end of the turn, the new `messages`, and the start of the next turn. The turn's own text does not
+    matter: its tokens stay as the policy wrote them. Raises UserError if the template writes the chat before the turn
+    differently when later messages follow, because the tokens before the turn then could not stay.
+    """
+    before, answered = template.prompt_text(chat, place), chat.followed_by(MARK)
+    after = template.prompt_text(replace(answered, messages=[*answered.messages, *messages]), place)
+    if not after.startswith(before + MARK):
+        raise UserError(
+            f"{place}the chat template of {template.name} writes a chat differently when later messages follow: "
+            f"{_difference(before + MARK, after)}; episodes of several turns need a template that keeps what it wrote"
+        )
+    return after[len(before) + len(MARK) :]
 
 
 def _difference(alone: str, followed: str) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.environments.protocol import name_of
@@ -18,7 +18,7 @@ class Pool:
     A result is what the environment returned, or a `Failed` with the reason. After a failure the environment is
     replaced: the factory is called again, and the caller resets the new environment. If an environment fails
     `MAX_FAILURES` times before it finishes an episode, it is retired, and each call of it returns `Failed`. Each
-    failure is printed on stderr with the environment's name. If all environments are retired, a `Fault` is raised.
+    failure is reported with the environment's name. If all environments are retired, a `Fault` is raised.
 
     Args:
       factories: one function for each environment. The function returns the environment.
@@ -26,6 +26,7 @@ class Pool:
       step_timeout: seconds per call of reset or step; None means no limit. A limit needs threads or processes.
         Another limit, one minute, holds for starting a thread or process together with its environment.
       names: for messages; by default "environment 0", ...
+      report: receives (number of the environment, line) at each failure; None prints the line on stderr.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Pool:
         mode: str = "sequential",
         step_timeout: float | None = None,
         names: Sequence[str] | None = None,
+        report: Callable[[int, str], None] | None = None,
     ) -> None:
         if mode not in MODES:
             raise UserError(f"mode: must be one of {', '.join(MODES)}, not {mode!r}")
@@ -45,6 +47,7 @@ class Pool:
             raise UserError("factories: give at least one function that makes an environment")
         self.factories, self.mode, self.step_timeout = list(factories), mode, step_timeout
         self.names = list(names or (f"environment {i}" for i in range(len(self.factories))))
+        self._report = report or (lambda i, line: print(printable(line), file=sys.stderr, flush=True))
         self.failures = [0] * len(self.factories)
         self.workers: list[Any] = [None] * len(self.factories)
         for i in range(len(self.factories)):
@@ -76,18 +79,28 @@ class Pool:
         """Forgets the failures of environment i, because it finished an episode."""
         self.failures[i] = 0
 
+    def renew(self) -> None:
+        """Forgets all failures, and makes retired environments again. One that cannot be made stays retired."""
+        for i, worker in enumerate(self.workers):
+            self.failures[i] = 0
+            if worker is None:
+                try:
+                    self._start(i)
+                except UserError as error:
+                    self._report(i, str(error))
+
     def fail(self, i: int, reason: str) -> Failed:
-        """Counts a failure of environment i, prints it, and replaces or retires the environment."""
+        """Counts a failure of environment i, reports it, and replaces or retires the environment."""
         self.failures[i] += 1
         retired = self.failures[i] >= MAX_FAILURES
         what = f"it is retired after {MAX_FAILURES} failures" if retired else "its episode is lost, it is replaced"
-        print(printable(f"{self.names[i]}: {reason}; {what}"), file=sys.stderr, flush=True)
+        self._report(i, f"{self.names[i]}: {reason}; {what}")
         self._stop(i)
         if not retired:
             try:
                 self._start(i)
             except UserError as error:
-                print(printable(f"{error}; it is retired"), file=sys.stderr, flush=True)
+                self._report(i, f"{error}; it is retired")
         if all(worker is None for worker in self.workers):
             raise Fault(f"all environments have failed, the last with: {reason}")
         return Failed(reason)
@@ -138,7 +151,7 @@ class Pool:
             try:
                 worker.stop()
             except Exception as error:
-                print(printable(f"{self.names[i]}: close raised {error}"), file=sys.stderr, flush=True)
+                self._report(i, f"{self.names[i]}: close raised {error}")
 
 
 class Single:

@@ -17,7 +17,7 @@ from jaxrlhf.plan.cards import Card, target_file
 from jaxrlhf.plan.compiling import Compiled, compiled, extrapolated, mesh_of_cards, missing, without_cudnn
 from jaxrlhf.plan.work import Rates, work_of
 from jaxrlhf.stages.calls import Call, calls_of
-from jaxrlhf.stages.checks import check_one_mesh, check_stage, shares_of, valid_batches
+from jaxrlhf.stages.checks import check_no_environment, check_one_mesh, check_stage, shares_of, valid_batches
 from jaxrlhf.stages.shapes import Shapes, bytes_per_device, read_model, resolved
 
 # Models with these numbers of layers are compiled instead of a deeper model. All layers have the same shapes, so memory
@@ -89,6 +89,7 @@ class Plan:
 def make_plan(config: RunConfig, options: Options, say: Callable[[str], None] = lambda text: None) -> Plan:
     """Returns the plan of all stages of the run. Raises `UserError` if the run would refuse the settings."""
     check_one_mesh(config)
+    check_no_environment(config)
     config, reason = resolved(config), missing()
     mesh = jax.sharding.AbstractMesh(
         mesh_sizes(config.mesh, options.devices), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)

@@ -41,6 +41,10 @@ class Completions:
         """Returns the number of characters of completion `row` up to the end of each of its tokens, i64[T]."""
         return np.cumsum([len(text) for text in self.tokenizer.token_texts(*self._ids[row], self.texts[row])])
 
+    def details(self, row: int) -> dict[str, Any]:
+        """Returns further entries of the record of completion `row` in samples.jsonl."""
+        return {}
+
     @cached_property
     def response_mask(self) -> np.ndarray:
         """The tokens of each completion, bool[B,R]."""

@@ -76,12 +76,12 @@ def compose(rewards: Rewards, own: Callable[[ModelRewardConfig], Reward]) -> Rew
     return parts[""][0] if "" in parts else ComposedReward(parts)
 
 
-def needs_own(config: RewardConfig) -> bool:
+def needs_own(config: RewardConfig | None) -> bool:
     """Whether the run's reward adapter is the reward or a part of the reward."""
     return any(is_own(part) for part in parts_of(config))
 
 
-def own_gain(config: RewardConfig) -> float | None:
+def own_gain(config: RewardConfig | None) -> float | None:
     """Returns the weight of the run's reward adapter if no other part has a weight, else None.
 
     The result is also None if the adapter scores steps, because the value model must then predict a sum of scores.
@@ -92,19 +92,24 @@ def own_gain(config: RewardConfig) -> float | None:
     return weighted[0][1]
 
 
-def gives_steps(config: RewardConfig) -> bool:
+def gives_steps(config: RewardConfig | None) -> bool:
     """Whether the reward, or a part with a nonzero weight, scores inside completions."""
     return any(granularity_of(part) is not None for part, _ in _weighted_parts(config))
 
 
-def _weighted_parts(config: RewardConfig) -> list[tuple[RewardConfig, float]]:
+def _weighted_parts(config: RewardConfig | None) -> list[tuple[RewardConfig, float]]:
     """Returns the parts with a nonzero weight, with their weights. A reward that is no sum has the weight 1."""
     weighted = [(part, getattr(part, "weight", 1.0)) for part in parts_of(config)]
     return [(part, weight) for part, weight in weighted if weight]
 
 
-def parts_of(config: RewardConfig) -> list[RewardConfig]:
-    """Returns a list with the settings of all parts of a sum. If the reward is not a sum, the list has one entry."""
+def parts_of(config: RewardConfig | None) -> list[RewardConfig]:
+    """Returns a list with the settings of all parts of a sum. If the reward is not a sum, the list has one entry.
+
+    The list is empty if there is no reward, because an environment gives the rewards.
+    """
+    if config is None:
+        return []
     return [*config.parts.values()] if isinstance(config, SumRewardConfig) else [config]
 
 

@@ -68,10 +68,21 @@ def check_one_mesh(config: RunConfig) -> None:
         )
 
 
+def check_no_environment(config: RunConfig) -> None:
+    """Raises `UserError` if the run has an environment. Plans and benchmarks call this."""
+    if config.ppo is not None and config.ppo.environment is not None:
+        raise UserError(
+            "ppo.environment: plan and bench do not know how long episodes are; leave environment out and give "
+            "ppo.data and ppo.reward, with ppo.sampling.max_new_tokens as long as an episode"
+        )
+
+
 def _check_ppo(config: PPOStageConfig, model: DecoderConfig, mesh: Mesh) -> None:
     check_tokens(model, config.sampling, "ppo.sampling")
-    length = config.max_prompt_tokens + config.sampling.max_new_tokens
-    check_length(model, length, "ppo.max_prompt_tokens + ppo.sampling.max_new_tokens")
+    length, rest = config.max_prompt_tokens + config.response_tokens, "ppo.sampling.max_new_tokens"
+    if config.environment is not None:
+        rest = f"ppo.environment.max_episode_tokens ({config.response_tokens})"
+    check_length(model, length, f"ppo.max_prompt_tokens + {rest}")
     rows = config.batch_size * config.sampling.samples_per_prompt
     check_tokens_per_step(rows, length, "ppo.batch_size x ppo.sampling.samples_per_prompt")
     if (config.sampling.slots or 0) > rows:
@@ -107,6 +118,7 @@ def _check_context(config: RunConfig, stage: str, model: DecoderConfig, mesh: Me
         lengths = {
             "ppo.max_prompt_tokens": section.max_prompt_tokens,
             "ppo.sampling.max_new_tokens": section.sampling.max_new_tokens,
+            "ppo.environment.max_episode_tokens": section.response_tokens,
             "ppo.pretraining.max_length": 0 if section.pretraining is None else section.pretraining.max_length,
         }
     for key_path, length in lengths.items():

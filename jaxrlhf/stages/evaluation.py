@@ -15,6 +15,8 @@ LABELS = {
     "reward/score": "reward that was maximised",
     "reward/gold": "gold score (never trained on)",
     "kl/k1": "KL to the reference, nats per completion",
+    "environment/success": "share of episodes with success",
+    "environment/turns": "turns per episode",
     "length/mean": "tokens per completion",
     "length/eos_share": "share of completions that ended",
 }
@@ -77,9 +79,15 @@ def comparison(evaluations: Mapping[str, Evaluation], samples: int = 5) -> str:
     before, after = evaluations["before"], evaluations["after"]
     for old, new in list(zip(before.samples, after.samples))[:samples]:
         lines += ["", *_wrapped("prompt", old["prompt"])]
-        lines += _wrapped(f"before ({old['score']:z.2f})", old["completion"])
-        lines += _wrapped(f"after ({new['score']:z.2f})", new["completion"])
+        lines += _wrapped(f"before ({old['score']:z.2f})", _answer(old))
+        lines += _wrapped(f"after ({new['score']:z.2f})", _answer(new))
     return "\n".join(lines) + "\n"
+
+
+def _answer(record: Mapping[str, Any]) -> str:
+    """Returns the completion of a record, or all of a conversation after the first observation."""
+    turns = record.get("conversation", [])[1:]
+    return " ".join(f"[{turn['role']}] {turn['text']}" for turn in turns) or record["completion"]
 
 
 def _wrapped(label: str, text: str) -> list[str]:

@@ -35,7 +35,7 @@ FILE = "fingerprints.json"
 _SAMPLE = 1 << 16  # number of bytes read at the start and at the end of a file
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _ODD = (2654435761, 2246822519, 3266489917, 668265263)  # multipliers of xxHash, one per axis
-_REWARDS = ("ppo.reward", "ppo.gold")  # a change of these inputs is reported, not refused
+_REWARDS = ("ppo.reward", "ppo.gold", "ppo.environment")  # a change of these inputs is reported, not refused
 
 
 def fingerprint(tree: Any) -> str:
@@ -121,7 +121,7 @@ def record_fingerprints(run_dir: Path, now: Mapping[str, str]) -> None:
 
 
 def _rewards(config: PPOStageConfig) -> dict[str, str]:
-    """Returns key path -> fingerprint of the reward's source file or model folder.
+    """Returns key path -> fingerprint of the source file or model folder of the reward or of the environment.
 
     Reward servers have no fingerprint.
     """
@@ -134,6 +134,8 @@ def _rewards(config: PPOStageConfig) -> dict[str, str]:
             found[key_path] = _source_fingerprint(part.function)
         elif isinstance(part, ModelRewardConfig | ClassifierRewardConfig) and part.path is not None:
             found[key_path] = _folder_fingerprint(Path(part.path))
+    if config.environment is not None:
+        found["ppo.environment"] = _source_fingerprint(config.environment.factory)
     if config.gold is not None:
         found["ppo.gold"] = _source_fingerprint(config.gold)
     return {key_path: text for key_path, text in found.items() if text}

@@ -24,7 +24,7 @@ METRICS = {
         "reward/score_std", "reward/step", "length/steps", "reward/abstained", "reward/adjusted", "reward/shaped",
         "reward/drawn", "curriculum/seen", "curriculum/success", "curriculum/partly_solved",
         "groups/informative", "groups/draws", "groups/informative_drawn", "health/paused", "memory/peak_bytes",
-        "time/rollout", "time/reward",
+        "time/rollout", "time/environment", "time/reward",
         "time/annotate", "time/update", "time/samples", "tokens_per_second/rollout", "tokens_per_second/update",
         "compiles/rollout", "compiles/greedy", "compiles/merge", "compiles/annotate", "compiles/experience",
     },
@@ -38,6 +38,9 @@ _EVALUATED = {
         "kl/k1", "length/mean", "length/eos_share", "length/steps", "reward/score", "reward/step", "reward/abstained",
     },
 }  # fmt: skip
+
+
+ENVIRONMENT = ("return", "success", "turns", "tokens", "truncated", "failed")
 
 
 def metrics_of(config: RunConfig, stage: str | None = None) -> set[str]:
@@ -62,9 +65,11 @@ def _evaluated_metrics(config: RunConfig, stage: str) -> set[str]:
 
 
 def _rewards(config: RunConfig) -> set[str]:
-    """Returns the names of the metrics of the gold reward and of the parts of a reward that is a sum."""
+    """Returns the names of the metrics of the gold reward, of the parts of a sum, and of an environment."""
     if config.ppo is None:
         return set()
+    if config.ppo.environment is not None:
+        return {f"environment/{name}" for name in ENVIRONMENT}
     parts = ["gold"] if config.ppo.gold is not None else []
     parts += config.ppo.reward.parts if isinstance(config.ppo.reward, SumRewardConfig) else []
     return {f"reward/{name}{ending}" for name in parts for ending in ("", "_abstained")}

@@ -3,7 +3,8 @@
 A record has prompt, completion, score, and gold if there is a gold score. If there is an experience, the record also
 has tokens: T texts that join to the completion. It then has T numbers each of logprobs, ref_logprobs, values and
 advantages. In training it also has T numbers new_logprobs, measured after the update. If the reward scores inside
-completions, the record has steps: [text, reward] of each step, where a text ends at the token that has the reward.
+completions, the record has steps: [text, reward] of each step, where a text ends at the token that has the reward. The
+record of an episode has its conversation, and its completion is the text of all turns of the policy.
 """
 
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ def samples_of(
     scores = {"score": rows["reward/score"]} | ({"gold": rows["reward/gold"]} if "reward/gold" in rows else {})
     records = [
         {"prompt": prompt, "completion": completion} | {name: rounded(by_row[i]) for name, by_row in scores.items()}
+        | completions.details(i)
         for i, (prompt, completion) in enumerate(zip(completions.prompts[:SAMPLES], completions.texts))
     ]
     if experience is not None:

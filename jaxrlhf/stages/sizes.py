@@ -51,10 +51,10 @@ def check_lora(base: Decoder, config: AdapterConfig, mesh: jax.sharding.Mesh | N
 def check_rollout(config: PPOStageConfig, model: DecoderConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises `UserError` if keys, values and tokens of a rollout do not fit in memory."""
     rows = config.batch_size * config.sampling.samples_per_prompt
-    length = config.max_prompt_tokens + config.sampling.max_new_tokens
+    length = config.max_prompt_tokens + config.response_tokens
     window = max((kind.window or length for kind in model.layer_kinds), default=length)
     cached = 4 * model.layers * model.kv_heads * model.head_dim * min(window, length)  # bytes per row in 16 bits
-    least = rows * (5 * length + cached + 24 * config.sampling.max_new_tokens)
+    least = rows * (5 * length + cached + 24 * config.response_tokens)
     _check(least, mesh, "ppo.batch_size", f"a rollout of {rows} rows of {length} tokens")
 
 

@@ -36,11 +36,41 @@ def check_algorithm(config: PPOStageConfig) -> None:
             "model, so none trains the policy; give fewer"
         )
     _check_combinations(config)
+    if config.environment is not None:
+        _check_environment(config)
     if update.kl_stop is not None and single_step(update):
         raise UserError(
             "ppo.update.kl_stop: skips later optimizer steps, but an iteration has only one step; set epochs or "
             "minibatches above 1"
         )
+
+
+def _check_environment(config: PPOStageConfig) -> None:
+    """Raises `UserError` if a setting does not work with an environment."""
+    sources = [source for source in (config.data, config.evaluation.data) if source is not None]
+    faults = (
+        ("async", config.async_, "an episode needs the environment between its turns; leave async out"),
+        ("resample", config.resample, "episodes are not resampled; leave resample out"),
+        ("sampling.choices", config.sampling.choices is not None,
+         "choices limit one completion, not the turns of an episode; leave choices out"),
+        ("gold", config.gold is not None,
+         "a gold function scores completions of prompts; leave it out: environment/success is logged if the "
+         "environment's info has success"),
+        ("advantage.estimator", ADVANTAGES[config.advantage.estimator].needs_greedy,
+         f"{config.advantage.estimator} needs a greedy completion of each prompt, which episodes do not have; give "
+         "another estimator, such as gae or rloo"),
+        ("score.overlong_penalty", config.score.overlong_penalty,
+         "counts the tokens of one completion; with an environment give score.length_penalty"),
+        ("data.streaming", any(source.streaming for source in sources),
+         "rows for an environment are read as a whole; leave streaming out"),
+        ("data.curriculum", any(part.curriculum is not None for s in sources for part in (s, *s.mix_with)),
+         "orders prompts, but an environment makes its own; leave it out"),
+        ("overflow", config.overflow == "drop",
+         "an environment's first observation cannot be dropped; give cut, or stop, which loses the episode"),
+    )  # fmt: skip
+    for name, wrong, reason in faults:
+        if wrong:
+            raise UserError(f"ppo.{name}: with ppo.environment {reason}")
 
 
 def _check_combinations(config: PPOStageConfig) -> None:

@@ -182,11 +182,13 @@ class Iteration:
         """Warns once if `mask_truncated` masks all completions of an iteration."""
         if metrics.get("length/masked_share") == 1 and not self._warned_truncated:
             self._warned_truncated = True
-            limit = self.config.sampling.max_new_tokens
+            what, limit = "completion", f"within {self.config.sampling.max_new_tokens} tokens"
+            remedy = "ppo.sampling.max_new_tokens"
+            if self.config.environment is not None:
+                what, limit, remedy = "episode", "by itself", "max_turns or max_episode_tokens of ppo.environment"
             self.run.say(
-                f"ppo: no completion of an iteration ended within {limit} tokens, so ppo.update.mask_truncated masks "
-                "all of them and the policy learns nothing; raise ppo.sampling.max_new_tokens, or leave mask_truncated "
-                "out"
+                f"ppo: no {what} of an iteration ended {limit}, so ppo.update.mask_truncated masks all of them and the "
+                f"policy learns nothing; raise {remedy}, or leave mask_truncated out"
             )
 
     def count(self, number: int) -> jax.Array:
@@ -239,7 +241,7 @@ class Iteration:
                 rows_of.setdefault(name, []).append(values[: (total - start) * self.group])
             if len(samples) < SAMPLES:
                 samples += samples_of(completions, scored.rows, experience, scored.step_rewards)
-        rows = {name: np.concatenate(values) for name, values in rows_of.items()}
+        rows = {name: np.ma.concatenate(values) for name, values in rows_of.items()}
         means = {name: float(np.mean(values)) for name, values in rows.items()}
         return Evaluation(means, samples[: min(SAMPLES, total * self.group)], rounded(rows["reward/score"]))
 

@@ -70,6 +70,9 @@ def _unused(config: PPOStageConfig) -> Iterator[tuple[str, str]]:
         yield "value_from", shared
     if estimator in ONE_ACTION and _changed(advantage, "gamma"):
         yield "advantage.gamma", f"{estimator} treats a completion as one action"
+    if advantage.gamma_per == "turn" and (config.environment is None or estimator in ONE_ACTION):
+        why = "there is no ppo.environment" if config.environment is None else f"{estimator} has no discount"
+        yield "advantage.gamma_per", why
     for name in ("clip_low", "clip_high") if update.loss == "pg" else ():
         if _changed(update, name):
             yield f"update.{name}", "pg has no ratio"

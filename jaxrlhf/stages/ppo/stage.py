@@ -1,5 +1,6 @@
 """The ppo stage: iterations of sampling, scoring and updating, then a table of the results."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -10,13 +11,16 @@ import numpy as np
 
 from jaxrlhf.algorithms.running import gain_and_bias
 from jaxrlhf.config import AdapterConfig, ModelRewardConfig, PPOConfig, PPOStageConfig
+from jaxrlhf.config.functions import load_function
+from jaxrlhf.data.episode_rows import EpisodeRows, load_episode_rows
 from jaxrlhf.data.prompts import LoadedPrompt, PromptSet, load_prompts, prompt_set, prompts_reader
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.streamed import PromptSource, StreamedPrompts
 from jaxrlhf.data.success import Success
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.mesh import check_batch, make_meshes
-from jaxrlhf.errors import UserError
+from jaxrlhf.environments.episodes import TextEnvironments
+from jaxrlhf.errors import UserError, short
 from jaxrlhf.hf.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_full, scaled_head, without_head
 from jaxrlhf.models.choices import Choices
@@ -33,6 +37,7 @@ from jaxrlhf.stages.choices import load_choices, prompts_of
 from jaxrlhf.stages.evaluation import Evaluated, check_results, comparison
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
+from jaxrlhf.stages.ppo.episodes import EpisodeSampler
 from jaxrlhf.stages.ppo.iteration import Iteration, StageState
 from jaxrlhf.stages.ppo.remarks import remarks
 from jaxrlhf.stages.ppo.sampler import Sampler
@@ -50,9 +55,9 @@ SHOWN = {"reward": "reward/score", "KL": "kl/k1", "length": "length/mean"}
 class PPOInputs:
     """The stage's checked prompts, rewards, adapters and pretraining rows."""
 
-    prompts: PromptSource
-    evaluation: PromptSet
-    rewards: Rewards
+    prompts: PromptSource | EpisodeRows
+    evaluation: PromptSet | EpisodeRows
+    rewards: Rewards  # empty if an environment gives the rewards
     gold: FunctionReward | None
     choices: Choices | None = None
     policy: Adapter | None = None  # the adapter of ppo.policy
@@ -96,6 +101,47 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     _, run = _on_meshes(run)
     policy = _named_adapter(roles, config.policy, "ppo.policy")
     reference = _named_adapter(roles, config.reference, "ppo.reference")
+    if config.environment is None:
+        inputs = _load_prompts_and_rewards(run, roles)
+    else:
+        inputs = _load_episodes(run, roles)
+    inputs = dataclasses.replace(
+        inputs, policy=policy, reference=reference, pretraining=_load_pretraining(run, roles)
+    )
+    _check_kinds(run, inputs)
+    if "sft" not in run.config.stages:  # if sft runs first, its adapter does not exist yet
+        jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
+    return inputs
+
+
+def _load_episodes(run: Run, roles: Roles) -> PPOInputs:
+    """Reads the rows of episodes, and tries the environment out. Raises `UserError` if one of them is invalid."""
+    config = run.config.ppo
+    rows = evaluation = load_episode_rows(config.data)
+    if config.evaluation.data is not None:
+        evaluation = load_episode_rows(config.evaluation.data)
+        run.say(f"ppo: evaluation: {evaluation.report}")
+    if rows.report is not None:
+        run.say(f"ppo: {rows.report}")
+    load_function(config.environment.factory, "ppo.environment.factory")
+    if processes.is_first():
+        with contextlib.closing(make_environments(run, roles, 1, lambda line: None)) as environments:
+            text = " ".join(environments.try_out(run.config.seed, rows.columns[0] or None).split())
+        run.say(f"ppo: the environment {config.environment.factory.rpartition('/')[2]} begins with {short(text)}")
+    return PPOInputs(rows, evaluation, {}, None)
+
+
+def make_environments(run: Run, roles: Roles, count: int, say: Callable[[str], None]) -> TextEnvironments:
+    """Returns `count` environments of the run. Raises `UserError` if they cannot be made."""
+    config, stops = run.config.ppo, run.config.ppo.sampling.stop_tokens
+    stops = roles.base.config.stop_tokens if stops is None else stops
+    limits = config.max_prompt_tokens, config.overflow
+    return TextEnvironments(config.environment, count, roles.tokenizer, stops, *limits, say)
+
+
+def _load_prompts_and_rewards(run: Run, roles: Roles) -> PPOInputs:
+    """Reads prompts and rewards, and tries the rewards out. Raises `UserError` if they are invalid."""
+    config = run.config.ppo
     products, time = run.config.model.matmul_precision, roles.tokenizer.chats.time
     rewards = load_rewards(config.reward, run.mesh, "ppo.reward", run.say, time, products)
     gold = FunctionReward(config.gold, "ppo.gold") if config.gold is not None else None
@@ -116,12 +162,7 @@ def load(run: Run, roles: Roles) -> PPOInputs:
     if processes.is_first():
         tried = {f"ppo.reward.parts.{name}" if name else "ppo.reward": reward for name, (reward, _) in rewards.items()}
         try_rewards(tried | {"ppo.gold": gold}, first, roles.tokenizer, config.sampling.choices)
-    pretraining = _load_pretraining(run, roles)
-    inputs = PPOInputs(prompts, evaluation, rewards, gold, choices, policy, reference, pretraining)
-    _check_kinds(run, inputs)
-    if "sft" not in run.config.stages:  # if sft runs first, its adapter does not exist yet
-        jax.eval_shape(lambda: starting_reference(run, roles, inputs, starting_policy(run, roles, inputs)))
-    return inputs
+    return PPOInputs(prompts, evaluation, rewards, gold, choices)
 
 
 def _load_prompts(
@@ -165,6 +206,11 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     If rollout and update have meshes of their own, the base moves from the mesh of the run to these two meshes. So no
     device holds the base twice.
     """
+    with contextlib.ExitStack() as stack:
+        return _train(run, roles, inputs, stack)
+
+
+def _train(run: Run, roles: Roles, inputs: PPOInputs, stack: contextlib.ExitStack) -> Roles:
     config = run.config.ppo
     rollout_mesh, run = _on_meshes(run)
     roles.base = shard(run.mesh, roles.base)
@@ -178,12 +224,7 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     update_config = _with_defaults(config, start, value)
     run.say(f"ppo: {_update_text(update_config, start, value)}")
 
-    def model_reward(part: ModelRewardConfig) -> ModelReward:
-        adapter, steps = shard(run.mesh, roles.adapters["reward"]), (granularity_of(part), part.step_reward)
-        return ModelReward(roles.base, adapter, run.mesh, update_config.microbatch_size, *steps)
-
-    reward = compose(inputs.rewards, model_reward)
-    sampler = Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold), rollout_mesh, inputs.choices)
+    sampler = _sampler(run, roles, inputs, update_config, rollout_mesh, stack)
     ppo = init_ppo(start, value, update_config)
     iteration = Iteration(run, roles, sampler, update_config, ppo, reference, inputs.pretraining, inputs.choices)
     refreshed = reference if config.refresh_reference else None
@@ -230,6 +271,31 @@ def train(run: Run, roles: Roles, inputs: PPOInputs) -> Roles:
     if processes.is_first():
         print(comparison(results))
     return dataclasses.replace(roles, adapters=roles.adapters | trained)
+
+
+def _sampler(
+    run: Run,
+    roles: Roles,
+    inputs: PPOInputs,
+    update: PPOConfig,
+    mesh: jax.sharding.Mesh,
+    stack: contextlib.ExitStack,
+) -> Sampler:
+    """Returns what samples and scores: completions, or episodes. `stack` closes the environments."""
+    config = run.config.ppo
+    if config.environment is not None:
+        environments = None
+        if processes.is_first():
+            count = config.batch_size * config.sampling.samples_per_prompt
+            environments = stack.enter_context(contextlib.closing(make_environments(run, roles, count, run.say)))
+        return EpisodeSampler(run, roles, environments)
+
+    def model_reward(part: ModelRewardConfig) -> ModelReward:
+        adapter, steps = shard(run.mesh, roles.adapters["reward"]), (granularity_of(part), part.step_reward)
+        return ModelReward(roles.base, adapter, run.mesh, update.microbatch_size, *steps)
+
+    reward = compose(inputs.rewards, model_reward)
+    return Sampler(run, roles, reward, inputs.gold and on_first(inputs.gold), mesh, inputs.choices)
 
 
 def _on_meshes(run: Run) -> tuple[jax.sharding.Mesh, Run]:
