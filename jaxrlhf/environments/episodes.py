@@ -49,6 +49,7 @@ class Result:
     """What an environment returned, as values of JSON. A failed episode has only `failed`."""
 
     text: str = ""  # the observation, for people
+    action: str = ""  # the text of the policy's turn before it
     ids: list[int] = dataclasses.field(default_factory=list)  # its tokens, if a turn of the policy follows
     reward: float = 0.0
     terminated: bool = False
@@ -176,7 +177,7 @@ class TextEnvironments:
                 "raise it, or set ppo.overflow: cut"
             )
         text = observation if isinstance(observation, str) and len(kept) == len(ids) else self.tokenizer.decode(kept)
-        return Result(text, [int(token) for token in kept])
+        return Result(text, ids=[int(token) for token in kept])
 
     def _next(self, i: int, answer: Any, turn: Turn, action: str) -> Result:
         """Returns the result of a step."""
@@ -189,7 +190,8 @@ class TextEnvironments:
         if not isinstance(info, dict):
             raise UserError(f"step: info must be a dict, not {short(info)}")
         _check_observation(observation, "step")
-        result = Result(_text_of(observation), [], float(reward), bool(terminated), bool(truncated), _success(info))
+        ends = bool(terminated), bool(truncated)
+        result = Result(_text_of(observation), action, [], float(reward), *ends, _success(info))
         if terminated or truncated or turn.last:
             return result
         result.ids = self._ids_after(i, observation, turn, action)

@@ -34,6 +34,7 @@ from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.rollout.sampling import truncates
 from jaxrlhf.stages.checks import check_adapter, check_slots, rate_text, with_optimizers
 from jaxrlhf.stages.choices import load_choices, prompts_of
+from jaxrlhf.stages.episodes import make_environments
 from jaxrlhf.stages.evaluation import Evaluated, check_results, comparison
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
@@ -125,18 +126,17 @@ def _load_episodes(run: Run, roles: Roles) -> PPOInputs:
         run.say(f"ppo: {rows.report}")
     load_function(config.environment.factory, "ppo.environment.factory")
     if processes.is_first():
-        with contextlib.closing(make_environments(run, roles, 1, lambda line: None)) as environments:
+        with _environments(run, roles, 1, lambda line: None) as environments:
             text = " ".join(environments.try_out(run.config.seed, rows.columns[0] or None).split())
         run.say(f"ppo: the environment {config.environment.factory.rpartition('/')[2]} begins with {short(text)}")
     return PPOInputs(rows, evaluation, {}, None)
 
 
-def make_environments(run: Run, roles: Roles, count: int, say: Callable[[str], None]) -> TextEnvironments:
-    """Returns `count` environments of the run. Raises `UserError` if they cannot be made."""
-    config, stops = run.config.ppo, run.config.ppo.sampling.stop_tokens
-    stops = roles.base.config.stop_tokens if stops is None else stops
-    limits = config.max_prompt_tokens, config.overflow
-    return TextEnvironments(config.environment, count, roles.tokenizer, stops, *limits, say)
+def _environments(
+    run: Run, roles: Roles, count: int, say: Callable[[str], None]
+) -> contextlib.closing[TextEnvironments]:
+    """Returns a context with environments. They are closed at its end."""
+    return contextlib.closing(make_environments(run.config.ppo, roles.base, roles.tokenizer, count, say))
 
 
 def _load_prompts_and_rewards(run: Run, roles: Roles) -> PPOInputs:
@@ -287,7 +287,7 @@ def _sampler(
         environments = None
         if processes.is_first():
             count = config.batch_size * config.sampling.samples_per_prompt
-            environments = stack.enter_context(contextlib.closing(make_environments(run, roles, count, run.say)))
+            environments = stack.enter_context(_environments(run, roles, count, run.say))
         return EpisodeSampler(run, roles, environments)
 
     def model_reward(part: ModelRewardConfig) -> ModelReward:
