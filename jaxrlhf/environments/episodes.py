@@ -56,6 +56,7 @@ class Result:
     truncated: bool = False
     success: float | None = None
     failed: str | None = None  # why the episode is lost
+    prompt: str = ""  # a first observation as a prompt of a data set: a chat as the text of its tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ class TextEnvironments:
                 "raise it, or set ppo.overflow: cut"
             )
         text = observation if isinstance(observation, str) and len(kept) == len(ids) else self.tokenizer.decode(kept)
-        return Result(text, ids=[int(token) for token in kept])
+        return Result(_text_of(observation), ids=[int(token) for token in kept], prompt=text)
 
     def _next(self, i: int, answer: Any, turn: Turn, action: str) -> Result:
         """Returns the result of a step."""

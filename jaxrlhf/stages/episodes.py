@@ -47,7 +47,7 @@ class _Episode:
     """One row while it is sampled."""
 
     def __init__(self, first: Result) -> None:
-        self.prompt = first.ids
+        self.prompt, self.prompt_text = first.ids, first.prompt
         self.ids: list[int] = []  # tokens after the prompt
         self.own: list[bool] = []  # whether they are the policy's
         self.logprobs: list[float] = []
@@ -208,7 +208,7 @@ class Player:
         rollout = shard_batch(self.mesh, Rollout(tokens, mask, own, logprobs, ended, temperature))
         return Episodes(
             rollout=rollout,
-            prompts=[episode.conversation[0]["text"] for episode in episodes],
+            prompts=[episode.prompt_text for episode in episodes],
             rows=rows,
             tokenizer=self.tokenizer,
             metrics=_metrics(episodes, rewards, own, mask[:, P:]),
