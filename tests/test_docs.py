@@ -21,6 +21,7 @@ from jaxrlhf.data.tokenizers import build_word_tokenizer
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.stages.ppo.checks import check_algorithm
+from jaxrlhf.stages.run import run_stages
 from jaxrlhf.toy.world import VOCABULARY
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,25 @@ def test_control_page_runs_as_printed(tmp_path, monkeypatch):
     assert names["terminated"] and names["obs"][0] == 10  # the corridor is learnt
     pytest.importorskip("gymnasium")
     exec(compile(first.replace("100_000", "256"), "control", "exec"), names)
+
+
+def test_environments_page_runs_as_printed(tmp_path, monkeypatch):
+    """The example plays and learns for two iterations, with a small model that knows its words."""
+    game, check = blocks(ROOT / "docs" / "environments.md", "python")
+    (settings,) = blocks(ROOT / "docs" / "environments.md", "yaml")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(game, "guess", "exec"), names)
+    exec(compile(check, "environments", "exec"), names)
+    (tmp_path / "guess.py").write_text(game)
+    tokenizer = build_word_tokenizer(["guess", "a", "digit", ":", "no", "higher", "lower", *map(str, range(10))])
+    config = DecoderConfig(tokenizer.vocab_size, 16, 16, 1, 2, 1, 8, 64, stop_tokens=(tokenizer.eos_id,), pad_token=0)
+    jaxrlhf.save_pretrained("model", Decoder(config, jax.random.key(0)), tokenizer=tokenizer)
+    (tmp_path / "config.yaml").write_text("run_dir: run\nmodel: {path: model}\n" + settings)
+    few = ["ppo.iterations=2", "ppo.batch_size=8", "ppo.evaluation.prompts=8", "adapter.target_modules=[q_proj]"]
+    run_stages(load_config(tmp_path / "config.yaml", few))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["environment/failed"] == 0 and 1 < last["environment/turns"] <= 4
 
 
 @each("yaml")

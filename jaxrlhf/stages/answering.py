@@ -1,4 +1,4 @@
-"""The completions of a role in the evaluate command (sampled, or the most probable choices), and their metrics.
+"""The completions of a role in the evaluate command (sampled, episodes, or the most probable choices), and their metrics.
 
 Shapes: N prompts, B rows per batch, C choices.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
+from jaxrlhf.environments.episodes import TextEnvironments
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.choice_logprobs import Paths, choice_logprobs
 from jaxrlhf.models.choices import Choices
@@ -23,6 +24,7 @@ from jaxrlhf.records import Adapter, Prompts, Rollout
 from jaxrlhf.rewards.completions import Completions, summed
 from jaxrlhf.rewards.composed import ComposedReward
 from jaxrlhf.stages.choices import on_mesh, trie
+from jaxrlhf.stages.episodes import Episodes, Player, episode_seeds
 from jaxrlhf.stages.evaluation_inputs import Inputs
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.programs import rollout_program
@@ -62,9 +64,8 @@ class Sampler:
         rows: dict[str, list[np.ndarray]] = {}
         prompts = self.inputs.prompts
         for start, numbers, real in batches(prompts, self.inputs.batch_size):
-            rollout, kl, of_choices = self._complete(base, adapter, prompts, numbers, start)
-            completions = _completions(prompts, numbers, rollout, self.tokenizer)
-            mask, ended = fetch((rollout.response_mask, rollout.ended))
+            completions, kl, of_choices = self._completed(base, adapter, prompts, numbers, start)
+            mask, ended = fetch((completions.rollout.response_mask, completions.rollout.ended))
             found = self._scores(completions) | {"length/mean": mask.sum(axis=1), "length/eos_share": ended} | kl
             for name, values in found.items():
                 rows.setdefault(name, []).append(values[:real])
@@ -73,20 +74,31 @@ class Sampler:
         rows = {name: np.ma.concatenate(parts) for name, parts in rows.items()}
         return Answers(texts, rows, np.concatenate(logprobs) if logprobs else None)
 
-    def _complete(
+    def _completed(
         self, base: Decoder, adapter: Adapter | None, prompts: PromptSet, numbers: np.ndarray, start: int
-    ) -> tuple[Rollout, dict[str, np.ndarray], np.ndarray | None]:
+    ) -> tuple[Completions, dict[str, np.ndarray], np.ndarray | None]:
         """Returns the completions of the prompts with the indices `numbers`, with KL and logprobs.
 
         The result is (completions, KL [B] by metric name, logprobs of the choices f64[B,C] or None).
         """
+        rollout, kl, of_choices = self._complete(base, adapter, prompts, numbers, start)
+        return _completions(prompts, numbers, rollout, self.tokenizer), kl, of_choices
+
+    def _complete(
+        self, base: Decoder, adapter: Adapter | None, prompts: PromptSet, numbers: np.ndarray, start: int
+    ) -> tuple[Rollout, dict[str, np.ndarray], np.ndarray | None]:
+        """Returns the same as `_completed`, with the rollout of the completions."""
         key = key_for(self.seed, "evaluate", start, "rollout")
         tokens = shard_batch(self.mesh, prompts.padded(numbers))
         rollout = self.rollout(base, adapter, tokens, key, self.inputs.sampling)
+        return rollout, self._kl(base, adapter, rollout), None
+
+    def _kl(self, base: Decoder, adapter: Adapter | None, rollout: Rollout) -> dict[str, np.ndarray]:
+        """Returns the KL to the reference of each completion, as a metric; no metric without a reference."""
         if self.inputs.reference is None:
-            return rollout, {}, None
+            return {}
         sums = [self.logprobs(*model, rollout) for model in ((base, adapter), self.inputs.reference)]
-        return rollout, {"kl/k1": np.subtract(*fetch(sums)).astype(np.float64)}, None
+        return {"kl/k1": np.subtract(*fetch(sums)).astype(np.float64)}
 
     def _scores(self, completions: Completions) -> dict[str, np.ndarray]:
         """Returns the scores [B] of the reward, its parts and the gold function.
@@ -103,6 +115,30 @@ class Sampler:
             found["reward/gold"] = self.inputs.gold(completions)
         found = {name: values if isinstance(values, np.ndarray) else fetch(values) for name, values in found.items()}
         return {name: summed(values) for name, values in found.items()}
+
+
+class EpisodeSampler(Sampler):
+    """Plays an episode for each prompt. Every role plays in the same environments, with the same seeds."""
+
+    def __init__(self, inputs: Inputs, mesh, base: Decoder, tokenizer, seed: int, environments: TextEnvironments):
+        super().__init__(inputs, mesh, base, tokenizer, seed)
+        self.player = Player(inputs.environment, mesh, self.rollout, base, tokenizer, environments)
+        self.seeds = episode_seeds(key_for(seed, "evaluate", 0, "episodes"), len(inputs.prompts))
+
+    def _completed(
+        self, base: Decoder, adapter: Adapter | None, prompts: PromptSet, numbers: np.ndarray, start: int
+    ) -> tuple[Episodes, dict[str, np.ndarray], None]:
+        key = key_for(self.seed, "evaluate", start, "rollout")
+        # The samples of a prompt are adjacent, and play with one seed.
+        seeds = self.seeds[numbers - numbers % self.inputs.group].tolist()
+        player = dataclasses.replace(self.player, base=base)
+        episodes = player.play(adapter, [prompts.columns[i] for i in numbers], seeds, key)
+        for i, text in zip(numbers, episodes.prompts):
+            prompts.texts[i] = text or prompts.texts[i]  # known only now; the same for every role
+        return episodes, self._kl(base, adapter, episodes.rollout), None
+
+    def _scores(self, completions: Episodes) -> dict[str, np.ndarray]:
+        return dict(completions.metrics)
 
 
 class Chooser(Sampler):

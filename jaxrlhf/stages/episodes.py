@@ -204,7 +204,7 @@ class Player:
                 for place, reward in episode.rewards.items():
                     rewards[i, place] = reward
         ended = np.array([e.terminated and e.stopped and e.failed is None for e in episodes])
-        temperature = np.full(B, sampling.temperature, np.float32)
+        temperature = np.full(B, sampling.temperature or 1.0, np.float32)
         rollout = shard_batch(self.mesh, Rollout(tokens, mask, own, logprobs, ended, temperature))
         return Episodes(
             rollout=rollout,

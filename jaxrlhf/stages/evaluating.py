@@ -5,6 +5,7 @@ with extra rows, and their results are dropped. Shapes: N prompts, B rows per ba
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -30,8 +31,9 @@ from jaxrlhf.evaluation.probabilities import fit_temperature, label_probabilitie
 from jaxrlhf.models.precision import compiler_options
 from jaxrlhf.models.sharding import shard
 from jaxrlhf.rewards.completions import abstained_rows
-from jaxrlhf.stages.answering import Answers, Chooser, Sampler
+from jaxrlhf.stages.answering import Answers, Chooser, EpisodeSampler, Sampler
 from jaxrlhf.stages.candidates import Model, load_candidates, sampling_of
+from jaxrlhf.stages.episodes import make_environments
 from jaxrlhf.stages.evaluation_inputs import Inputs, Pairs, judged, load_inputs
 from jaxrlhf.steps.sft import sft_row_losses
 
@@ -53,16 +55,22 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     temperatures: dict[str, float] = {}  # by role; fitted
     of_text: dict[str, Metrics] = {}
     cache = AUTO if config is None else config.compilation_cache
-    with cached_programs(cache, lambda text: print(printable(text), file=sys.stderr)):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cached_programs(cache, lambda text: print(printable(text), file=sys.stderr)))
         if inputs.prompts is not None:
-            kind = Sampler if inputs.choices is None else Chooser
-            sampler = kind(inputs, mesh, roles.base, roles.tokenizer, arguments.seed)
+            common = (inputs, mesh, roles.base, roles.tokenizer, arguments.seed)
+            if inputs.environment is not None:
+                made = make_environments(inputs.environment, roles.base, roles.tokenizer, size, _progress)
+                sampler = EpisodeSampler(*common, stack.enter_context(contextlib.closing(made)))
+            else:
+                sampler = (Sampler if inputs.choices is None else Chooser)(*common)
             for role, model in chosen.items():
                 answers[role] = sampler.answers(*model)
                 if inputs.validation is not None:
                     rows, labels = inputs.validation
                     temperatures[role] = fit_temperature(sampler.logprobs_of(*model, rows), labels)
-                _progress(f"{role}: {len(inputs.prompts)} completions")
+                what = "completions" if inputs.environment is None else "episodes"
+                _progress(f"{role}: {len(inputs.prompts)} {what}")
         if inputs.text is not None:
             program = Program(sft_row_losses, "sft_row_losses", mesh, compiler_options(roles.base))
             for role, model in chosen.items():
@@ -105,7 +113,7 @@ def _metrics(answers: Answers, inputs: Inputs, temperature: float | None) -> lis
     for name, values in answers.rows.items():
         abstained = abstained_rows(values)
         found.append(mean(name, np.ma.getdata(values), ~abstained))
-        if abstained.any():
+        if abstained.any() and not name.startswith("environment/"):
             found.append(mean(f"{name}_abstained", abstained))
     found += [task(answers.texts) for task in inputs.tasks]
     if inputs.labels is not None:

@@ -12,12 +12,22 @@ import jax
 import numpy as np
 import pydantic
 
-from jaxrlhf.config import DemonstrationsConfig, ModelRewardConfig, PromptsConfig, RewardConfig, RunConfig, Sampling
+from jaxrlhf.config import (
+    DemonstrationsConfig,
+    ModelRewardConfig,
+    PPOStageConfig,
+    PromptsConfig,
+    RewardConfig,
+    RunConfig,
+    Sampling,
+)
 from jaxrlhf.config.faults import explain
 from jaxrlhf.config.paths import function_path
 from jaxrlhf.config.reading import parse_yaml
+from jaxrlhf.data.episode_rows import load_episode_rows
 from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.prompts import PromptSet, load_prompts
+from jaxrlhf.data.report import LoadReport
 from jaxrlhf.data.sft import SFTData, load_demonstrations
 from jaxrlhf.data.templates import format_of
 from jaxrlhf.errors import UserError
@@ -57,6 +67,8 @@ class Inputs:
     choices: ChoiceTokens | None = None  # the tokens of each choice
     labels: np.ndarray | None = None  # i64[N]; number of the right choice, -1 if unknown; None without classification
     validation: tuple[PromptSet, np.ndarray] | None = None  # prompts and labels from which temperatures are fitted
+    environment: PPOStageConfig | None = None  # plays episodes, whose rows are the columns of the prompts
+    group: int = 1  # samples per prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +113,10 @@ def load_inputs(
             )
         notice("this run has no reward model, so no reward is measured; --reward sets a reward")
         reward = None
-    prompts = _prompts(arguments, config, roles, sampling)
+    environment = None
+    if ppo is not None and ppo.environment is not None and arguments.data is None:
+        environment = ppo.model_copy(update={"sampling": sampling})
+    prompts = _prompts(arguments, config, roles, sampling) if environment is None else _episodes(arguments, ppo)
     text, text_path = _text(arguments, config, roles, batch_size)
     if prompts is None and text is None:
         raise UserError("there is nothing to evaluate on; give prompts with --data, or held-out text with --text")
@@ -132,8 +147,8 @@ def load_inputs(
     elif asked := [name for name in ("task", "judge", "reward", "gold", "calibrate") if getattr(arguments, name)]:
         raise UserError(f"--{asked[0]}: needs prompts; give --data")
     reference = None if config is None or prompts is None else _reference(config, roles, mesh)
-    of_choices = (answers, labels, validation)
-    return Inputs(prompts, text, text_path, batch_size, reward, gold, judge, reference, tasks, sampling, *of_choices)
+    more = (answers, labels, validation, environment, arguments.samples_per_prompt)
+    return Inputs(prompts, text, text_path, batch_size, reward, gold, judge, reference, tasks, sampling, *more)
 
 
 def _labels(
@@ -191,6 +206,28 @@ def _prompts(
     else:
         return None
     return _load_prompts(data, arguments, config, roles, sampling)
+
+
+def _episodes(arguments: argparse.Namespace, ppo: PPOStageConfig) -> PromptSet:
+    """Returns prompts that stand for the episodes of a run's environment: their texts are known when they are played.
+
+    There is one episode, or `--samples-per-prompt` of them, for each row of the data; without data, for each of
+    `ppo.evaluation.prompts` seeds. `--limit` is another number. Raises `UserError` for options that need prompts.
+    """
+    for name in ("task", "judge", "reward", "gold", "calibrate", "choices"):
+        if getattr(arguments, name):
+            raise UserError(
+                f"--{name}: is about completions of prompts, but the run has an environment (ppo.environment), which "
+                "gives the rewards; leave it out, or give prompts with --data"
+            )
+    rows, path = load_episode_rows(ppo.evaluation.data or ppo.data), ppo.environment.factory
+    count = arguments.limit or (ppo.evaluation.prompts if rows.report is None else len(rows))
+    if rows.report is not None:
+        notice(str(rows.report))
+    columns = [rows.columns[i % len(rows)] for i in range(count) for _ in range(arguments.samples_per_prompt)]
+    N = len(columns)
+    ids = [np.zeros(1, np.int32)] * N
+    return PromptSet(ids, [""] * N, [None] * N, columns, ppo.max_prompt_tokens, None, LoadReport(path, N))
 
 
 def _file(

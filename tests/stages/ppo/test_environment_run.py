@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxrlhf.cli.evaluate import evaluate, parse
 from jaxrlhf.config import PPOStageConfig, RunConfig
 from jaxrlhf.errors import Fault, UserError
 from jaxrlhf.stages.ppo.checks import check_algorithm
@@ -122,18 +123,24 @@ def test_an_episode_of_one_turn_gives_the_bits_of_a_completion(start):
             assert sample == episode
 
 
-def test_a_run_that_ends_goes_on_to_the_same_bits(start):
+SETTINGS = {"turns": 3, "score": {"normalise": "running"}, "advantage": {"gamma": 0.9, "gamma_per": "turn"}}
+
+
+@pytest.fixture(scope="module")
+def whole(start):
+    return start("whole", "Animals", **SETTINGS)
+
+
+def test_a_run_that_ends_goes_on_to_the_same_bits(start, whole):
     """Rewards of turns, failures and running normalisation included."""
-    settings = {"turns": 3, "score": {"normalise": "running"}, "advantage": {"gamma": 0.9, "gamma_per": "turn"}}
-    whole = start("whole", "Animals", **settings)
     (start.folder / "calls").write_text("")
     (start.folder / "down").touch()
     with pytest.raises(Fault, match=r"all 8 episodes of a rollout failed.*no answer"):
-        start("ended", "Animals", **settings)
+        start("ended", "Animals", **SETTINGS)
     reached = len(lines(start.folder / "ended"))
     assert reached == 3, "one iteration after the last checkpoint"
     (start.folder / "down").unlink()
-    ended = start("ended", "Animals", **settings)
+    ended = start("ended", "Animals", **SETTINGS)
     without = ("compiles",)
     assert metrics(whole, *without) == metrics(ended, *without)
     same_weights(whole, ended)
@@ -143,6 +150,29 @@ def test_a_run_that_ends_goes_on_to_the_same_bits(start):
     assert all(line["gap/logprob_max"] < 1e-5 for line in seen), "sampled turn by turn, scored in one pass"
     assert any(line["environment/turns"] > 1 for line in seen)
     assert {line["compiles/update"] for line in seen} == {1}
+
+
+def test_evaluate_plays_the_same_episodes_with_every_role(whole, tmp_path, capsys):
+    """Ten episodes in batches of eight; failed ones are left out; the same command gives the same."""
+    options = ["--run", str(whole), "--limit", "10", "--resamples", "50"]
+    reports = []
+    for name in ("one", "two"):
+        files = ["--json", str(tmp_path / f"{name}.json"), "--samples", str(tmp_path / f"{name}.jsonl")]
+        evaluate(parse([*options, *files]))
+        reports.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    assert reports[0] == reports[1] and reports[0]["prompts"]["rows"] == 10
+    records = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    for role in ("base", "policy"):
+        found = reports[0]["roles"][role]
+        answers = [record["answers"][role] for record in records]
+        kept = [answer for answer in answers if not answer["environment/failed"]]
+        assert 0 < len(kept) < 10
+        for metric in ("environment/success", "environment/turns", "environment/return"):
+            mean = np.mean([answer[metric] for answer in kept])
+            assert found[metric]["value"] == pytest.approx(mean) and found[metric]["low"] <= mean
+    assert all(record["prompt"] in ("the cow", "the dog says", "a cat") for record in records)
+    with pytest.raises(UserError, match=r"--task: is about completions of prompts, but the run has an environment"):
+        evaluate(parse([*options, "--task", "exact_match"]))
 
 
 DATA = {"data": {"path": "builtin:assistant-prompts"}}
