@@ -1,4 +1,4 @@
-"""The completions of a role in the evaluate command (sampled, episodes, or the most probable choices), and their metrics.
+"""The completions of a role in the evaluate command: sampled, episodes, or the most probable choices; with metrics.
 
 Shapes: N prompts, B rows per batch, C choices.
 """
