@@ -27,7 +27,8 @@ from jaxrlhf.toy.world import VOCABULARY
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TASKS = sorted((ROOT / "docs" / "tasks").glob("*.md"))
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *TASKS]
+ENVIRONMENTS = sorted((ROOT / "docs" / "environments").glob("*.md"))
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *TASKS, *ENVIRONMENTS]
 
 
 def spans(page):
@@ -112,6 +113,14 @@ def test_choices_page_runs_as_printed():
     names = {}
     exec(compile(block, "choices", "exec"), names)
     assert {tuple(row[:2].tolist()) for row in names["samples"].tokens[:, 2:]} <= {(5, 2), (6, 7), (6, 2)}
+
+
+@pytest.mark.parametrize("page", [*ENVIRONMENTS, ROOT / "docs" / "tools.md"], ids=lambda page: page.stem)
+def test_environment_pages_print_what_they_show(page, capsys):
+    names = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+    assert "".join(blocks(page, "text")[:1]) == capsys.readouterr().out
 
 
 def test_control_page_runs_as_printed(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from typing import Any
 MAX_CHARS = 200  # of an expression
 MAX_BITS = 1024  # of a whole number
 _ALLOWED = re.compile(r"[\d\s.,()+\-*/%^×÷eEa-z]*")
+# Python's parser warns about a letter right after a number (`1and 2`), which is no arithmetic.
+_JOINED = re.compile(r"\d(?![eE][+-]?\d)[A-Za-z]")
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -46,7 +48,7 @@ def evaluate(expression: str) -> int | float:
     """
     if len(expression) > MAX_CHARS:
         raise ValueError(f"the expression has {len(expression)} characters; at most {MAX_CHARS} are allowed")
-    if not _ALLOWED.fullmatch(expression):
+    if not _ALLOWED.fullmatch(expression) or _JOINED.search(expression):
         raise ValueError("the expression must have only numbers, + - * / // % **, parentheses and known functions")
     text = expression.replace("^", "**").replace("×", "*").replace("÷", "/").strip()
     try:

@@ -73,7 +73,7 @@ class OpenEnvGame:
 def play(env, seed=5):
     messages, _ = env.reset(seed=seed, options={"level": "easy"})
     texts, done = [messages[0]["content"]], False
-    low, high = 1, 20
+    low, high = 1, 30
     while not done:
         guess = (low + high) // 2
         (message,), reward, done, truncated, info = env.step(str(guess))
@@ -92,7 +92,7 @@ def test_openenv_by_http(serve):
 
     env = OpenEnv(serve(answer))
     texts, reward, truncated, info = play(env)
-    assert texts[0] == "guess a number from 1 to 20" and texts[-1] == "right"
+    assert texts[0] == "guess a number from 1 to 30" and texts[-1] == "right"
     assert (reward, truncated, info) == (1.0, False, {"success": True, "metadata": {"success": True}})
     assert game.parameters == {"level": "easy"}
     assert find_problems(env) == ([], [])

@@ -1,7 +1,7 @@
 """Connect-Four as text. The player who moves first can always win (Allis 1988, "A Knowledge-based Approach").
 
 Minimax looks `depth` moves ahead and then counts the lines that each player can still fill, so it can be beaten. The
-demonstrations play against the search of one move and take the best move in a tenth of their turns.
+demonstrations play against the search of one move and take the best move in a quarter of their turns.
 """
 
 from jaxrlhf.toy.games.board_game import SAID, BoardGame, Player, demonstrator
@@ -20,7 +20,7 @@ LINES = tuple(
     if (line := sum(1 << cell + i * step for i in range(4))) & FULL == line
 )
 WORTH = (0, 1, 5, 25)  # of a line with so many cells of one player and none of the other
-KNOWS = 0.1  # share of the moves of a demonstration that are the best
+KNOWS = 0.25  # share of the moves of a demonstration that are the best
 
 
 class ConnectFour(BoardGame):
@@ -56,7 +56,7 @@ class ConnectFour(BoardGame):
 
 TASK = demonstrations(
     lambda: ConnectFour("minimax", depth=1),
-    demonstrator(KNOWS),
+    {demonstrator(KNOWS): 1.0},
     (*SAID, "/ .", *(str(column) for column in range(1, COLUMNS + 1))),
     {"train": 1000, "validation": 100, "test": 200},
 )

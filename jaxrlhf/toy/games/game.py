@@ -14,6 +14,7 @@ import numpy as np
 from jaxrlhf.toy.tasks.task import Random, Row, Task, words_of
 
 Messages = list[dict[str, str]]
+Player = Callable[[Any, Random], str]
 Step = tuple[Messages, float, bool, bool, dict[str, Any]]
 
 # The chat template of the games' tokenizer. A turn of the assistant ends with <eos>, and no turn depends on later ones.
@@ -87,19 +88,18 @@ def play_episode(
 
 
 def demonstrations(
-    make: Callable[[], Any], policy: Callable[[Any, Random], str], words: tuple[str, ...], rows: dict[str, int],
-    draw_options: Callable[[Random], Row] | None = None,
-) -> Task:  # fmt: skip
-    """Returns the builtin data of a game: chats of episodes that a policy plays.
+    make: Callable[[], Any], players: dict[Player, float], words: tuple[str, ...], rows: dict[str, int]
+) -> Task:
+    """Returns the builtin data of a game: chats of episodes.
 
-    A row has `messages`, which end with the last action, and `success`. `policy` takes the environment and random
-    numbers. Rows with equal messages are in the same split.
+    A row has `messages`, which end with the last action, and `success`. `players` are functions of the environment and
+    random numbers, each with its share of the episodes. Rows with equal messages are in the same split.
     """
 
     def draw(rng: Random) -> Row:
-        options = None if draw_options is None else draw_options(rng)
+        act = list(players)[int(rng.choice(len(players), p=list(players.values())))]
         seed = int(rng.integers(2**31))
-        messages, _, info = play_episode(make(), lambda env: policy(env, rng), seed, options)
+        messages, _, info = play_episode(make(), lambda env: act(env, rng), seed)
         while messages[-1]["role"] != "assistant":
             messages.pop()
         return {"messages": messages, "success": info["success"]}

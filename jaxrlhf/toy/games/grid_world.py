@@ -94,7 +94,7 @@ def demonstrator(env: GridWorld, rng: Random) -> str:
 
 TASK = demonstrations(
     GridWorld,
-    demonstrator,
+    {demonstrator: 1.0},
     (*MOVES, "goal you are at ways no way say a direction there", *(str(n) for n in range(1, LARGEST + 1))),
     {"train": 2000, "validation": 200, "test": 500},
 )

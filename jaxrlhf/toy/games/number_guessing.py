@@ -1,7 +1,7 @@
 """Number guessing: find a number by guesses that are answered with higher or lower. The best success is 1.
 
-Bisection finds a number of 1 to N in floor(log2 N) + 1 guesses at most. The demonstrations bisect in a tenth of the
-guesses and else guess without listening, so few of them succeed.
+Bisection finds a number of 1 to N in floor(log2 N) + 1 guesses at most. A tenth of the demonstrations bisect, and the
+others guess without listening, so few of them succeed.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from jaxrlhf.toy.games.game import Game, demonstrations
 from jaxrlhf.toy.tasks.task import Random
 
 LARGEST = 100
-BISECTS = 0.1  # share of the guesses of a demonstration that bisect
+BISECT = 0.1  # share of the demonstrations
 SAID = ("higher", "lower", "right", "say a number")
 
 
@@ -20,7 +20,7 @@ class NumberGuessing(Game):
     An action is a number. Any other action is a lost guess.
     """
 
-    def __init__(self, numbers: int = 20, guesses: int = 5) -> None:
+    def __init__(self, numbers: int = 30, guesses: int = 6) -> None:
         if not (1 <= numbers <= LARGEST and guesses >= 1):
             raise ValueError(f"numbers must be 1 to {LARGEST} and guesses at least 1, not {numbers} and {guesses}")
         self.numbers, self.guesses = numbers, guesses
@@ -50,14 +50,14 @@ def best_action(env: NumberGuessing) -> str:
     return str((env.low + env.high) // 2)
 
 
-def demonstrator(env: NumberGuessing, rng: Random) -> str:
-    """Returns the action of an imperfect expert."""
-    return best_action(env) if rng.random() < BISECTS else str(1 + int(rng.integers(env.numbers)))
+def random_action(env: NumberGuessing, rng: Random) -> str:
+    """Returns a guess that does not depend on what was said."""
+    return str(1 + int(rng.integers(env.numbers)))
 
 
 TASK = demonstrations(
     NumberGuessing,
-    demonstrator,
+    {lambda env, rng: best_action(env): BISECT, random_action: 1 - BISECT},
     ("guess a number from to", *SAID, *(str(n) for n in range(1, LARGEST + 1))),
     {"train": 2000, "validation": 200, "test": 500},
 )

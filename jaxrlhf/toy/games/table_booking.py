@@ -86,7 +86,7 @@ def demonstrator(env: TableBooking, rng: Random) -> str:
 
 TASK = demonstrations(
     TableBooking,
-    demonstrator,
+    {demonstrator: 1.0},
     (OPENING, ANSWER.format(""), CHANGE.format("", ""), REPEATED, CONFUSED, GONE, WRONG, DONE, "book",
      *QUESTIONS.values(), *(value for values in SLOTS.values() for value in values)),
     {"train": 3000, "validation": 200, "test": 500},

@@ -48,7 +48,7 @@ def _best_actions(own: int, other: int) -> tuple[str, ...]:
 
 TASK = demonstrations(
     lambda: TicTacToe("minimax"),
-    demonstrator(KNOWS),
+    {demonstrator(KNOWS): 1.0},
     (*SAID, "/", *(str(cell) for cell in range(1, 10))),
     {"train": 2000, "validation": 200, "test": 500},
 )

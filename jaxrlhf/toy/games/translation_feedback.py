@@ -60,7 +60,7 @@ def demonstrator(env: TranslationFeedback, rng: Random) -> str:
 
 TASK = demonstrations(
     TranslationFeedback,
-    demonstrator,
+    {demonstrator: 1.0},
     (*SAID, MISSING, *COUNTS, *(word for word in translation.TASK.words if word != "=>")),
     {"train": 3000, "validation": 200, "test": 500},
 )

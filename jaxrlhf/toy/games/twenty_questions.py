@@ -2,7 +2,7 @@
 
 A question is for a property ("is it an animal ?") or for a subject ("is it a dog ?"). The game ends with the right
 subject. `fewest_questions` gives the number that always suffices: 8 (by search over all ways to play). So the best
-success is 1 with 8 or more questions. The demonstrations ask a useful question in a part of the turns only.
+success is 1 with 8 or more questions. An eighth of the demonstrations ask the best questions; the others ask at random.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ from jaxrlhf.toy.facts import TOPICS
 from jaxrlhf.toy.games.game import Game, demonstrations
 from jaxrlhf.toy.tasks.task import Random, pick
 
-USEFUL = 0.25  # share of the questions of a demonstration that are the best by what is known
+USEFUL = 0.125  # share of the demonstrations with the best questions
 
 
 def _subject(topic: str, subject: str) -> str:
@@ -119,14 +119,19 @@ def _fewest(possible: frozenset[int], limit: int) -> int:
     return best
 
 
-def demonstrator(env: TwentyQuestions, rng: Random) -> str:
-    """Returns the action of an imperfect expert."""
-    return best_question(env.possible) if rng.random() < USEFUL else pick(rng, tuple(QUESTIONS))
+def best_action(env: TwentyQuestions) -> str:
+    """Returns the best question by what is known."""
+    return best_question(env.possible)
+
+
+def random_action(env: TwentyQuestions, rng: Random) -> str:
+    """Returns a question that does not depend on the answers."""
+    return pick(rng, tuple(QUESTIONS))
 
 
 TASK = demonstrations(
     lambda: TwentyQuestions(10),
-    demonstrator,
+    {lambda env, rng: best_action(env): USEFUL, random_action: 1 - USEFUL},
     (*QUESTIONS, *ANSWERS, "i think of something . what is it ?"),
     {"train": 2000, "validation": 200, "test": 500},
 )
