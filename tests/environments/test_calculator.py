@@ -66,8 +66,9 @@ def test_answers(expression, text):
         "0 ** -1", "1 % 0", "1" * 500, "(" * 100, "(" * 100 + "1" + ")" * 99, "-" * 199, "", "1 +", "1 2",
         "__import__('os')", "open", "().__class__", "a", "abs", "abs()", "abs(1, 2)", "round(1, 2.5)", "max(*(1, 2))",
         "abs(x=1)", "lambda: 1", "[1]", "(1, 2)", "1 if 1 else 2", "1 < 2", "1 and 2", "~1", "1 << 9", "'a' * 9",
-        "1j", "sqrt(-1)", "True", "1_000", "0x10", "1and 2", "1calculator", "1e5or 2", "print(1)", "e", "exp(1)", "abs.__doc__", "1;2", "x:=1", "\x00",
-        "1\n+\nimport os", "⁵", "٣ + 1",
+        "1j", "sqrt(-1)", "True", "print(1)", "e", "exp(1)", "abs.__doc__", "1;2", "x:=1", "\x00",
+        "1\n+\nimport os", "1_000", "0x10", "1and 2", "1calculator",
+        "1e5or 2", "⁵", "٣ + 1",
     ],
 )  # fmt: skip
 def test_everything_else_is_refused_quickly(expression):
