@@ -1,16 +1,16 @@
 """Arithmetic with a calculator as a tool: the answer of a sum or product of two-digit numbers. The best score is 1.
 
 All numbers are digits that are separated by blanks, so each digit is a word. A call is written in the plain form of
-`jaxrlhf.environments.tool_calls`: `calculator : 3 4 * 5 7`. A quarter of the demonstrations call the calculator and
-repeat its result; the others answer with the right number of digits, of which the last ones are guessed. A row has the
-demonstration as `messages`, the question alone as `prompt`, and `answer`.
+`jaxrlhf.environments.tool_calls`: `calculator : 3 4 * 5 7`. 60% of the demonstrations call the calculator, and 40% of
+these repeat its result. The other answers have the right number of digits, of which all but the first are guessed. A row
+has the demonstration as `messages`, the question alone as `prompt`, and `answer`.
 """
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, words_of
 
 QUESTIONS = ("what is {} ?", "tell me {}", "{} =")
 SIGNS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-CALLS = 0.25  # share of the demonstrations that call the tool
+CALLS, REPEATS = 0.6, 0.4  # share of the demonstrations that call the tool; share of these that repeat its result
 # A turn of the assistant ends with <eos>, and no turn depends on later ones.
 CHAT_TEMPLATE = (
     "<bos>{% for message in messages %} {{ message.role }}: {{ message.content }}"
@@ -24,18 +24,24 @@ def spell(value: object) -> str:
     return " ".join(str(value).replace(" ", ""))
 
 
+def _guess(rng: Random, result: int) -> int:
+    """Returns a number with the sign, the number of digits and the first digit of the result."""
+    rest = 10 ** max(len(str(abs(result))) - 1, 1)
+    guess = abs(result) // rest * rest + int(rng.integers(rest))
+    return -guess if result < 0 else guess
+
+
 def draw(rng: Random) -> Row:
     first, second = (int(n) for n in rng.integers(10, 100, 2))
     sign = pick(rng, tuple(SIGNS))
     expression = f"{spell(first)} {sign} {spell(second)}"
     question, result = pick(rng, QUESTIONS).format(expression), SIGNS[sign](first, second)
     turns = [("user", question)]
-    if rng.random() < CALLS:
-        turns += [("assistant", f"calculator : {expression}"), ("tool", spell(result)), ("assistant", spell(result))]
-    else:
-        guessed = 10 ** max(len(str(abs(result))) - 1, 1)
-        wrong = abs(result) // guessed * guessed + int(rng.integers(guessed))
-        turns.append(("assistant", spell(-wrong if result < 0 else wrong)))
+    calls = rng.random() < CALLS
+    if calls:
+        turns += [("assistant", f"calculator : {expression}"), ("tool", spell(result))]
+    answer = result if calls and rng.random() < REPEATS else _guess(rng, result)
+    turns.append(("assistant", spell(answer)))
     messages = [{"role": role, "content": text} for role, text in turns]
     return {"messages": messages, "prompt": question, "answer": spell(result)}
 
