@@ -159,12 +159,16 @@ class TextEnvironments:
 
     def _first(self, i: int, answer: Any) -> Result:
         """Returns the result of a reset."""
-        observation, _ = answer
+        observation, info = answer
         _check_observation(observation, "reset")
-        self._chats[i] = None if isinstance(observation, str) else as_chat(observation)
+        tools = info.get("tools") or None
+        if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
+            raise UserError(f"reset: tools in info must be a list of JSON schemas, not {short(tools)}")
+        self._chats[i] = None
         if isinstance(observation, str):
             prompt = observation
         else:
+            self._chats[i] = dataclasses.replace(as_chat(observation), tools=tools)
             prompt = self.tokenizer.chats.rendered_prompt(self._chats[i], "reset: ")
         ids = self.tokenizer.encode_prompt(prompt)
         if reason := self.tokenizer.fault(ids):

@@ -2,8 +2,8 @@
 
 All numbers are digits that are separated by blanks, so each digit is a word. A call is written in the plain form of
 `jaxrlhf.environments.tool_calls`: `calculator : 3 4 * 5 7`. 60% of the demonstrations call the calculator, and 40% of
-these repeat its result. The other answers have the right number of digits, of which all but the first are guessed. A row
-has the demonstration as `messages`, the question alone as `prompt`, and `answer`.
+these repeat its result. The other answers have the right number of digits, of which all but the first are guessed. A
+row has the demonstration as `messages`, the question alone as `prompt`, and `answer`.
 """
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, words_of
