@@ -28,6 +28,9 @@ def act(env, action):
     return message["content"], reward, terminated, info
 
 
+PLAYERS = ("demonstrator", "stubborn_action", "random_action")
+
+
 def module_of(name):
     return import_module(f"jaxrlhf.toy.games.{name}")
 
@@ -69,7 +72,7 @@ def test_an_episode_follows_from_seed_and_actions(name):
     for played in (env, other, env):
         rng = np.random.default_rng(5)
         module = module_of(name)
-        default = getattr(module, "demonstrator", None) or module.random_action
+        default = next(iter(vars(module).get(name) for name in PLAYERS if name in vars(module)), None)
         choose = a_legal_move if isinstance(played, BoardGame) else default
         episodes.append(play_episode(played, lambda env, choose=choose, rng=rng: choose(env, rng), seed=11))
     assert episodes[0] == episodes[1] == episodes[2]

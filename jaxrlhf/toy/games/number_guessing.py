@@ -1,7 +1,7 @@
 """Number guessing: find a number by guesses that are answered with higher or lower. The best success is 1.
 
-Bisection finds a number of 1 to N in floor(log2 N) + 1 guesses at most. A tenth of the demonstrations bisect, and the
-others guess without listening, so few of them succeed.
+Bisection finds a number of 1 to N in floor(log2 N) + 1 guesses at most. A quarter of the demonstrations bisect. The
+others are stubborn: they repeat their first guess, so few of them succeed.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from jaxrlhf.toy.games.game import Game, demonstrations
 from jaxrlhf.toy.tasks.task import Random
 
 LARGEST = 100
-BISECT = 0.1  # share of the demonstrations
+BISECT = 0.25  # share of the demonstrations
 SAID = ("higher", "lower", "right", "say a number")
 
 
@@ -27,12 +27,14 @@ class NumberGuessing(Game):
 
     def start(self, options: dict[str, Any]) -> str:
         self.secret, self.left = 1 + int(self.random.integers(self.numbers)), self.guesses
+        self.last: int | None = None
         self.low, self.high = 1, self.numbers  # what a player who listens knows
         return f"guess a number from 1 to {self.numbers}"
 
     def play(self, action: str) -> tuple[str, tuple[float, bool] | None]:
         self.left -= 1
         guess = int(action) if action.isascii() and action.isdigit() and len(action) <= 4 else None
+        self.last = guess if guess is not None else self.last
         if guess == self.secret:
             return "right", (1.0, True)
         lost = None if self.left else (0.0, False)
@@ -50,14 +52,14 @@ def best_action(env: NumberGuessing) -> str:
     return str((env.low + env.high) // 2)
 
 
-def random_action(env: NumberGuessing, rng: Random) -> str:
-    """Returns a guess that does not depend on what was said."""
-    return str(1 + int(rng.integers(env.numbers)))
+def stubborn_action(env: NumberGuessing, rng: Random) -> str:
+    """Returns the first guess again, whatever was said; the first guess is random."""
+    return str(1 + int(rng.integers(env.numbers)) if env.last is None else env.last)
 
 
 TASK = demonstrations(
     NumberGuessing,
-    {lambda env, rng: best_action(env): BISECT, random_action: 1 - BISECT},
+    {lambda env, rng: best_action(env): BISECT, stubborn_action: 1 - BISECT},
     ("guess a number from to", *SAID, *(str(n) for n in range(1, LARGEST + 1))),
     {"train": 2000, "validation": 200, "test": 500},
 )

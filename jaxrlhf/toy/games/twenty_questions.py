@@ -2,7 +2,8 @@
 
 A question is for a property ("is it an animal ?") or for a subject ("is it a dog ?"). The game ends with the right
 subject. `fewest_questions` gives the number that always suffices: 8 (by search over all ways to play). So the best
-success is 1 with 8 or more questions. An eighth of the demonstrations ask the best questions; the others ask at random.
+success is 1 with 8 or more questions. A quarter of the demonstrations ask the best questions. The others ask for
+properties at random and never guess.
 """
 
 from functools import cache
@@ -12,7 +13,7 @@ from jaxrlhf.toy.facts import TOPICS
 from jaxrlhf.toy.games.game import Game, demonstrations
 from jaxrlhf.toy.tasks.task import Random, pick
 
-USEFUL = 0.125  # share of the demonstrations with the best questions
+USEFUL = 0.25  # share of the demonstrations with the best questions
 
 
 def _subject(topic: str, subject: str) -> str:
@@ -125,8 +126,8 @@ def best_action(env: TwentyQuestions) -> str:
 
 
 def random_action(env: TwentyQuestions, rng: Random) -> str:
-    """Returns a question that does not depend on the answers."""
-    return pick(rng, tuple(QUESTIONS))
+    """Returns a question for a property, which does not depend on the answers."""
+    return pick(rng, tuple(PROPERTIES))
 
 
 TASK = demonstrations(
