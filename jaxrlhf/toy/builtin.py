@@ -9,13 +9,18 @@ from jaxrlhf.toy.tasks import task
 
 # Each name is a module of jaxrlhf/toy/tasks with a constant TASK.
 TASKS = (
+    "arithmetic",
     "calculator",
+    "code",
     "customer_service",
+    "detoxification",
     "dialogue",
+    "helpful_assistant",
     "intent",
     "named_entities",
     "news_sentiment",
     "question_answering",
+    "recommendation",
     "summarisation",
     "text_classification",
     "translation",

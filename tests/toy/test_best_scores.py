@@ -1,5 +1,7 @@
 """Each task has the best score that its module states: its best completion reaches it under the reward of the recipe.
 
+If the recipe has a gold score, the best score is that of the gold score.
+
 Completions that a recipe must not end with score less: those of the demonstrations on average, and one wrong one each.
 """
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.config.reading import load_config
+from jaxrlhf.rewards.functions import FunctionReward
 from jaxrlhf.rewards.load import load_rewards
 from jaxrlhf.toy import builtin
 
@@ -18,16 +21,27 @@ PACKAGES = {"summarisation": "rouge_score", "translation": "sacrebleu"}
 
 # Name -> (best completion of a row, a completion that looks right and is not)
 COMPLETIONS = {
+    "arithmetic": (lambda row: " " + row["solution"], lambda row: f" #### {int(row['answer']) + 1}"),
+    "code": (lambda row: " " + row["solution"], lambda row: " " + row["solution"].replace("return", "")),
     "customer_service": (
         lambda row: f" it is {row['label']} . happy to help !",
         lambda row: " happy to help !",
     ),
+    "detoxification": (
+        lambda row: f" you are no fool , so please {row['request']} .",
+        lambda row: f" you are a fool , {row['request']} .",
+    ),
     "dialogue": (lambda row: " " + row["answer"], lambda row: " i do not know"),
+    "helpful_assistant": (
+        lambda row: f" sure ! {row['right'][0]}",
+        lambda row: f" sure ! {row['right'][0]} sure !",
+    ),
     "named_entities": (
         lambda row: " " + "\n".join(row["spans"] or ["none"]),
         lambda row: " PER: nobody",
     ),
     "question_answering": (lambda row: f" a {row['answer']} .", lambda row: f" so it is {row['answer']} ."),
+    "recommendation": (lambda row: " " + row["answer"], lambda row: " " + "BCDA"["ABCD".index(row["answer"])]),
     "summarisation": (lambda row: " " + row["reference"], lambda row: row["prompt"]),
     "translation": (lambda row: " " + row["reference"], lambda row: " " + row["prompt"]),
 }
@@ -42,7 +56,10 @@ def scores(name, rows, texts):
     prompts = [row.get("prompt", "") for row in rows]
     rows = [{key: value for key, value in row.items() if key != "prompt"} for row in rows]
     completions = SimpleNamespace(prompts=prompts, texts=texts, rows=rows)
-    rewards = load_rewards(load_config(RECIPES / f"{name}.yaml").ppo.reward, None, "ppo.reward")
+    config = load_config(RECIPES / f"{name}.yaml").ppo
+    if config.gold is not None:
+        return np.asarray(FunctionReward(config.gold, "ppo.gold")(completions))
+    rewards = load_rewards(config.reward, None, "ppo.reward")
     return sum(weight * np.asarray(reward(completions)) for reward, weight in rewards.values())
 
 

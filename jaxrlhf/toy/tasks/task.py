@@ -36,6 +36,8 @@ class Task:
     rows: dict[str, int] = field(default_factory=lambda: {"train": 2000, "validation": 200, "test": 500})
     # Rows with equal keys are in the same split. Validation and test have each key once.
     key: Callable[[Row], str] = _prompt
+    # Where the hashes of the held-out keys begin. Another value makes test rows that no result is known for.
+    held_out_from: float = 0.0
     chat_template: str | None = None  # of the tokenizer, for tasks whose rows have `messages`
 
     def load(self, split: str = "train", limit: int | None = None) -> list[Row]:
@@ -50,7 +52,7 @@ class Task:
         while fruitless < MAX_DRAWS:
             row = self.draw(rng)
             key = self.key(row)
-            if split_of(key) != split or (split != "train" and key in seen):
+            if split_of(key, self.held_out_from) != split or (split != "train" and key in seen):
                 fruitless += 1
                 continue
             fruitless = 0
@@ -58,9 +60,12 @@ class Task:
             yield row
 
 
-def split_of(key: str) -> str:
-    """Returns the split of a key. It depends on the key's text alone, so no key is in two splits."""
-    place = zlib.crc32(key.encode()) / 2**32
+def split_of(key: str, held_out_from: float = 0.0) -> str:
+    """Returns the split of a key. It depends on the key's text alone, so no key is in two splits.
+
+    Of the hashes in [0, 1), those from `held_out_from` on are in test, the next ones in validation, the rest in train.
+    """
+    place = (zlib.crc32(key.encode()) / 2**32 - held_out_from) % 1.0
     return "test" if place < HELD_OUT else "validation" if place < 2 * HELD_OUT else "train"
 
 
