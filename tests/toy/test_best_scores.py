@@ -41,7 +41,10 @@ COMPLETIONS = {
         lambda row: " PER: nobody",
     ),
     "question_answering": (lambda row: f" a {row['answer']} .", lambda row: f" so it is {row['answer']} ."),
-    "recommendation": (lambda row: " " + row["answer"], lambda row: " " + "BCDA"["ABCD".index(row["answer"])]),
+    "recommendation": (
+        lambda row: " " + row["answer"],
+        lambda row: " " + next(title for title in row["candidates"] if title != row["answer"]),
+    ),
     "summarisation": (lambda row: " " + row["reference"], lambda row: row["prompt"]),
     "translation": (lambda row: " " + row["reference"], lambda row: " " + row["prompt"]),
 }
@@ -69,7 +72,7 @@ def demonstration(row):
 
 @pytest.mark.parametrize("name", COMPLETIONS)
 def test_the_best_completion_scores_one_and_demonstrations_leave_room(name):
-    rows = builtin.load(name, "test", 60)
+    rows = builtin.load(name, "test", 16 if name == "code" else 60)  # each test of code starts a process
     best, wrong = COMPLETIONS[name]
     np.testing.assert_allclose(scores(name, rows, [best(row) for row in rows]), 1.0, atol=1e-6)
     assert (scores(name, rows, [wrong(row) for row in rows]) < 0.9).all()

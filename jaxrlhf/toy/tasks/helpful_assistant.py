@@ -1,8 +1,8 @@
 """Helpful assistant from preferences: requests that hold their own answer, and pairs of answers. Best gold score: 1.
 
-A request asks for a dish without the food that the user dislikes, for the day of an event, or for the cheaper of two
-things. `gold_score` gives 0.6 for the right statement, 0.2 for one polite phrase and 0.2 for an answer without chatter;
-a text that is not such an answer scores 0. Of the responses for SFT, 50% are right, 40% polite and 50% free of chatter.
+A request asks for a dish from two foods, for the day of an event, or for the better of two things. `gold_score` gives
+0.6 for the right statement, 0.2 for one polite phrase and 0.2 for an answer without chatter; a text that is not such an
+answer scores 0. Of the responses for SFT, 50% are right, 40% polite and 50% free of chatter.
 
 The better answer of a pair is the one with the higher gold score. In the train split, raters err in 5% of the pairs. In
 20% of the pairs, one text is not an answer: it is cut, has a phrase twice, or is in disorder.
@@ -11,22 +11,17 @@ The better answer of a pair is the one with the higher gold score. In the train 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, sample, words_of
 
 FOODS = ("eggs", "rice", "fish", "beans", "cheese", "bread", "pasta", "corn", "ham", "kale")
-EVENTS = ("dentist", "concert", "exam", "party", "meeting", "game")
+EVENTS = ("dentist", "concert", "exam", "party", "meeting", "game", "flight", "class")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 THINGS = ("lamp", "chair", "clock", "coat", "bag", "tent")
-PRICES = tuple(str(price) for price in range(1, 13))
-COOKING = (
-    "i have {0} , {1} and {2} but i do not like {bad} . what can i cook ?",
-    "what can i eat ? there are {0} , {1} and {2} , and i hate {bad} .",
-)
-REMINDING = (
-    "my {0} is on {a} and my {1} is on {b} . when is my {asked} ?",
-    "remind me of my {asked} please . the {0} is on {a} , the {1} on {b} .",
-)
+GOOD, BAD = ("cheap", "strong", "new"), ("broken", "ugly", "dirty")
+COOKING = ("i have {0} and {1} . what can i cook ?", "what can i eat ? there are {0} and {1} .")
+REMINDING = ("my {event} is on {day} . when is it ?", "remind me please . on {day} i have my {event} .")
 BUYING = (
-    "a {0} costs {a} and a {1} costs {b} . which is cheaper ?",
-    "what shall i buy ? i want to spend less . the {0} is {a} , the {1} is {b} .",
+    "the {0} is {a} and the {1} is {b} . which one do i buy ?",
+    "which one shall i buy ? one {0} is {a} , one {1} is {b} .",
 )
+GREETINGS = ("hello !", "good morning !", "please help me .", "")
 DISH, REMINDER, ADVICE = "you can cook {} with {} .", "it is on {} .", "buy the {} ."
 REFUSALS = ("i can not help you .", "ask somebody else .")
 STATEMENTS = frozenset(
@@ -46,33 +41,30 @@ GAP = 0.1  # smallest difference of gold scores in a pair
 
 
 def _dish(rng: Random) -> tuple[str, list[str], list[str]]:
-    foods = sample(rng, FOODS, 4)
-    has, bad = foods[:3], foods[int(rng.integers(3))]
-    one, two = (food for food in has if food != bad)
-    right = [DISH.format(one, two), DISH.format(two, one)]
-    wrong = [DISH.format(one, bad), DISH.format(bad, two), DISH.format(two, foods[3])]
-    return pick(rng, COOKING).format(*has, bad=bad), right, wrong
+    one, two, *others = sample(rng, FOODS, 4)
+    wrong = [DISH.format(one, others[0]), DISH.format(others[0], two), DISH.format(*others)]
+    return pick(rng, COOKING).format(one, two), [DISH.format(one, two), DISH.format(two, one)], wrong
 
 
 def _reminder(rng: Random) -> tuple[str, list[str], list[str]]:
-    events, days = sample(rng, EVENTS, 2), sample(rng, DAYS, 3)
-    asked = int(rng.integers(2))
-    request = pick(rng, REMINDING).format(*events, a=days[0], b=days[1], asked=events[asked])
-    return request, [REMINDER.format(days[asked])], [REMINDER.format(days[i]) for i in (1 - asked, 2)]
+    day, *others = sample(rng, DAYS, 3)
+    request = pick(rng, REMINDING).format(event=pick(rng, EVENTS), day=day)
+    return request, [REMINDER.format(day)], [REMINDER.format(other) for other in others]
 
 
 def _advice(rng: Random) -> tuple[str, list[str], list[str]]:
-    things, prices = sample(rng, THINGS, 2), sample(rng, PRICES, 2)
-    cheaper = int(int(prices[1]) < int(prices[0]))
-    request = pick(rng, BUYING).format(*things, a=prices[0], b=prices[1])
-    return request, [ADVICE.format(things[cheaper])], [ADVICE.format(things[1 - cheaper])]
+    things, better = sample(rng, THINGS, 3), int(rng.integers(2))
+    states = pick(rng, GOOD), pick(rng, BAD)
+    request = pick(rng, BUYING).format(*things, a=states[better], b=states[1 - better])
+    return request, [ADVICE.format(things[better])], [ADVICE.format(things[i]) for i in (1 - better, 2)]
 
 
 def draw(rng: Random) -> Row:
     request, right, wrong = pick(rng, (_dish, _reminder, _advice))(rng)
     wrong = [*wrong, pick(rng, REFUSALS)]
     chosen, rejected = _pair(rng, right, wrong)
-    row = {"prompt": f"user: {request} assistant:", "response": _answer(rng, right, wrong), "right": right}
+    prompt = " ".join(f"user: {pick(rng, GREETINGS)} {request} assistant:".split())
+    row = {"prompt": prompt, "response": _answer(rng, right, wrong), "right": right}
     return row | {"chosen": chosen, "rejected": rejected}
 
 
@@ -136,9 +128,10 @@ def gold_score(completions: list[str], right: list[list[str]], **columns: object
 TASK = Task(
     draw,
     words_of(
-        *FOODS, *EVENTS, *DAYS, *THINGS, *PRICES, *REFUSALS, *OPENERS, *CLOSERS, *CHATTER, "user: assistant:",
-        *(text.format(*[""] * 3, a="", b="", bad="", asked="") for text in COOKING + REMINDING + BUYING),
+        *FOODS, *EVENTS, *DAYS, *THINGS, *GOOD, *BAD, *GREETINGS, *REFUSALS, *OPENERS, *CLOSERS, *CHATTER,
+        "user: assistant:",
+        *(text.format("", "", a="", b="", event="", day="") for text in COOKING + REMINDING + BUYING),
         *(text.format("", "") for text in (DISH, REMINDER, ADVICE)),
     ),
-    rows={"train": 8000, "validation": 200, "test": 500},
+    rows={"train": 6000, "validation": 200, "test": 250},
 )  # fmt: skip
