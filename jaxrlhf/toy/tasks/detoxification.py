@@ -83,4 +83,5 @@ TASK = Task(
         *(text.format("") for text in TOXIC + HARMLESS), "i say:",
     ),
     rows={"train": 2000, "validation": 100, "test": 130},
+    held_out_from=0.2,
 )  # fmt: skip

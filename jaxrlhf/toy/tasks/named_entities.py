@@ -56,5 +56,4 @@ TASK = Task(
     words_of('[ , ] "} none =>', *STARTS, *FIRST, *LAST, *ORGANISATIONS, *PLACES, *WHEN,
              *(word for text in SENTENCES for word in text.split() if "{" not in word)),
     rows={"train": 4000, "validation": 200, "test": 500},
-    held_out_from=0.2,
 )  # fmt: skip

@@ -45,5 +45,4 @@ TASK = Task(
         *NAMES, *CITIES, *JOBS, *FOODS, *ANIMALS, "question:", *(text.format("") for text in SPANS + WORDY),
         *(text.format(name="", span="") for sentence, _, questions in FACTS for text in (sentence, *questions)),
     ),
-    held_out_from=0.2,
 )  # fmt: skip

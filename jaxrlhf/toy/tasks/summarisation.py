@@ -44,5 +44,4 @@ TASK = Task(
         *(word for event in EVENTS for word in event), *PLACES, *TOWNS, *NEWS_TIMES, *OLD_TIMES, *BACKGROUND,
         "a the in . , headline:",
     ),
-    held_out_from=0.2,
 )  # fmt: skip
