@@ -36,9 +36,9 @@ class Task:
     rows: dict[str, int] = field(default_factory=lambda: {"train": 2000, "validation": 200, "test": 500})
     # Rows with equal keys are in the same split. Validation and test have each key once.
     key: Callable[[Row], str] = _prompt
+    chat_template: str | None = None  # of the tokenizer, for tasks whose rows have `messages`
     # Where the hashes of the held-out keys begin. Another value makes test rows that no result is known for.
     held_out_from: float = 0.0
-    chat_template: str | None = None  # of the tokenizer, for tasks whose rows have `messages`
 
     def load(self, split: str = "train", limit: int | None = None) -> list[Row]:
         """Returns the first `limit` rows of a split (null: `rows[split]`). Every call returns the same rows."""
