@@ -5,7 +5,8 @@ A request asks for a dish from two foods, for the day of an event, or for the be
 answer scores 0. Of the responses for SFT, 50% are right, 40% polite and 50% free of chatter.
 
 The better answer of a pair is the one with the higher gold score. In the train split, raters err in 5% of the pairs. In
-20% of the pairs, one text is not an answer: it is cut, has a phrase twice, or is in disorder.
+50%, the two answers differ in the statement alone. In 20%, one text is not an answer: it is cut, has a phrase twice, or
+is in disorder.
 """
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, sample, words_of
@@ -35,8 +36,9 @@ STATEMENTS = frozenset(
 OPENERS = ("sure !", "good question !")
 CLOSERS = ("have a nice day !", "i am glad to help !")
 CHATTER = ("this is only what i think .", "many people ask me this .", "there is a lot to say about it .")
-SHARES = {"right": 0.5, "polite": 0.4, "brief": 0.5}  # of the responses
-ERRING, BROKEN = 0.05, 0.2  # shares of the pairs
+RIGHT, POLITE, BRIEF = 0.5, 0.4, 0.5  # shares of the responses
+ERRING = 0.05  # share of the pairs
+BROKEN, SAME_WORDS = 0.2, 0.5  # shares of the pairs with a broken text, and of those that differ in the statement alone
 GAP = 0.1  # smallest difference of gold scores in a pair
 
 
@@ -69,8 +71,12 @@ def draw(rng: Random) -> Row:
 
 
 def _answer(rng: Random, right: list[str], wrong: list[str]) -> str:
-    is_right, is_polite, is_brief = (rng.random() < share for share in SHARES.values())
-    statement = pick(rng, right if is_right else wrong)
+    return _in_words(rng, pick(rng, right if rng.random() < RIGHT else wrong))
+
+
+def _in_words(rng: Random, statement: str) -> str:
+    """Returns an answer with a statement."""
+    is_polite, is_brief = rng.random() < POLITE, rng.random() < BRIEF
     opener, closer = pick(rng, ((pick(rng, OPENERS), ""), ("", pick(rng, CLOSERS)))) if is_polite else ("", "")
     parts = (opener, statement, "" if is_brief else pick(rng, CHATTER), closer)
     return " ".join(part for part in parts if part)
@@ -90,8 +96,13 @@ def _broken(rng: Random, right: list[str], wrong: list[str]) -> str:
 def _pair(rng: Random, right: list[str], wrong: list[str]) -> tuple[str, str]:
     """Returns (chosen, rejected)."""
     while True:
-        first = _answer(rng, right, wrong)
-        second = (_broken if rng.random() < BROKEN else _answer)(rng, right, wrong)
+        first, chance = _answer(rng, right, wrong), rng.random()
+        if chance < SAME_WORDS:
+            statement = pick(rng, right)
+            first = _in_words(rng, statement)
+            second = first.replace(statement, pick(rng, wrong))
+        else:
+            second = (_broken if chance < SAME_WORDS + BROKEN else _answer)(rng, right, wrong)
         difference = gold(first, right) - gold(second, right)
         if abs(difference) >= GAP:
             return (first, second) if (difference > 0) != (rng.random() < ERRING) else (second, first)
@@ -133,5 +144,5 @@ TASK = Task(
         *(text.format("", "", a="", b="", event="", day="") for text in COOKING + REMINDING + BUYING),
         *(text.format("", "") for text in (DISH, REMINDER, ADVICE)),
     ),
-    rows={"train": 6000, "validation": 200, "test": 250},
+    rows={"train": 10000, "validation": 200, "test": 250},
 )  # fmt: skip
