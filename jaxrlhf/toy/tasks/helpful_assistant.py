@@ -4,7 +4,7 @@ A request asks for a dish from two foods, for the day of an event, or for the be
 0.6 for the right statement, 0.2 for one polite phrase and 0.2 for an answer without chatter; a text that is not such an
 answer scores 0. Of the responses for SFT, 50% are right, 40% polite and 50% free of chatter.
 
-The better answer of a pair is the one with the higher gold score. In the train split, raters err in 5% of the pairs. In
+The better answer of a pair is the one with the higher gold score; raters err in 5% of the pairs. In
 50%, the two answers differ in the statement alone. In 20%, one text is not an answer: it is cut, has a phrase twice, or
 is in disorder.
 """
