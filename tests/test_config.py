@@ -355,7 +355,7 @@ def test_several_faults_are_counted_and_a_misspelt_key_comes_first(write):
         ("- a\n", "run.yaml: the file must hold settings as `key: value`, not the list [a]"),
         ("seed: 1\nppo:\n  a: 1\n  b: 1\n  a: 2\n", "run.yaml:5: ppo.a is given twice, first in line 3; remove one"),
         ("1: 2\n", "run.yaml:1: a key must be the name of a setting, not 1"),
-        ("? [a]\n: 2\n", "run.yaml:1: a key must be the name of a setting, not"),
+        ("? [a]\n: 2\n", "run.yaml:1: a key must be the name of a setting; put a text that begins"),
         ("ppo: &a\n  kl: *a\n", "run.yaml:1: ppo.kl contains itself"),
         (ALIASES, "more than 100,000 values after the expansion of aliases; use at most 100,000"),
         ("seed: " + "[" * 60 + "]" * 60, "run.yaml:1: more than 50 nested sections and lists; use at most 50"),

@@ -218,6 +218,8 @@ def augment(arguments: argparse.Namespace) -> None:
         dropout=arguments.dropout,
         templates=[compiled_template(template) for template in arguments.template],
     )
+    if methods.synonyms is not None and not methods.synonyms:
+        raise UserError(f"--synonyms: {arguments.synonyms} has no line with two words; a line must be like: big, large")
     if not (methods.rewrite or methods.synonyms or methods.swap or methods.dropout or methods.templates):
         raise UserError("give --dropout, --swap, --synonyms, --template or --rewrite, which say what changes")
     rows, copies = augment(

@@ -65,8 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     samples = "writes every prompt with its completions and scores as JSON Lines"
     parser.add_argument("--samples", type=path, metavar="FILE", help=samples)
     parsed = parser.parse_args(arguments)
-    if not 0 < parsed.confidence < 100:
-        raise UserError(f"--confidence: must be above 0 and below 100, not {parsed.confidence:g}")
+    if not 50 <= parsed.confidence < 100:
+        raise UserError(f"--confidence: must be percent from 50 to below 100, such as 95, not {parsed.confidence:g}")
     return parsed
 
 

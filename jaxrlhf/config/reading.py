@@ -136,6 +136,11 @@ class _Walk:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.tag != "tag:yaml.org,2002:str":
+                if not isinstance(key, ScalarNode):
+                    raise UserError(
+                        f"{self.where}:{line}: a key must be the name of a setting; put a text that begins with {{ or [ "
+                        "in quotes"
+                    )
                 text = one_line(str(key.value))
                 raise UserError(f"{self.where}:{line}: a key must be the name of a setting, not {text}")
             if key.value in lines:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jaxrlhf.config.base import LARGEST_FLOAT
 from jaxrlhf.curation.reading import parse_fields
 from jaxrlhf.curation.writing import check_output, jsonl_writer
 from jaxrlhf.data.fields import has_field, messages_field, text_field, text_or_messages_field
@@ -119,7 +120,7 @@ def _best_and_worst(row: Row, prompt: str | list[Message], keys: Sequence[str]) 
         answer = answer if isinstance(answer, dict) else {}
         score = next((answer[key] for key in keys if answer.get(key) is not None), None)
         if not isinstance(answer.get("response"), str) or not answer["response"].strip() or not _is_number(score):
-            raise UserError(f"{row.where}: completion {number} must have a `response` and a number `{keys[0]}`")
+            raise UserError(f"{row.where}: completion {number} must have a `response` and a finite number `{keys[0]}`")
         found.append((float(score), answer["response"]))
     found.sort(key=lambda pair: pair[0])
     if len(found) < 2 or found[0][0] == found[-1][0]:
@@ -132,7 +133,7 @@ def _best_and_worst(row: Row, prompt: str | list[Message], keys: Sequence[str]) 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_FLOAT
 
 
 def alpaca(row: Row) -> Values:
@@ -213,22 +214,28 @@ def _conll(path: str) -> Iterator[Row]:
 def conll(row: Row) -> Values:
     """CoNLL-2003 and other files with a token and its tag per line. The tags are BIO, BIOES or BILOU.
 
-    The response has a line "type: text" for each entity.
+    The response has a line "type: text" for each entity. The column `tags` has the tags as IOB2, which the rewards and
+    metrics of entities read.
     """
     tokens, tags = row.values["tokens"], row.values["tags"]
     spans: list[tuple[str, list[str]]] = []
+    iob2: list[str] = []
     inside = ""  # the type that an I tag continues
     for token, tag in zip(tokens, tags):
         mark, _, kind = tag.partition("-")
         if mark in "IEL" and kind == inside:
             spans[-1][1].append(token)
+            iob2.append(f"I-{kind}")
         elif mark != "O":  # as in CoNLL's own evaluation, an I tag after another type begins an entity
             spans.append((kind, [token]))
+            iob2.append(f"B-{kind}")
+        else:
+            iob2.append("O")
         inside = kind if mark in "BI" else ""
     entities = [{"type": kind, "text": " ".join(words)} for kind, words in spans]
     lines = "\n".join(f"{entity['type']}: {entity['text']}" for entity in entities)
     named = {"prompt": " ".join(tokens), "response": lines or "none", "entities": entities}
-    return named | {"tokens": tokens, "tags": tags}
+    return named | {"tokens": tokens, "tags": iob2}
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Values:

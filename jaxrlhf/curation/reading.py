@@ -88,12 +88,22 @@ def open_source(path: str, kind: str | None = None, settings: Sequence[str] = ()
     rows, or if its rows have the fields of no kind.
     """
     fields = parse_fields(path, settings)
-    stream = stream_rows(fields, skip)
+    unreadable: list[UserError] = []  # the first of them
+
+    def noted(error: UserError) -> None:
+        if not unreadable:
+            unreadable.append(error)
+        skip(error)
+
+    stream = stream_rows(fields, None if skip is None else noted)
     if fields.template or fields.messages_template or fields.response_template:  # these need all rows
         stream = iter(template_writer(fields, drop=True)(list(stream)))
     head = list(itertools.islice(stream, HEAD))
+    if not head and unreadable:
+        raise UserError(f"{unreadable[0]}; no row of the file can be read")
     if not head:
         raise UserError(f"{path}: the file has no rows; it must have at least one")
+    _check_named(head, fields)
     kind = kind or _kind_of(head, fields)
     reader = KINDS[kind](fields, head)
 
@@ -103,6 +113,14 @@ def open_source(path: str, kind: str | None = None, settings: Sequence[str] = ()
         return reader(row, fields)
 
     return Source(path, kind, fields, itertools.chain(head, stream), read)
+
+
+def _check_named(rows: Sequence[Row], fields: Fields) -> None:
+    """Raises UserError if a setting names a field that no row has."""
+    for setting in sorted(name for name in fields.model_fields_set if name.endswith("_field")):
+        name = getattr(fields, setting)
+        if name is not None and not any(name in row.values for row in rows):
+            raise UserError(f"{setting}: no row has the field {name!r}; the fields are: {', '.join(rows[0].values)}")
 
 
 def _kind_of(rows: Sequence[Row], fields: Fields) -> str:

@@ -86,7 +86,10 @@ def split(
                 f"{path}: part {name} would be empty: the file has {len(labels)} rows in {len(set(groups))} groups; "
                 "give the part a larger share, or more rows"
             )
-    os.makedirs(out, exist_ok=True)
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: the folder cannot be made: {error.strerror}; give another --out") from None
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(jsonl_writer(file, overwrite)) for file in files.values()]
         for row, part in zip(stream_rows(fields), placed):

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.checkpoint.files import reason, sync
-from jaxrlhf.data.sources import Row, describe
+from jaxrlhf.data.sources import ENDINGS, Row, describe
 from jaxrlhf.errors import Fault, UserError
 
 
 def check_output(path: str, overwrite: bool = False) -> None:
-    """Raises UserError if the file exists and `overwrite` is not set, or if its folder does not exist."""
+    """Raises UserError if the file exists and `overwrite` is not set, if its folder does not exist, or if its ending is
+    that of another format.
+    """
+    ending = os.path.splitext(path)[1].lower()
+    if ENDINGS.get(ending, "jsonl") != "jsonl" or ending == ".gz":
+        raise UserError(f"{path}: the rows are written as JSON Lines; give a name that ends with .jsonl")
     if os.path.isdir(path):
         raise UserError(f"{path}: this is a folder; give a file")
     if os.path.exists(path) and not overwrite:

@@ -9,7 +9,9 @@ from jaxrlhf.config import ChatSourceConfig
 from jaxrlhf.data.order import epoch_order
 from jaxrlhf.data.report import LoadReport
 from jaxrlhf.data.sources import Row, read_rows
+from jaxrlhf.errors import UserError
 
+_LARGEST = 100_000_000  # rows of a pass over a mixture
 _STREAM = 100  # stream of `epoch_order` for the rows that appear once more than the others, + the number of the source
 T = TypeVar("T")
 
@@ -48,14 +50,20 @@ def repeats(
 
     A source with `counts` c and epochs e has round(e * c) rows in a pass. Each row appears floor(e) or floor(e) + 1
     times. The rows that appear once more are a random choice, which is the same in every pass. Weights w give the
-    epochs e = a * w / c. The constant a makes the smallest e 1, so that a pass has every row at least once.
+    epochs e = a * w / c. The constant a makes the smallest e 1, so that a pass has every row at least once. Raises
+    UserError if a pass would have more rows than memory is likely to hold.
     """
     if weights[0] is not None:
         relative = [weight / count for weight, count in zip(weights, counts)]
         epochs = [value / min(relative) for value in relative]
+    totals = [max(1, round((1.0 if epoch is None else epoch) * count)) for epoch, count in zip(epochs, counts)]
+    if sum(totals) > _LARGEST:
+        raise UserError(
+            f"a pass over the mixture would have {sum(totals):,} rows, but at most {_LARGEST:,} are allowed; give "
+            "weights or epochs that repeat rows less often"
+        )
     chosen = []
-    for number, (epoch, count) in enumerate(zip(epochs, counts)):
-        total = max(1, round((1.0 if epoch is None else epoch) * count))
+    for number, (total, count) in enumerate(zip(totals, counts)):
         extra = epoch_order(0, 0, count, stream=_STREAM + number)[: total % count]
         chosen.append(np.sort(np.concatenate([np.tile(np.arange(count), total // count), extra])))
     return chosen

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,8 @@ def open_bytes(path: str):
 
 def _parse(data: bytes, name: str, first_line: int, hint: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))  # files from Windows may begin with a byte order mark
+        text = data.decode("utf-8-sig")  # files from Windows may begin with a byte order mark
+        return json.loads(text, object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise _not_utf8(data, error, name, first_line) from error
     except json.JSONDecodeError as error:
@@ -159,6 +161,15 @@ def _parse(data: bytes, name: str, first_line: int, hint: str) -> Any:
         raise UserError(f"{name}:{line}: not JSON ({error.msg}, column {error.colno}); {hint}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or very deep nesting
         raise UserError(f"{name}:{first_line}: not usable JSON ({one_line(error)})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object. Raises ValueError if a key is given twice: readers differ in which value they take."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is given twice in an object")
+    return values
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError, name: str, first_line: int) -> UserError:

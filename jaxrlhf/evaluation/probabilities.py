@@ -82,6 +82,11 @@ def fit_temperature(logprobs: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(-(low + high) / 2))
 
 
+def at_limit(temperature: float) -> bool:
+    """Whether a fitted temperature is at a limit of `TEMPERATURES`, so that the data do not decide it."""
+    return not TEMPERATURES[0] * 1.01 < temperature < TEMPERATURES[1] / 1.01
+
+
 def softmax(logprobs: np.ndarray) -> np.ndarray:
     """Returns probabilities f64[...,C] that add up to 1."""
     return np.exp(logprobs - _log_sum(logprobs)[..., None])

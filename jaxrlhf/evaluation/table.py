@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrlhf.evaluation.probabilities import at_limit
+
 LABELS = {
     "reward/score": "reward",
     "reward/gold": "gold score",
@@ -23,6 +25,11 @@ def table(report: Mapping[str, Any]) -> str:
     if report["temperatures"]:
         of_roles = ", ".join(f"{role} {_number(value, False)}" for role, value in report["temperatures"].items())
         lines += ["", f"temperatures of the calibrated probabilities: {of_roles}"]
+        if limits := [role for role, value in report["temperatures"].items() if at_limit(value)]:
+            lines += [
+                f"the temperature of {', '.join(limits)} is at the limit of its range, so its calibrated probabilities "
+                "mean nothing: --calibrate has too few rows, or the role is right, or ignorant, on all of them"
+            ]
     if report["differences"]:
         lines += ["", "differences of the same rows", *_block("", report["differences"], signed=True)]
     if report["win_rates"]:

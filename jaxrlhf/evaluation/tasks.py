@@ -143,7 +143,11 @@ class Task:
         found = np.full(self.count, -1, np.int64)
         for number, label in zip(self.numbers, expected):
             if label not in names:
-                raise UserError(f"--task {self.name}: column {self.column}, row {number}: {label!r} is not a choice")
+                known = ", ".join(map(repr, names))
+                raise UserError(
+                    f"--task {self.name}: column {self.column}, row {number + 1}: the label {label!r} is not one of "
+                    f"the choices {known}"
+                )
             found[number] = names.index(label)
         return found
 

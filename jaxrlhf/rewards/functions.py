@@ -186,4 +186,5 @@ def numbers_of(scores: Any) -> tuple[np.ndarray, np.ndarray]:
             raise TypeError(f"an entry has the type {type(odd[0]).__name__}")
     elif scores.dtype.kind in "USmMc":
         raise TypeError(f"an entry has the type {scores.dtype.name}")
-    return scores.astype(np.float32), abstained
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes inf, which the caller refuses
+        return scores.astype(np.float32), abstained

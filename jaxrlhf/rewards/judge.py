@@ -30,7 +30,9 @@ from jaxrlhf.rewards.completions import Completions, with_abstained
 from jaxrlhf.rewards.functions import RewardFault
 from jaxrlhf.rewards.structured import parse_json
 
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
+# Not a part of a word, a date or a number such as 8,5 or 1,000, which countries read in different ways.
+NUMBER = re.compile(r"(?<![\w.])(?<!\d[,-])-?\d+(?:\.\d+)?(?!\w|[.,-]\d)")
+MARKS = " *_[]\n\""  # around a score in a token
 CHOICE = re.compile(r"\b(A|B|TIE)\b", re.IGNORECASE)
 WINS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 TOP_LOGPROBS = 20  # the most that the API allows
@@ -71,6 +73,17 @@ class JudgeReward:
                 self._messages(prompt, "a", row)
             except ValueError as error:
                 raise UserError(f"{key_path}.rubric: prompt {number}: {error}") from None
+        self._check_rubric(prompts, rows, key_path)
+
+    def _check_rubric(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]], key_path: str) -> None:
+        """Raises `UserError` if the rubric is the same for two different completions."""
+        for prompt, row in zip(prompts, rows):
+            one, other = (self._messages(prompt, text, row) for text in ("one completion", "another, longer one"))
+            if any(map(str.__eq__, one, other)):
+                names = "{{ completion }}" if self.config.against is None else "{{ first }} and {{ second }}"
+                raise UserError(f"{key_path}.rubric: does not show what is judged; it must contain {names}")
+            if one:
+                return
 
     def __call__(self, completions: Completions) -> np.ndarray:
         chats = completions.chats or [None] * len(completions.prompts)
@@ -174,9 +187,14 @@ class JudgeReward:
 
     def _json_number(self, reply: Reply) -> float | None:
         value = self._field(reply)
-        if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return None
+        if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):
+            return None
+        try:
             return float(value)
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        except OverflowError:  # an integer of hundreds of digits
+            return None
 
     def _json_choice(self, reply: Reply) -> float | None:
         return WINS.get(str(self._field(reply)).strip().upper())
@@ -207,9 +225,9 @@ def _expected_choice(reply: Reply) -> float | None:
 def _expected(reply: Reply, values: Mapping[str, float]) -> float | None:
     """Returns the mean of `values`, weighted by their probabilities at the last token that is a key of `values`."""
     try:
-        tokens = [token for token in reply["logprobs"] if token["token"].strip(" *_[]\n\"") in values]
-        pairs = [(values.get(t["token"].strip()), float(t["logprob"])) for t in tokens[-1]["top_logprobs"]]
-    except (TypeError, KeyError, IndexError, AttributeError):
+        tokens = [token for token in reply["logprobs"] if token["token"].strip(MARKS) in values]
+        pairs = [(values.get(t["token"].strip(MARKS)), float(t["logprob"])) for t in tokens[-1]["top_logprobs"]]
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         return None
     known = [(value, np.exp(logprob)) for value, logprob in pairs if value is not None and logprob <= 0]
     total = sum(weight for _, weight in known)

@@ -179,6 +179,9 @@ def _labels(
         return labels, None
     if (arguments.calibrate, arguments.calibrate_split) == (arguments.data, arguments.split):
         raise UserError("--calibrate: has the same rows as --data; give rows that are not evaluated")
+    learnt = None if config is None or config.ppo is None else config.ppo.data
+    if learnt and (arguments.calibrate, arguments.calibrate_split or "train") == (learnt.path, learnt.split):
+        notice("--calibrate: has the training prompts (ppo.data), about which the policy is too certain; give others")
     file = _file(arguments.calibrate, arguments.calibrate_split, None, arguments, config)
     rows = _load_prompts(file, arguments, config, roles, sampling)
     own = Task(f"{task.name}:{task.column}", rows.columns, task.options).labels_among(list(answers))

@@ -110,3 +110,13 @@ def test_a_row_of_no_kind_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"question": "a", "answer": "b"}]))
     with pytest.raises(UserError, match="the fields of no kind of data; its fields are: question, answer; name the"):
         check(str(tmp_path / "a.jsonl"))
+
+
+def test_a_file_without_a_row_that_can_be_read_and_a_field_that_no_row_has(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"prompt": "caf\xe9", "response": "b"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"a.jsonl:1: not UTF-8.*; no row of the file can be read"):
+        check(str(path))
+    path.write_bytes(jsonl([{"prompt": "a", "response": "b", "label": "c"}]))
+    with pytest.raises(UserError, match="label_field: no row has the field 'labels'; the fields are: prompt, response"):
+        check(str(path), settings=["label_field=labels"])

@@ -2,6 +2,7 @@
 # ruff: noqa: E501  (one faulty row a line)
 
 import json
+import math
 
 import pytest
 from broken import jsonl
@@ -10,6 +11,7 @@ from jaxrlhf.__main__ import main
 from jaxrlhf.curation.convert import FORMATS, convert
 from jaxrlhf.curation.reading import open_source
 from jaxrlhf.errors import UserError
+from jaxrlhf.rewards.library import entity_f1
 from jaxrlhf.rewards.structured import span_f1
 
 
@@ -56,7 +58,7 @@ GOOD = {
         CONLL.encode(), "demonstrations",
         [{"prompt": "John Smith saw New York", "response": "PER: John Smith\nLOC: New York",
           "entities": [{"type": "PER", "text": "John Smith"}, {"type": "LOC", "text": "New York"}],
-          "tokens": ["John", "Smith", "saw", "New", "York"], "tags": ["B-PER", "I-PER", "O", "I-LOC", "I-LOC"]},
+          "tokens": ["John", "Smith", "saw", "New", "York"], "tags": ["B-PER", "I-PER", "O", "B-LOC", "I-LOC"]},
          {"prompt": "yes", "response": "none", "entities": [], "tokens": ["yes"], "tags": ["O"]}],
     ),
     "csv": (
@@ -91,7 +93,11 @@ def test_entities_are_those_of_the_reward(tmp_path):
 
 def test_adjacent_entities_and_other_schemes():
     tags = ["B-PER", "B-PER", "I-PER", "E-PER", "S-LOC", "I-LOC", "L-LOC", "U-ORG"]
-    entities = FORMATS["conll"](open_row(tokens=list("abcdefgh"), tags=tags))["entities"]
+    row = FORMATS["conll"](open_row(tokens=list("abcdefgh"), tags=tags))
+    entities = row["entities"]
+    for wanted in (entities, row["tags"]):
+        assert entity_f1([row["response"]], [wanted], [row["tokens"]]) == [1.0]
+    assert row["tags"] == ["B-PER", "B-PER", "I-PER", "I-PER", "B-LOC", "B-LOC", "I-LOC", "B-ORG"]
     assert [(e["type"], e["text"]) for e in entities] == [
         ("PER", "a"), ("PER", "b c d"), ("LOC", "e"), ("LOC", "f g"), ("ORG", "h")
     ]  # fmt: skip
@@ -111,7 +117,8 @@ def open_row(**values):
         ("hh-rlhf", {"chosen": HH, "rejected": HH + " a"}, "field 'chosen' ends with an empty turn"),
         ("ultrafeedback", {"instruction": "a", "completions": ULTRA["completions"][:1]}, "two completions with different"),
         ("ultrafeedback", {"instruction": "a", "completions": [{"response": "b"}]}, "completion 1 must have a `response`"),
-        ("scored", {"prompt": "a", "completions": [{"response": "b", "score": None}]}, "completion 1 must have a `response` and a number `score`"),
+        ("scored", {"prompt": "a", "completions": [{"response": "b", "score": None}]}, "completion 1 must have a `response` and a finite number `score`"),
+        ("scored", {"prompt": "a", "completions": [{"response": x, "score": y} for x, y in (("b", 1), ("c", math.nan))]}, "completion 2 must have"),
         ("alpaca", {"instruction": "a", "output": ""}, "field 'output' is empty"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, "turn 1 must have a text `value`"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "a"}]}, "no answer to a turn of the user"),

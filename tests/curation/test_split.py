@@ -79,6 +79,8 @@ def test_what_cannot_be_split_is_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             split(path, str(tmp_path / "out"), **settings)
         assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="the folder cannot be made: File exists; give another --out"):
+        split(path, path)
     with pytest.raises(UserError, match="must be NAME=SHARE"):
         parse_parts("train=0.5,train=0.5")
 

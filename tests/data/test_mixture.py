@@ -70,6 +70,11 @@ def test_preferences_and_prompts_are_mixed_too(jsonl, words):
         load_prompts(PromptsConfig(path=hard, curriculum="level"), words, 16, "stop")
 
 
+def test_a_weight_that_would_fill_the_memory_is_refused():
+    with pytest.raises(UserError, match="would have 3,000,000,001 rows, but at most 100,000,000 are allowed"):
+        repeats([1.0, 3e9], [None, None], [1, 1])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

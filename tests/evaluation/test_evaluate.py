@@ -215,7 +215,7 @@ BAD = {
     "task": (["--run", "run", "--task", "rouge"], r"--task rouge: the data has no column reference; it has label"),
     "task without prompts": (["--model", "model", "--text", "texts.jsonl", "--task", "rouge"], r"--task: needs p"),
     "file": (["--run", "run", "--json", "nowhere/report.json"], r"--json .*nowhere"),
-    "confidence": (["--run", "run", "--confidence", "100"], r"--confidence: must be above 0 and below 100"),
+    "confidence": (["--run", "run", "--confidence", "0.95"], r"--confidence: must be percent from 50 .*not 0.95"),
     "tokens": (["--run", "run", "--max-new-tokens", "900"], r"--max-new-tokens: must be below .*64 positions, not 900"),
     "batch": (["--run", "run", "--batch-size", "0"], r"--batch-size.*at least 1"),
 }  # fmt: skip

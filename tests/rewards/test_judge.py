@@ -127,15 +127,15 @@ def test_a_chat_is_written_with_its_roles(server):
 
 def test_the_last_number_of_a_text(server):
     contents = ["7", "It has 2 faults. Score: 6.5", "**8**/10", "9 out of 10.", "Score: 3 / 10", "5."]
-    unreadable = ["none", "", None, "11", "0", "-3", "v2"]
-    assert read(server, contents + unreadable) == [7, 6.5, 8, 9, 3, 5] + [None] * 7
+    unreadable = ["none", "", None, "11", "0", "-3", "v2", "8,5", "1,000", "7-8", "on 2024-01-01"]
+    assert read(server, contents + unreadable) == [7, 6.5, 8, 9, 3, 5] + [None] * 11
     assert read(server, ["-3", "0.25"], low=-5.0, high=0.5) == [-3, 0.25]
 
 
 def test_a_field_of_json(server):
     contents = ['{"score": 4, "a": "x"}', 'So:\n```json\n{"score": "5"}\n```', '{"score": 1}, no: {"score": 2.5}']
-    unreadable = ["4", '{"score": true}', '{"other": 3}', "[1]"]
-    assert read(server, contents + unreadable, read="json") == [4, 5, 2.5] + [None] * 4
+    unreadable = ["4", '{"score": true}', '{"other": 3}', "[1]", '{"score": 1' + "0" * 400 + "}"]
+    assert read(server, contents + unreadable, read="json") == [4, 5, 2.5] + [None] * 5
     assert read(server, ['{"grade": 4}'], read="json", field="grade") == [4]
 
 
@@ -147,9 +147,12 @@ def token(text, **top):
 def test_the_mean_of_the_scores_by_probability(server):
     certain, unsure = [token("4", **{"4": 1.0})], [token(" 5", **{"5": 0.5, " 4": 0.3, "x": 0.1, "9": 0.1})]
     longer = [token("3", **{"3": 1.0}), token(" so"), token("2", **{"2": 0.75, "1": 0.25}), token(".")]
-    contents = [("4", certain), (" 5", unsure), ("3 so 2.", longer), ("x", [token("x", x=1.0)]), ("", [])]
+    marked = [token(" **4", **{" **4": 0.6, "**2": 0.2, "2": 0.2})]
+    odd = [{"token": "4", "top_logprobs": [{"token": "4", "logprob": "abc"}]}]
+    contents = [("4", certain), (" 5", unsure), ("3 so 2.", longer), (" **4**", marked)]
+    contents += [("x", [token("x", x=1.0)]), ("", []), ("4", odd)]
     settings = {"read": "logprobs", "low": 1.0, "high": 5.0}
-    expected = [4, (0.5 * 5 + 0.3 * 4) / 0.8, 1.75, None, None]
+    expected = [4, (0.5 * 5 + 0.3 * 4) / 0.8, 1.75, 3.2, None, None, None]
     assert read(server, contents, **settings) == [None if x is None else pytest.approx(x) for x in expected]
     assert server.requests[0]["logprobs"] is True and server.requests[0]["top_logprobs"] == 20
     with pytest.raises(RewardFault, match="has no logprobs; use a server that has them, or set read: text"):
@@ -279,6 +282,11 @@ def test_what_is_wrong_is_named(server, tmp_path, monkeypatch):
             "the variables are: prompt, completion, gold",
         ),
         ({"rubric": "{{ prompt.__class__.__mro__ }}"}, "ppo.reward.rubric: prompt 1: the rubric fails: .*unsafe"),
+        ({"rubric": "rate {{ prompt }}"}, r"ppo.reward.rubric: does not show what is judged; it must contain \{\{ com"),
+        (
+            {"against": "gold", "rubric": "{{ first }} or not"},
+            r"ppo.reward.rubric: does not show what is judged; it must contain \{\{ first \}\} and",
+        ),
         ({"against": "answer"}, "ppo.reward.against: the data has no column answer; the columns are: gold"),
     ):
         with pytest.raises(UserError, match=rf"\A{words}[^\n]*\Z"):
