@@ -128,7 +128,7 @@ REFUSED = {
         "--calibrate: has the same rows as --data"
     ),
     ("--run", "run", "--choices", "", "--calibrate", "validation.jsonl"): "--calibrate: needs the probabilities",
-    ("--run", "run", "--choices", "good,bad", "--task", "classification"): "the label 'very good' is not one of the choices 'good', 'bad'",
+    ("--run", "run", "--choices", "good,bad", "--task", "classification"): "'very good' is not one of the choices",
     ("--run", "run", "--choices", "good,it is it", "--max-new-tokens", "2"): "--max-new-tokens: is 2, but the choice",
     ("--run", "run", "--choices", "good,good"): "--choices: the choice 'good' is given more than once",
     ("--run", "run", "--choices", "good,zebra"): "--choices: the tokenizer has no tokens for 'zebra'",
