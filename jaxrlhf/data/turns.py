@@ -45,17 +45,19 @@ def text_between_turns(template: ChatTemplate, chat: Chat, messages: list[Messag
     """Returns the text that the template writes between the assistant's turn after `chat` and its next turn.
 
     This is the end of the turn, the new `messages`, and the start of the next turn. The turn's own text does not
-    matter: its tokens stay as the policy wrote them. Raises UserError if the template writes the chat before the turn
-    differently when later messages follow, because the tokens before the turn then could not stay.
+    matter: its tokens stay as the policy wrote them, with the blank that some templates write before a turn. Raises
+    UserError if the template writes the chat before the turn differently when later messages follow, because the tokens
+    before the turn then could not stay.
     """
     before, answered = template.prompt_text(chat, place), chat.followed_by(MARK)
     after = template.prompt_text(replace(answered, messages=[*answered.messages, *messages]), place)
-    if not after.startswith(before + MARK):
+    begins, _, following = after.partition(MARK)
+    if not begins.startswith(before) or begins[len(before) :].strip() or MARK not in after:
         raise UserError(
             f"{place}the chat template of {template.name} writes a chat differently when later messages follow: "
             f"{_difference(before + MARK, after)}; episodes of several turns need a template that keeps what it wrote"
         )
-    return after[len(before) + len(MARK) :]
+    return following
 
 
 def _difference(alone: str, followed: str) -> str:
