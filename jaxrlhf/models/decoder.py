@@ -18,7 +18,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrlhf.distributed.mesh import BATCH_AXES, POSITION_AXIS, constrain
-from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.attention import (
     RotaryTables,
     attend,
@@ -36,8 +35,8 @@ from jaxrlhf.models.cache import Cache, CacheIndex, LayerCache
 from jaxrlhf.models.config import DecoderConfig, LayerKind
 from jaxrlhf.models.context import heads_split, positions_split
 from jaxrlhf.models.decode_attention import attend_newest, supported
-from jaxrlhf.models.linear import Linear
-from jaxrlhf.models.norms import NORMS
+from jaxrlhf.models.feed_forward import MLP
+from jaxrlhf.models.initializer import Initializer
 from jaxrlhf.models.remat import INPUT, rematerialised
 from jaxrlhf.models.rope import frequencies
 from jaxrlhf.models.sharding import leaf_name
@@ -53,7 +52,7 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, kind: LayerKind, make: "_Initializer"):
+    def __init__(self, config: DecoderConfig, kind: LayerKind, make: Initializer):
         D, N, K, H = config.hidden_size, config.heads, config.kv_heads, config.head_dim
         self.q_proj = make.linear(D, N * H, config.qkv_bias)
         self.k_proj = make.linear(D, K * H, config.qkv_bias)
@@ -118,27 +117,8 @@ class Attention(nnx.Module):
         return norm(heads) if self.config.qk_norm == "head" and norm is not None else heads
 
 
-class MLP(nnx.Module):
-    def __init__(self, config: DecoderConfig, make: "_Initializer"):
-        D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = nnx.data(make.linear(D, F, config.mlp_bias) if config.gated_mlp else None)
-        self.up_proj = make.linear(D, F, config.mlp_bias)
-        self.down_proj = make.linear(F, D, config.mlp_bias)
-        self.gate_up_proj = nnx.data(None)  # joins gate_proj and up_proj; `adapters.for_decoding` sets it
-        self.activation = config.activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        activate = ACTIVATIONS[self.activation]
-        if self.gate_proj is None:
-            return self.down_proj(activate(self.up_proj(x)))
-        if self.gate_up_proj is not None:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-            return self.down_proj(activate(gate) * up)
-        return self.down_proj(activate(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nnx.Module):
-    def __init__(self, config: DecoderConfig, kind: LayerKind, make: "_Initializer"):
+    def __init__(self, config: DecoderConfig, kind: LayerKind, make: Initializer):
         pre, post, size = config.pre_norms, config.post_norms, config.hidden_size
         self.attention_norm = nnx.data(make.norm(size) if pre else None)
         self.attention = Attention(config, kind, make)
@@ -189,7 +169,7 @@ class Decoder(nnx.Module):
     """A decoder. It maps tokens to logits (`__call__`), or to hidden states (`hidden`) for `logits` or `scores`."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32):
-        make = _Initializer(config, key, jnp.dtype(dtype))
+        make = Initializer(config, key, jnp.dtype(dtype))
         self.config = config
         self.embed_tokens = Embedding(make.normal(config.vocab_size, config.hidden_size))
         positions = make.normal(config.max_positions, config.hidden_size) if config.learned_positions else None
@@ -362,26 +342,6 @@ class Decoder(nnx.Module):
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns the outputs f32[B,T] of the scalar head on hidden states. The head computes in float32."""
         return jnp.squeeze(self.score(hidden_BTD.astype(jnp.float32)), -1)
-
-
-class _Initializer:
-    """Builds modules with random weights, as Hugging Face's Llama does. Each kernel has its own random key."""
-
-    def __init__(self, config: DecoderConfig, key: jax.Array, dtype: jnp.dtype):
-        self.config, self.key, self.dtype = config, key, dtype
-        self.count = 0
-
-    def normal(self, *shape: int) -> jax.Array:
-        self.count += 1
-        noise = jax.random.normal(jax.random.fold_in(self.key, self.count), shape, jnp.float32)
-        return (noise * self.config.initializer_range).astype(self.dtype)
-
-    def linear(self, fan_in: int, fan_out: int, bias: bool) -> Linear:
-        kernel = self.normal(fan_in, fan_out)
-        return Linear(kernel, jnp.zeros((fan_out,), self.dtype) if bias else None)
-
-    def norm(self, size: int) -> nnx.Module:
-        return NORMS[self.config.norm](size, self.config.norm_eps, self.dtype)
 
 
 def abstract_decoder(config: DecoderConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> Decoder:
