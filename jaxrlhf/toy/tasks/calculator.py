@@ -1,16 +1,17 @@
 """Arithmetic with a calculator as a tool: the answer of a sum or product of two-digit numbers. The best score is 1.
 
 All numbers are digits that are separated by blanks, so each digit is a word. A call is written in the plain form of
-`jaxrlhf.environments.tool_calls`: `calculator : 3 4 * 5 7`. 60% of the demonstrations call the calculator, and 40% of
-these repeat its result. The other answers have the right number of digits, of which all but the first are guessed. A
-row has the demonstration as `messages`, the question alone as `prompt`, and `answer`.
+`jaxrlhf.environments.tool_calls`: `calculator : 3 4 * 5 7`. 60% of the demonstrations call the calculator and repeat
+its result, but only 40% of these read the question right; the others call it with a wrong digit. The answers without a
+call have the right number of digits, of which all but the first are guessed. A row has the demonstration as `messages`,
+the question alone as `prompt`, and `answer`.
 """
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, words_of
 
 QUESTIONS = ("what is {} ?", "tell me {}", "{} =")
 SIGNS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-CALLS, REPEATS = 0.6, 0.4  # share of the demonstrations that call the tool; share of these that repeat its result
+CALLS, READS = 0.6, 0.4  # share of the demonstrations that call the tool; share of these that read the question right
 # A turn of the assistant ends with <eos>, and no turn depends on later ones.
 CHAT_TEMPLATE = (
     "<bos>{% for message in messages %} {{ message.role }}: {{ message.content }}"
@@ -22,6 +23,11 @@ CHAT_TEMPLATE = (
 def spell(value: object) -> str:
     """Returns the characters of a value with a blank between them: `-12` becomes `- 1 2`."""
     return " ".join(str(value).replace(" ", ""))
+
+
+def _misread(rng: Random, number: int) -> int:
+    """Returns a number of two digits whose last digit is another one."""
+    return number // 10 * 10 + (number + int(rng.integers(1, 10))) % 10
 
 
 def _guess(rng: Random, result: int) -> int:
@@ -37,10 +43,12 @@ def draw(rng: Random) -> Row:
     expression = f"{spell(first)} {sign} {spell(second)}"
     question, result = pick(rng, QUESTIONS).format(expression), SIGNS[sign](first, second)
     turns = [("user", question)]
-    calls = rng.random() < CALLS
-    if calls:
-        turns += [("assistant", f"calculator : {expression}"), ("tool", spell(result))]
-    answer = result if calls and rng.random() < REPEATS else _guess(rng, result)
+    if rng.random() < CALLS:
+        read = first if rng.random() < READS else _misread(rng, first)
+        answer = SIGNS[sign](read, second)
+        turns += [("assistant", f"calculator : {spell(read)} {sign} {spell(second)}"), ("tool", spell(answer))]
+    else:
+        answer = _guess(rng, result)
     turns.append(("assistant", spell(answer)))
     messages = [{"role": role, "content": text} for role, text in turns]
     return {"messages": messages, "prompt": question, "answer": spell(result)}
