@@ -15,13 +15,9 @@ FOODS = ("eggs", "rice", "fish", "beans", "cheese", "bread", "pasta", "corn", "h
 EVENTS = ("dentist", "concert", "exam", "party", "meeting", "game", "flight", "class")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 THINGS = ("lamp", "chair", "clock", "coat", "bag", "tent")
-GOOD, BAD = ("cheap", "strong", "new"), ("broken", "ugly", "dirty")
 COOKING = ("i have {0} and {1} . what can i cook ?", "what can i eat ? there are {0} and {1} .")
 REMINDING = ("my {event} is on {day} . when is it ?", "remind me please . on {day} i have my {event} .")
-BUYING = (
-    "the {0} is {a} and the {1} is {b} . which one do i buy ?",
-    "which one shall i buy ? one {0} is {a} , one {1} is {b} .",
-)
+BUYING = ("i like the {0} more than the {1} . which one do i buy ?", "which one shall i buy ? the {0} beats the {1} .")
 GREETINGS = ("hello !", "good morning !", "please help me .", "")
 DISH, REMINDER, ADVICE = "you can cook {} with {} .", "it is on {} .", "buy the {} ."
 REFUSALS = ("i can not help you .", "ask somebody else .")
@@ -45,6 +41,7 @@ GAP = 0.1  # smallest difference of gold scores in a pair
 def _dish(rng: Random) -> tuple[str, list[str], list[str]]:
     one, two, *others = sample(rng, FOODS, 4)
     wrong = [DISH.format(one, others[0]), DISH.format(others[0], two), DISH.format(*others)]
+    wrong += [DISH.format(food, food) for food in (one, two)]
     return pick(rng, COOKING).format(one, two), [DISH.format(one, two), DISH.format(two, one)], wrong
 
 
@@ -55,10 +52,9 @@ def _reminder(rng: Random) -> tuple[str, list[str], list[str]]:
 
 
 def _advice(rng: Random) -> tuple[str, list[str], list[str]]:
-    things, better = sample(rng, THINGS, 3), int(rng.integers(2))
-    states = pick(rng, GOOD), pick(rng, BAD)
-    request = pick(rng, BUYING).format(*things, a=states[better], b=states[1 - better])
-    return request, [ADVICE.format(things[better])], [ADVICE.format(things[i]) for i in (1 - better, 2)]
+    better, *others = sample(rng, THINGS, 3)
+    request = pick(rng, BUYING).format(better, *others)
+    return request, [ADVICE.format(better)], [ADVICE.format(thing) for thing in others]
 
 
 def draw(rng: Random) -> Row:
@@ -139,10 +135,11 @@ def gold_score(completions: list[str], right: list[list[str]], **columns: object
 TASK = Task(
     draw,
     words_of(
-        *FOODS, *EVENTS, *DAYS, *THINGS, *GOOD, *BAD, *GREETINGS, *REFUSALS, *OPENERS, *CLOSERS, *CHATTER,
+        *FOODS, *EVENTS, *DAYS, *THINGS, *GREETINGS, *REFUSALS, *OPENERS, *CLOSERS, *CHATTER,
         "user: assistant:",
-        *(text.format("", "", a="", b="", event="", day="") for text in COOKING + REMINDING + BUYING),
+        *(text.format("", "", event="", day="") for text in COOKING + REMINDING + BUYING),
         *(text.format("", "") for text in (DISH, REMINDER, ADVICE)),
     ),
     rows={"train": 10000, "validation": 200, "test": 250},
+    held_out_from=0.2,
 )  # fmt: skip
