@@ -26,6 +26,7 @@ from jaxrlhf.config.evaluation import (
     RewardModelEvaluationConfig,
     SFTEvaluationConfig,
 )
+from jaxrlhf.config.model import ModelConfig, NewModelConfig
 from jaxrlhf.config.rewards import (
     ClassifierRewardConfig,
     CodeTestsRewardConfig,
@@ -40,8 +41,6 @@ from jaxrlhf.config.run import (
     CheckpointsConfig,
     HealthConfig,
     MeshConfig,
-    ModelConfig,
-    NewModelConfig,
     PartMeshConfig,
     PPOStageConfig,
     PretrainingConfig,

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf.config import ModelConfig, RunConfig
-from jaxrlhf.config.run import NewModelConfig
+from jaxrlhf.config import ModelConfig, NewModelConfig, RunConfig
 from jaxrlhf.hf.classifiers import load_sequence_classifier, save_sequence_classifier
 from jaxrlhf.hf.tensor_files import SINGLE
 from jaxrlhf.hf.weights import load_pretrained, save_pretrained
