@@ -23,7 +23,7 @@ from jaxrlhf.rewards.load import gives_steps, is_own, needs_own, parts_of
 from jaxrlhf.rewards.model import score_program
 from jaxrlhf.rewards.pretrained import token_score_program
 from jaxrlhf.rewards.steps import granularity_of
-from jaxrlhf.rollout.decode import Schedule
+from jaxrlhf.rollout.schedule import Schedule
 from jaxrlhf.stages.checks import Mesh, with_optimizers, with_total_steps
 from jaxrlhf.stages.programs import (
     annotate_program,

@@ -10,7 +10,7 @@ from jaxrlhf.errors import UserError
 from jaxrlhf.models.config import DecoderConfig
 from jaxrlhf.models.decoder import abstract_decoder
 from jaxrlhf.plan import work
-from jaxrlhf.rollout.decode import Schedule
+from jaxrlhf.rollout.schedule import Schedule
 from jaxrlhf.stages.checks import check_stage
 
 MODEL = DecoderConfig(31, 16, 24, 1, 2, 1, 8, 64)
