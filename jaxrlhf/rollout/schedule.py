@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxrlhf.config import Sampling
 
-# Rows enter when one of this number of slots of a queue is free. Later, more slots would wait, and a pass over prompts
+# Rows enter when one slot in this number is free. Later, more slots would wait, and a pass over prompts
 # would take more memory. Earlier, passes would be small, and each of them reads all weights.
 _ENTERING_SHARE = 8
 
