@@ -2,6 +2,10 @@
 
 Sizes: B rows, P prompt tokens (left-padded), R response tokens, S = P + R, and L tokens of a training sequence.
 Response position t is token P + t of a row. Logprobs, values and rewards at index t belong to this token.
+
+A completion may be an episode with an environment. Its response tokens are then the turns of the policy and, between
+them, the answers of the environment. The latter are real (`mask`), but not in `response_mask`, and their logprobs,
+values, rewards and advantages are 0.
 """
 
 from typing import Any
@@ -63,15 +67,15 @@ class Rollout:
 
     tokens: jax.Array  # i32[B,S]
     mask: jax.Array  # bool[B,S]; True on the real tokens of prompt and completion
-    response_mask: jax.Array  # bool[B,R]; True on the tokens of the completion, including the stop token
-    sample_logprobs: jax.Array  # f32[B,R]; logprobs of the sampled tokens at `temperature`; 0 past the end
-    ended: jax.Array  # bool[B]; True if the completion ended with a stop token
+    response_mask: jax.Array  # bool[B,R]; True on the policy's tokens of the completion, including stop tokens
+    sample_logprobs: jax.Array  # f32[B,R]; logprobs of the sampled tokens at `temperature`; else 0
+    ended: jax.Array  # bool[B]; True if the completion ended with a stop token (an episode: also by the environment)
     temperature: jax.Array  # f32[B]; the logits were divided by this temperature
 
 
 @struct.dataclass
 class Annotated:
-    """Logprobs and values of the response tokens of a rollout; 0 past the end of a completion."""
+    """Logprobs and values of the response tokens of a rollout; 0 outside its `response_mask`."""
 
     logprobs: jax.Array  # f32[B,R]
     ref_logprobs: jax.Array  # f32[B,R]
