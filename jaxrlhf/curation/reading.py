@@ -20,6 +20,7 @@ from jaxrlhf.data.templates import template_writer
 from jaxrlhf.errors import UserError, short
 
 HEAD = 200  # rows that decide about the kind
+OPTIONAL = ("margin_field", "tools_field", "chat_template_kwargs_field")  # settings of fields that only some rows have
 _IS_ID = re.compile(r"(.*_)?(id|idx|index|uid|uuid|source)", re.IGNORECASE)
 
 
@@ -119,8 +120,11 @@ def _check_named(rows: Sequence[Row], fields: Fields) -> None:
     """Raises UserError if a setting names a field that no row has."""
     for setting in sorted(name for name in fields.model_fields_set if name.endswith("_field")):
         name = getattr(fields, setting)
-        if name is not None and not any(name in row.values for row in rows):
-            raise UserError(f"{setting}: no row has the field {name!r}; the fields are: {', '.join(rows[0].values)}")
+        if name and setting not in OPTIONAL and not any(name in row.values for row in rows):
+            raise UserError(
+                f"{setting}: none of the first {len(rows)} rows has the field {name!r}; the fields are: "
+                f"{', '.join(rows[0].values)}"
+            )
 
 
 def _kind_of(rows: Sequence[Row], fields: Fields) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.config import ChatSourceConfig, DemonstrationsSourceConfig
+from jaxrlhf.config import ChatSourceConfig, DemonstrationsSourceConfig, RunConfig
 from jaxrlhf.data.sources import Row, read_rows
 from jaxrlhf.data.time_limit import within
 from jaxrlhf.errors import SharedFault, UserError, one_line
@@ -141,6 +141,12 @@ def _shots(config: ChatSourceConfig) -> Callable[[int, Row], dict[str, Any]]:
         return {SHOTS: chosen}
 
     return of_row
+
+
+def data_of(config: RunConfig | None) -> ChatSourceConfig | None:
+    """Returns the data of the run's ppo stage, else of its sft stage, else None."""
+    stages = () if config is None else (config.ppo, config.sft)
+    return next((stage.data for stage in stages if stage is not None and stage.data is not None), None)
 
 
 def format_of(source: ChatSourceConfig, prompt_field: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ messages go through the chat template. Later ones are what follows the policy's 
 the text that the template writes for the new messages, up to the start of the next turn.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ class Factory:
     def __call__(self) -> Any:
         if self.function is None:
             self.function = load_function(self.spec, self.key_path)
-        return self.function(**self.arguments)
+        return self.function(**copy.deepcopy(self.arguments))  # an environment may change what it is given
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"function": None}
@@ -90,7 +91,7 @@ class TextEnvironments:
         factory = Factory(config.factory, config.arguments, "ppo.environment.factory")
         names = [f"environment {i} ({config.factory.rpartition(':')[2]})" for i in range(count)]
         self.tokenizer, self.stop_tokens, self._say = tokenizer, frozenset(stop_tokens), say
-        self.max_prompt_tokens, self.overflow = max_prompt_tokens, overflow
+        self.max_prompt_tokens, self.overflow, self.max_turns = max_prompt_tokens, overflow, config.max_turns
         self._reported: set[int] = set()
         self._chats: list[Chat | None] = [None] * count
         limit = None if config.mode == "sequential" else config.step_timeout
@@ -104,7 +105,7 @@ class TextEnvironments:
         """Resets the environments. The ids of the results are those of prompts."""
         # What a draw gives must not depend on earlier draws, because a resumed run has not seen them.
         self.pool.renew()
-        options = {i: row for i, row in enumerate(rows) if row}
+        options = {i: copy.deepcopy(row) for i, row in enumerate(rows) if row}  # as above; rows are used again
         answers = self._guarded(lambda: self.pool.reset(dict(enumerate(seeds)), options), range(len(seeds)))
         return [self._checked(i, answers[i], self._first) for i in range(len(seeds))]
 
@@ -125,7 +126,7 @@ class TextEnvironments:
         result = self.start([seed], [row])[0]
         if result.failed is not None:
             raise UserError(f"ppo.environment: the first observation cannot be used: {result.failed}")
-        if (chat := self._chats[0]) is not None:
+        if (chat := self._chats[0]) is not None and self.max_turns > 1:
             following = [{"role": "user", "content": "next"}]
             text_between_turns(self.tokenizer.chats, chat, following, "ppo.environment: ")
         return result.text
@@ -145,7 +146,7 @@ class TextEnvironments:
             return read(i, answer)
         except UserError as error:
             reason = str(error)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
             reason = f"it returned {short(answer)}: {one_line(error)}"
         try:
             return Result(failed=str(self.pool.fail(i, reason)))
@@ -216,8 +217,11 @@ class TextEnvironments:
         ids = self.tokenizer.encode_continuations([text])[0]
         answered = chat.followed_by(action)
         self._chats[i] = dataclasses.replace(answered, messages=[*answered.messages, *messages])
-        # The template ends every turn. A turn that ended itself must not end twice.
-        return ids[1:] if turn.stopped and ids and ids[0] in self.stop_tokens else ids
+        # The template ends every turn, some after a blank. A turn that ended itself must not end twice.
+        end = next((k for k, token in enumerate(ids) if token in self.stop_tokens), None)
+        if turn.stopped and end is not None and not self.tokenizer.decode(ids[:end]).strip():
+            return ids[end + 1 :]
+        return ids
 
 
 def _check_observation(observation: Any, method: str) -> None:
@@ -239,6 +243,7 @@ def _text_of(observation: Any) -> str:
 
 def _success(info: Mapping[str, Any]) -> float | None:
     for name in _SUCCESS:
-        if isinstance(info.get(name), (*_BOOLS, int, float, np.integer, np.floating)):
-            return float(info[name])
+        value = info.get(name)
+        if isinstance(value, (*_BOOLS, int, float, np.integer, np.floating)) and abs(value) < LARGEST_FLOAT:
+            return float(value)
     return None

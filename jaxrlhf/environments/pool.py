@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.environments.protocol import name_of
-from jaxrlhf.environments.workers import MODES, Factory, Failed
+from jaxrlhf.environments.workers import MODES, START_LIMIT, Factory, Failed
 from jaxrlhf.errors import Fault, UserError, printable
 
 MAX_FAILURES = 3  # failures of one environment without a whole episode between them; then it is retired
@@ -119,7 +119,9 @@ class Pool:
                     results[i] = Failed("retired")
                 else:
                     workers[i].wait()
-            except (TimeoutError, Failed) as error:
+            except TimeoutError:
+                results[i] = self.fail(i, f"it took more than {START_LIMIT:g} s to start")
+            except Failed as error:
                 results[i] = self.fail(i, f"it could not be started: {error}")
         for i, (method, arguments, options) in calls.items():
             if i not in results:

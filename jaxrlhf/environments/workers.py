@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import queue
+import signal
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from jaxrlhf.errors import UserError, one_line
 
 Factory = Callable[[], Any]
 OUTPUT_LIMIT = 64 * 1024  # characters that an environment in a process may print
-_START_LIMIT = 60.0  # seconds to start a thread or process and to make the environment, before the first call
+START_LIMIT = 60.0  # seconds to start a thread or process and to make the environment, before the first call
 
 
 class Failed(Exception):
@@ -53,7 +54,9 @@ class Inline:
     def receive(self, deadline: float | None) -> Any:
         try:
             return _perform(self.env, *self._call)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # such as SystemExit or asyncio's CancelledError
             raise Failed(_line(error)) from error
 
     def stop(self) -> None:
@@ -76,12 +79,12 @@ class Thread:
     def _run(self, factory: Factory) -> None:
         try:
             worker: Any = Inline(factory, "")
-        except Exception as error:
+        except BaseException as error:  # such as SystemExit
             worker = error
         self._replies.put((True, None))
         while (call := self._requests.get()) is not None:
             try:
-                if isinstance(worker, Exception):
+                if isinstance(worker, BaseException):
                     raise Failed(_line(worker))
                 worker.send(call[0], *call[1], **call[2])
                 self._replies.put((True, worker.receive(None)))
@@ -92,7 +95,7 @@ class Thread:
 
     def wait(self) -> None:
         if not self._started:
-            self._next(_START_LIMIT)
+            self._next(START_LIMIT)
             self._started = True
 
     def send(self, method: str, *arguments: Any, **options: Any) -> None:
@@ -139,7 +142,7 @@ class Process:
 
     def wait(self) -> None:
         if not self._started:
-            self._next(_START_LIMIT)
+            self._next(START_LIMIT)
             self._started = True
 
     def send(self, method: str, *arguments: Any, **options: Any) -> None:
@@ -160,6 +163,8 @@ class Process:
         except (EOFError, OSError):
             self._process.join(1.0)
             raise Failed(f"its process ended with status {self._process.exitcode}") from None
+        except Exception as error:  # an object that cannot be unpickled here
+            raise Failed(f"its result cannot be read: {_line(error)}") from None
         if not done:
             raise Failed(result)
         return result
@@ -192,6 +197,8 @@ class _Limited:
 
 def _serve(connection: Any, factory: Factory) -> None:
     """The main function of a process: answers calls until the other end of the pipe is closed."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # of the terminal; the run decides when its environments end
+        signal.signal(number, signal.SIG_IGN)
     sys.stdout, sys.stderr = _Limited(sys.stdout), _Limited(sys.stderr)
     try:
         worker: Any = Inline(factory, "")

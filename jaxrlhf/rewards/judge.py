@@ -63,27 +63,21 @@ class JudgeReward:
         self.cache = None if config.cache is None else Cache(cache_folder(config.cache), f"{key_path}.cache")
 
     def check_rows(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]], key_path: str) -> None:
-        """Raises `UserError` if the rubric cannot be rendered for a row, or if no row has the column of `against`."""
+        """Raises `UserError` if no row has the column of `against`, or if the rubric cannot be rendered for a row or is
+        the same for two completions.
+        """
         against = self.config.against
         if against is not None and not any(against in row for row in rows):
             present = ", ".join(sorted(set().union(*rows))) or "none"
             raise UserError(f"{key_path}.against: the data has no column {against}; the columns are: {present}")
         for number, (prompt, row) in enumerate(zip(prompts, rows), 1):
             try:
-                self._messages(prompt, "a", row)
+                one, other = (self._messages(prompt, text, row) for text in ("a", "another completion"))
             except ValueError as error:
                 raise UserError(f"{key_path}.rubric: prompt {number}: {error}") from None
-        self._check_rubric(prompts, rows, key_path)
-
-    def _check_rubric(self, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]], key_path: str) -> None:
-        """Raises `UserError` if the rubric is the same for two different completions."""
-        for prompt, row in zip(prompts, rows):
-            one, other = (self._messages(prompt, text, row) for text in ("one completion", "another, longer one"))
             if any(map(str.__eq__, one, other)):
                 names = "{{ completion }}" if self.config.against is None else "{{ first }} and {{ second }}"
                 raise UserError(f"{key_path}.rubric: does not show what is judged; it must contain {names}")
-            if one:
-                return
 
     def __call__(self, completions: Completions) -> np.ndarray:
         chats = completions.chats or [None] * len(completions.prompts)

@@ -242,7 +242,10 @@ def turn_key(key: jax.Array, number: int) -> jax.Array:
 def _metrics(
     episodes: list[_Episode], rewards: np.ma.MaskedArray, own: np.ndarray, real: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Returns the metrics of episodes, f32[B] by name. All but two leave out failed episodes (masked)."""
+    """Returns the metrics of episodes, f32[B] by name. All but two leave out failed episodes (masked).
+
+    All successes are masked if no environment told of one.
+    """
     failed = np.array([episode.failed is not None for episode in episodes])
     returns = rewards.filled(0).sum(axis=1, dtype=np.float32)
 
@@ -257,7 +260,7 @@ def _metrics(
         "environment/failed": np.asarray(failed, np.float32),
         "reward/score": returns,
     }
-    unknown = failed | np.array([episode.success is None for episode in episodes])
-    if not unknown.all():
-        found["environment/success"] = of([episode.success or 0.0 for episode in episodes], unknown)
-    return found
+    # Many environments say at the end only whether it was a success. An episode that was cut before is none.
+    told = any(episode.success is not None for episode in episodes)
+    unknown = failed if told else np.ones(len(episodes), bool)
+    return found | {"environment/success": of([episode.success or 0.0 for episode in episodes], unknown)}

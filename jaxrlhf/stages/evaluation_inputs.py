@@ -29,7 +29,7 @@ from jaxrlhf.data.order import hold_out
 from jaxrlhf.data.prompts import PromptSet, load_prompts
 from jaxrlhf.data.report import LoadReport
 from jaxrlhf.data.sft import SFTData, load_demonstrations
-from jaxrlhf.data.templates import format_of
+from jaxrlhf.data.templates import data_of, format_of
 from jaxrlhf.errors import UserError
 from jaxrlhf.evaluation.tasks import Task
 from jaxrlhf.hf.adapter_files import load_adapter
@@ -42,6 +42,7 @@ from jaxrlhf.rewards.model import ModelReward
 from jaxrlhf.rewards.steps import granularity_of
 from jaxrlhf.rewards.trial import try_rewards
 from jaxrlhf.stages.candidates import Model, choices_of
+from jaxrlhf.stages.checks import check_length
 from jaxrlhf.stages.choices import ChoiceTokens, prompts_of
 from jaxrlhf.stages.roles import Roles
 from jaxrlhf.tracking.notices import notice
@@ -116,6 +117,8 @@ def load_inputs(
     environment = None
     if ppo is not None and ppo.environment is not None and arguments.data is None:
         environment = ppo.model_copy(update={"sampling": sampling})
+        length = ppo.max_prompt_tokens + environment.response_tokens
+        check_length(roles.base.config, length, "--max-new-tokens: an episode")
     prompts = _prompts(arguments, config, roles, sampling) if environment is None else _episodes(arguments, ppo)
     text, text_path = _text(arguments, config, roles, batch_size)
     if prompts is None and text is None:
@@ -239,8 +242,8 @@ def _file(
     """Returns the settings for reading prompts from a file that is named on the command line."""
     source = {"path": path, "split": split, "limit": limit}
     source |= {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
-    if (stage := config and (config.ppo or config.sft)) is not None:  # chats get the format of the run
-        source |= format_of(stage.data, arguments.prompt_field)
+    if (data := data_of(config)) is not None:  # chats get the format of the run
+        source |= format_of(data, arguments.prompt_field)
     return PromptsConfig(**{name: value for name, value in source.items() if value is not None})
 
 

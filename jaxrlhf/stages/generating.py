@@ -10,7 +10,7 @@ from jaxrlhf.checkpoint.compilation_cache import AUTO, cached_programs
 from jaxrlhf.config import PromptsConfig, RunConfig, Sampling
 from jaxrlhf.data.chats import Chat
 from jaxrlhf.data.prompts import left_pad, read_prompts
-from jaxrlhf.data.templates import format_of
+from jaxrlhf.data.templates import data_of, format_of
 from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.errors import UserError, printable
 from jaxrlhf.models.choices import Choices
@@ -76,8 +76,8 @@ def _prompts(
         prompts, places = arguments.prompt, [f"--prompt {text[:40]!r}" for text in arguments.prompt]
     else:
         settings = {} if arguments.prompt_field is None else {"prompt_field": arguments.prompt_field}
-        if config is not None and (stage := config.ppo or config.sft) is not None:  # chats get the format of the run
-            settings |= format_of(stage.data, arguments.prompt_field)
+        if (data := data_of(config)) is not None:  # chats get the format of the run
+            settings |= format_of(data, arguments.prompt_field)
         rows, prompts, _ = read_prompts(PromptsConfig(path=arguments.prompts, **settings))
         places = [row.where for row in rows]
     positions = roles.base.config.max_positions

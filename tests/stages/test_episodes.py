@@ -48,6 +48,18 @@ def make(**arguments):
     return Talk(**arguments)
 
 
+class Late(Talk):
+    """Says only at the end that it was a success, and changes the row that it is given."""
+
+    def reset(self, seed=None, options=None):
+        options["words"].append(options.pop("first"))
+        return super().reset(seed)
+
+    def step(self, action):
+        *result, _ = super().step(action)
+        return *result, {"success": True} if result[2] else {}
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_word_tokenizer(WORDS, chat_template=TEMPLATE)
@@ -274,3 +286,17 @@ def test_seeds_follow_from_key_and_row():
     one, two = episode_seeds(key(0), 5), episode_seeds(key(1), 5)
     assert len({*one, *two}) == 10 and (one >= 0).all()
     np.testing.assert_array_equal(episode_seeds(key(0), 3), one[:3])
+
+
+def test_an_episode_that_was_cut_is_no_success_and_rows_stay_as_they_are(player_of):
+    row, key = {"first": "a", "words": []}, jax.random.key(0)
+    for turns in (2, 4):
+        player = player_of(factory="test_episodes:Late", max_turns=turns)
+        metrics = player.play(None, [row] * 8, episode_seeds(key, 8).tolist(), key).metrics
+        assert not metrics["environment/failed"].any() and row == {"first": "a", "words": []}
+        success = metrics["environment/success"]
+        assert not np.ma.getmaskarray(success).any()
+        np.testing.assert_array_equal(success, 1 - metrics["environment/truncated"])
+        assert success.mean() > 0 and (turns == 4 or success.mean() < 1)
+    silent = play(player_of()).metrics["environment/success"]
+    assert np.ma.getmaskarray(silent).all(), "nothing is known of it"

@@ -242,7 +242,7 @@ class Iteration:
             if len(samples) < SAMPLES:
                 samples += samples_of(completions, scored.rows, experience, scored.step_rewards)
         rows = {name: np.ma.concatenate(values) for name, values in rows_of.items()}
-        means = {name: float(np.mean(values)) for name, values in rows.items()}
+        means = {name: float(np.mean(values)) for name, values in rows.items() if np.ma.count(values)}
         return Evaluation(means, samples[: min(SAMPLES, total * self.group)], rounded(rows["reward/score"]))
 
     def _paused(self, metrics: dict[str, jax.Array]) -> dict[str, float]:

@@ -67,7 +67,8 @@ class ScoredRollout(Sampled):
 
     def means(self) -> dict[str, float]:
         """Returns the batch means of the reward metrics, without reward/score: `score_experience` logs that mean."""
-        return {name: float(np.mean(values)) for name, values in self.rows.items() if name != "reward/score"}
+        known = {name: values for name, values in self.rows.items() if name != "reward/score" and np.ma.count(values)}
+        return {name: float(np.mean(values)) for name, values in known.items()}
 
 
 class Clock:
