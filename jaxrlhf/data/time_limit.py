@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 
+class TookTooLong(TimeoutError):
+    """A call took longer than its time limit. A TimeoutError of the call itself is of another class."""
+
+
 def within(seconds: float, call: Callable[[], Any]) -> Any:
     """Runs `call` in a new thread and returns its result.
 
-    If the call takes longer than `seconds`, TimeoutError is raised, and the thread ends at its next bytecode.
+    If the call takes longer than `seconds`, TookTooLong is raised, and the thread ends at its next bytecode.
     """
     results: list[Any] = []
     errors: list[BaseException] = []
@@ -26,7 +30,7 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     if thread.is_alive():
         # The next bytecode of the thread raises SystemExit. The thread runs only `call`.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        raise TimeoutError
+        raise TookTooLong
     if errors:
         raise errors[0]
     return results[0]

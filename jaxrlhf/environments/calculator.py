@@ -9,6 +9,7 @@ from typing import Any
 
 MAX_CHARS = 200  # of an expression
 MAX_BITS = 1024  # of a whole number
+MAX_DIGITS = 400  # of round; whole numbers and floats have fewer
 _ALLOWED = re.compile(r"[\d\s.,()+\-*/%^×÷eEa-z]*")
 # Python's parser warns about a letter right after a number (`1and 2`), which is no arithmetic.
 _JOINED = re.compile(r"\d(?![eE][+-]?\d)[A-Za-z]")
@@ -20,10 +21,18 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+
+
+def _round(value: int | float, digits: int | None = None) -> int | float:
+    if isinstance(digits, int) and abs(digits) > MAX_DIGITS:  # Python computes 10**-digits to round a whole number
+        raise ValueError(f"round takes at most {MAX_DIGITS} digits")
+    return round(value, digits)
+
+
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], int]] = {  # name -> (function, largest number of arguments)
     "abs": (abs, 1),
     "sqrt": (math.sqrt, 1),
-    "round": (round, 2),
+    "round": (_round, 2),
     "min": (min, 100),
     "max": (max, 100),
 }
@@ -95,7 +104,8 @@ def _value(node: ast.expr) -> int | float:
 
 def _power(base: int | float, exponent: int | float) -> int | float:
     whole = isinstance(base, int) and isinstance(exponent, int)
-    if whole and abs(exponent) * base.bit_length() > 2 * MAX_BITS:  # the size is known before the result is computed
+    # The size is known before the result is computed. Powers of 0, 1 and -1 are small, and negative ones are floats.
+    if whole and exponent > 0 and abs(base) > 1 and exponent * base.bit_length() > 2 * MAX_BITS:
         raise ValueError(f"a number has more than {MAX_BITS} bits")
     value = base**exponent
     if isinstance(value, complex):

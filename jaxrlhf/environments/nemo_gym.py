@@ -28,7 +28,9 @@ class NeMoGym:
     Args:
       url: URL of the resources server.
       parser: the name of the model family's format in `tool_calls.PARSERS`.
-      max_calls: calls in an episode. Further calls get an error, and a second turn with them ends the episode.
+        `plain` is none of them, because an endpoint takes named arguments.
+      max_calls: calls in an episode. Further calls get an error, and a second turn with them truncates the episode
+        with the reward 0.
       success_at: an answer with at least this reward is a success.
       timeout: seconds for a request.
       max_chars: longest answer of a tool; longer ones are cut for the model.
@@ -43,8 +45,9 @@ class NeMoGym:
         timeout: float = 60.0,
         max_chars: int = 4000,
     ) -> None:
-        if parser not in PARSERS:
-            raise UserError(f"parser: must be one of {', '.join(PARSERS)}, not {parser!r}")
+        known = [name for name in PARSERS if name != "plain"]  # its calls have no names of arguments
+        if parser not in known:
+            raise UserError(f"parser: must be one of {', '.join(known)}, not {parser!r}")
         self.parse, self.max_calls, self.success_at, self.max_chars = PARSERS[parser], max_calls, success_at, max_chars
         self._server = JsonServer(url, timeout)
         self._row: dict[str, Any] | None = None
@@ -81,6 +84,7 @@ class NeMoGym:
         row, self._row = self._row, None
         verdict = self._server.ask("/verify", row | {"response": response})
         reward = number_of(verdict.get("reward"), f"{self._server.url}/verify")
+        reward = 0.0 if calls else reward  # a turn with calls is no answer, even if it has the right words
         success = not calls and reward >= self.success_at
         return "", reward, not calls, bool(calls), {"success": success, "calls": self._calls}
 

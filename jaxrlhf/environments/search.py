@@ -1,6 +1,7 @@
 """A search over a folder of texts, for language models: BM25 (Robertson and Zaragoza 2009) in numpy."""
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from jaxrlhf.errors import UserError, one_line
 SUFFIXES = (".txt", ".md", ".rst")
 MAX_PASSAGES = 1_000_000
 _WORD = re.compile(r"\w+")
+_lock = threading.Lock()  # environments in threads make their tools at the same time
+_shared: dict[tuple[Path, float, float], tuple[list[tuple[Path, int, int]], "TextSearch"]] = {}
 
 
 class TextSearch:
@@ -27,7 +30,7 @@ class TextSearch:
 
     def __init__(self, folder: str | Path, k1: float = 1.5, b: float = 0.75) -> None:
         root = Path(folder)
-        files = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        files = _files(root)
         self.passages: list[tuple[str, str]] = []  # (file, text)
         for path in files:
             try:
@@ -69,6 +72,20 @@ class TextSearch:
         return [(*self.passages[i], float(scores[i])) for i in order if scores[i] > 0]
 
 
+def shared_search(folder: str | Path, k1: float = 1.5, b: float = 0.75) -> TextSearch:
+    """Returns the `TextSearch` of a folder. A process has one for all its environments, until a file changes."""
+    root = Path(folder).resolve()
+    with _lock:
+        state = [(path, found.st_mtime_ns, found.st_size) for path in _files(root) if (found := path.stat())]
+        if (root, k1, b) not in _shared or _shared[root, k1, b][0] != state:
+            _shared[root, k1, b] = state, TextSearch(folder, k1, b)
+        return _shared[root, k1, b][1]
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
 def search_tool(folder: str | Path, results: int = 3, max_chars: int = 500) -> Callable[[str], str]:
     """Returns the tool `search`, which returns the best passages of a folder's texts.
 
@@ -77,7 +94,7 @@ def search_tool(folder: str | Path, results: int = 3, max_chars: int = 500) -> C
       results: number of passages.
       max_chars: longest part of a passage.
     """
-    index = TextSearch(folder)
+    index = shared_search(folder)
 
     def search(query: str) -> str:
         """

@@ -2,7 +2,7 @@
 
 A parser never raises. It returns no calls for a turn that is an answer. A call that cannot be read has an `error`,
 which becomes the answer of the tool. The markers of some families are special tokens, which decoding leaves out
-(`<|python_tag|>`, `[TOOL_CALLS]`), so a parser also reads calls without these markers.
+(`<|python_tag|>`, `[TOOL_CALLS]`, in some models `<tool_call>`), so a parser also reads calls without these markers.
 """
 
 import json
@@ -16,6 +16,7 @@ _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _MISTRAL = "[TOOL_CALLS]"
 _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(?=\{)")
 _PYTHON_TAG = "<|python_tag|>"
+_BAD_ARGUMENTS = "the arguments are not valid JSON"
 _PLAIN = re.compile(r"\s*([A-Za-z_]\w*)\s*:(.*)\Z", re.DOTALL)
 
 
@@ -38,7 +39,8 @@ def parse_hermes(text: str, names: Collection[str] = ()) -> list[Call]:
 
     Source: the chat templates of these models, and https://github.com/NousResearch/Hermes-Function-Calling.
     """
-    return [_call_of_json(body, "arguments") for body in _HERMES.findall(text)]
+    calls = [_call_of_json(body, "arguments") for body in _HERMES.findall(text)]
+    return calls or _bare_calls(text, names)
 
 
 def parse_llama3(text: str, names: Collection[str] = ()) -> list[Call]:
@@ -61,7 +63,7 @@ def parse_llama3(text: str, names: Collection[str] = ()) -> list[Call]:
             return []
         calls.append(_call_of_value(value, "parameters"))
         rest = rest[end:].lstrip()
-        if rest and not rest.startswith(";"):
+        if rest and not rest.startswith((";", "{")):
             break  # text after the call
         rest = rest.lstrip("; \n\t")
     return calls
@@ -86,8 +88,15 @@ def parse_mistral(text: str, names: Collection[str] = ()) -> list[Call]:
         return [_call_of_value(item, "arguments") for item in value] or [_broken("the list of calls is empty")]
     if not mark:
         # Without the marker, the newer form is known by a tool's name before the brace.
-        named = _MISTRAL_NAMED.match(rest)
-        return _named_calls([rest]) if named and named[1] in names else []
+        calls = []
+        while (named := _MISTRAL_NAMED.match(rest)) and named[1] in names:
+            try:
+                arguments, end = _DECODER.raw_decode(rest, named.end())
+            except (ValueError, RecursionError):
+                return [*calls, Call(named[1], error=_BAD_ARGUMENTS)]
+            calls.append(Call(named[1], arguments))
+            rest = rest[end:]
+        return calls
     return _named_calls(rest.split(_MISTRAL))
 
 
@@ -112,6 +121,21 @@ PARSERS: dict[str, Parser] = {
 }
 
 
+def _bare_calls(text: str, names: Collection[str]) -> list[Call]:
+    """Returns the calls of a text that is nothing but JSON objects with the name of a tool, else none."""
+    calls, rest = [], text.strip()
+    while rest:
+        try:
+            value, end = _DECODER.raw_decode(rest)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
+            return []
+        calls.append(_call_of_value(value, "arguments"))
+        rest = rest[end:].lstrip()
+    return calls
+
+
 def _named_calls(parts: list[str]) -> list[Call]:
     calls = []
     for part in parts:
@@ -122,7 +146,7 @@ def _named_calls(parts: list[str]) -> list[Call]:
         try:
             arguments, _ = _DECODER.raw_decode(part[named.end() :])
         except (ValueError, RecursionError):
-            calls.append(Call(named[1], error="the arguments are not valid JSON"))
+            calls.append(Call(named[1], error=_BAD_ARGUMENTS))
             continue
         calls.append(Call(named[1], arguments))
     return calls
@@ -145,7 +169,7 @@ def _call_of_value(value: Any, key: str) -> Call:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            return Call(name, error="the arguments are not valid JSON")
+            return Call(name, error=_BAD_ARGUMENTS)
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):

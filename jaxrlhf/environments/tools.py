@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.time_limit import within
+from jaxrlhf.data.time_limit import TookTooLong, within
 from jaxrlhf.environments.tool_calls import PARSERS, Call
 from jaxrlhf.errors import UserError, one_line, short
 from jaxrlhf.rewards.functions import FunctionReward, load_function
@@ -26,7 +26,9 @@ class Tool:
     """A function that a model may call.
 
     Args:
-      function: the function. Raises `UserError` if a type hint or the description of a parameter is missing.
+      function: the function. Raises `UserError` if a type hint or the description of a parameter is missing. If it has
+        an attribute `prepare`, a function without arguments, that is called, so that a tool that cannot work here
+        raises its `UserError` before the first episode.
       place: where the function is named, for messages.
     """
 
@@ -34,6 +36,8 @@ class Tool:
         from pydantic import ConfigDict, PydanticUserError, create_model
         from transformers.utils import get_json_schema
 
+        if not isinstance(getattr(function, "__name__", None), str):
+            raise UserError(f"{place}: {short(function)} cannot be a tool: it has no name; define a function with def")
         self.function, self.name = function, function.__name__
         try:
             self.schema: dict[str, Any] = get_json_schema(function)
@@ -49,6 +53,12 @@ class Tool:
                 f"{place}: {self.name} cannot be a tool: {one_line(error)} Give it type hints, and a docstring with a "
                 "description of each parameter under Args"
             ) from error
+        try:
+            getattr(function, "prepare", lambda: None)()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{place}: {self.name} cannot be prepared: {_reason(error)}") from error
 
     def run(self, call: Call, seconds: float = 10.0, max_chars: int = 2000) -> tuple[str, bool]:
         """Returns (answer, whether the call succeeded). Never raises, except KeyboardInterrupt."""
@@ -66,7 +76,7 @@ class Tool:
         arguments = {name: getattr(model, name) for name in type(model).model_fields}
         try:
             answer = _as_text(within(seconds, lambda: self.function(**arguments)))
-        except TimeoutError:
+        except TookTooLong:
             return f"error: {self.name} took more than {seconds:g} s", False
         except KeyboardInterrupt:
             raise
@@ -122,9 +132,8 @@ class ToolEnvironment:
     """An environment around a row of data: asks its question, runs tool calls, and scores the final answer.
 
     `reset` gets the row as `options`. The question is the row's `prompt` (text or messages), or its `messages` up to
-    the first turn of the assistant. A turn with calls is answered with one message of the role `tool` for each call. A
-    turn without a call is the answer, and ends the episode. `info` of reset has `tools`, the schemas for the chat
-    template.
+    the last turn of the user. A turn with calls is answered with one message of the role `tool` for each call. A turn
+    without a call is the answer, and ends the episode. `info` of reset has `tools`, the schemas for the chat template.
     The last `info` has `success`, `calls` and `failed_calls`.
 
     Args:
@@ -133,7 +142,8 @@ class ToolEnvironment:
       reward: a reward function (see `jaxrlhf/rewards/functions.py`) or its name, such as
         "jaxrlhf.rewards.library:exact_match". It gets the question, the answer and the columns of the row.
       reward_options: options of the reward function.
-      max_calls: calls in an episode. Further calls get an error, and a second turn with them truncates the episode.
+      max_calls: calls in an episode. Further calls get an error, and a second turn with them truncates the episode
+        with the reward 0.
       seconds: longest time of a call.
       max_chars: longest answer of a tool; longer ones are cut.
       success_at: an answer with at least this reward is a success.
@@ -198,25 +208,32 @@ class ToolEnvironment:
 
     def _end(self, action: str, truncated: bool) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         row, self._row = self._row, None
-        answered = types.SimpleNamespace(prompts=[self._prompt], texts=[action], rows=[row])
-        reward = float(np.ma.filled(self.reward(answered), 0.0)[0])  # an answer without a score gets 0
+        reward = 0.0  # a turn with calls is no answer, even if it has the right words
+        if not truncated:
+            answered = types.SimpleNamespace(prompts=[self._prompt], texts=[action], rows=[row])
+            reward = float(np.ma.filled(self.reward(answered), 0.0)[0])  # an answer without a score gets 0
         info = {"success": not truncated and reward >= self.success_at}
         return "", reward, not truncated, truncated, info | {"calls": self._calls, "failed_calls": self._failed}
 
 
 def question_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the messages of a row's question. Raises UserError if it has none."""
+    """Returns the messages of a row's question. Raises UserError if it has none.
+
+    A `prompt` is the question as it is. `messages` are cut after the last turn of the user, because the calls and the
+    answer after it are for the policy to write.
+    """
     prompt = row.get("prompt")
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    messages = list(prompt or row.get("messages") or [])
+    question = messages = list(prompt or row.get("messages") or [])
     if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages):
         raise UserError(f"a row's messages must be objects with role and content, not {short(messages)}")
-    ends = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    question = messages[: ends[0]] if ends else messages
+    if not prompt:
+        ends = [number for number, message in enumerate(messages, 1) if message["role"] == "user"]
+        question = messages[: ends[-1]] if ends else []
     if not question:
         columns = ", ".join(map(str, row)) or "none"
-        raise UserError(f"a row needs a prompt, or messages that begin with a question; its columns are: {columns}")
+        raise UserError(f"a row needs a prompt, or messages with a turn of the user; its columns are: {columns}")
     return [dict(message) for message in question]
 
 

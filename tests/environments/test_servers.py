@@ -244,11 +244,13 @@ def test_nemo_gym_bounds_the_calls_and_names_rows_without_a_question(serve):
     env = NeMoGym(serve(nemo_gym([])), max_calls=0)
     env.reset(options=ROW)
     assert env.step(call("add", a=1, b=1))[0][0]["content"] == NO_CALLS_LEFT
-    assert env.step(call("add", a=1, b=1))[2:4] == (False, True)
+    assert env.step("the call is 5 " + call("add", a=1, b=1))[1:4] == (0.0, False, True)
     with pytest.raises(UserError, match="needs responses_create_params with an input; its columns are: expected"):
         env.reset(options={"expected": "5"})
     with pytest.raises(UserError, match="parser: must be one of"):
         NeMoGym("http://127.0.0.1", parser="gpt")
+    with pytest.raises(UserError, match=r"parser: must be one of hermes, .*, not 'plain'"):
+        NeMoGym("http://127.0.0.1", parser="plain")
 
 
 # ---------------------------------------------------------------- TextArena

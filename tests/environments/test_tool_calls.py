@@ -20,7 +20,13 @@ CASES = [
      '<tool_call>\n{"arguments": {"a": 1, "b": 2}, "name": "add"}\n</tool_call>', [WEATHER, ADD]),
     ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}</tool_call>', [ADD]),
     ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}', [ADD]),  # cut before the end mark
-    ("hermes", '{"name": "add", "arguments": {"a": 1}}', []),
+    # `<tool_call>` is a special token of some models, which decoding leaves out.
+    ("hermes", '\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n', [ADD]),
+    ("hermes", '{"name": "add", "arguments": {"a": 1, "b": 2}}\n\n'
+     '{"name": "get_weather", "arguments": {"city": "Rome"}}', [ADD, WEATHER]),
+    ("hermes", '{"name": "Ann", "arguments": {"a": 1}}', []),
+    ("hermes", '{"name": "add", "arguments": {"a": 1}} is the call', []),
+    ("hermes", '[{"name": "add"}]', []),
     ("hermes", "The answer is 3.", []),
     ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1</tool_call>',
      [Call("", error="the call is not valid JSON")]),
@@ -36,6 +42,9 @@ CASES = [
     ("llama3", '{"name": "add", "parameters": {"a": 1, "b": 2}}; '
      '{"name": "get_weather", "parameters": {"city": "Rome"}}', [ADD, WEATHER]),
     ("llama3", '\n\n{"type": "function", "name": "add", "parameters": {"a": 1, "b": 2}}<|eom_id|>', [ADD]),
+    ("llama3", '{"name": "add", "parameters": {"a": 1, "b": 2}}\n'
+     '{"name": "get_weather", "parameters": {"city": "Rome"}} {"name": "add"}', [ADD, WEATHER, Call("add")]),
+    ("llama3", '{"name": "add", "parameters": {"a": 1, "b": 2}} is the call', [ADD]),
     ("llama3", "The sum is {3}.", []),
     ("llama3", '{"answer": 3}', []),
     ("llama3", '{"answer": ', []),
@@ -49,6 +58,9 @@ CASES = [
     ("mistral", 'Let me see.[TOOL_CALLS]add{"a": 1, "b": 2}[TOOL_CALLS]get_weather{"city": "Rome"}', [ADD, WEATHER]),
     ("mistral", '[TOOL_CALLS]add[CALL_ID]aaaaaaaaa[ARGS]{"a": 1, "b": 2}', [ADD]),
     ("mistral", 'add{"a": 1, "b": 2}', [ADD]),
+    ("mistral", 'add{"a": 1, "b": 2}get_weather{"city": "Rome"}', [ADD, WEATHER]),
+    ("mistral", 'add[ARGS]{"a": 1, "b": 2} get_weather{"city": ',
+     [ADD, Call("get_weather", error="the arguments are not valid JSON")]),
     ("mistral", 'set{"a": 1}', []),
     ("mistral", "[1, 2, 3]", []),
     ("mistral", "[TOOL_CALLS] []", [Call("", error="the list of calls is empty")]),

@@ -2,11 +2,14 @@
 
 from importlib import import_module
 from itertools import chain, combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from jaxrlhf.environments.check import find_problems
+from jaxrlhf.errors import UserError
 from jaxrlhf.toy import builtin
 from jaxrlhf.toy.games import connect_four, grid_world, number_guessing, table_booking, twenty_questions
 from jaxrlhf.toy.games.board_game import WON, BoardGame
@@ -338,6 +341,36 @@ def test_feedback_names_the_right_words_of_a_row():
     assert act(env, "lo kano")[1:3] == (pytest.approx(2 / 3), True)
     env.reset(options=row)
     assert act(env, "lo kano grano")[1:] == (1.0, True, {"success": True})
+    env.reset(options=row | {"reference": "Lo Kano grano"})
+    assert act(env, "lo Kano grano")[1] == 1.0
+    with pytest.raises(UserError, match="needs the text reference; its columns are: prompt, answer"):
+        env.reset(options={"prompt": "the big dog", "answer": "lo kano grano"})
+
+
+def played_well(env):
+    """Returns the action of the best player; for translation, a wrong first one."""
+    if isinstance(env, TranslationFeedback):
+        return " ".join(["?" if env.left == 2 else word for word in env.reference])
+    if isinstance(env, BoardGame):
+        return env.best_actions()[0]
+    return env.best_action() if hasattr(env, "best_action") else import_module(type(env).__module__).best_action(env)
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_best_player_has_room_in_the_config_of_the_page(name):
+    page = (Path(__file__).parents[2] / "docs" / "environments" / f"{name.replace('_', '-')}.md").read_text()
+    ppo = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])["ppo"]
+    environment, turn = ppo["environment"], ppo["sampling"]["max_new_tokens"]
+    limit = environment.get("max_episode_tokens", 2 * environment["max_turns"] * turn)  # the default
+    for seed in range(5 if name == "connect_four" else 40):
+        env = class_of(name)(**environment.get("arguments", {}))
+        first, *messages = play_episode(env, played_well, seed)[0]
+        assert first["role"] == "user" and messages[-1]["role"] == "user"
+        # A turn ends with <eos>. An observation has two words of the template. The last one is not read.
+        lengths = [len(message["content"].split()) for message in messages]
+        turns, observations = lengths[::2], lengths[1:-1:2]
+        assert len(turns) <= environment["max_turns"] and max(turns) + 1 <= turn
+        assert sum(n + 1 for n in turns) + sum(n + 2 for n in observations) <= limit
 
 
 def test_every_pair_of_games_has_other_demonstrations():

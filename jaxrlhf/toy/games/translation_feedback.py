@@ -6,6 +6,7 @@ from the seed. The demonstrations translate like learners, often with a wrong wo
 
 from typing import Any
 
+from jaxrlhf.errors import UserError
 from jaxrlhf.toy.games.game import Game, demonstrations
 from jaxrlhf.toy.tasks import translation
 from jaxrlhf.toy.tasks.task import Random, pick
@@ -22,7 +23,8 @@ class TranslationFeedback(Game):
     After a wrong translation the observation has the number of words that a right one has, and the translation with `?`
     in place of each word that is not right at its place. The reward is the share of places with the right word. Success
     is a translation without a mistake, which ends the episode.
-    `options` of reset is a row with `prompt` and `reference`.
+    `options` of reset is a row with `prompt` and `reference`, as texts. A row without one of them raises UserError. The
+    case of the translation's letters does not matter.
     """
 
     def __init__(self, turns: int = 2) -> None:
@@ -31,10 +33,13 @@ class TranslationFeedback(Game):
         self.turns = turns
 
     def start(self, options: dict[str, Any]) -> str:
-        row = options if "reference" in options else translation.draw(self.random)
+        if missing := [name for name in ("prompt", "reference") if options and not isinstance(options.get(name), str)]:
+            columns = ", ".join(map(str, options))
+            raise UserError(f"a row of the translation game needs the text {missing[0]}; its columns are: {columns}")
+        row = options or translation.draw(self.random)
         self.row, self.left, self.kept = row, self.turns, []
-        self.reference = str(row["reference"]).split()
-        return f"translate {str(row['prompt']).removesuffix('=>').strip()}"
+        self.reference = row["reference"].lower().split()
+        return f"translate {row['prompt'].removesuffix('=>').strip()}"
 
     def play(self, action: str) -> tuple[str, tuple[float, bool] | None]:
         self.left -= 1

@@ -5,8 +5,8 @@ A request asks for a dish from two foods, for the day of an event, or for the be
 answer scores 0. Of the responses for SFT, 50% are right, 40% polite and 50% free of chatter.
 
 The better answer of a pair is the one with the higher gold score; raters err in 5% of the pairs. In
-50%, the two answers differ in the statement alone. In 20%, one text is not an answer: it is cut, has a phrase twice, or
-is in disorder.
+about 57%, the two answers differ in the statement alone. In about 18%, one text is not an answer: it is cut, has a
+phrase twice, or is in disorder.
 """
 
 from jaxrlhf.toy.tasks.task import Random, Row, Task, pick, sample, words_of
@@ -34,7 +34,8 @@ CLOSERS = ("have a nice day !", "i am glad to help !")
 CHATTER = ("this is only what i think .", "many people ask me this .", "there is a lot to say about it .")
 RIGHT, POLITE, BRIEF = 0.5, 0.4, 0.5  # shares of the responses
 ERRING = 0.05  # share of the pairs
-BROKEN, SAME_WORDS = 0.2, 0.5  # shares of the pairs with a broken text, and of those that differ in the statement alone
+# Shares of the pairs with a broken text, and of those that differ in the statement alone, before pairs are left out.
+BROKEN, SAME_WORDS = 0.2, 0.5
 GAP = 0.1  # smallest difference of gold scores in a pair
 
 
