@@ -37,6 +37,7 @@ Parser = Callable[[str, Collection[str]], list[Call]]
 def parse_hermes(text: str, names: Collection[str] = ()) -> list[Call]:
     """Hermes 2 Pro, Hermes 3, Qwen 2.5, Qwen 3: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 
+    Without the marks, a text that is nothing but such objects with the names of tools is read.
     Source: the chat templates of these models, and https://github.com/NousResearch/Hermes-Function-Calling.
     """
     calls = [_call_of_json(body, "arguments") for body in _HERMES.findall(text)]

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -367,6 +368,7 @@ class FakePool:
     made, lines = (), ()
 
     def __init__(self, config, key_path, say):
+        time.sleep(0.05)
         FakePool.made = (*self.made, (config.sandbox, key_path))
         say("python_tool: code runs in the weaker sandbox")
 
@@ -374,23 +376,33 @@ class FakePool:
         return self.lines
 
 
-def test_a_weak_sandbox_is_said_once_and_faults_of_the_sandbox_are_named(monkeypatch, capsys):
+@pytest.fixture
+def fake_pool(monkeypatch):
+    caches = python_module._sandbox, python_module._say, python_module._make_default
     monkeypatch.setattr(python_module, "SandboxPool", FakePool)
     monkeypatch.setattr(FakePool, "made", ())
-    python_module._sandbox.cache_clear()
-    python_module._say.cache_clear()
-    try:
-        tools = [python_tool(), python_tool(max_chars=50), python_tool(sandbox="process")]
-        assert FakePool.made == (("auto", "python_tool"), ("process", "python_tool"))
-        assert capsys.readouterr().err == "python_tool: code runs in the weaker sandbox\n"
-        monkeypatch.setattr(FakePool, "lines", [{"error": "there are no free user ids"}])
-        assert Tool(tools[0]).run(Call("python", text="1")) == (
-            "error: Fault: the sandbox failed: there are no free user ids", False
-        )  # fmt: skip
-        monkeypatch.setattr(FakePool, "lines", [])
-        assert "did not end within 5 s" in tools[0]("1")
-        with pytest.raises(UserError, match="python_tool: sandbox: Input should be 'auto', "):
-            python_tool(sandbox="none")
-    finally:
-        python_module._sandbox.cache_clear()
-        python_module._say.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_tools_in_threads_share_one_sandbox(fake_pool):
+    with ThreadPoolExecutor(4) as executor:
+        tools = list(executor.map(lambda _: load_tools(["jaxrlhf.environments.python_tool:python"]), range(4)))
+    assert len(tools) == 4 and FakePool.made == (("auto", "python_tool"),)
+
+
+def test_a_weak_sandbox_is_said_once_and_faults_of_the_sandbox_are_named(fake_pool, monkeypatch, capsys):
+    tools = [python_tool(), python_tool(max_chars=50), python_tool(sandbox="process")]
+    assert FakePool.made == (("auto", "python_tool"), ("process", "python_tool"))
+    assert capsys.readouterr().err == "python_tool: code runs in the weaker sandbox\n"
+    monkeypatch.setattr(FakePool, "lines", [{"error": "there are no free user ids"}])
+    assert Tool(tools[0]).run(Call("python", text="1")) == (
+        "error: Fault: the sandbox failed: there are no free user ids", False
+    )  # fmt: skip
+    monkeypatch.setattr(FakePool, "lines", [])
+    assert "did not end within 5 s" in tools[0]("1")
+    with pytest.raises(UserError, match="python_tool: sandbox: Input should be 'auto', "):
+        python_tool(sandbox="none")

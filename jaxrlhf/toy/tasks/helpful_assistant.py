@@ -34,7 +34,8 @@ CLOSERS = ("have a nice day !", "i am glad to help !")
 CHATTER = ("this is only what i think .", "many people ask me this .", "there is a lot to say about it .")
 RIGHT, POLITE, BRIEF = 0.5, 0.4, 0.5  # shares of the responses
 ERRING = 0.05  # share of the pairs
-# Shares of the pairs with a broken text, and of those that differ in the statement alone, before pairs are left out.
+# Shares of pairs with a broken text, and of pairs that differ in the statement alone, before pairs with
+# equal scores are drawn again.
 BROKEN, SAME_WORDS = 0.2, 0.5
 GAP = 0.1  # smallest difference of gold scores in a pair
 
