@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 from jaxrlhf.environments.remote import JsonServer, number_of
 from jaxrlhf.environments.tool_calls import PARSERS, Call
+from jaxrlhf.environments.tools import NO_CALLS_LEFT
 from jaxrlhf.errors import UserError, short
 
 PARAMETERS = "responses_create_params"
-NO_CALLS_LEFT = "error: no calls are left; give the answer"
 
 
 class NeMoGym:
@@ -27,8 +27,8 @@ class NeMoGym:
 
     Args:
       url: URL of the resources server.
-      parser: the name of the model family's format in `tool_calls.PARSERS`.
-        `plain` is none of them, because an endpoint takes named arguments.
+      parser: the name of the model family's format in `tool_calls.PARSERS`, but not `plain`: an endpoint takes named
+        arguments.
       max_calls: calls in an episode. Further calls get an error, and a second turn with them truncates the episode
         with the reward 0.
       success_at: an answer with at least this reward is a success.
@@ -83,7 +83,7 @@ class NeMoGym:
         }  # fmt: skip
         row, self._row = self._row, None
         verdict = self._server.ask("/verify", row | {"response": response})
-        reward = number_of(verdict.get("reward"), f"{self._server.url}/verify")
+        reward = number_of(verdict.get("reward"), f"{self._server.name}/verify")
         reward = 0.0 if calls else reward  # a turn with calls is no answer, even if it has the right words
         success = not calls and reward >= self.success_at
         return "", reward, not calls, bool(calls), {"success": success, "calls": self._calls}

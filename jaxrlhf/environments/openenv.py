@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from jaxrlhf.environments.remote import JsonServer, number_of, object_of
 from jaxrlhf.errors import Fault, UserError, one_line, short
+from jaxrlhf.rewards.client import without_secrets
 
 # Fields of observations that hold text, in the order in which they are looked for.
 TEXT_FIELDS = ("prompt", "text", "message", "content", "output", "stdout", "result")
@@ -91,7 +92,7 @@ class OpenEnv:
 class _Http:
     def __init__(self, url: str, timeout: float) -> None:
         self._server = JsonServer(url, timeout)
-        self.name = self._server.url
+        self.name = self._server.name
 
     def reset(self, parameters: dict[str, Any]) -> dict[str, Any]:
         self._server.forget()
@@ -110,12 +111,13 @@ class _Socket:
             from websockets.sync import client
         except ImportError:
             raise UserError("url: ws:// needs the package websockets: pip install websockets") from None
-        self.name, self._timeout, self._connect, self._socket = url, timeout, client.connect, None
+        self._url, self.name, self._timeout = url, without_secrets(url), timeout
+        self._connect, self._socket = client.connect, None
 
     def reset(self, parameters: dict[str, Any]) -> dict[str, Any]:
         if self._socket is None:
             try:
-                self._socket = self._connect(self.name, open_timeout=self._timeout, max_size=10_000_000)
+                self._socket = self._connect(self._url, open_timeout=self._timeout, max_size=10_000_000)
             except Exception as error:  # OSError, or a class of the package
                 raise Fault(f"{self.name}: {type(error).__name__}: {one_line(error)}") from error
         return self._exchange("reset", parameters)

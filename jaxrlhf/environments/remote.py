@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from jaxrlhf.errors import Fault, UserError, one_line, short
+from jaxrlhf.rewards.client import checked_url, without_secrets
 
 MAX_BYTES = 10_000_000  # of a response
 
@@ -11,19 +12,17 @@ MAX_BYTES = 10_000_000  # of a response
 class JsonServer:
     """Sends JSON requests to the paths of one server. Cookies that it sets are sent back until `forget`.
 
-    Raises `UserError` if the URL is not one of http or https. Redirects are not followed.
+    Raises `UserError` if the URL is not one of http or https. User and password in the URL are sent as basic
+    authentication; messages show `name`, the URL without them. Redirects are not followed.
     """
 
     def __init__(self, url: str, timeout: float = 60.0) -> None:
         import httpx2
 
-        try:
-            parts = httpx2.URL(url)
-        except (httpx2.InvalidURL, TypeError) as error:
-            raise UserError(f"url: {short(url)} is no URL: {one_line(error)}") from error
-        if parts.scheme not in ("http", "https") or not parts.host:
-            raise UserError(f"url: {short(url)} must begin with http:// or https://, and name a host")
-        self.url = url.rstrip("/")
+        if not isinstance(url, str):
+            raise UserError(f"url: must be text, not {short(url)}")
+        checked_url(url, "url:")
+        self._url, self.name = url.rstrip("/"), without_secrets(url).rstrip("/")
         # Compression is not accepted, because a small body could expand to much more than the limit.
         self._client = httpx2.Client(timeout=timeout, headers={"Accept-Encoding": "identity"}, follow_redirects=False)
 
@@ -36,22 +35,22 @@ class JsonServer:
         import httpx2
 
         try:
-            with self._client.stream("POST", self.url + path, json=body) as response:
+            with self._client.stream("POST", self._url + path, json=body) as response:
                 text = bytearray()
                 for part in response.iter_bytes():
                     text += part
                     if len(text) > MAX_BYTES:
-                        raise Fault(f"{self.url}{path}: the response has more than {MAX_BYTES:,} bytes")
+                        raise Fault(f"{self.name}{path}: the response has more than {MAX_BYTES:,} bytes")
                 return response.status_code, text.decode(errors="replace")
         except httpx2.HTTPError as error:
-            raise Fault(f"{self.url}{path}: {type(error).__name__}: {one_line(error)}") from error
+            raise Fault(f"{self.name}{path}: {type(error).__name__}: {one_line(error)}") from error
 
     def ask(self, path: str, body: Any) -> dict[str, Any]:
         """Returns the JSON object of the response. Raises `Fault` for another status than 2xx or other content."""
         status, text = self.post(path, body)
         if not 200 <= status < 300:
-            raise Fault(f"{self.url}{path}: status {status}: {short(text)}")
-        return object_of(text, self.url + path)
+            raise Fault(f"{self.name}{path}: status {status}: {short(text)}")
+        return object_of(text, self.name + path)
 
     def close(self) -> None:
         self._client.close()

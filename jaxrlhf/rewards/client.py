@@ -59,7 +59,7 @@ class Client:
         max_wait: float = 30.0,
         say: Callable[[str], None] | None = None,
     ):
-        parts = _checked_url(url)
+        parts = checked_url(url, "reward URL")
         host = parts.netloc.rpartition("@")[2]
         self.name = f"{parts.scheme}://{host}{parts.path}"
         self._url = parts._replace(netloc=host, fragment="").geturl()
@@ -190,32 +190,33 @@ def _seconds(retry_after: str | None, now: float) -> float | None:
         return None
 
 
-def _checked_url(url: str) -> SplitResult:
-    """Returns the parts of a URL. Raises UserError if the URL is invalid.
+def checked_url(url: str, what: str) -> SplitResult:
+    """Returns the parts of a URL. Raises UserError if the URL is invalid. `what` names it in the message.
 
     The message leaves out everything that may be a password.
     """
     import httpx2
 
-    shown = _without_secrets(url)
+    shown = without_secrets(url)
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # the port is checked when it is read
         httpx2.URL(url)
     except (ValueError, httpx2.InvalidURL) as error:
-        raise UserError(f"reward URL {shown}: {_without_secrets(one_line(error))}") from None
+        raise UserError(f"{what} {shown}: {without_secrets(one_line(error))}") from None
     if parts.scheme not in ("http", "https"):
         raise UserError(
-            f"reward URL {shown}: the scheme is {parts.scheme or 'missing'}; a URL must begin with http:// or https://"
+            f"{what} {shown}: the scheme is {parts.scheme or 'missing'}; a URL must begin with http:// or https://"
         )
     if re.search(r"[\s\x00-\x1f]", url):
-        raise UserError(f"reward URL {shown}: the URL has blanks; write %20 instead of a blank")
+        raise UserError(f"{what} {shown}: the URL has blanks; write %20 instead of a blank")
     if not host:
-        raise UserError(f"reward URL {shown}: the URL has no host; write a URL such as http://localhost:8000/score")
+        raise UserError(f"{what} {shown}: the URL has no host; write a URL such as http://localhost:8000/score")
     return parts
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
+    """Returns a URL for messages: without user, password, query and fragment."""
     bare = re.sub(r"[?#].*", "", url, flags=re.DOTALL)
     return re.sub(r"(//).*@", r"\1", bare, flags=re.DOTALL).encode("unicode_escape").decode()
 

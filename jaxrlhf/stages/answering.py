@@ -13,7 +13,7 @@ import numpy as np
 from jaxrlhf.data.prompts import PromptSet
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
-from jaxrlhf.environments.episodes import TextEnvironments
+from jaxrlhf.environments.text_environments import TextEnvironments
 from jaxrlhf.models.adapters import bind
 from jaxrlhf.models.choice_logprobs import Paths, choice_logprobs
 from jaxrlhf.models.choices import Choices

@@ -21,7 +21,7 @@ from jaxrlhf.data.tokenizers import Tokenizer
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.jit import Program
 from jaxrlhf.distributed.mesh import fetch, shard_batch
-from jaxrlhf.environments.episodes import Result, TextEnvironments, Turn
+from jaxrlhf.environments.text_environments import Result, TextEnvironments, Turn
 from jaxrlhf.errors import Fault
 from jaxrlhf.models.decoder import Decoder
 from jaxrlhf.records import Adapter, Prompts, Rollout

@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from jaxrlhf.environments.check import find_problems
-from jaxrlhf.environments.nemo_gym import NO_CALLS_LEFT, NeMoGym
+from jaxrlhf.environments.nemo_gym import NeMoGym
 from jaxrlhf.environments.openenv import OpenEnv
 from jaxrlhf.environments.textarena import TextArena
+from jaxrlhf.environments.tools import NO_CALLS_LEFT
 from jaxrlhf.errors import Fault, UserError
 from jaxrlhf.toy.games.number_guessing import NumberGuessing
 
@@ -165,8 +166,10 @@ def test_urls_and_fields_are_checked(serve):
     for url in ("ftp://host", "host", "http://", 5):
         with pytest.raises(UserError, match="url: "):
             NeMoGym(url)
-    with pytest.raises(Fault, match="ConnectError"):
-        OpenEnv("http://127.0.0.1:9").reset()
+    for scheme in ("http", "ws"):
+        with pytest.raises(Fault, match=r"\A(http|ws)://127.0.0.1:9.*(ConnectError|Refused)") as caught:
+            OpenEnv(f"{scheme}://me:secret@127.0.0.1:9").reset()
+        assert "secret" not in str(caught.value)
     url = serve(lambda *_: (200, {"observation": {"text": "a"}, "reward": "much", "done": False}))
     env = OpenEnv(url, observation_field="board")
     with pytest.raises(Fault, match="the observation has no board; its fields are: text"):

@@ -4,7 +4,7 @@ import pytest
 
 from jaxrlhf.config import EnvironmentConfig
 from jaxrlhf.data.tokenizers import build_word_tokenizer
-from jaxrlhf.environments.episodes import TextEnvironments, Turn
+from jaxrlhf.environments.text_environments import TextEnvironments, Turn
 from jaxrlhf.environments.tools import ToolEnvironment
 
 TEMPLATE = (

@@ -19,7 +19,7 @@ from jaxrlhf.data.streamed import PromptSource, StreamedPrompts
 from jaxrlhf.data.success import Success
 from jaxrlhf.distributed import processes
 from jaxrlhf.distributed.mesh import check_batch, make_meshes
-from jaxrlhf.environments.episodes import TextEnvironments
+from jaxrlhf.environments.text_environments import TextEnvironments
 from jaxrlhf.errors import UserError, short
 from jaxrlhf.hf.adapter_files import load_adapter
 from jaxrlhf.models.adapters import as_kind, bare, init_adapter, is_full, scaled_head, without_head
@@ -38,7 +38,7 @@ from jaxrlhf.stages.episodes import make_environments
 from jaxrlhf.stages.evaluation import Evaluated, check_results, comparison
 from jaxrlhf.stages.keys import key_for
 from jaxrlhf.stages.loop import Loop, Run
-from jaxrlhf.stages.ppo.episodes import EpisodeSampler
+from jaxrlhf.stages.ppo.episode_sampler import EpisodeSampler
 from jaxrlhf.stages.ppo.iteration import Iteration, StageState
 from jaxrlhf.stages.ppo.remarks import remarks
 from jaxrlhf.stages.ppo.sampler import Sampler

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from jaxrlhf.toy.games.game import Game
 from jaxrlhf.toy.tasks.task import Random, pick
 
-Player = Callable[[str], str]
-"""Takes the text that the player sees, and returns its action."""
+Opponent = Callable[[str], str]
+"""Takes the text that the opponent sees, and returns its action."""
 
 MARKS = ("x", "o")
 WON = 1_000_000  # value of a won position; what `heuristic` returns is far smaller
@@ -31,7 +31,7 @@ class BoardGame(Game):
 
     draws_suffice: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, opponent: str | Player = "random", first: str = "random", depth: int | None = None) -> None:
+    def __init__(self, opponent: str | Opponent = "random", first: str = "random", depth: int | None = None) -> None:
         if not (callable(opponent) or opponent in ("random", "minimax")):
             raise ValueError(f"opponent must be random, minimax or a function, not {opponent!r}")
         if first not in ("agent", "opponent", "random") or (depth is not None and depth < 1):

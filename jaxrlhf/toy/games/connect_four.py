@@ -4,7 +4,7 @@ Minimax looks `depth` moves ahead and then counts the lines that each player can
 demonstrations play against the search of one move and take the best move in a quarter of their turns.
 """
 
-from jaxrlhf.toy.games.board_game import SAID, BoardGame, Player, demonstrator
+from jaxrlhf.toy.games.board_game import SAID, BoardGame, Opponent, demonstrator
 from jaxrlhf.toy.games.game import demonstrations
 
 COLUMNS, ROWS = 7, 6
@@ -29,7 +29,7 @@ class ConnectFour(BoardGame):
     The board has its rows from the top down, with `.` in each empty cell.
     """
 
-    def __init__(self, opponent: str | Player = "random", first: str = "random", depth: int = 4) -> None:
+    def __init__(self, opponent: str | Opponent = "random", first: str = "random", depth: int = 4) -> None:
         super().__init__(opponent, first, depth)
 
     def moves(self, taken: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxrlhf.config import Sampling
 from jaxrlhf.data.episode_rows import EpisodeRows
-from jaxrlhf.environments.episodes import TextEnvironments
+from jaxrlhf.environments.text_environments import TextEnvironments
 from jaxrlhf.records import Adapter
 from jaxrlhf.stages.episodes import Episodes, Player, episode_seeds
 from jaxrlhf.stages.keys import key_for
